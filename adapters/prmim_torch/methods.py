@@ -1,0 +1,77 @@
+"""Methods by name."""
+
+from collections.abc import Callable, Sequence
+from inspect import signature
+from typing import Any
+
+from torch import nn
+
+from prmim_torch.mae import MAE
+
+METHODS: dict[str, Callable[..., nn.Module]] = {"mae": MAE}
+"""Builders of methods by name; each takes the keywords of :func:`create_method`, and options of its own."""
+
+
+def create_method(
+    name: str,
+    *,
+    model: str = "vit_base",
+    image_size: Sequence[int] = (224, 224),
+    patch_size: Sequence[int] = (16, 16),
+    channels: int = 3,
+    mask_ratio: float | None = None,
+    throw_ratio: float = 0.5,
+    **options: Any,
+) -> nn.Module:
+    """Build a method: a module that maps (images, noise) to an output with a ``loss``.
+
+    Parameters
+    ----------
+    name
+        ``"mae"``.
+    model
+        Name of the encoder.
+    image_size, patch_size
+        Pixels along each axis.
+    channels
+        Channels of the image.
+    mask_ratio
+        Fraction of the tokens that is masked; None: the method's own.
+    throw_ratio
+        Fraction of **all** tokens that is thrown.
+    **options
+        Options of the method; for ``"mae"`` see :class:`prmim_torch.MAE`.
+
+    Returns
+    -------
+    torch.nn.Module
+
+    Raises
+    ------
+    TypeError
+        If the method has no such option, or an option is of the wrong type.
+    ValueError
+        If the method is not known, or an option is out of range.
+
+    Examples
+    --------
+    >>> method = create_method("mae", model="vit_tiny", image_size=(32, 32), patch_size=(8, 8))
+    >>> method.counts
+    TokenCounts(visible=4, decoded=4, thrown=8)
+    """
+    if name not in METHODS:
+        raise ValueError(f"name: expected one of {', '.join(METHODS)}, got {name!r}")
+    build = METHODS[name]
+    known = signature(build).parameters
+    for option in options:
+        if option not in known:
+            raise TypeError(f"options: {name!r} has no option {option!r}, only {', '.join(known)}")
+    return build(
+        model=model,
+        image_size=image_size,
+        patch_size=patch_size,
+        channels=channels,
+        mask_ratio=mask_ratio,
+        throw_ratio=throw_ratio,
+        **options,
+    )

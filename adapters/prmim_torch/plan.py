@@ -1,0 +1,121 @@
+"""The core's plan as one opaque operator, so that a compiled step holds it whole."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+import prmim_core
+from prmim_core import Grid, Plan, Schedule, TokenCounts
+
+
+def make_plan(schedule: Schedule, noise: Tensor, visible: Tensor | None = None, weights: Tensor | None = None) -> Plan:
+    """Make the plan of a batch; ``prmim_core.make_plan`` for torch, to be called inside ``torch.compile`` as well.
+
+    Parameters
+    ----------
+    schedule
+        The static part of the plan.
+    noise
+        int (batch, N), for instance from ``prmim_core.counter_noise``. The plan is a pure function of it.
+    visible
+        int (batch, V): the visible tokens, if another rule than "those of lowest noise" chose them.
+    weights
+        float (batch, N), for schedules that throw by weight.
+
+    Returns
+    -------
+    Plan
+        Its ``order`` is int64 (batch, N), on the device of ``noise``.
+
+    Raises
+    ------
+    TypeError
+        If ``noise`` does not hold integers.
+    ValueError
+        If a shape does not fit the schedule.
+
+    Notes
+    -----
+    The operator ``torch.ops.prmim.plan_order`` does the work. Furthest sampling is a loop of a few small operations per
+    pick; traced into a compiled graph it would be unrolled, which takes long and gains nothing.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from prmim_core import Grid, Schedule, TokenCounts
+    >>> schedule = Schedule(Grid((2, 4)), TokenCounts(visible=2, decoded=2, thrown=4))
+    >>> plan = make_plan(schedule, torch.tensor([[3, 1, 4, 0, 5, 7, 2, 6]]))
+    >>> plan.visible
+    tensor([[3, 1]])
+    """
+    _check(schedule, noise, visible, weights)
+    counts = schedule.counts
+    order: Tensor = torch.ops.prmim.plan_order(
+        noise.detach(),
+        None if visible is None else visible.detach(),
+        None if weights is None else weights.detach(),
+        schedule.grid.shape,
+        schedule.grid.spacing,
+        (counts.visible, counts.decoded, counts.thrown),
+        schedule.stages,
+        schedule.throwing,
+        schedule.seed,
+    )
+    return Plan(order, schedule)
+
+
+# The schema is written out, and not inferred from annotations, because inference differs between releases of torch.
+@torch.library.custom_op(
+    "prmim::plan_order",
+    mutates_args=(),
+    schema="(Tensor noise, Tensor? visible, Tensor? weights, int[] shape, int[] spacing, int[] counts, int stages, "
+    "str throwing, str seed) -> Tensor",
+)
+def _plan_order(
+    noise: Tensor,
+    visible: Tensor | None,
+    weights: Tensor | None,
+    shape: Sequence[int],
+    spacing: Sequence[int],
+    counts: Sequence[int],
+    stages: int,
+    throwing: str,
+    seed: str,
+) -> Tensor:
+    schedule = Schedule(
+        Grid(tuple(shape), tuple(spacing)),
+        TokenCounts(*counts),
+        stages=stages,
+        throwing=throwing,  # type: ignore[arg-type]  # an operator takes any string; Schedule checks it
+        seed=seed,  # type: ignore[arg-type]
+    )
+    order: Tensor = prmim_core.make_plan(schedule, noise, visible=visible, weights=weights).order
+    return order.contiguous()
+
+
+@_plan_order.register_fake
+def _plan_order_fake(
+    noise: Tensor,
+    visible: Tensor | None,
+    weights: Tensor | None,
+    shape: Sequence[int],
+    spacing: Sequence[int],
+    counts: Sequence[int],
+    stages: int,
+    throwing: str,
+    seed: str,
+) -> Tensor:
+    return torch.empty(noise.shape, dtype=torch.int64, device=noise.device)
+
+
+def _check(schedule: Schedule, noise: Tensor, visible: Tensor | None, weights: Tensor | None) -> None:
+    num_tokens, num_visible = schedule.counts.num_tokens, schedule.counts.visible
+    if noise.dtype.is_floating_point or noise.dtype.is_complex or noise.dtype == torch.bool:
+        raise TypeError(f"noise: expected integers, got {noise.dtype}")
+    if noise.ndim != 2 or noise.shape[1] != num_tokens:
+        raise ValueError(f"noise: expected shape (batch, {num_tokens}), got {tuple(noise.shape)}")
+    if visible is not None and tuple(visible.shape) != (noise.shape[0], num_visible):
+        raise ValueError(f"visible: expected shape {(noise.shape[0], num_visible)}, got {tuple(visible.shape)}")
+    if weights is not None and tuple(weights.shape) != tuple(noise.shape):
+        raise ValueError(f"weights: expected shape {tuple(noise.shape)}, got {tuple(weights.shape)}")

@@ -1,0 +1,319 @@
+"""The parts of a vision transformer: patch embedding, position table, attention, blocks, encoder, decoder.
+
+Parameter names follow timm's ViT. Initialisation is MAE's. Nothing here knows about masking strategies: the encoder and
+the decoder take tokens and the indices of their places.
+"""
+
+from collections.abc import Sequence
+from math import sqrt
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+LAYER_NORM_EPS = 1e-6
+
+
+def sincos_table(shape: Sequence[int], dim: int) -> Tensor:
+    """Return the fixed sine-cosine position table of a grid of tokens, with a row of zeros first for the cls token.
+
+    Parameters
+    ----------
+    shape
+        Tokens along each axis; tokens are numbered in raster order.
+    dim
+        Channels; a multiple of twice the number of axes.
+
+    Returns
+    -------
+    Tensor
+        float32 (1, 1 + N, dim), computed in float64.
+
+    Raises
+    ------
+    ValueError
+        If ``dim`` cannot be divided among the axes.
+
+    Notes
+    -----
+    The channels are split evenly among the axes, the **last axis first** (in images: column, then row, as in MAE).
+    A part of width w holds sin(p omega_k), then cos(p omega_k), for k = 0 .. w/2 - 1, with omega_k = 10000^(-2k/w) and
+    p the token's index along the axis.
+
+    Examples
+    --------
+    >>> table = sincos_table((2, 3), 4)
+    >>> table.shape
+    torch.Size([1, 7, 4])
+    >>> table[0, 2]  # row 0, column 1
+    tensor([0.8415, 0.5403, 0.0000, 1.0000])
+    """
+    axes = len(shape)
+    if dim < 1 or dim % (2 * axes):
+        raise ValueError(f"dim: expected a positive multiple of {2 * axes} for a grid of {axes} axes, got {dim}")
+    width = dim // axes
+    omega = 10000.0 ** (-torch.arange(width // 2, dtype=torch.float64) * 2 / width)
+    indices = torch.meshgrid(*(torch.arange(n, dtype=torch.float64) for n in shape), indexing="ij")
+    angles = [index.reshape(-1, 1) * omega for index in reversed(indices)]
+    table = torch.cat([part for angle in angles for part in (angle.sin(), angle.cos())], dim=1)
+    return torch.cat([torch.zeros(1, dim, dtype=torch.float64), table]).float()[None]
+
+
+class Linear(nn.Linear):
+    """``nn.Linear`` with MAE's initialisation: Xavier-uniform weight (a fused qkv matrix counts as one), zero bias."""
+
+    def reset_parameters(self) -> None:
+        """Draw the weight anew from torch's random state."""
+        nn.init.xavier_uniform_(self.weight)
+        nn.init.zeros_(self.bias)
+
+
+class LayerNorm(nn.LayerNorm):
+    """``nn.LayerNorm`` over the last axis with eps 1e-6."""
+
+    def __init__(self, dim: int, *, elementwise_affine: bool = True) -> None:
+        super().__init__(dim, eps=LAYER_NORM_EPS, elementwise_affine=elementwise_affine)
+
+
+class PatchProjection(nn.Module):
+    """The weights of a patch convolution, stored as one, applied to patches that are already cut out.
+
+    Parameters
+    ----------
+    dim
+        Output channels, D.
+    channels
+        Channels of the image, C.
+    patch_size
+        Pixels of a patch along each axis.
+
+    Notes
+    -----
+    The weight is stored as a convolution's, channels before pixels, so that files match other ViTs. Patches hold their
+    channels last; the small weight is permuted to fit, never the data.
+    """
+
+    def __init__(self, dim: int, channels: int, patch_size: Sequence[int]) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(dim, channels, *patch_size))
+        self.bias = nn.Parameter(torch.empty(dim))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the weight Xavier-uniform as a matrix; the bias as convolutions do, uniform within 1/sqrt(fan in)."""
+        nn.init.xavier_uniform_(self.weight.view(self.weight.shape[0], -1))
+        bound = 1 / sqrt(self.weight[0].numel())
+        nn.init.uniform_(self.bias, -bound, bound)
+
+    def forward(self, patches: Tensor) -> Tensor:
+        """Project patches (..., prod(patch) * C) to (..., D)."""
+        return F.linear(patches, self.weight.movedim(1, -1).flatten(1), self.bias)
+
+
+class PatchEmbed(nn.Module):
+    """Holds the projection under the name that ViT files use, ``patch_embed.proj``."""
+
+    def __init__(self, dim: int, channels: int, patch_size: Sequence[int]) -> None:
+        super().__init__()
+        self.proj = PatchProjection(dim, channels, patch_size)
+
+    def forward(self, patches: Tensor) -> Tensor:
+        """Project patches (batch, length, prod(patch) * C) to (batch, length, dim)."""
+        embedded: Tensor = self.proj(patches)
+        return embedded
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with a fused qkv projection; scale 1/sqrt(head_dim)."""
+
+    def __init__(self, dim: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = Linear(dim, 3 * dim)
+        self.proj = Linear(dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (batch, length, dim) to the same shape."""
+        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))  # batch, length, 3, heads, head_dim
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        mixed = F.scaled_dot_product_attention(q, k, v)  # batch, heads, length, head_dim
+        out: Tensor = self.proj(mixed.transpose(1, 2).flatten(2))
+        return out
+
+
+class Mlp(nn.Module):
+    """Two linear layers with the exact (erf) GELU between them."""
+
+    def __init__(self, dim: int, hidden_dim: int) -> None:
+        super().__init__()
+        self.fc1 = Linear(dim, hidden_dim)
+        self.fc2 = Linear(hidden_dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (batch, length, dim) to the same shape."""
+        out: Tensor = self.fc2(F.gelu(self.fc1(x)))
+        return out
+
+
+class Block(nn.Module):
+    """A pre-norm transformer block."""
+
+    def __init__(self, dim: int, num_heads: int, mlp_ratio: int = 4) -> None:
+        super().__init__()
+        self.norm1 = LayerNorm(dim)
+        self.attn = Attention(dim, num_heads)
+        self.norm2 = LayerNorm(dim)
+        self.mlp = Mlp(dim, mlp_ratio * dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (batch, length, dim) to the same shape."""
+        x = x + self.attn(self.norm1(x))
+        out: Tensor = x + self.mlp(self.norm2(x))
+        return out
+
+
+def check_width(name: str, dim: int, num_heads: int, axes: int) -> None:
+    """Raise ValueError unless ``dim`` channels can be shared out among heads, and among the axes of the grid."""
+    if num_heads < 1 or dim < 1 or dim % num_heads:
+        raise ValueError(f"{name}: expected a positive multiple of the number of heads, got {dim} for {num_heads}")
+    if dim % (2 * axes):
+        raise ValueError(f"{name}: expected a multiple of {2 * axes} for a grid of {axes} axes, got {dim}")
+
+
+class Encoder(nn.Module):
+    """A vision transformer that embeds and encodes only the patches it is given.
+
+    Parameters
+    ----------
+    grid_shape
+        Tokens of a whole image along each axis; N in all.
+    patch_size
+        Pixels of a patch along each axis.
+    channels
+        Channels of the image.
+    dim, depth, num_heads
+        Width, number of blocks, attention heads.
+
+    Raises
+    ------
+    ValueError
+        If ``dim`` does not fit the heads or the axes.
+    """
+
+    pos_embed: Tensor
+
+    def __init__(
+        self,
+        grid_shape: Sequence[int],
+        patch_size: Sequence[int],
+        channels: int,
+        *,
+        dim: int,
+        depth: int,
+        num_heads: int,
+    ) -> None:
+        super().__init__()
+        check_width("embed_dim", dim, num_heads, len(grid_shape))
+        self.patch_embed = PatchEmbed(dim, channels, patch_size)
+        self.cls_token = nn.Parameter(torch.empty(1, 1, dim).normal_(std=0.02))
+        self.register_buffer("pos_embed", sincos_table(grid_shape, dim))
+        self.blocks = nn.ModuleList(Block(dim, num_heads) for _ in range(depth))
+        self.norm = LayerNorm(dim)
+
+    def forward(self, patches: Tensor, index: Tensor | None = None) -> Tensor:
+        """Encode patches.
+
+        Parameters
+        ----------
+        patches
+            (batch, length, prod(patch) * C), normalised pixels.
+        index
+            int (batch, length): the token that each patch is; None: the patches are all N of them, in raster order.
+
+        Returns
+        -------
+        Tensor
+            (batch, 1 + length, dim), the cls token first, the final norm applied.
+        """
+        table = self.pos_embed[0, 1:]
+        x = self.patch_embed(patches) + (table if index is None else F.embedding(index, table))
+        cls_token = (self.cls_token + self.pos_embed[:, :1]).expand(x.shape[0], -1, -1)
+        x = torch.cat([cls_token, x], dim=1)
+        for block in self.blocks:
+            x = block(x)
+        encoded: Tensor = self.norm(x)
+        return encoded
+
+
+class Decoder(nn.Module):
+    """A narrow transformer over the encoded tokens and mask tokens at the places that are to be decoded.
+
+    Parameters
+    ----------
+    grid_shape
+        Tokens of a whole image along each axis; N in all.
+    encoder_dim
+        Width of the encoder.
+    output_dim
+        Values to predict per token.
+    dim, depth, num_heads
+        Width, number of blocks, attention heads.
+
+    Raises
+    ------
+    ValueError
+        If ``dim`` does not fit the heads or the axes.
+    """
+
+    pos_embed: Tensor
+
+    def __init__(
+        self,
+        grid_shape: Sequence[int],
+        encoder_dim: int,
+        output_dim: int,
+        *,
+        dim: int,
+        depth: int,
+        num_heads: int,
+    ) -> None:
+        super().__init__()
+        check_width("decoder_dim", dim, num_heads, len(grid_shape))
+        self.embed = Linear(encoder_dim, dim)
+        self.mask_token = nn.Parameter(torch.empty(1, 1, dim).normal_(std=0.02))
+        self.register_buffer("pos_embed", sincos_table(grid_shape, dim))
+        self.blocks = nn.ModuleList(Block(dim, num_heads) for _ in range(depth))
+        self.norm = LayerNorm(dim)
+        self.pred = Linear(dim, output_dim)
+
+    def forward(self, encoded: Tensor, index: Tensor) -> Tensor:
+        """Decode; the prediction head ``pred`` is left to the caller, who knows which tokens need it.
+
+        Parameters
+        ----------
+        encoded
+            (batch, 1 + V, encoder_dim), the cls token first.
+        index
+            int (batch, V + M): the places of the visible tokens, in the order of ``encoded``, then of the tokens to
+            decode.
+
+        Returns
+        -------
+        Tensor
+            (batch, V + M, dim): the features of the tokens at ``index``, the final norm applied, without cls.
+        """
+        places = F.embedding(index, self.pos_embed[0, 1:])
+        seen = self.embed(encoded)  # batch, 1 + V, dim
+        num_visible = seen.shape[1] - 1
+        x = torch.cat(
+            [
+                seen[:, :1] + self.pos_embed[:, :1],
+                seen[:, 1:] + places[:, :num_visible],
+                self.mask_token + places[:, num_visible:],
+            ],
+            dim=1,
+        )
+        for block in self.blocks:
+            x = block(x)
+        features: Tensor = self.norm(x[:, 1:])
+        return features

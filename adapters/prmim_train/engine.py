@@ -1,0 +1,147 @@
+"""What the loop asks of a framework, and how it reaches one by name.
+
+This package never imports torch or jax: an engine lives in `prmim_torch` or `prmim_jax`, and is imported when a run
+starts.
+"""
+
+import importlib
+import re
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from prmim_core import Schedule
+from prmim_train.config import Budget, PretrainConfig
+
+KNOWN_BACKENDS = ("torch", "jax")
+
+
+class Reconstruction(Protocol):
+    """What a method made of a batch of images, in plain NumPy."""
+
+    @property
+    def order(self) -> NDArray[Any]:
+        """The plan, int (batch, N): visible, decoded, then the stages."""
+
+    @property
+    def schedule(self) -> Schedule:
+        """The static boundaries inside `order`."""
+
+    @property
+    def patches(self) -> NDArray[np.float32]:
+        """Pixel patches (batch, N, patch_dim) in raster order, in [0, 1], patch normalisation undone.
+
+        Visible patches are the input's own; tokens without a prediction are NaN.
+        """
+
+
+class Engine(Protocol):
+    """A method with its optimiser on a device of some framework."""
+
+    @property
+    def step(self) -> int:
+        """Optimiser steps completed, those before a resume among them."""
+
+    @property
+    def num_parameters(self) -> int:
+        """Learned numbers of the method, encoder and decoder."""
+
+    @property
+    def device(self) -> str:
+        """The device, in words."""
+
+    def train_step(self, images: NDArray[np.uint8], sample: NDArray[np.int64]) -> None:
+        """Take one optimiser step, without waiting for it to end.
+
+        A step whose loss or gradient is not finite leaves the weights as they were, and is remembered.
+
+        Parameters
+        ----------
+        images
+            uint8 (batch, axes..., channels).
+        sample
+            int64 (batch,): the number of each image in its source, which with seed and step gives its mask.
+        """
+
+    def read_metrics(self) -> dict[str, Any]:
+        """Wait for the steps taken, and return what they measured since the last reading.
+
+        Returns
+        -------
+        dict
+            Means of loss, loss_decoded, loss_thrown, grad_norm; learning_rate of the last step; nonfinite_step, the
+            first step that was not finite, or None.
+        """
+
+    def features(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """Return the mean patch feature (batch, dim) of whole images, nothing masked."""
+
+    def reconstruct(self, images: NDArray[np.uint8], sample: NDArray[np.int64]) -> Reconstruction:
+        """Mask images as step 0 would, and rebuild them."""
+
+    def save(self, directory: Path) -> None:
+        """Write `weights.safetensors` and the training state into an existing folder."""
+
+    def restore(self, directory: Path) -> None:
+        """Read what `save` wrote; ValueError where the architecture differs."""
+
+    def load_weights(self, path: Path) -> None:
+        """Take weights alone from a `.safetensors` file."""
+
+
+def create_engine(config: PretrainConfig, budget: Budget) -> Engine:
+    """Import the backend of a configuration and build its engine, with random weights, at step 0.
+
+    Parameters
+    ----------
+    config
+        The options of the run.
+    budget
+        Its length in steps.
+
+    Returns
+    -------
+    Engine
+
+    Raises
+    ------
+    ValueError
+        If the backend is unknown, or refuses an option.
+    ImportError
+        If the backend's packages are not installed; the message says what to install.
+    """
+    module = _import_backend(config.backend)
+    engine = module.Engine(
+        config.method_options(),
+        seed=config.seed,
+        total_steps=budget.total_steps,
+        warmup_steps=budget.warmup_steps,
+        learning_rate=config.learning_rate,
+        min_learning_rate=config.min_learning_rate,
+        weight_decay=config.weight_decay,
+        betas=config.betas,
+        clip_grad=config.clip_grad,
+        accumulate=config.accumulate,
+        precision=config.precision,
+        compile=config.compile,
+        device=config.device,
+    )
+    return cast(Engine, engine)
+
+
+def _import_backend(backend: str) -> Any:
+    package = f"prmim_{backend}"
+    if not re.fullmatch(r"[a-z0-9_]+", backend):
+        raise ValueError(f"backend: expected {' or '.join(KNOWN_BACKENDS)}, got {backend!r}")
+    try:
+        return importlib.import_module(package)
+    except ModuleNotFoundError as error:
+        if error.name == package and backend not in KNOWN_BACKENDS:
+            raise ValueError(f"backend: expected {' or '.join(KNOWN_BACKENDS)}, got {backend!r}") from error
+        if error.name == package:
+            raise ImportError(f"backend: {backend} is not part of this installation of prmim") from error
+        raise ImportError(
+            f"backend: {backend} needs {error.name}, which is not installed; pip install 'prmim[{backend}]'"
+        ) from error

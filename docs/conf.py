@@ -1,0 +1,21 @@
+"""Sphinx configuration."""
+
+import prmim_core  # noqa: F401  # fails here, with a clear message, rather than in every API page
+
+project = "prmim"
+author = "The prmim authors"
+copyright = "2026, The prmim authors"
+
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode", "sphinx.ext.mathjax"]
+exclude_patterns = ["_build"]
+html_theme = "furo"
+html_title = "prmim"
+html_static_path: list[str] = []
+
+myst_enable_extensions = ["colon_fence", "dollarmath", "deflist"]
+myst_heading_anchors = 3
+
+suppress_warnings = ["ref.python"]  # words of a shape, such as "channels", are no references
+napoleon_google_docstring = False
+autodoc_member_order = "bysource"
+autodoc_typehints = "none"  # numpydoc sections say types together with shapes and units

@@ -1,0 +1,101 @@
+"""Where the tokens of an image, a clip or a volume lie."""
+
+from dataclasses import dataclass
+from math import prod
+
+import numpy as np
+from numpy.typing import NDArray
+
+from prmim_core._arrays import Array, Namespace
+
+INT32_MAX = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A regular grid of tokens in raster order, the last axis fastest.
+
+    Parameters
+    ----------
+    shape
+        Tokens along each of one to three axes: (length,), (height, width) or (time, height, width).
+    spacing
+        Distance between neighbours along each axis, as positive integers; None is 1 everywhere. Anisotropic data has
+        unequal spacing: a scan whose slices lie four voxels apart has (4, 1, 1).
+
+    Raises
+    ------
+    TypeError
+        If a size or a spacing is not an integer.
+    ValueError
+        If one is not positive, there are not one to three axes, or if squared distances reach 2**30 (arithmetic is
+        int32).
+
+    Examples
+    --------
+    >>> grid = Grid((2, 3))
+    >>> grid.num_tokens
+    6
+    >>> grid.positions.tolist()
+    [[0, 0], [0, 1], [0, 2], [1, 0], [1, 1], [1, 2]]
+    >>> Grid((2, 3), spacing=(4, 1)).positions[-1].tolist()
+    [4, 2]
+    """
+
+    shape: tuple[int, ...]
+    spacing: tuple[int, ...] = None  # type: ignore[assignment]  # None in the call becomes ones below
+
+    def __post_init__(self) -> None:
+        shape = _positive_integers("shape", self.shape)
+        if not 1 <= len(shape) <= 3:
+            raise ValueError(f"shape: expected one to three axes, got {shape}")
+        spacing = (1,) * len(shape) if self.spacing is None else _positive_integers("spacing", self.spacing)
+        if len(spacing) != len(shape):
+            raise ValueError(f"spacing: expected one number for each of the {len(shape)} axes, got {spacing}")
+        object.__setattr__(self, "shape", shape)
+        object.__setattr__(self, "spacing", spacing)
+        if self.max_squared_distance >= 2**30 or self.num_tokens >= 2**30:
+            raise ValueError(
+                f"shape: expected fewer than 2**30 tokens and squared distances below 2**30 (int32 arithmetic), "
+                f"got shape {shape} with spacing {spacing}"
+            )
+
+    @property
+    def axes(self) -> int:
+        """Number of axes."""
+        return len(self.shape)
+
+    @property
+    def num_tokens(self) -> int:
+        """Number of tokens, N."""
+        return prod(self.shape)
+
+    @property
+    def max_squared_distance(self) -> int:
+        """Squared distance between opposite corners."""
+        return sum(((n - 1) * step) ** 2 for n, step in zip(self.shape, self.spacing, strict=True))
+
+    @property
+    def positions(self) -> NDArray[np.int32]:
+        """Positions of the tokens, spacing applied: int32 of shape (N, axes)."""
+        return np.stack(self.coordinates(np, None), axis=1)
+
+    def coordinates(self, xp: Namespace, device: object) -> list[Array]:
+        """Return one int32 array (N,) per axis, computed on the device, so that nothing is copied to it."""
+        token = xp.arange(self.num_tokens, dtype=xp.int32, device=device)
+        columns = []
+        stride = self.num_tokens
+        for size, step in zip(self.shape, self.spacing, strict=True):
+            stride //= size
+            columns.append(token // stride % size * step)
+        return columns
+
+
+def _positive_integers(name: str, values: object) -> tuple[int, ...]:
+    if not isinstance(values, tuple | list):
+        raise TypeError(f"{name}: expected a tuple of integers, got {values!r}")
+    if not all(isinstance(value, int | np.integer) and not isinstance(value, bool) for value in values):
+        raise TypeError(f"{name}: expected integers, got {values!r}")
+    if not all(value > 0 for value in values):
+        raise ValueError(f"{name}: expected positive integers, got {values!r}")
+    return tuple(int(value) for value in values)

@@ -1,0 +1,270 @@
+"""PR-MIM on MAE: the complete forward pass in float64."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from prmim_reference import grid
+from prmim_reference.counts import TokenCounts, count_tokens
+from prmim_reference.reconstruct import progressive_reconstruction
+from prmim_reference.schedule import make_order
+from prmim_reference.targets import grid_shape, normalize_patches, patchify
+from prmim_reference.vit import Weights, linear, patch_embedding, transformer
+
+Array = NDArray[np.float64]
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True)
+class MAEOutput:
+    """What the forward pass of a batch gives.
+
+    Attributes
+    ----------
+    loss : float
+        The training loss.
+    loss_decoded, loss_thrown : float
+        Mean loss of the decoded and of the thrown tokens alone, before any weighting; 0 where there are none.
+    predicted : float64 (batch, supervised, patch_dim)
+        Predictions for the supervised tokens, in plan order: decoded, then (unless the variant is "none") thrown.
+    order : int64 (batch, N)
+        The plan.
+    """
+
+    loss: float
+    loss_decoded: float
+    loss_thrown: float
+    predicted: Array
+    order: NDArray[np.int64]
+
+
+def load_weights(path: str | Path) -> dict[str, Array]:
+    """Read the arrays of a ``.safetensors`` file as float64."""
+    from safetensors.numpy import load_file
+
+    return {name: np.asarray(array, np.float64) for name, array in load_file(path).items()}
+
+
+def channel_statistics(channels: int, mean: Sequence[float] | None, std: Sequence[float] | None) -> tuple[Array, Array]:
+    """Return mean and deviation per channel; by default ImageNet's for three channels, else 0.5.
+
+    Examples
+    --------
+    >>> channel_statistics(1, None, None)
+    (array([0.5]), array([0.5]))
+    """
+    if mean is None:
+        mean = IMAGENET_MEAN if channels == 3 else (0.5,) * channels
+    if std is None:
+        std = IMAGENET_STD if channels == 3 else (0.5,) * channels
+    for name, values in (("mean", mean), ("std", std)):
+        if len(values) != channels:
+            raise ValueError(f"{name}: expected {channels} numbers, one per channel, got {len(values)}")
+    return np.array(mean, np.float64), np.array(std, np.float64)
+
+
+def image_patches(image: Array, patch_size: Sequence[int], mean: Array, std: Array) -> Array:
+    """Normalise an image of values 0 .. 255 and cut it into patches (N, patch_dim)."""
+    return patchify((image / 255 - mean) / std, patch_size)
+
+
+def encode_tokens(patches: Array, tokens: Sequence[int], weights: Weights, num_heads: int) -> Array:
+    """Encode some tokens of an image: (1 + n, dim), the class token first."""
+    table = weights["encoder.pos_embed"][0]
+    sequence = [weights["encoder.cls_token"][0, 0] + table[0]]
+    for token in tokens:
+        embedded = patch_embedding(patches[token : token + 1], weights, "encoder.patch_embed.proj")[0]
+        sequence.append(embedded + table[1 + token])
+    return transformer(np.array(sequence), weights, "encoder", num_heads)
+
+
+def decode_tokens(
+    encoded: Array, visible: Sequence[int], decoded: Sequence[int], weights: Weights, num_heads: int
+) -> Array:
+    """Run the decoder on the class token, the visible and the decoded tokens: features (V + M, dim), no class token."""
+    table = weights["decoder.pos_embed"][0]
+    embedded = linear(encoded, weights, "decoder.embed")
+    sequence = [embedded[0] + table[0]]
+    for place, token in enumerate(visible, start=1):
+        sequence.append(embedded[place] + table[1 + token])
+    for token in decoded:
+        sequence.append(weights["decoder.mask_token"][0, 0] + table[1 + token])
+    return transformer(np.array(sequence), weights, "decoder", num_heads)[1:]
+
+
+def predict_image(
+    patches: Array,
+    order: Sequence[int],
+    counts: TokenCounts,
+    shape: Sequence[int],
+    weights: Weights,
+    *,
+    num_heads: int,
+    decoder_heads: int,
+    stages: int,
+    variant: str,
+) -> Array:
+    """Return the predictions for the supervised tokens of one image, in plan order."""
+    visible = order[: counts.visible]
+    decoded = order[counts.visible : counts.visible + counts.decoded]
+    encoded = encode_tokens(patches, visible, weights, num_heads)
+    features = decode_tokens(encoded, visible, decoded, weights, decoder_heads)
+    if variant != "none":
+        own = {name.removeprefix("reconstruct."): w for name, w in weights.items() if name.startswith("reconstruct.")}
+        features = progressive_reconstruction(
+            features, order, counts, shape, stages=stages, variant=variant, parameters=own
+        )
+    return linear(features[counts.visible :], weights, "decoder.pred")
+
+
+def token_losses(predicted: Array, target: Array) -> list[float]:
+    """Return the squared error of every token, mean over its patch vector."""
+    return [float(((p - t) ** 2).sum() / p.size) for p, t in zip(predicted, target, strict=True)]
+
+
+def mean_or_zero(total: float, weight: float) -> float:
+    """Return total / weight, and 0 for a mean over nothing."""
+    return total / weight if weight else 0.0
+
+
+def forward(
+    weights: Mapping[str, ArrayLike] | str | Path,
+    images: ArrayLike,
+    noise: ArrayLike,
+    *,
+    patch_size: Sequence[int],
+    num_heads: int,
+    decoder_heads: int,
+    mask_ratio: float = 0.75,
+    throw_ratio: float = 0.5,
+    throwing: str = "furthest",
+    seed: str = "visible",
+    stages: int = 2,
+    variant: str = "kernel",
+    thrown_weight: float = 1.0,
+    norm_pix: bool = True,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    visible: ArrayLike | None = None,
+    draw_weights: ArrayLike | None = None,
+) -> MAEOutput:
+    """Return the loss and the predictions of a batch.
+
+    Parameters
+    ----------
+    weights : mapping of str to array, or a path
+        The arrays of a saved method, or the ``.safetensors`` file. Position tables are taken from there as they are.
+    images : uint8 (batch, axes..., channels)
+    noise : int (batch, N)
+    patch_size : pixels of a patch along each axis
+    num_heads, decoder_heads : int
+    mask_ratio, throw_ratio : float
+        Fractions of all tokens.
+    throwing : {"furthest", "random", "weighted", "cell", "none"}
+        "none" throws nothing (throw_ratio 0). Wherever nothing is thrown the masked tokens come in the order of
+        "random", since their order has no influence then.
+    seed : {"visible", "none"}
+    stages : int
+    variant : {"kernel", "interpolate", "conv", "none"}
+        "none": thrown tokens are neither rebuilt nor supervised.
+    thrown_weight : float
+        Weight of a thrown token in the loss; a decoded one has 1.
+    norm_pix : bool
+        Compare with patches normalised by their own statistics.
+    mean, std : numbers per channel
+        ImageNet's by default for three channels, else 0.5.
+    visible : int (batch, V), optional
+        The visible tokens; by default those of lowest noise.
+    draw_weights : float (batch, N), optional
+        Token weights for ``throwing="weighted"``.
+
+    Returns
+    -------
+    MAEOutput
+    """
+    if variant not in ("kernel", "interpolate", "conv", "none"):
+        raise ValueError(f'variant: expected "kernel", "interpolate", "conv" or "none", got {variant!r}')
+    weights = _as_weights(weights)
+    images, noise = np.asarray(images), np.asarray(noise)
+    shape = grid_shape(images.shape[1:-1], patch_size)
+    statistics = channel_statistics(images.shape[-1], mean, std)
+    counts = count_tokens(grid.num_tokens(shape), mask_ratio, 0.0 if throwing == "none" else throw_ratio)
+    if counts.thrown == 0:
+        throwing = "random"
+
+    orders, predictions = [], []
+    decoded_losses: list[float] = []
+    thrown_losses: list[float] = []
+    for number, image in enumerate(images):
+        order = make_order(
+            shape,
+            counts,
+            noise[number].tolist(),
+            throwing=throwing,
+            seed=seed,
+            visible=None if visible is None else np.asarray(visible)[number].tolist(),
+            weights=None if draw_weights is None else np.asarray(draw_weights)[number].tolist(),
+        )
+        patches = image_patches(image, patch_size, *statistics)
+        predicted = predict_image(
+            patches,
+            order,
+            counts,
+            shape,
+            weights,
+            num_heads=num_heads,
+            decoder_heads=decoder_heads,
+            stages=stages,
+            variant=variant,
+        )
+        supervised = order[counts.visible : counts.visible + len(predicted)]
+        target = patches[supervised]
+        if norm_pix:
+            target = normalize_patches(target, 1e-6)
+        losses = token_losses(predicted, target)
+        decoded_losses.extend(losses[: counts.decoded])
+        thrown_losses.extend(losses[counts.decoded :])
+        orders.append(order)
+        predictions.append(predicted)
+
+    return MAEOutput(
+        loss=mean_or_zero(
+            sum(decoded_losses) + thrown_weight * sum(thrown_losses),
+            len(decoded_losses) + thrown_weight * len(thrown_losses),
+        ),
+        loss_decoded=mean_or_zero(sum(decoded_losses), len(decoded_losses)),
+        loss_thrown=mean_or_zero(sum(thrown_losses), len(thrown_losses)),
+        predicted=np.array(predictions),
+        order=np.array(orders, np.int64),
+    )
+
+
+def encode(
+    weights: Mapping[str, ArrayLike] | str | Path,
+    images: ArrayLike,
+    *,
+    patch_size: Sequence[int],
+    num_heads: int,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+) -> Array:
+    """Encode whole images, nothing masked: float64 (batch, 1 + N, dim), the class token first."""
+    weights = _as_weights(weights)
+    images = np.asarray(images)
+    statistics = channel_statistics(images.shape[-1], mean, std)
+    encoded = []
+    for image in images:
+        patches = image_patches(image, patch_size, *statistics)
+        encoded.append(encode_tokens(patches, range(len(patches)), weights, num_heads))
+    return np.array(encoded)
+
+
+def _as_weights(weights: Mapping[str, ArrayLike] | str | Path) -> dict[str, Array]:
+    if isinstance(weights, str | Path):
+        return load_weights(weights)
+    return {name: np.asarray(array, np.float64) for name, array in weights.items()}

@@ -1,0 +1,95 @@
+"""Noise from a counter, and the order that it puts tokens in."""
+
+from collections.abc import Iterable, Sequence
+
+WORD = 2**32
+
+
+def mix(x: int) -> int:
+    """Scramble a 32-bit word; different words stay different.
+
+    Shifts fill with zeros, products are modulo 2**32. Constants: C. Wellons, "hash-prospector", public domain.
+
+    Examples
+    --------
+    >>> mix(0), mix(1)
+    (0, 1753845952)
+    """
+    x = x ^ (x >> 16)
+    x = x * 0x7FEB352D % WORD
+    x = x ^ (x >> 15)
+    x = x * 0x846CA68B % WORD
+    return x ^ (x >> 16)
+
+
+def absorb(state: int, word: int) -> int:
+    """Return the state after taking in one more word."""
+    return mix(state ^ mix((word + 0x9E3779B9) % WORD))
+
+
+def counter_noise(seed: int, step: int, sample: int, num_tokens: int) -> list[int]:
+    """Return the noise of one image: N different integers in [-2**31, 2**31).
+
+    Each is a pure function of four words, taken in one after another: the seed, the step, the number of the image in
+    its data set, and the token.
+
+    Parameters
+    ----------
+    seed, step, sample : int
+        In [0, 2**32).
+    num_tokens : int
+
+    Examples
+    --------
+    >>> counter_noise(0, 0, 1, 3)
+    [1203627609, 1702173812, 250989885]
+    """
+    for name, value in (("seed", seed), ("step", step), ("sample", sample)):
+        if not 0 <= value < WORD:
+            raise ValueError(f"{name}: expected an integer in [0, 2**32), got {value}")
+    noise = []
+    for token in range(num_tokens):
+        state = 0
+        for word in (seed, step, sample, token):
+            state = absorb(state, word)
+        noise.append(state - WORD if state >= WORD // 2 else state)
+    return noise
+
+
+def uniform(noise: int) -> float:
+    """Return 32-bit noise as a number in (0, 1): the middle of one of 2**23 equal intervals.
+
+    The upper 23 bits of the word (a negative number stands for itself plus 2**32) number the interval; a float32 holds
+    these middles exactly.
+
+    Examples
+    --------
+    >>> uniform(2**30), uniform(-(2**30))
+    (0.2500000596046448, 0.7500000596046448)
+    """
+    return (noise % WORD // 2**9 + 0.5) / 2**23
+
+
+def by_noise(noise: Sequence[int], tokens: Iterable[int]) -> list[int]:
+    """Sort tokens by their noise, lowest first; equal noise keeps raster order.
+
+    Examples
+    --------
+    >>> by_noise([30, 10, 20, 10], tokens=[0, 3, 1])
+    [1, 3, 0]
+    """
+    return sorted(tokens, key=lambda token: (noise[token], token))
+
+
+def noise_rank(noise: Sequence[int]) -> list[int]:
+    """Return the place of every token when all are sorted by noise, lowest first.
+
+    Examples
+    --------
+    >>> noise_rank([30, 10, 20])
+    [2, 0, 1]
+    """
+    ranks = [0] * len(noise)
+    for rank, token in enumerate(by_noise(noise, range(len(noise)))):
+        ranks[token] = rank
+    return ranks

@@ -1,0 +1,239 @@
+"""Progressive reconstruction: features of thrown tokens from those of known ones, stage by stage."""
+
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from prmim_reference import grid
+from prmim_reference.counts import TokenCounts
+from prmim_reference.coverage import squared_distance
+from prmim_reference.schedule import num_known, stage_sizes
+from prmim_reference.vit import layer_norm, softmax
+
+Array = NDArray[np.float64]
+
+CONV_REPEATS = 3
+
+
+def offset_column(target: int, source: int, shape: Sequence[int]) -> int:
+    """Return the column of the offset table that belongs to a pair of tokens.
+
+    The offset is counted in grid cells, target minus source. Along an axis of length n it runs from -(n-1) to n-1;
+    shifted to 0 .. 2n-2 it indexes a table of shape (2n-1, ...) in raster order.
+
+    Examples
+    --------
+    >>> offset_column(3, 3, (2, 2))  # no offset: the middle of a 3x3 table
+    4
+    >>> offset_column(0, 3, (2, 2)), offset_column(3, 0, (2, 2))
+    (0, 8)
+    """
+    cells = grid.positions(shape)
+    shifted = [a - b + length - 1 for a, b, length in zip(cells[target], cells[source], shape, strict=True)]
+    return grid.raster_number(shifted, [2 * length - 1 for length in shape])
+
+
+def initial_table(shape: Sequence[int], heads: int, spacing: Sequence[int] | None = None) -> Array:
+    """Return the offset table that learning starts from: minus the squared distance (spaced), for every head.
+
+    Examples
+    --------
+    >>> initial_table((2, 2), heads=1)
+    array([[-2., -1., -2., -1.,  0., -1., -2., -1., -2.]])
+    """
+    columns = []
+    for position in grid.positions([2 * length - 1 for length in shape], spacing):
+        middle = [(length - 1) * step for length, step in zip(shape, spacing or (1,) * len(shape), strict=True)]
+        columns.append(0.0 - squared_distance(position, middle))
+    return np.array([columns] * heads)
+
+
+def kernel_weights(target: int, known: Sequence[int], shape: Sequence[int], row: Array) -> Array:
+    """Return the weight of every known token for one target: the softmax of the table's row at their offsets."""
+    return softmax(np.array([row[offset_column(target, source, shape)] for source in known]))
+
+
+def kernel(target: int, known: Sequence[int], features: Array, shape: Sequence[int], table: Array) -> Array:
+    """Mix the features of known tokens for one target token, with weights that depend on the offsets alone.
+
+    Channels are split in as many consecutive groups as the table has rows (heads); a group follows its own row.
+
+    Parameters
+    ----------
+    target : raster number
+    known : K raster numbers
+    features : array (K, dim), of the known tokens
+    shape : the grid
+    table : array (heads, product of 2 n - 1 over the axes)
+
+    Returns
+    -------
+    array (dim,)
+    """
+    heads = table.shape[0]
+    dim = features.shape[1]
+    if dim % heads:
+        raise ValueError(f"table: expected a number of heads that divides the {dim} channels, got {heads}")
+    mixed = np.zeros(dim)
+    for channel in range(dim):
+        if channel % (dim // heads) == 0:
+            weights = kernel_weights(target, known, shape, table[channel // (dim // heads)])
+        for weight, feature in zip(weights, features, strict=True):
+            mixed[channel] += weight * feature[channel]
+    return mixed
+
+
+def interpolation_weights(
+    target: int, known: Sequence[int], shape: Sequence[int], spacing: Sequence[int] | None = None
+) -> list[float]:
+    """Return the weight of every known token for one target: inverse squared distances, divided by their sum.
+
+    Examples
+    --------
+    >>> interpolation_weights(1, known=[0, 3], shape=(4,))
+    [0.8, 0.2]
+    """
+    positions = grid.positions(shape, spacing)
+    inverse = [1 / squared_distance(positions[target], positions[source]) for source in known]
+    return [value / math.fsum(inverse) for value in inverse]
+
+
+def interpolate(
+    target: int,
+    known: Sequence[int],
+    features: Array,
+    shape: Sequence[int],
+    spacing: Sequence[int] | None = None,
+) -> Array:
+    """Mix the features of known tokens for one target token, by inverse squared distance (spaced).
+
+    Parameters
+    ----------
+    target : raster number, not among the known
+    known : K raster numbers
+    features : array (K, dim)
+    shape, spacing : the grid
+
+    Returns
+    -------
+    array (dim,)
+    """
+    mixed = np.zeros(features.shape[1])
+    for weight, feature in zip(interpolation_weights(target, known, shape, spacing), features, strict=True):
+        mixed += weight * feature
+    return mixed
+
+
+def neighbours(token: int, shape: Sequence[int]) -> list[tuple[int, tuple[int, ...]]]:
+    """Return the tokens of the window of 3 cells per axis around a token, itself among them, with their window cell.
+
+    Examples
+    --------
+    >>> neighbours(0, (2, 2))
+    [(0, (1, 1)), (1, (1, 2)), (2, (2, 1)), (3, (2, 2))]
+    """
+    cells = grid.positions(shape)
+    result = []
+    for cell in grid.positions((3,) * len(shape)):
+        index = [i + step - 1 for i, step in zip(cells[token], cell, strict=True)]
+        if all(0 <= i < length for i, length in zip(index, shape, strict=True)):
+            result.append((grid.raster_number(index, shape), cell))
+    return result
+
+
+def convolve(known: Sequence[int], features: Array, shape: Sequence[int], kernel: Array) -> Array:
+    """Fill the map around the known tokens by repeated depthwise convolution.
+
+    Each of three rounds looks at the map that the last one left. A token that is not filled yet takes the sum of
+    kernel times feature over its window, divided by the number of filled tokens there, and is filled from then on; if
+    there is none it stays unfilled, and zero. Known tokens are filled from the start and, like all filled ones, keep
+    their value.
+
+    Parameters
+    ----------
+    known : K raster numbers
+    features : array (K, dim)
+    shape : the grid
+    kernel : array (dim, 3, ...), one axis of 3 for each axis of the grid; a cross-correlation, as in torch
+
+    Returns
+    -------
+    array (N, dim)
+        The whole map in raster order.
+    """
+    filled = dict(zip(known, features, strict=True))
+    for _ in range(CONV_REPEATS):
+        before = dict(filled)
+        for token in range(grid.num_tokens(shape)):
+            if token in before:
+                continue
+            seen = [(before[source], cell) for source, cell in neighbours(token, shape) if source in before]
+            if not seen:
+                continue
+            total = np.zeros(features.shape[1])
+            for feature, cell in seen:
+                total += np.array([window[cell] for window in kernel]) * feature
+            filled[token] = total / len(seen)
+    nothing = np.zeros(features.shape[1])
+    return np.array([filled.get(token, nothing) for token in range(grid.num_tokens(shape))])
+
+
+def progressive_reconstruction(
+    features: Array,
+    order: Sequence[int],
+    counts: TokenCounts,
+    shape: Sequence[int],
+    *,
+    stages: int,
+    variant: str,
+    parameters: Mapping[str, Array],
+    spacing: Sequence[int] | None = None,
+) -> Array:
+    """Rebuild the features of all thrown tokens of one image.
+
+    A stage rebuilds its tokens from everything known before it: the visible, the decoded, and the tokens of earlier
+    stages. What it makes of them is layer-normalised (eps 1e-6) and is known from then on.
+
+    Parameters
+    ----------
+    features : array (V + M, dim)
+        Of the visible and decoded tokens, in plan order.
+    order : the plan (see `schedule.make_order`)
+    counts : TokenCounts
+    shape, spacing : the grid
+    stages : int
+    variant : {"kernel", "interpolate", "conv"}
+    parameters : mapping of str to array
+        kernel: ``table``, ``norm.weight``, ``norm.bias``; conv: ``kernel``, ``norm.weight``, ``norm.bias``;
+        interpolate: none.
+
+    Returns
+    -------
+    array (N, dim), in plan order
+
+    Raises
+    ------
+    ValueError
+        If the variant is unknown, or there are thrown tokens and nothing is known to rebuild them from.
+    """
+    if counts.thrown and not len(features):
+        raise ValueError("features: expected at least one known token to rebuild thrown ones from, got none")
+    for stage, size in enumerate(stage_sizes(counts.thrown, stages), start=1):
+        if size == 0:
+            continue
+        start = num_known(counts, stages, stage)
+        known, targets = order[:start], order[start : start + size]
+        if variant == "kernel":
+            mixed = [kernel(target, known, features, shape, parameters["table"]) for target in targets]
+        elif variant == "interpolate":
+            mixed = [interpolate(target, known, features, shape, spacing) for target in targets]
+        elif variant == "conv":
+            image = convolve(known, features, shape, parameters["kernel"])
+            mixed = [image[target] for target in targets]
+        else:
+            raise ValueError(f'variant: expected "kernel", "interpolate" or "conv", got {variant!r}')
+        new = layer_norm(np.array(mixed), parameters.get("norm.weight"), parameters.get("norm.bias"))
+        features = np.concatenate([features, new])
+    return features

@@ -1,0 +1,111 @@
+"""The plan of an image: one permutation of its tokens, cut into visible, decoded and stages."""
+
+from collections.abc import Sequence
+
+from prmim_reference import grid
+from prmim_reference.counts import TokenCounts
+from prmim_reference.coverage import nearest_squared_distance
+from prmim_reference.masking import random_visible
+from prmim_reference.noise import noise_rank
+from prmim_reference.throwing import choose_decoded
+
+
+def stage_sizes(num_thrown: int, stages: int) -> tuple[int, ...]:
+    """Cut the thrown tokens into stages whose sizes differ by at most one, the larger first.
+
+    Examples
+    --------
+    >>> stage_sizes(98, 2)
+    (49, 49)
+    >>> stage_sizes(5, 3)
+    (2, 2, 1)
+    """
+    if stages < 1:
+        raise ValueError(f"stages: expected at least 1, got {stages}")
+    sizes = [0] * stages
+    for thrown in range(num_thrown):
+        sizes[thrown % stages] += 1
+    return tuple(sizes)
+
+
+def num_known(counts: TokenCounts, stages: int, stage: int) -> int:
+    """Return how many tokens are known before a stage (stages count from 1).
+
+    Examples
+    --------
+    >>> [num_known(TokenCounts(49, 49, 98), 2, stage) for stage in (1, 2)]
+    [98, 147]
+    """
+    return counts.visible + counts.decoded + sum(stage_sizes(counts.thrown, stages)[: stage - 1])
+
+
+def thrown_order(
+    shape: Sequence[int], noise: Sequence[int], known: Sequence[int], *, spacing: Sequence[int] | None = None
+) -> list[int]:
+    """Sort the tokens that are not known by squared distance to the nearest known one, then by noise rank.
+
+    If nothing is known the noise rank alone decides.
+
+    Examples
+    --------
+    >>> thrown_order((5,), noise=[1, 9, 2, 8, 3], known=[2])
+    [3, 1, 0, 4]
+    """
+    positions = grid.positions(shape, spacing)
+    ranks = noise_rank(noise)
+    known_positions = [positions[token] for token in known]
+
+    def place(token: int) -> tuple[int, int]:
+        distance = nearest_squared_distance(positions[token], known_positions) if known_positions else 0
+        return distance, ranks[token]
+
+    return sorted((token for token in range(len(positions)) if token not in known), key=place)
+
+
+def make_order(
+    shape: Sequence[int],
+    counts: TokenCounts,
+    noise: Sequence[int],
+    *,
+    spacing: Sequence[int] | None = None,
+    throwing: str = "furthest",
+    seed: str = "visible",
+    visible: Sequence[int] | None = None,
+    weights: Sequence[float] | None = None,
+) -> list[int]:
+    """Return the plan of one image: its visible, then its decoded, then its thrown tokens.
+
+    The stages are consecutive pieces of the thrown tokens (`stage_sizes`), so their number does not change the order.
+
+    Parameters
+    ----------
+    shape, spacing : the grid
+    counts : TokenCounts
+    noise : sequence of int, N values
+    throwing, seed, weights : see `throwing.choose_decoded`
+    visible : raster numbers of the visible tokens; by default the V of lowest noise
+
+    Returns
+    -------
+    list of int
+        A permutation of 0 .. N-1.
+
+    Examples
+    --------
+    >>> make_order((1, 6), TokenCounts(1, 2, 3), noise=[0, 5, 1, 4, 2, 3])
+    [0, 5, 3, 2, 4, 1]
+    """
+    if not len(noise) == counts.num_tokens == grid.num_tokens(shape):
+        raise ValueError(
+            f"noise: expected one value for each of {grid.num_tokens(shape)} tokens and counts that add up to them, "
+            f"got {len(noise)} values and {counts}"
+        )
+    if visible is None:
+        visible = random_visible(noise, counts.visible)
+    if len(visible) != counts.visible:
+        raise ValueError(f"visible: expected {counts.visible} tokens, got {len(visible)}")
+    decoded = choose_decoded(
+        throwing, shape, noise, visible, counts.decoded, seed=seed, spacing=spacing, weights=weights
+    )
+    known = [*visible, *decoded]
+    return known + thrown_order(shape, noise, known, spacing=spacing)

@@ -1,0 +1,91 @@
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from prmim_core import Grid, Plan, Schedule, TokenCounts
+from prmim_core._arrays import array_namespace, compat_namespace, device_of, scan
+
+
+def test_the_namespace_is_that_of_the_library(xp):
+    with xp.context():
+        array = xp.from_numpy(np.arange(3))
+        namespace = array_namespace(array, array)
+        xp.assert_equal(namespace.zeros(3, dtype=namespace.int32, device=device_of(array)), np.zeros(3, dtype=int))
+        assert compat_namespace(xp.module).__name__ == namespace.__name__
+
+
+@pytest.mark.parametrize("xp", ["torch", "jax", "strict"], indirect=True)
+def test_libraries_are_not_mixed(xp):
+    with pytest.raises(TypeError, match="Multiple namespaces"):
+        array_namespace(xp.from_numpy(np.arange(3)), np.arange(3))
+
+
+@pytest.mark.parametrize("wrong", [[1, 2], "text", None, 3])
+def test_what_is_no_array_has_no_namespace(wrong):
+    with pytest.raises(TypeError):
+        array_namespace(wrong)
+
+
+def fibonacci(first, second):
+    def step(state):
+        older, newer = state
+        return (newer, older + newer), newer[:, 0]
+
+    return scan(array_namespace(first), step, (first, second), 6)
+
+
+def test_scan_loops_a_fixed_number_of_times(xp):
+    first, second = np.asarray([[0], [2]], dtype=np.int32), np.asarray([[1], [1]], dtype=np.int32)
+    state, outputs = xp.run(fibonacci, first, second)
+    xp.assert_equal(outputs, [[1, 1, 2, 3, 5, 8], [1, 3, 4, 7, 11, 18]], dtype="int32")
+    xp.assert_equal(state[0], [[8], [18]], dtype="int32")
+    xp.assert_equal(state[1], [[13], [29]], dtype="int32")
+
+
+def test_scan_traces_its_body_once_under_jax(get_backend):
+    pytest.importorskip("jax")
+    xp, calls = get_backend("jax:jit"), []
+
+    def count(state):
+        def step(state):
+            calls.append(None)
+            return state + 1, state[:, 0]
+
+        return scan(array_namespace(state), step, state, 500)
+
+    state, _ = xp.run(count, np.zeros((1, 1), dtype=np.int32))
+    xp.assert_equal(state, [[500]], dtype="int32")
+    assert len(calls) <= 2  # lax.scan may trace twice, to settle the types
+
+
+@pytest.mark.parametrize("name", ["order", "schedule"])
+def test_plans_are_frozen(name):
+    plan = Plan(np.zeros((1, 4), dtype=int), Schedule(Grid((4,)), TokenCounts(1, 1, 2)))
+    with pytest.raises(AttributeError):
+        setattr(plan, name, None)
+
+
+def test_numpy_plans_do_not_import_jax():
+    # In a process of its own: in this one other tests have imported JAX.
+    program = """
+import sys
+import numpy as np
+from prmim_core import Grid, Schedule, counter_noise, count_tokens, interpolate, make_plan
+plan = make_plan(Schedule(Grid((4, 6)), count_tokens(24, 0.75, 0.5)), counter_noise(0, 0, np.arange(2), 24))
+interpolate(np.ones((2, 12, 3)), plan)
+loaded = {"torch", "jax", "scipy", "prmim_torch"} & set(sys.modules)
+assert not loaded, loaded
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_plans_of_two_backends_live_side_by_side(get_backend):
+    jax = pytest.importorskip("jax")
+    schedule = Schedule(Grid((4,)), TokenCounts(1, 1, 2))
+    Plan(get_backend("jax").from_numpy(np.arange(4)[None]), schedule)
+    # Registered once, the class is a pytree whatever its arrays are of.
+    leaves = jax.tree_util.tree_leaves(Plan(np.arange(4)[None], schedule))
+    assert len(leaves) == 1
+    assert isinstance(leaves[0], np.ndarray)

@@ -1,0 +1,101 @@
+from fractions import Fraction
+from math import ceil, floor
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import prmim_reference as reference
+from prmim_core import TokenCounts, count_tokens
+
+RATIOS = st.builds(lambda hundredths: hundredths / 1000, st.integers(0, 1000))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ((196, 0.75, 0.5), (49, 49, 98)),
+        ((256, 0.75, 0.5), (64, 64, 128)),
+        ((196, 0.75), (49, 147, 0)),
+        ((10, 0.9), (1, 9, 0)),  # floating point leaves none visible
+        ((10, 0.7), (3, 7, 0)),
+        ((10, 0.3, 0.3), (7, 0, 3)),
+        ((49, 0.6), (19, 30, 0)),  # SimMIM: 30 of 49 units
+        ((196, 0.0, 0.5), (196, 0, 0)),
+        ((196, 1.0, 0.0), (0, 196, 0)),
+        ((196, 1.0, 1.0), (0, 0, 196)),
+        ((196, 0.75, 1.0), (49, 0, 147)),
+        ((196, 1, 0), (0, 196, 0)),
+        ((1, 0.5, 0.5), (0, 1, 0)),
+        ((100, Fraction(1, 3), Fraction(1, 3)), (66, 1, 33)),
+        ((196, np.float32(0.7), np.float64(0.1)), (58, 119, 19)),
+    ],
+)
+def test_counts(arguments, expected):
+    counts = count_tokens(*arguments)
+    assert (counts.visible, counts.decoded, counts.thrown) == expected
+    assert counts.masked == counts.decoded + counts.thrown
+    assert counts.num_tokens == arguments[0]
+
+
+def test_rounding_rules_differ_where_they_should():
+    assert count_tokens(196, 0.6).masked == 118
+    assert count_tokens(196, 0.6, rounding="amt").masked == 117
+    assert count_tokens(196, 0.75) == count_tokens(196, 0.75, rounding="amt")
+
+
+@given(num_tokens=st.integers(1, 5000), mask=RATIOS, throw=RATIOS, rounding=st.sampled_from(["mae", "amt"]))
+def test_counts_are_exact(num_tokens, mask, throw, rounding):
+    counts = count_tokens(num_tokens, mask, throw, rounding)
+    exact_mask, exact_throw = (Fraction(round(ratio * 1000), 1000) for ratio in (mask, throw))
+    masked = ceil(num_tokens * exact_mask) if rounding == "mae" else floor(num_tokens * exact_mask)
+    assert counts.masked == masked
+    assert counts.thrown == min(floor(num_tokens * exact_throw), masked)
+    expected = reference.counts.count_tokens(num_tokens, mask, throw, rounding)
+    assert (counts.visible, counts.decoded, counts.thrown) == (expected.visible, expected.decoded, expected.thrown)
+
+
+@given(num_tokens=st.integers(1, 500), ratios=st.tuples(RATIOS, RATIOS), throw=RATIOS)
+def test_more_masking_masks_more(num_tokens, ratios, throw):
+    less, more = (count_tokens(num_tokens, ratio, throw) for ratio in sorted(ratios))
+    assert less.visible >= more.visible
+    assert less.thrown <= more.thrown
+    less, more = (count_tokens(num_tokens, throw, ratio) for ratio in sorted(ratios))
+    assert less.visible == more.visible
+    assert less.thrown <= more.thrown
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ((196, 1.5), ValueError, r"mask_ratio: expected a number in \[0, 1\], got 1.5"),
+        ((196, -0.1), ValueError, r"mask_ratio: .* got -0.1"),
+        ((196, float("nan")), ValueError, "mask_ratio: .* got nan"),
+        ((196, 0.5, float("inf")), ValueError, "throw_ratio: .* got inf"),
+        ((196, "0.5"), TypeError, r"mask_ratio: expected a number in \[0, 1\], got '0.5'"),
+        ((196, 0.5, None), TypeError, "throw_ratio: .* got None"),
+        ((196, True), TypeError, "mask_ratio: .* got True"),
+        ((0, 0.5), ValueError, "num_tokens: expected at least 1, got 0"),
+        ((196.0, 0.5), TypeError, "num_tokens: expected an integer, got 196.0"),
+        ((True, 0.5), TypeError, "num_tokens: expected an integer, got True"),
+        ((196, 0.5, 0.5, "mean"), ValueError, "rounding: expected 'mae' or 'amt', got 'mean'"),
+    ],
+)
+def test_errors_name_the_argument(arguments, error, message):
+    with pytest.raises(error, match=message):
+        count_tokens(*arguments)
+
+
+@pytest.mark.parametrize("name", ["visible", "decoded", "thrown"])
+@pytest.mark.parametrize(
+    ("value", "error", "message"),
+    [
+        (-1, ValueError, "expected a count of at least 0, got -1"),
+        (1.0, TypeError, "expected an integer, got 1.0"),
+        (True, TypeError, "expected an integer, got True"),
+    ],
+)
+def test_counts_are_checked(name, value, error, message):
+    with pytest.raises(error, match=f"{name}: {message}"):
+        TokenCounts(**{"visible": 1, "decoded": 1, "thrown": 1, name: value})

@@ -1,0 +1,174 @@
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from scipy import ndimage, spatial
+
+import prmim_core.coverage
+import prmim_reference as reference
+from prmim_core import Grid, covering_radius, distance_histogram, nearest_known_distance, separation
+from prmim_core.coverage import squared_distances
+from prmim_core.grid import INT32_MAX
+
+GRIDS = [Grid((7,), (3,)), Grid((4, 6)), Grid((5, 4), (3, 1)), Grid((3, 4, 2), (4, 1, 1)), Grid((1, 1))]
+
+
+def known_masks(length):
+    """Return nothing known, everything, one token, and a few at random."""
+    one = np.arange(length) == length // 2
+    rest = np.random.default_rng(0).random((2, length)) < 0.2
+    return np.stack([np.zeros(length, bool), np.ones(length, bool), one, *rest])
+
+
+def tokens(mask):
+    return np.flatnonzero(mask).tolist()
+
+
+@st.composite
+def grids_and_masks(draw):
+    axes = draw(st.integers(1, 3))
+    shape = tuple(draw(st.lists(st.integers(1, (20, 7, 4)[axes - 1]), min_size=axes, max_size=axes)))
+    spacing = tuple(draw(st.lists(st.integers(1, 5), min_size=axes, max_size=axes)))
+    grid = Grid(shape, spacing)
+    return grid, draw(hnp.arrays(bool, (2, grid.num_tokens)))
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+def test_measures_match_the_reference(library, grid):
+    is_known = known_masks(grid.num_tokens)
+    positions = reference.grid.positions(grid.shape, grid.spacing)
+
+    def measures(is_known):
+        return (
+            nearest_known_distance(grid, is_known),
+            covering_radius(grid, is_known),
+            separation(grid, is_known),
+        )
+
+    nearest, radius, apart = library.run(measures, is_known)
+    expected = [reference.coverage.nearest_squared_distances(positions, tokens(mask)) for mask in is_known]
+    library.assert_equal(nearest, expected, dtype="int32")
+    expected = [reference.coverage.covering_radius(positions, tokens(mask)) for mask in is_known]
+    library.assert_close(radius, expected, rtol=1e-6, dtype="float32")
+    expected = [reference.coverage.separation(positions, tokens(mask)) for mask in is_known]
+    library.assert_close(apart, expected, rtol=1e-6, dtype="float32")
+
+
+@pytest.mark.parametrize("kind", ["own array", "numpy", "grid"])
+def test_positions_may_be_arrays(xp, kind):
+    grid = GRIDS[2]
+    is_known = known_masks(grid.num_tokens)
+    positions = {"own array": None, "numpy": grid.positions, "grid": grid}[kind]
+
+    def measures(is_known, own):
+        where = own if positions is None else positions
+        return nearest_known_distance(where, is_known), covering_radius(where, is_known), separation(where, is_known)
+
+    nearest, radius, apart = xp.run(measures, is_known, grid.positions)
+    xp.assert_equal(nearest, nearest_known_distance(grid, is_known), dtype="int32")
+    xp.assert_close(radius, covering_radius(grid, is_known), rtol=1e-6, dtype="float32")
+    xp.assert_close(apart, separation(grid, is_known), rtol=1e-6, dtype="float32")
+
+
+@given(grids_and_masks())
+def test_grid_distances_match_scipys_distance_transform(case):
+    grid, is_known = case
+    for mask, distance in zip(is_known, nearest_known_distance(grid, is_known), strict=True):
+        if mask.any():
+            expected = ndimage.distance_transform_edt(~mask.reshape(grid.shape), sampling=grid.spacing).ravel()
+            np.testing.assert_array_equal(distance, np.rint(expected**2))
+        else:
+            assert (distance == INT32_MAX).all()
+
+
+@given(
+    st.sets(st.tuples(st.integers(-50, 50), st.integers(-50, 50)), min_size=2, max_size=30), st.integers(0, 2**30 - 1)
+)
+def test_distances_of_free_points_match_scipys_tree(points, bits):
+    positions = np.asarray(sorted(points), dtype=np.int32)
+    mask = (bits >> np.arange(len(positions)) & 1).astype(bool)
+    nearest = nearest_known_distance(positions, mask[None])[0]
+    if not mask.any():
+        assert (nearest == INT32_MAX).all()
+        return
+    expected, _ = spatial.cKDTree(positions[mask]).query(positions)
+    np.testing.assert_array_equal(nearest, np.rint(expected**2))
+    assert covering_radius(positions, mask[None])[0] == pytest.approx(expected.max(), rel=1e-6)
+    apart = spatial.distance.pdist(positions[mask])
+    assert separation(positions, mask[None])[0] == pytest.approx(apart.min() if apart.size else math.inf, rel=1e-6)
+
+
+def test_squared_distances_match_scipy(xp):
+    generator = np.random.default_rng(0)
+    first, second = (generator.integers(-99, 99, (n, 3)).astype(np.int32) for n in (4, 5))
+    expected = np.rint(spatial.distance.cdist(first, second, "sqeuclidean")).astype(np.int64)
+    xp.assert_equal(xp.run(squared_distances, first, second), expected, dtype="int32")
+
+
+def test_large_grids_match_scipy():
+    grid = Grid((64, 96), (2, 3))
+    mask = np.random.default_rng(0).random((1, grid.num_tokens)) < 0.01
+    expected = ndimage.distance_transform_edt(~mask.reshape(grid.shape), sampling=grid.spacing).ravel()
+    np.testing.assert_array_equal(nearest_known_distance(grid, mask)[0], np.rint(expected**2))
+
+
+def test_distances_near_the_limit_of_int32_are_exact():
+    grid = Grid((2, 3), (20_000, 12_000))
+    mask = np.asarray([[True, *[False] * 5]])
+    expected = [[0, 12_000**2, 24_000**2, 20_000**2, 20_000**2 + 12_000**2, 20_000**2 + 24_000**2]]
+    np.testing.assert_array_equal(nearest_known_distance(grid, mask), expected)
+    np.testing.assert_array_equal(nearest_known_distance(grid.positions, mask), expected)
+
+
+@pytest.mark.parametrize("pairs", [1, 100, 300, 10**9])
+def test_blocks_of_any_size_give_the_same(monkeypatch, pairs):
+    grid = GRIDS[1]
+    is_known = known_masks(grid.num_tokens)
+    expected = nearest_known_distance(grid, is_known), separation(grid, is_known)
+    monkeypatch.setattr(prmim_core.coverage, "_PAIRS_AT_ONCE", pairs)
+    np.testing.assert_array_equal(nearest_known_distance(grid.positions, is_known), expected[0])
+    np.testing.assert_array_equal(separation(grid, is_known), expected[1])
+
+
+def test_histogram_counts_distances(xp):
+    is_known = known_masks(24)
+    edges = np.float32([0, 0.5, 1.2, 2, 100])
+    histogram = xp.run(lambda is_known, edges: distance_histogram(GRIDS[1], is_known, edges), is_known, edges)
+    with np.errstate(invalid="ignore"):
+        distances = np.sqrt(nearest_known_distance(GRIDS[1], is_known).astype(float))
+    expected = [np.histogram(row, edges)[0] for row in distances]  # the infinite ones lie beyond 100 either way
+    xp.assert_equal(histogram, expected)
+
+
+@given(grids_and_masks())
+def test_histogram_sums_to_the_number_of_tokens(case):
+    grid, is_known = case
+    edges = np.asarray([0, 0.5, 1, 1.5, 3, np.inf])
+    histogram = distance_histogram(grid, is_known, edges)
+    expected = np.where(is_known.any(axis=1), grid.num_tokens, 0)  # infinitely far lies in no half-open bin
+    np.testing.assert_array_equal(histogram.sum(axis=1), expected)
+    np.testing.assert_array_equal(histogram[:, 0], is_known.sum(axis=1))
+
+
+@pytest.mark.parametrize("measure", [nearest_known_distance, covering_radius, separation])
+@pytest.mark.parametrize(
+    ("positions", "is_known", "error", "message"),
+    [
+        (Grid((4,)), np.zeros((1, 4), dtype=int), TypeError, "is_known: expected bool, got int64"),
+        (Grid((4,)), np.zeros((1, 5), dtype=bool), ValueError, r"is_known: expected shape \(batch, 4\), got \(1, 5\)"),
+        (Grid((4,)), np.zeros(4, dtype=bool), ValueError, r"is_known: .* got \(4,\)"),
+        (np.arange(4), np.zeros((1, 4), dtype=bool), ValueError, r"positions: expected shape \(N, axes\), got \(4,\)"),
+    ],
+)
+def test_errors_name_the_argument(measure, positions, is_known, error, message):
+    with pytest.raises(error, match=message):
+        measure(positions, is_known)
+
+
+@pytest.mark.parametrize("edges", [np.zeros((2, 2)), np.zeros(1)])
+def test_histogram_needs_edges(edges):
+    with pytest.raises(ValueError, match=r"edges: expected shape \(bins \+ 1,\)"):
+        distance_histogram(Grid((4,)), np.zeros((1, 4), dtype=bool), edges)

@@ -1,0 +1,174 @@
+"""What holds for all functions of arrays alike, on every library.
+
+Results equal those of NumPy, in kind, device and value; a batch gives what its images give one by one; arguments are
+left as they were. Backends that jit fail here at any branch on values.
+"""
+
+import inspect
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+import prmim_core
+from prmim_core import (
+    Grid,
+    Plan,
+    Schedule,
+    TokenCounts,
+    block_visible,
+    counter_noise,
+    covering_radius,
+    denormalize_patches,
+    distance_histogram,
+    furthest_point_sampling,
+    interpolate,
+    inverse_permutation,
+    is_member,
+    make_plan,
+    nearest_known_distance,
+    noise_rank,
+    normalize_patches,
+    offset_index,
+    patchify,
+    random_visible,
+    reconstruct_stages,
+    separation,
+    take_tokens,
+    tube_visible,
+    unpatchify,
+    weighted_visible,
+)
+
+GRID = Grid((4, 6), (2, 1))
+SCHEDULE = Schedule(GRID, TokenCounts(6, 8, 10))
+GENERATOR = np.random.default_rng(0)
+NOISE = counter_noise(0, 0, np.arange(3), 24)
+ORDER = make_plan(SCHEDULE, NOISE).order
+IS_KNOWN = NOISE > 0
+WEIGHTS = GENERATOR.integers(1, 99, (3, 24)).astype(np.float32)
+FEATURES = GENERATOR.normal(size=(3, 14, 4)).astype(np.float32)
+IMAGES = GENERATOR.integers(0, 256, (3, 8, 6, 2)).astype(np.uint8)
+PATCHES = GENERATOR.normal(size=(3, 24, 4)).astype(np.float32)
+EDGES = np.float32([0, 1, 2, 9])
+
+
+def repeat_first(features, known, thrown):
+    return features[:, : thrown.shape[1], :]
+
+
+def rebuilt(order, features):
+    return reconstruct_stages(features, Plan(order, SCHEDULE), repeat_first)
+
+
+# Name and variant: (function of arrays with a batch axis first, its arguments).
+FUNCTIONS = {
+    "block_visible": (lambda noise: block_visible(noise, GRID, (2, 2), 2), NOISE),
+    "counter_noise": (lambda sample: counter_noise(1, 2, sample, 5), np.arange(3)),
+    "covering_radius": (lambda known: covering_radius(GRID, known), IS_KNOWN),
+    "denormalize_patches": (denormalize_patches, PATCHES, PATCHES[::-1]),
+    "distance_histogram": (lambda known: distance_histogram(GRID, known, edges_like(known)), IS_KNOWN),
+    "furthest_point_sampling": (lambda *a: furthest_point_sampling(GRID, 4, *a), NOISE, IS_KNOWN),
+    "interpolate": (lambda order, features: interpolate(features, Plan(order, SCHEDULE)), ORDER, FEATURES),
+    "inverse_permutation": (inverse_permutation, ORDER),
+    "is_member": (lambda index: is_member(index, 24), ORDER[:, :7]),
+    "make_plan": (lambda noise: make_plan(SCHEDULE, noise).order, NOISE),
+    "make_plan none": (lambda noise: make_plan(replace(SCHEDULE, seed="none"), noise).order, NOISE),
+    "make_plan random": (lambda noise: make_plan(replace(SCHEDULE, throwing="random"), noise).order, NOISE),
+    "make_plan cell": (lambda noise: make_plan(replace(SCHEDULE, throwing="cell"), noise).order, NOISE),
+    "make_plan weighted": (
+        lambda noise, weights: make_plan(replace(SCHEDULE, throwing="weighted"), noise, weights=weights).order,
+        NOISE,
+        WEIGHTS,
+    ),
+    "make_plan visible": (lambda *a: make_plan(SCHEDULE, *a).order, NOISE, ORDER[:, :6]),
+    "nearest_known_distance": (lambda known: nearest_known_distance(GRID, known), IS_KNOWN),
+    "noise_rank": (noise_rank, NOISE),
+    "normalize_patches": (normalize_patches, PATCHES),
+    "offset_index": (lambda *a: offset_index(GRID, *a), ORDER[:, :5], ORDER[:, 5:]),
+    "patchify": (lambda images: patchify(images, (2, 3)), IMAGES),
+    "random_visible": (lambda noise: random_visible(noise, 6), NOISE),
+    "reconstruct_stages": (rebuilt, ORDER, FEATURES),
+    "separation": (lambda known: separation(GRID, known), IS_KNOWN),
+    "take_tokens": (take_tokens, PATCHES, ORDER[:, :7]),
+    "tube_visible": (lambda noise: tube_visible(noise, GRID, 8), NOISE),
+    "unpatchify": (lambda tokens: unpatchify(tokens, (2, 1), GRID), PATCHES),
+    "weighted_visible": (lambda *a: weighted_visible(*a, 6), NOISE, WEIGHTS),
+}
+NOT_OF_ARRAYS = {"cost", "count_tokens", "num_offsets", "offset_squared_distances", "patch_grid", "vit_size"}
+
+
+def edges_like(array):
+    from prmim_core._arrays import array_namespace
+
+    return array_namespace(array).asarray(EDGES)
+
+
+def test_no_function_is_forgotten():
+    public = {name for name in prmim_core.__all__ if inspect.isfunction(getattr(prmim_core, name))}
+    assert public == {name.partition(" ")[0] for name in FUNCTIONS} | NOT_OF_ARRAYS
+
+
+def assert_same(xp, actual, expected):
+    if expected.dtype.kind == "f":
+        xp.assert_close(actual, expected, rtol=1e-4, atol=1e-5, dtype=expected.dtype.name)
+    else:
+        xp.assert_equal(actual, expected)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_libraries_agree(xp, name):
+    function, *arrays = FUNCTIONS[name]
+    assert_same(xp, xp.run(function, *arrays), function(*arrays))
+
+
+@pytest.mark.parametrize("xp", ["numpy", "torch", "jax:jit"], indirect=True)
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_a_batch_gives_what_its_images_give(xp, name):
+    function, *arrays = FUNCTIONS[name]
+    whole = xp.to_numpy(xp.run(function, *arrays))
+    assert_same(xp, xp.run(function, *(array[1:2] for array in arrays)), whole[1:2])
+
+
+@pytest.mark.parametrize("xp", ["numpy", "torch", "jax:jit"], indirect=True)
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_an_empty_batch_gives_an_empty_result(xp, name):
+    function, *arrays = FUNCTIONS[name]
+    whole = function(*arrays)
+    assert_same(xp, xp.run(function, *(array[:0] for array in arrays)), whole[:0])
+
+
+@pytest.mark.parametrize("xp", ["torch"], indirect=True)
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_arguments_are_left_as_they_were(xp, name):
+    # NumPy's read-only arrays show the same for NumPy; JAX has no way to write.
+    function, *arrays = FUNCTIONS[name]
+    there = [xp.from_numpy(array) for array in arrays]
+    function(*there)
+    for array, after in zip(arrays, there, strict=True):
+        xp.assert_equal(after, array, dtype=array.dtype.name)
+
+
+# What a compiled training step of a foreign trainer would call. Loops are unrolled there, so picks are few.
+COMPILED = [
+    "counter_noise",
+    "furthest_point_sampling",
+    "interpolate",
+    "normalize_patches",
+    "patchify",
+    "random_visible",
+]
+
+
+@pytest.mark.parametrize("xp", ["torch:compiled"], indirect=True)
+@pytest.mark.parametrize("name", COMPILED)
+def test_functions_compile_to_one_graph(xp, name):
+    function, *arrays = FUNCTIONS[name]
+    assert_same(xp, xp.run(function, *arrays), function(*arrays))
+
+
+@pytest.mark.parametrize("xp", ["torch:compiled"], indirect=True)
+def test_a_plan_compiles_to_one_graph(xp):
+    schedule = Schedule(GRID, TokenCounts(6, 3, 15))
+    order = xp.run(lambda sample: make_plan(schedule, counter_noise(0, 0, sample, 24)).order, np.arange(3))
+    xp.assert_equal(order, make_plan(schedule, NOISE).order, dtype="index")

@@ -1,0 +1,300 @@
+from itertools import combinations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+import prmim_reference as reference
+from prmim_core import Grid, counter_noise, furthest_point_sampling, nearest_known_distance, noise_rank, sampling
+from prmim_core._arrays import array_namespace, device_of
+from prmim_core.coverage import squared_distances
+from prmim_core.grid import INT32_MAX
+
+GRIDS = [Grid((7,), (3,)), Grid((4, 6)), Grid((5, 4), (3, 1)), Grid((3, 4, 2), (4, 1, 1))]
+
+
+def some(length, share, seed):
+    return np.random.default_rng(seed).random((3, length)) < share
+
+
+def tokens(mask):
+    return np.flatnonzero(mask).tolist()
+
+
+def expected_picks(grid, num_samples, noise, known=None, candidates=None):
+    positions = reference.grid.positions(grid.shape, grid.spacing)
+    picks = [
+        reference.sampling.furthest_point_sampling(
+            positions,
+            num_samples,
+            row,
+            known=() if known is None else tokens(known[image]),
+            candidates=None if candidates is None else tokens(candidates[image]),
+        )
+        for image, row in enumerate(noise.tolist())
+    ]
+    return np.reshape(np.asarray(picks, dtype=int), (len(noise), num_samples))
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+@pytest.mark.parametrize("masks", ["none", "known", "both"])
+def test_picks_match_the_reference(library, grid, masks):
+    noise = counter_noise(0, 0, np.arange(3), grid.num_tokens)
+    known = some(grid.num_tokens, 0.2, 0) if masks in ("known", "both") else None
+    candidates = some(grid.num_tokens, 0.8, 1) if masks in ("candidates", "both") else None
+    arrays = [mask for mask in (known, candidates) if mask is not None]
+
+    def pick(noise, *arrays):
+        given = iter(arrays)
+        return furthest_point_sampling(
+            grid,
+            3,
+            noise,
+            known=None if known is None else next(given),
+            candidates=None if candidates is None else next(given),
+        )
+
+    library.assert_equal(
+        library.run(pick, noise, *arrays), expected_picks(grid, 3, noise, known, candidates), dtype="index"
+    )
+
+
+@pytest.mark.parametrize("number", [0, 1, 24])
+def test_any_number_of_tokens_is_picked(library, number):
+    noise = counter_noise(1, 0, np.arange(3), 24)
+    picks = library.run(lambda noise: furthest_point_sampling(GRIDS[1], number, noise), noise)
+    library.assert_equal(picks, expected_picks(GRIDS[1], number, noise), dtype="index")
+
+
+@pytest.mark.parametrize("noise", [np.zeros((3, 24), dtype=np.int32), some(24, 0.5, 0).astype(np.float32)])
+def test_equal_noise_ranks_by_token(library, noise):
+    picks = library.run(lambda noise: furthest_point_sampling(GRIDS[1], 9, noise), noise)
+    library.assert_equal(picks, expected_picks(GRIDS[1], 9, noise), dtype="index")
+
+
+@pytest.mark.parametrize(("masked", "dtype"), [(True, np.int32), (False, np.uint8)])
+def test_grids_and_arrays_of_positions_give_the_same_picks(xp, masked, dtype):
+    grid = GRIDS[3]
+    noise = counter_noise(0, 0, np.arange(3), grid.num_tokens)
+    known = some(grid.num_tokens, 0.2 * masked, 0)
+    positions = grid.positions.astype(dtype)
+    expected = expected_picks(grid, 8, noise, known)
+    # Of NumPy: its values bound the key. Of the library: nothing is read off it, and keys are not packed.
+    of_numpy = xp.run(lambda noise, known: furthest_point_sampling(positions, 8, noise, known=known), noise, known)
+    xp.assert_equal(of_numpy, expected, dtype="index")
+    own = xp.run(lambda *a: furthest_point_sampling(a[0], 8, a[1], known=a[2]), positions, noise, known)
+    xp.assert_equal(own, expected, dtype="index")
+
+
+def test_positions_may_be_read_only(xp):
+    positions = GRIDS[1].positions
+    positions.flags.writeable = False
+    noise = counter_noise(0, 0, np.arange(3), 24)
+    picks = xp.run(lambda noise: furthest_point_sampling(positions, 3, noise), noise)
+    xp.assert_equal(picks, expected_picks(GRIDS[1], 3, noise), dtype="index")
+
+
+@pytest.mark.parametrize("dtype", [np.int8, np.int16, np.int32, np.int64])
+def test_positions_of_narrow_types_do_not_wrap(dtype):
+    positions = np.asarray([[-100], [-3], [0], [2], [100]], dtype=dtype)
+    assert furthest_point_sampling(positions, 4, np.asarray([[0, 1, 2, 3, 4]])).tolist() == [[4, 0, 2, 1]]
+
+
+# --- both ways to compare ------------------------------------------------------------------------------------------
+
+
+def both_ways(grid, num_samples, noise, is_known, may_pick):
+    """Pick by the packed key and by distance then rank, whichever the public function would take."""
+    xp = array_namespace(noise)
+    distance = nearest_known_distance(grid, is_known)
+    rank = noise_rank(noise)
+    rows = sampling._distance_rows(xp, grid, grid.num_tokens, device_of(noise))
+    packed = sampling._pick_by_packed_key(xp, rows, distance, rank, may_pick, grid.max_squared_distance, num_samples)
+    return packed, sampling._pick_by_distance_then_rank(xp, rows, distance, rank, may_pick, num_samples)
+
+
+@pytest.mark.parametrize("grid", GRIDS[::2], ids=str)
+@pytest.mark.parametrize("share", [0.0, 0.3])
+def test_both_ways_are_equal_on_every_library(library, grid, share):
+    noise = counter_noise(2, 0, np.arange(3), grid.num_tokens)
+    is_known = some(grid.num_tokens, share, 0)
+    packed, compared = library.run(lambda *a: both_ways(grid, 3, *a), noise, is_known, ~is_known)
+    expected = expected_picks(grid, 3, noise, is_known)
+    library.assert_equal(packed, expected, dtype="index")
+    library.assert_equal(compared, expected, dtype="index")
+
+
+@st.composite
+def cases(draw, max_side=7):
+    axes = draw(st.integers(1, 3))
+    shape = tuple(draw(st.lists(st.integers(1, (20, max_side, 3)[axes - 1]), min_size=axes, max_size=axes)))
+    grid = Grid(shape, tuple(draw(st.lists(st.integers(1, 5), min_size=axes, max_size=axes))))
+    noise = draw(hnp.arrays(np.int32, (1, grid.num_tokens), elements=st.integers(-9, 9)))
+    is_known = draw(hnp.arrays(bool, (1, grid.num_tokens)))
+    may_pick = ~is_known & draw(hnp.arrays(bool, (1, grid.num_tokens)))
+    return grid, noise, is_known, may_pick, draw(st.integers(0, int(may_pick.sum())))
+
+
+@given(cases())
+def test_both_ways_are_equal(case):
+    grid, noise, is_known, may_pick, number = case
+    if number:
+        packed, compared = both_ways(grid, number, noise, is_known, may_pick)
+        np.testing.assert_array_equal(packed, compared)
+        np.testing.assert_array_equal(packed, expected_picks(grid, number, noise, is_known, may_pick))
+
+
+@pytest.fixture
+def way_taken(monkeypatch):
+    """Return a list that fills with the names of the loops that are called."""
+    taken = []
+
+    def spy_on(name):
+        original = getattr(sampling, name)
+
+        def spy(*arguments):
+            taken.append(name)
+            return original(*arguments)
+
+        monkeypatch.setattr(sampling, name, spy)
+
+    spy_on("_pick_by_packed_key")
+    spy_on("_pick_by_distance_then_rank")
+    return taken
+
+
+def picks_in_int64(grid, num_samples, noise, is_known):
+    """Pick with masks, branches and 64-bit integers: slow, large and plain."""
+    positions = grid.positions.astype(np.int64)
+    picks = []
+    for row, known in zip(noise, is_known, strict=True):
+        rank = np.empty(row.size, dtype=np.int64)
+        rank[np.argsort(row, kind="stable")] = np.arange(row.size)
+        distance = np.full(row.size, 2**62)
+        may_pick = ~known
+        for token in np.flatnonzero(known):
+            distance = np.minimum(distance, ((positions - positions[token]) ** 2).sum(axis=1))
+        of_image = []
+        for _ in range(num_samples):
+            furthest = np.flatnonzero(may_pick & (distance == distance[may_pick].max()))
+            pick = furthest[rank[furthest].argmax()]
+            of_image.append(int(pick))
+            may_pick[pick] = False
+            distance = np.minimum(distance, ((positions - positions[pick]) ** 2).sum(axis=1))
+        picks.append(of_image)
+    return picks
+
+
+LARGE = [
+    (Grid((64, 64)), "_pick_by_packed_key"),
+    (Grid((128, 128)), "_pick_by_packed_key"),
+    (Grid((16, 64, 64)), "_pick_by_packed_key"),
+    (Grid((16, 64, 64), (9, 1, 1)), "_pick_by_packed_key"),
+    (Grid((16, 64, 64), (11, 1, 1)), "_pick_by_distance_then_rank"),
+    (Grid((192, 192)), "_pick_by_distance_then_rank"),
+    (Grid((14, 14), (254, 17)), "_pick_by_packed_key"),  # the key reaches 0.9996 of int32 here
+    (Grid((14, 14), (254, 18)), "_pick_by_distance_then_rank"),  # and would pass it here
+    (Grid((14, 14), (2000, 1500)), "_pick_by_distance_then_rank"),
+]
+
+
+@pytest.mark.parametrize(("grid", "way"), LARGE, ids=str)
+@pytest.mark.parametrize("num_known", [0, 3])
+def test_large_grids_match_64_bit_arithmetic(library, grid, way, num_known, way_taken):
+    noise = counter_noise(0, 0, np.arange(2), grid.num_tokens)
+    is_known = noise_rank(noise[:, ::-1]) < num_known
+    picks = library.run(lambda noise, known: furthest_point_sampling(grid, 5, noise, known=known), noise, is_known)
+    library.assert_equal(picks, picks_in_int64(grid, 5, noise, is_known), dtype="index")
+    assert way_taken == [way]
+
+
+def test_the_key_is_packed_up_to_the_limit_of_int32():
+    for (grid, way), inside in zip(LARGE[6:8], (True, False), strict=True):
+        largest_key = (grid.max_squared_distance + 2) * grid.num_tokens
+        assert (largest_key <= INT32_MAX) == inside == (way == "_pick_by_packed_key")
+        assert 0.99 < largest_key / INT32_MAX < 1.01
+
+
+# --- properties ----------------------------------------------------------------------------------------------------
+
+
+@given(cases())
+def test_picks_are_distinct_candidates(case):
+    grid, noise, is_known, may_pick, number = case
+    picks = furthest_point_sampling(grid, number, noise, known=is_known, candidates=may_pick)[0]
+    assert picks.shape == (number,)
+    assert np.unique(picks).size == number
+    assert may_pick[0, picks].all()
+
+
+@given(cases())
+def test_known_tokens_are_never_picked_even_as_candidates(case):
+    grid, noise, is_known, may_pick, number = case
+    expected = furthest_point_sampling(grid, number, noise, known=is_known, candidates=may_pick)
+    np.testing.assert_array_equal(
+        furthest_point_sampling(grid, number, noise, known=is_known, candidates=may_pick | is_known), expected
+    )
+
+
+@given(cases())
+def test_distances_of_picks_do_not_increase(case):
+    grid, noise, is_known, may_pick, number = case
+    picks = furthest_point_sampling(grid, number, noise, known=is_known, candidates=may_pick)[0]
+    covered, distances = is_known.copy(), []
+    for pick in picks:
+        distances.append(int(nearest_known_distance(grid, covered)[0, pick]))
+        covered[0, pick] = True
+    assert distances == sorted(distances, reverse=True)
+
+
+@given(cases())
+def test_fewer_picks_are_the_first_of_more(case):
+    grid, noise, is_known, may_pick, number = case
+    if number:
+        more = furthest_point_sampling(grid, number, noise, known=is_known, candidates=may_pick)
+        fewer = furthest_point_sampling(grid, number - 1, noise, known=is_known, candidates=may_pick)
+        np.testing.assert_array_equal(fewer, more[:, :-1])
+
+
+@given(cases(max_side=3), st.integers(1, 3))
+def test_covering_radius_is_at_most_twice_the_best(case, number):
+    grid, noise, is_known, _, _ = case
+    is_known = is_known & (np.arange(grid.num_tokens) < 2)
+    free = tokens(~is_known[0])
+    number = min(number, len(free))
+    picks = furthest_point_sampling(grid, number, noise, known=is_known)[0]
+    between = squared_distances(grid.positions, grid.positions)
+
+    def squared_radius(centres):
+        return between[[*tokens(is_known[0]), *centres]].min(axis=0).max() if centres or is_known.any() else 0
+
+    best = min(squared_radius(centres) for centres in combinations(free, number))
+    assert squared_radius(picks.tolist()) <= 4 * best
+
+
+# --- errors --------------------------------------------------------------------------------------------------------
+
+NOISE = np.zeros((2, 4), dtype=np.int32)
+NOBODY = np.zeros((2, 4), dtype=bool)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ((Grid((4,)), 5, NOISE), ValueError, "num_samples: expected 0 to 4, got 5"),
+        ((Grid((4,)), -1, NOISE), ValueError, "num_samples: expected 0 to 4, got -1"),
+        ((Grid((5,)), 1, NOISE), ValueError, r"noise: expected shape \(batch, 5\), got \(2, 4\)"),
+        ((Grid((4,)), 1, NOISE[0]), ValueError, r"noise: .* got \(4,\)"),
+        ((np.arange(4), 1, NOISE), ValueError, r"positions: expected a Grid or shape \(N, axes\), got shape \(4,\)"),
+        ((np.zeros((4, 2)), 1, NOISE), TypeError, "positions: expected integers, got float64"),
+        ((Grid((4,)), 1, NOISE, NOISE), TypeError, "known: expected bool, got int32"),
+        ((Grid((4,)), 1, NOISE, None, NOISE), TypeError, "candidates: expected bool, got int32"),
+        ((Grid((4,)), 1, NOISE, NOBODY[:1]), ValueError, r"known: expected the shape of noise, \(2, 4\), got \(1, 4\)"),
+        ((Grid((4,)), 1, NOISE, NOBODY, NOBODY[:, :2]), ValueError, r"candidates: .* got \(2, 2\)"),
+    ],
+)
+def test_errors_name_the_argument(arguments, error, message):
+    with pytest.raises(error, match=message):
+        furthest_point_sampling(*arguments)

@@ -1,0 +1,382 @@
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+import prmim_reference as reference
+from prmim_core import (
+    Grid,
+    Plan,
+    Schedule,
+    TokenCounts,
+    block_visible,
+    count_tokens,
+    counter_noise,
+    is_member,
+    make_plan,
+    nearest_known_distance,
+    noise_rank,
+    take_tokens,
+)
+
+GRIDS = [Grid((11,)), Grid((4, 6)), Grid((5, 4), (3, 1)), Grid((3, 4, 2), (4, 1, 1))]
+STRATEGIES = [("furthest", "visible"), ("furthest", "none"), ("random", "visible"), ("cell", "visible")]
+
+
+def expected_order(schedule, noise, visible=None, weights=None):
+    return [
+        reference.schedule.make_order(
+            schedule.grid.shape,
+            schedule.counts,
+            row,
+            spacing=schedule.grid.spacing,
+            throwing=schedule.throwing,
+            seed=schedule.seed,
+            visible=None if visible is None else visible[image].tolist(),
+            weights=None if weights is None else weights[image].tolist(),
+        )
+        for image, row in enumerate(noise.tolist())
+    ]
+
+
+@pytest.mark.parametrize(("throwing", "seed"), STRATEGIES)
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+def test_plans_match_the_reference(library, grid, throwing, seed):
+    schedule = Schedule(grid, count_tokens(grid.num_tokens, 0.75, 0.4), throwing=throwing, seed=seed)
+    noise = counter_noise(0, 0, np.arange(3), grid.num_tokens)
+    plan = library.run(lambda noise: make_plan(schedule, noise), noise)
+    assert isinstance(plan, Plan)
+    assert plan.schedule == schedule
+    library.assert_equal(plan.order, expected_order(schedule, noise), dtype="index")
+
+
+@pytest.mark.parametrize(("throwing", "seed"), STRATEGIES[::3])
+def test_plans_take_the_visible_tokens_they_are_given(library, throwing, seed):
+    grid = GRIDS[1]
+    schedule = Schedule(grid, TokenCounts(8, 6, 10), throwing=throwing, seed=seed)
+    noise = counter_noise(0, 0, np.arange(3), 24)
+    visible = block_visible(noise[:, ::-1], grid, (2, 2), 2)
+    plan = library.run(lambda noise, visible: make_plan(schedule, noise, visible), noise, visible)
+    library.assert_equal(plan.order, expected_order(schedule, noise, visible), dtype="index")
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int16])
+def test_visible_may_be_of_any_integer_type(library, dtype):
+    # A large batch: the numbers of all its tokens do not fit into the narrow types.
+    schedule = Schedule(GRIDS[1], TokenCounts(6, 8, 10))
+    noise = counter_noise(0, 0, np.arange(2000), 24)
+    expected = make_plan(schedule, noise).order
+    plan = library.run(lambda noise, visible: make_plan(schedule, noise, visible), noise, expected[:, :6].astype(dtype))
+    library.assert_equal(plan.order, expected, dtype="index")
+
+
+@pytest.mark.parametrize("grid", GRIDS[::2], ids=str)
+def test_weighted_plans_match_the_reference(library, grid):
+    schedule = Schedule(grid, count_tokens(grid.num_tokens, 0.75, 0.4), throwing="weighted")
+    noise = counter_noise(0, 0, np.arange(3), grid.num_tokens)
+    weights = np.random.default_rng(0).random(noise.shape, dtype=np.float32)
+    weights[:, ::5] = 0
+    plan = library.run(lambda noise, weights: make_plan(schedule, noise, weights=weights), noise, weights)
+    order = library.to_numpy(plan.order)
+    library.assert_equal(plan.order, order, dtype="index")
+    expected = np.asarray(expected_order(schedule, noise, weights=weights))
+    known = schedule.num_known(1)
+    np.testing.assert_array_equal(order[:, : schedule.counts.visible], expected[:, : schedule.counts.visible])
+    # Logarithms differ in the last bit, so near-ties may be drawn in another order: times are compared, and the rest
+    # of the plan is judged given what was drawn.
+    uniforms = np.asarray([[reference.noise.uniform(value) for value in row] for row in noise.tolist()])
+    with np.errstate(divide="ignore"):
+        times = -np.log(uniforms) / weights
+    drawn, meant = (
+        np.take_along_axis(times, which[:, schedule.counts.visible : known], axis=1) for which in (order, expected)
+    )
+    np.testing.assert_allclose(drawn, meant, rtol=1e-5)
+    for row, image in zip(order.tolist(), noise.tolist(), strict=True):
+        rest = reference.schedule.thrown_order(grid.shape, image, row[:known], spacing=grid.spacing)
+        assert row[known:] == rest
+
+
+EMPTY = [
+    TokenCounts(0, 10, 14),  # nothing visible
+    TokenCounts(10, 0, 14),  # nothing decoded
+    TokenCounts(10, 14, 0),  # nothing thrown
+    TokenCounts(24, 0, 0),  # nothing masked
+    TokenCounts(0, 24, 0),  # all decoded
+    TokenCounts(0, 0, 24),  # nothing known
+]
+
+
+@pytest.mark.parametrize("counts", EMPTY, ids=str)
+def test_empty_parts_are_defined(library, counts):
+    schedule = Schedule(GRIDS[1], counts, stages=3)
+    noise = counter_noise(0, 0, np.arange(2), 24)
+    plan = library.run(lambda noise: make_plan(schedule, noise), noise)
+    library.assert_equal(plan.order, expected_order(schedule, noise), dtype="index")
+    library.assert_equal(plan.visible, library.to_numpy(plan.order)[:, : counts.visible])
+    library.assert_equal(plan.thrown, library.to_numpy(plan.order)[:, counts.visible + counts.decoded :])
+
+
+def test_without_known_tokens_noise_alone_orders_the_thrown():
+    noise = counter_noise(0, 0, np.arange(2), 24)
+    plan = make_plan(Schedule(GRIDS[1], TokenCounts(0, 0, 24)), noise)
+    np.testing.assert_array_equal(plan.order, np.argsort(noise, axis=1))
+
+
+# --- properties ----------------------------------------------------------------------------------------------------
+
+
+@st.composite
+def plans(draw):
+    axes = draw(st.integers(1, 3))
+    shape = tuple(draw(st.lists(st.integers(1, (20, 7, 3)[axes - 1]), min_size=axes, max_size=axes)))
+    grid = Grid(shape, tuple(draw(st.lists(st.integers(1, 5), min_size=axes, max_size=axes))))
+    cuts = sorted(draw(st.lists(st.integers(0, grid.num_tokens), min_size=2, max_size=2)))
+    counts = TokenCounts(cuts[0], cuts[1] - cuts[0], grid.num_tokens - cuts[1])
+    throwing, seed = draw(st.sampled_from([*STRATEGIES, ("weighted", "visible")]))
+    schedule = Schedule(grid, counts, stages=draw(st.integers(1, 5)), throwing=throwing, seed=seed)
+    noise = draw(hnp.arrays(np.int32, (2, grid.num_tokens), elements=st.integers(-9, 9)))
+    elements = st.floats(0, 1, width=32)
+    weights = draw(hnp.arrays(np.float32, noise.shape, elements=elements)) if throwing == "weighted" else None
+    return make_plan(schedule, noise, weights=weights), noise
+
+
+@given(plans())
+def test_the_parts_of_a_plan_partition_the_tokens(case):
+    plan, _ = case
+    parts = [plan.visible, plan.decoded, *(plan.stage(stage + 1) for stage in range(plan.schedule.stages))]
+    for image in range(2):
+        assert sorted(token for part in parts for token in part[image].tolist()) == list(range(plan.order.shape[1]))
+    np.testing.assert_array_equal(np.concatenate([plan.decoded, plan.thrown], axis=1), plan.masked)
+    np.testing.assert_array_equal(np.concatenate([plan.visible, plan.masked], axis=1), plan.order)
+
+
+@given(plans())
+def test_restore_inverts_the_order(case):
+    plan, _ = case
+    np.testing.assert_array_equal(take_tokens(plan.order, plan.restore), [np.arange(plan.order.shape[1])] * 2)
+    np.testing.assert_array_equal(take_tokens(plan.restore, plan.order), [np.arange(plan.order.shape[1])] * 2)
+
+
+@given(plans())
+def test_stages_have_their_sizes_and_known_tokens(case):
+    plan, _ = case
+    schedule = plan.schedule
+    sizes = schedule.stage_sizes
+    assert sizes == reference.schedule.stage_sizes(schedule.counts.thrown, schedule.stages)
+    assert sum(sizes) == schedule.counts.thrown
+    assert max(sizes) - min(sizes) <= 1
+    assert list(sizes) == sorted(sizes, reverse=True)
+    for stage, size in enumerate(sizes, start=1):
+        assert plan.stage(stage).shape == (2, size)
+        assert plan.known(stage).shape == (2, schedule.num_known(stage))
+        assert schedule.num_known(stage) == reference.schedule.num_known(schedule.counts, schedule.stages, stage)
+        together = np.concatenate([plan.known(stage), plan.stage(stage)], axis=1)
+        np.testing.assert_array_equal(together, plan.order[:, : together.shape[1]])
+
+
+@given(plans())
+def test_thrown_tokens_are_sorted_by_distance_then_noise(case):
+    plan, noise = case
+    is_known = is_member(plan.known(1), plan.order.shape[1])
+    distance = take_tokens(nearest_known_distance(plan.schedule.grid, is_known), plan.thrown).tolist()
+    rank = take_tokens(noise_rank(noise), plan.thrown).tolist()
+    for image in range(2):
+        keys = list(zip(distance[image], rank[image], strict=True))
+        assert keys == sorted(keys)
+
+
+@given(plans())
+def test_plans_match_the_reference_everywhere(case):
+    plan, noise = case
+    if plan.schedule.throwing != "weighted":
+        assert plan.order.tolist() == expected_order(plan.schedule, noise)
+
+
+@pytest.mark.parametrize("throw_ratio", [0.5, 0.6, 0.7])
+def test_furthest_sampling_leaves_thrown_tokens_nearer_to_known_ones_than_rivals_do(throw_ratio):
+    noise = counter_noise(0, 0, np.arange(200), 196)
+    counts = count_tokens(196, 0.75, throw_ratio)
+    beyond = {}  # distance to the nearest known token, less the 1 that no token can pass: mean over the thrown
+    for throwing in ("furthest", "random", "cell"):
+        plan = make_plan(Schedule(Grid((14, 14)), counts, throwing=throwing), noise)
+        squared = nearest_known_distance(Grid((14, 14)), is_member(plan.known(1), 196))
+        beyond[throwing] = np.sqrt(squared).sum(axis=1) / counts.thrown - 1
+    assert (beyond["furthest"] < beyond["random"]).mean() > 0.99
+    assert beyond["furthest"].mean() < 0.7 * beyond["random"].mean()
+    assert beyond["furthest"].mean() < 0.7 * beyond["cell"].mean()
+
+
+# --- membership and gathering --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [0, 1, 5, 9])
+def test_is_member_marks_the_tokens(library, number):
+    index = np.stack([np.random.default_rng(seed).permutation(9)[:number] for seed in range(3)]).astype(np.int64)
+    expected = np.zeros((3, 9), dtype=bool)
+    np.put_along_axis(expected, index, True, axis=1)
+    library.assert_equal(library.run(lambda index: is_member(index, 9), index), expected, dtype="bool")
+
+
+def test_is_member_takes_repeated_tokens(xp):
+    expected = [[False, True, False], [True, False, True]]
+    xp.assert_equal(xp.run(lambda index: is_member(index, 3), np.asarray([[1, 1], [2, 0]])), expected)
+
+
+@pytest.mark.parametrize("trailing", [(), (4,), (2, 3)])
+@pytest.mark.parametrize("number", [0, 5, 12])
+def test_take_tokens_gathers(library, trailing, number):
+    generator = np.random.default_rng(0)
+    x = generator.random((3, 7, *trailing), dtype=np.float32)
+    index = generator.integers(0, 7, (3, number))
+    expected = np.stack([row[picked] for row, picked in zip(x, index, strict=True)])
+    library.assert_equal(library.run(take_tokens, x, index), expected, dtype="float32")
+
+
+@pytest.mark.parametrize(
+    ("x", "index"),
+    [((2, 3), (2,)), ((2,), (2, 3)), ((2, 3, 1), (1, 2)), ((2, 3), (2, 1, 1))],
+)
+def test_take_tokens_checks_shapes(x, index):
+    with pytest.raises(ValueError, match=r"index: expected x \(batch, N, \.\.\.\) and index \(batch, n\), got"):
+        take_tokens(np.zeros(x), np.zeros(index, dtype=int))
+
+
+# --- schedules as keys, plans as pytrees ---------------------------------------------------------------------------
+
+
+def test_schedules_of_equal_content_are_one_key():
+    schedules = [Schedule(Grid((4, 6)), count_tokens(24, 0.75, 0.5)) for _ in range(2)]
+    assert schedules[0] == schedules[1]
+    assert len(set(schedules)) == 1
+    assert schedules[0] != Schedule(Grid((4, 6)), count_tokens(24, 0.75, 0.5), stages=1)
+
+
+def test_a_schedule_is_a_static_argument_and_noise_needs_no_new_trace(get_backend):
+    jax = pytest.importorskip("jax")
+    xp, traces = get_backend("jax"), []
+
+    def plan(schedule, noise):
+        traces.append(schedule)
+        return make_plan(schedule, noise)
+
+    jitted = jax.jit(plan, static_argnums=0)
+    for step in range(3):
+        schedule = Schedule(Grid((4, 6)), count_tokens(24, 0.75, 0.5))  # made anew: equality counts, not identity
+        noise = counter_noise(0, step, np.arange(2), 24)
+        xp.assert_equal(jitted(schedule, xp.from_numpy(noise)).order, expected_order(schedule, noise), dtype="index")
+    assert len(traces) == 1
+    jitted(Schedule(Grid((4, 6)), count_tokens(24, 0.75, 0.5), throwing="random"), xp.from_numpy(noise))
+    assert len(traces) == 2
+
+
+@pytest.fixture
+def jax_plan(get_backend):
+    xp = get_backend("jax")
+    schedule = Schedule(Grid((4, 6)), TokenCounts(6, 8, 10))
+    return Plan(xp.from_numpy(make_plan(schedule, counter_noise(0, 0, np.arange(3), 24)).order), schedule)
+
+
+def test_a_plan_is_a_pytree_of_one_leaf(jax_plan):
+    jax = pytest.importorskip("jax")
+    leaves, structure = jax.tree_util.tree_flatten(jax_plan)
+    assert len(leaves) == 1
+    assert leaves[0] is jax_plan.order
+    again = jax.tree_util.tree_unflatten(structure, leaves)
+    assert isinstance(again, Plan)
+    assert again.schedule == jax_plan.schedule
+    shapes = jax.tree_util.tree_map(lambda leaf: leaf.shape, jax_plan)
+    assert isinstance(shapes, Plan)
+    assert shapes.order == (3, 24)
+    assert isinstance(jax.eval_shape(lambda plan: plan, jax_plan), Plan)
+
+
+def test_jit_takes_and_returns_plans(jax_plan):
+    jax = pytest.importorskip("jax")
+
+    @jax.jit
+    def swap(plan):
+        return Plan(plan.order[::-1], plan.schedule), plan.restore, plan.visible
+
+    swapped, restore, visible = swap(jax_plan)
+    assert isinstance(swapped, Plan)
+    np.testing.assert_array_equal(swapped.order, np.asarray(jax_plan.order)[::-1])
+    np.testing.assert_array_equal(restore, jax_plan.restore)
+    np.testing.assert_array_equal(visible, jax_plan.visible)
+
+
+def test_vmap_takes_plans(jax_plan):
+    jax = pytest.importorskip("jax")
+    firsts = jax.vmap(lambda plan: plan.order[0])(jax_plan)
+    np.testing.assert_array_equal(firsts, jax_plan.order[:, 0])
+
+
+def test_plans_compare_by_identity():
+    plan = Plan(np.zeros((1, 4), dtype=int), Schedule(Grid((4,)), TokenCounts(1, 1, 2)))
+    assert plan == plan
+    assert plan != Plan(plan.order, plan.schedule)
+    assert hash(plan) is not None
+
+
+# --- errors --------------------------------------------------------------------------------------------------------
+
+GRID, COUNTS = Grid((4,)), TokenCounts(1, 1, 2)
+NOISE = counter_noise(0, 0, np.arange(2), 4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"counts": TokenCounts(1, 1, 1)}, ValueError, "counts: expected 4 tokens in all, as in the grid, got 3"),
+        ({"stages": 0}, ValueError, "stages: expected at least 1, got 0"),
+        ({"stages": 1.0}, TypeError, "stages: expected an integer, got 1.0"),
+        ({"stages": True}, TypeError, "stages: expected an integer, got True"),
+        ({"throwing": "near"}, ValueError, "throwing: expected one of furthest, random, weighted, cell, got 'near'"),
+        ({"seed": "random"}, ValueError, "seed: expected one of visible, none, got 'random'"),
+    ],
+)
+def test_schedules_are_checked(arguments, error, message):
+    with pytest.raises(error, match=message):
+        Schedule(**{"grid": GRID, "counts": COUNTS, **arguments})
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_stages_count_from_one(stage):
+    schedule = Schedule(GRID, COUNTS)
+    plan = make_plan(schedule, NOISE)
+    for method in (schedule.num_known, plan.stage, plan.known):
+        with pytest.raises(ValueError, match=f"stage: expected 1 to 2, got {stage}"):
+            method(stage)
+
+
+@pytest.mark.parametrize(
+    ("throwing", "arguments", "error", "message"),
+    [
+        ("furthest", {"noise": NOISE[:, :3]}, ValueError, r"noise: expected shape \(batch, 4\), got \(2, 3\)"),
+        ("furthest", {"noise": NOISE[0]}, ValueError, r"noise: .* got \(4,\)"),
+        ("furthest", {"visible": NOISE[:, :2]}, ValueError, r"visible: expected shape \(2, 1\), got \(2, 2\)"),
+        ("furthest", {"visible": np.zeros((2, 1))}, TypeError, "visible: expected integers, got float64"),
+        ("furthest", {"weights": np.ones((2, 4))}, ValueError, "weights: .* with throwing='weighted' only"),
+        ("weighted", {}, ValueError, "weights: .* got None"),
+        ("weighted", {"weights": np.ones((2, 1))}, ValueError, r"weights: .* \(2, 4\), got \(2, 1\)"),
+        ("weighted", {"weights": np.ones(4)}, ValueError, r"weights: .* \(2, 4\), got \(4,\)"),
+        (
+            "weighted",
+            {"weights": np.ones((2, 4)), "noise": NOISE / 2.0},
+            TypeError,
+            "noise: expected int32, got float64",
+        ),
+        ("cell", {"noise": NOISE / 2.0}, TypeError, "noise: expected int"),
+    ],
+)
+def test_plans_are_checked(throwing, arguments, error, message):
+    schedule = Schedule(GRID, COUNTS, throwing=throwing)
+    with pytest.raises(error, match=message):
+        make_plan(schedule, **{"noise": NOISE, **arguments})
+
+
+@pytest.mark.parametrize("xp", ["torch", "jax", "strict"], indirect=True)
+def test_libraries_are_not_mixed(xp):
+    visible = np.zeros((2, 1), dtype=int)
+    with pytest.raises(TypeError, match="Multiple namespaces"):
+        make_plan(Schedule(GRID, COUNTS), xp.from_numpy(NOISE), visible)

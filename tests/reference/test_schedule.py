@@ -1,0 +1,86 @@
+import numpy as np
+import pytest
+from scipy.ndimage import distance_transform_edt
+
+from prmim_reference.counts import TokenCounts, count_tokens
+from prmim_reference.masking import tube_visible
+from prmim_reference.noise import counter_noise
+from prmim_reference.schedule import make_order, num_known, stage_sizes, thrown_order
+
+STRATEGIES = ["furthest", "random", "weighted", "cell"]
+GRIDS = [((12,), None), ((6, 5), None), ((6, 5), (2, 1)), ((2, 4, 4), (4, 1, 1))]
+
+
+@pytest.mark.parametrize(
+    ("num_thrown", "stages", "expected"),
+    [(98, 2, (49, 49)), (7, 3, (3, 2, 2)), (8, 3, (3, 3, 2)), (2, 4, (1, 1, 0, 0)), (0, 2, (0, 0)), (5, 1, (5,))],
+)
+def test_stage_sizes_by_hand(num_thrown, stages, expected):
+    assert stage_sizes(num_thrown, stages) == expected
+    counts = TokenCounts(3, 4, num_thrown)
+    starts = [num_known(counts, stages, stage) for stage in range(1, stages + 2)]
+    assert starts == [7 + sum(expected[:stage]) for stage in range(stages + 1)]
+
+
+def test_stages_are_at_least_one():
+    with pytest.raises(ValueError, match="stages: expected at least 1"):
+        stage_sizes(4, 0)
+
+
+@pytest.mark.parametrize("throwing", STRATEGIES)
+@pytest.mark.parametrize("seed", ["visible", "none"])
+@pytest.mark.parametrize(("shape", "spacing"), GRIDS)
+@pytest.mark.parametrize("ratios", [(0.75, 0.5), (0.5, 0.0), (0.75, 1.0), (0.0, 0.5), (1.0, 0.4)])
+def test_the_plan_is_a_permutation_with_thrown_tokens_by_distance(throwing, seed, shape, spacing, ratios):
+    num_tokens = int(np.prod(shape))
+    counts = count_tokens(num_tokens, *ratios)
+    noise = counter_noise(0, 0, 0, num_tokens)
+    weights = np.random.default_rng(0).uniform(size=num_tokens).tolist()
+    order = make_order(shape, counts, noise, spacing=spacing, throwing=throwing, seed=seed, weights=weights)
+    assert sorted(order) == list(range(num_tokens))
+    assert order[: counts.visible] == np.argsort(noise)[: counts.visible].tolist()
+    known, thrown = order[: num_tokens - counts.thrown], order[num_tokens - counts.thrown :]
+    is_unknown = np.ones(num_tokens, bool)
+    is_unknown[known] = False
+    distance = (
+        distance_transform_edt(is_unknown.reshape(shape), sampling=spacing).ravel() if known else is_unknown * 1.0
+    )
+    expected = np.lexsort((noise, np.round(distance**2)))
+    assert thrown == [token for token in expected if is_unknown[token]]
+
+
+def test_nothing_known_leaves_the_order_to_noise():
+    noise = counter_noise(0, 0, 0, 16)
+    order = make_order((4, 4), TokenCounts(0, 0, 16), noise)
+    assert order == np.argsort(noise).tolist()
+    assert thrown_order((4, 4), noise, []) == order
+
+
+def test_visible_tokens_may_be_given():
+    noise = counter_noise(0, 0, 0, 32)
+    visible = tube_visible(noise, (2, 4, 4), 8)
+    order = make_order((2, 4, 4), TokenCounts(8, 8, 16), noise, visible=visible)
+    assert order[:8] == visible
+    assert sorted(order) == list(range(32))
+
+
+def test_furthest_throwing_leaves_thrown_tokens_nearer_to_known_ones():
+    counts = count_tokens(196, 0.75, 0.5)
+    totals = {}
+    for throwing in ("furthest", "random"):
+        totals[throwing] = 0.0
+        for sample in range(3):
+            order = make_order((14, 14), counts, counter_noise(0, 0, sample, 196), throwing=throwing)
+            is_unknown = np.ones(196, bool)
+            is_unknown[order[:98]] = False
+            totals[throwing] += distance_transform_edt(is_unknown.reshape(14, 14)).sum()
+    assert totals["furthest"] < totals["random"]
+
+
+def test_lengths_that_do_not_fit_are_refused():
+    with pytest.raises(ValueError, match="noise: expected one value for each of 4 tokens"):
+        make_order((2, 2), TokenCounts(1, 1, 2), [0, 1, 2])
+    with pytest.raises(ValueError, match="noise: expected"):
+        make_order((2, 2), TokenCounts(1, 1, 1), [0, 1, 2, 3])
+    with pytest.raises(ValueError, match="visible: expected 1 tokens, got 2"):
+        make_order((2, 2), TokenCounts(1, 1, 2), [0, 1, 2, 3], visible=[0, 1])

@@ -1,0 +1,77 @@
+import numpy as np
+import pytest
+
+from prmim_reference.masking import random_visible
+from prmim_reference.noise import counter_noise
+from prmim_reference.throwing import cell_decoded, cell_phase, choose_decoded, furthest_decoded, random_decoded
+
+STRATEGIES = ["furthest", "random", "weighted", "cell"]
+
+
+@pytest.mark.parametrize("throwing", STRATEGIES)
+@pytest.mark.parametrize("shape", [(12,), (4, 5), (2, 3, 4)])
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_decoded_tokens_are_distinct_and_masked(throwing, shape, share):
+    num_tokens = int(np.prod(shape))
+    noise = counter_noise(0, 0, 0, num_tokens)
+    visible = random_visible(noise, num_tokens // 4)
+    num_decoded = int(share * (num_tokens - len(visible)))
+    weights = np.random.default_rng(0).uniform(size=num_tokens).tolist()
+    decoded = choose_decoded(throwing, shape, noise, visible, num_decoded, weights=weights)
+    assert len(set(decoded)) == num_decoded
+    assert not set(decoded) & set(visible)
+
+
+def test_furthest_from_visible_or_from_nothing():
+    noise = [0, 1, 2, 9, 3, 4, 5]
+    assert furthest_decoded((7,), noise, [0], 2) == [6, 3]  # 6 is furthest from 0; then the middle
+    assert furthest_decoded((7,), noise, [0], 2, seed="none") == [3, 6]  # 3 has the highest noise; 6 is furthest from 3
+    with pytest.raises(ValueError, match="seed: expected"):
+        furthest_decoded((7,), noise, [0], 2, seed="masked")
+
+
+def test_spacing_changes_what_is_furthest():
+    noise = list(range(9))
+    assert furthest_decoded((3, 3), noise, [0, 8], 1) == [
+        6
+    ]  # corners 2 and 6 tie at distance 2; 6 has the higher noise
+    assert furthest_decoded((3, 3), noise, [0, 2, 6], 1, spacing=(1, 1)) == [8]
+    assert furthest_decoded((3, 3), noise, [0, 2], 1, spacing=(1, 9)) == [7]
+    assert furthest_decoded((3, 3), noise, [0, 2], 1, spacing=(9, 1)) == [7]
+    assert furthest_decoded((3, 3), noise, [0, 6], 1, spacing=(9, 1)) == [5]
+
+
+def test_random_continues_the_order_of_the_visible():
+    noise = counter_noise(0, 0, 0, 50)
+    visible = random_visible(noise, 10)
+    assert visible + random_decoded(noise, visible, 15) == np.argsort(noise).tolist()[:25]
+
+
+def test_phases_of_a_clip():
+    cell = np.array([[0, 1], [2, 3]])
+    for offset in range(4):
+        for time in range(5):
+            expected = (np.tile(cell, (2, 3)) + time + offset) % 4
+            found = [[cell_phase((time, row, column), offset) for column in range(6)] for row in range(4)]
+            assert np.array_equal(found, expected)
+    assert [cell_phase((i,), 3) for i in range(6)] == [3, 0, 1, 2, 3, 0]
+
+
+@pytest.mark.parametrize("first_noise", [-5, 0, 3])
+def test_cell_decodes_whole_phases_first(first_noise):
+    noise = counter_noise(0, 0, 0, 36)
+    noise[0] = first_noise
+    decoded = cell_decoded((6, 6), noise, visible=[], num_decoded=18)
+    phases = [cell_phase(divmod(token, 6), first_noise % 4) for token in decoded]
+    assert phases == [0] * 9 + [1] * 9
+    for half in (decoded[:9], decoded[9:]):
+        assert [noise[token] for token in half] == sorted(noise[token] for token in half)
+
+
+def test_bad_arguments_are_refused():
+    with pytest.raises(ValueError, match="throwing: expected"):
+        choose_decoded("nearest", (4,), [0, 1, 2, 3], [0], 1)
+    with pytest.raises(ValueError, match="weights: expected one weight per token"):
+        choose_decoded("weighted", (4,), [0, 1, 2, 3], [0], 1)
+    with pytest.raises(ValueError, match="num_decoded: expected 0 to 3"):
+        choose_decoded("random", (4,), [0, 1, 2, 3], [0], 4)

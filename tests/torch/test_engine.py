@@ -1,0 +1,380 @@
+"""The engine: steps, schedules, guards, checkpoints."""
+
+import functools
+
+import numpy as np
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from prmim_core import counter_noise, make_plan, patchify
+from prmim_torch import Engine, create_method
+from prmim_torch.engine import learning_rate_at, parameter_groups
+
+TRAINING = {"seed": 3, "total_steps": 8, "warmup_steps": 2, "learning_rate": 1e-3}
+SAMPLE = np.arange(8)
+
+
+@pytest.fixture
+def make_engine(tiny, device):
+    def make(method_options=None, **training):
+        options = {"name": "mae", **tiny, **(method_options or {})}
+        return Engine(options, **{**TRAINING, "device": device.type, **training})
+
+    return make
+
+
+@pytest.fixture
+def images(make_images):
+    return make_images(8, 16, 16, 3)
+
+
+def train(engine, images, steps):
+    for _ in range(steps):
+        engine.train_step(images, SAMPLE)
+    return engine
+
+
+def weights_of(engine):
+    return {name: tensor.detach().cpu().clone() for name, tensor in engine.method.state_dict().items()}
+
+
+def assert_close(weights, others, rtol, atol):
+    for name, tensor in weights.items():
+        if name.endswith("qkv.bias"):
+            # A softmax does not notice what is added to all keys, so the gradient there is rounding error alone, which
+            # AdamW blows up to full steps.
+            query, _, value = tensor.chunk(3)
+            tensor = torch.cat([query, value])
+            other = torch.cat(others[name].chunk(3)[::2])
+        else:
+            other = others[name]
+        torch.testing.assert_close(tensor, other, rtol=rtol, atol=atol, msg=name)
+
+
+def assert_same(weights, others):
+    assert [name for name in weights if not torch.equal(weights[name], others[name])] == []
+
+
+def test_the_loss_falls(make_engine, images):
+    images = images // 16 + np.linspace(0, 239, 16, dtype=np.uint8)[:, None]  # a ramp and some noise
+    engine = make_engine(total_steps=60, learning_rate=1e-2)
+    train(engine, images, 5)
+    first = engine.read_metrics()
+    train(engine, images, 50)
+    engine.read_metrics()
+    train(engine, images, 5)
+    last = engine.read_metrics()
+    assert last["loss"] < 0.5 * first["loss"]
+    assert engine.step == 60
+
+
+@pytest.mark.parametrize("variant", ["kernel", "interpolate", "conv", "none"])
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_every_variant_trains(make_engine, images, variant, precision):
+    engine = train(make_engine({"variant": variant}, precision=precision), images, 3)
+    metrics = engine.read_metrics()
+    assert metrics["nonfinite_step"] is None
+    assert 0 < metrics["loss"] < 10
+    assert {parameter.dtype for parameter in engine.method.parameters()} == {torch.float32}
+
+
+def test_steps_are_those_of_a_plain_loop(tiny, images):
+    clip, weight_decay = 0.5, 0.1
+    engine = Engine({"name": "mae", **tiny}, **TRAINING, clip_grad=clip, weight_decay=weight_decay, device="cpu")
+    method = create_method("mae", **tiny, init_seed=TRAINING["seed"])
+    optimizer = torch.optim.AdamW(parameter_groups(method, weight_decay), betas=(0.9, 0.95))
+    losses, norms = [], []
+    for step in range(5):
+        engine.train_step(images, SAMPLE)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate_at(step, 8, 2, 1e-3, 0.0)
+        output = method(torch.from_numpy(images), counter_noise(3, step, torch.from_numpy(SAMPLE), 16))
+        optimizer.zero_grad()
+        output.loss.backward()
+        losses.append(output.loss.item())
+        norms.append(torch.nn.utils.clip_grad_norm_(method.parameters(), clip).item())
+        optimizer.step()
+    metrics = engine.read_metrics()
+    assert metrics["loss"] == pytest.approx(np.mean(losses), rel=1e-5)
+    assert metrics["grad_norm"] == pytest.approx(np.mean(norms), rel=1e-4)
+    assert min(norms) > clip  # or nothing was clipped
+    assert_close(weights_of(engine), method.state_dict(), rtol=1e-4, atol=1e-6)
+
+
+def test_parts_of_a_batch_add_up_to_it(make_engine, images):
+    whole = train(make_engine(), images, 4)
+    parts = train(make_engine(accumulate=4), images, 4)
+    measured, expected = parts.read_metrics(), whole.read_metrics()
+    for name in ("loss", "loss_decoded", "loss_thrown", "grad_norm"):
+        assert measured[name] == pytest.approx(expected[name], rel=1e-4)
+    assert_close(weights_of(parts), weights_of(whole), rtol=1e-3, atol=1e-5)
+
+
+def test_learning_rates():
+    rates = [learning_rate_at(step, 10, 4, 1.0, 0.1) for step in range(12)]
+    assert rates[:5] == [0.0, 0.25, 0.5, 0.75, 1.0]
+    assert rates[7] == pytest.approx(0.55)  # half way down
+    assert rates[10:] == [pytest.approx(0.1)] * 2
+    assert learning_rate_at(0, 10, 0, 1.0, 0.0) == 1.0
+    assert [learning_rate_at(step, 4, 4, 1.0, 0.0) for step in (3, 4, 5)] == [0.75, 1.0, 0.0]
+
+
+def test_metrics_are_means_since_the_last_reading(make_engine, images):
+    step_by_step, at_once = make_engine(), make_engine()
+    readings = [train(step_by_step, images, 1).read_metrics() for _ in range(3)]
+    means = train(at_once, images, 3).read_metrics()
+    for name in ("loss", "loss_decoded", "loss_thrown", "grad_norm"):
+        assert means[name] == pytest.approx(np.mean([reading[name] for reading in readings]), rel=1e-6)
+    assert [reading["learning_rate"] for reading in readings] == [0.0, 0.0005, 0.001]
+    assert np.isnan(at_once.read_metrics()["loss"])
+
+
+def test_decay_spares_biases_norms_and_the_reconstruction(tiny):
+    method = create_method("mae", **tiny)
+    names = {id(parameter): name for name, parameter in method.named_parameters()}
+    decayed, spared = ({names[id(p)] for p in group["params"]} for group in parameter_groups(method, 0.05))
+    assert {"encoder.cls_token", "decoder.mask_token", "encoder.patch_embed.proj.weight"} < decayed
+    assert {"reconstruct.table", "encoder.norm.weight", "decoder.pred.bias"} < spared
+    assert all(name.endswith(("weight", "token")) and "norm" not in name for name in decayed)
+    assert len(decayed) + len(spared) == len(names)
+    convolution = create_method("mae", **tiny, variant="conv")
+    assert id(convolution.reconstruct.kernel) in {id(p) for p in parameter_groups(convolution, 0.05)[1]["params"]}
+
+
+def moments_of(engine, directory):
+    directory.mkdir()
+    engine.save(directory)
+    return torch.load(directory / "training_state.pt", weights_only=True)["moments"]
+
+
+@pytest.mark.parametrize("clip_grad", [None, 0.1])
+@pytest.mark.parametrize("poison", ["loss", "gradient", "norm"])
+def test_a_step_that_is_not_finite_changes_nothing(make_engine, images, tmp_path, poison, clip_grad):
+    engine = train(make_engine(clip_grad=clip_grad), images, 3)
+    engine.read_metrics()
+    weights, moments = weights_of(engine), moments_of(engine, tmp_path / "before")
+
+    def spoil(module, arguments, output):
+        output.loss = output.loss * float("nan")
+
+    if poison == "loss":
+        handle = engine.method.register_forward_hook(spoil)
+    else:  # 1e30 is finite, but its square is not
+        factor = float("inf") if poison == "gradient" else 1e30
+        handle = engine.method.encoder.norm.bias.register_hook(lambda gradient: gradient * factor)
+    engine.train_step(images, SAMPLE)
+    engine.train_step(images, SAMPLE)
+    handle.remove()
+    assert_same(weights_of(engine), weights)
+    after = moments_of(engine, tmp_path / "after")
+    for index, moment in moments.items():
+        assert_same(after[index], moment)
+
+    engine.train_step(images, SAMPLE)
+    metrics = engine.read_metrics()
+    assert metrics["nonfinite_step"] == 4
+    assert np.isfinite([metrics["loss"], metrics["grad_norm"]]).all()
+    assert engine.step == 6
+    assert not torch.equal(weights_of(engine)["encoder.norm.bias"], weights["encoder.norm.bias"])
+    assert engine.read_metrics()["nonfinite_step"] == 4
+
+
+class NoReading(TorchDispatchMode):
+    """Refuse whatever makes the host wait for values."""
+
+    def __torch_dispatch__(self, function, types, arguments=(), kwargs=None):
+        name = function.name()
+        if any(part in name for part in ("_local_scalar_dense", "nonzero", "masked_select", "unique", "_to_cpu")):
+            raise AssertionError(f"{name} waits for the device")
+        return function(*arguments, **(kwargs or {}))
+
+
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype:UserWarning")
+def test_a_step_never_waits_for_the_device(make_engine, images, device):
+    engine = train(make_engine(clip_grad=1.0, accumulate=2), images, 2)
+    if device.type == "cuda":
+        before = torch.cuda.get_sync_debug_mode()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            train(engine, images, 2)
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
+    with NoReading():
+        train(engine, images, 2)
+        with pytest.raises(AssertionError, match=r"_local_scalar_dense waits"):
+            engine.read_metrics()
+
+
+def test_a_resumed_run_goes_on_bit_for_bit(tiny, images, tmp_path):
+    def make():
+        return Engine({"name": "mae", **tiny}, **TRAINING, clip_grad=1.0, device="cpu")
+
+    straight = train(make(), images, 7)
+    broken = train(make(), images, 4)
+    broken.save(tmp_path)
+    resumed = make()
+    resumed.restore(tmp_path)
+    assert resumed.step == 4
+    train(resumed, images, 3)
+    assert_same(weights_of(resumed), weights_of(straight))
+    assert resumed.read_metrics() == straight.read_metrics()
+
+
+def test_a_resumed_run_goes_on(make_engine, images, tmp_path):
+    straight = train(make_engine(precision="bfloat16"), images, 3)
+    straight.save(tmp_path)
+    resumed = make_engine(precision="bfloat16")
+    resumed.restore(tmp_path)
+    assert_same(weights_of(resumed), weights_of(straight))
+    assert train(resumed, images, 1).read_metrics()["loss"] == pytest.approx(
+        train(straight, images, 1).read_metrics()["loss"], rel=1e-3
+    )
+
+
+def test_options_of_the_resuming_engine_hold(make_engine, images, tmp_path):
+    train(make_engine(weight_decay=0.05), images, 3).save(tmp_path)
+    resumed = make_engine(weight_decay=0.3, betas=(0.8, 0.9))
+    resumed.restore(tmp_path)
+    group = resumed._optimizer.param_groups[0]
+    assert (group["weight_decay"], tuple(group["betas"])) == (0.3, (0.8, 0.9))
+
+
+def test_a_new_engine_can_be_saved_and_restored(make_engine, images, tmp_path):
+    make_engine().save(tmp_path)
+    engine = make_engine()
+    engine.restore(tmp_path)
+    assert engine.step == 0
+    assert_same(weights_of(train(engine, images, 2)), weights_of(train(make_engine(), images, 2)))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["training_state.pt", "weights.safetensors"]
+    assert torch.load(tmp_path / "training_state.pt", weights_only=True)["step"] == 0
+
+
+def test_another_architecture_is_refused(make_engine, images, tmp_path):
+    train(make_engine(), images, 1).save(tmp_path)
+    other = make_engine({"decoder_depth": 2})
+    before = weights_of(other)
+    with pytest.raises(ValueError, match=r"^weights: decoder_depth: expected 2, got 1$"):
+        other.restore(tmp_path)
+    assert_same(weights_of(other), before)
+    with pytest.raises(ValueError, match=r"^weights: decoder_depth: expected 2, got 1$"):
+        other.load_weights(tmp_path / "weights.safetensors")
+
+
+def test_a_damaged_training_state_is_refused(make_engine, images, tmp_path):
+    engine = train(make_engine(), images, 1)
+    engine.save(tmp_path)
+    path = tmp_path / "training_state.pt"
+    state = torch.load(path, weights_only=True)
+    weights = weights_of(engine)
+    other = make_engine(seed=4)
+    for content in (b"", b"text", path.read_bytes()[:1000]):
+        path.write_bytes(content)
+        with pytest.raises(
+            ValueError, match=r"^directory: expected a training state, got .*training_state.pt, which is"
+        ):
+            other.restore(tmp_path)
+    state["moments"].pop(0)
+    torch.save(state, path)
+    with pytest.raises(ValueError, match=r"^directory: expected a training state of \d+ parameters, got \d+, or"):
+        other.restore(tmp_path)
+    path.unlink()
+    with pytest.raises(FileNotFoundError):
+        other.restore(tmp_path)
+    assert other.step == 0
+    other.load_weights(tmp_path / "weights.safetensors")
+    assert_same(weights_of(other), weights)
+
+
+def test_features_and_pictures(make_engine, images):
+    engine = train(make_engine(), images, 1)
+    features = engine.features(images)
+    assert features.shape == (8, 16)
+    assert features.dtype == np.float32
+    reconstruction = engine.reconstruct(images, SAMPLE)
+    schedule = engine.method.schedule
+    assert reconstruction.schedule == schedule
+    expected = make_plan(schedule, counter_noise(3, 0, SAMPLE, 16))
+    np.testing.assert_array_equal(reconstruction.order, expected.order)
+    truth = patchify(images, (4, 4)) / 255
+    assert reconstruction.patches.shape == truth.shape
+    assert reconstruction.patches.dtype == np.float32
+    for image in range(8):
+        is_close = np.isclose(reconstruction.patches[image], truth[image], atol=1e-6).all(-1)
+        assert sorted(np.flatnonzero(is_close)) == sorted(expected.visible[image])
+    assert np.isfinite(reconstruction.patches).all()
+    assert engine.method.training
+    assert np.isnan(make_engine({"variant": "none"}).reconstruct(images, SAMPLE).patches).mean() == 0.5
+
+
+def test_it_says_what_it_is(make_engine, device):
+    engine = make_engine()
+    assert engine.device.startswith(device.type)
+    assert engine.num_parameters == sum(parameter.numel() for parameter in engine.method.parameters())
+    assert engine.cost().macs < make_engine({"throwing": "none"}).cost().macs
+
+
+def test_the_seed_gives_the_weights_unless_another_is_given(make_engine):
+    assert_same(weights_of(make_engine(seed=1)), weights_of(make_engine(seed=1)))
+    assert_same(weights_of(make_engine(seed=1)), weights_of(make_engine({"init_seed": 1}, seed=2)))
+    assert not torch.equal(
+        weights_of(make_engine(seed=1))["encoder.cls_token"], weights_of(make_engine())["encoder.cls_token"]
+    )
+
+
+def test_global_random_state_is_left_alone(make_engine, images):
+    state = torch.get_rng_state()
+    train(make_engine(), images, 1)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.filterwarnings("ignore:.*script_method.* is deprecated:DeprecationWarning")  # torch's own, on import
+def test_a_compiled_engine_takes_the_same_steps(make_engine, images, device, monkeypatch):
+    if device.type == "cpu":
+        # Generating code for a forward and a backward pass takes a minute; test_mae.py tests it for a forward pass.
+        monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    compiled = train(make_engine(compile=True, precision="bfloat16"), images, 3)
+    plain = train(make_engine(precision="bfloat16"), images, 3)
+    assert compiled._forward is not compiled.method
+    assert compiled.read_metrics()["loss"] == pytest.approx(plain.read_metrics()["loss"], rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"seed": -1}, r"seed: expected an integer in \[0, 2\*\*32\), got -1"),
+        ({"total_steps": 0}, "total_steps: expected at least 1, got 0"),
+        ({"warmup_steps": 9}, "warmup_steps: expected 0 to total_steps 8, got 9"),
+        ({"learning_rate": -1.0}, "learning_rate: expected a number of at least min_learning_rate 0.0, got -1.0"),
+        (
+            {"learning_rate": float("nan")},
+            "learning_rate: expected a number of at least min_learning_rate 0.0, got nan",
+        ),
+        ({"min_learning_rate": 1.0}, "learning_rate: expected a number of at least min_learning_rate 1.0, got 0.001"),
+        ({"clip_grad": 0.0}, "clip_grad: expected a positive number or None, got 0.0"),
+        ({"accumulate": 0}, "accumulate: expected at least 1, got 0"),
+        ({"precision": "float16"}, "precision: expected 'float32' or 'bfloat16', got 'float16'"),
+        ({"device": "abacus"}, "device: expected 'auto', 'cpu' or 'cuda', got 'abacus'"),
+    ],
+    ids=str,
+)
+def test_wrong_options(tiny, options, message):
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        Engine({"name": "mae", **tiny}, **{**TRAINING, "device": "cpu", **options})
+
+
+def test_a_missing_device_is_named(tiny):
+    if torch.cuda.is_available():
+        pytest.skip("needs a machine without a GPU")
+    with pytest.raises(ValueError, match=r"^device: expected one that is there, got 'cuda', but torch finds no CUDA"):
+        Engine({"name": "mae", **tiny}, **TRAINING, device="cuda")
+    assert Engine({"name": "mae", **tiny}, **TRAINING).device.startswith("cpu")
+
+
+def test_wrong_batches(make_engine, images):
+    with pytest.raises(ValueError, match=r"^images: expected a batch that accumulate=3 divides, got 8$"):
+        make_engine(accumulate=3).train_step(images, SAMPLE)
+    with pytest.raises(ValueError, match=r"^sample: expected shape \(8,\), got \(7,\)$"):
+        make_engine().train_step(images, SAMPLE[1:])
+    with pytest.raises(TypeError, match=r"^images: expected torch.uint8, got torch.float32$"):
+        make_engine().train_step(images.astype(np.float32), SAMPLE)

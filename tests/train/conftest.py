@@ -1,0 +1,72 @@
+"""Fixtures of the training tests: a backend in NumPy, and small runs on it."""
+
+import importlib.util
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from prmim_train.config import PretrainConfig
+
+HERE = Path(__file__).parent
+
+TINY = {
+    "data": "digits",
+    "channels": 1,
+    "image_size": 16,
+    "patch_size": 4,
+    "crop_scale": (0.8, 1.0),
+    "flip": False,
+    "holdout": 0.2,
+    "embed_dim": 32,
+    "depth": 1,
+    "num_heads": 2,
+    "decoder_dim": 16,
+    "decoder_depth": 1,
+    "decoder_heads": 2,
+    "epochs": 1,
+    "batch_size": 120,
+    "base_learning_rate": 0.01,
+    "precision": "float32",
+    "backend": "fake",
+    "device": "cpu",
+    "log_every": 2,
+    "eval_limit": 0,
+    "pictures": 0,
+}
+"""1,438 training images and batches of 120: 12 steps an epoch."""
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """The engine class of `tests/train/fake_engine.py`, registered as the backend `fake`."""
+    spec = importlib.util.spec_from_file_location("prmim_fake", HERE / "fake_engine.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setitem(sys.modules, "prmim_fake", module)
+    yield module.Engine
+    module.Engine.made.clear()
+
+
+@pytest.fixture
+def tiny(fake: Any, tmp_path: Path) -> Callable[..., PretrainConfig]:
+    """Make a configuration of a run of 12 steps into `tmp_path / "run"`, some options changed."""
+
+    def make(**changes: Any) -> PretrainConfig:
+        return PretrainConfig(**{**TINY, "out": str(tmp_path / "run"), **changes})
+
+    return make
+
+
+@pytest.fixture
+def tiny_words(fake: Any, tmp_path: Path) -> list[str]:
+    """The same options as words of the command line."""
+    words = []
+    for name, value in {**TINY, "out": str(tmp_path / "run")}.items():
+        text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+        words += [f"--{name}", text]
+    return words

@@ -1,0 +1,146 @@
+"""A framework of a hundred lines: a linear autoencoder in NumPy behind the engine's calls.
+
+Tests register it as the backend `fake`; it is quick, exact and can be told to fail.  Knobs, set as class attributes or,
+for runs in another process, by environment variables: `delay` (seconds per step), `bad_step` (a step that is not
+finite), `save_error` (raised halfway through a save).
+"""
+
+import math
+import os
+import time
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
+
+import numpy as np
+
+from prmim_core import Grid, Schedule, count_tokens, counter_noise, make_plan, patchify
+
+DIM = 32
+
+
+class Reconstruction(NamedTuple):
+    order: np.ndarray
+    schedule: Schedule
+    patches: np.ndarray
+
+
+class Engine:
+    delay: ClassVar[float] = float(os.environ.get("PRMIM_FAKE_DELAY", "0"))
+    bad_step: ClassVar[int | None] = None
+    save_error: ClassVar[Exception | None] = None
+    made: ClassVar[list["Engine"]] = []
+
+    def __init__(self, method_options: dict[str, Any], *, seed: int, total_steps: int, warmup_steps: int,
+                 learning_rate: float, min_learning_rate: float = 0.0, weight_decay: float = 0.05,
+                 betas: tuple[float, float] = (0.9, 0.95), clip_grad: float | None = None, accumulate: int = 1,
+                 precision: str = "float32", compile: bool = False, device: str = "auto") -> None:  # fmt: skip
+        options = method_options
+        self.patch_size = options["patch_size"]
+        shape = tuple(s // p for s, p in zip(options["image_size"], self.patch_size, strict=True))
+        throw_ratio = 0.0 if options["throwing"] == "none" else options["throw_ratio"]
+        counts = count_tokens(math.prod(shape), options["mask_ratio"], throw_ratio)
+        throwing = "random" if options["throwing"] == "none" else options["throwing"]
+        self.schedule = Schedule(Grid(shape), counts, stages=options["stages"], throwing=throwing)
+        self.variant = options["variant"]
+        self.seed, self.total_steps, self.warmup_steps = seed, total_steps, warmup_steps
+        self.learning_rate = learning_rate
+        size = math.prod(options["image_size"]) * options["channels"]
+        rng = np.random.default_rng(options["init_seed"])
+        self.encoder = rng.normal(0, size**-0.5, (size, DIM))
+        self.decoder = rng.normal(0, DIM**-0.5, (DIM, size))
+        self.momentum = [np.zeros_like(self.encoder), np.zeros_like(self.decoder)]
+        self.step = 0
+        self.device = "numpy"
+        self.seen: list[np.ndarray] = []
+        self.bad: int | None = None
+        self._forget()
+        Engine.made.append(self)
+
+    @property
+    def num_parameters(self) -> int:
+        return self.encoder.size + self.decoder.size
+
+    def _forget(self) -> None:
+        self.sums: list[tuple[float, float, float, float]] = []
+
+    def _plan(self, sample: np.ndarray, step: int) -> Any:
+        return make_plan(self.schedule, counter_noise(self.seed, step, sample, self.schedule.grid.num_tokens))
+
+    def _masks(self, plan: Any) -> tuple[np.ndarray, np.ndarray]:
+        batch, length = plan.order.shape
+        kinds = np.empty((batch, length), dtype=np.int64)
+        counts = self.schedule.counts
+        row = np.repeat([0, 1, 2], [counts.visible, counts.decoded, counts.thrown])
+        np.put_along_axis(kinds, plan.order, np.broadcast_to(row, (batch, length)), axis=1)
+        width = self.encoder.shape[0] // length
+        return np.repeat(kinds == 1, width, axis=1), np.repeat(kinds == 2, width, axis=1)
+
+    def _flat(self, images: np.ndarray) -> np.ndarray:
+        assert images.dtype == np.uint8
+        return patchify(images / 255.0, self.patch_size).reshape(len(images), -1)
+
+    def train_step(self, images: np.ndarray, sample: np.ndarray) -> None:
+        time.sleep(self.delay)
+        self.seen.append(sample)
+        pixels = self._flat(images)
+        is_decoded, is_thrown = self._masks(self._plan(sample, self.step))
+        is_masked = is_decoded | is_thrown
+        encoded = np.where(is_masked, 0, pixels) @ self.encoder
+        error = np.where(is_masked, encoded @ self.decoder - pixels, 0)
+        loss = float(np.sum(error**2) / is_masked.sum())
+        slope = 2 * error / len(images)
+        gradients = [np.where(is_masked, 0, pixels).T @ (slope @ self.decoder.T), encoded.T @ slope]
+        norm = math.sqrt(sum(float(np.sum(g**2)) for g in gradients))
+        self.step += 1
+        if self.step == Engine.bad_step:
+            self.bad = self.step
+            return
+        rate = self.learning_rate * min(1, self.step / max(1, self.warmup_steps))
+        for weights, momentum, gradient in zip((self.encoder, self.decoder), self.momentum, gradients, strict=True):
+            momentum *= 0.9
+            momentum += gradient
+            weights -= rate * momentum
+        parts = [float(np.sum(error**2 * m) / max(1, m.sum())) for m in (is_decoded, is_thrown)]
+        self.sums.append((loss, parts[0], parts[1], norm))
+
+    def read_metrics(self) -> dict[str, Any]:
+        means = np.mean(self.sums, axis=0) if self.sums else [math.nan] * 4
+        names = ("loss", "loss_decoded", "loss_thrown", "grad_norm")
+        self._forget()
+        metrics: dict[str, Any] = dict(zip(names, map(float, means), strict=True))
+        return metrics | {"learning_rate": self.learning_rate, "nonfinite_step": self.bad}
+
+    def features(self, images: np.ndarray) -> np.ndarray:
+        return (self._flat(images) @ self.encoder).astype(np.float32)
+
+    def reconstruct(self, images: np.ndarray, sample: np.ndarray) -> Reconstruction:
+        plan = self._plan(sample, 0)
+        pixels = self._flat(images)
+        is_decoded, is_thrown = self._masks(plan)
+        predicted = np.where(is_decoded | is_thrown, 0, pixels) @ self.encoder @ self.decoder
+        if self.variant == "none":
+            predicted = np.where(is_thrown, np.nan, predicted)
+        patches = np.where(is_decoded | is_thrown, predicted, pixels).reshape(*plan.order.shape, -1)
+        return Reconstruction(plan.order, self.schedule, patches.astype(np.float32))
+
+    def save(self, directory: Path) -> None:
+        with (directory / "weights.safetensors").open("wb") as file:
+            np.savez(file, encoder=self.encoder, decoder=self.decoder)
+        if Engine.save_error is not None:
+            raise Engine.save_error
+        with (directory / "training_state.npz").open("wb") as file:
+            np.savez(file, first=self.momentum[0], second=self.momentum[1], step=self.step)
+
+    def restore(self, directory: Path) -> None:
+        self.load_weights(directory / "weights.safetensors")
+        with np.load(directory / "training_state.npz", allow_pickle=False) as state:
+            self.momentum = [state["first"], state["second"]]
+            self.step = int(state["step"])
+
+    def load_weights(self, path: Path) -> None:
+        with np.load(path, allow_pickle=False) as weights:
+            if weights["encoder"].shape != self.encoder.shape:
+                raise ValueError(
+                    f"weights: expected shape {self.encoder.shape}, got {weights['encoder'].shape} in {path}"
+                )
+            self.encoder, self.decoder = weights["encoder"], weights["decoder"]

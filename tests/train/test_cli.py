@@ -1,0 +1,242 @@
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import yaml
+
+from prmim_train import cli
+from prmim_train.cli import COMMANDS, main
+
+
+def fail(words, capsys, code=2):
+    """Run a command that must fail; return its one line."""
+    assert main(words) == code
+    captured = capsys.readouterr()
+    assert "Traceback" not in captured.out + captured.err
+    line = captured.err.rstrip("\n")
+    assert line.startswith("prmim: error: ")
+    assert "\n" not in line
+    return line.removeprefix("prmim: error: ")
+
+
+WRONG = [
+    (["--epoch", "3"], "--epoch: unknown option; did you mean --epochs?"),
+    (["--mask-ration", "3"], "--mask_ration: unknown option; did you mean --mask_ratio?"),
+    (["--zzz"], "--zzz: unknown option"),
+    (["epochs", "3"], "epochs: expected an option, as in --config VALUE, got 'epochs'"),
+    (["--epochs"], "epochs: expected a whole number, got nothing"),
+    (["--epochs", "--flip"], "epochs: expected a whole number, got nothing"),
+    (["--epochs", "many"], "epochs: expected a whole number, got 'many'"),
+    (["--epochs", "1.5"], "epochs: expected a whole number, got '1.5'"),
+    (["--epochs", "0"], "epochs: expected a whole number of at least 1, got 0"),
+    (["--mask_ratio", "1.5"], "mask_ratio: expected a number in (0, 1), got 1.5"),
+    (["--throw_ratio", "0.8"], "throw_ratio: expected at most mask_ratio (0.75)"),
+    (["--image_size", "33"], "image_size: expected a multiple of the patch size 2x2, got 33x33"),
+    (["--image_size", "a,b"], "image_size: expected a whole number, or height,width, got 'a,b'"),
+    (["--crop_scale", "0.5"], "crop_scale: expected two numbers, as in 0.2,1, got '0.5'"),
+    (["--flip=perhaps"], "flip: expected true or false, got 'perhaps'"),
+    (["--clip_grad", "x"], "clip_grad: expected a number, or null, got 'x'"),
+    (["--backend", "tensorflow"], "backend: expected torch or jax, got 'tensorflow'"),
+    (["--backend", "../x"], "backend: expected torch or jax, got '../x'"),
+    (["--data", "/nowhere/at/all"], "data: nothing at /nowhere/at/all"),
+    (["--config", "nowhere"], "config: expected a YAML file or one of the recipes digits,"),
+    (["--config", "mae_vit_bas"], "config: expected a YAML file or one of the recipes digits,"),
+]
+
+
+@pytest.mark.parametrize(("words", "message"), WRONG, ids=[" ".join(words) for words, _ in WRONG])
+@pytest.mark.parametrize("command", ["pretrain", "inspect"])
+def test_a_wrong_option_is_told_in_one_line(command, words, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert fail([command, *words], capsys).startswith(message)
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("epoch: 3", "epoch: unknown option in"),
+        ("epochs: many", "epochs: expected a whole number, got 'many'"),
+        ("flip: 3", "flip: expected true or false, got 3"),
+        ("image_size: [16, x]", "image_size: expected a whole number, or height,width, got [16, 'x']"),
+        ("config: other.yaml", "config: unknown option in"),
+        ("epochs: [", "config: expected YAML, got an error in"),
+    ],
+)
+def test_a_wrong_file_is_told_in_one_line(content, message, capsys, tmp_path):
+    (tmp_path / "options.yaml").write_text(content)
+    assert fail(["pretrain", "--config", str(tmp_path / "options.yaml")], capsys).startswith(message)
+
+
+def test_an_unknown_command_is_told_in_one_line(capsys):
+    assert fail(["pretain"], capsys).endswith("got 'pretain'; did you mean pretrain?")
+
+
+def test_a_missing_framework_is_told_in_one_line(capsys, tmp_path, monkeypatch):
+    (tmp_path / "prmim_absent.py").write_text("import a_framework_nobody_has")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    line = fail(["pretrain", "--backend", "absent", "--out", str(tmp_path / "run")], capsys)
+    assert line.endswith("absent needs a_framework_nobody_has, which is not installed; pip install 'prmim[absent]'")
+
+
+def test_an_error_nobody_foresaw_is_one_line_too_unless_asked(tiny_words, fake, capsys, monkeypatch):
+    def explode(self, images, sample):
+        raise KeyError("a bug")
+
+    monkeypatch.setattr(fake, "train_step", explode)
+    assert fail(["pretrain", *tiny_words], capsys, code=1) == "KeyError: 'a bug' (PRMIM_TRACEBACK=1 shows where)"
+    assert main(["pretrain", *tiny_words, "--traceback"]) == 1
+    assert "Traceback" in capsys.readouterr().err
+    monkeypatch.setenv("PRMIM_TRACEBACK", "1")
+    assert main(["pretrain", *tiny_words]) == 1
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_a_loss_that_is_not_finite_exits_with_1(tiny_words, fake, capsys, monkeypatch):
+    monkeypatch.setattr(fake, "bad_step", 3)
+    assert "not at step 3" in fail(["pretrain", *tiny_words], capsys, code=1)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_names_every_option(command, capsys):
+    assert main([command, "--help"]) == 0
+    text = capsys.readouterr().out
+    for option in COMMANDS[command].options():
+        assert f"--{option.name}" in text
+        assert option.help
+
+
+@pytest.mark.parametrize("words", [[], ["--help"], ["-h"]])
+def test_help_names_every_command(words, capsys):
+    assert main(words) == 0
+    text = capsys.readouterr().out
+    assert all(command in text for command in COMMANDS)
+
+
+def test_version(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out.startswith("prmim ")
+
+
+def test_help_does_not_load_a_framework():
+    code = "import sys; from prmim_train.cli import main; main(['pretrain', '--help']); "
+    code += "print([m for m in ('torch', 'jax', 'sklearn', 'matplotlib', 'grain') if m in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.splitlines()[-1] == "[]"
+
+
+def test_the_digits_come_with_their_recipe_and_say_so(fake, capsys, tmp_path):
+    words = ["pretrain", "--backend", "fake", "--out", str(tmp_path / "run"), "--epochs", "1", "--no_flip"]
+    assert main([*words, "--eval_limit", "0", "--pictures", "0"]) == 0
+    assert capsys.readouterr().out.splitlines()[0].startswith("No --data given: the embedded digits, with the packaged")
+    options = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert (options["channels"], options["embed_dim"], options["epochs"]) == (1, 96, 1)
+
+
+def test_layers_file_over_recipe_and_words_over_file(tiny_words, capsys, tmp_path):
+    (tmp_path / "options.yaml").write_text("epochs: 3\nstages: 4\nbase_learning_rate: 1e-3\n")
+    words = ["--config", str(tmp_path / "options.yaml"), "--stages", "3", "--out", str(tmp_path / "run")]
+    words += ["--backend", "fake", "--eval_limit", "0", "--pictures", "0"]
+    assert main(["pretrain", *words]) == 0
+    options = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert (options["epochs"], options["stages"], options["base_learning_rate"]) == (3, 3, 1e-3)
+    assert options["decoder_dim"] == 64  # of the digits' recipe
+
+
+def test_the_spellings_people_use(tiny_words, tmp_path):
+    words = [*tiny_words, "--flip", "--no-norm-pix", "--image-size=24,16", "--compile", "false", "--mean", "[0.3]"]
+    assert main(["pretrain", *words]) == 0
+    options = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert (options["flip"], options["norm_pix"], options["compile"]) == (True, False, False)
+    assert (options["image_size"], options["mean"]) == ([24, 16], [0.3])
+
+
+def test_resume_needs_nothing_but_the_folder(tiny_words, tmp_path, fake, capsys):
+    assert main(["pretrain", *tiny_words]) == 0
+    before = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert main(["pretrain", "--out", str(tmp_path / "run"), "--resume", "--epochs", "2"]) == 0
+    after = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert after == {**before, "epochs": 2}
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["steps"] == 24
+    capsys.readouterr()
+    assert main(["pretrain", "--out", str(tmp_path / "run"), "--resume"]) == 0
+    assert "is finished" in capsys.readouterr().out
+
+
+def test_the_same_command_begins_a_run_and_goes_on_with_it(tiny_words, tmp_path, capsys):
+    assert main(["pretrain", *tiny_words, "--resume"]) == 0
+    assert f"No run in {tmp_path / 'run'} yet: a new one begins." in capsys.readouterr().out
+    assert main(["pretrain", *tiny_words, "--resume"]) == 0
+    assert "is finished" in capsys.readouterr().out
+
+
+def test_a_second_run_in_the_folder_is_told_in_one_line(tiny_words, capsys):
+    assert main(["pretrain", *tiny_words]) == 0
+    capsys.readouterr()
+    assert "already holds a run" in fail(["pretrain", *tiny_words], capsys)
+
+
+def test_evaluate_and_picture_read_the_run(tiny_words, tmp_path, capsys):
+    assert main(["pretrain", *tiny_words]) == 0
+    run = str(tmp_path / "run")
+    capsys.readouterr()
+    assert main(["evaluate", "--run", run, "--protocol", "knn", "--eval_limit", "300"]) == 0
+    text = capsys.readouterr().out
+    assert "checkpoint of step 12" in text
+    result = json.loads((tmp_path / "run" / "evaluation.json").read_text())
+    assert result["trained"]["knn"] > 0.5
+    assert "linear" not in result["trained"]
+    assert main(["picture", "--run", run, "--pictures", "2"]) == 0
+    assert {p.name for p in (tmp_path / "run").glob("*.png")} == {"reconstructions.png", "schedule.png", "loss.png"}
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["evaluate"], "run: expected the folder of a run, as in --run"),
+        (["evaluate", "--run", "nowhere"], "run: expected the folder of a run, but there is no config.yaml in nowhere"),
+        (["evaluate", "--run", "RUN", "--protocol", "svm"], "protocol: expected knn or linear, got 'svm'"),
+        (["evaluate", "--run", "RUN", "--eval_limit", "9"], "eval_limit: expected at least 1 image"),
+        (["evaluate", "--run", "RUN", "--eval_limit", "9", "--holdout", "0"], "data: expected labelled images"),
+        (["evaluate", "--run", "RUN", "--eval_limit", "9", "--data", "PLAIN"], "data: expected labelled images"),
+        (["evaluate", "--run", "RUN", "--device", "tpu"], "device: expected auto or cpu or cuda, got 'tpu'"),
+        (
+            ["picture", "--run", "RUN", "--kind", "movie"],
+            "kind: expected reconstructions or schedule or loss, got 'movie'",
+        ),
+        (["picture", "--run", "EMPTY"], "run: expected a checkpoint in"),
+        (["picture", "--run", "EMPTY", "--kind", "loss"], "run: expected at least two lines in"),
+    ],
+)
+def test_wrong_words_after_a_run_are_told_in_one_line(words, message, tiny_words, tmp_path, capsys, fake):
+    from prmim_train.run_directory import RunDirectory
+
+    assert main(["pretrain", *tiny_words]) == 0
+    empty = RunDirectory(tmp_path / "empty")
+    empty.write_config((tmp_path / "run" / "config.yaml").read_text())
+    np.savez(tmp_path / "plain.npz", images=np.zeros((9, 16, 16), dtype=np.uint8))
+    names = {"RUN": tmp_path / "run", "EMPTY": empty.path, "PLAIN": tmp_path / "plain.npz"}
+    if "--eval_limit" in words and len(words) == 5:
+        words[words.index("9")] = "0"
+    capsys.readouterr()
+    assert fail([str(names.get(word, word)) for word in words], capsys).startswith(message)
+
+
+def test_ctrl_c_outside_the_loop(tiny_words, fake, monkeypatch, capsys):
+    def interrupt(self, images):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(fake, "features", interrupt)
+    assert main(["pretrain", *tiny_words, "--eval_limit", "100"]) == 130
+    assert capsys.readouterr().err == "prmim: interrupted\n"
+
+
+def test_a_reader_that_leaves_is_no_error(monkeypatch):
+    def leave(words):
+        raise BrokenPipeError
+
+    monkeypatch.setattr(cli, "_dispatch", leave)
+    monkeypatch.setattr(cli.os, "dup2", lambda *_: None)
+    assert main([]) == 1

@@ -1,0 +1,67 @@
+import numpy as np
+import pytest
+
+from prmim_train.engine import create_engine
+from prmim_train.evaluate import _spread, accuracy, evaluate_run, format_evaluation, shrunken_pixels
+from prmim_train.prepare import open_data
+
+
+def test_frozen_features_of_the_digits_beat_chance(tiny):
+    config = tiny(eval_limit=600)
+    data = open_data(config)
+    result = evaluate_run(config, data, create_engine(config, data.budget))
+    assert (result["train_images"], result["test_images"], result["classes"]) == (600, 359, 10)
+    for features in ("trained", "untrained", "pixels"):
+        assert result[features]["knn"] > 0.7
+        assert result[features]["linear"] > 0.7
+    assert result["trained"] == result["untrained"]  # no step was taken
+    assert 0.05 < result["most_frequent_class"] < 0.2
+    assert format_evaluation(result).count("%") == 8
+
+
+def test_without_labels_or_held_out_images_the_reason_is_told(tiny, tmp_path):
+    np.savez(tmp_path / "plain.npz", images=np.zeros((20, 16, 16), dtype=np.uint8))
+    for changes, reason in [({"data": str(tmp_path / "plain.npz")}, "no labels"), ({"holdout": 0.0}, "held out")]:
+        config = tiny(eval_limit=10, **changes)
+        data = open_data(config)
+        result = evaluate_run(config, data, create_engine(config, data.budget))
+        assert reason in result["skipped"]
+        assert format_evaluation(result).startswith("No evaluation: ")
+
+
+def test_one_class_is_no_task(tiny, tmp_path):
+    np.savez(tmp_path / "one.npz", images=np.zeros((20, 16, 16), np.uint8), labels=np.zeros(20, np.int64))
+    config = tiny(data=str(tmp_path / "one.npz"), eval_limit=10)
+    data = open_data(config)
+    assert "one class" in evaluate_run(config, data, create_engine(config, data.budget))["skipped"]
+
+
+def test_accuracy_of_chance_is_chance():
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(2, 400, 8)).astype(np.float32), rng.integers(0, 4, (2, 400))
+    for protocol in ("knn", "linear"):
+        assert accuracy(protocol, x[0], y[0], x[1], y[1]) == pytest.approx(0.25, abs=0.08)
+
+
+def test_an_unknown_protocol_is_refused():
+    with pytest.raises(ValueError, match="protocol: expected knn or linear, got 'svm'"):
+        accuracy("svm", np.zeros((2, 1), np.float32), np.arange(2), np.zeros((2, 1), np.float32), np.arange(2))
+
+
+def test_fewer_images_than_neighbours():
+    x, y = np.eye(3, dtype=np.float32), np.array([0, 0, 1])
+    assert accuracy("knn", x, y, x, y) == pytest.approx(2 / 3)
+
+
+def test_shrinking_keeps_means_and_the_limit():
+    images = np.random.default_rng(0).integers(0, 255, (2, 96, 64, 3), dtype=np.uint8)
+    small = shrunken_pixels(images)
+    assert small.shape == (2, 32 * 32 * 3)
+    assert small.reshape(2, 32, 32, 3)[1, 2, 3, 0] == pytest.approx(images[1, 6:9, 6:8, 0].mean() / 255)
+    assert shrunken_pixels(images[:, :33, :33]).shape == (2, 16 * 16 * 3)
+    assert shrunken_pixels(images[:, :8, :8]).shape == (2, 8 * 8 * 3)
+
+
+def test_a_limited_choice_is_spread_over_all():
+    assert _spread(np.arange(100), 3).tolist() == [0, 50, 99]
+    assert _spread(np.arange(4), 9).tolist() == [0, 1, 2, 3]
