@@ -12,6 +12,8 @@ from functools import partial
 import torch
 
 from benchmarks.arms import ARMS, build, inputs, machine
+from benchmarks.plan import microseconds
+from prmim_torch import make_plan
 
 
 def saved_bytes(forward: Callable[[], torch.Tensor], parameters: list[torch.Tensor]) -> int:
@@ -82,6 +84,9 @@ def main(arguments: list[str] | None = None) -> None:
         per_image = 1e3 * statistics.median(times[name]) / options.batch
         to_dense = statistics.median(own / dense for own, dense in zip(times[name], times["dense"], strict=True))
         print(f"{name:18}{per_image:>14.1f}{to_dense:>10.3f}")
+    plan = microseconds(partial(make_plan, methods["PR-MIM 0.5"].schedule, noise), options.batch, options.repeats)
+    share = plan / (1e6 * statistics.median(times["PR-MIM 0.5"]) / options.batch)
+    print(f"plan of PR-MIM 0.5 {plan / 1e3:>13.3f}   {share:.3%} of its step")
     for precision in ("float32", "bfloat16"):
         print(f"{'saved, ' + precision:18}{'MB per image':>14}{'to dense':>10}{'to official':>13}")
         for name in names:

@@ -3,10 +3,13 @@
 from pathlib import Path
 
 import numpy as np
+from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 
 from prmim_core import Grid, Schedule, count_tokens, counter_noise, is_member, make_plan, nearest_known_distance
-from prmim_train.pictures import draw_schedule
+from prmim_train.pictures import token_kinds
 
 IMAGES = Path(__file__).parent / "images"
 GRID = Grid((14, 14))
@@ -43,11 +46,38 @@ def draw_coverage(path: Path, images: int = 4096) -> None:
     figure.savefig(path)
 
 
+def draw_plans(path: Path, images: int = 4) -> None:
+    """Draw the plans of a few images under furthest and under random throwing, from the same noise."""
+    noise = counter_noise(0, 0, np.arange(images), GRID.num_tokens)
+    names = ["visible", "decoded", *(f"thrown, stage {stage}" for stage in (1, 2))]
+    colours = ["#3d4651", "#e07b28", "#bfe3c0", "#3f88c5"]
+    figure = Figure(figsize=(9.2, 5.0), dpi=150, layout="constrained")
+    axes = figure.subplots(2, images)
+    for row, throwing in zip(axes, ("furthest", "random"), strict=True):
+        schedule = Schedule(GRID, COUNTS, throwing=throwing)
+        plan = make_plan(schedule, noise)
+        kinds = token_kinds(plan.order, schedule)
+        distance = nearest_known_distance(GRID, kinds <= 1)
+        for image, place in enumerate(row):
+            place.imshow(kinds[image].reshape(GRID.shape), cmap=ListedColormap(colours), vmin=-0.5, vmax=3.5)
+            place.set_xticks(np.arange(0.5, GRID.shape[1]), [])
+            place.set_yticks(np.arange(0.5, GRID.shape[0]), [])
+            place.grid(color="white", linewidth=0.8)
+            place.tick_params(length=0)
+            place.spines[:].set_visible(False)
+            rows, columns = np.divmod(np.flatnonzero(distance[image] > 1), GRID.shape[1])
+            place.plot(columns, rows, "x", color="#c1121f", markersize=6, markeredgewidth=1.8)
+        row[0].set_ylabel(f"{throwing} sampling", fontsize=11)
+    handles = [Patch(facecolor=colour, label=name) for name, colour in zip(names, colours, strict=True)]
+    cross = {"marker": "x", "color": "#c1121f", "linestyle": "none", "markeredgewidth": 1.8}
+    handles.append(Line2D([], [], label="thrown, no known neighbour", **cross))
+    figure.legend(handles=handles, loc="outside upper center", ncols=len(handles), fontsize=9, frameon=False)
+    figure.savefig(path)
+
+
 def main() -> None:
     """Draw them all into docs/images."""
-    schedule = Schedule(GRID, COUNTS)
-    plan = make_plan(schedule, counter_noise(0, 0, np.arange(4), GRID.num_tokens))
-    draw_schedule(IMAGES / "schedule.png", plan.order, schedule)
+    draw_plans(IMAGES / "schedule.png")
     draw_coverage(IMAGES / "coverage.png")
 
 

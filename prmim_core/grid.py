@@ -77,7 +77,7 @@ class Grid:
 
     @property
     def positions(self) -> NDArray[np.int32]:
-        """Positions of the tokens, spacing applied: int32 of shape (N, axes)."""
+        """Positions of the tokens, spacing applied, as int32 (N, axes)."""
         return np.stack(self.coordinates(np, None), axis=1)
 
     def coordinates(self, xp: Namespace, device: object) -> list[Array]:

@@ -2,12 +2,13 @@
 
 import json
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
+from tqdm import tqdm
 
 from prmim_train.config import PretrainConfig
 from prmim_train.data import evaluation_batches
@@ -20,8 +21,7 @@ NEIGHBOURS = 5
 LARGEST_PIXEL_SIDE = 32
 PROTOCOL_TITLES = {"knn": f"{NEIGHBOURS} nearest neighbours", "linear": "linear"}
 FEATURE_TITLES = {"trained": "trained encoder", "untrained": "untrained encoder", "pixels": "raw pixels"}
-
-
+T = TypeVar("T")
 Extractor = Callable[[NDArray[np.uint8]], NDArray[np.float32]]
 
 
@@ -71,7 +71,7 @@ def evaluate_run(
         "classes": len(np.unique(train_labels)),
         "most_frequent_class": _most_frequent_share(train_labels, test_labels),
     }
-    for name in extractors:
+    for name in _progress(extractors, len(extractors), "classifiers"):
         sides = (train_features[name], train_labels, test_features[name], test_labels)
         result[name] = {protocol: accuracy(protocol, *sides) for protocol in protocols}
     return result
@@ -250,11 +250,17 @@ def _extract(
     labels = []
     size = min(256, config.micro_batch)
     with evaluation_batches(data.source, indices, batch_size=size, image_size=config.image_plane) as batches:
-        for batch in batches:
+        for batch in _progress(batches, -(-len(indices) // size), "features"):
             labels.append(np.asarray(batch.labels))
             for name, extract in extractors.items():
                 features[name].append(extract(batch.images))
     return {name: np.concatenate(parts) for name, parts in features.items()}, np.concatenate(labels)
+
+
+def _progress(things: Iterable[T], total: int, what: str) -> Iterable[T]:
+    """Show how far a loop is, where the output is a terminal."""
+    bar: Iterable[T] = tqdm(things, total=total, desc=f"evaluation, {what}", disable=None, leave=False)
+    return bar
 
 
 def _spread(indices: NDArray[np.int64], limit: int) -> NDArray[np.int64]:

@@ -151,6 +151,7 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
     if len(batches.unreadable):
         print(batches.unreadable.report())
     if config.eval_limit:
+        print("Evaluating the frozen features ...", flush=True)
         summary["evaluation"] = evaluate_run(config, data, engine)
         print(format_evaluation(summary["evaluation"]))
     if config.pictures:
