@@ -98,7 +98,7 @@ def register_pytree(cls: type, example: Array, array_field: str, static_field: s
     import jax
 
     def unflatten(static: Any, children: tuple[Array, ...]) -> Any:
-        # JAX unflattens with placeholders for arrays, so the checks of the constructor must not run.
+        # JAX unflattens with stand-ins for arrays, so the checks of the constructor must not run.
         instance: Any = object.__new__(cls)
         object.__setattr__(instance, array_field, children[0])
         object.__setattr__(instance, static_field, static)

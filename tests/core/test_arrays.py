@@ -45,7 +45,6 @@ def test_scan_loops_a_fixed_number_of_times(xp):
 
 
 def test_scan_traces_its_body_once_under_jax(get_backend):
-    pytest.importorskip("jax")
     xp, calls = get_backend("jax:jit"), []
 
     def count(state):
@@ -82,10 +81,11 @@ assert not loaded, loaded
 
 
 def test_plans_of_two_backends_live_side_by_side(get_backend):
-    jax = pytest.importorskip("jax")
     schedule = Schedule(Grid((4,)), TokenCounts(1, 1, 2))
     Plan(get_backend("jax").from_numpy(np.arange(4)[None]), schedule)
     # Registered once, the class is a pytree whatever its arrays are of.
+    import jax
+
     leaves = jax.tree_util.tree_leaves(Plan(np.arange(4)[None], schedule))
     assert len(leaves) == 1
     assert isinstance(leaves[0], np.ndarray)
