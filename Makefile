@@ -1,5 +1,5 @@
 # The one task list: README, CONTRIBUTING and .ci/run call these targets and nothing else.
-#   make pretrain [BACKEND=torch] [OUT=runs/digits]   set up, pre-train on the embedded digits, leave numbers and pictures
+#   make pretrain [BACKEND=torch|jax] [OUT=runs/digits]   set up, pre-train on the embedded digits, leave numbers and pictures
 #   make test | lint | docs | bench                   set up, then check
 # Everything is installed into .venv, at the versions in constraints.txt. PIP_ARGS passes options on to pip.
 
@@ -27,6 +27,9 @@ docs: .venv/installed-dev
 	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
 	@echo "docs/_build/html/index.html"
 
+# glibc hands large blocks back to the system and asks for them anew in every step; kept, times can be repeated.
+bench: export MALLOC_MMAP_THRESHOLD_ = 4000000000
+bench: export MALLOC_TRIM_THRESHOLD_ = 16000000000
 bench: .venv/installed-dev
 	$(BIN)/python -m benchmarks
 
@@ -44,6 +47,10 @@ $(BIN)/python:
 # A stamp for every set of extras; a change of the pins or of the project file installs again.
 .venv/installed-torch: $(BIN)/python pyproject.toml constraints.txt
 	$(BIN)/python -m pip install -q $(PIP_ARGS) -c constraints.txt -e '.[torch,train]'
+	@touch $@
+
+.venv/installed-jax: $(BIN)/python pyproject.toml constraints.txt
+	$(BIN)/python -m pip install -q $(PIP_ARGS) -c constraints.txt -e '.[jax,train]'
 	@touch $@
 
 .venv/installed-dev: $(BIN)/python pyproject.toml constraints.txt

@@ -1,0 +1,452 @@
+"""Masked autoencoder with partial and progressive reconstruction."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from math import prod
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import Array
+from numpy.typing import NDArray
+
+from prmim_core import (
+    Grid,
+    Plan,
+    Schedule,
+    TokenCounts,
+    count_tokens,
+    denormalize_patches,
+    normalize_patches,
+    patch_grid,
+    patchify,
+    take_tokens,
+    vit_size,
+)
+from prmim_jax.plan import make_plan
+from prmim_jax.reconstruct import VARIANTS, ProgressiveReconstruction
+from prmim_jax.vit import Decoder, Encoder
+
+THROWING = ("furthest", "random", "cell", "none")
+"""Rules for what is thrown, of those that need nothing but noise."""
+
+RECONSTRUCTION_HEADS = 4
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+Pool = Literal["mean", "cls"]
+
+
+@jax.tree_util.register_dataclass
+@dataclass
+class MAEOutput:
+    """What a forward pass of :class:`MAE` gives.
+
+    Parameters
+    ----------
+    loss
+        Scalar, float32 or wider: what to minimise.
+    loss_decoded, loss_thrown
+        Scalars: its means over decoded and over thrown tokens; 0 where there are none (or none that are supervised).
+    predicted
+        (batch, supervised, prod(patch) * C): predictions for the supervised tokens, in plan order (decoded, then
+        thrown; only decoded for variant ``"none"``), in the units of the target.
+    plan
+        The plan of the batch.
+
+    Notes
+    -----
+    A pytree.
+    """
+
+    loss: Array
+    loss_decoded: Array
+    loss_thrown: Array
+    predicted: Array
+    plan: Plan
+
+
+class MAE(nnx.Module):
+    """Masked autoencoder whose decoder rebuilds part of the masked tokens; the rest is rebuilt progressively.
+
+    The encoder sees the visible tokens, the decoder the visible and the decoded ones. Features of the thrown tokens
+    come from :class:`prmim_jax.ProgressiveReconstruction`. One head predicts the pixels of all masked tokens.
+
+    Parameters
+    ----------
+    model
+        Name of the encoder: ``vit_tiny``, ``vit_small``, ``vit_base``, ``vit_large`` or ``vit_huge``.
+    image_size, patch_size
+        Pixels along each of one to three axes; the patch divides the image.
+    channels
+        Channels of the image.
+    mask_ratio
+        Fraction of the tokens that is masked, in [0, 1); None: 0.75.
+    throw_ratio
+        Fraction of **all** tokens that is thrown, in [0, 1), at most ``mask_ratio``. 0 is plain MAE.
+    throwing
+        What is thrown: ``"furthest"``, ``"random"`` or ``"cell"`` (see ``prmim_core.Schedule``), or ``"none"``, which
+        sets ``throw_ratio`` to 0.
+    seed
+        Start of furthest sampling, ``"visible"`` or ``"none"``.
+    stages
+        Stages of the reconstruction.
+    variant
+        ``"kernel"``, ``"interpolate"`` or ``"conv"``, see :class:`prmim_jax.ProgressiveReconstruction`; ``"none"``:
+        thrown tokens are neither rebuilt nor supervised (plain partial reconstruction).
+    thrown_weight
+        Weight of a thrown token in the loss, not negative; a decoded one weighs 1.
+    norm_pix
+        Whether each target patch is normalised by its own mean and (unbiased) variance.
+    mean, std
+        Per-channel normalisation of pixels in [0, 1]; None: ImageNet's for 3 channels, else 0.5.
+    embed_dim, depth, num_heads
+        Override those of ``model``.
+    decoder_dim, decoder_depth, decoder_heads
+        The decoder's.
+    init_seed
+        Seed of the initial weights, which are a function of it (another one than in PyTorch).
+    rngs
+        Source of the initial weights, in place of ``init_seed``.
+
+    Raises
+    ------
+    TypeError
+        If an option is of the wrong type.
+    ValueError
+        If an option is out of range, or the options do not fit together.
+
+    Notes
+    -----
+    Pixels travel as uint8 until they are gathered along the plan, and only visible patches are embedded. All of it is a
+    pure function of weights, images and noise, for ``jax.jit``, ``jax.grad``, ``jax.vmap`` and ``jax.checkpoint``.
+
+    References
+    ----------
+    He et al., "Masked Autoencoders Are Scalable Vision Learners", arXiv 2111.06377; Li et al., "PR-MIM: Delving Deeper
+    into Partial Reconstruction in Masked Image Modeling", arXiv 2411.15746.
+
+    Examples
+    --------
+    >>> import jax.numpy as jnp
+    >>> from prmim_core import counter_noise
+    >>> method = MAE(image_size=(32, 32), patch_size=(8, 8), embed_dim=32, depth=1, num_heads=2, decoder_dim=16,
+    ...              decoder_depth=1, decoder_heads=2)
+    >>> images = jnp.zeros((2, 32, 32, 3), jnp.uint8)
+    >>> output = method(images, counter_noise(0, 0, jnp.arange(2), method.grid.num_tokens))
+    >>> output.loss.shape, output.predicted.shape
+    ((), (2, 12, 192))
+    """
+
+    def __init__(
+        self,
+        *,
+        model: str = "vit_base",
+        image_size: Sequence[int] = (224, 224),
+        patch_size: Sequence[int] = (16, 16),
+        channels: int = 3,
+        mask_ratio: float | None = None,
+        throw_ratio: float = 0.5,
+        throwing: str = "furthest",
+        seed: str = "visible",
+        stages: int = 2,
+        variant: str = "kernel",
+        thrown_weight: float = 1.0,
+        norm_pix: bool = True,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+        embed_dim: int | None = None,
+        depth: int | None = None,
+        num_heads: int | None = None,
+        decoder_dim: int = 512,
+        decoder_depth: int = 8,
+        decoder_heads: int = 16,
+        init_seed: int = 0,
+        rngs: nnx.Rngs | None = None,
+    ) -> None:
+        self.image_size = _positive_integers("image_size", image_size)
+        self.patch_size = _positive_integers("patch_size", patch_size)
+        (self.channels,) = _positive_integers("channels", (channels,))
+        self.grid = patch_grid(self.image_size, self.patch_size)
+        self.counts = _counts(self.grid, mask_ratio, throw_ratio, throwing)
+        self.schedule = _schedule(self.grid, self.counts, stages, throwing, seed)
+        self.variant = _variant(variant, self.counts)
+        self.thrown_weight = _thrown_weight(thrown_weight, self.counts, self.variant)
+        if norm_pix and self.patch_dim < 2:
+            raise ValueError("norm_pix: expected patches of at least 2 values to normalise them, got patches of 1")
+        self.norm_pix = bool(norm_pix)
+        self.mean, self.std = _pixel_statistics(mean, std, self.channels)
+        # Plain numbers, not arrays: they are part of the program, and no part of the state.
+        self._pixel_scale = tuple(1 / (255 * deviation) for deviation in self.std)
+        self._pixel_shift = tuple(-m / s for m, s in zip(self.mean, self.std, strict=True))
+        encoder = vit_size(model, embed_dim, depth, num_heads)
+        self.embed_dim, self.depth, self.num_heads = _positive_integers(
+            "embed_dim, depth, num_heads", (encoder.dim, encoder.depth, encoder.heads)
+        )
+        self.decoder_dim, self.decoder_depth, self.decoder_heads = _positive_integers(
+            "decoder_dim, decoder_depth, decoder_heads", (decoder_dim, decoder_depth, decoder_heads)
+        )
+        if self.variant == "kernel" and self.decoder_dim % RECONSTRUCTION_HEADS:
+            raise ValueError(
+                f"decoder_dim: expected a multiple of {RECONSTRUCTION_HEADS} for variant 'kernel', "
+                f"got {self.decoder_dim}"
+            )
+        if type(init_seed) is not int:
+            raise TypeError(f"init_seed: expected an integer, got {init_seed!r}")
+        self._build(nnx.Rngs(init_seed) if rngs is None else rngs)
+
+    @property
+    def patch_dim(self) -> int:
+        """Pixel values in a patch."""
+        return prod(self.patch_size) * self.channels
+
+    def _build(self, rngs: nnx.Rngs) -> None:
+        self.encoder = Encoder(
+            self.grid.shape,
+            self.patch_size,
+            self.channels,
+            dim=self.embed_dim,
+            depth=self.depth,
+            num_heads=self.num_heads,
+            rngs=rngs,
+        )
+        self.decoder = Decoder(
+            self.grid.shape,
+            self.embed_dim,
+            self.patch_dim,
+            dim=self.decoder_dim,
+            depth=self.decoder_depth,
+            num_heads=self.decoder_heads,
+            rngs=rngs,
+        )
+        # Assigned once, since flax holds that None and a module are not the same kind of attribute.
+        self.reconstruct = self._reconstruction()
+
+    def _reconstruction(self) -> ProgressiveReconstruction | None:
+        if self.variant == "none":
+            return None
+        return ProgressiveReconstruction(
+            self.decoder_dim,
+            self.schedule,
+            variant=self.variant,  # type: ignore[arg-type]  # checked at construction
+            heads=RECONSTRUCTION_HEADS,
+        )
+
+    def __call__(self, images: Array, noise: Array) -> MAEOutput:
+        """Compute the loss of a batch.
+
+        Parameters
+        ----------
+        images
+            uint8 (batch, image_size..., channels).
+        noise
+            int (batch, N), for instance from ``prmim_core.counter_noise``.
+
+        Returns
+        -------
+        MAEOutput
+
+        Raises
+        ------
+        TypeError
+            If ``images`` are not uint8 or ``noise`` does not hold integers.
+        ValueError
+            If a shape does not fit.
+        """
+        self._check_images(images)
+        if tuple(noise.shape) != (images.shape[0], self.counts.num_tokens):
+            expected = (images.shape[0], self.counts.num_tokens)
+            raise ValueError(f"noise: expected shape {expected}, got {tuple(noise.shape)}")
+        plan = make_plan(self.schedule, noise)
+        patches = patchify(images, self.patch_size)
+        encoded = self.encoder(self._normalize(take_tokens(patches, plan.visible)), plan.visible)
+        num_known, num_visible = self.schedule.num_known(1), self.counts.visible
+        features = self.decoder(encoded, plan.order[:, :num_known])
+        if self.reconstruct is not None:
+            features = self.reconstruct(features, plan)
+        predicted = self.decoder.pred(features[:, num_visible:])
+        supervised = plan.order[:, num_visible : features.shape[1]]
+        return self._output(predicted, self._target(take_tokens(patches, supervised)), plan)
+
+    def encode(self, images: Array) -> Array:
+        """Encode whole images, nothing masked: uint8 (batch, image_size..., channels) to (batch, 1 + N, dim).
+
+        The cls token comes first.
+        """
+        self._check_images(images)
+        return self.encoder(self._normalize(patchify(images, self.patch_size)))
+
+    def features(self, images: Array, pool: Pool = "mean") -> Array:
+        """Return one vector (batch, dim) per image: the ``"mean"`` of its encoded tokens, or its ``"cls"`` token."""
+        if pool not in ("mean", "cls"):
+            raise ValueError(f"pool: expected 'mean' or 'cls', got {pool!r}")
+        encoded = self.encode(images)
+        return encoded[:, 0] if pool == "cls" else encoded[:, 1:].mean(1)
+
+    def rebuilt_pixels(self, images: Array, output: MAEOutput) -> Array:
+        """Turn predictions into pixels, for pictures.
+
+        Parameters
+        ----------
+        images
+            uint8 (batch, image_size..., channels), those that ``output`` is for.
+        output
+            What a call of the method gave for them.
+
+        Returns
+        -------
+        jax.Array
+            (batch, N, prod(patch) * C), in raster order, in units of [0, 1]: the input's own pixels where visible; the
+            prediction, patch normalisation undone with the statistics of the true patch, where supervised; else NaN.
+        """
+        self._check_images(images)
+        patches = patchify(images, self.patch_size)
+        order, num_visible = output.plan.order, self.counts.visible
+        visible, supervised = order[:, :num_visible], order[:, num_visible : num_visible + output.predicted.shape[1]]
+        truth = self._normalize(take_tokens(patches, supervised))
+        predicted = output.predicted.astype(truth.dtype)
+        predicted = denormalize_patches(predicted, truth) if self.norm_pix else predicted
+        scale, shift = (jnp.asarray(values, truth.dtype) for values in (self._pixel_scale, self._pixel_shift))
+        pixels = (self._by_channel(predicted) - shift) / (255 * scale)
+        known = jnp.concatenate(
+            [take_tokens(patches, visible).astype(truth.dtype) / 255, pixels.reshape(predicted.shape)], axis=1
+        )
+        rows = jnp.arange(len(order))[:, None]
+        return jnp.full(patches.shape, jnp.nan, known.dtype).at[rows, order[:, : known.shape[1]]].set(known)
+
+    def architecture(self) -> dict[str, Any]:
+        """Return what the weights mean, as plain values: weights fit another model only if all of these are equal.
+
+        Ratios and sampling are not among them, since weights may go on to be trained under others.
+        """
+        return {
+            "method": "mae",
+            "image_size": list(self.image_size),
+            "patch_size": list(self.patch_size),
+            "channels": self.channels,
+            "mean": list(self.mean),
+            "std": list(self.std),
+            "norm_pix": self.norm_pix,
+            "embed_dim": self.embed_dim,
+            "depth": self.depth,
+            "num_heads": self.num_heads,
+            "decoder_dim": self.decoder_dim,
+            "decoder_depth": self.decoder_depth,
+            "decoder_heads": self.decoder_heads,
+            "variant": self.variant,
+        }
+
+    def _check_images(self, images: Array) -> None:
+        check_images(images, (*self.image_size, self.channels))
+
+    def _normalize(self, patches: Array) -> Array:
+        """Turn uint8 patches (batch, length, prod(patch) * C) into floats, normalised per channel."""
+        dtype = self.encoder.cls_token.dtype
+        scale, shift = (jnp.asarray(values, dtype) for values in (self._pixel_scale, self._pixel_shift))
+        return (self._by_channel(patches).astype(dtype) * scale + shift).reshape(patches.shape)
+
+    def _by_channel(self, patches: Array) -> Array:
+        return patches.reshape(*patches.shape[:2], -1, self.channels)
+
+    def _target(self, patches: Array) -> Array:
+        target = self._normalize(patches)
+        if not self.norm_pix:
+            return target
+        normalized: Array = normalize_patches(target)
+        return normalized
+
+    def _output(self, predicted: Array, target: Array, plan: Plan) -> MAEOutput:
+        num_decoded = self.counts.decoded
+        num_thrown = predicted.shape[1] - num_decoded
+        # The difference with the target is in the target's precision, whatever the prediction was computed in.
+        per_token = jnp.square(predicted.astype(target.dtype) - target).mean(-1)
+        loss_decoded = per_token[:, :num_decoded].sum() / (max(num_decoded, 1) * per_token.shape[0])
+        loss_thrown = per_token[:, num_decoded:].sum() / (max(num_thrown, 1) * per_token.shape[0])
+        weight_thrown = self.thrown_weight * num_thrown
+        loss = (num_decoded * loss_decoded + weight_thrown * loss_thrown) / (num_decoded + weight_thrown)
+        return MAEOutput(loss, loss_decoded, loss_thrown, predicted, plan)
+
+
+def check_images(images: Array | NDArray[np.uint8], shape: Sequence[int]) -> None:
+    """Raise TypeError or ValueError unless images are uint8, of shape ``(batch, *shape)``."""
+    if images.dtype != np.uint8:
+        raise TypeError(f"images: expected uint8, got {images.dtype}")
+    if tuple(images.shape[1:]) != tuple(shape):
+        sizes = ", ".join(map(str, shape))
+        raise ValueError(f"images: expected shape (batch, {sizes}), got {tuple(images.shape)}")
+
+
+def _positive_integers(name: str, values: Sequence[int]) -> tuple[int, ...]:
+    if not isinstance(values, Sequence) or not all(type(value) is int for value in values):
+        raise TypeError(f"{name}: expected integers, got {values!r}")
+    if not all(value > 0 for value in values):
+        raise ValueError(f"{name}: expected positive integers, got {values!r}")
+    return tuple(values)
+
+
+def _counts(grid: Grid, mask_ratio: float | None, throw_ratio: float, throwing: str) -> TokenCounts:
+    if throwing not in THROWING:
+        raise ValueError(f"throwing: expected one of {', '.join(THROWING)}, got {throwing!r}")
+    mask_ratio = 0.75 if mask_ratio is None else mask_ratio
+    throw_ratio = 0.0 if throwing == "none" else throw_ratio
+    counts = count_tokens(grid.num_tokens, mask_ratio, throw_ratio)  # checks types and [0, 1]
+    for name, ratio in (("mask_ratio", mask_ratio), ("throw_ratio", throw_ratio)):
+        if ratio >= 1:
+            raise ValueError(f"{name}: expected a number in [0, 1), got {ratio}")
+    # As the decimals that are written: 0.3 and 3 * 0.1 name different ones.
+    if Fraction(str(throw_ratio)) > Fraction(str(mask_ratio)):
+        raise ValueError(f"throw_ratio: expected at most mask_ratio {mask_ratio}, got {throw_ratio}")
+    if counts.visible == 0:
+        raise ValueError(
+            f"mask_ratio: expected a ratio that leaves a visible token of {grid.num_tokens}, got {mask_ratio}"
+        )
+    if counts.masked == 0:
+        raise ValueError(f"mask_ratio: expected a ratio that masks a token of {grid.num_tokens}, got {mask_ratio}")
+    return counts
+
+
+def _schedule(grid: Grid, counts: TokenCounts, stages: int, throwing: str, seed: str) -> Schedule:
+    if throwing == "none":
+        throwing = "random"
+    schedule = Schedule(grid, counts, stages=stages, throwing=throwing, seed=seed)  # type: ignore[arg-type]  # checked
+    if counts.thrown == 0:
+        # All masked tokens are decoded, so their order changes nothing: take the cheapest one.
+        return replace(schedule, throwing="random", seed="visible")
+    return schedule
+
+
+def _variant(variant: str, counts: TokenCounts) -> str:
+    allowed = (*VARIANTS, "none")
+    if variant not in allowed:
+        raise ValueError(f"variant: expected one of {', '.join(allowed)}, got {variant!r}")
+    return variant if counts.thrown else "none"
+
+
+def _thrown_weight(thrown_weight: float, counts: TokenCounts, variant: str) -> float:
+    if isinstance(thrown_weight, bool) or not isinstance(thrown_weight, int | float):
+        raise TypeError(f"thrown_weight: expected a number, got {thrown_weight!r}")
+    if not 0 <= thrown_weight < float("inf"):
+        raise ValueError(f"thrown_weight: expected a number of at least 0, got {thrown_weight}")
+    if counts.decoded == 0 and (variant == "none" or thrown_weight == 0):
+        raise ValueError(
+            f"throw_ratio: expected at least one supervised token, got none ({counts}, variant {variant!r}, "
+            f"thrown_weight {thrown_weight})"
+        )
+    return float(thrown_weight)
+
+
+def _pixel_statistics(
+    mean: Sequence[float] | None, std: Sequence[float] | None, channels: int
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    imagenet = channels == 3
+    mean = (IMAGENET_MEAN if imagenet else (0.5,) * channels) if mean is None else mean
+    std = (IMAGENET_STD if imagenet else (0.5,) * channels) if std is None else std
+    for name, values in (("mean", mean), ("std", std)):
+        if len(values) != channels:
+            raise ValueError(f"{name}: expected {channels} numbers, one per channel, got {values!r}")
+    if not all(value > 0 for value in std):
+        raise ValueError(f"std: expected positive numbers, got {std!r}")
+    return tuple(float(value) for value in mean), tuple(float(value) for value in std)

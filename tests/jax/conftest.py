@@ -1,0 +1,55 @@
+"""What the tests of the JAX adapter share."""
+
+import importlib.util
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+if importlib.util.find_spec("jax") is None or importlib.util.find_spec("flax") is None:
+    collect_ignore_glob = ["test_*.py"]
+else:
+    import jax
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick_compiler(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Compile with few optimisations, and each program once: that takes most of the time here."""
+    changes = {
+        "jax_disable_most_optimizations": True,
+        "jax_compilation_cache_dir": str(tmp_path_factory.getbasetemp() / "compiled"),
+        "jax_persistent_cache_min_compile_time_secs": 0.5,
+    }
+    before = {name: jax.config.values[name] for name in changes}
+    for name, value in changes.items():
+        jax.config.update(name, value)
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+    jax.clear_caches()  # compiled programs are large
+
+
+@pytest.fixture
+def tiny() -> dict[str, Any]:
+    """Options of an MAE that a step of takes milliseconds: 4x4 tokens, of which 4 visible, 4 decoded, 8 thrown."""
+    return {
+        "image_size": (16, 16),
+        "patch_size": (4, 4),
+        "embed_dim": 16,
+        "depth": 1,
+        "num_heads": 2,
+        "decoder_dim": 8,
+        "decoder_depth": 1,
+        "decoder_heads": 2,
+    }
+
+
+@pytest.fixture
+def make_images() -> Callable[..., Any]:
+    """Return a function from a shape to random uint8 images in NumPy."""
+
+    def make(*shape: int, seed: int = 0) -> Any:
+        return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+    return make

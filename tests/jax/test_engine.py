@@ -1,0 +1,326 @@
+"""The engine: steps, schedules, guards, checkpoints."""
+
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from prmim_core import counter_noise, make_plan, patchify
+from prmim_jax import MAE, Engine, create_method
+from prmim_jax.engine import decay_mask, learning_rate_at
+from prmim_jax.interop import named_variables
+
+TRAINING = {"seed": 3, "total_steps": 8, "warmup_steps": 2, "learning_rate": 1e-3, "device": "cpu"}
+SAMPLE = np.arange(8)
+
+
+@pytest.fixture
+def make_engine(tiny):
+    def make(method_options=None, **training):
+        return Engine({"name": "mae", **tiny, **(method_options or {})}, **{**TRAINING, **training})
+
+    return make
+
+
+@pytest.fixture
+def images(make_images):
+    return make_images(8, 16, 16, 3)
+
+
+def train(engine, images, steps):
+    for _ in range(steps):
+        engine.train_step(images, SAMPLE)
+    return engine
+
+
+def weights_of(engine):
+    return {name: np.array(variable[...]) for name, variable in named_variables(engine.method).items()}
+
+
+def moments_of(engine):
+    return jax.tree.map(np.array, engine._saved_state())
+
+
+def without_keys(name, array):
+    """Leave out the bias of keys: its gradient is rounding error alone, which AdamW blows up to full steps."""
+    return np.delete(array.reshape(3, -1), 1, axis=0) if name.endswith("qkv.bias") else array
+
+
+def assert_close(weights, others, rtol, atol):
+    for name, array in weights.items():
+        ours, theirs = without_keys(name, array), without_keys(name, others[name])
+        np.testing.assert_allclose(ours, theirs, rtol=rtol, atol=atol, err_msg=name)
+
+
+def assert_same(tree, other):
+    jax.tree.map(np.testing.assert_array_equal, tree, other)
+
+
+def test_the_loss_falls_and_nothing_is_compiled_again(make_engine, images, monkeypatch):
+    images = images // 16 + np.linspace(0, 239, 16, dtype=np.uint8)[:, None]  # a ramp and some noise
+    traced = []
+    call = MAE.__call__
+    monkeypatch.setattr(MAE, "__call__", lambda self, *inputs: traced.append(1) or call(self, *inputs))
+    engine = make_engine(total_steps=60, learning_rate=1e-2, clip_grad=1.0)
+    train(engine, images, 1)
+    assert len(traced) == 1
+    train(engine, images, 4)
+    first = engine.read_metrics()
+    train(engine, images, 50)
+    engine.read_metrics()
+    train(engine, images, 5)
+    last = engine.read_metrics()
+    assert last["loss"] < 0.5 * first["loss"]
+    assert engine.step == 60
+    assert len(traced) == 1
+    assert engine._train._cache_size() == 1
+
+
+def test_bfloat16_trains_float32_weights(make_engine, images):
+    engine = train(make_engine({"variant": "conv"}, precision="bfloat16", compile=False), images, 3)
+    metrics = engine.read_metrics()
+    assert metrics["nonfinite_step"] is None
+    assert 0 < metrics["loss"] < 10
+    assert {array.dtype for array in weights_of(engine).values()} == {np.dtype("float32")}
+
+
+def test_parts_of_a_batch_add_up_to_it(make_engine, images):
+    whole = train(make_engine(clip_grad=1.0), images, 4)
+    parts = train(make_engine(clip_grad=1.0, accumulate=4), images, 4)
+    measured, expected = parts.read_metrics(), whole.read_metrics()
+    for name in ("loss", "loss_decoded", "loss_thrown", "grad_norm"):
+        assert measured[name] == pytest.approx(expected[name], rel=1e-4)
+    assert_close(weights_of(parts), weights_of(whole), rtol=1e-3, atol=1e-5)
+
+
+def test_learning_rates():
+    rates = [learning_rate_at(step, 10, 4, 1.0, 0.1) for step in range(12)]
+    assert rates[:5] == [0.0, 0.25, 0.5, 0.75, 1.0]
+    assert rates[7] == pytest.approx(0.55)  # half way down
+    assert rates[10:] == [pytest.approx(0.1)] * 2
+    assert learning_rate_at(0, 10, 0, 1.0, 0.0) == 1.0
+
+
+def test_metrics_are_means_since_the_last_reading(make_engine, images):
+    step_by_step, at_once = make_engine(clip_grad=1.0), make_engine(clip_grad=1.0)
+    readings = [train(step_by_step, images, 1).read_metrics() for _ in range(3)]
+    means = train(at_once, images, 3).read_metrics()
+    for name in ("loss", "loss_decoded", "loss_thrown", "grad_norm"):
+        assert means[name] == pytest.approx(np.mean([reading[name] for reading in readings]), rel=1e-6)
+    assert [reading["learning_rate"] for reading in readings] == [0.0, 0.0005, 0.001]
+    assert np.isnan(at_once.read_metrics()["loss"])
+
+
+def test_decay_spares_biases_norms_and_the_reconstruction(tiny):
+    mask = decay_mask(create_method("mae", **tiny))
+    decayed = {name for name, is_decayed in mask.items() if is_decayed}
+    assert {"encoder.cls_token", "decoder.mask_token", "encoder.patch_embed.proj.weight"} < decayed
+    assert not {"reconstruct.table", "encoder.norm.weight", "decoder.pred.bias"} & decayed
+    assert all(name.endswith(("weight", "token")) and "norm" not in name for name in decayed)
+    assert not decay_mask(create_method("mae", **tiny, variant="conv"))["reconstruct.kernel"]
+
+
+@jax.custom_vjp
+def poisoned(loss, factor):
+    """Return the loss; its gradient times a factor."""
+    return loss
+
+
+poisoned.defvjp(lambda loss, factor: (loss, factor), lambda factor, gradient: (gradient * factor, None))
+
+
+def test_a_step_that_is_not_finite_changes_nothing(make_engine, images, monkeypatch):
+    call = MAE.__call__
+
+    def call_spoilt(self, images, noise):
+        output = call(self, images, noise)
+        output.loss = jnp.where(images.max() == 0, jnp.nan, output.loss)
+        # 1e30 is finite, but its square is not.
+        output.loss = poisoned(output.loss, jnp.where(images.min() == 255, 1e30, 1.0))
+        return output
+
+    monkeypatch.setattr(MAE, "__call__", call_spoilt)
+    engine = train(make_engine(clip_grad=0.1), images, 3)
+    engine.read_metrics()
+    weights, before = weights_of(engine), moments_of(engine)
+    for value in (0, 255):  # a loss, and a gradient, that is not finite
+        train(engine, np.full_like(images, value), 1)
+        assert_same(weights_of(engine), weights)
+    after = moments_of(engine)
+    assert (after["step"], after["nonfinite_step"]) == (5, 4)
+    for name in ("count", "mu", "nu", "sums"):
+        assert_same(after[name], before[name])
+
+    train(engine, images, 1)
+    metrics = engine.read_metrics()
+    assert metrics["nonfinite_step"] == 4
+    assert np.isfinite([metrics["loss"], metrics["grad_norm"]]).all()
+    assert engine.step == 6
+    assert (weights_of(engine)["encoder.norm.bias"] != weights["encoder.norm.bias"]).any()
+    assert engine.read_metrics()["nonfinite_step"] == 4
+
+
+def test_a_step_never_waits_for_the_device_and_reuses_its_memory(make_engine, images):
+    engine = train(make_engine(clip_grad=1.0), images, 2)
+    before = jax.tree.leaves(engine._state)
+    with jax.transfer_guard_device_to_host("disallow"), jax.log_compiles(True):
+        train(engine, images, 2)
+    assert all(array.is_deleted() for array in before)
+    # The compiler promises to write every output over its input.
+    inputs = engine._inputs(images, SAMPLE)
+    compiled = engine._train.lower(engine._state, engine._buffers, *inputs, 0, 0.0).compile()
+    aliases = compiled.as_text().partition("input_output_alias={")[2].partition("\n")[0]
+    assert aliases.count("may-alias") + aliases.count("must-alias") == len(before)
+
+
+def test_a_batch_may_be_changed_after_the_call(make_engine, images):
+    kept, changed = make_engine(clip_grad=1.0), make_engine(clip_grad=1.0)
+    train(kept, images, 3)
+    # Memory that JAX would read in place: aligned to 64 bytes.
+    memory = np.zeros(images.nbytes + 64, np.uint8)
+    start = -memory.ctypes.data % 64
+    batch = memory[start : start + images.nbytes].reshape(images.shape)
+    for _ in range(3):
+        batch[:] = images
+        changed.train_step(batch, SAMPLE)
+        batch[:] = 0
+    assert changed.read_metrics() == kept.read_metrics()
+
+
+def test_a_resumed_run_goes_on_bit_for_bit(make_engine, images, tmp_path):
+    straight = train(make_engine(clip_grad=1.0), images, 7)
+    broken = train(make_engine(clip_grad=1.0), images, 4)
+    (tmp_path / "partial").mkdir()
+    broken.save(tmp_path / "partial")
+    (tmp_path / "partial").rename(tmp_path / "whole")
+    resumed = make_engine(clip_grad=1.0)
+    resumed.restore(tmp_path / "whole")
+    assert resumed.step == 4
+    train(resumed, images, 3)
+    assert_same(weights_of(resumed), weights_of(straight))
+    assert resumed.read_metrics() == straight.read_metrics()
+    assert resumed._train._cache_size() == 1
+
+
+def test_a_new_engine_can_be_saved_and_restored(make_engine, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):  # the second time over the first
+        make_engine().save(".")
+    engine = make_engine()
+    engine.restore(".")
+    assert engine.step == 0
+    assert_same(weights_of(engine), weights_of(make_engine()))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["training_state", "weights.safetensors"]
+
+
+def test_another_architecture_is_refused(make_engine, tmp_path):
+    make_engine().save(tmp_path)
+    other = make_engine({"decoder_depth": 2})
+    before = weights_of(other)
+    for refuse, place in ((other.restore, tmp_path), (other.load_weights, tmp_path / "weights.safetensors")):
+        with pytest.raises(ValueError, match=r"^weights: decoder_depth: expected 2, got 1$"):
+            refuse(place)
+    assert_same(weights_of(other), before)
+
+
+def test_a_damaged_training_state_is_refused(make_engine, images, tmp_path):
+    engine = make_engine()
+    engine.save(tmp_path)
+    other = make_engine(seed=4)
+    state = tmp_path / "training_state"
+    whole = engine._saved_state()
+    for name, array in (("count", np.zeros(2, np.int32)), ("step", None)):
+        spoiled = {**whole, name: array}
+        if array is None:
+            del spoiled[name]
+        engine._saved_state = lambda spoiled=spoiled: spoiled
+        engine.save(tmp_path)
+        with pytest.raises(ValueError, match=r"^directory: expected a training state"):
+            other.restore(tmp_path)
+    for file in state.rglob("*"):
+        if file.is_file():
+            file.write_bytes(b"text")
+    with pytest.raises(ValueError, match=r"^directory: expected a training state, got .*training_state, which is"):
+        other.restore(tmp_path)
+    shutil.rmtree(state)
+    with pytest.raises(FileNotFoundError):
+        other.restore(tmp_path)
+    assert other.step == 0
+    other.load_weights(tmp_path / "weights.safetensors")
+    assert_same(weights_of(other), weights_of(engine))
+
+
+def test_features_and_pictures(make_engine, images):
+    engine = make_engine()
+    features = engine.features(images)
+    assert features.shape == (8, 16)
+    assert features.dtype == np.float32
+    reconstruction = engine.reconstruct(images, SAMPLE)
+    schedule = engine.method.schedule
+    assert reconstruction.schedule == schedule
+    expected = make_plan(schedule, counter_noise(3, 0, SAMPLE, 16))
+    np.testing.assert_array_equal(reconstruction.order, expected.order)
+    truth = patchify(images, (4, 4)) / 255
+    assert reconstruction.patches.shape == truth.shape
+    assert reconstruction.patches.dtype == np.float32
+    for image in range(8):
+        is_close = np.isclose(reconstruction.patches[image], truth[image], atol=1e-6).all(-1)
+        assert sorted(np.flatnonzero(is_close)) == sorted(expected.visible[image])
+    assert np.isfinite(reconstruction.patches).all()
+    assert np.isnan(make_engine({"variant": "none"}).reconstruct(images, SAMPLE).patches).mean() == 0.5
+
+
+def test_it_says_what_it_is(make_engine):
+    engine = make_engine(device="auto")
+    assert engine.device.startswith(("cpu", "cuda"))
+    learned = [v for v in named_variables(engine.method).values() if isinstance(v, nnx.Param)]
+    assert engine.num_parameters == sum(variable.size for variable in learned)
+    assert engine.cost().macs > 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"seed": -1}, r"seed: expected an integer in \[0, 2\*\*32\), got -1"),
+        ({"total_steps": 0}, "total_steps: expected at least 1, got 0"),
+        ({"warmup_steps": 9}, "warmup_steps: expected 0 to total_steps 8, got 9"),
+        ({"learning_rate": -1.0}, "learning_rate: expected a number of at least min_learning_rate 0.0, got -1.0"),
+        (
+            {"learning_rate": float("nan")},
+            "learning_rate: expected a number of at least min_learning_rate 0.0, got nan",
+        ),
+        ({"min_learning_rate": 1.0}, "learning_rate: expected a number of at least min_learning_rate 1.0, got 0.001"),
+        ({"clip_grad": 0.0}, "clip_grad: expected a positive number or None, got 0.0"),
+        ({"accumulate": 0}, "accumulate: expected at least 1, got 0"),
+        ({"precision": "float16"}, "precision: expected 'float32' or 'bfloat16', got 'float16'"),
+        ({"device": "abacus"}, "device: expected 'auto', 'cpu' or 'cuda', got 'abacus'"),
+    ],
+    ids=str,
+)
+def test_wrong_options(tiny, options, message):
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        Engine({"name": "mae", **tiny}, **{**TRAINING, **options})
+
+
+def test_a_missing_device_is_named(tiny):
+    for device in ("cuda", "cpu:99"):
+        if device == "cuda" and jax.default_backend() == "gpu":
+            continue
+        with pytest.raises(ValueError, match=rf"^device: expected one that is there, got '{device}', but JAX finds no"):
+            Engine({"name": "mae", **tiny}, **{**TRAINING, "device": device})
+
+
+def test_wrong_batches(make_engine, images):
+    with pytest.raises(ValueError, match=r"^images: expected a batch that accumulate=3 divides, got 8$"):
+        make_engine(accumulate=3).train_step(images, SAMPLE)
+    engine = make_engine()
+    with pytest.raises(ValueError, match=r"^sample: expected shape \(8,\), got \(7,\)$"):
+        engine.train_step(images, SAMPLE[1:])
+    with pytest.raises(TypeError, match=r"^sample: expected integers, got float64$"):
+        engine.train_step(images, SAMPLE / 2)
+    with pytest.raises(TypeError, match=r"^images: expected uint8, got float32$"):
+        engine.train_step(images.astype(np.float32), SAMPLE)
+    assert engine.step == 0

@@ -1,0 +1,157 @@
+"""Weights in files."""
+
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
+
+from prmim_jax import create_method, load_weights, save_weights
+from prmim_jax.interop import named_variables
+
+
+@pytest.fixture
+def method(tiny):
+    return create_method("mae", **tiny)
+
+
+def weights_of(method):
+    return {name: np.array(variable[...]) for name, variable in named_variables(method).items()}
+
+
+def assert_same(method, weights):
+    state = weights_of(method)
+    assert set(state) == set(weights)
+    for name, array in state.items():
+        np.testing.assert_array_equal(array, weights[name], err_msg=name)
+
+
+def test_weights_come_back(tiny, method, tmp_path):
+    save_weights(method, tmp_path / "weights.safetensors")
+    other = create_method("mae", **tiny, init_seed=1)
+    load_weights(other, tmp_path / "weights.safetensors")
+    assert_same(other, weights_of(method))
+    assert [path.name for path in tmp_path.iterdir()] == ["weights.safetensors"]
+
+
+def test_the_file_names_its_architecture(method, tmp_path):
+    save_weights(method, str(tmp_path / "weights.safetensors"))
+    with safe_open(tmp_path / "weights.safetensors", framework="numpy") as file:
+        assert json.loads(file.metadata()["prmim_architecture"]) == method.architecture()
+
+
+def test_weights_fit_another_schedule(tiny, method, tmp_path):
+    save_weights(method, tmp_path / "weights.safetensors")
+    other = create_method("mae", **tiny, mask_ratio=0.5, throw_ratio=0.25, stages=1, throwing="random", init_seed=1)
+    load_weights(other, tmp_path / "weights.safetensors")
+    assert_same(other, weights_of(method))
+
+
+def test_dtype_stays_that_of_the_method(tiny, method, tmp_path):
+    save_weights(method, tmp_path / "weights.safetensors")
+    other = create_method("mae", **tiny, init_seed=1)
+    for variable in named_variables(other).values():
+        variable.set_value(variable[...].astype(jnp.bfloat16))
+    load_weights(other, tmp_path / "weights.safetensors")
+    token = other.encoder.cls_token[...]
+    assert token.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(token, method.encoder.cls_token[...].astype(jnp.bfloat16))
+    save_weights(other, tmp_path / "rough.safetensors")
+    load_weights(method, tmp_path / "rough.safetensors")
+    assert method.encoder.cls_token.dtype == jnp.float32
+    np.testing.assert_array_equal(token, method.encoder.cls_token[...])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"depth": 2}, "weights: depth: expected 2, got 1"),
+        ({"variant": "conv"}, "weights: variant: expected 'conv', got 'kernel'"),
+        ({"image_size": (16, 32)}, r"weights: image_size: expected \[16, 32\], got \[16, 16\]"),
+        ({"channels": 1}, "weights: channels: expected 1, got 3"),
+        ({"mean": (0.5, 0.5, 0.5)}, r"weights: mean: expected \[0.5, 0.5, 0.5\], got \[0.485, 0.456, 0.406\]"),
+    ],
+    ids=str,
+)
+def test_the_first_field_that_differs_is_named(tiny, method, tmp_path, options, message):
+    save_weights(method, tmp_path / "weights.safetensors")
+    other = create_method("mae", **{**tiny, **options})
+    before = weights_of(other)
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        load_weights(other, tmp_path / "weights.safetensors")
+    assert_same(other, before)
+
+
+def rewrite(path, change, metadata=None):
+    with safe_open(path, framework="numpy") as file:
+        kept = file.metadata()
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path, kept if metadata is None else metadata)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop("encoder.cls_token"), "path: expected a tensor 'encoder.cls_token', got none in .*"),
+        (lambda t: t.update(extra=np.zeros(1)), "path: expected no tensor 'extra', got one in .*"),
+        (
+            lambda t: t.update({"decoder.norm.bias": np.zeros(9)}),
+            r"path: decoder.norm.bias: expected shape \(8,\), got \(9,\) in .*",
+        ),
+        (
+            lambda t: t.update({"decoder.norm.bias": np.zeros(8, np.int32)}),
+            "path: decoder.norm.bias: expected floating-point values, got int32 in .*",
+        ),
+    ],
+)
+def test_tensors_must_be_those_of_the_method(method, tmp_path, change, message):
+    path = tmp_path / "weights.safetensors"
+    save_weights(method, path)
+    rewrite(path, change)
+    before = weights_of(method)
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        load_weights(method, path)
+    assert_same(method, before)
+
+
+@pytest.mark.parametrize("metadata", [{}, {"format": "pt"}, {"prmim_architecture": "{"}, {"prmim_architecture": "[]"}])
+def test_files_of_others_are_refused(method, tmp_path, metadata):
+    path = tmp_path / "weights.safetensors"
+    save_weights(method, path)
+    rewrite(path, lambda tensors: None, metadata)
+    with pytest.raises(ValueError, match=r"^path: expected weights written by prmim, got .*$"):
+        load_weights(method, path)
+
+
+def test_other_bytes_are_refused(method, tmp_path):
+    path = tmp_path / "weights.safetensors"
+    path.write_bytes(b"not a file of tensors")
+    with pytest.raises(ValueError, match=r"^path: expected a safetensors file, got .*$"):
+        load_weights(method, path)
+    with pytest.raises(FileNotFoundError):
+        load_weights(method, tmp_path / "nothing.safetensors")
+
+
+def test_a_failed_write_leaves_the_old_file(method, tmp_path, monkeypatch):
+    path = tmp_path / "weights.safetensors"
+    save_weights(method, path)
+    before = path.read_bytes()
+
+    def fail(_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr("os.fsync", fail)
+    method.encoder.cls_token.set_value(method.encoder.cls_token[...] + 1)
+    with pytest.raises(OSError, match=r"disk full"):
+        save_weights(method, path)
+    assert path.read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["weights.safetensors"]
+
+
+def test_a_module_without_architecture_is_refused(tmp_path):
+    with pytest.raises(TypeError, match=r"^method: expected a module with architecture\(\), got Linear$"):
+        save_weights(nnx.Linear(2, 2, rngs=nnx.Rngs(0)), tmp_path / "weights.safetensors")

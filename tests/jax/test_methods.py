@@ -1,0 +1,34 @@
+"""Methods by name."""
+
+import pytest
+from flax import nnx
+
+from prmim_jax import METHODS, create_method
+
+
+def test_a_method_is_built_by_name(tiny):
+    method = create_method("mae", **tiny, throw_ratio=0.25, stages=3)
+    assert isinstance(method, METHODS["mae"])
+    assert method.schedule.stage_sizes == (2, 1, 1)
+    assert method.counts.thrown == 4
+
+
+def test_named_models():
+    method = create_method("mae", model="vit_small", image_size=(32, 32), depth=1)
+    assert (method.embed_dim, method.depth, method.num_heads) == (384, 1, 6)
+
+
+def test_unknown_names_are_answered_with_the_known_ones(tiny):
+    with pytest.raises(ValueError, match=r"^name: expected one of mae, got 'mea'$"):
+        create_method("mea", **tiny)
+    with pytest.raises(TypeError, match=r"^options: 'mae' has no option 'stage', only model, image_size, .*, stages, "):
+        create_method("mae", **tiny, stage=3)
+
+
+def test_initial_weights_come_from_the_seed_or_from_given_rngs(tiny):
+    def token(**options):
+        return create_method("mae", **tiny, **options).encoder.cls_token[...]
+
+    assert (token() == token(init_seed=0)).all()
+    assert (token() != token(init_seed=1)).any()
+    assert (token(init_seed=1) == token(rngs=nnx.Rngs(1))).all()

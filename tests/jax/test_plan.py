@@ -1,0 +1,81 @@
+"""The plan inside compiled functions."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import prmim_core
+from prmim_core import Grid, Schedule, TokenCounts, counter_noise
+from prmim_jax import make_plan
+
+SCHEDULES = [
+    Schedule(Grid((4, 6)), TokenCounts(6, 6, 12)),
+    Schedule(Grid((4, 6)), TokenCounts(6, 6, 12), stages=3, seed="none"),
+    Schedule(Grid((4, 6), spacing=(3, 1)), TokenCounts(6, 6, 12)),
+    Schedule(Grid((4, 6)), TokenCounts(6, 6, 12), throwing="random"),
+    Schedule(Grid((2, 4, 4)), TokenCounts(4, 10, 18), throwing="cell"),
+    Schedule(Grid((12,)), TokenCounts(3, 9, 0)),
+]
+
+
+def noise_for(schedule, batch=3):
+    return counter_noise(0, 0, jnp.arange(batch), schedule.counts.num_tokens)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda s: f"{s.throwing}-{s.seed}-{s.grid.axes}")
+def test_plan_is_the_cores(schedule):
+    noise = noise_for(schedule)
+    plan = jax.jit(make_plan, static_argnums=0)(schedule, noise)
+    assert plan.order.dtype == jnp.int32
+    assert plan.schedule == schedule
+    np.testing.assert_array_equal(plan.order, prmim_core.make_plan(schedule, np.asarray(noise)).order)
+
+
+def test_weights_and_visible_tokens_go_through():
+    schedule = Schedule(Grid((4, 4)), TokenCounts(4, 4, 8), throwing="weighted")
+    noise = noise_for(schedule)
+    weights = np.random.default_rng(0).random(noise.shape, np.float32)
+    visible = np.array([[3, 1, 0, 15]] * 3)
+    plan = make_plan(schedule, noise, visible=jnp.asarray(visible), weights=jnp.asarray(weights))
+    expected = prmim_core.make_plan(schedule, np.asarray(noise), visible=visible, weights=weights)
+    np.testing.assert_array_equal(plan.order, expected.order)
+    assert plan.visible.tolist() == visible.tolist()
+
+
+def test_plans_are_pytrees_and_mapped_over():
+    schedule = SCHEDULES[0]
+    noise = noise_for(schedule, batch=4).reshape(2, 2, -1)
+    plans = jax.jit(jax.vmap(lambda noise: make_plan(schedule, noise)))(noise)
+    expected = make_plan(schedule, noise.reshape(4, -1))
+    np.testing.assert_array_equal(plans.order.reshape(4, -1), expected.order)
+    assert jax.tree.structure(plans) == jax.tree.structure(expected)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"noise": jnp.zeros((2, 16))}, TypeError, "noise: expected integers, got float32"),
+        ({"noise": jnp.zeros((2, 16), bool)}, TypeError, "noise: expected integers, got bool"),
+        (
+            {"noise": jnp.zeros((2, 9), jnp.int32)},
+            ValueError,
+            r"noise: expected shape \(batch, 16\), got \(2, 9\)",
+        ),
+        (
+            {"noise": jnp.zeros(16, jnp.int32)},
+            ValueError,
+            r"noise: expected shape \(batch, 16\), got \(16,\)",
+        ),
+        (
+            {"visible": jnp.zeros((2, 5), jnp.int32)},
+            ValueError,
+            r"visible: expected shape \(2, 4\), got \(2, 5\)",
+        ),
+        ({"weights": jnp.zeros((2, 5))}, ValueError, r"weights: expected shape \(2, 16\), got \(2, 5\)"),
+    ],
+)
+def test_wrong_arguments(arguments, error, message):
+    schedule = Schedule(Grid((4, 4)), TokenCounts(4, 4, 8))
+    with pytest.raises(error, match=f"^{message}$"):
+        make_plan(schedule, **{"noise": jnp.zeros((2, 16), jnp.int32), **arguments})
