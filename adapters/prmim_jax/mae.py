@@ -1,8 +1,7 @@
 """Masked autoencoder with partial and progressive reconstruction."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from fractions import Fraction
+from dataclasses import dataclass
 from math import prod
 from typing import Any, Literal
 
@@ -14,11 +13,7 @@ from jax import Array
 from numpy.typing import NDArray
 
 from prmim_core import (
-    Grid,
     Plan,
-    Schedule,
-    TokenCounts,
-    count_tokens,
     denormalize_patches,
     normalize_patches,
     patch_grid,
@@ -26,16 +21,19 @@ from prmim_core import (
     take_tokens,
     vit_size,
 )
+from prmim_core.options import (
+    check_counts,
+    check_schedule,
+    check_thrown_weight,
+    check_variant,
+    pixel_statistics,
+    positive_integers,
+)
 from prmim_jax.plan import make_plan
-from prmim_jax.reconstruct import VARIANTS, ProgressiveReconstruction
+from prmim_jax.reconstruct import ProgressiveReconstruction
 from prmim_jax.vit import Decoder, Encoder
 
-THROWING = ("furthest", "random", "cell", "none")
-"""Rules for what is thrown, of those that need nothing but noise."""
-
 RECONSTRUCTION_HEADS = 4
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 
 Pool = Literal["mean", "cls"]
 
@@ -167,26 +165,26 @@ class MAE(nnx.Module):
         init_seed: int = 0,
         rngs: nnx.Rngs | None = None,
     ) -> None:
-        self.image_size = _positive_integers("image_size", image_size)
-        self.patch_size = _positive_integers("patch_size", patch_size)
-        (self.channels,) = _positive_integers("channels", (channels,))
+        self.image_size = positive_integers("image_size", image_size)
+        self.patch_size = positive_integers("patch_size", patch_size)
+        (self.channels,) = positive_integers("channels", (channels,))
         self.grid = patch_grid(self.image_size, self.patch_size)
-        self.counts = _counts(self.grid, mask_ratio, throw_ratio, throwing)
-        self.schedule = _schedule(self.grid, self.counts, stages, throwing, seed)
-        self.variant = _variant(variant, self.counts)
-        self.thrown_weight = _thrown_weight(thrown_weight, self.counts, self.variant)
+        self.counts = check_counts(self.grid, mask_ratio, throw_ratio, throwing)
+        self.schedule = check_schedule(self.grid, self.counts, stages, throwing, seed)
+        self.variant = check_variant(variant, self.counts)
+        self.thrown_weight = check_thrown_weight(thrown_weight, self.counts, self.variant)
         if norm_pix and self.patch_dim < 2:
             raise ValueError("norm_pix: expected patches of at least 2 values to normalise them, got patches of 1")
         self.norm_pix = bool(norm_pix)
-        self.mean, self.std = _pixel_statistics(mean, std, self.channels)
+        self.mean, self.std = pixel_statistics(mean, std, self.channels)
         # Plain numbers, not arrays: they are part of the program, and no part of the state.
         self._pixel_scale = tuple(1 / (255 * deviation) for deviation in self.std)
         self._pixel_shift = tuple(-m / s for m, s in zip(self.mean, self.std, strict=True))
         encoder = vit_size(model, embed_dim, depth, num_heads)
-        self.embed_dim, self.depth, self.num_heads = _positive_integers(
+        self.embed_dim, self.depth, self.num_heads = positive_integers(
             "embed_dim, depth, num_heads", (encoder.dim, encoder.depth, encoder.heads)
         )
-        self.decoder_dim, self.decoder_depth, self.decoder_heads = _positive_integers(
+        self.decoder_dim, self.decoder_depth, self.decoder_heads = positive_integers(
             "decoder_dim, decoder_depth, decoder_heads", (decoder_dim, decoder_depth, decoder_heads)
         )
         if self.variant == "kernel" and self.decoder_dim % RECONSTRUCTION_HEADS:
@@ -377,76 +375,3 @@ def check_images(images: Array | NDArray[np.uint8], shape: Sequence[int]) -> Non
     if tuple(images.shape[1:]) != tuple(shape):
         sizes = ", ".join(map(str, shape))
         raise ValueError(f"images: expected shape (batch, {sizes}), got {tuple(images.shape)}")
-
-
-def _positive_integers(name: str, values: Sequence[int]) -> tuple[int, ...]:
-    if not isinstance(values, Sequence) or not all(type(value) is int for value in values):
-        raise TypeError(f"{name}: expected integers, got {values!r}")
-    if not all(value > 0 for value in values):
-        raise ValueError(f"{name}: expected positive integers, got {values!r}")
-    return tuple(values)
-
-
-def _counts(grid: Grid, mask_ratio: float | None, throw_ratio: float, throwing: str) -> TokenCounts:
-    if throwing not in THROWING:
-        raise ValueError(f"throwing: expected one of {', '.join(THROWING)}, got {throwing!r}")
-    mask_ratio = 0.75 if mask_ratio is None else mask_ratio
-    throw_ratio = 0.0 if throwing == "none" else throw_ratio
-    counts = count_tokens(grid.num_tokens, mask_ratio, throw_ratio)  # checks types and [0, 1]
-    for name, ratio in (("mask_ratio", mask_ratio), ("throw_ratio", throw_ratio)):
-        if ratio >= 1:
-            raise ValueError(f"{name}: expected a number in [0, 1), got {ratio}")
-    # As the decimals that are written: 0.3 and 3 * 0.1 name different ones.
-    if Fraction(str(throw_ratio)) > Fraction(str(mask_ratio)):
-        raise ValueError(f"throw_ratio: expected at most mask_ratio {mask_ratio}, got {throw_ratio}")
-    if counts.visible == 0:
-        raise ValueError(
-            f"mask_ratio: expected a ratio that leaves a visible token of {grid.num_tokens}, got {mask_ratio}"
-        )
-    if counts.masked == 0:
-        raise ValueError(f"mask_ratio: expected a ratio that masks a token of {grid.num_tokens}, got {mask_ratio}")
-    return counts
-
-
-def _schedule(grid: Grid, counts: TokenCounts, stages: int, throwing: str, seed: str) -> Schedule:
-    if throwing == "none":
-        throwing = "random"
-    schedule = Schedule(grid, counts, stages=stages, throwing=throwing, seed=seed)  # type: ignore[arg-type]  # checked
-    if counts.thrown == 0:
-        # All masked tokens are decoded, so their order changes nothing: take the cheapest one.
-        return replace(schedule, throwing="random", seed="visible")
-    return schedule
-
-
-def _variant(variant: str, counts: TokenCounts) -> str:
-    allowed = (*VARIANTS, "none")
-    if variant not in allowed:
-        raise ValueError(f"variant: expected one of {', '.join(allowed)}, got {variant!r}")
-    return variant if counts.thrown else "none"
-
-
-def _thrown_weight(thrown_weight: float, counts: TokenCounts, variant: str) -> float:
-    if isinstance(thrown_weight, bool) or not isinstance(thrown_weight, int | float):
-        raise TypeError(f"thrown_weight: expected a number, got {thrown_weight!r}")
-    if not 0 <= thrown_weight < float("inf"):
-        raise ValueError(f"thrown_weight: expected a number of at least 0, got {thrown_weight}")
-    if counts.decoded == 0 and (variant == "none" or thrown_weight == 0):
-        raise ValueError(
-            f"throw_ratio: expected at least one supervised token, got none ({counts}, variant {variant!r}, "
-            f"thrown_weight {thrown_weight})"
-        )
-    return float(thrown_weight)
-
-
-def _pixel_statistics(
-    mean: Sequence[float] | None, std: Sequence[float] | None, channels: int
-) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    imagenet = channels == 3
-    mean = (IMAGENET_MEAN if imagenet else (0.5,) * channels) if mean is None else mean
-    std = (IMAGENET_STD if imagenet else (0.5,) * channels) if std is None else std
-    for name, values in (("mean", mean), ("std", std)):
-        if len(values) != channels:
-            raise ValueError(f"{name}: expected {channels} numbers, one per channel, got {values!r}")
-    if not all(value > 0 for value in std):
-        raise ValueError(f"std: expected positive numbers, got {std!r}")
-    return tuple(float(value) for value in mean), tuple(float(value) for value in std)

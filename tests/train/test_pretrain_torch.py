@@ -91,7 +91,7 @@ def test_inspect_counts_parameters_without_training(tiny_words, capsys, tmp_path
 
 
 def test_the_ways_of_throwing_are_those_of_the_backend():
-    from prmim_torch.mae import THROWING
+    from prmim_core.options import THROWING
     from prmim_train import config
 
     assert set(config.THROWING) == set(THROWING)
