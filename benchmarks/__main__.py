@@ -1,7 +1,7 @@
 """Run every benchmark at its short setting."""
 
-from benchmarks import macs, plan, step
+from benchmarks import backends, macs, plan, step
 
-for benchmark in (macs, step, plan):
+for benchmark in (macs, step, plan, backends):
     benchmark.main([])
     print()

@@ -82,10 +82,11 @@ class ExplicitAttention(nn.Module):
         super().__init__()
         self.num_heads, self.qkv, self.proj = attention.num_heads, attention.qkv, attention.proj
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map (batch, length, dim) to the same shape."""
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Map (batch, length, dim) to the same shape; ``bias`` is added to the scores."""
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
         scores = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5
+        scores = scores if bias is None else scores + bias
         # In float32 whatever the precision, which is autocast's rule on GPUs; on CPUs it has none.
         weights = scores.softmax(-1, dtype=torch.float32).to(v.dtype)
         return self.proj((weights @ v).transpose(1, 2).flatten(2))

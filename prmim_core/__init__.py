@@ -4,13 +4,15 @@ Arguments may be NumPy, PyTorch, JAX or any other arrays that follow the array A
 kind, on the same device. Randomness is an argument everywhere: the same noise gives the same integers on every library.
 """
 
-from prmim_core.cost import CostReport, PartCost, Transformer, cost, vit_size
+from prmim_core.cost import CostReport, PartCost, Transformer, cost, maskalign_cost, simmim_cost, vit_size
 from prmim_core.counts import TokenCounts, count_tokens
 from prmim_core.coverage import covering_radius, distance_histogram, nearest_known_distance, separation
+from prmim_core.drop_path import drop_path_scales
 from prmim_core.grid import Grid
 from prmim_core.masking import block_visible, random_visible, tube_visible, weighted_visible
 from prmim_core.noise import counter_noise, inverse_permutation, noise_rank
 from prmim_core.reconstruct import interpolate, num_offsets, offset_index, offset_squared_distances, reconstruct_stages
+from prmim_core.resize import resize_images, resize_matrix, resize_table
 from prmim_core.sampling import furthest_point_sampling
 from prmim_core.schedule import Plan, Schedule, is_member, make_plan, take_tokens
 from prmim_core.targets import denormalize_patches, normalize_patches, patch_grid, patchify, unpatchify
@@ -30,11 +32,13 @@ __all__ = [
     "covering_radius",
     "denormalize_patches",
     "distance_histogram",
+    "drop_path_scales",
     "furthest_point_sampling",
     "interpolate",
     "inverse_permutation",
     "is_member",
     "make_plan",
+    "maskalign_cost",
     "nearest_known_distance",
     "noise_rank",
     "normalize_patches",
@@ -45,7 +49,11 @@ __all__ = [
     "patchify",
     "random_visible",
     "reconstruct_stages",
+    "resize_images",
+    "resize_matrix",
+    "resize_table",
     "separation",
+    "simmim_cost",
     "take_tokens",
     "tube_visible",
     "unpatchify",

@@ -109,6 +109,10 @@ class PartCost:
     macs: int
     activation_bytes: int
 
+    def times(self, number: int) -> "PartCost":
+        """Return the cost of so many of these."""
+        return PartCost(number * self.macs, number * self.activation_bytes)
+
 
 @dataclass(frozen=True)
 class CostReport:
@@ -192,13 +196,7 @@ def cost(
     >>> round(official / 1e9, 3), round(ours / 1e9, 3), round(1 - ours / official, 3)
     (9.781, 6.977, 0.287)
     """
-    for name, value, allowed in (
-        ("variant", variant, get_args(Variant)),
-        ("bookkeeping", bookkeeping, get_args(Bookkeeping)),
-        ("attention", attention, get_args(Attention)),
-    ):
-        if value not in allowed:
-            raise ValueError(f"{name}: expected one of {', '.join(allowed)}, got {value!r}")
+    _check(variant, bookkeeping, attention)
     counts = schedule.counts
     encoded, decoded = counts.visible + 1, counts.visible + counts.decoded + 1  # with cls
     if bookkeeping == "official":
@@ -206,27 +204,217 @@ def cost(
     else:
         embedded = counts.visible
         predicted = counts.decoded if variant == "none" else counts.masked
-
-    def blocks(size: Transformer, length: int) -> PartCost:
-        final_norm = length * (4 * size.dim + 2 * 4)
-        saved = size.activation_bytes(length, compute_bytes=compute_bytes, attention=attention)
-        return PartCost(size.macs(length), saved + final_norm)
-
-    def linear(length: int, inputs: int, outputs: int) -> PartCost:
-        return PartCost(length * inputs * outputs, length * inputs * compute_bytes)
-
-    prediction = linear(predicted, decoder.dim, patch_dim)
-    loss_bytes = predicted * patch_dim * 4  # the float32 error
     return CostReport(
         {
-            "patch_embed": linear(embedded, patch_dim, encoder.dim),
-            "encoder": blocks(encoder, encoded),
-            "decoder_embed": linear(encoded, encoder.dim, decoder.dim),
-            "decoder": blocks(decoder, decoded),
+            "patch_embed": _linear(embedded, patch_dim, encoder.dim, compute_bytes),
+            "encoder": _blocks(encoder, encoded, compute_bytes, attention),
+            "decoder_embed": _linear(encoded, encoder.dim, decoder.dim, compute_bytes),
+            "decoder": _blocks(decoder, decoded, compute_bytes, attention),
             "stages": _stages(schedule, decoder.dim, variant, heads, repeats, compute_bytes),
-            "head": PartCost(prediction.macs, prediction.activation_bytes + loss_bytes),
+            "head": _head(predicted, decoder.dim, patch_dim, compute_bytes),
         }
     )
+
+
+def simmim_cost(
+    schedule: Schedule,
+    *,
+    patch_dim: int,
+    encoder: Transformer,
+    variant: Variant = "kernel",
+    heads: int = 4,
+    repeats: int = 3,
+    layer_scale: bool = True,
+    relative_position: bool = True,
+    bookkeeping: Bookkeeping = "prmim",
+    attention: Attention = "fused",
+    compute_bytes: int = 4,
+) -> CostReport:
+    """Return the cost of SimMIM, dense or with thrown tokens, per image.
+
+    Parameters
+    ----------
+    schedule
+        The counts and stages. Nothing thrown is the dense SimMIM.
+    patch_dim
+        Values in a patch, P.
+    encoder
+        Size of the transformer, with a cls token; it sees visible and decoded tokens.
+    variant, heads, repeats
+        As in :func:`cost`; the stages work on the encoder's output.
+    layer_scale
+        Whether the branches of a block are scaled per channel, which keeps their outputs for the backward pass.
+    relative_position
+        Whether a bias is added to the scores of attention. It is gathered once for all blocks.
+    bookkeeping
+        ``"prmim"``: visible patches are embedded and supervised tokens predicted, as our models do. ``"official"``: all
+        patches are embedded and every token of the encoder but cls is predicted, as the official SimMIM does; thrown
+        tokens cost nothing then.
+    attention, compute_bytes
+        As in :func:`cost`.
+
+    Returns
+    -------
+    CostReport
+        With the parts patch_embed, encoder, stages and head.
+
+    Raises
+    ------
+    ValueError
+        If a name is not known.
+
+    Examples
+    --------
+    >>> from prmim_core import Grid, Schedule, count_tokens
+    >>> sizes = {"patch_dim": 768, "encoder": Transformer(768, 12, 12)}
+    >>> dense = Schedule(Grid((14, 14)), count_tokens(196, 0.6, mask_unit=4))
+    >>> prmim = Schedule(Grid((14, 14)), count_tokens(196, 0.6, 0.25, mask_unit=4))
+    >>> official, ours = simmim_cost(dense, bookkeeping="official", **sizes).macs, simmim_cost(prmim, **sizes).macs
+    >>> round(official / 1e9, 3), round(ours / 1e9, 3), round(1 - ours / official, 3)
+    (17.679, 13.096, 0.259)
+    """
+    _check(variant, bookkeeping, attention)
+    counts = schedule.counts
+    encoded = counts.visible + counts.decoded
+    if bookkeeping == "official":
+        embedded, predicted, variant = counts.num_tokens, encoded, "none"
+    else:
+        embedded = counts.visible
+        predicted = counts.decoded if variant == "none" else counts.masked
+    length = encoded + 1  # with cls
+    blocks = _blocks(encoder, length, compute_bytes, attention)
+    scaled_bytes = layer_scale * encoder.depth * 2 * length * encoder.dim * compute_bytes
+    # The bias of every head, and one 8-byte place in the table per pair of tokens.
+    bias_bytes = relative_position * length**2 * (encoder.heads * compute_bytes + 8)
+    return CostReport(
+        {
+            "patch_embed": _linear(embedded, patch_dim, encoder.dim, compute_bytes),
+            "encoder": PartCost(blocks.macs, blocks.activation_bytes + scaled_bytes + bias_bytes),
+            "stages": _stages(schedule, encoder.dim, variant, heads, repeats, compute_bytes),
+            "head": _head(predicted, encoder.dim, patch_dim, compute_bytes),
+        }
+    )
+
+
+def maskalign_cost(
+    schedule: Schedule,
+    *,
+    patch_dim: int,
+    encoder: Transformer,
+    teacher: Transformer,
+    teacher_patch_dim: int,
+    teacher_tokens: int,
+    layers: int = 5,
+    variant: Variant = "kernel",
+    heads: int = 4,
+    repeats: int = 3,
+    bookkeeping: Bookkeeping = "prmim",
+    attention: Attention = "fused",
+    compute_bytes: int = 4,
+) -> CostReport:
+    """Return the cost of MaskAlign, plain or with thrown tokens aligned too, per image.
+
+    Parameters
+    ----------
+    schedule
+        The counts and stages; MaskAlign throws all masked tokens.
+    patch_dim
+        Values in a patch of the student, P.
+    encoder
+        Size of the student, with a cls token; it sees visible tokens only.
+    teacher
+        Size of the teacher, with a cls token; it sees all tokens. Nothing of it is kept for a backward pass.
+    teacher_patch_dim
+        Values in a patch of the teacher.
+    teacher_tokens
+        Patches that the teacher cuts an image into, cls not counted.
+    layers
+        How many layers of the teacher are aligned, k.
+    variant, heads, repeats
+        As in :func:`cost`; the stages work on the mixed features of each aligned layer. ``"none"``: only cls and
+        visible tokens are aligned, plain MaskAlign.
+    bookkeeping
+        ``"prmim"``: visible patches are embedded, and there are mixed features and a head for each aligned layer.
+        ``"official"``: all patches are embedded and every layer of the teacher has a head, as in the official
+        MaskAlign; mixing and thrown tokens cost nothing then.
+    attention, compute_bytes
+        As in :func:`cost`.
+
+    Returns
+    -------
+    CostReport
+        With the parts patch_embed, encoder, fusion, stages, heads and teacher.
+
+    Raises
+    ------
+    ValueError
+        If a name is not known, or there are not that many layers.
+
+    Examples
+    --------
+    >>> from prmim_core import Grid, Schedule, count_tokens
+    >>> sizes = {"patch_dim": 768, "encoder": Transformer(768, 12, 12), "teacher": Transformer(768, 12, 12),
+    ...          "teacher_patch_dim": 768, "teacher_tokens": 196}
+    >>> schedule = Schedule(Grid((14, 14)), count_tokens(196, 0.7, 1))
+    >>> plain, ours = maskalign_cost(schedule, bookkeeping="official", **sizes), maskalign_cost(schedule, **sizes)
+    >>> teacher = plain.parts["teacher"].macs
+    >>> [round(macs / 1e9, 3) for macs in (teacher, plain.macs - teacher, ours.macs - teacher)]
+    [17.563, 5.609, 5.742]
+    """
+    _check(variant, bookkeeping, attention)
+    if not 1 <= layers <= teacher.depth:
+        raise ValueError(f"layers: expected 1 to the {teacher.depth} of the teacher, got {layers}")
+    counts = schedule.counts
+    length = counts.visible + 1  # with cls
+    if bookkeeping == "official":
+        embedded, fused, predicted, variant = counts.num_tokens, 0, teacher.depth, "none"
+    else:
+        embedded, fused, predicted = counts.visible, layers, layers
+    aligned = length if variant == "none" else length + counts.thrown
+    stages = _stages(schedule, encoder.dim, variant, heads, repeats, compute_bytes)
+    head = _head(aligned, encoder.dim, teacher.dim, compute_bytes)
+    # The outputs of all blocks, stacked in float32.
+    stack_bytes = encoder.depth * length * encoder.dim * 4 if fused else 0
+    return CostReport(
+        {
+            "patch_embed": _linear(embedded, patch_dim, encoder.dim, compute_bytes),
+            "encoder": _blocks(encoder, length, compute_bytes, attention, final_norm=False),
+            "fusion": PartCost(fused * encoder.depth * length * encoder.dim, stack_bytes),
+            "stages": stages.times(fused),
+            "heads": head.times(predicted),
+            "teacher": PartCost(
+                teacher_tokens * teacher_patch_dim * teacher.dim + teacher.macs(teacher_tokens + 1),
+                0,
+            ),
+        }
+    )
+
+
+def _check(variant: str, bookkeeping: str, attention: str) -> None:
+    for name, value, allowed in (
+        ("variant", variant, get_args(Variant)),
+        ("bookkeeping", bookkeeping, get_args(Bookkeeping)),
+        ("attention", attention, get_args(Attention)),
+    ):
+        if value not in allowed:
+            raise ValueError(f"{name}: expected one of {', '.join(allowed)}, got {value!r}")
+
+
+def _blocks(
+    size: Transformer, length: int, compute_bytes: int, attention: Attention, *, final_norm: bool = True
+) -> PartCost:
+    saved = size.activation_bytes(length, compute_bytes=compute_bytes, attention=attention)
+    return PartCost(size.macs(length), saved + final_norm * length * (4 * size.dim + 2 * 4))
+
+
+def _linear(length: int, inputs: int, outputs: int, compute_bytes: int) -> PartCost:
+    return PartCost(length * inputs * outputs, length * inputs * compute_bytes)
+
+
+def _head(length: int, inputs: int, outputs: int, compute_bytes: int) -> PartCost:
+    """Count a linear layer and its loss, which keeps the float32 error."""
+    prediction = _linear(length, inputs, outputs, compute_bytes)
+    return PartCost(prediction.macs, prediction.activation_bytes + length * outputs * 4)
 
 
 def _stages(schedule: Schedule, dim: int, variant: Variant, heads: int, repeats: int, compute_bytes: int) -> PartCost:

@@ -50,14 +50,20 @@ class TokenCounts:
 
 
 def count_tokens(
-    num_tokens: int, mask_ratio: float | Fraction, throw_ratio: float | Fraction = 0.0, rounding: Rounding = "mae"
+    num_tokens: int,
+    mask_ratio: float | Fraction,
+    throw_ratio: float | Fraction = 0.0,
+    rounding: Rounding = "mae",
+    *,
+    mask_unit: int = 1,
+    throw_unit: int = 1,
 ) -> TokenCounts:
     """Turn ratios into counts.
 
     Parameters
     ----------
     num_tokens
-        N, tokens per image (or units of tokens, where whole units are masked).
+        N, tokens per image.
     mask_ratio
         Fraction of all tokens that is masked, in [0, 1].
     throw_ratio
@@ -66,18 +72,24 @@ def count_tokens(
     rounding
         Which count is rounded down: ``"mae"`` the visible one, V = floor(N (1 - mask_ratio)), as in MAE, MaskAlign and
         SimMIM (which rounds the masked one up: the same); ``"amt"`` the masked one, floor(N mask_ratio), as in AMT.
+    mask_unit
+        Tokens that are masked as a whole; must divide ``num_tokens``. SimMIM masks units of 2x2 tokens, so 4.
+    throw_unit
+        Tokens that are thrown as a whole; must divide ``mask_unit``.
 
     Returns
     -------
     TokenCounts
-        V as above, T = min(floor(N throw_ratio), N - V), and M the rest.
+        V as above, T = min(floor(N throw_ratio), N - V), and M the rest. With units, units are counted by these rules
+        and then turned into tokens: V is a multiple of ``mask_unit``, T of ``throw_unit``.
 
     Raises
     ------
     TypeError
-        If ``num_tokens`` is not an integer or a ratio is not a number.
+        If a number of tokens is not an integer or a ratio is not a number.
     ValueError
-        If ``num_tokens`` is not positive, a ratio lies outside [0, 1] or the rule is not known.
+        If a number of tokens is not positive, a unit does not divide what it must, a ratio lies outside [0, 1] or the
+        rule is not known.
 
     Notes
     -----
@@ -92,20 +104,30 @@ def count_tokens(
     TokenCounts(visible=1, decoded=9, thrown=0)
     >>> count_tokens(49, 0.6).masked, count_tokens(196, 0.45, rounding="amt").masked
     (30, 88)
+    >>> count_tokens(196, 0.6, 0.25, mask_unit=4)
+    TokenCounts(visible=76, decoded=71, thrown=49)
+    >>> count_tokens(196, 0.6, 0.25, mask_unit=4, throw_unit=4)
+    TokenCounts(visible=76, decoded=72, thrown=48)
     """
-    if not isinstance(num_tokens, int) or isinstance(num_tokens, bool):
-        raise TypeError(f"num_tokens: expected an integer, got {num_tokens!r}")
-    if num_tokens < 1:
-        raise ValueError(f"num_tokens: expected at least 1, got {num_tokens}")
+    for name, number in (("num_tokens", num_tokens), ("mask_unit", mask_unit), ("throw_unit", throw_unit)):
+        if not isinstance(number, int) or isinstance(number, bool):
+            raise TypeError(f"{name}: expected an integer, got {number!r}")
+        if number < 1:
+            raise ValueError(f"{name}: expected at least 1, got {number}")
+    if num_tokens % mask_unit:
+        raise ValueError(f"mask_unit: expected a divisor of the {num_tokens} tokens, got {mask_unit}")
+    if mask_unit % throw_unit:
+        raise ValueError(f"throw_unit: expected a divisor of mask_unit {mask_unit}, got {throw_unit}")
     masked_part = _exact_ratio("mask_ratio", mask_ratio)
     thrown_part = _exact_ratio("throw_ratio", throw_ratio)
+    units = num_tokens // mask_unit
     if rounding == "mae":
-        visible = floor(num_tokens * (1 - masked_part))
+        visible = mask_unit * floor(units * (1 - masked_part))
     elif rounding == "amt":
-        visible = num_tokens - floor(num_tokens * masked_part)
+        visible = mask_unit * (units - floor(units * masked_part))
     else:
         raise ValueError(f"rounding: expected 'mae' or 'amt', got {rounding!r}")
-    thrown = min(floor(num_tokens * thrown_part), num_tokens - visible)
+    thrown = min(throw_unit * floor(num_tokens // throw_unit * thrown_part), num_tokens - visible)
     return TokenCounts(visible, num_tokens - visible - thrown, thrown)
 
 

@@ -80,6 +80,34 @@ class Grid:
         """Positions of the tokens, spacing applied, as int32 (N, axes)."""
         return np.stack(self.coordinates(np, None), axis=1)
 
+    def units(self, unit: tuple[int, ...]) -> "Grid":
+        """Return the grid whose tokens are units of several tokens of this one.
+
+        Parameters
+        ----------
+        unit
+            Tokens of a unit along each axis; must divide :attr:`shape`.
+
+        Raises
+        ------
+        TypeError
+            If a size is not an integer.
+        ValueError
+            If the unit does not divide the grid.
+
+        Examples
+        --------
+        >>> Grid((14, 14)).units((2, 2))
+        Grid(shape=(7, 7), spacing=(2, 2))
+        """
+        unit = _positive_integers("unit", unit)
+        if len(unit) != self.axes or any(n % size for n, size in zip(self.shape, unit, strict=True)):
+            raise ValueError(f"unit: expected sizes that divide the grid {self.shape}, got {unit}")
+        return Grid(
+            tuple(n // size for n, size in zip(self.shape, unit, strict=True)),
+            tuple(step * size for step, size in zip(self.spacing, unit, strict=True)),
+        )
+
     def coordinates(self, xp: Namespace, device: object) -> list[Array]:
         """Return one int32 array (N,) per axis, computed on the device, so that nothing is copied to it."""
         token = xp.arange(self.num_tokens, dtype=xp.int32, device=device)

@@ -68,6 +68,8 @@ def block_visible(noise: Array, grid: Grid, unit: tuple[int, ...], num_visible_u
 
     Raises
     ------
+    TypeError
+        If a size of the unit is not an integer.
     ValueError
         If the unit does not divide the grid, ``noise`` does not fit it or the number of units is out of range.
 
@@ -84,18 +86,9 @@ def block_visible(noise: Array, grid: Grid, unit: tuple[int, ...], num_visible_u
     """
     xp = array_namespace(noise)
     _check_grid_noise(noise, grid)
-    if len(unit) != grid.axes or any(size < 1 or n % size for n, size in zip(grid.shape, unit, strict=True)):
-        raise ValueError(f"unit: expected sizes that divide the grid {grid.shape}, got {tuple(unit)}")
-    units = tuple(n // size for n, size in zip(grid.shape, unit, strict=True))
-    tokens = _raster_tokens(noise, grid)
-    # (units_0, unit_0, units_1, unit_1, ...) -> all unit axes first, then all axes inside a unit.
-    split = tuple(size for pair in zip(units, unit, strict=True) for size in pair)
-    outer, inner = range(0, 2 * grid.axes, 2), range(1, 2 * grid.axes, 2)
-    tokens_of_unit = xp.reshape(xp.permute_dims(xp.reshape(tokens, split), (*outer, *inner)), (prod(units), prod(unit)))
-    unit_noise = xp.take(noise, tokens_of_unit[:, 0], axis=1)
-    visible_units = random_visible(unit_noise, num_visible_units)
-    visible = xp.take(tokens_of_unit, xp.reshape(visible_units, (-1,)), axis=0)
-    return xp.reshape(visible, (noise.shape[0], num_visible_units * prod(unit)))
+    tokens = unit_tokens(grid, unit, noise)
+    unit_noise = xp.take(noise, tokens[:, 0], axis=1)
+    return take_units(tokens, random_visible(unit_noise, num_visible_units))
 
 
 def weighted_visible(noise: Array, weights: Array, num_visible: int) -> Array:
@@ -190,17 +183,55 @@ def arrival_times(noise: Array, weights: Array) -> Array:
     xp = array_namespace(noise, weights)
     if noise.dtype != xp.int32:
         raise TypeError(f"noise: expected int32, got {noise.dtype}")
-    if tuple(weights.shape) != tuple(noise.shape):
-        raise ValueError(f"weights: expected the shape of noise, {tuple(noise.shape)}, got {tuple(weights.shape)}")
+    check_weights(weights, noise)
     rates = xp.astype(weights, xp.float32)
     never = xp.full_like(rates, float("inf"))
     safe = xp.where(rates > 0, rates, xp.ones_like(rates))
     return xp.where(rates > 0, -xp.log(uniform(noise)) / safe, never)
 
 
-def _raster_tokens(noise: Array, grid: Grid) -> Array:
-    xp = array_namespace(noise)
-    return xp.arange(grid.num_tokens, device=device_of(noise))
+def unit_tokens(grid: Grid, unit: tuple[int, ...], like: Array) -> Array:
+    """Return the tokens of every unit: int (units, tokens per unit), units and the tokens in one in raster order.
+
+    Parameters
+    ----------
+    grid
+        The grid of the tokens.
+    unit
+        Tokens along each axis of a unit; must divide ``grid.shape``.
+    like
+        An array of the library and on the device of the result.
+    """
+    xp = array_namespace(like)
+    units = grid.units(unit).shape
+    tokens = xp.arange(grid.num_tokens, device=device_of(like))
+    # (units_0, unit_0, units_1, unit_1, ...) -> all unit axes first, then all axes inside a unit.
+    split = tuple(size for pair in zip(units, unit, strict=True) for size in pair)
+    outer, inner = range(0, 2 * grid.axes, 2), range(1, 2 * grid.axes, 2)
+    by_unit = xp.permute_dims(xp.reshape(tokens, split), (*outer, *inner))
+    return xp.reshape(by_unit, (prod(units), prod(unit)))
+
+
+def take_units(tokens: Array, units: Array) -> Array:
+    """Return the tokens of some units, unit by unit: int (batch, n * tokens per unit).
+
+    Parameters
+    ----------
+    tokens
+        int (units, tokens per unit), from :func:`unit_tokens`.
+    units
+        int (batch, n).
+    """
+    xp = array_namespace(tokens, units)
+    batch, number = units.shape
+    taken = xp.take(tokens, xp.reshape(units, (-1,)), axis=0)
+    return xp.reshape(taken, (batch, number * tokens.shape[1]))
+
+
+def check_weights(weights: Array, noise: Array) -> None:
+    """Raise ValueError unless there is one weight per token: the shape of ``noise``."""
+    if tuple(weights.shape) != tuple(noise.shape):
+        raise ValueError(f"weights: expected the shape of noise, {tuple(noise.shape)}, got {tuple(weights.shape)}")
 
 
 def _check_noise(noise: Array, num_visible: int) -> None:

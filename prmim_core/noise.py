@@ -70,10 +70,10 @@ def counter_noise(seed: int, step: int | Array, sample: Array, num_tokens: int, 
     if not xp.isdtype(sample.dtype, "integral"):
         raise TypeError(f"sample: expected integers, got {sample.dtype}")
     device = device_of(sample)
-    state = _absorb(_full(xp, 0, device), _full(xp, seed, device))
-    state = _absorb(state, _step_word(xp, step, device))
-    state = _absorb(state, xp.astype(sample, xp.int32))
-    return _absorb(state[:, None], xp.arange(num_tokens, dtype=xp.int32, device=device)[None, :])
+    state = absorb(_full(xp, 0, device), _full(xp, seed, device))
+    state = absorb(state, _step_word(xp, step, device))
+    state = absorb(state, xp.astype(sample, xp.int32))
+    return absorb(state[:, None], xp.arange(num_tokens, dtype=xp.int32, device=device)[None, :])
 
 
 def _step_word(xp: Namespace, step: int | Array, device: Any) -> Array:
@@ -100,7 +100,8 @@ def _signed(value: int) -> int:
     return value - 2**32 if value >= 2**31 else value
 
 
-def _absorb(state: Array, word: Array) -> Array:
+def absorb(state: Array, word: Array) -> Array:
+    """Return the int32 state after taking in one more int32 word; see the notes of :func:`counter_noise`."""
     return _mix(state ^ _mix(word + _signed(0x9E3779B9)))
 
 

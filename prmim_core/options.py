@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import replace
 from fractions import Fraction
+from math import prod
 from typing import get_args
 
 from prmim_core.cost import Variant
@@ -26,13 +27,75 @@ def positive_integers(name: str, values: Sequence[int]) -> tuple[int, ...]:
     return tuple(values)
 
 
-def check_counts(grid: Grid, mask_ratio: float | None, throw_ratio: float, throwing: str) -> TokenCounts:
-    """Return the counts of a method: at least one visible and one masked token, none thrown that is not masked."""
+def check_unit(name: str, unit: int | Sequence[int], grid: Grid) -> tuple[int, ...]:
+    """Return tokens along each axis of what is masked as a whole: one size for all axes, or one for each."""
+    sizes = positive_integers(name, (unit,) * grid.axes if isinstance(unit, int) else unit)
+    if len(sizes) != grid.axes or any(n % size for n, size in zip(grid.shape, sizes, strict=True)):
+        raise ValueError(f"{name}: expected a divisor of the grid {'x'.join(map(str, grid.shape))}, got {unit}")
+    return sizes
+
+
+def check_counts(
+    grid: Grid,
+    mask_ratio: float | None,
+    throw_ratio: float | None,
+    throwing: str,
+    *,
+    default: tuple[float, float | None] = (0.75, 0.5),
+    mask_unit: Sequence[int] | None = None,
+    throw_unit: Sequence[int] | None = None,
+) -> TokenCounts:
+    """Return the counts of a method: at least one visible and one masked token, none thrown that is not masked.
+
+    Parameters
+    ----------
+    grid
+        The grid of the tokens.
+    mask_ratio, throw_ratio
+        Fractions of all tokens; None: those of the method.
+    throwing
+        One of :data:`THROWING`; ``"none"`` throws nothing, whatever the ratio.
+    default
+        The ratios of the method: MAE's. A throw ratio of None is for a method that decodes nothing: all masked tokens
+        are thrown, ``throw_ratio`` must be None and ``throwing`` chooses nothing.
+    mask_unit, throw_unit
+        Tokens along each axis of what is masked or thrown as a whole; None: single tokens.
+
+    Raises
+    ------
+    TypeError
+        If a ratio is not a number.
+    ValueError
+        If an option is out of range or the ratios do not fit together.
+
+    Examples
+    --------
+    >>> check_counts(Grid((14, 14)), None, None, "furthest")
+    TokenCounts(visible=49, decoded=49, thrown=98)
+    >>> check_counts(Grid((14, 14)), None, None, "furthest", default=(0.6, 0.25), mask_unit=(2, 2))
+    TokenCounts(visible=76, decoded=71, thrown=49)
+    >>> check_counts(Grid((14, 14)), None, None, "none", default=(0.7, None))
+    TokenCounts(visible=58, decoded=0, thrown=138)
+    """
     if throwing not in THROWING:
         raise ValueError(f"throwing: expected one of {', '.join(THROWING)}, got {throwing!r}")
-    mask_ratio = 0.75 if mask_ratio is None else mask_ratio
-    throw_ratio = 0.0 if throwing == "none" else throw_ratio
-    counts = count_tokens(grid.num_tokens, mask_ratio, throw_ratio)  # checks types and [0, 1]
+    mask_ratio = default[0] if mask_ratio is None else mask_ratio
+    if default[1] is None:
+        if throw_ratio is not None:
+            raise ValueError(f"throw_ratio: expected None, since all masked tokens are thrown, got {throw_ratio!r}")
+        throw_ratio = mask_ratio
+    elif throwing == "none":
+        throw_ratio = 0.0
+    elif throw_ratio is None:
+        throw_ratio = default[1]
+    # Checks types and [0, 1].
+    counts = count_tokens(
+        grid.num_tokens,
+        mask_ratio,
+        1 if default[1] is None else throw_ratio,  # 1 throws all that is masked, however it was rounded
+        mask_unit=prod(mask_unit or ()),
+        throw_unit=prod(throw_unit or ()),
+    )
     for name, ratio in (("mask_ratio", mask_ratio), ("throw_ratio", throw_ratio)):
         if ratio >= 1:
             raise ValueError(f"{name}: expected a number in [0, 1), got {ratio}")
@@ -48,14 +111,21 @@ def check_counts(grid: Grid, mask_ratio: float | None, throw_ratio: float, throw
     return counts
 
 
-def check_schedule(grid: Grid, counts: TokenCounts, stages: int, throwing: str, seed: str) -> Schedule:
-    """Return the schedule of a method; ``throwing="none"`` throws nothing."""
-    if throwing == "none":
-        throwing = "random"
-    schedule = Schedule(grid, counts, stages=stages, throwing=throwing, seed=seed)  # type: ignore[arg-type]  # checked
-    if counts.thrown == 0:
-        # All masked tokens are decoded, so their order changes nothing: take the cheapest one.
-        return replace(schedule, throwing="random", seed="visible")
+def check_schedule(
+    grid: Grid, counts: TokenCounts, stages: int, throwing: str, seed: str, *, unit: Sequence[int] | None = None
+) -> Schedule:
+    """Return the schedule of a method; ``unit``: what is thrown as a whole, in tokens along each axis."""
+    schedule = Schedule(
+        grid,
+        counts,
+        stages=stages,
+        throwing="random" if throwing == "none" else throwing,  # type: ignore[arg-type]  # checked there
+        seed=seed,  # type: ignore[arg-type]
+        unit=None if unit is None else tuple(unit),
+    )
+    if counts.thrown == 0 or counts.decoded == 0:
+        # Nothing is chosen among the masked tokens, so take the cheapest way to do that.
+        return replace(schedule, throwing="random", seed="visible", unit=None)
     return schedule
 
 
@@ -67,13 +137,18 @@ def check_variant(variant: str, counts: TokenCounts) -> str:
     return variant if counts.thrown else "none"
 
 
-def check_thrown_weight(thrown_weight: float, counts: TokenCounts, variant: str) -> float:
-    """Return the weight of thrown tokens in the loss, of which at least one token must be left."""
+def check_thrown_weight(
+    thrown_weight: float, counts: TokenCounts, variant: str, *, visible_supervised: bool = False
+) -> float:
+    """Return the weight of thrown tokens in the loss, of which at least one token must be left.
+
+    ``visible_supervised``: whether visible tokens are part of the loss, as in MaskAlign.
+    """
     if isinstance(thrown_weight, bool) or not isinstance(thrown_weight, int | float):
         raise TypeError(f"thrown_weight: expected a number, got {thrown_weight!r}")
     if not 0 <= thrown_weight < float("inf"):
         raise ValueError(f"thrown_weight: expected a number of at least 0, got {thrown_weight}")
-    if counts.decoded == 0 and (variant == "none" or thrown_weight == 0):
+    if not visible_supervised and counts.decoded == 0 and (variant == "none" or thrown_weight == 0):
         raise ValueError(
             f"throw_ratio: expected at least one supervised token, got none ({counts}, variant {variant!r}, "
             f"thrown_weight {thrown_weight})"
@@ -94,3 +169,12 @@ def pixel_statistics(
     if not all(value > 0 for value in std):
         raise ValueError(f"std: expected positive numbers, got {std!r}")
     return tuple(float(value) for value in mean), tuple(float(value) for value in std)
+
+
+def check_fraction(name: str, value: float) -> float:
+    """Return a number in [0, 1) as a float."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name}: expected a number in [0, 1), got {value!r}")
+    if not 0 <= value < 1:
+        raise ValueError(f"{name}: expected a number in [0, 1), got {value}")
+    return float(value)

@@ -1,13 +1,14 @@
 """The plan of an image: one permutation of its tokens, and static boundaries in it."""
 
 from dataclasses import dataclass
+from math import prod
 from typing import get_args
 
 from prmim_core._arrays import Array, array_namespace, device_of, register_pytree
 from prmim_core.counts import TokenCounts
 from prmim_core.coverage import nearest_known_distance
 from prmim_core.grid import Grid
-from prmim_core.masking import random_visible
+from prmim_core.masking import block_visible, check_weights, random_visible, take_units, unit_tokens
 from prmim_core.noise import inverse_permutation
 from prmim_core.throwing import Seed, Throwing, choose_decoded
 
@@ -28,13 +29,17 @@ class Schedule:
         ``"furthest"``, ``"random"``, ``"weighted"`` or ``"cell"``: see :mod:`prmim_core.throwing`.
     seed
         ``"visible"`` or ``"none"``: where furthest sampling starts; the other strategies ignore it.
+    unit
+        Tokens along each axis of what is decoded or thrown as a whole; None: single tokens (which a unit of ones
+        becomes too). Must divide the grid, and its number of tokens the counts.
 
     Raises
     ------
     TypeError
-        If ``stages`` is not an integer.
+        If ``stages`` or a size of the unit is not an integer.
     ValueError
-        If the counts do not add up, ``stages`` is not positive or a rule is not known.
+        If the counts do not add up or do not fit the unit, ``stages`` is not positive, the unit does not divide the
+        grid or a rule is not known.
 
     Examples
     --------
@@ -42,6 +47,9 @@ class Schedule:
     >>> schedule = Schedule(Grid((14, 14)), count_tokens(196, 0.75, 0.5), stages=2)
     >>> schedule.stage_sizes, schedule.num_known(1), schedule.num_known(2)
     ((49, 49), 98, 147)
+    >>> simmim = count_tokens(196, 0.6, 0.25, mask_unit=4, throw_unit=4)
+    >>> Schedule(Grid((14, 14)), simmim, unit=(2, 2)).stage_sizes
+    (24, 24)
     """
 
     grid: Grid
@@ -49,6 +57,7 @@ class Schedule:
     stages: int = 2
     throwing: Throwing = "furthest"
     seed: Seed = "visible"
+    unit: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         if self.counts.num_tokens != self.grid.num_tokens:
@@ -62,6 +71,19 @@ class Schedule:
         for name, allowed in (("throwing", get_args(Throwing)), ("seed", get_args(Seed))):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}: expected one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+        if self.unit is not None:
+            self._check_unit(self.unit)
+
+    def _check_unit(self, unit: tuple[int, ...]) -> None:
+        self.grid.units(unit)
+        size = prod(unit)
+        if self.counts.decoded % size or self.counts.thrown % size:
+            raise ValueError(
+                f"counts: expected decoded and thrown tokens in units of {size}, got {self.counts.decoded} and "
+                f"{self.counts.thrown}"
+            )
+        # Equal schedules are equal keys, however their unit was written.
+        object.__setattr__(self, "unit", None if size == 1 else tuple(int(n) for n in unit))
 
     @property
     def stage_sizes(self) -> tuple[int, ...]:
@@ -152,7 +174,9 @@ def make_plan(schedule: Schedule, noise: Array, visible: Array | None = None, we
     noise
         int32 (batch, N), for instance from :func:`prmim_core.counter_noise`; the plan is a pure function of it.
     visible
-        int (batch, V), distinct tokens, from a masking strategy; None: :func:`prmim_core.random_visible`.
+        int (batch, V), distinct tokens, from a masking strategy; None: :func:`prmim_core.random_visible`, or
+        :func:`prmim_core.block_visible` where the schedule has a unit. There they must be whole units, which is not
+        checked, since it is a matter of values.
     weights
         float (batch, N), with ``throwing="weighted"`` only.
 
@@ -166,6 +190,12 @@ def make_plan(schedule: Schedule, noise: Array, visible: Array | None = None, we
     ------
     ValueError
         If a shape does not fit the schedule, or weights are missing or not wanted.
+
+    Notes
+    -----
+    With a unit, the decoded units are chosen as tokens are, on the grid of units (``grid.units(unit)``): the noise of a
+    unit is that of its first token, its weight the sum of their weights. They are laid out unit by unit in the order of
+    choice, in raster order inside. Stages are made of single tokens all the same.
 
     Examples
     --------
@@ -183,16 +213,17 @@ def make_plan(schedule: Schedule, noise: Array, visible: Array | None = None, we
     if noise.ndim != 2 or noise.shape[1] != grid.num_tokens:
         raise ValueError(f"noise: expected shape (batch, {grid.num_tokens}), got {tuple(noise.shape)}")
     if visible is None:
-        visible = random_visible(noise, counts.visible)
+        if schedule.unit is None:
+            visible = random_visible(noise, counts.visible)
+        else:
+            visible = block_visible(noise, grid, schedule.unit, counts.visible // prod(schedule.unit))
     elif tuple(visible.shape) != (noise.shape[0], counts.visible):
         expected = (noise.shape[0], counts.visible)
         raise ValueError(f"visible: expected shape {expected}, got {tuple(visible.shape)}")
     elif not xp.isdtype(visible.dtype, "integral"):
         raise TypeError(f"visible: expected integers, got {visible.dtype}")
     is_visible = is_member(visible, grid.num_tokens)
-    decoded = choose_decoded(
-        schedule.throwing, grid, noise, is_visible, counts.decoded, seed=schedule.seed, weights=weights
-    )
+    decoded = _decoded(schedule, noise, is_visible, weights)
     is_known = is_visible | is_member(decoded, grid.num_tokens)
     by_noise = xp.argsort(noise, axis=1, stable=True)
     distance = xp.take_along_axis(nearest_known_distance(grid, is_known), by_noise, axis=1)
@@ -200,6 +231,30 @@ def make_plan(schedule: Schedule, noise: Array, visible: Array | None = None, we
     thrown = by_distance[:, counts.visible + counts.decoded :]  # known tokens lie at distance 0, so they come first
     parts = [xp.astype(part, thrown.dtype) for part in (visible, decoded, thrown)]
     return Plan(xp.concat(parts, axis=1), schedule)
+
+
+def _decoded(schedule: Schedule, noise: Array, is_visible: Array, weights: Array | None) -> Array:
+    grid, unit, number = schedule.grid, schedule.unit, schedule.counts.decoded
+    if unit is None:
+        return choose_decoded(schedule.throwing, grid, noise, is_visible, number, seed=schedule.seed, weights=weights)
+    xp = array_namespace(noise)
+    tokens = unit_tokens(grid, unit, noise)
+    first = tokens[:, 0]
+    unit_weights = None
+    if weights is not None:
+        check_weights(weights, noise)
+        by_unit = xp.take(weights, xp.reshape(tokens, (-1,)), axis=1)
+        unit_weights = xp.sum(xp.reshape(by_unit, (noise.shape[0], *tokens.shape)), axis=2)
+    units = choose_decoded(
+        schedule.throwing,
+        grid.units(unit),
+        xp.take(noise, first, axis=1),
+        xp.take(is_visible, first, axis=1),
+        number // prod(unit),
+        seed=schedule.seed,
+        weights=unit_weights,
+    )
+    return take_units(tokens, units)
 
 
 def is_member(index: Array, num_tokens: int) -> Array:

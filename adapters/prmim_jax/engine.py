@@ -3,9 +3,10 @@
 import os
 from collections.abc import Mapping
 from functools import partial
+from itertools import count, takewhile
 from math import cos, pi
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast, get_args
 
 import jax
 import jax.numpy as jnp
@@ -16,27 +17,23 @@ from flax import nnx
 from jax import Array, lax
 from numpy.typing import NDArray
 
-from prmim_core import (
-    CostReport,
-    Schedule,
-    Transformer,
-    cost,
-    counter_noise,
-)
+from prmim_core import CostReport, Schedule, counter_noise
 from prmim_jax.interop import named_variables, read_weights, save_weights
-from prmim_jax.mae import MAE, check_images
+from prmim_jax.method import FeatureMethod, Method, PixelMethod, Predicts, check_images
 from prmim_jax.methods import create_method
 from prmim_jax.reconstruct import ProgressiveReconstruction
-from prmim_jax.vit import set_compute_dtype
+from prmim_jax.vit import set_compute_dtype, stack_blocks, unstack_blocks
 
 Precision = Literal["float32", "bfloat16"]
+Decay = Literal["cosine", "step"]
 State = nnx.State[Any, Any]
 Arrays = dict[str, Array]
-"""Arrays under the names that they have in files."""
+"""Arrays by the name of the parameter."""
 
 WEIGHTS_FILE = "weights.safetensors"
 STATE_FOLDER = "training_state"
-MEANS = ("loss", "loss_decoded", "loss_thrown", "grad_norm")
+STACKED = ".blocks.block."
+"""What names of stacked blocks have where files have ``.blocks.0.`` and so on, see ``prmim_jax.vit.stack_blocks``."""
 
 
 class Reconstruction(NamedTuple):
@@ -58,17 +55,38 @@ class Reconstruction(NamedTuple):
     patches: NDArray[np.float32]
 
 
+class Comparison(NamedTuple):
+    """Features of a student and of its teacher for a batch of images, in NumPy.
+
+    Parameters
+    ----------
+    order
+        The plan, int64 (batch, N): visible, decoded, then the stages.
+    schedule
+        The static boundaries inside ``order``.
+    student, teacher
+        float32 (batch, N, teacher_dim), in raster order, of the last aligned layer: what the student predicts, NaN
+        where it predicts nothing, and the target.
+    """
+
+    order: NDArray[np.int64]
+    schedule: Schedule
+    student: NDArray[np.float32]
+    teacher: NDArray[np.float32]
+
+
 class TrainingState(NamedTuple):
     """What a training step takes, and gives back changed; its memory is handed on from step to step.
 
     Parameters
     ----------
     parameters
-        float32, by name.
+        float32, by name; of blocks that are scanned over, all blocks in one array.
     moments
         State of the optimiser.
     sums
-        float32 (5,): sums of :data:`MEANS` over the finite steps since the last reading, then the number of those.
+        float32: sums of the method's losses and of the norm of the gradient over the finite steps since the last
+        reading, then the number of those.
     nonfinite_step
         int32: the first step (counted from 1) that was not finite, or -1.
     """
@@ -93,6 +111,8 @@ class Engine:
         Length of the run, and of the linear rise of the learning rate from 0, in optimiser steps.
     learning_rate, min_learning_rate
         Peak and end of the learning rate, as used (already scaled by the batch).
+    decay
+        How the learning rate falls after the warm-up: see :func:`learning_rate_at`.
     weight_decay
         AdamW's; see :func:`decay_mask` for what is spared.
     betas
@@ -132,6 +152,7 @@ class Engine:
         warmup_steps: int,
         learning_rate: float,
         min_learning_rate: float = 0.0,
+        decay: Decay = "cosine",
         weight_decay: float = 0.05,
         betas: tuple[float, float] = (0.9, 0.95),
         clip_grad: float | None = None,
@@ -143,11 +164,16 @@ class Engine:
         _check_options(seed, total_steps, warmup_steps, learning_rate, min_learning_rate, clip_grad, accumulate)
         if precision not in ("float32", "bfloat16"):
             raise ValueError(f"precision: expected 'float32' or 'bfloat16', got {precision!r}")
+        if decay not in get_args(Decay):
+            raise ValueError(f"decay: expected 'cosine' or 'step', got {decay!r}")
         self._device = _choose_device(device)
         with jax.default_device(self._device):
-            # A registry of methods returns modules; what the engine needs of one is what MAE has.
-            method = cast(MAE, create_method(**{"init_seed": seed, **method_options}))
-        self._num_tokens = method.grid.num_tokens
+            method = create_method(**{"init_seed": seed, **method_options})
+            is_decayed = decay_mask(method)
+            stack_blocks(method)
+        self._predicts: Predicts = method.predicts
+        self._losses = method.losses
+        self._schedule = method.schedule
         self._image_shape = (*method.image_size, method.channels)
         set_compute_dtype(method, jnp.bfloat16 if precision == "bfloat16" else None)
         self._graph, parameters, buffers = split(method)
@@ -155,12 +181,12 @@ class Engine:
         leaves, self._tree = jax.tree.flatten(self._put(parameters))
         # Names in the order of the leaves: both come from one walk over the same module.
         self._names = _names_of(parameters)
+        mask = {name: is_decayed[name.replace(STACKED, ".blocks.0.")] for name in self._names}
         self._optimizer = optax.chain(
-            optax.scale_by_adam(*betas, eps=1e-8),
-            optax.add_decayed_weights(weight_decay, mask=decay_mask(method)),
+            optax.scale_by_adam(*betas, eps=1e-8), optax.add_decayed_weights(weight_decay, mask=mask)
         )
         self._seed = seed
-        self._rates = (total_steps, warmup_steps, learning_rate, min_learning_rate)
+        self._rates = (total_steps, warmup_steps, learning_rate, min_learning_rate, decay)
         self._clip_grad = clip_grad
         self._accumulate = accumulate
         self._precision = precision
@@ -175,6 +201,7 @@ class Engine:
         self._train = jax.jit(self._train_program, donate_argnums=0)
         self._evaluate_features = jax.jit(self._features_program)
         self._evaluate_pictures = jax.jit(self._pictures_program)
+        self._evaluate_comparison = jax.jit(self._comparison_program)
 
     @property
     def step(self) -> int:
@@ -194,21 +221,20 @@ class Engine:
         return f"{self._device.platform} ({os.cpu_count()} cores)"
 
     @property
-    def method(self) -> MAE:
+    def method(self) -> Method:
         """The method with the weights of now; the next training step takes its arrays away."""
-        return self._method(self._state.parameters, self._buffers)
+        method = self._method(self._state.parameters, self._buffers)
+        unstack_blocks(method)
+        return method
+
+    @property
+    def predicts(self) -> Predicts:
+        """What the method predicts: ``"pixels"`` can be rebuilt, ``"features"`` compared."""
+        return self._predicts
 
     def cost(self) -> CostReport:
         """Return what a forward pass costs per image, by formula."""
-        method = self.method
-        return cost(
-            method.schedule,
-            patch_dim=method.patch_dim,
-            encoder=Transformer(method.embed_dim, method.depth, method.num_heads),
-            decoder=Transformer(method.decoder_dim, method.decoder_depth, method.decoder_heads),
-            variant=method.variant,  # type: ignore[arg-type]  # checked by the method
-            compute_bytes=2 if self._precision == "bfloat16" else 4,
-        )
+        return self.method.cost(2 if self._precision == "bfloat16" else 4)
 
     def train_step(self, images: NDArray[np.uint8], sample: NDArray[np.int64]) -> None:
         """Take one optimiser step, without waiting for it to end.
@@ -255,11 +281,11 @@ class Engine:
         )
 
     def _gradients(self, parameters: Arrays, buffers: State, images: Array, noise: Array) -> tuple[Arrays, Array]:
-        """Return the gradient of the loss, and the three losses, means over the parts of a batch."""
+        """Return the gradient of the loss, and the method's losses, means over the parts of a batch."""
 
         def losses_of(parameters: Arrays, images: Array, noise: Array) -> tuple[Array, Array]:
             output = self._method(parameters, buffers)(images, noise)
-            return output.loss, jnp.stack([output.loss, output.loss_decoded, output.loss_thrown])
+            return output.loss, jnp.stack([getattr(output, name) for name in self._losses])
 
         differentiate = jax.grad(losses_of, has_aux=True)
         if self._accumulate == 1:
@@ -270,10 +296,14 @@ class Engine:
             return jax.tree.map(jnp.add, total, differentiate(parameters, *part)), None
 
         parts = [array.reshape(self._accumulate, -1, *array.shape[1:]) for array in (images, noise)]
-        start: Any = (jax.tree.map(jnp.zeros_like, parameters), jnp.zeros(3, jnp.float32))
+        start: Any = (jax.tree.map(jnp.zeros_like, parameters), jnp.zeros(len(self._losses), jnp.float32))
         total, _ = lax.scan(add, start, tuple(parts))
         gradients, losses = jax.tree.map(lambda value: value / self._accumulate, total)
         return gradients, losses
+
+    @property
+    def _measured(self) -> tuple[str, ...]:
+        return (*self._losses, "grad_norm")
 
     def read_metrics(self) -> dict[str, Any]:
         """Wait for the steps taken, and return what they measured since the last reading.
@@ -281,15 +311,17 @@ class Engine:
         Returns
         -------
         dict
-            ``loss``, ``loss_decoded``, ``loss_thrown`` and ``grad_norm`` (before clipping): means over the steps that
-            were finite, NaN if there was none. ``learning_rate``: of the last step taken. ``nonfinite_step``: the first
-            step (counted from 1) whose loss or gradient was not finite, of the whole run; None if there was none.
+            The method's ``losses`` and ``grad_norm`` (before clipping): means over the steps that were finite, NaN if
+            there was none. ``learning_rate``: of the last step taken. ``nonfinite_step``: the first step (counted from
+            1) whose loss or gradient was not finite, of the whole run; None if there was none.
         """
         *sums, steps = np.asarray(self._state.sums).tolist()
         nonfinite_step = int(self._state.nonfinite_step)
         self._state = self._state._replace(sums=self._zero_sums())
         return {
-            **{name: total / steps if steps else float("nan") for name, total in zip(MEANS, sums, strict=True)},
+            **{
+                name: total / steps if steps else float("nan") for name, total in zip(self._measured, sums, strict=True)
+            },
             "learning_rate": learning_rate_at(max(self._step - 1, 0), *self._rates),
             "nonfinite_step": None if nonfinite_step < 0 else nonfinite_step,
         }
@@ -300,7 +332,7 @@ class Engine:
         return np.asarray(self._evaluate_features(self._state.parameters, self._buffers, self._put(images)))
 
     def _features_program(self, parameters: Arrays, buffers: State, images: Array) -> Array:
-        return self._method(parameters, buffers).features(images).astype(jnp.float32)
+        return self._evaluated(parameters, buffers).features(images).astype(jnp.float32)
 
     def reconstruct(self, images: NDArray[np.uint8], sample: NDArray[np.int64]) -> Reconstruction:
         """Mask images as step 0 would, and rebuild them.
@@ -315,17 +347,57 @@ class Engine:
         Returns
         -------
         Reconstruction
+
+        Raises
+        ------
+        TypeError
+            If the method predicts features.
         """
+        if self._predicts != "pixels":
+            raise TypeError("method: expected one that predicts pixels to rebuild images, got one of features")
         inputs = self._inputs(images, sample)
         order, patches = self._evaluate_pictures(self._state.parameters, self._buffers, *inputs)
-        return Reconstruction(np.asarray(order, np.int64), self.method.schedule, np.asarray(patches, np.float32))
+        return Reconstruction(np.asarray(order, np.int64), self._schedule, np.asarray(patches, np.float32))
 
     def _pictures_program(
         self, parameters: Arrays, buffers: State, images: Array, sample: Array
     ) -> tuple[Array, Array]:
-        method = self._method(parameters, buffers)
+        method = cast(PixelMethod, self._evaluated(parameters, buffers))
         output = method(images, self._noise(sample, 0))
         return output.plan.order, method.rebuilt_pixels(images, output)
+
+    def compare(self, images: NDArray[np.uint8], sample: NDArray[np.int64]) -> Comparison:
+        """Mask images as step 0 would, and put the student's features beside the teacher's.
+
+        Parameters
+        ----------
+        images
+            uint8 (batch, image_size..., channels).
+        sample
+            int64 (batch,).
+
+        Returns
+        -------
+        Comparison
+
+        Raises
+        ------
+        TypeError
+            If the method predicts pixels.
+        """
+        if self._predicts != "features":
+            raise TypeError("method: expected one that predicts features to compare them, got one of pixels")
+        inputs = self._inputs(images, sample)
+        order, *features = self._evaluate_comparison(self._state.parameters, self._buffers, *inputs)
+        student, teacher = (np.asarray(part, np.float32) for part in features)
+        return Comparison(np.asarray(order, np.int64), self._schedule, student, teacher)
+
+    def _comparison_program(
+        self, parameters: Arrays, buffers: State, images: Array, sample: Array
+    ) -> tuple[Array, Array, Array]:
+        method = cast(FeatureMethod, self._evaluated(parameters, buffers))
+        output = method(images, self._noise(sample, 0))
+        return output.plan.order, *method.compared_features(images, output)
 
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Write ``weights.safetensors`` and a folder ``training_state`` into an existing one, each whole or not at all.
@@ -338,7 +410,7 @@ class Engine:
             checkpointer.save(directory / STATE_FOLDER, self._saved_state(), force=True)
 
     def _saved_state(self) -> dict[str, Any]:
-        """Return the training state, less the weights, as nested dictionaries of NumPy arrays."""
+        """Return the training state, less the weights, as nested dictionaries of NumPy arrays, named as in files."""
         adam = self._state.moments[0]
         state = {
             "step": np.asarray(self._step),
@@ -349,7 +421,7 @@ class Engine:
             "nonfinite_step": self._state.nonfinite_step,
         }
         arrays: dict[str, Any] = jax.tree.map(np.asarray, state)
-        return arrays
+        return {**arrays, "mu": _take_apart(arrays["mu"]), "nu": _take_apart(arrays["nu"])}
 
     def restore(self, directory: str | os.PathLike[str]) -> None:
         """Read what :meth:`save` wrote, of an engine of the same architecture, on any device.
@@ -368,6 +440,7 @@ class Engine:
         weights = read_weights(self.method, directory / WEIGHTS_FILE)
         state = _read_state(directory / STATE_FOLDER, self._saved_state())
         self._take_weights(weights)
+        state.update({name: _put_together(state[name], self._names) for name in ("mu", "nu")})
         adam, *others = self._state.moments
         adam = adam._replace(**{name: self._put(state[name]) for name in ("count", "mu", "nu")})
         self._state = self._state._replace(
@@ -383,16 +456,22 @@ class Engine:
         method = self.method
         for name, variable in named_variables(method).items():
             variable.set_value(self._put(weights[name].astype(variable.dtype)))
+        stack_blocks(method)
         _, parameters, self._buffers = split(method)
         arrays = dict(zip(self._names, jax.tree.leaves(parameters), strict=True))
         self._state = self._state._replace(parameters=arrays)
 
-    def _method(self, parameters: Arrays, buffers: State) -> MAE:
+    def _method(self, parameters: Arrays, buffers: State) -> Method:
         state = jax.tree.unflatten(self._tree, [parameters[name] for name in self._names])
-        return cast(MAE, nnx.merge(self._graph, state, buffers))
+        return cast(Method, nnx.merge(self._graph, state, buffers))
+
+    def _evaluated(self, parameters: Arrays, buffers: State) -> Method:
+        method = self._method(parameters, buffers)
+        method.eval()  # type: ignore[no-untyped-call]
+        return method
 
     def _noise(self, sample: Array, step: int | Array) -> Array:
-        noise: Array = counter_noise(self._seed, step, sample, self._num_tokens)
+        noise: Array = counter_noise(self._seed, step, sample, self._schedule.counts.num_tokens)
         return noise
 
     def _inputs(self, images: NDArray[np.uint8], sample: NDArray[np.int64]) -> tuple[Array, Array]:
@@ -409,7 +488,7 @@ class Engine:
         return jax.device_put(tree, self._device)
 
     def _zero_sums(self) -> Array:
-        return cast(Array, self._put(np.zeros(len(MEANS) + 1, np.float32)))
+        return cast(Array, self._put(np.zeros(len(self._measured) + 1, np.float32)))
 
 
 def split(method: nnx.Module) -> tuple[nnx.GraphDef[Any], State, State]:
@@ -421,9 +500,9 @@ def split(method: nnx.Module) -> tuple[nnx.GraphDef[Any], State, State]:
 def decay_mask(method: nnx.Module) -> dict[str, bool]:
     """Say which parameters weight decay draws towards 0, by name.
 
-    Spared are parameters of one axis (biases, norms) as in MAE, whose cls and mask tokens are decayed; and those of
-    :class:`prmim_jax.ProgressiveReconstruction`, since a table drawn towards 0 would weigh near and far tokens alike
-    (this is ours).
+    Spared are parameters of one axis (biases, norms), those that a :class:`Method` names in ``not_decayed``, and those
+    of :class:`prmim_jax.ProgressiveReconstruction`, since a table drawn towards 0 would weigh near and far tokens
+    alike (this is ours).
 
     Examples
     --------
@@ -431,29 +510,39 @@ def decay_mask(method: nnx.Module) -> dict[str, bool]:
     >>> decay_mask(nnx.Linear(2, 2, rngs=nnx.Rngs(0)))
     {'bias': False, 'kernel': True}
     """
-    spared = {
+    named = method.not_decayed() if isinstance(method, Method) else frozenset()
+    rebuilding = {
         id(variable)
         for _, part in nnx.iter_modules(method)
         if isinstance(part, ProgressiveReconstruction)
         for variable in named_variables(part).values()
     }
     return {
-        name: variable.ndim > 1 and id(variable) not in spared
+        name: variable.ndim > 1 and name not in named and id(variable) not in rebuilding
         for name, variable in named_variables(method).items()
         if isinstance(variable, nnx.Param)
     }
 
 
-def learning_rate_at(step: int, total_steps: int, warmup_steps: int, peak: float, minimum: float) -> float:
-    """Return the learning rate of a step, counted from 0: linear warm-up from 0, then half a cosine to ``minimum``.
+def learning_rate_at(
+    step: int, total_steps: int, warmup_steps: int, peak: float, minimum: float, decay: Decay = "cosine"
+) -> float:
+    """Return the learning rate of a step, counted from 0.
+
+    After a linear warm-up from 0: ``"cosine"``, half a cosine to ``minimum``; ``"step"``, constant, and a tenth after
+    seven eighths of the steps (SimMIM), though never below ``minimum``.
 
     Examples
     --------
     >>> [learning_rate_at(step, 4, 2, 1.0, 0.0) for step in range(4)]
     [0.0, 0.5, 1.0, 0.5]
+    >>> [learning_rate_at(step, 8, 2, 1.0, 0.0, "step") for step in (1, 2, 6, 7)]
+    [0.5, 1.0, 1.0, 0.1]
     """
     if step < warmup_steps:
         return peak * step / warmup_steps
+    if decay == "step":
+        return max(peak * (0.1 if 8 * step >= 7 * total_steps else 1.0), minimum)
     done = min((step - warmup_steps) / max(total_steps - warmup_steps, 1), 1.0)
     return minimum + (peak - minimum) * 0.5 * (1 + cos(pi * done))
 
@@ -487,6 +576,27 @@ def _names_of(parameters: State) -> list[str]:
     """Return the names of the leaves of a state, in their order."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(parameters, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
     return [".".join(str(entry.key) for entry in path) for path, _ in leaves]
+
+
+def _take_apart(arrays: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+    """Give every block arrays of its own, under the names of files."""
+    apart = {}
+    for name, array in arrays.items():
+        parts = enumerate(array) if STACKED in name else [(0, array)]
+        apart.update({name.replace(STACKED, f".blocks.{number}."): part for number, part in parts})
+    return apart
+
+
+def _put_together(arrays: dict[str, NDArray[Any]], names: list[str]) -> dict[str, NDArray[Any]]:
+    """Undo :func:`_take_apart`; ``names`` are those to come out."""
+
+    def together(name: str) -> NDArray[Any]:
+        if STACKED not in name:
+            return arrays[name]
+        of_blocks = (name.replace(STACKED, f".blocks.{number}.") for number in count())
+        return np.stack([arrays[part] for part in takewhile(arrays.__contains__, of_blocks)])
+
+    return {name: together(name) for name in names}
 
 
 def _zeros_like(tree: Any) -> Any:

@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
+from prmim_jax.vit import Buffer
+
 Variables = dict[str, nnx.Variable[Array]]
 
 METADATA_KEY = "prmim_architecture"
@@ -22,7 +24,7 @@ METADATA_KEY = "prmim_architecture"
 
 
 def save_weights(method: nnx.Module, path: str | os.PathLike[str]) -> None:
-    """Write the parameters and position tables of a method to a ``.safetensors`` file.
+    """Write the parameters and buffers of a method, those of a teacher not, to a ``.safetensors`` file.
 
     Parameters
     ----------
@@ -62,9 +64,11 @@ def load_weights(method: nnx.Module, path: str | os.PathLike[str]) -> None:
 
 
 def named_variables(method: nnx.Module) -> Variables:
-    """Return the parameters and buffers of a module under the names that they have in files."""
+    """Return what goes into a module's file, by name: parameters and buffers, but nothing of a teacher."""
     return {
-        ".".join(map(str, path)): value for path, value in nnx.iter_graph(method) if isinstance(value, nnx.Variable)
+        ".".join(map(str, path)): value
+        for path, value in nnx.iter_graph(method)
+        if isinstance(value, nnx.Param | Buffer)
     }
 
 

@@ -1,73 +1,26 @@
 """Masked autoencoder with partial and progressive reconstruction."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from math import prod
-from typing import Any, Literal
+from typing import Any
 
-import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax import Array
-from numpy.typing import NDArray
 
-from prmim_core import (
-    Plan,
-    denormalize_patches,
-    normalize_patches,
-    patch_grid,
-    patchify,
-    take_tokens,
-    vit_size,
-)
+from prmim_core import CostReport, Transformer, cost, normalize_patches, take_tokens
 from prmim_core.options import (
     check_counts,
     check_schedule,
     check_thrown_weight,
     check_variant,
-    pixel_statistics,
     positive_integers,
 )
+from prmim_jax.method import PixelMethod, PixelOutput, initial_rngs
 from prmim_jax.plan import make_plan
-from prmim_jax.reconstruct import ProgressiveReconstruction
 from prmim_jax.vit import Decoder, Encoder
 
-RECONSTRUCTION_HEADS = 4
 
-Pool = Literal["mean", "cls"]
-
-
-@jax.tree_util.register_dataclass
-@dataclass
-class MAEOutput:
-    """What a forward pass of :class:`MAE` gives.
-
-    Parameters
-    ----------
-    loss
-        Scalar, float32 or wider: what to minimise.
-    loss_decoded, loss_thrown
-        Scalars: its means over decoded and over thrown tokens; 0 where there are none (or none that are supervised).
-    predicted
-        (batch, supervised, prod(patch) * C): predictions for the supervised tokens, in plan order (decoded, then
-        thrown; only decoded for variant ``"none"``), in the units of the target.
-    plan
-        The plan of the batch.
-
-    Notes
-    -----
-    A pytree.
-    """
-
-    loss: Array
-    loss_decoded: Array
-    loss_thrown: Array
-    predicted: Array
-    plan: Plan
-
-
-class MAE(nnx.Module):
+class MAE(PixelMethod):
     """Masked autoencoder whose decoder rebuilds part of the masked tokens; the rest is rebuilt progressively.
 
     The encoder sees the visible tokens, the decoder the visible and the decoded ones. Features of the thrown tokens
@@ -84,7 +37,7 @@ class MAE(nnx.Module):
     mask_ratio
         Fraction of the tokens that is masked, in [0, 1); None: 0.75.
     throw_ratio
-        Fraction of **all** tokens that is thrown, in [0, 1), at most ``mask_ratio``. 0 is plain MAE.
+        Fraction of **all** tokens that is thrown, in [0, 1), at most ``mask_ratio``; None: 0.5. 0 is plain MAE.
     throwing
         What is thrown: ``"furthest"``, ``"random"`` or ``"cell"`` (see ``prmim_core.Schedule``), or ``"none"``, which
         sets ``throw_ratio`` to 0.
@@ -107,6 +60,9 @@ class MAE(nnx.Module):
         The decoder's.
     init_seed
         Seed of the initial weights, which are a function of it (another one than in PyTorch).
+    scan_blocks
+        Whether compiled programs hold one block of the encoder and one of the decoder, and loop over it: sooner
+        compiled where there are many.
     rngs
         Source of the initial weights, in place of ``init_seed``.
 
@@ -147,7 +103,7 @@ class MAE(nnx.Module):
         patch_size: Sequence[int] = (16, 16),
         channels: int = 3,
         mask_ratio: float | None = None,
-        throw_ratio: float = 0.5,
+        throw_ratio: float | None = None,
         throwing: str = "furthest",
         seed: str = "visible",
         stages: int = 2,
@@ -163,43 +119,32 @@ class MAE(nnx.Module):
         decoder_depth: int = 8,
         decoder_heads: int = 16,
         init_seed: int = 0,
+        scan_blocks: bool = False,
         rngs: nnx.Rngs | None = None,
     ) -> None:
-        self.image_size = positive_integers("image_size", image_size)
-        self.patch_size = positive_integers("patch_size", patch_size)
-        (self.channels,) = positive_integers("channels", (channels,))
-        self.grid = patch_grid(self.image_size, self.patch_size)
-        self.counts = check_counts(self.grid, mask_ratio, throw_ratio, throwing)
-        self.schedule = check_schedule(self.grid, self.counts, stages, throwing, seed)
-        self.variant = check_variant(variant, self.counts)
-        self.thrown_weight = check_thrown_weight(thrown_weight, self.counts, self.variant)
+        super().__init__(
+            model=model,
+            image_size=image_size,
+            patch_size=patch_size,
+            channels=channels,
+            mean=mean,
+            std=std,
+            embed_dim=embed_dim,
+            depth=depth,
+            num_heads=num_heads,
+            scan_blocks=scan_blocks,
+        )
+        counts = check_counts(self.grid, mask_ratio, throw_ratio, throwing)
+        self.schedule = check_schedule(self.grid, counts, stages, throwing, seed)
+        self.variant = check_variant(variant, counts)
+        self.thrown_weight = check_thrown_weight(thrown_weight, counts, self.variant)
         if norm_pix and self.patch_dim < 2:
             raise ValueError("norm_pix: expected patches of at least 2 values to normalise them, got patches of 1")
         self.norm_pix = bool(norm_pix)
-        self.mean, self.std = pixel_statistics(mean, std, self.channels)
-        # Plain numbers, not arrays: they are part of the program, and no part of the state.
-        self._pixel_scale = tuple(1 / (255 * deviation) for deviation in self.std)
-        self._pixel_shift = tuple(-m / s for m, s in zip(self.mean, self.std, strict=True))
-        encoder = vit_size(model, embed_dim, depth, num_heads)
-        self.embed_dim, self.depth, self.num_heads = positive_integers(
-            "embed_dim, depth, num_heads", (encoder.dim, encoder.depth, encoder.heads)
-        )
         self.decoder_dim, self.decoder_depth, self.decoder_heads = positive_integers(
             "decoder_dim, decoder_depth, decoder_heads", (decoder_dim, decoder_depth, decoder_heads)
         )
-        if self.variant == "kernel" and self.decoder_dim % RECONSTRUCTION_HEADS:
-            raise ValueError(
-                f"decoder_dim: expected a multiple of {RECONSTRUCTION_HEADS} for variant 'kernel', "
-                f"got {self.decoder_dim}"
-            )
-        if type(init_seed) is not int:
-            raise TypeError(f"init_seed: expected an integer, got {init_seed!r}")
-        self._build(nnx.Rngs(init_seed) if rngs is None else rngs)
-
-    @property
-    def patch_dim(self) -> int:
-        """Pixel values in a patch."""
-        return prod(self.patch_size) * self.channels
+        self._build(initial_rngs(init_seed, rngs))
 
     def _build(self, rngs: nnx.Rngs) -> None:
         self.encoder = Encoder(
@@ -209,6 +154,7 @@ class MAE(nnx.Module):
             dim=self.embed_dim,
             depth=self.depth,
             num_heads=self.num_heads,
+            scan=self.scan_blocks,
             rngs=rngs,
         )
         self.decoder = Decoder(
@@ -218,22 +164,12 @@ class MAE(nnx.Module):
             dim=self.decoder_dim,
             depth=self.decoder_depth,
             num_heads=self.decoder_heads,
+            scan=self.scan_blocks,
             rngs=rngs,
         )
-        # Assigned once, since flax holds that None and a module are not the same kind of attribute.
-        self.reconstruct = self._reconstruction()
+        self.reconstruct = self._reconstruction(self.variant, "decoder_dim", self.decoder_dim)
 
-    def _reconstruction(self) -> ProgressiveReconstruction | None:
-        if self.variant == "none":
-            return None
-        return ProgressiveReconstruction(
-            self.decoder_dim,
-            self.schedule,
-            variant=self.variant,  # type: ignore[arg-type]  # checked at construction
-            heads=RECONSTRUCTION_HEADS,
-        )
-
-    def __call__(self, images: Array, noise: Array) -> MAEOutput:
+    def __call__(self, images: Array, noise: Array) -> PixelOutput:
         """Compute the loss of a batch.
 
         Parameters
@@ -245,7 +181,7 @@ class MAE(nnx.Module):
 
         Returns
         -------
-        MAEOutput
+        PixelOutput
 
         Raises
         ------
@@ -254,12 +190,9 @@ class MAE(nnx.Module):
         ValueError
             If a shape does not fit.
         """
-        self._check_images(images)
-        if tuple(noise.shape) != (images.shape[0], self.counts.num_tokens):
-            expected = (images.shape[0], self.counts.num_tokens)
-            raise ValueError(f"noise: expected shape {expected}, got {tuple(noise.shape)}")
+        patches = self._patches(images)
+        self._check_noise(noise, images.shape[0])
         plan = make_plan(self.schedule, noise)
-        patches = patchify(images, self.patch_size)
         encoded = self.encoder(self._normalize(take_tokens(patches, plan.visible)), plan.visible)
         num_known, num_visible = self.schedule.num_known(1), self.counts.visible
         features = self.decoder(encoded, plan.order[:, :num_known])
@@ -267,111 +200,30 @@ class MAE(nnx.Module):
             features = self.reconstruct(features, plan)
         predicted = self.decoder.pred(features[:, num_visible:])
         supervised = plan.order[:, num_visible : features.shape[1]]
-        return self._output(predicted, self._target(take_tokens(patches, supervised)), plan)
-
-    def encode(self, images: Array) -> Array:
-        """Encode whole images, nothing masked: uint8 (batch, image_size..., channels) to (batch, 1 + N, dim).
-
-        The cls token comes first.
-        """
-        self._check_images(images)
-        return self.encoder(self._normalize(patchify(images, self.patch_size)))
-
-    def features(self, images: Array, pool: Pool = "mean") -> Array:
-        """Return one vector (batch, dim) per image: the ``"mean"`` of its encoded tokens, or its ``"cls"`` token."""
-        if pool not in ("mean", "cls"):
-            raise ValueError(f"pool: expected 'mean' or 'cls', got {pool!r}")
-        encoded = self.encode(images)
-        return encoded[:, 0] if pool == "cls" else encoded[:, 1:].mean(1)
-
-    def rebuilt_pixels(self, images: Array, output: MAEOutput) -> Array:
-        """Turn predictions into pixels, for pictures.
-
-        Parameters
-        ----------
-        images
-            uint8 (batch, image_size..., channels), those that ``output`` is for.
-        output
-            What a call of the method gave for them.
-
-        Returns
-        -------
-        jax.Array
-            (batch, N, prod(patch) * C), in raster order, in units of [0, 1]: the input's own pixels where visible; the
-            prediction, patch normalisation undone with the statistics of the true patch, where supervised; else NaN.
-        """
-        self._check_images(images)
-        patches = patchify(images, self.patch_size)
-        order, num_visible = output.plan.order, self.counts.visible
-        visible, supervised = order[:, :num_visible], order[:, num_visible : num_visible + output.predicted.shape[1]]
-        truth = self._normalize(take_tokens(patches, supervised))
-        predicted = output.predicted.astype(truth.dtype)
-        predicted = denormalize_patches(predicted, truth) if self.norm_pix else predicted
-        scale, shift = (jnp.asarray(values, truth.dtype) for values in (self._pixel_scale, self._pixel_shift))
-        pixels = (self._by_channel(predicted) - shift) / (255 * scale)
-        known = jnp.concatenate(
-            [take_tokens(patches, visible).astype(truth.dtype) / 255, pixels.reshape(predicted.shape)], axis=1
-        )
-        rows = jnp.arange(len(order))[:, None]
-        return jnp.full(patches.shape, jnp.nan, known.dtype).at[rows, order[:, : known.shape[1]]].set(known)
+        target = self._normalize(take_tokens(patches, supervised))
+        target = normalize_patches(target) if self.norm_pix else target
+        # The difference with the target is in the target's precision, whatever the prediction was computed in.
+        return self._output(jnp.square(predicted.astype(target.dtype) - target).mean(-1), predicted, plan)
 
     def architecture(self) -> dict[str, Any]:
-        """Return what the weights mean, as plain values: weights fit another model only if all of these are equal.
-
-        Ratios and sampling are not among them, since weights may go on to be trained under others.
-        """
+        """Return what the weights mean; see :meth:`Method.architecture`."""
         return {
             "method": "mae",
-            "image_size": list(self.image_size),
-            "patch_size": list(self.patch_size),
-            "channels": self.channels,
-            "mean": list(self.mean),
-            "std": list(self.std),
+            **super().architecture(),
             "norm_pix": self.norm_pix,
-            "embed_dim": self.embed_dim,
-            "depth": self.depth,
-            "num_heads": self.num_heads,
             "decoder_dim": self.decoder_dim,
             "decoder_depth": self.decoder_depth,
             "decoder_heads": self.decoder_heads,
             "variant": self.variant,
         }
 
-    def _check_images(self, images: Array) -> None:
-        check_images(images, (*self.image_size, self.channels))
-
-    def _normalize(self, patches: Array) -> Array:
-        """Turn uint8 patches (batch, length, prod(patch) * C) into floats, normalised per channel."""
-        dtype = self.encoder.cls_token.dtype
-        scale, shift = (jnp.asarray(values, dtype) for values in (self._pixel_scale, self._pixel_shift))
-        return (self._by_channel(patches).astype(dtype) * scale + shift).reshape(patches.shape)
-
-    def _by_channel(self, patches: Array) -> Array:
-        return patches.reshape(*patches.shape[:2], -1, self.channels)
-
-    def _target(self, patches: Array) -> Array:
-        target = self._normalize(patches)
-        if not self.norm_pix:
-            return target
-        normalized: Array = normalize_patches(target)
-        return normalized
-
-    def _output(self, predicted: Array, target: Array, plan: Plan) -> MAEOutput:
-        num_decoded = self.counts.decoded
-        num_thrown = predicted.shape[1] - num_decoded
-        # The difference with the target is in the target's precision, whatever the prediction was computed in.
-        per_token = jnp.square(predicted.astype(target.dtype) - target).mean(-1)
-        loss_decoded = per_token[:, :num_decoded].sum() / (max(num_decoded, 1) * per_token.shape[0])
-        loss_thrown = per_token[:, num_decoded:].sum() / (max(num_thrown, 1) * per_token.shape[0])
-        weight_thrown = self.thrown_weight * num_thrown
-        loss = (num_decoded * loss_decoded + weight_thrown * loss_thrown) / (num_decoded + weight_thrown)
-        return MAEOutput(loss, loss_decoded, loss_thrown, predicted, plan)
-
-
-def check_images(images: Array | NDArray[np.uint8], shape: Sequence[int]) -> None:
-    """Raise TypeError or ValueError unless images are uint8, of shape ``(batch, *shape)``."""
-    if images.dtype != np.uint8:
-        raise TypeError(f"images: expected uint8, got {images.dtype}")
-    if tuple(images.shape[1:]) != tuple(shape):
-        sizes = ", ".join(map(str, shape))
-        raise ValueError(f"images: expected shape (batch, {sizes}), got {tuple(images.shape)}")
+    def cost(self, compute_bytes: int = 4) -> CostReport:
+        """Return what a forward pass costs per image, by formula."""
+        return cost(
+            self.schedule,
+            patch_dim=self.patch_dim,
+            encoder=self.encoder_size,
+            decoder=Transformer(self.decoder_dim, self.decoder_depth, self.decoder_heads),
+            variant=self.variant,  # type: ignore[arg-type]  # checked at construction
+            compute_bytes=compute_bytes,
+        )

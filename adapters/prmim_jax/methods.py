@@ -7,8 +7,11 @@ from typing import Any
 from flax import nnx
 
 from prmim_jax.mae import MAE
+from prmim_jax.maskalign import MaskAlign
+from prmim_jax.method import Method
+from prmim_jax.simmim import SimMIM
 
-METHODS: dict[str, Callable[..., nnx.Module]] = {"mae": MAE}
+METHODS: dict[str, Callable[..., Method]] = {"mae": MAE, "simmim": SimMIM, "maskalign": MaskAlign}
 """Builders of methods by name; each takes the keywords of :func:`create_method`, and options of its own."""
 
 
@@ -20,16 +23,16 @@ def create_method(
     patch_size: Sequence[int] = (16, 16),
     channels: int = 3,
     mask_ratio: float | None = None,
-    throw_ratio: float = 0.5,
+    throw_ratio: float | None = None,
     rngs: nnx.Rngs | None = None,
     **options: Any,
-) -> nnx.Module:
+) -> Method:
     """Build a method: a module that maps (images, noise) to an output with a ``loss``.
 
     Parameters
     ----------
     name
-        ``"mae"``.
+        A key of :data:`METHODS`.
     model
         Name of the encoder.
     image_size, patch_size
@@ -39,15 +42,16 @@ def create_method(
     mask_ratio
         Fraction of the tokens that is masked; None: the method's own.
     throw_ratio
-        Fraction of **all** tokens that is thrown.
+        Fraction of **all** tokens that is thrown; None: the method's own.
     rngs
         Source of the initial weights; None: the method's option ``init_seed``.
     **options
-        Options of the method; for ``"mae"`` see :class:`prmim_jax.MAE`.
+        Options of the method: see :class:`prmim_jax.MAE`, :class:`prmim_jax.SimMIM` and
+        :class:`prmim_jax.MaskAlign`.
 
     Returns
     -------
-    flax.nnx.Module
+    Method
 
     Raises
     ------

@@ -6,7 +6,9 @@ indices of their places.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from math import prod, sqrt
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -15,8 +17,13 @@ from flax import nnx
 from jax import Array, lax
 from jax.typing import DTypeLike
 
+from prmim_core import Grid, num_offsets, offset_index
+
 LAYER_NORM_EPS = 1e-6
 BLOCK = 2**16
+
+Position = Literal["absolute", "relative"]
+Activation = Literal["gelu", "quick_gelu"]
 
 
 class Buffer(nnx.Variable[Array]):
@@ -154,17 +161,18 @@ class Linear(nnx.Module):
 
 
 class LayerNorm(nnx.Module):
-    """Layer norm over the last axis with eps 1e-6, computed in float32 or wider."""
+    """Layer norm over the last axis, computed in float32 or wider."""
 
-    def __init__(self, dim: int, *, elementwise_affine: bool = True) -> None:
-        self.weight = nnx.Param(constant(1.0, dim)) if elementwise_affine else None
-        self.bias = nnx.Param(constant(0.0, dim)) if elementwise_affine else None
+    def __init__(self, dim: int, *, elementwise_affine: bool = True, eps: float = LAYER_NORM_EPS) -> None:
+        self.eps = eps
+        self.weight: nnx.Variable[Array] | None = nnx.Param(constant(1.0, dim)) if elementwise_affine else None
+        self.bias: nnx.Variable[Array] | None = nnx.Param(constant(0.0, dim)) if elementwise_affine else None
 
     def __call__(self, x: Array) -> Array:
         """Map (..., dim) to the same shape."""
         x = x.astype(wide(x.dtype))
         centred = x - x.mean(-1, keepdims=True)
-        normed = centred * lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + LAYER_NORM_EPS)
+        normed = centred * lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + self.eps)
         if self.weight is None or self.bias is None:
             return normed
         return normed * self.weight[...] + self.bias[...]
@@ -215,58 +223,298 @@ class PatchEmbed(nnx.Module):
 
 
 class Attention(nnx.Module):
-    """Multi-head self-attention with a fused qkv projection; scale 1/sqrt(head_dim), softmax in float32 or wider."""
+    """Multi-head self-attention with a fused qkv projection; scale 1/sqrt(head_dim), softmax in float32 or wider.
+
+    Notes
+    -----
+    Queries, keys and values have a bias each. BEiT and SimMIM leave out that of the keys, which is the same: it adds
+    one number to all scores of a query, which the softmax does not notice, and its gradient is 0.
+    """
 
     def __init__(self, dim: int, num_heads: int, *, rngs: nnx.Rngs) -> None:
         self.num_heads = num_heads
         self.qkv = Linear(dim, 3 * dim, rngs=rngs)
         self.proj = Linear(dim, dim, rngs=rngs)
 
-    def __call__(self, x: Array) -> Array:
-        """Map (batch, length, dim) to the same shape."""
+    def __call__(self, x: Array, bias: Array | None = None) -> Array:
+        """Map (batch, length, dim) to the same shape.
+
+        ``bias``, ([batch,] heads, length, length), is added to the scores of queries (rows) and keys.
+        """
         batch, length, dim = x.shape
         qkv = self.qkv(x).reshape(batch, length, 3, self.num_heads, dim // self.num_heads)
         q, k, v = (qkv[:, :, part] for part in range(3))  # batch, length, heads, head_dim
         exact = precision(q.dtype)
         scores = jnp.einsum("bqhd,bkhd->bhqk", q, k, precision=exact, preferred_element_type=wide(q.dtype))
-        weights = jax.nn.softmax(scores / sqrt(q.shape[-1]), axis=-1).astype(v.dtype)
+        scores = scores / sqrt(q.shape[-1])
+        weights = jax.nn.softmax(scores if bias is None else scores + bias, axis=-1).astype(v.dtype)
         mixed = jnp.einsum("bhqk,bkhd->bqhd", weights, v, precision=exact)
         return self.proj(mixed.reshape(batch, length, dim))
 
 
 class Mlp(nnx.Module):
-    """Two linear layers with the exact (erf) GELU between them."""
+    """Two linear layers with an activation between them: the exact (erf) GELU, or CLIP's ``"quick_gelu"``."""
 
-    def __init__(self, dim: int, hidden_dim: int, *, rngs: nnx.Rngs) -> None:
+    def __init__(self, dim: int, hidden_dim: int, *, activation: Activation = "gelu", rngs: nnx.Rngs) -> None:
+        if activation not in get_args(Activation):
+            raise ValueError(f"activation: expected 'gelu' or 'quick_gelu', got {activation!r}")
+        self.activation = activation
         self.fc1 = Linear(dim, hidden_dim, rngs=rngs)
         self.fc2 = Linear(hidden_dim, dim, rngs=rngs)
 
     def __call__(self, x: Array) -> Array:
         """Map (batch, length, dim) to the same shape."""
         hidden = self.fc1(x)
-        return self.fc2(jax.nn.gelu(hidden.astype(wide(hidden.dtype)), approximate=False).astype(hidden.dtype))
+        return self.fc2(self._activate(hidden.astype(wide(hidden.dtype))).astype(hidden.dtype))
+
+    def _activate(self, x: Array) -> Array:
+        if self.activation == "quick_gelu":
+            return x * jax.nn.sigmoid(1.702 * x)
+        return jax.nn.gelu(x, approximate=False)
+
+
+class LayerScale(nnx.Module):
+    """A learned factor per channel, the same for all channels at first."""
+
+    def __init__(self, dim: int, value: float) -> None:
+        self.gamma = nnx.Param(constant(value, dim))
+
+    def __call__(self, x: Array) -> Array:
+        """Map (..., dim) to the same shape."""
+        return x * self.gamma[...]
 
 
 class Block(nnx.Module):
-    """A pre-norm transformer block."""
+    """A pre-norm transformer block.
 
-    def __init__(self, dim: int, num_heads: int, mlp_ratio: int = 4, *, rngs: nnx.Rngs) -> None:
-        self.norm1 = LayerNorm(dim)
+    Parameters
+    ----------
+    dim, num_heads
+        Width and attention heads.
+    mlp_ratio
+        Width of the hidden layer over ``dim``.
+    layer_scale
+        First value of a learned factor per channel after each of the two branches; None: no such factors.
+    activation
+        ``"gelu"``, or ``"quick_gelu"`` as teachers of CLIP have it.
+    eps
+        Of both norms.
+    rngs
+        Source of the initial weights.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        mlp_ratio: int = 4,
+        *,
+        layer_scale: float | None = None,
+        activation: Activation = "gelu",
+        eps: float = LAYER_NORM_EPS,
+        rngs: nnx.Rngs,
+    ) -> None:
+        self.norm1 = LayerNorm(dim, eps=eps)
         self.attn = Attention(dim, num_heads, rngs=rngs)
-        self.norm2 = LayerNorm(dim)
-        self.mlp = Mlp(dim, mlp_ratio * dim, rngs=rngs)
+        self.ls1 = None if layer_scale is None else LayerScale(dim, layer_scale)
+        self.norm2 = LayerNorm(dim, eps=eps)
+        self.mlp = Mlp(dim, mlp_ratio * dim, activation=activation, rngs=rngs)
+        self.ls2 = None if layer_scale is None else LayerScale(dim, layer_scale)
 
-    def __call__(self, x: Array) -> Array:
-        """Map (batch, length, dim) to the same shape."""
-        x = x + self.attn(self.norm1(x))
-        return x + self.mlp(self.norm2(x))
+    def __call__(self, x: Array, bias: Array | None = None, scales: Array | None = None) -> Array:
+        """Add attention, then the MLP, to the residual stream.
+
+        Parameters
+        ----------
+        x
+            (batch, length, dim).
+        bias
+            ([batch,] heads, length, length), added to the scores of the attention, or None.
+        scales
+            (batch, 2): factors of the attention and of the MLP of every image, for drop path; None: 1.
+
+        Returns
+        -------
+        jax.Array
+            (batch, length, dim).
+        """
+        x = _add(x, self.attn(self.norm1(x), bias), self.ls1, None if scales is None else scales[:, 0])
+        return _add(x, self.mlp(self.norm2(x)), self.ls2, None if scales is None else scales[:, 1])
 
 
-def check_width(name: str, dim: int, num_heads: int, axes: int) -> None:
-    """Raise ValueError unless ``dim`` channels can be shared out among heads, and among the axes of the grid."""
+def _add(x: Array, branch: Array, layer_scale: LayerScale | None, scale: Array | None) -> Array:
+    branch = branch if layer_scale is None else layer_scale(branch)
+    return x + (branch if scale is None else branch * scale[:, None, None])
+
+
+class BlockStack(nnx.Module):
+    """Blocks that are equal but for their weights, as one whose variables have an axis more in front.
+
+    Parameters
+    ----------
+    blocks
+        One block at least.
+
+    Notes
+    -----
+    For ``jax.lax.scan``: a program then holds a single block, however many there are.
+    """
+
+    def __init__(self, blocks: Sequence[Block]) -> None:
+        self.depth = len(blocks)
+        self.block: Block = nnx.merge(nnx.graphdef(blocks[0]), _stack([nnx.state(block) for block in blocks]))
+
+    def blocks(self) -> list[Block]:
+        """Take the blocks apart."""
+        graph, weights = nnx.split(self.block)
+        return [nnx.merge(graph, part) for part in _unstack(weights, self.depth)]
+
+    def __call__(self, x: Array, bias: Array | None = None, scales: Array | None = None) -> Array:
+        """Apply the blocks as :func:`run_blocks` does."""
+        last: Array = self._scan(x, bias, scales, keep=False)[0]
+        return last
+
+    def outputs(self, x: Array, bias: Array | None = None, scales: Array | None = None) -> list[Array]:
+        """Apply the blocks as :func:`block_outputs` does."""
+        return list(self._scan(x, bias, scales, keep=True)[1])
+
+    def _scan(self, x: Array, bias: Array | None, scales: Array | None, *, keep: bool) -> tuple[Array, Any]:
+        graph, weights = nnx.split(self.block)
+
+        def step(x: Array, of_block: tuple[Any, Array | None]) -> tuple[Array, Array | None]:
+            weights, scales = of_block
+            x = nnx.merge(graph, weights)(x, bias, scales)
+            return x, x if keep else None
+
+        by_block = None if scales is None else jnp.moveaxis(scales, 1, 0)
+        last, outputs = lax.scan(step, x, (weights, by_block))
+        return last, outputs
+
+
+# Compiled, since outside of compiled functions they would be a program for every shape.
+@jax.jit
+def _stack(trees: list[Any]) -> Any:
+    return jax.tree.map(lambda *each: jnp.stack(each), *trees)
+
+
+@partial(jax.jit, static_argnums=1)
+def _unstack(tree: Any, depth: int) -> list[Any]:
+    return [jax.tree.map(lambda each, number=number: each[number], tree) for number in range(depth)]
+
+
+Blocks = Sequence[Block] | BlockStack
+
+
+def run_blocks(
+    blocks: Blocks, x: Array, bias: Array | None = None, scales: Array | None = None, *, scan: bool = False
+) -> Array:
+    """Apply blocks one after the other.
+
+    Parameters
+    ----------
+    blocks
+        A list of them, or their stack.
+    x
+        (batch, length, dim).
+    bias
+        ([batch,] heads, length, length), for the attention of every block, or None.
+    scales
+        (batch, depth, 2), for the two branches of every block, or None.
+    scan
+        Whether to stack a list, at the price of a copy of the weights, and loop over the stack. The same numbers.
+
+    Returns
+    -------
+    jax.Array
+        (batch, length, dim): the output of the last block.
+    """
+    if isinstance(blocks, BlockStack) or (scan and blocks):
+        return _as_stack(blocks)(x, bias, scales)
+    for number, block in enumerate(blocks):
+        x = block(x, bias, None if scales is None else scales[:, number])
+    return x
+
+
+def block_outputs(
+    blocks: Blocks, x: Array, bias: Array | None = None, scales: Array | None = None, *, scan: bool = False
+) -> list[Array]:
+    """Apply blocks as :func:`run_blocks` does, and return the output of each, (batch, length, dim)."""
+    if isinstance(blocks, BlockStack) or (scan and blocks):
+        return _as_stack(blocks).outputs(x, bias, scales)
+    outputs = []
+    for number, block in enumerate(blocks):
+        x = block(x, bias, None if scales is None else scales[:, number])
+        outputs.append(x)
+    return outputs
+
+
+def _as_stack(blocks: Blocks) -> BlockStack:
+    return blocks if isinstance(blocks, BlockStack) else BlockStack(blocks)
+
+
+def stack_blocks(module: nnx.Module) -> None:
+    """Stack the blocks of all parts that scan over theirs, in place; names of parameters change with that.
+
+    Who keeps the weights like this from step to step spares the copy, and an optimiser has fewer, larger arrays.
+    """
+    for _, part in nnx.iter_modules(module):
+        if isinstance(part, Encoder | Decoder) and part.scan and part.blocks:
+            part.blocks = _as_stack(part.blocks)
+
+
+def unstack_blocks(module: nnx.Module) -> None:
+    """Undo :func:`stack_blocks`, in place."""
+    for _, part in nnx.iter_modules(module):
+        if isinstance(part, Encoder | Decoder) and isinstance(part.blocks, BlockStack):
+            part.blocks = nnx.List(part.blocks.blocks())
+
+
+class RelativePositionBias(nnx.Module):
+    """A learned number per head and offset between two tokens, for the scores of an attention.
+
+    Parameters
+    ----------
+    grid_shape
+        Tokens of a whole image along each axis; N in all.
+    num_heads
+        Attention heads.
+
+    Notes
+    -----
+    As in BEiT and SimMIM. The table has a row for every offset of a query from a key, in raster order, then one for the
+    cls token as query, one for it as key, and one for both. It starts at 0.
+    """
+
+    def __init__(self, grid_shape: Sequence[int], num_heads: int) -> None:
+        self.grid = Grid(tuple(grid_shape))
+        self.relative_position_bias_table = nnx.Param(constant(0.0, num_offsets(self.grid) + 3, num_heads))
+
+    def __call__(self, index: Array | None = None) -> Array:
+        """Look up the numbers of tokens, the cls token put before them.
+
+        Parameters
+        ----------
+        index
+            int (batch, n): tokens; None: all N, in raster order.
+
+        Returns
+        -------
+        jax.Array
+            (batch, heads, 1 + n, 1 + n), queries along the last axis but one; (heads, 1 + N, 1 + N) for all.
+        """
+        tokens = jnp.arange(self.grid.num_tokens)[None] if index is None else index
+        rows = num_offsets(self.grid)
+        row = jnp.pad(offset_index(self.grid, tokens, tokens), ((0, 0), (1, 0), (1, 0)), constant_values=rows)
+        row = row.at[:, 1:, 0].set(rows + 1).at[:, 0, 0].set(rows + 2)
+        bias: Array = jnp.moveaxis(self.relative_position_bias_table[...][row], -1, 1)
+        return bias[0] if index is None else bias
+
+
+def check_width(name: str, dim: int, num_heads: int, axes: int | None) -> None:
+    """Raise ValueError unless ``dim`` can be shared out among heads, and (unless None) among the axes of the grid."""
     if num_heads < 1 or dim < 1 or dim % num_heads:
         raise ValueError(f"{name}: expected a positive multiple of the number of heads, got {dim} for {num_heads}")
-    if dim % (2 * axes):
+    if axes is not None and dim % (2 * axes):
         raise ValueError(f"{name}: expected a multiple of {2 * axes} for a grid of {axes} axes, got {dim}")
 
 
@@ -287,14 +535,24 @@ class Encoder(nnx.Module):
         Channels of the image.
     dim, depth, num_heads
         Width, number of blocks, attention heads.
+    position
+        How it knows where tokens are: ``"absolute"``, a fixed sine-cosine table added to them; or ``"relative"``, one
+        :class:`RelativePositionBias` for all blocks.
+    layer_scale
+        See :class:`Block`.
+    scan
+        See :func:`run_blocks`.
     rngs
         Source of the initial weights.
 
     Raises
     ------
     ValueError
-        If ``dim`` does not fit the heads or the axes.
+        If ``dim`` does not fit the heads or, for the absolute table, the axes; or ``position`` is not known.
     """
+
+    mask_token: nnx.Param[Array]
+    """(1, 1, dim): stands for masked tokens; only there if a method that gives such to the encoder has set it."""
 
     def __init__(
         self,
@@ -305,13 +563,22 @@ class Encoder(nnx.Module):
         dim: int,
         depth: int,
         num_heads: int,
+        position: Position = "absolute",
+        layer_scale: float | None = None,
+        scan: bool = False,
         rngs: nnx.Rngs,
     ) -> None:
-        check_width("embed_dim", dim, num_heads, len(grid_shape))
+        if position not in get_args(Position):
+            raise ValueError(f"position: expected 'absolute' or 'relative', got {position!r}")
+        is_absolute = position == "absolute"
+        check_width("embed_dim", dim, num_heads, len(grid_shape) if is_absolute else None)
+        self.scan = scan
         self.patch_embed = PatchEmbed(dim, channels, patch_size, rngs=rngs)
         self.cls_token = _token(rngs, dim)
-        self.pos_embed = Buffer(sincos_table(grid_shape, dim))
-        self.blocks = nnx.List([Block(dim, num_heads, rngs=rngs) for _ in range(depth)])
+        self.pos_embed = Buffer(sincos_table(grid_shape, dim)) if is_absolute else None
+        self.rel_pos_bias = None if is_absolute else RelativePositionBias(grid_shape, num_heads)
+        blocks = [Block(dim, num_heads, layer_scale=layer_scale, rngs=rngs) for _ in range(depth)]
+        self.blocks: Blocks = nnx.List(blocks)
         self.norm = LayerNorm(dim)
 
     def __call__(self, patches: Array, index: Array | None = None) -> Array:
@@ -329,13 +596,60 @@ class Encoder(nnx.Module):
         jax.Array
             (batch, 1 + length, dim), the cls token first, the final norm applied.
         """
+        return self.encode(self.place(self.patch_embed(patches), index), index)
+
+    def place(self, tokens: Array, index: Array | None = None) -> Array:
+        """Add to embedded tokens ([batch,] length, dim) the absolute positions of ``index``, if the encoder has any."""
+        if self.pos_embed is None:
+            return tokens
         table = self.pos_embed[0, 1:]
-        x = self.patch_embed(patches) + (table if index is None else table[index])
-        cls_token = self.cls_token[...] + self.pos_embed[:, :1]
-        x = jnp.concatenate([jnp.broadcast_to(cls_token, (len(x), *cls_token.shape[1:])), x], axis=1)
-        for block in self.blocks:
-            x = block(x)
-        return self.norm(x)
+        return tokens + (table if index is None else table[index])
+
+    def encode(self, tokens: Array, index: Array | None = None, scales: Array | None = None) -> Array:
+        """Run the blocks and the final norm on tokens that are embedded and placed.
+
+        Parameters
+        ----------
+        tokens
+            (batch, length, dim).
+        index
+            int (batch, length): the token that each one is; None: all N, in raster order.
+        scales
+            (batch, depth, 2): what branches are multiplied with, see ``prmim_core.drop_path_scales``; None: nothing.
+
+        Returns
+        -------
+        jax.Array
+            (batch, 1 + length, dim), the cls token first.
+        """
+        return self.norm(run_blocks(self.blocks, self._with_cls(tokens), self._bias(index), scales, scan=self.scan))
+
+    def hidden_states(
+        self, tokens: Array, index: Array | None = None, scales: Array | None = None, *, last: int | None = None
+    ) -> list[Array]:
+        """Run the blocks on tokens that are embedded and placed; see :meth:`encode` for the arguments.
+
+        Parameters
+        ----------
+        last
+            How many blocks, counted from the last one, to return the outputs of; None: all.
+
+        Returns
+        -------
+        list of jax.Array
+            Outputs (batch, 1 + length, dim) of blocks, the cls token first, before the final norm.
+        """
+        outputs = block_outputs(self.blocks, self._with_cls(tokens), self._bias(index), scales, scan=self.scan)
+        return outputs if last is None else outputs[len(outputs) - last :]
+
+    def _with_cls(self, tokens: Array) -> Array:
+        cls_token = self.cls_token[...]
+        if self.pos_embed is not None:
+            cls_token = cls_token + self.pos_embed[:, :1]
+        return jnp.concatenate([jnp.broadcast_to(cls_token, (len(tokens), *cls_token.shape[1:])), tokens], axis=1)
+
+    def _bias(self, index: Array | None) -> Array | None:
+        return None if self.rel_pos_bias is None else self.rel_pos_bias(index)
 
 
 class Decoder(nnx.Module):
@@ -351,6 +665,8 @@ class Decoder(nnx.Module):
         Values to predict per token.
     dim, depth, num_heads
         Width, number of blocks, attention heads.
+    scan
+        See :func:`run_blocks`.
     rngs
         Source of the initial weights.
 
@@ -369,13 +685,15 @@ class Decoder(nnx.Module):
         dim: int,
         depth: int,
         num_heads: int,
+        scan: bool = False,
         rngs: nnx.Rngs,
     ) -> None:
         check_width("decoder_dim", dim, num_heads, len(grid_shape))
+        self.scan = scan
         self.embed = Linear(encoder_dim, dim, rngs=rngs)
         self.mask_token = _token(rngs, dim)
         self.pos_embed = Buffer(sincos_table(grid_shape, dim))
-        self.blocks = nnx.List([Block(dim, num_heads, rngs=rngs) for _ in range(depth)])
+        self.blocks: Blocks = nnx.List([Block(dim, num_heads, rngs=rngs) for _ in range(depth)])
         self.norm = LayerNorm(dim)
         self.pred = Linear(dim, output_dim, rngs=rngs)
 
@@ -406,6 +724,4 @@ class Decoder(nnx.Module):
             ],
             axis=1,
         )
-        for block in self.blocks:
-            x = block(x)
-        return self.norm(x[:, 1:])
+        return self.norm(run_blocks(self.blocks, x, scan=self.scan)[:, 1:])

@@ -1,19 +1,30 @@
-"""Cheap masked image modelling in PyTorch: a method to train, and its parts for trainers of one's own."""
+"""Cheap masked image modelling in PyTorch: methods to train, and their parts for trainers of one's own."""
 
-from prmim_torch.engine import Engine, Reconstruction
+from prmim_torch.engine import Comparison, Engine, Reconstruction
 from prmim_torch.interop import load_weights, save_weights
-from prmim_torch.mae import MAE, MAEOutput
+from prmim_torch.mae import MAE
+from prmim_torch.maskalign import AlignOutput, MaskAlign
+from prmim_torch.method import Method, PixelOutput
 from prmim_torch.methods import METHODS, create_method
 from prmim_torch.plan import make_plan
 from prmim_torch.reconstruct import ProgressiveReconstruction
+from prmim_torch.simmim import SimMIM
+from prmim_torch.teacher import Teacher, TeacherOutput
 
 __all__ = [
     "MAE",
     "METHODS",
+    "AlignOutput",
+    "Comparison",
     "Engine",
-    "MAEOutput",
+    "MaskAlign",
+    "Method",
+    "PixelOutput",
     "ProgressiveReconstruction",
     "Reconstruction",
+    "SimMIM",
+    "Teacher",
+    "TeacherOutput",
     "create_method",
     "load_weights",
     "make_plan",

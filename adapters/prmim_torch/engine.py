@@ -1,35 +1,43 @@
 """The PyTorch engine: a method, its optimiser and its device, behind the calls that a training loop makes."""
 
-import io
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from math import cos, pi
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from prmim_core import (
-    CostReport,
-    Schedule,
-    Transformer,
-    cost,
-    counter_noise,
+from prmim_core import CostReport, Schedule, counter_noise
+from prmim_torch.distributed import (
+    Parallel,
+    Processes,
+    gradients_shared,
+    local,
+    num_processes,
+    read_state,
+    replicate,
+    shard,
+    spread,
+    whole,
 )
-from prmim_torch.interop import load_weights, read_weights, save_weights, write_atomically
-from prmim_torch.mae import MAE, MAEOutput
+from prmim_torch.interop import named_weights, put_weights, read_weights, write_weights
+from prmim_torch.method import FeatureMethod, Method, PixelMethod, Predicts
 from prmim_torch.methods import create_method
 from prmim_torch.reconstruct import ProgressiveReconstruction
 
 Precision = Literal["float32", "bfloat16"]
+Decay = Literal["cosine", "step"]
 
 WEIGHTS_FILE = "weights.safetensors"
-STATE_FILE = "training_state.pt"
-MEANS = ("loss", "loss_decoded", "loss_thrown", "grad_norm")
+STATE_FOLDER = "training_state"
+MOMENTS = ("exp_avg", "exp_avg_sq")
+"""What AdamW keeps for each parameter, besides the number of updates, which is the same for all."""
 
 
 class Reconstruction(NamedTuple):
@@ -51,8 +59,28 @@ class Reconstruction(NamedTuple):
     patches: NDArray[np.float32]
 
 
+class Comparison(NamedTuple):
+    """Features of a student and of its teacher for a batch of images, in NumPy.
+
+    Parameters
+    ----------
+    order
+        The plan, int64 (batch, N): visible, decoded, then the stages.
+    schedule
+        The static boundaries inside ``order``.
+    student, teacher
+        float32 (batch, N, teacher_dim), in raster order, of the last aligned layer: what the student predicts, NaN
+        where it predicts nothing, and the target.
+    """
+
+    order: NDArray[np.int64]
+    schedule: Schedule
+    student: NDArray[np.float32]
+    teacher: NDArray[np.float32]
+
+
 class Engine:
-    """A method with AdamW on one device.
+    """A method with AdamW, on one device or, in every process that ``torchrun`` starts, on one each.
 
     Parameters
     ----------
@@ -65,6 +93,8 @@ class Engine:
         Length of the run, and of the linear rise of the learning rate from 0, in optimiser steps.
     learning_rate, min_learning_rate
         Peak and end of the learning rate, as used (already scaled by the batch).
+    decay
+        How the learning rate falls after the warm-up: see :func:`learning_rate_at`.
     weight_decay
         AdamW's; see :func:`parameter_groups` for what is spared.
     betas
@@ -79,7 +109,13 @@ class Engine:
     compile
         Whether the forward pass goes through ``torch.compile``, as one graph.
     device
-        ``"auto"`` (cuda if there is one), or any name that ``torch.device`` takes.
+        ``"auto"`` (cuda if there is one), or any name that ``torch.device`` takes. Of several processes, each takes
+        the device of its number on its machine, unless the name has a number.
+    parallel
+        How several processes share the work: ``"ddp"``, each holds all weights; ``"fsdp"``, each holds a part of
+        weights, gradients and optimiser state. One process alone: either is the same.
+    timeout
+        Seconds that processes wait for each other in a training step before they give up.
 
     Raises
     ------
@@ -88,6 +124,9 @@ class Engine:
 
     Notes
     -----
+    Several processes make one run: each is to call the same methods in the same order. A step is that of one process on
+    all their rows together, up to rounding: losses and gradients are means over all rows, and so is what is measured.
+
     A training step never waits for the device. Images go to it as uint8; noise, plan and normalisation are made there.
     A step whose loss or gradient norm is not finite changes neither weights nor optimiser state: AdamW's fused kernel
     reads the verdict on the device (the mechanism made for loss scaling). :attr:`step` and the learning rate move on
@@ -103,6 +142,7 @@ class Engine:
         warmup_steps: int,
         learning_rate: float,
         min_learning_rate: float = 0.0,
+        decay: Decay = "cosine",
         weight_decay: float = 0.05,
         betas: tuple[float, float] = (0.9, 0.95),
         clip_grad: float | None = None,
@@ -110,28 +150,58 @@ class Engine:
         precision: Precision = "float32",
         compile: bool = False,
         device: str = "auto",
+        parallel: Parallel = "ddp",
+        timeout: float = 45.0,
     ) -> None:
         _check_options(seed, total_steps, warmup_steps, learning_rate, min_learning_rate, clip_grad, accumulate)
         if precision not in ("float32", "bfloat16"):
             raise ValueError(f"precision: expected 'float32' or 'bfloat16', got {precision!r}")
+        if decay not in get_args(Decay):
+            raise ValueError(f"decay: expected 'cosine' or 'step', got {decay!r}")
+        if parallel not in get_args(Parallel):
+            raise ValueError(f"parallel: expected 'ddp' or 'fsdp', got {parallel!r}")
+        if not 0 < timeout < float("inf"):
+            raise ValueError(f"timeout: expected a positive number of seconds, got {timeout}")
         self._device = _choose_device(device)
-        # A registry of methods returns modules; what the engine needs of one is what MAE has.
-        self.method = cast(MAE, create_method(**{"init_seed": seed, **method_options}).to(self._device))
+        self.method: Method = create_method(**{"init_seed": seed, **method_options}).to(self._device)
         self.method.train()
-        self._forward = torch.compile(self.method, fullgraph=True, dynamic=False) if compile else self.method
+        self._processes = Processes(self._device, timeout)
+        self._is_sharded = parallel == "fsdp" and self.world_size > 1
+        self._forward = self._share(compile)
+        self._has_started = self.world_size == 1
         self._optimizer = torch.optim.AdamW(
             parameter_groups(self.method, weight_decay), lr=0.0, betas=betas, fused=True
         )
-        self._parameters = [p for group in self._optimizer.param_groups for p in group["params"]]
+        self._learned = {name: p for name, p in self.method.named_parameters() if p.requires_grad}
         self._seed = seed
-        self._rates = (total_steps, warmup_steps, learning_rate, min_learning_rate)
+        self._rates = (total_steps, warmup_steps, learning_rate, min_learning_rate, decay)
         self._clip_grad = clip_grad
         self._accumulate = accumulate
         self._precision = precision
         self._step = 0
-        # Sums of MEANS over the finite steps since the last reading, then the number of those steps.
-        self._sums = torch.zeros(len(MEANS) + 1, dtype=torch.float64, device=self._device)
+        self._measured = (*self.method.losses, "grad_norm")
+        # Their sums over the finite steps since the last reading, then the number of those steps.
+        self._sums = torch.zeros(len(self._measured) + 1, dtype=torch.float64, device=self._device)
         self._nonfinite_step = torch.full((), -1, dtype=torch.int64, device=self._device)
+
+    def _share(self, compile: bool) -> Callable[[Tensor, Tensor], Any]:
+        """Return what to call for the forward pass of a training step, the work shared with the other processes."""
+        compiled: Callable[..., Any] = partial(torch.compile, fullgraph=True, dynamic=False)
+        if self._is_sharded:
+            shard(self.method, self._device.type, compiled if compile else None)
+            return self.method
+        forward: nn.Module = compiled(self.method) if compile else self.method
+        return forward if self.world_size == 1 else replicate(forward)
+
+    @property
+    def rank(self) -> int:
+        """Number of this process, from 0."""
+        return self._processes.rank
+
+    @property
+    def world_size(self) -> int:
+        """Number of processes."""
+        return self._processes.world_size
 
     @property
     def step(self) -> int:
@@ -141,26 +211,24 @@ class Engine:
     @property
     def num_parameters(self) -> int:
         """Learned numbers of the method."""
-        return sum(parameter.numel() for parameter in self._parameters)
+        return sum(parameter.numel() for parameter in self._learned.values())
 
     @property
     def device(self) -> str:
         """The device, in words."""
+        others = f", one of {self.world_size} processes" if self.world_size > 1 else ""
         if self._device.type == "cuda":
-            return f"{self._device} ({torch.cuda.get_device_name(self._device)})"
-        return f"{self._device} ({torch.get_num_threads()} threads)"
+            return f"{self._device} ({torch.cuda.get_device_name(self._device)}){others}"
+        return f"{self._device} ({torch.get_num_threads()} threads){others}"
+
+    @property
+    def predicts(self) -> Predicts:
+        """What the method predicts: ``"pixels"`` can be rebuilt, ``"features"`` compared."""
+        return self.method.predicts
 
     def cost(self) -> CostReport:
         """Return what a forward pass costs per image, by formula."""
-        method = self.method
-        return cost(
-            method.schedule,
-            patch_dim=method.patch_dim,
-            encoder=Transformer(method.embed_dim, method.depth, method.num_heads),
-            decoder=Transformer(method.decoder_dim, method.decoder_depth, method.decoder_heads),
-            variant=method.variant,  # type: ignore[arg-type]  # checked by the method
-            compute_bytes=2 if self._precision == "bfloat16" else 4,
-        )
+        return self.method.cost(2 if self._precision == "bfloat16" else 4)
 
     def train_step(self, images: NDArray[np.uint8], sample: NDArray[np.int64]) -> None:
         """Take one optimiser step, without waiting for it to end.
@@ -168,7 +236,7 @@ class Engine:
         Parameters
         ----------
         images
-            uint8 (batch, image_size..., channels).
+            uint8 (batch, image_size..., channels). Of several processes, each brings as many images of its own.
         sample
             int64 (batch,): which image of the data set each one is. Seed, step and this number give its mask.
 
@@ -182,21 +250,48 @@ class Engine:
             raise ValueError(f"images: expected a batch that accumulate={self._accumulate} divides, got {batch}")
         learning_rate = learning_rate_at(self._step, *self._rates)
         pixels, noise = self._to_device(images, sample, self._step)
-        losses = torch.zeros(3, device=self._device)
-        for part, part_noise in zip(pixels.chunk(self._accumulate), noise.chunk(self._accumulate), strict=True):
-            with self._autocast():
-                output: MAEOutput = self._forward(part, part_noise)
-            (output.loss / self._accumulate).backward()  # type: ignore[no-untyped-call]
-            terms = torch.stack([output.loss, output.loss_decoded, output.loss_thrown])
-            losses += terms.detach() / self._accumulate
+        parts = list(zip(pixels.chunk(self._accumulate), noise.chunk(self._accumulate), strict=True))
+        if not self._has_started:
+            self._start(*parts[0])
+        losses = torch.zeros(len(self.method.losses), device=self._device)
+        for number, part in enumerate(parts, start=1):
+            with gradients_shared(self._forward, number == len(parts)):
+                losses += self._backward(*part)
         self._update(losses, learning_rate)
         self._step += 1
+
+    def _backward(self, pixels: Tensor, noise: Tensor) -> Tensor:
+        """Add a part of a batch to the gradients; return what it adds to the losses."""
+        with self._autocast():
+            output = self._forward(pixels, noise)
+        (output.loss / self._accumulate).backward()
+        terms = torch.stack([getattr(output, name) for name in self.method.losses])
+        return terms.detach() / self._accumulate
+
+    def _start(self, pixels: Tensor, noise: Tensor) -> None:
+        """Go through what only a first step does, whose gradients are not used.
+
+        Data and compiled code may come to some processes late, so they wait for each other, with more patience than in
+        a step. And DistributedDataParallel lays out its buffers anew after its first pass: sums over more than two
+        processes depend on the layout, so that a resumed run would not be the same bit for bit.
+        """
+        if self._is_sharded:
+            self._processes.any(False)
+        else:
+            for wanted in (False, True):
+                with gradients_shared(self._forward, wanted):
+                    self._backward(pixels, noise)
+                self._processes.any(False)
+            self._optimizer.zero_grad(set_to_none=True)
+        self._has_started = True
 
     def _update(self, losses: Tensor, learning_rate: float) -> None:
         """Let the optimiser use the gradients, unless something is not finite; never reads a value off the device."""
         optimizer = self._optimizer
-        gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
+        gradients = [local(parameter.grad) for parameter in self._learned.values() if parameter.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
+        if self.world_size > 1:
+            losses, norm = self._agree(losses, norm)
         is_bad = ~(losses[0].isfinite() & norm.isfinite())
         for group in optimizer.param_groups:
             group["lr"] = learning_rate
@@ -214,27 +309,39 @@ class Engine:
         self._sums += measured.masked_fill(is_bad, 0.0)
         self._nonfinite_step.masked_fill_(is_bad & (self._nonfinite_step < 0), self._step + 1)
 
+    def _agree(self, losses: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:
+        """Turn losses and gradient norm of this process into those of the whole batch, the same everywhere."""
+        sums = self._processes.total(torch.cat([losses / self.world_size, norm.square()[None]]))
+        # Where each process has all gradients, they are equal, and so are their norms.
+        return sums[:-1], sums[-1].sqrt() if self._is_sharded else norm
+
     def read_metrics(self) -> dict[str, Any]:
         """Wait for the steps taken, and return what they measured since the last reading.
 
         Returns
         -------
         dict
-            ``loss``, ``loss_decoded``, ``loss_thrown`` and ``grad_norm`` (before clipping): means over the steps that
-            were finite, NaN if there was none. ``learning_rate``: of the last step taken. ``nonfinite_step``: the first
-            step (counted from 1) whose loss or gradient was not finite, of the whole run; None if there was none.
+            The method's ``losses`` and ``grad_norm`` (before clipping): means over the steps that were finite, NaN if
+            there was none. ``learning_rate``: of the last step taken. ``nonfinite_step``: the first
+            step (counted from 1) whose loss or gradient was not finite, of the whole run; None if there was none. The
+            same in all processes.
         """
         *sums, steps = self._sums.tolist()
         self._sums.zero_()
         nonfinite_step = int(self._nonfinite_step)
         return {
-            **{name: total / steps if steps else float("nan") for name, total in zip(MEANS, sums, strict=True)},
+            **{
+                name: total / steps if steps else float("nan") for name, total in zip(self._measured, sums, strict=True)
+            },
             "learning_rate": learning_rate_at(max(self._step - 1, 0), *self._rates),
             "nonfinite_step": None if nonfinite_step < 0 else nonfinite_step,
         }
 
     def features(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """Return the mean patch feature of whole images, nothing masked: float32 (batch, dim)."""
+        """Return the mean patch feature of whole images, nothing masked: float32 (batch, dim).
+
+        Several processes are to bring the same images, here and to :meth:`reconstruct` and :meth:`compare`.
+        """
         with self._evaluation():
             features = self.method.features(self._upload(images))
         return features.float().cpu().numpy()
@@ -252,33 +359,90 @@ class Engine:
         Returns
         -------
         Reconstruction
+
+        Raises
+        ------
+        TypeError
+            If the method predicts features.
         """
+        if not isinstance(self.method, PixelMethod):
+            raise TypeError("method: expected one that predicts pixels to rebuild images, got one of features")
         pixels, noise = self._to_device(images, sample, 0)
         with self._evaluation():
             output = self.method(pixels, noise)
             patches = self.method.rebuilt_pixels(pixels, output)
-        return Reconstruction(output.plan.order.cpu().numpy(), self.method.schedule, patches.cpu().numpy())
+        return Reconstruction(output.plan.order.cpu().numpy(), self.method.schedule, patches.float().cpu().numpy())
+
+    def compare(self, images: NDArray[np.uint8], sample: NDArray[np.int64]) -> Comparison:
+        """Mask images as step 0 would, and put the student's features beside the teacher's.
+
+        Parameters
+        ----------
+        images
+            uint8 (batch, image_size..., channels).
+        sample
+            int64 (batch,).
+
+        Returns
+        -------
+        Comparison
+
+        Raises
+        ------
+        TypeError
+            If the method predicts pixels.
+        """
+        if not isinstance(self.method, FeatureMethod):
+            raise TypeError("method: expected one that predicts features to compare them, got one of pixels")
+        pixels, noise = self._to_device(images, sample, 0)
+        with self._evaluation():
+            output = self.method(pixels, noise)
+            student, teacher = (part.float().cpu().numpy() for part in self.method.compared_features(pixels, output))
+        return Comparison(output.plan.order.cpu().numpy(), self.method.schedule, student, teacher)
 
     def save(self, directory: str | os.PathLike[str]) -> None:
-        """Write ``weights.safetensors`` and ``training_state.pt`` into an existing folder, each whole or not at all."""
+        """Write ``weights.safetensors`` and a folder ``training_state`` into an existing one, each whole or not at all.
+
+        All processes have to call it, with a folder that all of them see; it returns when all have written.
+
+        Raises
+        ------
+        OSError
+            If something could not be written.
+        """
         directory = Path(directory)
-        state = {
-            "step": self._step,
-            "moments": self._optimizer.state_dict()["state"],
-            "sums": self._sums,
-            "nonfinite_step": self._nonfinite_step,
+        weights = {}
+        for name, tensor in named_weights(self.method).items():
+            tensor = whole(tensor)
+            if self.rank == 0:
+                weights[name] = tensor.cpu()
+        self._processes.together(
+            lambda: write_weights(self.method, weights, directory / WEIGHTS_FILE) if self.rank == 0 else None
+        )
+        self._processes.write(self._state(), directory / STATE_FOLDER)
+
+    def _state(self, *, new: bool = False) -> dict[str, Tensor]:
+        """Return what a resumed run needs besides the weights, by name; ``new``: tensors of that kind, to be filled."""
+        held: Mapping[Tensor, Mapping[str, Tensor]] = {} if new else self._optimizer.state
+        updates = [moments["step"] for moments in held.values()]
+        return {
+            "step": torch.tensor(self._step),
+            "updates": updates[0].long() if updates else torch.tensor(0),
+            "sums": self._sums.clone(),
+            "nonfinite_step": self._nonfinite_step.clone(),
+            **{
+                f"{moment}.{name}": held[parameter][moment] if parameter in held else torch.zeros_like(parameter)
+                for name, parameter in self._learned.items()
+                for moment in MOMENTS
+            },
         }
-        save_weights(self.method, directory / WEIGHTS_FILE)
-        # By way of memory, since torch's writer hides what is wrong with a file, such as a full disk.
-        content = io.BytesIO()
-        torch.save(state, content)
-        write_atomically(directory / STATE_FILE, lambda file: file.write(content.getbuffer()))
 
     def restore(self, directory: str | os.PathLike[str]) -> None:
         """Read what :meth:`save` wrote, of an engine of the same architecture.
 
-        Learning rate, weight decay and the like stay those of this engine. With the same options it goes on as the
-        saved one would have; bit for bit on one device, as far as its kernels are deterministic.
+        It may have been saved by another number of processes, and shared among them in another way. All processes have
+        to call it. Learning rate, weight decay and the like stay those of this engine. With the same options it goes on
+        as the saved one would have; bit for bit on as many devices, as far as kernels are deterministic.
 
         Raises
         ------
@@ -288,25 +452,42 @@ class Engine:
             If a file is damaged, or of another architecture. The engine is unchanged then.
         """
         directory = Path(directory)
-        weights = read_weights(self.method, directory / WEIGHTS_FILE)
-        state = _read_state(directory / STATE_FILE)
-        _check_moments(state["moments"], self._parameters)
-        self.method.load_state_dict(weights)
-        groups = self._optimizer.state_dict()["param_groups"]
-        self._optimizer.load_state_dict({"state": state["moments"], "param_groups": groups})
-        self._step = state["step"]
+        weights = self._processes.together(lambda: read_weights(self.method, directory / WEIGHTS_FILE))
+        state = self._state(new=True)
+        self._processes.together(lambda: read_state(state, directory / STATE_FOLDER))
+        self._put_weights(weights)
+        for name, parameter in self._learned.items():
+            self._optimizer.state[parameter] = {
+                "step": state["updates"].to(self._device, torch.float32, copy=True),
+                **{moment: state[f"{moment}.{name}"] for moment in MOMENTS},
+            }
+        self._step = int(state["step"])
         self._sums.copy_(state["sums"])
         self._nonfinite_step.copy_(state["nonfinite_step"])
 
     def load_weights(self, path: str | os.PathLike[str]) -> None:
-        """Take weights alone from a ``.safetensors`` file."""
-        load_weights(self.method, path)
+        """Take weights alone from a ``.safetensors`` file; all processes have to."""
+        self._put_weights(self._processes.together(lambda: read_weights(self.method, path)))
+
+    def _put_weights(self, weights: dict[str, Tensor]) -> None:
+        held = named_weights(self.method)
+        put_weights(self.method, {name: spread(tensor, held[name]) for name, tensor in weights.items()})
+
+    def any(self, flag: bool) -> bool:
+        """Return whether any process says True; it returns when all have asked, and needs no device."""
+        return self._processes.any(flag)
+
+    def close(self) -> None:
+        """Leave the other processes, if there are any; the last thing to do, and to do after an exception too."""
+        self._processes.close()
 
     @contextmanager
     def _evaluation(self) -> Iterator[None]:
         self.method.eval()
+        # Weights that FSDP gathers in inference mode could not be trained any more.
+        no_gradients = torch.no_grad() if self._is_sharded else torch.inference_mode()
         try:
-            with torch.inference_mode(), self._autocast():
+            with no_gradients, self._autocast():
                 yield
         finally:
             self.method.train()
@@ -331,42 +512,52 @@ class Engine:
 
 
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Split the parameters into one group with and one without weight decay, for an optimiser of torch.
+    """Split the learned parameters into one group with and one without weight decay, for an optimiser of torch.
 
-    Spared are parameters of one axis (biases, norms) as in MAE, whose cls and mask tokens are decayed; and those of
-    :class:`prmim_torch.ProgressiveReconstruction`, since a table drawn towards 0 would weigh near and far tokens alike
-    (this is ours).
+    Spared are parameters of one axis (biases, norms), those that a :class:`Method` names in ``not_decayed``, and those
+    of :class:`prmim_torch.ProgressiveReconstruction`, since a table drawn towards 0 would weigh near and far tokens
+    alike (this is ours).
 
     Examples
     --------
     >>> [len(group["params"]) for group in parameter_groups(nn.Linear(2, 2), 0.05)]
     [1, 1]
     """
-    spared = {
+    named = module.not_decayed() if isinstance(module, Method) else frozenset()
+    rebuilding = {
         id(parameter)
         for part in module.modules()
         if isinstance(part, ProgressiveReconstruction)
         for parameter in part.parameters()
     }
-    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    decayed = [p for p in parameters if p.ndim > 1 and id(p) not in spared]
-    decayed_ids = {id(parameter) for parameter in decayed}
-    return [
-        {"params": decayed, "weight_decay": weight_decay},
-        {"params": [p for p in parameters if id(p) not in decayed_ids], "weight_decay": 0.0},
-    ]
+    decayed: list[nn.Parameter] = []
+    spared: list[nn.Parameter] = []
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            is_spared = parameter.ndim <= 1 or name in named or id(parameter) in rebuilding
+            (spared if is_spared else decayed).append(parameter)
+    return [{"params": decayed, "weight_decay": weight_decay}, {"params": spared, "weight_decay": 0.0}]
 
 
-def learning_rate_at(step: int, total_steps: int, warmup_steps: int, peak: float, minimum: float) -> float:
-    """Return the learning rate of a step, counted from 0: linear warm-up from 0, then half a cosine to ``minimum``.
+def learning_rate_at(
+    step: int, total_steps: int, warmup_steps: int, peak: float, minimum: float, decay: Decay = "cosine"
+) -> float:
+    """Return the learning rate of a step, counted from 0.
+
+    After a linear warm-up from 0: ``"cosine"``, half a cosine to ``minimum``; ``"step"``, constant, and a tenth after
+    seven eighths of the steps (SimMIM), though never below ``minimum``.
 
     Examples
     --------
     >>> [learning_rate_at(step, 4, 2, 1.0, 0.0) for step in range(4)]
     [0.0, 0.5, 1.0, 0.5]
+    >>> [learning_rate_at(step, 8, 2, 1.0, 0.0, "step") for step in (1, 2, 6, 7)]
+    [0.5, 1.0, 1.0, 0.1]
     """
     if step < warmup_steps:
         return peak * step / warmup_steps
+    if decay == "step":
+        return max(peak * (0.1 if 8 * step >= 7 * total_steps else 1.0), minimum)
     done = min((step - warmup_steps) / max(total_steps - warmup_steps, 1), 1.0)
     return minimum + (peak - minimum) * 0.5 * (1 + cos(pi * done))
 
@@ -398,36 +589,20 @@ def _check_options(
 
 def _choose_device(name: str) -> torch.device:
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError:
         raise ValueError(f"device: expected 'auto', 'cpu' or 'cuda', got {name!r}") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
+    if device.type != "cuda":
+        return device
+    if not torch.cuda.is_available():
         raise ValueError(f"device: expected one that is there, got {name!r}, but torch finds no CUDA device")
+    if num_processes() == 1:
+        return device
+    if device.index is None:
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    if device.index >= torch.cuda.device_count():
+        raise ValueError(f"device: expected one for each process, got '{device}' where {torch.cuda.device_count()} are")
+    torch.cuda.set_device(device)  # where NCCL and FSDP look for it
     return device
-
-
-def _read_state(path: Path) -> dict[str, Any]:
-    """Read a training state, and check that it is one."""
-    damaged = ValueError(f"directory: expected a training state, got {path}, which is damaged or something else")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise
-    except Exception:  # whatever torch and its unpickler make of bytes that are no training state
-        raise damaged from None
-    expected = {"step": int, "moments": dict, "sums": Tensor, "nonfinite_step": Tensor}
-    if not isinstance(state, dict) or not all(isinstance(state.get(key), kind) for key, kind in expected.items()):
-        raise damaged
-    return state
-
-
-def _check_moments(moments: dict[int, dict[str, Tensor]], parameters: list[nn.Parameter]) -> None:
-    """Raise ValueError unless there are moments for every parameter, or for none, as before the first step."""
-    shapes = [tuple(parameter.shape) for parameter in parameters]
-    got = [tuple(moments[i]["exp_avg"].shape) for i in sorted(moments)]
-    if got and got != shapes:
-        raise ValueError(
-            f"directory: expected a training state of {len(shapes)} parameters, got {len(got)}, or ones of other shapes"
-        )

@@ -11,12 +11,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
+FROZEN = "teacher."
+"""How names begin of what a method holds but does not learn, and what is no part of its files."""
+
 METADATA_KEY = "prmim_architecture"
 """Where a file's metadata holds the JSON of the method's ``architecture()``."""
 
 
 def save_weights(method: nn.Module, path: str | os.PathLike[str]) -> None:
-    """Write the parameters and persistent buffers of a method to a ``.safetensors`` file.
+    """Write the parameters and persistent buffers of a method, those of a teacher not, to a ``.safetensors`` file.
 
     Parameters
     ----------
@@ -25,9 +28,7 @@ def save_weights(method: nn.Module, path: str | os.PathLike[str]) -> None:
     path
         The file. It appears whole or not at all: written beside its place first, then moved there.
     """
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in method.state_dict().items()}
-    metadata = {"format": "pt", METADATA_KEY: json.dumps(_architecture(method))}
-    write_atomically(path, lambda file: file.write(save(tensors, metadata)))
+    write_weights(method, named_weights(method), path)
 
 
 def load_weights(method: nn.Module, path: str | os.PathLike[str]) -> None:
@@ -48,7 +49,24 @@ def load_weights(method: nn.Module, path: str | os.PathLike[str]) -> None:
         If the file is no safetensors file, was not written by prmim, is of another architecture (the first field that
         differs is named), or its tensors are not those of the method. The method is unchanged then.
     """
-    method.load_state_dict(read_weights(method, path))
+    put_weights(method, read_weights(method, path))
+
+
+def named_weights(method: nn.Module) -> dict[str, Tensor]:
+    """Return what goes into a method's file, by name: parameters and persistent buffers, those of a teacher not."""
+    return {name: tensor for name, tensor in method.state_dict().items() if not name.startswith(FROZEN)}
+
+
+def write_weights(method: nn.Module, weights: dict[str, Tensor], path: str | os.PathLike[str]) -> None:
+    """Write weights, of exactly the names of :func:`named_weights`, as those of a method; see :func:`save_weights`."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+    metadata = {"format": "pt", METADATA_KEY: json.dumps(_architecture(method))}
+    write_atomically(path, lambda file: file.write(save(tensors, metadata)))
+
+
+def put_weights(method: nn.Module, weights: dict[str, Tensor]) -> None:
+    """Copy weights, of exactly the names of :func:`named_weights`, into a method."""
+    method.load_state_dict(weights, strict=False)  # a teacher's are missing
 
 
 def read_weights(method: nn.Module, path: str | os.PathLike[str]) -> dict[str, Tensor]:
@@ -60,7 +78,7 @@ def read_weights(method: nn.Module, path: str | os.PathLike[str]) -> dict[str, T
     except SafetensorError as error:
         raise ValueError(f"path: expected a safetensors file, got {os.fspath(path)} ({error})") from None
     check_architecture(_architecture(method), _parse_metadata(metadata, path))
-    _check_tensors(method.state_dict(), tensors, path)
+    _check_tensors(named_weights(method), tensors, path)
     return tensors
 
 

@@ -4,11 +4,12 @@ from collections.abc import Callable, Sequence
 from inspect import signature
 from typing import Any
 
-from torch import nn
-
 from prmim_torch.mae import MAE
+from prmim_torch.maskalign import MaskAlign
+from prmim_torch.method import Method
+from prmim_torch.simmim import SimMIM
 
-METHODS: dict[str, Callable[..., nn.Module]] = {"mae": MAE}
+METHODS: dict[str, Callable[..., Method]] = {"mae": MAE, "simmim": SimMIM, "maskalign": MaskAlign}
 """Builders of methods by name; each takes the keywords of :func:`create_method`, and options of its own."""
 
 
@@ -20,15 +21,15 @@ def create_method(
     patch_size: Sequence[int] = (16, 16),
     channels: int = 3,
     mask_ratio: float | None = None,
-    throw_ratio: float = 0.5,
+    throw_ratio: float | None = None,
     **options: Any,
-) -> nn.Module:
+) -> Method:
     """Build a method: a module that maps (images, noise) to an output with a ``loss``.
 
     Parameters
     ----------
     name
-        ``"mae"``.
+        A key of :data:`METHODS`.
     model
         Name of the encoder.
     image_size, patch_size
@@ -38,13 +39,14 @@ def create_method(
     mask_ratio
         Fraction of the tokens that is masked; None: the method's own.
     throw_ratio
-        Fraction of **all** tokens that is thrown.
+        Fraction of **all** tokens that is thrown; None: the method's own.
     **options
-        Options of the method; for ``"mae"`` see :class:`prmim_torch.MAE`.
+        Options of the method: see :class:`prmim_torch.MAE`, :class:`prmim_torch.SimMIM` and
+        :class:`prmim_torch.MaskAlign`.
 
     Returns
     -------
-    torch.nn.Module
+    Method
 
     Raises
     ------

@@ -61,6 +61,7 @@ def make_plan(schedule: Schedule, noise: Tensor, visible: Tensor | None = None, 
         schedule.stages,
         schedule.throwing,
         schedule.seed,
+        schedule.unit or (),
     )
     return Plan(order, schedule)
 
@@ -70,7 +71,7 @@ def make_plan(schedule: Schedule, noise: Tensor, visible: Tensor | None = None, 
     "prmim::plan_order",
     mutates_args=(),
     schema="(Tensor noise, Tensor? visible, Tensor? weights, int[] shape, int[] spacing, int[] counts, int stages, "
-    "str throwing, str seed) -> Tensor",
+    "str throwing, str seed, int[] unit=[]) -> Tensor",
 )
 def _plan_order(
     noise: Tensor,
@@ -82,6 +83,7 @@ def _plan_order(
     stages: int,
     throwing: str,
     seed: str,
+    unit: Sequence[int] = (),
 ) -> Tensor:
     schedule = Schedule(
         Grid(tuple(shape), tuple(spacing)),
@@ -89,6 +91,7 @@ def _plan_order(
         stages=stages,
         throwing=throwing,  # type: ignore[arg-type]  # an operator takes any string; Schedule checks it
         seed=seed,  # type: ignore[arg-type]
+        unit=tuple(unit) or None,
     )
     order: Tensor = prmim_core.make_plan(schedule, noise, visible=visible, weights=weights).order
     return order.contiguous()
@@ -105,6 +108,7 @@ def _plan_order_fake(
     stages: int,
     throwing: str,
     seed: str,
+    unit: Sequence[int] = (),
 ) -> Tensor:
     return torch.empty(noise.shape, dtype=torch.int64, device=noise.device)
 

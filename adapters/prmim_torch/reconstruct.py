@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from prmim_core import Grid, Plan, Schedule, num_offsets, offset_index, offset_squared_distances, take_tokens
-from prmim_torch.vit import LayerNorm
+from prmim_core import Plan, Schedule, num_offsets, offset_squared_distances, take_tokens
+from prmim_torch.vit import LayerNorm, offset_code
 
 Variant = Literal["kernel", "interpolate", "conv"]
 VARIANTS: tuple[str, ...] = get_args(Variant)
@@ -91,7 +91,7 @@ class ProgressiveReconstruction(nn.Module):
         grid = schedule.grid
         squared_distances = torch.from_numpy(offset_squared_distances(grid))
         if variant != "conv":
-            self.register_buffer("_code", _offset_code(grid), persistent=False)
+            self.register_buffer("_code", offset_code(grid), persistent=False)
         self._middle = num_offsets(grid) // 2  # the offset of a token to itself
         self.norm = LayerNorm(dim, elementwise_affine=variant != "interpolate")
         if variant == "kernel":
@@ -186,13 +186,3 @@ class ProgressiveReconstruction(nn.Module):
         # Where nothing is seen the convolution gives 0, as it must.
         values = torch.where(is_filled > 0, values, mean.to(values.dtype))
         return values, (seen > 0).to(is_filled.dtype)
-
-
-def _offset_code(grid: Grid) -> Tensor:
-    """Give each token a number, int64 (N,), whose differences number the offsets from the middle of the table.
-
-    The number of an offset is linear in both positions, so one subtraction per pair of tokens finds it.
-    """
-    tokens = torch.arange(grid.num_tokens)[None]
-    code: Tensor = offset_index(grid, tokens, tokens[:, :1])[0, :, 0] - num_offsets(grid) // 2
-    return code

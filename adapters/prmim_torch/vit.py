@@ -6,10 +6,15 @@ the decoder take tokens and the indices of their places.
 
 from collections.abc import Sequence
 from math import sqrt
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from prmim_core import Grid, num_offsets, offset_index
+
+Position = Literal["absolute", "relative"]
 
 LAYER_NORM_EPS = 1e-6
 
@@ -124,7 +129,13 @@ class PatchEmbed(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention with a fused qkv projection; scale 1/sqrt(head_dim)."""
+    """Multi-head self-attention with a fused qkv projection; scale 1/sqrt(head_dim).
+
+    Notes
+    -----
+    The queries', keys' and values' biases are one parameter. Models that have none for the keys (BEiT, SimMIM) are the
+    same function: a key's bias adds one number to all scores of a query, which the softmax ignores: its gradient is 0.
+    """
 
     def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__()
@@ -132,13 +143,72 @@ class Attention(nn.Module):
         self.qkv = Linear(dim, 3 * dim)
         self.proj = Linear(dim, dim)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map (batch, length, dim) to the same shape."""
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Map (batch, length, dim) to the same shape; ``bias`` ([batch,] heads, length, length) goes to the scores."""
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))  # batch, length, 3, heads, head_dim
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        mixed = F.scaled_dot_product_attention(q, k, v)  # batch, heads, length, head_dim
+        bias = None if bias is None else bias.to(q.dtype)
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)  # batch, heads, length, head_dim
         out: Tensor = self.proj(mixed.transpose(1, 2).flatten(2))
         return out
+
+
+def offset_code(grid: Grid) -> Tensor:
+    """Give each token a number, int64 (N,), whose differences number the offsets from the middle of all of them.
+
+    The number of an offset is linear in both positions, so one subtraction per pair of tokens finds it.
+    """
+    tokens = torch.arange(grid.num_tokens)[None]
+    code: Tensor = offset_index(grid, tokens, tokens[:, :1])[0, :, 0] - num_offsets(grid) // 2
+    return code
+
+
+class RelativePositionBias(nn.Module):
+    """What is added to attention scores for the offset between two tokens: one learned number per offset and head.
+
+    Parameters
+    ----------
+    grid_shape
+        Tokens of a whole image along each axis; N in all.
+    num_heads
+        Attention heads.
+
+    Notes
+    -----
+    The table has a row per offset, position of the query minus that of the key, in raster order; then three for pairs
+    with the cls token: it looks at a token, a token looks at it, it looks at itself. As in BEiT and SimMIM; zeros at
+    first.
+    """
+
+    _code: Tensor
+
+    def __init__(self, grid_shape: Sequence[int], num_heads: int) -> None:
+        super().__init__()
+        grid = Grid(tuple(grid_shape))
+        self._num_offsets = num_offsets(grid)
+        self.register_buffer("_code", offset_code(grid), persistent=False)
+        self.relative_position_bias_table = nn.Parameter(torch.zeros(self._num_offsets + 3, num_heads))
+
+    def forward(self, index: Tensor | None = None) -> Tensor:
+        """Look up the bias of all pairs of cls and tokens.
+
+        Parameters
+        ----------
+        index
+            int (batch, length): the tokens; None: all N of them, in raster order.
+
+        Returns
+        -------
+        Tensor
+            (batch, heads, 1 + length, 1 + length), queries before keys, the cls token first; without batch for None.
+        """
+        code = self._code if index is None else self._code[index]
+        row = code[..., :, None] - code[..., None, :] + self._num_offsets // 2
+        # The cls token's row and column: constants on the border of the table of pairs.
+        row = F.pad(row, (0, 0, 1, 0), value=self._num_offsets)
+        row = F.pad(row, (1, 0, 0, 0), value=self._num_offsets + 1)
+        row[..., 0, 0] = self._num_offsets + 2
+        return F.embedding(row, self.relative_position_bias_table).movedim(-1, -3)
 
 
 class Mlp(nn.Module):
@@ -155,28 +225,67 @@ class Mlp(nn.Module):
         return out
 
 
-class Block(nn.Module):
-    """A pre-norm transformer block."""
+class LayerScale(nn.Module):
+    """A learned factor per channel, ``value`` at first."""
 
-    def __init__(self, dim: int, num_heads: int, mlp_ratio: int = 4) -> None:
+    def __init__(self, dim: int, value: float) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.full((dim,), value))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Scale (..., dim)."""
+        return x * self.gamma
+
+
+class Block(nn.Module):
+    """A pre-norm transformer block.
+
+    Parameters
+    ----------
+    dim, num_heads, mlp_ratio
+        Width, attention heads, width of the hidden layer over ``dim``.
+    layer_scale
+        First value of the factors on what the two branches add; None: no such factors.
+    """
+
+    def __init__(self, dim: int, num_heads: int, mlp_ratio: int = 4, *, layer_scale: float | None = None) -> None:
         super().__init__()
         self.norm1 = LayerNorm(dim)
         self.attn = Attention(dim, num_heads)
+        self.ls1 = nn.Identity() if layer_scale is None else LayerScale(dim, layer_scale)
         self.norm2 = LayerNorm(dim)
         self.mlp = Mlp(dim, mlp_ratio * dim)
+        self.ls2 = nn.Identity() if layer_scale is None else LayerScale(dim, layer_scale)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map (batch, length, dim) to the same shape."""
-        x = x + self.attn(self.norm1(x))
-        out: Tensor = x + self.mlp(self.norm2(x))
+    def forward(self, x: Tensor, bias: Tensor | None = None, scales: Tensor | None = None) -> Tensor:
+        """Apply the block.
+
+        Parameters
+        ----------
+        x
+            (batch, length, dim).
+        bias
+            ([batch,] heads, length, length), added to the attention scores.
+        scales
+            (batch, 2): what each image's attention and MLP branch is multiplied with (drop path).
+
+        Returns
+        -------
+        Tensor
+            (batch, length, dim).
+        """
+        attended = self.ls1(self.attn(self.norm1(x), bias))
+        x = x + (attended if scales is None else attended * scales[:, 0, None, None])
+        mixed = self.ls2(self.mlp(self.norm2(x)))
+        out: Tensor = x + (mixed if scales is None else mixed * scales[:, 1, None, None])
         return out
 
 
-def check_width(name: str, dim: int, num_heads: int, axes: int) -> None:
-    """Raise ValueError unless ``dim`` channels can be shared out among heads, and among the axes of the grid."""
+def check_width(name: str, dim: int, num_heads: int, axes: int | None) -> None:
+    """Raise ValueError unless ``dim`` can be shared out among heads, and (unless None) among the axes of the grid."""
     if num_heads < 1 or dim < 1 or dim % num_heads:
         raise ValueError(f"{name}: expected a positive multiple of the number of heads, got {dim} for {num_heads}")
-    if dim % (2 * axes):
+    if axes is not None and dim % (2 * axes):
         raise ValueError(f"{name}: expected a multiple of {2 * axes} for a grid of {axes} axes, got {dim}")
 
 
@@ -193,14 +302,20 @@ class Encoder(nn.Module):
         Channels of the image.
     dim, depth, num_heads
         Width, number of blocks, attention heads.
+    position
+        ``"absolute"``: a fixed sine-cosine table added to the tokens; ``"relative"``: a learned bias on the attention
+        scores, shared by the blocks.
+    layer_scale
+        See :class:`Block`.
 
     Raises
     ------
     ValueError
-        If ``dim`` does not fit the heads or the axes.
+        If ``dim`` does not fit the heads or the axes, or the position is not known.
     """
 
     pos_embed: Tensor
+    mask_token: nn.Parameter  # of methods whose encoder sees masked tokens; they add it
 
     def __init__(
         self,
@@ -211,13 +326,21 @@ class Encoder(nn.Module):
         dim: int,
         depth: int,
         num_heads: int,
+        position: Position = "absolute",
+        layer_scale: float | None = None,
     ) -> None:
         super().__init__()
-        check_width("embed_dim", dim, num_heads, len(grid_shape))
+        if position not in get_args(Position):
+            raise ValueError(f"position: expected 'absolute' or 'relative', got {position!r}")
+        self.position = position
+        check_width("embed_dim", dim, num_heads, len(grid_shape) if position == "absolute" else None)
         self.patch_embed = PatchEmbed(dim, channels, patch_size)
         self.cls_token = nn.Parameter(torch.empty(1, 1, dim).normal_(std=0.02))
-        self.register_buffer("pos_embed", sincos_table(grid_shape, dim))
-        self.blocks = nn.ModuleList(Block(dim, num_heads) for _ in range(depth))
+        if position == "absolute":
+            self.register_buffer("pos_embed", sincos_table(grid_shape, dim))
+        else:
+            self.rel_pos_bias = RelativePositionBias(grid_shape, num_heads)
+        self.blocks = nn.ModuleList(Block(dim, num_heads, layer_scale=layer_scale) for _ in range(depth))
         self.norm = LayerNorm(dim)
 
     def forward(self, patches: Tensor, index: Tensor | None = None) -> Tensor:
@@ -235,14 +358,65 @@ class Encoder(nn.Module):
         Tensor
             (batch, 1 + length, dim), the cls token first, the final norm applied.
         """
+        return self.encode(self.place(self.patch_embed(patches), index), index)
+
+    def place(self, tokens: Tensor, index: Tensor | None = None) -> Tensor:
+        """Add to embedded tokens ([batch,] length, dim) the absolute positions of ``index``, if the encoder has any."""
+        if self.position == "relative":
+            return tokens
         table = self.pos_embed[0, 1:]
-        x = self.patch_embed(patches) + (table if index is None else F.embedding(index, table))
-        cls_token = (self.cls_token + self.pos_embed[:, :1]).expand(x.shape[0], -1, -1)
-        x = torch.cat([cls_token, x], dim=1)
-        for block in self.blocks:
-            x = block(x)
-        encoded: Tensor = self.norm(x)
+        return tokens + (table if index is None else F.embedding(index, table))
+
+    def encode(self, tokens: Tensor, index: Tensor | None = None, scales: Tensor | None = None) -> Tensor:
+        """Run the blocks and the final norm on tokens that are embedded and placed.
+
+        Parameters
+        ----------
+        tokens
+            (batch, length, dim).
+        index
+            int (batch, length): the token that each one is; None: all N, in raster order.
+        scales
+            (batch, depth, 2): what branches are multiplied with, see ``prmim_core.drop_path_scales``; None: nothing.
+
+        Returns
+        -------
+        Tensor
+            (batch, 1 + length, dim), the cls token first.
+        """
+        encoded: Tensor = self.norm(self.hidden_states(tokens, index, scales, last=1)[0])
         return encoded
+
+    def hidden_states(
+        self, tokens: Tensor, index: Tensor | None = None, scales: Tensor | None = None, *, last: int | None = None
+    ) -> list[Tensor]:
+        """Run the blocks on tokens that are embedded and placed; see :meth:`encode` for the arguments.
+
+        Parameters
+        ----------
+        last
+            How many blocks, counted from the last one, to return the outputs of; None: all.
+
+        Returns
+        -------
+        list of Tensor
+            Outputs (batch, 1 + length, dim) of blocks, the cls token first, before the final norm.
+        """
+        cls_token: Tensor = self.cls_token
+        bias: Tensor | None = None
+        if self.position == "absolute":
+            cls_token = cls_token + self.pos_embed[:, :1]
+        else:
+            bias = self.rel_pos_bias(index)
+        # The residual stream is as wide as the parameters, whatever autocast made of the patches.
+        x = torch.cat([cls_token.expand(tokens.shape[0], -1, -1), tokens.to(cls_token.dtype)], dim=1)
+        first = 0 if last is None else len(self.blocks) - last
+        states = []
+        for number, block in enumerate(self.blocks):
+            x = block(x, bias, None if scales is None else scales[:, number])
+            if number >= first:
+                states.append(x)
+        return states
 
 
 class Decoder(nn.Module):

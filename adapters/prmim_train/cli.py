@@ -125,7 +125,7 @@ CONFIG_OPTION = Option("config", str | None, "A YAML file of options, or the nam
 
 
 def _pretrain_options() -> list[Option]:
-    from prmim_train.config import recipe_names
+    from prmim_train.layers import recipe_names
 
     config = replace(CONFIG_OPTION, help=CONFIG_OPTION.help.format(recipes=", ".join(recipe_names())))
     return [config, *config_options()]
@@ -173,7 +173,11 @@ def _evaluate(command: Command, name: str, given: dict[str, str]) -> None:
 def _picture_options() -> list[Option]:
     return [
         *_run_options(),
-        Option("kind", str | None, "reconstructions, schedule or loss; all of them where none is named."),
+        Option(
+            "kind",
+            str | None,
+            "reconstructions (similarity for maskalign), schedule or loss; all of them where none is named.",
+        ),
         Option("pictures", int | None, "Number of images shown."),
     ]
 
@@ -204,7 +208,8 @@ COMMANDS = {
     "pretrain": Command(
         "train on your images, or on the embedded digits",
         "Pre-train, evaluate the frozen features, and draw pictures. Options not given are those of the published MAE "
-        "recipe; on the embedded digits, those of the packaged recipe 'digits'.",
+        "recipe; on the embedded digits, those of the packaged recipe 'digits'. The published recipes of all methods "
+        "are packaged, as in --config simmim_vit_base.",
         _pretrain_options,
         _pretrain,
     ),
@@ -223,7 +228,7 @@ COMMANDS = {
         _evaluate,
     ),
     "picture": Command(
-        "draw reconstructions, sampling and loss of a run",
+        "draw what a run rebuilds, its sampling and its loss",
         "Draw pictures of a run's last checkpoint into its folder.",
         _picture_options,
         _picture,

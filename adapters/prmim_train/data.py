@@ -3,25 +3,24 @@
 The training stream is a function of its arguments alone: epoch after epoch, each a permutation of the images, cut
 into full batches that may straddle two epochs. Any step can be computed without those before it, so a resumed run
 starts at its step and sees what an uninterrupted one would have seen; the number of threads or worker processes
-changes nothing but the speed.
+changes nothing but the speed, and processes that train together deal the same batches out among themselves, however
+many they are.
 """
 
-import multiprocessing
 import os
-import signal
-import threading
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from multiprocessing.connection import wait
 from types import TracebackType
 from typing import Any, Generic, NamedTuple, Self, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from prmim_train.image_files import ignore_pillow_warnings
 from prmim_train.sources import ImageSource, UnreadableImageError
 from prmim_train.transforms import center_crop, check_crop_options, random_flip, random_resized_crop
+from prmim_train.workers import WorkerPool
 
 __all__ = [
     "Batch",
@@ -36,10 +35,10 @@ __all__ = [
 ImageArray = NDArray[np.uint8]
 IndexArray = NDArray[np.int64]
 Failures = tuple[tuple[int, str], ...]  # (record, reason)
+Places = list[tuple[int, int]]  # (position in the stream, which of the records stands there)
 
 _NUM_NAMED = 20
 _MAX_THREADS = 8
-_BATCHES_PER_WORKER = 2
 _RECORDS_AHEAD = 256
 
 
@@ -225,6 +224,8 @@ def train_batches(
     flip: bool = True,
     workers: int = 0,
     threads: int | None = None,
+    rank: int = 0,
+    world_size: int = 1,
 ) -> BatchIterator[Batch]:
     """Give the batches of a training run from one step on.
 
@@ -234,7 +235,7 @@ def train_batches(
     indices : int array (number of images,), optional
         Records of the source to train on. Default: all.
     batch_size : int
-        Images per batch. Every batch is full; it may be larger than an epoch.
+        Images per global batch: of all processes together. Every batch is full; it may be larger than an epoch.
     image_size : (height, width)
         In pixels.
     seed : int
@@ -254,22 +255,28 @@ def train_batches(
     threads : int, optional
         Without workers: threads that read ahead, each a batch of its own. 0 reads when asked. Default: one per
         available core, 8 at most. About `threads` + 1 batches are held in memory.
+    rank, world_size : int, optional
+        Of `world_size` processes that train together this is number `rank`, from 0. It is given the rows
+        ``rank::world_size`` of every global batch, `batch_size` / `world_size` images.
 
     Returns
     -------
     BatchIterator of Batch
         Of `total_steps` - `start_step` batches. Images that could not be read are listed in its `unreadable`, which is
-        checked at each batch.
+        checked at each batch, by every process for what it has seen itself.
 
     Raises
     ------
     ValueError
         If an argument is not as described; while iterating, if more than 1 % of the images cannot be read.
+    ChildProcessError
+        While iterating, if a worker process has died; the message says of what, and which image it was reading.
 
     Notes
     -----
-    Augmentation is drawn from a generator seeded with (seed, epoch, record) alone. An image that cannot be read is
-    replaced by the next readable one in the order of `indices`, and listed in `unreadable`.
+    Augmentation is drawn from a generator seeded with (seed, epoch, record) alone: neither the process nor the worker
+    that reads an image has a part in it. An image that cannot be read is replaced by the next readable one in the order
+    of `indices`, and listed in `unreadable`. Pillow's warnings are switched off.
 
     Examples
     --------
@@ -290,25 +297,27 @@ def train_batches(
     check_crop_options(crop_scale, crop_ratio)
     if not 0 <= seed < 2**32:
         raise ValueError(f"seed: expected 0 to 2**32 - 1, got {seed}")
+    _check_processes(rank, world_size, batch_size)
 
-    load = _TrainingRecord(source, records, image_size, seed, crop_scale, crop_ratio, flip)
     num_epochs = max(1, -(-total_steps * batch_size // len(records)))
-    dataset = (
+    places = (
         grain.MapDataset.range(len(records))
         .seed(seed)
         .shuffle()  # anew in each epoch
         .repeat(num_epochs)
-        .map_with_index(load)[start_step * batch_size : total_steps * batch_size]
-        .batch(batch_size, drop_remainder=True, batch_fn=_stack)
+        .map_with_index(_place)[start_step * batch_size + rank : total_steps * batch_size : world_size]
+        .batch(batch_size // world_size, drop_remainder=True, batch_fn=list)
     )
     # Batches, not records, are dealt out to threads and workers: what a batch holds does not depend on their number.
-    stream = dataset.to_iter_dataset(_read_options(threads if workers == 0 else 0))
+    make = _TrainingBatch(source, records, image_size, seed, crop_scale, crop_ratio, flip)
+    ignore_pillow_warnings()
     if workers > 0:
-        _mark_flags_as_parsed()
-        options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=_BATCHES_PER_WORKER)
-        stream = stream.mp_prefetch(options, worker_init_fn=_start_worker)
-    iterator, unreadable = iter(stream), UnreadableImages(source, len(records))
-    return BatchIterator(iterator, _checked(iterator, unreadable), unreadable)
+        tasks = (places[step] for step in range(len(places)))
+        stream: Any = WorkerPool(make, tasks, workers=workers, describe=source.name, prepare=ignore_pillow_warnings)
+    else:
+        stream = iter(places.map(make).to_iter_dataset(_read_options(threads)))
+    unreadable = UnreadableImages(source, len(records))
+    return BatchIterator(stream, _checked(stream, unreadable), unreadable)
 
 
 def evaluation_batches(
@@ -356,6 +365,7 @@ def evaluation_batches(
     records = _check_indices(indices, len(source))
     _check_at_least("batch_size", batch_size, 1)
     _check_image_size(image_size)
+    ignore_pillow_warnings()
     dataset = grain.MapDataset.source(records).map(_EvaluationRecord(source, image_size))
     stream = dataset.to_iter_dataset(_read_options(threads, ahead=_RECORDS_AHEAD))
     iterator, unreadable = iter(stream), UnreadableImages(source, len(records))
@@ -410,14 +420,12 @@ def split_indices(
 # ------------------------------------------------------------------------------------------------- single records
 
 
-class _Example(NamedTuple):
-    image: ImageArray | None  # None: could not be read
-    record: int
-    unreadable: Failures
+def _place(position: int, choice: int) -> tuple[int, int]:
+    return position, int(choice)
 
 
-class _TrainingRecord:
-    """Reads and augments what stands at one place of the stream. Goes to worker processes by pickle."""
+class _TrainingBatch:
+    """Reads and augments what stands at some places of the stream. Goes to worker processes by pickle."""
 
     def __init__(
         self,
@@ -433,27 +441,41 @@ class _TrainingRecord:
         self.crop_scale, self.crop_ratio, self.flip = crop_scale, crop_ratio, flip
         self.failed: dict[int, str] = {}  # not tried again by this process
 
-    def __call__(self, position: int, choice: int) -> _Example:
-        image, record, failures = self._read(choice)
-        rng = np.random.default_rng((self.seed, position // len(self.records), record))
-        image = random_resized_crop(image, self.image_size, rng, scale=self.crop_scale, ratio=self.crop_ratio)
-        return _Example(random_flip(image, rng) if self.flip else image, record, failures)
-
-    def _read(self, choice: int) -> tuple[ImageArray, int, Failures]:
-        """Read the chosen record, or the next one that can be read."""
-        unreadable = UnreadableImages(self.source, len(self.records))
+    def __call__(self, places: Places, note: Callable[[int], None] = lambda record: None) -> Batch:
+        images: list[ImageArray] = []
+        index: list[int] = []
         failures: list[tuple[int, str]] = []
+        for position, choice in places:
+            image, record = self._read(choice, failures, note)
+            rng = np.random.default_rng((self.seed, position // len(self.records), record))
+            image = random_resized_crop(image, self.image_size, rng, scale=self.crop_scale, ratio=self.crop_ratio)
+            images.append(random_flip(image, rng) if self.flip else image)
+            index.append(record)
+        return Batch(np.stack(images), np.array(index, np.int64), tuple(failures))
+
+    def _read(
+        self, choice: int, failures: list[tuple[int, str]], note: Callable[[int], None]
+    ) -> tuple[ImageArray, int]:
+        """Read the chosen record, or the next one that can be read; add what could not be to the failures."""
+        unreadable = UnreadableImages(self.source, len(self.records))
         while True:
             record = int(self.records[choice])
             if record not in self.failed:
+                note(record)
                 try:
-                    return self.source.read(record), record, tuple(failures)
+                    return self.source.read(record), record
                 except UnreadableImageError as error:
                     self.failed[record] = error.reason
             failures.append((record, self.failed[record]))
             unreadable.add(failures[-1:])
             unreadable.check()  # ends the search, in the worst case after 1 % of the records
             choice = (choice + 1) % len(self.records)
+
+
+class _Example(NamedTuple):
+    image: ImageArray | None  # None: could not be read
+    record: int
+    unreadable: Failures
 
 
 class _EvaluationRecord:
@@ -469,16 +491,6 @@ class _EvaluationRecord:
 
 
 # -------------------------------------------------------------------------------------------------------- batches
-
-
-def _stack(examples: Sequence[_Example]) -> Batch:
-    # From worker processes a dataclass comes through a pipe. Of tuples grain would put the arrays into shared memory,
-    # which containers often keep at 64 MB, and of which it leaves some behind when a stream ends.
-    return Batch(
-        images=np.stack([example.image for example in examples if example.image is not None]),
-        index=np.array([example.record for example in examples], np.int64),
-        unreadable=tuple(failure for example in examples for failure in example.unreadable),
-    )
 
 
 def _checked(stream: Iterator[Batch], unreadable: UnreadableImages) -> Iterator[Batch]:
@@ -512,7 +524,7 @@ def _evaluation_batch(images: list[ImageArray], records: list[int], labels: Inde
     return EvaluationBatch(np.stack(images), None if labels is None else labels[index], index)
 
 
-# ---------------------------------------------------------------------------------------------- threads, processes
+# --------------------------------------------------------------------------------------------------------- threads
 
 
 def _import_grain() -> Any:
@@ -540,33 +552,20 @@ def _available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _mark_flags_as_parsed() -> None:
-    """Grain's worker processes read absl flags, which outside an absl program nobody has parsed."""
-    from absl import flags
-
-    if not flags.FLAGS.is_parsed():
-        flags.FLAGS.mark_as_parsed()
-
-
-def _start_worker(worker: int, num_workers: int) -> None:
-    """Prepare a worker process: leave Ctrl-C to the main process, and end when that ends, however it ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        threading.Thread(target=_exit_with, args=(parent.sentinel,), daemon=True).start()
-
-
-def _exit_with(sentinel: int) -> None:
-    wait([sentinel])
-    os._exit(1)
-
-
 # --------------------------------------------------------------------------------------------------------- checks
 
 
 def _check_at_least(name: str, value: int, least: int) -> None:
     if value < least:
         raise ValueError(f"{name}: expected at least {least}, got {value}")
+
+
+def _check_processes(rank: int, world_size: int, batch_size: int) -> None:
+    _check_at_least("world_size", world_size, 1)
+    if not 0 <= rank < world_size:
+        raise ValueError(f"rank: expected 0 to {world_size - 1}, got {rank}")
+    if batch_size % world_size:
+        raise ValueError(f"batch_size: expected a multiple of the {world_size} processes, got {batch_size}")
 
 
 def _check_image_size(image_size: tuple[int, int]) -> None:

@@ -13,7 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prmim_core import Schedule
-from prmim_train.config import Budget, PretrainConfig
+from prmim_train.budget import Budget
+from prmim_train.config import PretrainConfig
 
 KNOWN_BACKENDS = ("torch", "jax")
 
@@ -37,8 +38,35 @@ class Reconstruction(Protocol):
         """
 
 
+class Comparison(Protocol):
+    """The features that a method made for a batch of images beside those of its teacher, in plain NumPy."""
+
+    @property
+    def order(self) -> NDArray[Any]:
+        """The plan, int (batch, N): visible, decoded, then the stages."""
+
+    @property
+    def schedule(self) -> Schedule:
+        """The static boundaries inside `order`."""
+
+    @property
+    def student(self) -> NDArray[np.float32]:
+        """What the student predicts of the teacher's last aligned layer (batch, N, dim), in raster order.
+
+        Tokens without a prediction are NaN.
+        """
+
+    @property
+    def teacher(self) -> NDArray[np.float32]:
+        """The teacher's features (batch, N, dim) that were to be predicted, in raster order."""
+
+
 class Engine(Protocol):
     """A method with its optimiser on a device of some framework."""
+
+    @property
+    def predicts(self) -> str:
+        """What the method predicts for masked tokens: `pixels` or `features`."""
 
     @property
     def step(self) -> int:
@@ -46,7 +74,7 @@ class Engine(Protocol):
 
     @property
     def num_parameters(self) -> int:
-        """Learned numbers of the method, encoder and decoder."""
+        """Learned numbers of the method; those of a frozen teacher are not among them."""
 
     @property
     def device(self) -> str:
@@ -71,15 +99,19 @@ class Engine(Protocol):
         Returns
         -------
         dict
-            Means of loss, loss_decoded, loss_thrown, grad_norm; learning_rate of the last step; nonfinite_step, the
-            first step that was not finite, or None.
+            Means of `loss`, which is minimised, of its parts (`loss_decoded`, `loss_thrown`, ...: the method names
+            them) and of `grad_norm`; `learning_rate` of the last step; `nonfinite_step`, the first step that was not
+            finite, or None.
         """
 
     def features(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Return the mean patch feature (batch, dim) of whole images, nothing masked."""
 
     def reconstruct(self, images: NDArray[np.uint8], sample: NDArray[np.int64]) -> Reconstruction:
-        """Mask images as step 0 would, and rebuild them."""
+        """Mask images as step 0 would, and rebuild them; only where pixels are predicted."""
+
+    def compare(self, images: NDArray[np.uint8], sample: NDArray[np.int64]) -> Comparison:
+        """Mask images as step 0 would, and set the student beside its teacher; only where features are predicted."""
 
     def save(self, directory: Path) -> None:
         """Write `weights.safetensors` and the training state into an existing folder."""
@@ -120,6 +152,7 @@ def create_engine(config: PretrainConfig, budget: Budget) -> Engine:
         warmup_steps=budget.warmup_steps,
         learning_rate=config.learning_rate,
         min_learning_rate=config.min_learning_rate,
+        decay=config.decay,
         weight_decay=config.weight_decay,
         betas=config.betas,
         clip_grad=config.clip_grad,

@@ -6,7 +6,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,11 +15,13 @@ from typing import Any
 
 from tqdm import tqdm
 
-from prmim_train.config import Budget, PretrainConfig, dump_options
+from prmim_train.budget import Budget
+from prmim_train.config import PretrainConfig
 from prmim_train.data import train_batches
 from prmim_train.engine import Engine, create_engine
 from prmim_train.evaluate import evaluate_run, format_evaluation
 from prmim_train.inspect import format_brief
+from prmim_train.layers import dump_options
 from prmim_train.pictures import draw_run
 from prmim_train.prepare import open_data
 from prmim_train.run_directory import RunDirectory
@@ -147,7 +149,7 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
         **log.final_numbers(),
         "unreadable_images": batches.unreadable.reasons,
     }
-    print(f"Trained {engine.step} steps in {_duration(log.seconds)}; loss {summary['loss']:.4f}.")
+    print(f"Trained {engine.step} steps in {_duration(log.seconds)}; {_loss_text(log.last)}.")
     if len(batches.unreadable):
         print(batches.unreadable.report())
     if config.eval_limit:
@@ -231,9 +233,7 @@ class _Log:
         self.last = {
             "step": step,
             "epoch": round(step / self.budget.steps_per_epoch, 4),
-            "loss": metrics["loss"],
-            "loss_decoded": metrics["loss_decoded"],
-            "loss_thrown": metrics["loss_thrown"],
+            **_losses(metrics),
             "lr": metrics["learning_rate"],
             "grad_norm": metrics["grad_norm"],
             "images_per_second": None if speed is None else round(speed, 1),
@@ -244,9 +244,8 @@ class _Log:
 
     def final_numbers(self) -> dict[str, Any]:
         """Return what the summary takes from the log."""
-        names = ("loss", "loss_decoded", "loss_thrown")
         speed = self.speed.overall
-        return {name: self.last.get(name) for name in names} | {
+        return {"loss": None, **_losses(self.last)} | {
             "images_per_second": None if speed is None else round(speed, 1),
             "seconds": self.seconds,
         }
@@ -267,6 +266,18 @@ class _Log:
             f"loss: expected a finite loss and gradient, but not at step {step}; the weights, untouched by that step, "
             f"are in {place}; try{advice} or a lower --base_learning_rate"
         )
+
+
+def _losses(numbers: Mapping[str, Any]) -> dict[str, Any]:
+    """Pick the losses out of what was measured: `loss`, and its parts by the names that the method gives them."""
+    return {name: value for name, value in numbers.items() if name == "loss" or name.startswith("loss_")}
+
+
+def _loss_text(numbers: Mapping[str, Any]) -> str:
+    """Write the losses in words, as in `loss 0.4321 (decoded 0.4000, thrown 0.4500)`; a part of 0 is not supervised."""
+    parts = {name.removeprefix("loss_"): value for name, value in _losses(numbers).items() if name != "loss" and value}
+    text = ", ".join(f"{name} {value:.4f}" for name, value in parts.items())
+    return f"loss {numbers['loss']:.4f}" + (f" ({text})" if parts else "")
 
 
 @dataclass

@@ -16,7 +16,9 @@ from typing import Any
 from docstring_parser import parse as parse_docstring
 from jsonargparse import ArgumentError, ArgumentParser
 
-from prmim_train.config import DIGITS, PretrainConfig, merge_layers, parse_options, read_options
+from prmim_train.config import DIGITS, PretrainConfig
+from prmim_train.layers import merge_layers, parse_options, read_options
+from prmim_train.methods import METHODS, SPECIAL_OPTIONS
 from prmim_train.run_directory import RunDirectory
 
 TRUE_WORDS = ("true", "yes", "on", "1")
@@ -71,7 +73,10 @@ class Option:
 
 
 def config_options() -> list[Option]:
-    """Return one option for each field of `PretrainConfig`, its help from the class's docstring."""
+    """Return one option for each field of `PretrainConfig`, its help from the class's docstring.
+
+    The help of an option that not every method has ends with the methods that do.
+    """
     types = typing.get_type_hints(PretrainConfig)
     texts = {
         entry.arg_name: entry.description for entry in parse_docstring(inspect.getdoc(PretrainConfig) or "").params
@@ -79,6 +84,9 @@ def config_options() -> list[Option]:
     options = []
     for field in dataclasses.fields(PretrainConfig):
         text = " ".join((texts[field.name] or "").split()).replace("`", "")
+        if field.name in SPECIAL_OPTIONS:
+            owners = [name for name, traits in METHODS.items() if field.name in traits.options]
+            text += f" For {' and '.join(owners)} only."
         options.append(Option(field.name, types[field.name], text, field.default))
     return options
 

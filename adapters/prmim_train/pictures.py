@@ -1,35 +1,50 @@
-"""Pictures of a run: what the method rebuilds, how it samples, how the loss fell.
+"""Pictures of a run: what the method rebuilds, how it samples, how the loss fell."""
 
-matplotlib is imported only when a picture is drawn, and draws without a window.
-"""
-
-import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from prmim_core import Grid, Schedule, nearest_known_distance, patchify, unpatchify
 from prmim_train.config import PretrainConfig
-from prmim_train.engine import Engine, Reconstruction
+from prmim_train.engine import Comparison, Engine, Reconstruction
+from prmim_train.figures import (
+    HIDDEN,
+    draw_cells,
+    new_figure,
+    save_figure,
+    show_image,
+    to_rgb,
+    token_mask,
+    token_pixels,
+    write_caption,
+)
 from prmim_train.prepare import RunData, open_data, read_run_config, restore_engine
-from prmim_train.run_directory import RunDirectory, temporary_sibling
+from prmim_train.run_directory import RunDirectory
+from prmim_train.similarity import draw_similarity
 from prmim_train.sources import ImageSource, UnreadableImageError
 from prmim_train.transforms import center_crop
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+KINDS = ("reconstructions", "similarity", "schedule", "loss")
+KINDS_OF = {
+    "pixels": ("reconstructions", "schedule", "loss"),
+    "features": ("similarity", "schedule", "loss"),
+}
+"""The pictures that there are of a method, by what it predicts."""
 
-KINDS = ("reconstructions", "schedule", "loss")
-
-HIDDEN = (0.90, 0.91, 0.93)
 NOT_PREDICTED = (0.98, 0.84, 0.68)
 VISIBLE_COLOUR = "#3d4651"
 DECODED_COLOUR = "#e07b28"
-DOTS_PER_INCH = 150
+
+# Name in the metrics to label, colour and width of its curve; a loss of another name gets a colour of matplotlib's.
+LOSS_CURVES: dict[str, tuple[str, str | None, float]] = {
+    "loss": ("all supervised tokens", "#1f2933", 1.8),
+    "loss_visible": ("visible", "#7a5195", 1.0),
+    "loss_decoded": ("decoded", DECODED_COLOUR, 1.0),
+    "loss_thrown": ("thrown", "#3a8fb7", 1.0),
+}
 
 
 def draw_run(run: RunDirectory, config: PretrainConfig, data: RunData, engine: Engine) -> list[Path]:
@@ -57,14 +72,16 @@ def draw_run(run: RunDirectory, config: PretrainConfig, data: RunData, engine: E
 def draw_images(
     run: RunDirectory, config: PretrainConfig, data: RunData, engine: Engine, kinds: Sequence[str] = KINDS
 ) -> list[Path]:
-    """Draw `reconstructions.png` and `schedule.png`, or one of them, from the same images and masks.
+    """Draw what the method rebuilds and how it samples, or one of them, from the same images and masks.
+
+    What is rebuilt is drawn into `reconstructions.png` where it is pixels, into `similarity.png` where it is features.
 
     Parameters
     ----------
     run, config, data, engine
         As for `draw_run`.
     kinds
-        Which pictures: see `KINDS`.
+        Which pictures: see `KINDS`. Those that there are not of this method are left out.
 
     Returns
     -------
@@ -78,14 +95,22 @@ def draw_images(
     """
     shown = data.held_out if len(data.held_out) else data.train
     images, sample = _read_some(data.source, shown, max(1, config.pictures), config.image_plane)
-    rebuilt = engine.reconstruct(images, sample)
     paths = []
-    if "reconstructions" in kinds:
-        paths.append(run.path / "reconstructions.png")
-        draw_reconstructions(paths[-1], images, rebuilt, config.patch_shape, norm_pix=config.norm_pix)
+    seen: Reconstruction | Comparison
+    if engine.predicts == "features":
+        seen = compared = engine.compare(images, sample)
+        if "similarity" in kinds:
+            paths.append(run.path / "similarity.png")
+            draw_similarity(paths[-1], images, compared, config.patch_shape)
+    else:
+        seen = rebuilt = engine.reconstruct(images, sample)
+        if "reconstructions" in kinds:
+            paths.append(run.path / "reconstructions.png")
+            norm_pix = "norm_pix" in config.traits.options and config.norm_pix
+            draw_reconstructions(paths[-1], images, rebuilt, config.patch_shape, norm_pix=norm_pix)
     if "schedule" in kinds:
         paths.append(run.path / "schedule.png")
-        draw_schedule(paths[-1], np.asarray(rebuilt.order), rebuilt.schedule)
+        draw_schedule(paths[-1], np.asarray(seen.order), seen.schedule, is_rebuilt=config.is_rebuilt)
     return paths
 
 
@@ -116,12 +141,12 @@ def picture_command(
     data, holdout, device, pictures
         In place of the run's own options.
     kind
-        One of `KINDS`; None is all of them.
+        One of `KINDS`; None is all that there are of the method.
 
     Raises
     ------
     ValueError
-        If the kind is unknown, or there is nothing to draw.
+        If the kind is unknown, or there is none of this method, or there is nothing to draw.
     FileNotFoundError
         If there is no run, or no checkpoint yet.
     """
@@ -133,7 +158,11 @@ def picture_command(
     if kind != "loss":
         config = read_run_config(directory, data=data, holdout=holdout, device=device, pictures=pictures)
         images = open_data(config)
-        paths = draw_images(directory, config, images, restore_engine(directory, config, images.budget), kinds) + paths
+        engine = restore_engine(directory, config, images.budget)
+        if kind is not None and kind not in KINDS_OF[engine.predicts]:
+            expected = " or ".join(KINDS_OF[engine.predicts])
+            raise ValueError(f"kind: expected {expected} of a run of method {config.method}, got {kind!r}")
+        paths = draw_images(directory, config, images, engine, kinds) + paths
     if not paths:
         raise ValueError(f"run: expected at least two lines in {directory.path / 'metrics.jsonl'} to draw a curve of")
     for path in paths:
@@ -177,14 +206,14 @@ def draw_reconstructions(
         titles["thrown"] = f"thrown: {schedule.counts.thrown}"
     rows, height, width = images.shape[:3]
     panel = 1.45
-    figure = _figure(len(columns) * panel * max(1.0, width / height), rows * panel * max(1.0, height / width) + 0.75)
+    figure = new_figure(len(columns) * panel * max(1.0, width / height), rows * panel * max(1.0, height / width) + 0.75)
     axes = figure.subplots(rows, len(columns), squeeze=False)
     for column, (name, panels) in enumerate(columns.items()):
         axes[0, column].set_title(titles[name], fontsize=9)
         for row in range(rows):
-            _show_image(axes[row, column], panels[row])
-    _caption(figure, _reconstruction_caption(images.shape[-1], norm_pix, is_complete, schedule.grid))
-    _save(figure, path)
+            show_image(axes[row, column], panels[row])
+    write_caption(figure, _reconstruction_caption(images.shape[-1], norm_pix, is_complete, schedule.grid))
+    save_figure(figure, path)
 
 
 def reconstruction_panels(
@@ -214,17 +243,16 @@ def reconstruction_panels(
     predicted = np.clip(reconstruction.patches.astype(np.float64), 0.0, 1.0)
     ends = np.cumsum([counts.visible, counts.decoded, counts.thrown])
     groups = {
-        "visible": _token_mask(order[:, : ends[0]], counts.num_tokens),
-        "decoded": _token_mask(order[:, ends[0] : ends[1]], counts.num_tokens),
-        "thrown": _token_mask(order[:, ends[1] :], counts.num_tokens),
+        "visible": token_mask(order[:, : ends[0]], counts.num_tokens),
+        "decoded": token_mask(order[:, ends[0] : ends[1]], counts.num_tokens),
+        "thrown": token_mask(order[:, ends[1] :], counts.num_tokens),
     }
 
     def paint(patches: NDArray[np.float64], is_shown: NDArray[np.bool_]) -> NDArray[np.float64]:
         """Show some tokens; the others, and those without a prediction, take a colour of their own."""
-        pixels = _to_rgb(unpatchify(patches, patch_size, schedule.grid))
-        shown = unpatchify(np.broadcast_to(is_shown[..., None], patches.shape), patch_size, schedule.grid)[..., :1]
+        pixels = to_rgb(unpatchify(patches, patch_size, schedule.grid))
         pixels = np.where(np.isnan(pixels), NOT_PREDICTED, pixels)
-        return np.where(shown, pixels, HIDDEN)
+        return np.where(token_pixels(is_shown, patch_size, schedule.grid), pixels, HIDDEN)
 
     everything = np.ones(order.shape, dtype=bool)
     panels = {
@@ -239,7 +267,7 @@ def reconstruction_panels(
     return panels
 
 
-def draw_schedule(path: Path, order: NDArray[Any], schedule: Schedule) -> None:
+def draw_schedule(path: Path, order: NDArray[Any], schedule: Schedule, *, is_rebuilt: bool = True) -> None:
     """Draw the plan of several images: which token is what, and how far the thrown ones lie from their neighbours.
 
     Parameters
@@ -250,44 +278,51 @@ def draw_schedule(path: Path, order: NDArray[Any], schedule: Schedule) -> None:
         Plans, int (batch, N).
     schedule
         Their boundaries.
+    is_rebuilt
+        Whether the thrown tokens are rebuilt, stage after stage; else they are shown as one group.
     """
     from matplotlib.colors import ListedColormap
     from matplotlib.patches import Patch
 
     grid, counts = schedule.grid, schedule.counts
-    stages = [size for size in schedule.stage_sizes if size]
-    names = [f"visible: {counts.visible}", f"decoded: {counts.decoded}"]
-    names += [f"stage {stage}: {size}" for stage, size in enumerate(stages, start=1)]
-    colours = [VISIBLE_COLOUR, DECODED_COLOUR, *_stage_colours(len(stages))]
     kinds = token_kinds(order, schedule)
-    is_known = kinds <= 1
-    distance = np.sqrt(nearest_known_distance(grid, is_known))
+    distance = np.sqrt(nearest_known_distance(grid, kinds <= 1))
+    names = [f"visible: {counts.visible}", f"decoded: {counts.decoded}"]
+    if is_rebuilt:
+        names += [f"stage {stage}: {size}" for stage, size in enumerate(schedule.stage_sizes, start=1) if size]
+    elif counts.thrown:
+        names.append(f"thrown: {counts.thrown}")
+        kinds = np.minimum(kinds, 2)
+    colours = [VISIBLE_COLOUR, DECODED_COLOUR, *_stage_colours(len(names) - 2)]
 
     columns = len(order)
     height, width = grid.shape[-2:] if grid.axes > 1 else (1, grid.shape[0])
     panel = 1.7
-    figure = _figure(columns * panel * max(1.0, width / height) + 0.7, 2 * panel * max(1.0, height / width) + 1.1)
+    figure = new_figure(columns * panel * max(1.0, width / height) + 0.7, 2 * panel * max(1.0, height / width) + 1.1)
     axes = figure.subplots(2, columns, squeeze=False)
     colour_map = ListedColormap(colours)
     shown = None
     for column in range(columns):
         top, bottom = axes[:, column]
         top.imshow(kinds[column].reshape(height, width), cmap=colour_map, vmin=-0.5, vmax=len(colours) - 0.5)
-        _draw_cells(top, height, width)
+        draw_cells(top, height, width)
         top.set_title(f"image {column + 1}", fontsize=9)
         shown = bottom.imshow(
             distance[column].reshape(height, width), cmap="YlGnBu", vmin=0, vmax=max(2.0, float(distance.max()))
         )
-        _draw_cells(bottom, height, width)
+        draw_cells(bottom, height, width)
         bottom.set_title(f"largest distance: {distance[column].max():.2f}", fontsize=8)
     if shown is not None:
         bar = figure.colorbar(shown, ax=axes[1, :].tolist(), fraction=0.05, pad=0.02)
-        bar.set_label("distance to the nearest\nvisible or decoded token", fontsize=8)
+        bar.set_label(
+            f"distance to the nearest\n{'visible or decoded' if counts.decoded else 'visible'} token", fontsize=8
+        )
         bar.ax.locator_params(nbins=4)
         bar.ax.tick_params(labelsize=8)
-    handles = [Patch(facecolor=colour, label=name) for name, colour in zip(names, colours, strict=True)]
+    legend = [pair for pair in zip(names, colours, strict=True) if not pair[0].endswith(": 0")]
+    handles = [Patch(facecolor=colour, label=name) for name, colour in legend]
     figure.legend(handles=handles, loc="outside upper center", ncols=len(handles), fontsize=8, frameon=False)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def token_kinds(order: NDArray[Any], schedule: Schedule) -> NDArray[np.int64]:
@@ -326,12 +361,11 @@ def draw_loss(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
     from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
     epochs = [record["epoch"] for record in records]
-    figure = _figure(6.4, 4.2)
+    figure = new_figure(6.4, 4.2)
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
-    curves = {"loss": ("all masked tokens", "#1f2933", 1.8), "loss_decoded": ("decoded", DECODED_COLOUR, 1.0)}
-    curves["loss_thrown"] = ("thrown", "#3a8fb7", 1.0)
-    for name, (label, colour, line_width) in curves.items():
-        values = [np.nan if record[name] is None else float(record[name]) for record in records]
+    for name in [name for name in records[-1] if name == "loss" or name.startswith("loss_")]:
+        label, colour, line_width = LOSS_CURVES.get(name, (name.removeprefix("loss_"), None, 1.0))
+        values = [np.nan if record.get(name) is None else float(record[name]) for record in records]
         # A method without thrown tokens, or one that does not supervise them, has no curve for them.
         if np.isfinite(values).any() and (name == "loss" or np.any(np.asarray(values) != 0)):
             top.plot(epochs, values, label=label, color=colour, linewidth=line_width)
@@ -352,7 +386,7 @@ def draw_loss(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
     figure.align_ylabels([top, bottom])
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def _read_some(
@@ -373,17 +407,6 @@ def _read_some(
     if not images:
         raise ValueError(f"data: expected at least one readable image to draw, got none of {len(indices)}")
     return np.stack(list(images.values())), np.array(list(images), dtype=np.int64)
-
-
-def _token_mask(index: NDArray[Any], num_tokens: int) -> NDArray[np.bool_]:
-    mask = np.zeros((len(index), num_tokens), dtype=bool)
-    np.put_along_axis(mask, np.asarray(index, dtype=np.int64), True, axis=1)
-    return mask
-
-
-def _to_rgb(images: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Make three channels of any number: grey is repeated, of more than three the first three are taken."""
-    return images[..., :3] if images.shape[-1] >= 3 else np.repeat(images[..., :1], 3, axis=-1)
 
 
 def _reconstruction_caption(channels: int, norm_pix: bool, is_complete: bool, grid: Grid) -> str:
@@ -407,40 +430,3 @@ def _stage_colours(count: int) -> list[str]:
     from matplotlib.colors import to_hex
 
     return [to_hex(colormaps["GnBu"](level)) for level in np.linspace(0.3, 0.85, count)] if count else []
-
-
-def _figure(width: float, height: float) -> "Figure":
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def _show_image(axes: "Axes", image: NDArray[np.float64]) -> None:
-    axes.imshow(image, interpolation="nearest", vmin=0, vmax=1)
-    axes.set_axis_off()
-
-
-def _draw_cells(axes: "Axes", height: int, width: int) -> None:
-    """Draw thin lines between the tokens, unless there are so many that lines would be all one sees."""
-    axes.set_xticks([])
-    axes.set_yticks([])
-    for side in axes.spines.values():
-        side.set_visible(False)
-    if max(height, width) <= 32:
-        axes.set_xticks(np.arange(width + 1) - 0.5, minor=True)
-        axes.set_yticks(np.arange(height + 1) - 0.5, minor=True)
-        axes.grid(which="minor", color="white", linewidth=0.6)
-        axes.tick_params(which="minor", length=0)
-
-
-def _caption(figure: "Figure", text: str) -> None:
-    characters = max(40, int(figure.get_figwidth() * 16))  # of an 8 point font fit into the width
-    figure.supxlabel("\n".join(textwrap.wrap(text, characters)), fontsize=8, color="#52606d")
-
-
-def _save(figure: "Figure", path: Path) -> None:
-    with temporary_sibling(path) as sibling:
-        figure.savefig(sibling, dpi=DOTS_PER_INCH)

@@ -7,9 +7,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from prmim_train.config import Budget, PretrainConfig, parse_options, training_budget
+from prmim_train.budget import Budget, training_budget
+from prmim_train.config import PretrainConfig
 from prmim_train.data import split_indices
 from prmim_train.engine import Engine, create_engine
+from prmim_train.layers import parse_options
 from prmim_train.run_directory import RunDirectory
 from prmim_train.sources import ImageSource, open_source
 

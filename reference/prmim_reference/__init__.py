@@ -12,21 +12,27 @@ One scheme runs through all modules, and keeps batches out of the definitions:
 * a grid is its ``shape``, a tuple of lengths; its tokens' ``positions`` are tuples of integers (see `grid.positions`);
 * features are float64 arrays (tokens, channels), images arrays (axes..., channels), channels last.
 
-Only `mae.forward` and `mae.encode` take batches, and they loop over the images.
+Only `forward` and `encode` of the methods take batches, and they loop over the images.
 
-Modules carry the names of their counterparts in ``prmim_core`` (integers) and in the adapters (``vit``, ``mae``).
+Modules carry the names of their counterparts in ``prmim_core`` (integers) and in the adapters (``vit``, ``method``,
+``mae``, ``simmim``, ``maskalign``).
 """
 
 from prmim_reference import (
     counts,
     coverage,
+    drop_path,
     grid,
     mae,
+    maskalign,
     masking,
+    method,
     noise,
     reconstruct,
+    resize,
     sampling,
     schedule,
+    simmim,
     targets,
     throwing,
     vit,
@@ -35,13 +41,18 @@ from prmim_reference import (
 __all__ = [
     "counts",
     "coverage",
+    "drop_path",
     "grid",
     "mae",
+    "maskalign",
     "masking",
+    "method",
     "noise",
     "reconstruct",
+    "resize",
     "sampling",
     "schedule",
+    "simmim",
     "targets",
     "throwing",
     "vit",

@@ -24,7 +24,15 @@ class TokenCounts:
         return self.decoded + self.thrown
 
 
-def count_tokens(num_tokens: int, mask_ratio: float, throw_ratio: float = 0.0, rounding: str = "mae") -> TokenCounts:
+def count_tokens(
+    num_tokens: int,
+    mask_ratio: float,
+    throw_ratio: float = 0.0,
+    rounding: str = "mae",
+    *,
+    mask_unit: int = 1,
+    throw_unit: int = 1,
+) -> TokenCounts:
     """Turn the two ratios into counts.
 
     A ratio is read as the decimal number that it prints as, so 0.7 is seven tenths and not the binary fraction next
@@ -38,6 +46,9 @@ def count_tokens(num_tokens: int, mask_ratio: float, throw_ratio: float = 0.0, r
         Fractions of **all** tokens, in [0, 1].
     rounding : {"mae", "amt"}
         "mae": the visible count is floor(N (1 - mask_ratio)). "amt": the masked count is floor(N mask_ratio).
+    mask_unit, throw_unit : int
+        Tokens that are masked or thrown as a whole. Visible and thrown units are counted by the rules above, with the
+        number of units in place of N.
 
     Returns
     -------
@@ -47,7 +58,8 @@ def count_tokens(num_tokens: int, mask_ratio: float, throw_ratio: float = 0.0, r
     Raises
     ------
     ValueError
-        If a ratio lies outside [0, 1] or the rounding has no such name.
+        If a ratio lies outside [0, 1], the rounding has no such name, the mask unit does not divide the tokens or the
+        throw unit not the mask unit.
 
     Examples
     --------
@@ -55,17 +67,25 @@ def count_tokens(num_tokens: int, mask_ratio: float, throw_ratio: float = 0.0, r
     TokenCounts(visible=49, decoded=49, thrown=98)
     >>> count_tokens(10, 0.9).visible  # floating point would give 0
     1
+    >>> count_tokens(196, 0.6, 0.25, mask_unit=4)  # 19 of 49 units are visible
+    TokenCounts(visible=76, decoded=71, thrown=49)
     """
     for name, ratio in (("mask_ratio", mask_ratio), ("throw_ratio", throw_ratio)):
         if not 0 <= ratio <= 1:
             raise ValueError(f"{name}: expected a number in [0, 1], got {ratio}")
+    if mask_unit < 1 or num_tokens % mask_unit != 0:
+        raise ValueError(f"mask_unit: expected a divisor of {num_tokens}, got {mask_unit}")
+    if throw_unit < 1 or mask_unit % throw_unit != 0:
+        raise ValueError(f"throw_unit: expected a divisor of {mask_unit}, got {throw_unit}")
     masked_fraction = Fraction(str(mask_ratio))
     thrown_fraction = Fraction(str(throw_ratio))
     if rounding == "mae":
-        visible = math.floor(num_tokens * (1 - masked_fraction))
+        visible_units = math.floor(num_tokens // mask_unit * (1 - masked_fraction))
     elif rounding == "amt":
-        visible = num_tokens - math.floor(num_tokens * masked_fraction)
+        visible_units = num_tokens // mask_unit - math.floor(num_tokens // mask_unit * masked_fraction)
     else:
         raise ValueError(f'rounding: expected "mae" or "amt", got {rounding!r}')
-    thrown = min(math.floor(num_tokens * thrown_fraction), num_tokens - visible)
+    visible = visible_units * mask_unit
+    thrown_units = math.floor(num_tokens // throw_unit * thrown_fraction)
+    thrown = min(thrown_units * throw_unit, num_tokens - visible)
     return TokenCounts(visible=visible, decoded=num_tokens - visible - thrown, thrown=thrown)

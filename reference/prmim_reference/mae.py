@@ -9,15 +9,13 @@ from numpy.typing import ArrayLike, NDArray
 
 from prmim_reference import grid
 from prmim_reference.counts import TokenCounts, count_tokens
-from prmim_reference.reconstruct import progressive_reconstruction
+from prmim_reference.method import as_weights, check_variant, encode_tokens, image_patches, mean_or_zero, rebuild
+from prmim_reference.method import encode as encode  # of whole images, the same for all methods
 from prmim_reference.schedule import make_order
-from prmim_reference.targets import grid_shape, normalize_patches, patchify
-from prmim_reference.vit import Weights, linear, patch_embedding, transformer
+from prmim_reference.targets import grid_shape, normalize_patches
+from prmim_reference.vit import Weights, linear, transformer
 
 Array = NDArray[np.float64]
-
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 @dataclass(frozen=True)
@@ -41,46 +39,6 @@ class MAEOutput:
     loss_thrown: float
     predicted: Array
     order: NDArray[np.int64]
-
-
-def load_weights(path: str | Path) -> dict[str, Array]:
-    """Read the arrays of a ``.safetensors`` file as float64."""
-    from safetensors.numpy import load_file
-
-    return {name: np.asarray(array, np.float64) for name, array in load_file(path).items()}
-
-
-def channel_statistics(channels: int, mean: Sequence[float] | None, std: Sequence[float] | None) -> tuple[Array, Array]:
-    """Return mean and deviation per channel; by default ImageNet's for three channels, else 0.5.
-
-    Examples
-    --------
-    >>> channel_statistics(1, None, None)
-    (array([0.5]), array([0.5]))
-    """
-    if mean is None:
-        mean = IMAGENET_MEAN if channels == 3 else (0.5,) * channels
-    if std is None:
-        std = IMAGENET_STD if channels == 3 else (0.5,) * channels
-    for name, values in (("mean", mean), ("std", std)):
-        if len(values) != channels:
-            raise ValueError(f"{name}: expected {channels} numbers, one per channel, got {len(values)}")
-    return np.array(mean, np.float64), np.array(std, np.float64)
-
-
-def image_patches(image: Array, patch_size: Sequence[int], mean: Array, std: Array) -> Array:
-    """Normalise an image of values 0 .. 255 and cut it into patches (N, patch_dim)."""
-    return patchify((image / 255 - mean) / std, patch_size)
-
-
-def encode_tokens(patches: Array, tokens: Sequence[int], weights: Weights, num_heads: int) -> Array:
-    """Encode some tokens of an image: (1 + n, dim), the class token first."""
-    table = weights["encoder.pos_embed"][0]
-    sequence = [weights["encoder.cls_token"][0, 0] + table[0]]
-    for token in tokens:
-        embedded = patch_embedding(patches[token : token + 1], weights, "encoder.patch_embed.proj")[0]
-        sequence.append(embedded + table[1 + token])
-    return transformer(np.array(sequence), weights, "encoder", num_heads)
 
 
 def decode_tokens(
@@ -112,24 +70,15 @@ def predict_image(
     """Return the predictions for the supervised tokens of one image, in plan order."""
     visible = order[: counts.visible]
     decoded = order[counts.visible : counts.visible + counts.decoded]
-    encoded = encode_tokens(patches, visible, weights, num_heads)
+    encoded = encode_tokens(patches, visible, shape, weights, num_heads)
     features = decode_tokens(encoded, visible, decoded, weights, decoder_heads)
-    if variant != "none":
-        own = {name.removeprefix("reconstruct."): w for name, w in weights.items() if name.startswith("reconstruct.")}
-        features = progressive_reconstruction(
-            features, order, counts, shape, stages=stages, variant=variant, parameters=own
-        )
+    features = rebuild(features, order, counts, shape, weights, stages=stages, variant=variant)
     return linear(features[counts.visible :], weights, "decoder.pred")
 
 
 def token_losses(predicted: Array, target: Array) -> list[float]:
     """Return the squared error of every token, mean over its patch vector."""
     return [float(((p - t) ** 2).sum() / p.size) for p, t in zip(predicted, target, strict=True)]
-
-
-def mean_or_zero(total: float, weight: float) -> float:
-    """Return total / weight, and 0 for a mean over nothing."""
-    return total / weight if weight else 0.0
 
 
 def forward(
@@ -187,12 +136,10 @@ def forward(
     -------
     MAEOutput
     """
-    if variant not in ("kernel", "interpolate", "conv", "none"):
-        raise ValueError(f'variant: expected "kernel", "interpolate", "conv" or "none", got {variant!r}')
-    weights = _as_weights(weights)
+    check_variant(variant)
+    weights = as_weights(weights)
     images, noise = np.asarray(images), np.asarray(noise)
     shape = grid_shape(images.shape[1:-1], patch_size)
-    statistics = channel_statistics(images.shape[-1], mean, std)
     counts = count_tokens(grid.num_tokens(shape), mask_ratio, 0.0 if throwing == "none" else throw_ratio)
     if counts.thrown == 0:
         throwing = "random"
@@ -210,7 +157,7 @@ def forward(
             visible=None if visible is None else np.asarray(visible)[number].tolist(),
             weights=None if draw_weights is None else np.asarray(draw_weights)[number].tolist(),
         )
-        patches = image_patches(image, patch_size, *statistics)
+        patches = image_patches(image, patch_size, mean, std)
         predicted = predict_image(
             patches,
             order,
@@ -242,29 +189,3 @@ def forward(
         predicted=np.array(predictions),
         order=np.array(orders, np.int64),
     )
-
-
-def encode(
-    weights: Mapping[str, ArrayLike] | str | Path,
-    images: ArrayLike,
-    *,
-    patch_size: Sequence[int],
-    num_heads: int,
-    mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None,
-) -> Array:
-    """Encode whole images, nothing masked: float64 (batch, 1 + N, dim), the class token first."""
-    weights = _as_weights(weights)
-    images = np.asarray(images)
-    statistics = channel_statistics(images.shape[-1], mean, std)
-    encoded = []
-    for image in images:
-        patches = image_patches(image, patch_size, *statistics)
-        encoded.append(encode_tokens(patches, range(len(patches)), weights, num_heads))
-    return np.array(encoded)
-
-
-def _as_weights(weights: Mapping[str, ArrayLike] | str | Path) -> dict[str, Array]:
-    if isinstance(weights, str | Path):
-        return load_weights(weights)
-    return {name: np.asarray(array, np.float64) for name, array in weights.items()}

@@ -45,6 +45,22 @@ def block_visible(noise: Sequence[int], shape: Sequence[int], unit: Sequence[int
     >>> block_visible([5, 0, 3, 0, 0, 0, 0, 0], (2, 4), (2, 2), 1)
     [2, 3, 6, 7]
     """
+    tokens_of_units = unit_tokens(shape, unit)
+    unit_noise = [noise[tokens[0]] for tokens in tokens_of_units]
+    visible = []
+    for unit_number in random_visible(unit_noise, num_visible_units):
+        visible.extend(tokens_of_units[unit_number])
+    return visible
+
+
+def unit_tokens(shape: Sequence[int], unit: Sequence[int]) -> list[list[int]]:
+    """Return the tokens of every unit; units and the tokens of each are in raster order.
+
+    Examples
+    --------
+    >>> unit_tokens((2, 4), (2, 2))
+    [[0, 1, 4, 5], [2, 3, 6, 7]]
+    """
     if len(unit) != len(shape) or any(length % side for length, side in zip(shape, unit, strict=True)):
         raise ValueError(f"unit: expected divisors of the grid {tuple(shape)}, got {tuple(unit)}")
     tokens_of_units = []
@@ -54,11 +70,7 @@ def block_visible(noise: Sequence[int], shape: Sequence[int], unit: Sequence[int
             index = [u * side + i for u, side, i in zip(unit_index, unit, inside, strict=True)]
             tokens.append(grid.raster_number(index, shape))
         tokens_of_units.append(tokens)
-    unit_noise = [noise[tokens[0]] for tokens in tokens_of_units]
-    visible = []
-    for unit_number in random_visible(unit_noise, num_visible_units):
-        visible.extend(tokens_of_units[unit_number])
-    return visible
+    return tokens_of_units
 
 
 def weighted_draw(

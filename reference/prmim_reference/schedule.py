@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from prmim_reference import grid
 from prmim_reference.counts import TokenCounts
 from prmim_reference.coverage import nearest_squared_distance
-from prmim_reference.masking import random_visible
+from prmim_reference.masking import block_visible, random_visible
 from prmim_reference.noise import noise_rank
-from prmim_reference.throwing import choose_decoded
+from prmim_reference.throwing import choose_decoded, choose_decoded_units
 
 
 def stage_sizes(num_thrown: int, stages: int) -> tuple[int, ...]:
@@ -72,6 +72,7 @@ def make_order(
     seed: str = "visible",
     visible: Sequence[int] | None = None,
     weights: Sequence[float] | None = None,
+    unit: Sequence[int] | None = None,
 ) -> list[int]:
     """Return the plan of one image: its visible, then its decoded, then its thrown tokens.
 
@@ -83,7 +84,9 @@ def make_order(
     counts : TokenCounts
     noise : sequence of int, N values
     throwing, seed, weights : see `throwing.choose_decoded`
-    visible : raster numbers of the visible tokens; by default the V of lowest noise
+    visible : raster numbers of the visible tokens; by default the V of lowest noise, or the units of lowest noise
+    unit : tokens along each axis of what is decoded or thrown as a whole (`throwing.choose_decoded_units`); by default
+        single tokens. The thrown tokens are sorted one by one all the same.
 
     Returns
     -------
@@ -101,11 +104,19 @@ def make_order(
             f"got {len(noise)} values and {counts}"
         )
     if visible is None:
-        visible = random_visible(noise, counts.visible)
+        if unit is None:
+            visible = random_visible(noise, counts.visible)
+        else:
+            visible = block_visible(noise, shape, unit, counts.visible // grid.num_tokens(unit))
     if len(visible) != counts.visible:
         raise ValueError(f"visible: expected {counts.visible} tokens, got {len(visible)}")
-    decoded = choose_decoded(
-        throwing, shape, noise, visible, counts.decoded, seed=seed, spacing=spacing, weights=weights
-    )
+    if unit is None:
+        decoded = choose_decoded(
+            throwing, shape, noise, visible, counts.decoded, seed=seed, spacing=spacing, weights=weights
+        )
+    else:
+        decoded = choose_decoded_units(
+            throwing, shape, unit, noise, visible, counts.decoded, seed=seed, spacing=spacing, weights=weights
+        )
     known = [*visible, *decoded]
     return known + thrown_order(shape, noise, known, spacing=spacing)

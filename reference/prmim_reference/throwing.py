@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from prmim_reference import grid
-from prmim_reference.masking import weighted_draw
+from prmim_reference.masking import unit_tokens, weighted_draw
 from prmim_reference.noise import by_noise, noise_rank
 from prmim_reference.sampling import furthest_point_sampling
 
@@ -147,3 +147,59 @@ def choose_decoded(
             raise ValueError('weights: expected one weight per token for throwing="weighted", got None')
         return weighted_decoded(noise, visible, num_decoded, weights)
     raise ValueError(f'throwing: expected "furthest", "random", "weighted" or "cell", got {throwing!r}')
+
+
+def choose_decoded_units(
+    throwing: str,
+    shape: Sequence[int],
+    unit: Sequence[int],
+    noise: Sequence[int],
+    visible: Sequence[int],
+    num_decoded: int,
+    *,
+    seed: str = "visible",
+    spacing: Sequence[int] | None = None,
+    weights: Sequence[float] | None = None,
+) -> list[int]:
+    """Return the decoded tokens where whole units are decoded or thrown.
+
+    Units are chosen as tokens are, on the grid of units, whose spacing is as much wider as a unit is longer. The noise
+    of a unit is that of its first token, its weight the sum of their weights. Units come in the order of choice, the
+    tokens of each in raster order.
+
+    Parameters
+    ----------
+    throwing, shape, noise, seed, spacing, weights : see `choose_decoded`
+    unit : tokens of a unit along each axis; each divides the grid's length
+    visible : raster numbers; whole units
+    num_decoded : int
+        M in tokens; whole units.
+
+    Examples
+    --------
+    >>> choose_decoded_units("furthest", (1, 8), (1, 2), noise=[0, 1, 2, 3, 4, 5, 6, 7], visible=[0, 1], num_decoded=2)
+    [6, 7]
+    """
+    units = unit_tokens(shape, unit)
+    visible_units = []
+    for number, tokens in enumerate(units):
+        how_many = len([token for token in tokens if token in visible])
+        if how_many not in (0, len(tokens)):
+            raise ValueError(f"visible: expected whole units, got {how_many} tokens of unit {tokens}")
+        if how_many:
+            visible_units.append(number)
+    if num_decoded % len(units[0]):
+        raise ValueError(f"num_decoded: expected a multiple of the {len(units[0])} tokens of a unit, got {num_decoded}")
+    if spacing is None:
+        spacing = (1,) * len(shape)
+    chosen = choose_decoded(
+        throwing,
+        [length // side for length, side in zip(shape, unit, strict=True)],
+        [noise[tokens[0]] for tokens in units],
+        visible_units,
+        num_decoded // len(units[0]),
+        seed=seed,
+        spacing=[step * side for step, side in zip(spacing, unit, strict=True)],
+        weights=None if weights is None else [sum(weights[token] for token in tokens) for tokens in units],
+    )
+    return [token for number in chosen for token in units[number]]

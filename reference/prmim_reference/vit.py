@@ -24,8 +24,8 @@ def linear(x: Array, weights: Weights, name: str) -> Array:
     return x @ weights[f"{name}.weight"].T + weights[f"{name}.bias"]
 
 
-def layer_norm(x: Array, weight: Array | None = None, bias: Array | None = None) -> Array:
-    """Normalise every row to mean 0 and variance 1 (biased, eps 1e-6), then scale and shift it if told to.
+def layer_norm(x: Array, weight: Array | None = None, bias: Array | None = None, eps: float = LAYER_NORM_EPS) -> Array:
+    """Normalise every row to mean 0 and variance 1 (biased, plus eps), then scale and shift it if told to.
 
     Examples
     --------
@@ -36,7 +36,7 @@ def layer_norm(x: Array, weight: Array | None = None, bias: Array | None = None)
     for row, values in enumerate(x):
         mean = values.sum() / values.size
         variance = ((values - mean) ** 2).sum() / values.size
-        result[row] = (values - mean) / math.sqrt(variance + LAYER_NORM_EPS)
+        result[row] = (values - mean) / math.sqrt(variance + eps)
     if weight is not None:
         result = result * weight
     if bias is not None:
@@ -68,11 +68,41 @@ def softmax(x: Array) -> Array:
     return np.asarray(exponential / exponential.sum(axis=-1, keepdims=True), np.float64)
 
 
-def attention(x: Array, weights: Weights, name: str, num_heads: int) -> Array:
+def attention_maps(x: Array, weights: Weights, name: str, num_heads: int, bias: Array | None = None) -> Array:
+    """Return how much every token looks at every other: softmaxes (heads, n, n), queries before keys.
+
+    The first two thirds of the fused layer ``qkv`` give queries and keys, each of them head by head. A head's scores
+    are scaled by head_dim^-0.5; then the bias is added.
+
+    Parameters
+    ----------
+    x : array (n, dim)
+    weights, name : the layer ``{name}.qkv``
+    num_heads : int
+        Divides dim.
+    bias : array (heads, n, n), optional
+    """
+    dim = x.shape[1]
+    if dim % num_heads:
+        raise ValueError(f"num_heads: expected a divisor of {dim}, got {num_heads}")
+    head_dim = dim // num_heads
+    qkv = linear(x, weights, f"{name}.qkv")
+    query, key = qkv[:, :dim], qkv[:, dim : 2 * dim]
+    maps = []
+    for head in range(num_heads):
+        channels = slice(head * head_dim, (head + 1) * head_dim)
+        scores = query[:, channels] @ key[:, channels].T / math.sqrt(head_dim)
+        if bias is not None:
+            scores = scores + bias[head]
+        maps.append(softmax(scores))
+    return np.array(maps)
+
+
+def attention(x: Array, weights: Weights, name: str, num_heads: int, bias: Array | None = None) -> Array:
     """Let every token look at all tokens of its image.
 
-    The fused layer ``qkv`` gives queries, keys and values, one after another, each of them head by head. A head's
-    scores are scaled by head_dim^-0.5.
+    The last third of the fused layer ``qkv`` gives the values. A head mixes its channels of them by its
+    `attention_maps`.
 
     Parameters
     ----------
@@ -80,18 +110,14 @@ def attention(x: Array, weights: Weights, name: str, num_heads: int) -> Array:
     weights, name : the layers ``{name}.qkv`` and ``{name}.proj``
     num_heads : int
         Divides dim.
+    bias : array (heads, n, n), optional
+        Added to the scores.
     """
     dim = x.shape[1]
-    if dim % num_heads:
-        raise ValueError(f"num_heads: expected a divisor of {dim}, got {num_heads}")
-    head_dim = dim // num_heads
-    qkv = linear(x, weights, f"{name}.qkv")
-    query, key, value = qkv[:, :dim], qkv[:, dim : 2 * dim], qkv[:, 2 * dim :]
+    value = linear(x, weights, f"{name}.qkv")[:, 2 * dim :]
     heads = []
-    for head in range(num_heads):
-        channels = slice(head * head_dim, (head + 1) * head_dim)
-        scores = query[:, channels] @ key[:, channels].T / math.sqrt(head_dim)
-        heads.append(softmax(scores) @ value[:, channels])
+    for head, looks_at in enumerate(attention_maps(x, weights, name, num_heads, bias)):
+        heads.append(looks_at @ value[:, head * dim // num_heads : (head + 1) * dim // num_heads])
     return linear(np.concatenate(heads, axis=1), weights, f"{name}.proj")
 
 
@@ -105,10 +131,34 @@ def norm(x: Array, weights: Weights, name: str) -> Array:
     return layer_norm(x, weights[f"{name}.weight"], weights[f"{name}.bias"])
 
 
-def block(x: Array, weights: Weights, name: str, num_heads: int) -> Array:
-    """Apply one pre-norm transformer block: attention, then the MLP, each added to what came in."""
-    x = x + attention(norm(x, weights, f"{name}.norm1"), weights, f"{name}.attn", num_heads)
-    return x + mlp(norm(x, weights, f"{name}.norm2"), weights, f"{name}.mlp")
+def layer_scale(x: Array, weights: Weights, name: str) -> Array:
+    """Multiply every channel by its own factor ``{name}.gamma``, if the weights hold one.
+
+    Examples
+    --------
+    >>> layer_scale(np.array([[2.0, 3.0]]), {"ls1.gamma": np.array([0.5, 1.0])}, "ls1")
+    array([[1., 3.]])
+    """
+    return x * weights[f"{name}.gamma"] if f"{name}.gamma" in weights else x
+
+
+def block(
+    x: Array,
+    weights: Weights,
+    name: str,
+    num_heads: int,
+    bias: Array | None = None,
+    scales: Sequence[float] | Array = (1.0, 1.0),
+) -> Array:
+    """Apply one pre-norm transformer block: attention, then the MLP, each added to what came in.
+
+    What the two branches add is multiplied by LayerScale's factors per channel, if the weights hold any
+    (``{name}.ls1.gamma``, ``{name}.ls2.gamma``), and by one of the two scales (drop path: 0 where a branch is dropped).
+    """
+    attended = attention(norm(x, weights, f"{name}.norm1"), weights, f"{name}.attn", num_heads, bias)
+    x = x + scales[0] * layer_scale(attended, weights, f"{name}.ls1")
+    mixed = mlp(norm(x, weights, f"{name}.norm2"), weights, f"{name}.mlp")
+    return x + scales[1] * layer_scale(mixed, weights, f"{name}.ls2")
 
 
 def depth(weights: Weights, name: str) -> int:
@@ -119,11 +169,102 @@ def depth(weights: Weights, name: str) -> int:
     return number
 
 
-def transformer(x: Array, weights: Weights, name: str, num_heads: int) -> Array:
-    """Apply all blocks of ``name`` and its final norm."""
-    for number in range(depth(weights, name)):
-        x = block(x, weights, f"{name}.blocks.{number}", num_heads)
-    return norm(x, weights, f"{name}.norm")
+def hidden_states(
+    x: Array,
+    weights: Weights,
+    name: str,
+    num_heads: int,
+    bias: Array | None = None,
+    scales: Sequence[Sequence[float]] | Array | None = None,
+) -> list[Array]:
+    """Apply all blocks of ``name``, one after another: the output of each of them, before any final norm.
+
+    Parameters
+    ----------
+    x : array (n, dim)
+    weights, name : the blocks ``{name}.blocks.0``, ``{name}.blocks.1``, ...
+    num_heads : int
+    bias : array (heads, n, n), optional
+        The same for all blocks.
+    scales : (depth, 2), optional
+        Factors of the attention and of the MLP branch of every block; 1 by default.
+    """
+    number_of_blocks = depth(weights, name)
+    if scales is None:
+        scales = [(1.0, 1.0)] * number_of_blocks
+    if len(scales) != number_of_blocks:
+        raise ValueError(f"scales: expected a pair for each of {number_of_blocks} blocks, got {len(scales)}")
+    states = []
+    for number in range(number_of_blocks):
+        x = block(x, weights, f"{name}.blocks.{number}", num_heads, bias, scales[number])
+        states.append(x)
+    return states
+
+
+def transformer(
+    x: Array,
+    weights: Weights,
+    name: str,
+    num_heads: int,
+    bias: Array | None = None,
+    scales: Sequence[Sequence[float]] | Array | None = None,
+) -> Array:
+    """Apply all blocks of ``name`` (see `hidden_states`) and its final norm."""
+    last = [x, *hidden_states(x, weights, name, num_heads, bias, scales)][-1]
+    return norm(last, weights, f"{name}.norm")
+
+
+def relative_position_row(query: Sequence[int] | None, key: Sequence[int] | None, shape: Sequence[int]) -> int:
+    """Return the row of the relative position table that belongs to the cells of a query and a key.
+
+    The offset between two tokens is counted in grid cells, query minus key. Along an axis of length n it runs from
+    -(n-1) to n-1; shifted to 0 .. 2n-2 it numbers the rows in raster order. The class token has no cell, but None.
+    Three rows follow for it: it looks at a token, a token looks at it, and it looks at itself.
+
+    Examples
+    --------
+    >>> relative_position_row((1, 1), (0, 0), (2, 2)), relative_position_row((0, 0), (1, 1), (2, 2))
+    (8, 0)
+    >>> [relative_position_row(*pair, (2, 2)) for pair in [(None, (0, 1)), ((0, 1), None), (None, None)]]
+    [9, 10, 11]
+    """
+    lengths = [2 * length - 1 for length in shape]
+    if query is None and key is None:
+        return grid.num_tokens(lengths) + 2
+    if key is None:
+        return grid.num_tokens(lengths) + 1
+    if query is None:
+        return grid.num_tokens(lengths)
+    return grid.raster_number([a - b + n - 1 for a, b, n in zip(query, key, shape, strict=True)], lengths)
+
+
+def relative_position_bias(tokens: Sequence[int], shape: Sequence[int], table: Array) -> Array:
+    """Look up the attention bias of the class token and some tokens of an image, in this order.
+
+    Parameters
+    ----------
+    tokens : n raster numbers
+    shape : the grid
+    table : array (product of 2 length - 1 over the axes, plus 3; heads)
+
+    Returns
+    -------
+    array (heads, 1 + n, 1 + n), queries before keys
+
+    References
+    ----------
+    H. Bao et al., "BEiT: BERT Pre-Training of Image Transformers", arXiv 2106.08254; the numbering is timm's.
+    """
+    rows = relative_position_row(None, None, shape) + 1
+    if len(table) != rows:
+        raise ValueError(f"table: expected {rows} rows for the grid {tuple(shape)}, got {len(table)}")
+    cells = grid.positions(shape)
+    sequence = [None, *(cells[token] for token in tokens)]
+    bias = np.zeros((table.shape[1], len(sequence), len(sequence)))
+    for i, query in enumerate(sequence):
+        for j, key in enumerate(sequence):
+            bias[:, i, j] = table[relative_position_row(query, key, shape)]
+    return bias
 
 
 def patch_embedding(patches: Array, weights: Weights, name: str) -> Array:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from prmim_core import Grid, Schedule, TokenCounts, Transformer, cost, count_tokens
+from prmim_core import Grid, Schedule, TokenCounts, Transformer, cost, count_tokens, maskalign_cost, simmim_cost
 
 DECODER = Transformer(512, 8, 16)
 MODELS = {  # encoder, grid, values of a patch
@@ -209,6 +209,111 @@ def test_empty_parts_cost_nothing_negative(counts, variant):
         variant=variant,
     )
     assert all(part.macs >= 0 and part.activation_bytes >= 0 for part in costs.parts.values())
+
+
+# --- SimMIM --------------------------------------------------------------------------------------------------------
+
+VIT_BASE, GRID = MODELS["B/16"][0], MODELS["B/16"][1]
+
+
+def simmim(throw_ratio=0.0, **options):
+    counts = count_tokens(196, 0.6, throw_ratio, mask_unit=4)
+    return simmim_cost(Schedule(GRID, counts), patch_dim=768, encoder=VIT_BASE, **options)
+
+
+def official_simmim(thrown):
+    counts = TokenCounts(76, 120 - thrown, thrown)
+    return simmim_cost(Schedule(GRID, counts), patch_dim=768, encoder=VIT_BASE, bookkeeping="official")
+
+
+def test_official_simmim():
+    costs = official_simmim(0)
+    assert list(costs.parts) == ["patch_embed", "encoder", "stages", "head"]
+    assert giga(costs.macs) == printed(17.679, 3)
+    assert costs.parts["encoder"].macs == VIT_BASE.macs(197)
+    assert costs.parts["head"].macs == costs.parts["patch_embed"].macs == 196 * 768 * 768
+
+
+@pytest.mark.parametrize(("encoder_tokens", "percent"), [(145, 27.0), (137, 31.1), (99, 50.4)])
+def test_official_simmim_with_tokens_thrown(encoder_tokens, percent):
+    assert saved(official_simmim(197 - encoder_tokens).macs, official_simmim(0).macs) == printed(percent, 1)
+
+
+def test_simmim_embeds_the_visible_and_predicts_the_supervised():
+    dense, ours, plain = simmim(), simmim(0.25), simmim(0.25, variant="none")
+    per_token = 768 * 768
+    assert {costs.parts["patch_embed"].macs for costs in (dense, ours, plain)} == {76 * per_token}
+    assert [costs.parts["head"].macs for costs in (dense, ours, plain)] == [120 * per_token] * 2 + [71 * per_token]
+    assert dense.parts["encoder"].macs == VIT_BASE.macs(197)
+    assert ours.parts["encoder"].macs == plain.parts["encoder"].macs == VIT_BASE.macs(148)
+    assert dense.parts["stages"].macs == plain.parts["stages"].macs == 0
+    assert ours.parts["stages"].macs == (25 * 147 + 24 * 172) * 768
+
+
+def test_simmim_keeps_what_its_blocks_add_to_plain_ones():
+    bare = {"layer_scale": False, "relative_position": False}
+    plain = simmim(compute_bytes=2, **bare).parts["encoder"].activation_bytes
+    blocks = VIT_BASE.activation_bytes(197, compute_bytes=2, attention="fused")
+    assert plain == blocks + 197 * (4 * 768 + 8)  # the final norm
+    scaled = simmim(compute_bytes=2, **bare | {"layer_scale": True}).parts["encoder"].activation_bytes
+    assert scaled - plain == 12 * 2 * 197 * 768 * 2
+    biased = simmim(compute_bytes=2, **bare | {"relative_position": True}).parts["encoder"].activation_bytes
+    assert biased - plain == 197**2 * (12 * 2 + 8)
+    assert simmim(**bare).macs == simmim().macs
+
+
+# --- MaskAlign -----------------------------------------------------------------------------------------------------
+
+
+def maskalign(**options):
+    sizes = {"patch_dim": 768, "encoder": VIT_BASE, "teacher": VIT_BASE}
+    schedule = Schedule(GRID, count_tokens(196, 0.7, 1))
+    return maskalign_cost(schedule, **{**sizes, "teacher_patch_dim": 768, "teacher_tokens": 196, **options})
+
+
+def test_official_maskalign():
+    costs = maskalign(bookkeeping="official")
+    assert list(costs.parts) == ["patch_embed", "encoder", "fusion", "stages", "heads", "teacher"]
+    teacher = costs.parts["teacher"].macs
+    assert giga(teacher) == printed(17.56, 2)
+    assert giga(costs.macs - teacher) == printed(5.609, 3)
+    # A head for every layer of the teacher.
+    assert costs.parts["heads"].macs == 12 * 59 * 768 * 768
+
+
+def test_maskalign_aligns_the_layers_it_is_told_to():
+    plain, ours = maskalign(variant="none"), maskalign(layers=2)
+    assert plain.parts["heads"].macs == 5 * 59 * 768 * 768
+    assert ours.parts["heads"].macs == 2 * (59 + 138) * 768 * 768
+    assert plain.parts["fusion"].macs == 5 * 12 * 59 * 768
+    assert ours.parts["fusion"].macs == 2 * 12 * 59 * 768
+    assert plain.parts["stages"].macs == 0
+    assert ours.parts["stages"].macs == 2 * (69 * 58 + 69 * 127) * 768
+    assert plain.parts["patch_embed"].macs == ours.parts["patch_embed"].macs == 58 * 768 * 768
+    assert plain.parts["encoder"].macs == ours.parts["encoder"].macs == VIT_BASE.macs(59)
+
+
+def test_nothing_of_the_teacher_is_kept():
+    large = Transformer(1024, 24, 16)
+    costs = maskalign(teacher=large, teacher_patch_dim=14 * 14 * 3, variant="none")
+    assert costs.parts["teacher"].activation_bytes == 0
+    assert costs.parts["teacher"].macs == 196 * 588 * 1024 + large.macs(197)
+    assert costs.parts["heads"].macs == 5 * 59 * 768 * 1024
+    assert costs.parts["heads"].activation_bytes == 5 * 59 * (768 + 1024) * 4
+    assert costs.activation_bytes < 0.4 * simmim().activation_bytes
+
+
+@pytest.mark.parametrize("layers", [0, 13])
+def test_no_more_layers_are_aligned_than_there_are(layers):
+    with pytest.raises(ValueError, match=f"layers: expected 1 to the 12 of the teacher, got {layers}"):
+        maskalign(layers=layers)
+
+
+@pytest.mark.parametrize("report_of", [simmim, maskalign])
+@pytest.mark.parametrize("name", ["variant", "bookkeeping", "attention"])
+def test_other_methods_check_names_too(report_of, name):
+    with pytest.raises(ValueError, match=f"{name}: expected one of .* got 'best'"):
+        report_of(**{name: "best"})
 
 
 @pytest.mark.parametrize(

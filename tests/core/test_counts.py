@@ -45,6 +45,41 @@ def test_rounding_rules_differ_where_they_should():
     assert count_tokens(196, 0.75) == count_tokens(196, 0.75, rounding="amt")
 
 
+@pytest.mark.parametrize(
+    ("arguments", "units", "expected"),
+    [
+        ((196, 0.6, 0.25), {"mask_unit": 4}, (76, 71, 49)),  # SimMIM: 19 of 49 units are visible
+        ((196, 0.6, 0.25), {"mask_unit": 4, "throw_unit": 4}, (76, 72, 48)),
+        ((196, 0.6, 0.25), {"mask_unit": 4, "throw_unit": 2}, (76, 72, 48)),
+        ((196, 0.6, 0.26), {"mask_unit": 4, "throw_unit": 2}, (76, 70, 50)),
+        ((196, 0.6, 1.0), {"mask_unit": 4, "throw_unit": 4}, (76, 0, 120)),
+        ((196, 0.44, 0.26, "amt"), {"mask_unit": 4}, (112, 34, 50)),  # 21 of 49 units are masked
+        ((24, 0.5), {"mask_unit": 24}, (0, 24, 0)),
+        ((24, 0.0, 0.5), {"mask_unit": 24}, (24, 0, 0)),
+    ],
+)
+def test_units_are_counted_whole(arguments, units, expected):
+    counts = count_tokens(*arguments, **units)
+    assert (counts.visible, counts.decoded, counts.thrown) == expected
+
+
+@given(
+    throw_unit=st.integers(1, 9), factors=st.tuples(st.integers(1, 9), st.integers(1, 60)), mask=RATIOS, throw=RATIOS
+)
+@pytest.mark.parametrize("rounding", ["mae", "amt"])
+def test_units_match_the_reference(throw_unit, factors, mask, throw, rounding):
+    mask_unit = throw_unit * factors[0]
+    num_tokens = mask_unit * factors[1]
+    counts = count_tokens(num_tokens, mask, throw, rounding, mask_unit=mask_unit, throw_unit=throw_unit)
+    expected = reference.counts.count_tokens(
+        num_tokens, mask, throw, rounding, mask_unit=mask_unit, throw_unit=throw_unit
+    )
+    assert (counts.visible, counts.decoded, counts.thrown) == (expected.visible, expected.decoded, expected.thrown)
+    assert counts.num_tokens == num_tokens
+    assert counts.visible == mask_unit * count_tokens(factors[1], mask, rounding=rounding).visible
+    assert counts.thrown % throw_unit == 0
+
+
 @given(num_tokens=st.integers(1, 5000), mask=RATIOS, throw=RATIOS, rounding=st.sampled_from(["mae", "amt"]))
 def test_counts_are_exact(num_tokens, mask, throw, rounding):
     counts = count_tokens(num_tokens, mask, throw, rounding)
@@ -85,6 +120,23 @@ def test_more_masking_masks_more(num_tokens, ratios, throw):
 def test_errors_name_the_argument(arguments, error, message):
     with pytest.raises(error, match=message):
         count_tokens(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("units", "error", "message"),
+    [
+        ({"mask_unit": 5}, ValueError, "mask_unit: expected a divisor of the 196 tokens, got 5"),
+        ({"mask_unit": 0}, ValueError, "mask_unit: expected at least 1, got 0"),
+        ({"mask_unit": 4.0}, TypeError, "mask_unit: expected an integer, got 4.0"),
+        ({"throw_unit": 2}, ValueError, "throw_unit: expected a divisor of mask_unit 1, got 2"),
+        ({"mask_unit": 4, "throw_unit": 8}, ValueError, "throw_unit: expected a divisor of mask_unit 4, got 8"),
+        ({"mask_unit": 4, "throw_unit": -1}, ValueError, "throw_unit: expected at least 1, got -1"),
+        ({"throw_unit": True}, TypeError, "throw_unit: expected an integer, got True"),
+    ],
+)
+def test_units_are_checked(units, error, message):
+    with pytest.raises(error, match=message):
+        count_tokens(196, 0.6, 0.25, **units)
 
 
 @pytest.mark.parametrize("name", ["visible", "decoded", "thrown"])

@@ -21,6 +21,7 @@ from prmim_core import (
     covering_radius,
     denormalize_patches,
     distance_histogram,
+    drop_path_scales,
     furthest_point_sampling,
     interpolate,
     inverse_permutation,
@@ -33,6 +34,8 @@ from prmim_core import (
     patchify,
     random_visible,
     reconstruct_stages,
+    resize_images,
+    resize_table,
     separation,
     take_tokens,
     tube_visible,
@@ -42,6 +45,7 @@ from prmim_core import (
 
 GRID = Grid((4, 6), (2, 1))
 SCHEDULE = Schedule(GRID, TokenCounts(6, 8, 10))
+UNIT_SCHEDULE = Schedule(GRID, TokenCounts(8, 8, 8), unit=(2, 2))
 GENERATOR = np.random.default_rng(0)
 NOISE = counter_noise(0, 0, np.arange(3), 24)
 ORDER = make_plan(SCHEDULE, NOISE).order
@@ -51,6 +55,7 @@ FEATURES = GENERATOR.normal(size=(3, 14, 4)).astype(np.float32)
 IMAGES = GENERATOR.integers(0, 256, (3, 8, 6, 2)).astype(np.uint8)
 PATCHES = GENERATOR.normal(size=(3, 24, 4)).astype(np.float32)
 EDGES = np.float32([0, 1, 2, 9])
+TABLE = GENERATOR.normal(size=(1, 25, 4)).astype(np.float32)
 
 
 def repeat_first(features, known, thrown):
@@ -68,6 +73,7 @@ FUNCTIONS = {
     "covering_radius": (lambda known: covering_radius(GRID, known), IS_KNOWN),
     "denormalize_patches": (denormalize_patches, PATCHES, PATCHES[::-1]),
     "distance_histogram": (lambda known: distance_histogram(GRID, known, edges_like(known)), IS_KNOWN),
+    "drop_path_scales": (lambda noise: drop_path_scales(noise, 4, 0.5), NOISE),
     "furthest_point_sampling": (lambda *a: furthest_point_sampling(GRID, 4, *a), NOISE, IS_KNOWN),
     "interpolate": (lambda order, features: interpolate(features, Plan(order, SCHEDULE)), ORDER, FEATURES),
     "inverse_permutation": (inverse_permutation, ORDER),
@@ -81,6 +87,12 @@ FUNCTIONS = {
         NOISE,
         WEIGHTS,
     ),
+    "make_plan units": (lambda noise: make_plan(UNIT_SCHEDULE, noise).order, NOISE),
+    "make_plan weighted units": (
+        lambda noise, weights: make_plan(replace(UNIT_SCHEDULE, throwing="weighted"), noise, weights=weights).order,
+        NOISE,
+        WEIGHTS,
+    ),
     "make_plan visible": (lambda *a: make_plan(SCHEDULE, *a).order, NOISE, ORDER[:, :6]),
     "nearest_known_distance": (lambda known: nearest_known_distance(GRID, known), IS_KNOWN),
     "noise_rank": (noise_rank, NOISE),
@@ -89,13 +101,25 @@ FUNCTIONS = {
     "patchify": (lambda images: patchify(images, (2, 3)), IMAGES),
     "random_visible": (lambda noise: random_visible(noise, 6), NOISE),
     "reconstruct_stages": (rebuilt, ORDER, FEATURES),
+    "resize_images": (lambda images: resize_images(images, (5, 9)), IMAGES),
     "separation": (lambda known: separation(GRID, known), IS_KNOWN),
     "take_tokens": (take_tokens, PATCHES, ORDER[:, :7]),
     "tube_visible": (lambda noise: tube_visible(noise, GRID, 8), NOISE),
     "unpatchify": (lambda tokens: unpatchify(tokens, (2, 1), GRID), PATCHES),
     "weighted_visible": (lambda *a: weighted_visible(*a, 6), NOISE, WEIGHTS),
 }
-NOT_OF_ARRAYS = {"cost", "count_tokens", "num_offsets", "offset_squared_distances", "patch_grid", "vit_size"}
+NOT_OF_ARRAYS = {
+    "cost",
+    "count_tokens",
+    "maskalign_cost",
+    "num_offsets",
+    "offset_squared_distances",
+    "patch_grid",
+    "resize_matrix",
+    "simmim_cost",
+    "vit_size",
+}
+NOT_OF_BATCHES = {"resize_table": (lambda table: resize_table(table, (4, 6), (5, 3)), TABLE)}
 
 
 def edges_like(array):
@@ -106,7 +130,7 @@ def edges_like(array):
 
 def test_no_function_is_forgotten():
     public = {name for name in prmim_core.__all__ if inspect.isfunction(getattr(prmim_core, name))}
-    assert public == {name.partition(" ")[0] for name in FUNCTIONS} | NOT_OF_ARRAYS
+    assert public == {name.partition(" ")[0] for name in FUNCTIONS} | NOT_OF_ARRAYS | set(NOT_OF_BATCHES)
 
 
 def assert_same(xp, actual, expected):
@@ -116,9 +140,9 @@ def assert_same(xp, actual, expected):
         xp.assert_equal(actual, expected)
 
 
-@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize("name", [*FUNCTIONS, *NOT_OF_BATCHES])
 def test_libraries_agree(xp, name):
-    function, *arrays = FUNCTIONS[name]
+    function, *arrays = (FUNCTIONS | NOT_OF_BATCHES)[name]
     assert_same(xp, xp.run(function, *arrays), function(*arrays))
 
 
@@ -151,12 +175,15 @@ def test_arguments_are_left_as_they_were(xp, name):
 
 # What a compiled training step of a foreign trainer would call. Loops are unrolled there, so picks are few.
 COMPILED = [
+    "block_visible",
     "counter_noise",
+    "drop_path_scales",
     "furthest_point_sampling",
     "interpolate",
     "normalize_patches",
     "patchify",
     "random_visible",
+    "resize_images",
 ]
 
 

@@ -74,6 +74,38 @@ def test_errors_name_the_argument(shape, spacing, error, message):
         Grid(shape, spacing)
 
 
+@pytest.mark.parametrize(
+    ("grid", "unit", "expected"),
+    [
+        (Grid((14, 14)), (2, 2), Grid((7, 7), (2, 2))),
+        (Grid((4, 6), (3, 1)), (2, 3), Grid((2, 2), (6, 3))),
+        (Grid((4, 6)), (1, 1), Grid((4, 6))),
+        (Grid((4, 6)), (4, 6), Grid((1, 1), (4, 6))),
+        (Grid((12,)), [4], Grid((3,), (4,))),
+        (Grid((2, 4, 2), (4, 1, 1)), (2, 2, 1), Grid((1, 2, 2), (8, 2, 1))),
+    ],
+)
+def test_units_lie_where_their_first_tokens_do(grid, unit, expected):
+    assert grid.units(unit) == expected
+    firsts = [tokens[0] for tokens in reference.masking.unit_tokens(grid.shape, unit)]
+    np.testing.assert_array_equal(grid.units(unit).positions, grid.positions[firsts])
+
+
+@pytest.mark.parametrize(
+    ("unit", "error", "message"),
+    [
+        ((3, 2), ValueError, r"unit: expected sizes that divide the grid \(4, 6\), got \(3, 2\)"),
+        ((2,), ValueError, r"unit: .* got \(2,\)"),
+        ((2, 0), ValueError, r"unit: expected positive integers, got \(2, 0\)"),
+        ((2, 2.0), TypeError, r"unit: expected integers, got \(2, 2.0\)"),
+        (2, TypeError, "unit: expected a tuple of integers, got 2"),
+    ],
+)
+def test_units_must_divide_the_grid(unit, error, message):
+    with pytest.raises(error, match=message):
+        Grid((4, 6)).units(unit)
+
+
 def test_the_largest_grids_that_int32_carries():
     assert Grid((2**15,)).max_squared_distance == (2**15 - 1) ** 2 < 2**30 < INT32_MAX
     assert Grid((2, 1), (2**15 - 1, 1)).max_squared_distance < 2**30

@@ -4,6 +4,7 @@ from scipy import stats
 
 import prmim_reference as reference
 from prmim_core import Grid, block_visible, count_tokens, counter_noise, random_visible, tube_visible, weighted_visible
+from prmim_core.masking import unit_tokens
 
 GRID = Grid((4, 6))
 NOISE = counter_noise(0, 0, np.arange(3), GRID.num_tokens)
@@ -37,6 +38,12 @@ def test_block_visible_matches_the_reference(library, grid, unit, number, noise)
     visible = library.run(lambda noise: block_visible(noise, grid, unit, number), noise)
     expected = np.reshape(np.asarray(expected, dtype=int), (3, number * int(np.prod(unit))))
     library.assert_equal(visible, expected, dtype="index")
+
+
+@pytest.mark.parametrize(("grid", "unit", "number"), BLOCKS, ids=str)
+def test_tokens_of_units_match_the_reference(library, grid, unit, number):
+    tokens = library.run(lambda like: unit_tokens(grid, unit, like), NOISE)
+    library.assert_equal(tokens, reference.masking.unit_tokens(grid.shape, unit))
 
 
 def test_units_of_one_token_are_plain_random_masking():

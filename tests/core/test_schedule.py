@@ -35,6 +35,7 @@ def expected_order(schedule, noise, visible=None, weights=None):
             seed=schedule.seed,
             visible=None if visible is None else visible[image].tolist(),
             weights=None if weights is None else weights[image].tolist(),
+            unit=schedule.unit,
         )
         for image, row in enumerate(noise.tolist())
     ]
@@ -95,6 +96,99 @@ def test_weighted_plans_match_the_reference(library, grid):
     for row, image in zip(order.tolist(), noise.tolist(), strict=True):
         rest = reference.schedule.thrown_order(grid.shape, image, row[:known], spacing=grid.spacing)
         assert row[known:] == rest
+
+
+# --- whole units ---------------------------------------------------------------------------------------------------
+
+UNITS = [  # grid, unit that is masked, unit that is decoded or thrown, visible and decoded tokens
+    (Grid((4, 6)), (2, 2), (2, 2), 8, 8),
+    (Grid((4, 6)), (2, 3), (2, 1), 6, 10),
+    (Grid((8, 4), (3, 1)), (4, 2), (2, 2), 8, 12),
+    (Grid((12,)), (4,), (2,), 4, 4),
+    (Grid((2, 4, 4), (4, 1, 1)), (2, 2, 2), (1, 2, 2), 8, 12),
+    (Grid((4, 6)), (2, 2), (2, 2), 0, 12),
+    (Grid((4, 6)), (2, 2), (2, 2), 8, 0),
+    (Grid((4, 6)), (2, 2), (2, 2), 8, 16),
+]
+
+
+def unit_case(grid, mask_unit, unit, visible, decoded, throwing="furthest", seed="visible"):
+    counts = TokenCounts(visible, decoded, grid.num_tokens - visible - decoded)
+    schedule = Schedule(grid, counts, stages=3, throwing=throwing, seed=seed, unit=unit)
+    noise = counter_noise(5, 0, np.arange(3), grid.num_tokens)
+    return schedule, noise, block_visible(noise, grid, mask_unit, visible // int(np.prod(mask_unit)))
+
+
+@pytest.mark.parametrize(("throwing", "seed"), STRATEGIES)
+@pytest.mark.parametrize("case", UNITS, ids=str)
+def test_plans_of_units_match_the_reference(case, throwing, seed):
+    schedule, noise, visible = unit_case(*case, throwing=throwing, seed=seed)
+    assert make_plan(schedule, noise, visible).order.tolist() == expected_order(schedule, noise, visible)
+
+
+@pytest.mark.parametrize("case", UNITS[::2], ids=str)
+def test_plans_of_units_are_equal_on_every_library(library, case):
+    schedule, noise, visible = unit_case(*case)
+    plan = library.run(lambda noise, visible: make_plan(schedule, noise, visible), noise, visible)
+    library.assert_equal(plan.order, expected_order(schedule, noise, visible), dtype="index")
+
+
+@pytest.mark.parametrize("case", UNITS[1:3], ids=str)
+def test_weighted_plans_of_units_match_the_reference(library, case):
+    schedule, noise, visible = unit_case(*case, throwing="weighted")
+    # Integers: sums of them are exact in any order, and no two times of arrival are close.
+    weights = np.random.default_rng(0).integers(1, 99, noise.shape).astype(np.float32)
+    plan = library.run(lambda *a: make_plan(schedule, *a), noise, visible, weights)
+    library.assert_equal(plan.order, expected_order(schedule, noise, visible, weights), dtype="index")
+
+
+@pytest.mark.parametrize("case", UNITS, ids=str)
+def test_units_stay_whole(case):
+    schedule, noise, visible = unit_case(*case)
+    plan = make_plan(schedule, noise, visible)
+    grid, unit = schedule.grid, schedule.unit
+    number = np.arange(grid.units(unit).num_tokens).reshape(grid.units(unit).shape)
+    for axis, size in enumerate(unit):
+        number = number.repeat(size, axis=axis)
+    units = number.ravel()[plan.decoded].reshape(3, -1, int(np.prod(unit)))
+    assert (units == units[:, :, :1]).all()  # unit by unit
+    tokens = plan.decoded.reshape(units.shape)
+    assert (np.diff(tokens, axis=2) > 0).all()  # in raster order
+    for image in range(3):
+        assert not np.isin(number.ravel()[plan.thrown[image]], units[image]).any()
+    np.testing.assert_array_equal(np.sort(plan.order, axis=1), [np.arange(grid.num_tokens)] * 3)
+
+
+def test_without_given_tokens_whole_units_are_visible(library):
+    schedule, noise, _ = unit_case(*UNITS[0])
+    plan = library.run(lambda noise: make_plan(schedule, noise), noise)
+    visible = block_visible(noise, schedule.grid, (2, 2), 2)
+    library.assert_equal(plan.order, expected_order(schedule, noise, visible), dtype="index")
+    library.assert_equal(plan.order, expected_order(schedule, noise), dtype="index")
+
+
+def test_thrown_tokens_of_units_are_sorted_one_by_one():
+    # A unit of 4 in a row next to a known one: its tokens lie 1 to 4 away, and so do those of the unit after the gap.
+    schedule = Schedule(Grid((1, 12)), TokenCounts(4, 0, 8), unit=(1, 4))
+    noise = np.zeros((1, 12), dtype=np.int32)
+    plan = make_plan(schedule, noise, np.asarray([[4, 5, 6, 7]]))
+    assert plan.stage(1).tolist() == [[3, 8, 2, 9]]
+    assert plan.stage(2).tolist() == [[1, 10, 0, 11]]
+
+
+def test_a_unit_of_ones_is_a_single_token():
+    plain = Schedule(Grid((4, 6)), TokenCounts(6, 8, 10))
+    ones = Schedule(Grid((4, 6)), TokenCounts(6, 8, 10), unit=(1, 1))
+    assert ones == plain
+    assert hash(ones) == hash(plain)
+    assert ones.unit is None
+
+
+def test_units_of_equal_content_are_one_key():
+    units = [(2, 2), [2, 2], (np.int64(2), np.int32(2))]
+    schedules = {Schedule(Grid((4, 6)), TokenCounts(8, 8, 8), unit=unit) for unit in units}
+    assert len(schedules) == 1
+    assert schedules != {Schedule(Grid((4, 6)), TokenCounts(8, 8, 8))}
 
 
 EMPTY = [
@@ -333,6 +427,17 @@ NOISE = counter_noise(0, 0, np.arange(2), 4)
         ({"stages": True}, TypeError, "stages: expected an integer, got True"),
         ({"throwing": "near"}, ValueError, "throwing: expected one of furthest, random, weighted, cell, got 'near'"),
         ({"seed": "random"}, ValueError, "seed: expected one of visible, none, got 'random'"),
+        ({"unit": (3,)}, ValueError, r"unit: expected sizes that divide the grid \(4,\), got \(3,\)"),
+        ({"unit": (2, 2)}, ValueError, r"unit: expected sizes that divide the grid \(4,\), got \(2, 2\)"),
+        ({"unit": (0,)}, ValueError, r"unit: expected positive integers, got \(0,\)"),
+        ({"unit": 2}, TypeError, "unit: expected a tuple of integers, got 2"),
+        ({"unit": (2.0,)}, TypeError, r"unit: expected integers, got \(2.0,\)"),
+        ({"unit": (2,)}, ValueError, "counts: expected decoded and thrown tokens in units of 2, got 1 and 2"),
+        (
+            {"counts": TokenCounts(1, 2, 1), "unit": (2,)},
+            ValueError,
+            "counts: expected decoded and thrown tokens in units of 2, got 2 and 1",
+        ),
     ],
 )
 def test_schedules_are_checked(arguments, error, message):
@@ -373,6 +478,14 @@ def test_plans_are_checked(throwing, arguments, error, message):
     schedule = Schedule(GRID, COUNTS, throwing=throwing)
     with pytest.raises(error, match=message):
         make_plan(schedule, **{"noise": NOISE, **arguments})
+
+
+def test_weights_of_units_are_checked():
+    schedule = Schedule(GRID, TokenCounts(0, 2, 2), throwing="weighted", unit=(2,))
+    with pytest.raises(ValueError, match=r"weights: .* \(2, 4\), got \(2, 2\)"):
+        make_plan(schedule, NOISE, weights=np.ones((2, 2)))
+    with pytest.raises(ValueError, match=r"weights: .* got None"):
+        make_plan(schedule, NOISE)
 
 
 @pytest.mark.parametrize("xp", ["torch", "jax", "strict"], indirect=True)

@@ -1,6 +1,7 @@
 """What the tests of the JAX adapter share."""
 
 import importlib.util
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -46,6 +47,12 @@ def tiny() -> dict[str, Any]:
 
 
 @pytest.fixture
+def tiny_simmim() -> dict[str, Any]:
+    """Options of a SimMIM that a step of takes milliseconds: 4x4 tokens, units of 2x2, of which 1 visible."""
+    return {"image_size": (16, 16), "patch_size": (4, 4), "embed_dim": 16, "depth": 2, "num_heads": 2}
+
+
+@pytest.fixture
 def make_images() -> Callable[..., Any]:
     """Return a function from a shape to random uint8 images in NumPy."""
 
@@ -53,3 +60,20 @@ def make_images() -> Callable[..., Any]:
         return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
 
     return make
+
+
+@pytest.fixture
+def dot_macs() -> Callable[[Any], int]:
+    """Return a function that counts the multiply-accumulates of matrix products in a lowered, uncompiled program."""
+
+    def count(lowered: Any) -> int:
+        total = 0
+        pattern = r"dot_general .*?(?:batching_dims = \[([\d, ]*)\].*?)?contracting_dims = \[([\d, ]*)\].*?"
+        pattern += r": \(tensor<([\dx]+)x\w+>, tensor<[^>]+>\) -> tensor<([\dx]+)x\w+>"
+        for _, contracted, left, result in re.findall(pattern, lowered.as_text()):
+            sizes = [int(size) for size in left.split("x")]
+            depth = np.prod([sizes[int(axis)] for axis in contracted.split(",")])
+            total += int(depth * np.prod([int(size) for size in result.split("x")]))
+        return total
+
+    return count

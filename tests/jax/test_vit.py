@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from prmim_jax.interop import named_variables
 from prmim_jax.vit import (
     Attention,
     Block,
@@ -15,11 +16,16 @@ from prmim_jax.vit import (
     Encoder,
     LayerNorm,
     Linear,
+    Mlp,
     PatchProjection,
+    RelativePositionBias,
     set_compute_dtype,
     sincos_table,
+    stack_blocks,
+    unstack_blocks,
     xavier_uniform,
 )
+from prmim_reference import method as reference_method
 from prmim_reference import vit as reference
 
 
@@ -115,6 +121,165 @@ def test_layer_norm_of_large_values_keeps_its_digits():
     wide = np.asarray(x, np.float64)
     expected = (wide - wide.mean(-1, keepdims=True)) / np.sqrt(wide.var(-1, keepdims=True) + 1e-6)
     np.testing.assert_allclose(normed, expected, atol=1e-3)
+
+
+@pytest.mark.parametrize("shape", [(5,), (3, 4), (2, 3, 2)], ids=str)
+def test_relative_position_bias_is_the_reference_one(shape):
+    bias = RelativePositionBias(shape, num_heads=2)
+    table = np.random.default_rng(0).normal(size=bias.relative_position_bias_table.shape).astype(np.float32)
+    assert not bias.relative_position_bias_table[...].any()
+    bias.relative_position_bias_table.set_value(jnp.asarray(table))
+    index = np.stack([np.random.default_rng(seed).permutation(np.prod(shape))[:4] for seed in range(3)])
+    expected = [reference.relative_position_bias(tokens.tolist(), shape, table) for tokens in index]
+    np.testing.assert_array_equal(bias(jnp.asarray(index)), expected)
+    whole = reference.relative_position_bias(range(np.prod(shape)), shape, table)
+    np.testing.assert_array_equal(bias(), whole)
+
+
+SHAPE = (3, 4)
+KINDS = {"absolute": {}, "relative": {"position": "relative", "layer_scale": 0.1}}
+
+
+def make_encoder(depth=3, dtype=np.float64, **options):
+    """Return an encoder away from the symmetries of its first values, and tokens of two images to call it with."""
+    encoder = Encoder(SHAPE, (2, 2), 3, dim=8, depth=depth, num_heads=2, rngs=rngs(), **options)
+    rng = np.random.default_rng(1)
+    for variable in named_variables(encoder).values():
+        is_learned = isinstance(variable, nnx.Param)
+        noise = 0.1 * rng.normal(size=variable.shape) if is_learned else 0
+        variable.set_value(jnp.asarray(np.asarray(variable[...], dtype) + noise, dtype))
+    patches = jnp.asarray(rng.normal(size=(2, 7, 12)), dtype)
+    index = jnp.asarray(np.stack([rng.permutation(12)[:7] for _ in range(2)]))
+    return encoder, (patches, index, jnp.asarray(rng.random((2, depth, 2)), np.float32))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("scan", [False, True], ids=["loop", "scan"])
+def test_outputs_of_all_blocks_are_the_reference_ones(kind, scan):
+    with jax.enable_x64(True):
+        encoder, (patches, index, scales) = make_encoder(scan=scan, **KINDS[kind])
+        tokens = encoder.place(encoder.patch_embed(patches), index)
+        states = encoder.hidden_states(tokens, index, scales)
+        encoded = encoder.encode(tokens, index, scales)
+        last = encoder.hidden_states(tokens, index, scales, last=2)
+        weights = {f"encoder.{name}": np.asarray(v[...]) for name, v in named_variables(encoder).items()}
+    assert len(states) == 3
+    for image in range(2):
+        all_patches = np.zeros((12, 12))
+        all_patches[index[image]] = patches[image]
+        expected = reference_method.encoder_states(
+            all_patches, index[image].tolist(), SHAPE, weights, 2, scales=np.asarray(scales[image], np.float64)
+        )
+        np.testing.assert_allclose([state[image] for state in states], expected, rtol=1e-10, atol=1e-12)
+        np.testing.assert_array_equal(last, states[1:])
+        norm = reference.norm(expected[-1], weights, "encoder.norm")
+        np.testing.assert_allclose(encoded[image], norm, rtol=1e-10, atol=1e-12)
+
+
+def loss_of(encoder, inputs):
+    """Return what of an encoder is learned, and a function of it."""
+    graph, parameters, buffers = nnx.split(encoder, nnx.Param, ...)
+
+    def loss(parameters, patches, index, scales):
+        encoder = nnx.merge(graph, parameters, buffers)
+        tokens = encoder.place(encoder.patch_embed(patches), index)
+        states = encoder.hidden_states(tokens, index, scales, last=2)
+        return jnp.square(encoder.encode(tokens, index, scales)).mean() + sum(jnp.sin(state).sum() for state in states)
+
+    return parameters, loss
+
+
+def gradients_by_name(encoder, gradients):
+    graph, _, buffers = nnx.split(encoder, nnx.Param, ...)
+    whole = nnx.merge(graph, gradients, buffers)
+    unstack_blocks(whole)
+    return {name: np.asarray(v[...]) for name, v in named_variables(whole).items() if isinstance(v, nnx.Param)}
+
+
+def as_it_is(function):
+    return function
+
+
+@pytest.mark.parametrize(
+    ("kind", "is_stacked", "dtype", "rtol"),
+    [
+        ("absolute", False, np.float64, 1e-12),
+        ("relative", True, np.float64, 1e-12),
+        ("relative", False, np.float32, 1e-5),
+    ],
+    ids=["absolute-list-float64", "relative-stack-float64", "relative-list-float32"],
+)
+def test_scanned_blocks_give_the_same_loss_and_gradients(kind, is_stacked, dtype, rtol):
+    with jax.enable_x64(dtype == np.float64):
+        results = []
+        for scan, wrap in ((False, as_it_is), (True, as_it_is), (True, jax.checkpoint)):
+            encoder, inputs = make_encoder(dtype=dtype, scan=scan, **KINDS[kind])
+            if is_stacked:
+                stack_blocks(encoder)
+            parameters, loss = loss_of(encoder, inputs)
+            value, gradients = jax.jit(jax.value_and_grad(wrap(loss)))(parameters, *inputs)
+            results.append((float(value), gradients_by_name(encoder, gradients)))
+    (expected, wanted), *others = results
+    for value, gradients in others:
+        assert value == pytest.approx(expected, rel=rtol / 10)
+        assert set(gradients) == set(wanted)
+        for name, gradient in gradients.items():
+            # The bias of keys has a gradient of 0, so errors are measured by the whole layer.
+            assert np.abs(gradient - wanted[name]).max() <= rtol * np.abs(wanted[name]).max(), name
+
+
+@pytest.mark.parametrize("wrap", [as_it_is, jax.checkpoint])
+def test_a_program_with_scanned_blocks_holds_one_of_them(wrap):
+    def products(depth, scan):
+        encoder, inputs = make_encoder(depth, dtype=np.float32, scan=scan)
+        parameters, loss = loss_of(encoder, inputs)
+        text = jax.jit(jax.grad(wrap(loss))).lower(parameters, *inputs).as_text()
+        return text.count("dot_general"), len(text)
+
+    (many, long), (few, short) = products(24, False), products(24, True)
+    assert few == products(12, True)[0] < many / 10
+    assert short < long / 4
+
+
+def test_blocks_can_be_stacked_and_taken_apart():
+    encoder, _ = make_encoder(dtype=np.float32, scan=True)
+    before = {name: np.asarray(v[...]) for name, v in named_variables(encoder).items()}
+    for _ in range(2):  # the second time, nothing is left to do
+        stack_blocks(encoder)
+        assert named_variables(encoder)["blocks.block.mlp.fc1.weight"].shape == (3, 32, 8)
+    for _ in range(2):
+        unstack_blocks(encoder)
+    after = named_variables(encoder)
+    assert set(after) == set(before)
+    for name, array in before.items():
+        np.testing.assert_array_equal(after[name][...], array)
+    loop, _ = make_encoder(dtype=np.float32)
+    stack_blocks(loop)
+    assert set(named_variables(loop)) == set(before)
+
+
+def test_parts_of_teachers():
+    x = jnp.linspace(-3, 3, 8)[None]
+    mlp = Mlp(8, 8, activation="quick_gelu", rngs=rngs())
+    hidden = np.asarray(mlp.fc1(x), np.float64)
+    expected = mlp.fc2(jnp.asarray(hidden / (1 + np.exp(-1.702 * hidden)), jnp.float32))
+    np.testing.assert_allclose(mlp(x), expected, rtol=1e-5)
+    block = Block(8, 2, activation="quick_gelu", eps=0.1, rngs=rngs())
+    assert block.mlp.activation == "quick_gelu"
+    np.testing.assert_allclose(block.norm2(x), (x - x.mean()) / np.sqrt(x.var() + 0.1), rtol=1e-5, atol=1e-6)
+    with pytest.raises(ValueError, match=r"^activation: expected 'gelu' or 'quick_gelu', got 'relu'$"):
+        Mlp(8, 8, activation="relu", rngs=rngs())
+
+
+def test_unknown_position():
+    with pytest.raises(ValueError, match=r"^position: expected 'absolute' or 'relative', got 'both'$"):
+        make_encoder(position="both")
+
+
+def test_relative_positions_need_no_channels_for_every_axis():
+    assert Encoder((2, 2), (2, 2), 3, dim=6, depth=1, num_heads=3, position="relative", rngs=rngs()).pos_embed is None
+    with pytest.raises(ValueError, match=r"^embed_dim: expected a multiple of 4 for a grid of 2 axes, got 6$"):
+        Encoder((2, 2), (2, 2), 3, dim=6, depth=1, num_heads=3, rngs=rngs())
 
 
 def test_heads_divide_the_width():

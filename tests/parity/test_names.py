@@ -12,12 +12,22 @@ import prmim_torch
 # What one of them has more, each because its framework asks for it.
 ONLY_JAX = {
     "create_method": {"rngs"},
-    "MAE": {"rngs"},
-    "Encoder": {"rngs"},
-    "Decoder": {"rngs"},
-    **{name: {"rngs"} for name in ("Linear", "PatchProjection", "PatchEmbed", "Attention", "Mlp", "Block")},
+    "Method": {"scan_blocks"},
+    **{name: {"rngs", "scan_blocks"} for name in ("MAE", "SimMIM", "MaskAlign")},
+    **{name: {"rngs", "scan"} for name in ("Encoder", "Decoder")},
+    **{name: {"rngs"} for name in ("Linear", "PatchProjection", "PatchEmbed", "Attention")},
+    # A teacher's blocks are those of transformers in PyTorch.
+    "Block": {"rngs", "activation", "eps"},
+    "Mlp": {"rngs", "activation"},
+    "LayerNorm": {"eps"},
 }
-MODULES = [module.name for module in pkgutil.iter_modules(prmim_torch.__path__)]
+# Several processes.
+ONLY_TORCH_FILES = {"distributed"}
+ONLY_TORCH = {"Engine": {"parallel", "timeout", "rank", "world_size", "any", "close"}}
+MODULES = [module.name for module in pkgutil.iter_modules(prmim_jax.__path__)]
+CLASSES = ["Engine", "Method", "MAE", "SimMIM", "MaskAlign", "Teacher"]
+PARTS = [("method", "PixelMethod"), ("method", "FeatureMethod"), ("vit", "Encoder"), ("vit", "Decoder")]
+OUTPUTS = ["PixelOutput", "AlignOutput", "TeacherOutput", "Reconstruction", "Comparison"]
 
 
 def parameters(thing):
@@ -35,10 +45,11 @@ def public(module):
 
 
 def assert_alike(name, here, there):
-    more = ONLY_JAX.get(name, set())
-    taken = parameters(there)
-    assert set(taken) - set(parameters(here)) == more
-    assert {key: value for key, value in taken.items() if key not in more} == parameters(here)
+    given, taken = parameters(here), parameters(there)
+    assert set(taken) - set(given) == ONLY_JAX.get(name, set())
+    assert set(given) - set(taken) == ONLY_TORCH.get(name, set()) & set(given)
+    for key in set(given) & set(taken):
+        assert taken[key] == given[key], key
 
 
 def test_packages_export_the_same_names():
@@ -47,7 +58,8 @@ def test_packages_export_the_same_names():
 
 
 def test_packages_have_the_same_files():
-    assert [module.name for module in pkgutil.iter_modules(prmim_jax.__path__)] == MODULES
+    files = {module.name for module in pkgutil.iter_modules(prmim_torch.__path__)}
+    assert set(MODULES) == files - ONLY_TORCH_FILES
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -60,16 +72,30 @@ def test_what_both_files_define_takes_the_same_arguments(name):
             assert_alike(thing, here[thing], there[thing])
 
 
-@pytest.mark.parametrize("name", ["MAE", "Engine"])
-def test_classes_have_the_same_methods(name):
-    here, there = getattr(prmim_torch, name), getattr(prmim_jax, name)
-    methods = {key: thing for key, thing in vars(here).items() if not key.startswith("_") and key != "forward"}
-    for key, thing in methods.items():
+@pytest.mark.parametrize(
+    ("file", "name"), [*(("__init__", name) for name in CLASSES), *PARTS], ids=[*CLASSES, *(name for _, name in PARTS)]
+)
+def test_classes_have_the_same_methods(file, name):
+    suffix = "" if file == "__init__" else f".{file}"
+    here, there = (
+        getattr(importlib.import_module(f"{package}{suffix}"), name) for package in ("prmim_torch", "prmim_jax")
+    )
+    more = {"forward", *ONLY_TORCH.get(name, ())}
+    for key, thing in vars(here).items():
+        if key.startswith("_") or key in more:
+            continue
+        other = inspect.getattr_static(there, key)
         if isinstance(thing, property):
-            assert isinstance(inspect.getattr_static(there, key), property)
+            assert isinstance(other, property), key
+        elif inspect.isfunction(thing):
+            assert parameters(other) == parameters(thing), key
         else:
-            assert parameters(getattr(there, key)) == parameters(thing)
-    assert [field.name for field in inspect.getattr_static(prmim_jax.MAEOutput, "__dataclass_fields__").values()] == [
-        field.name for field in inspect.getattr_static(prmim_torch.MAEOutput, "__dataclass_fields__").values()
-    ]
-    assert prmim_jax.Reconstruction._fields == prmim_torch.Reconstruction._fields
+            assert other == thing, key
+    if "forward" in vars(here):
+        assert parameters(there.__call__) == parameters(here.forward)
+
+
+@pytest.mark.parametrize("name", OUTPUTS)
+def test_outputs_have_the_same_fields(name):
+    here, there = (getattr(package, name).__annotations__ for package in (prmim_torch, prmim_jax))
+    assert list(here) == list(there)

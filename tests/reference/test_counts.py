@@ -43,6 +43,40 @@ def test_every_two_digit_ratio_agrees_with_decimal_arithmetic(num_tokens):
         assert count_tokens(num_tokens, hundredths / 100, hundredths / 100) == expected
 
 
+@pytest.mark.parametrize(
+    ("num_tokens", "ratios", "units", "expected"),
+    [
+        (196, (0.6, 0.25), (4, 1), (76, 71, 49)),  # SimMIM: ceil(29.4) of 49 units masked
+        (196, (0.6, 0.25), (4, 4), (76, 72, 48)),  # 12.25 units thrown
+        (196, (0.6, 0.25), (4, 2), (76, 72, 48)),  # 24.5 pairs thrown
+        (196, (0.6, 0.9), (4, 4), (76, 0, 120)),
+        (12, (0.5, 0.5), (12, 4), (0, 8, 4)),
+    ],
+)
+def test_units_by_hand(num_tokens, ratios, units, expected):
+    counts = count_tokens(num_tokens, *ratios, mask_unit=units[0], throw_unit=units[1])
+    assert (counts.visible, counts.decoded, counts.thrown) == expected
+
+
+def test_amt_rounds_the_masked_units_down():
+    # The released code of AMT takes ceil(49 * 0.44) = 22; the rule here is floor.
+    assert count_tokens(196, 0.44, 0.0, "amt", mask_unit=4).masked == 21 * 4
+
+
+@pytest.mark.parametrize(
+    ("mask_unit", "throw_unit", "message"),
+    [
+        (5, 1, "mask_unit: expected a divisor of 196"),
+        (0, 1, "mask_unit"),
+        (4, 3, "throw_unit: .* of 4"),
+        (4, 0, "throw_unit"),
+    ],
+)
+def test_units_that_do_not_divide_are_refused(mask_unit, throw_unit, message):
+    with pytest.raises(ValueError, match=message):
+        count_tokens(196, 0.5, 0.5, mask_unit=mask_unit, throw_unit=throw_unit)
+
+
 @pytest.mark.parametrize("ratio", [-0.1, 1.5, float("nan")])
 def test_ratios_outside_their_range_are_refused(ratio):
     with pytest.raises(ValueError, match=r"mask_ratio: expected a number in \[0, 1\]"):

@@ -1,9 +1,8 @@
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
-from scipy.special import erf, softmax
 
-from prmim_reference import mae, reconstruct, vit
+from prmim_reference import mae, method, reconstruct
 from prmim_reference.noise import counter_noise
 
 DIM, DECODER_DIM, HEADS, DECODER_HEADS = 12, 24, 3, 4
@@ -17,47 +16,23 @@ CASES = {
 class Problem:
     """Random weights, images and noise of a small method."""
 
-    def __init__(self, *, lengths, patch_size, channels, batch=2, seed=0):
-        rng = np.random.default_rng(seed)
-        self.patch_size, self.channels = patch_size, channels
-        self.shape = tuple(n // side for n, side in zip(lengths, patch_size, strict=True))
+    def __init__(self, random_weights, name="image", *, batch=2, seed=0):
+        case = CASES[name]
+        self.patch_size, self.channels, lengths = case["patch_size"], case["channels"], case["lengths"]
+        self.shape = tuple(n // side for n, side in zip(lengths, self.patch_size, strict=True))
         self.num_tokens = int(np.prod(self.shape))
-        self.patch_dim = int(np.prod(patch_size)) * channels
-        self.images = rng.integers(0, 256, (batch, *lengths, channels), np.uint8)
+        self.patch_dim = int(np.prod(self.patch_size)) * self.channels
+        self.images = np.random.default_rng(seed).integers(0, 256, (batch, *lengths, self.channels), np.uint8)
         self.noise = np.array([counter_noise(seed, 0, sample, self.num_tokens) for sample in range(batch)])
-        self.weights = {}
-        self.normal = lambda *size: rng.normal(0, 0.3, size)
-        self.transformer("encoder", DIM, depth=2)
-        self.transformer("decoder", DECODER_DIM, depth=1)
-        self.weights |= {
-            "encoder.patch_embed.proj.weight": self.normal(DIM, channels, *patch_size),
-            "encoder.patch_embed.proj.bias": self.normal(DIM),
-            "encoder.cls_token": self.normal(1, 1, DIM),
-            "decoder.mask_token": self.normal(1, 1, DECODER_DIM),
-            "reconstruct.table": self.normal(4, int(np.prod([2 * n - 1 for n in self.shape]))),
-            "reconstruct.kernel": 1 + self.normal(DECODER_DIM, *(3,) * len(self.shape)),
-        }
-        self.linear("decoder.embed", DIM, DECODER_DIM)
-        self.linear("decoder.pred", DECODER_DIM, self.patch_dim)
-        self.norm("reconstruct.norm", DECODER_DIM)
-
-    def linear(self, name, fan_in, fan_out):
-        self.weights |= {f"{name}.weight": self.normal(fan_out, fan_in), f"{name}.bias": self.normal(fan_out)}
-
-    def norm(self, name, dim):
-        self.weights |= {f"{name}.weight": 1 + self.normal(dim), f"{name}.bias": self.normal(dim)}
-
-    def transformer(self, name, dim, depth):
-        self.weights[f"{name}.pos_embed"] = self.normal(1, 1 + self.num_tokens, dim)
-        for number in range(depth):
-            block = f"{name}.blocks.{number}"
-            self.norm(f"{block}.norm1", dim)
-            self.norm(f"{block}.norm2", dim)
-            self.linear(f"{block}.attn.qkv", dim, 3 * dim)
-            self.linear(f"{block}.attn.proj", dim, dim)
-            self.linear(f"{block}.mlp.fc1", dim, 4 * dim)
-            self.linear(f"{block}.mlp.fc2", 4 * dim, dim)
-        self.norm(f"{name}.norm", dim)
+        self.weights = random_weights(seed)
+        self.weights.encoder(self.shape, self.patch_size, self.channels, DIM, depth=2)
+        self.weights.blocks("decoder", DECODER_DIM, depth=1)
+        self.weights.norm("decoder.norm", DECODER_DIM)
+        self.weights.linear("decoder.embed", DIM, DECODER_DIM)
+        self.weights.linear("decoder.pred", DECODER_DIM, self.patch_dim)
+        self.weights["decoder.mask_token"] = self.weights.normal(1, 1, DECODER_DIM)
+        self.weights["decoder.pos_embed"] = self.weights.normal(1, 1 + self.num_tokens, DECODER_DIM)
+        self.weights.reconstruct(self.shape, DECODER_DIM)
 
     def forward(self, **options):
         options = {"patch_size": self.patch_size, "num_heads": HEADS, "decoder_heads": DECODER_HEADS} | options
@@ -65,69 +40,34 @@ class Problem:
 
 
 @pytest.fixture(params=CASES)
-def problem(request):
-    return Problem(**CASES[request.param])
+def problem(request, random_weights):
+    return Problem(random_weights, request.param)
 
 
 @pytest.fixture
-def image_problem():
-    return Problem(**CASES["image"])
+def image_problem(random_weights):
+    return Problem(random_weights)
 
 
-# An independent forward pass in the manner of the original MAE: batches, einsum, the decoder on the whole image in
-# raster order, the loss through a boolean mask.
+# An independent forward pass in the manner of the original MAE: batches, the decoder on the whole image in raster
+# order, the loss through a boolean mask.
 
 
-def affine(x, weights, name):
-    return x @ weights[f"{name}.weight"].T + weights[f"{name}.bias"]
-
-
-def normed(x, weights, name):
-    x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-6)
-    return x * weights[f"{name}.weight"] + weights[f"{name}.bias"]
-
-
-def batched_transformer(x, weights, name, depth, heads):
-    batch, length, dim = x.shape
-    for block in (f"{name}.blocks.{number}" for number in range(depth)):
-        qkv = affine(normed(x, weights, f"{block}.norm1"), weights, f"{block}.attn.qkv")
-        query, key, value = qkv.reshape(batch, length, 3, heads, dim // heads).transpose(2, 0, 3, 1, 4)
-        mixed = softmax(query @ key.swapaxes(2, 3) / np.sqrt(dim // heads), axis=-1) @ value
-        x = x + affine(mixed.transpose(0, 2, 1, 3).reshape(batch, length, dim), weights, f"{block}.attn.proj")
-        hidden = affine(normed(x, weights, f"{block}.norm2"), weights, f"{block}.mlp.fc1")
-        x = x + affine(hidden * 0.5 * (1 + erf(hidden / np.sqrt(2))), weights, f"{block}.mlp.fc2")
-    return normed(x, weights, f"{name}.norm")
-
-
-def raster_patches(problem, mean, std):
-    axes = len(problem.shape)
-    x = (problem.images / 255 - np.array(mean)) / np.array(std)
-    split = [n for pair in zip(problem.shape, problem.patch_size, strict=True) for n in pair]
-    x = x.reshape(len(x), *split, problem.channels)
-    x = x.transpose(0, *range(1, 2 * axes, 2), *range(2, 2 * axes + 1, 2), 2 * axes + 1)
-    return x.reshape(len(x), problem.num_tokens, -1)
-
-
-def raster_features(problem, patches, num_visible, order, num_decoded):
+def raster_features(oracle, problem, patches, num_visible, order, num_decoded):
     """Decoder features of the tokens in raster order, attention among visible and decoded ones only; (B, N, dim)."""
     weights = problem.weights
-    batch = len(patches)
-    weight = np.moveaxis(weights["encoder.patch_embed.proj.weight"], 1, -1).reshape(DIM, -1)
-    tokens = patches @ weight.T + weights["encoder.patch_embed.proj.bias"] + weights["encoder.pos_embed"][:, 1:]
     visible = order[:, :num_visible]
-    cls = np.broadcast_to(weights["encoder.cls_token"] + weights["encoder.pos_embed"][:, :1], (batch, 1, DIM))
-    kept = np.take_along_axis(tokens, visible[:, :, None], axis=1)
-    encoded = batched_transformer(np.concatenate([cls, kept], axis=1), weights, "encoder", 2, HEADS)
-    embedded = affine(encoded, weights, "decoder.embed")
-    full = np.broadcast_to(weights["decoder.mask_token"], (batch, problem.num_tokens, DECODER_DIM)).copy()
+    states = oracle.encoder_outputs(patches, weights, problem.shape, HEADS, tokens=visible)
+    embedded = oracle.affine(oracle.normed(states[-1], weights, "encoder.norm"), weights, "decoder.embed")
+    features = np.full((len(patches), problem.num_tokens, DECODER_DIM), np.nan)
+    full = np.broadcast_to(weights["decoder.mask_token"], features.shape).copy()
     np.put_along_axis(full, visible[:, :, None], embedded[:, 1:], axis=1)
     sequence = np.concatenate([embedded[:, :1], full], axis=1) + weights["decoder.pos_embed"]
-    features = np.full((batch, problem.num_tokens, DECODER_DIM), np.nan)
-    for image in range(batch):
-        seen = np.sort(order[image, : num_visible + num_decoded])
+    for image, tokens in enumerate(order):
+        seen = np.sort(tokens[: num_visible + num_decoded])
         rows = np.concatenate([[0], 1 + seen])
-        out = batched_transformer(sequence[image : image + 1, rows], weights, "decoder", 1, DECODER_HEADS)
-        features[image, seen] = out[0, 1:]
+        states = oracle.block_outputs(sequence[image : image + 1, rows], weights, "decoder", DECODER_HEADS)
+        features[image, seen] = oracle.normed(states[-1], weights, "decoder.norm")[0, 1:]
     return features
 
 
@@ -139,16 +79,16 @@ def raster_target(patches, norm_pix):
 
 @pytest.mark.parametrize("norm_pix", [True, False])
 @pytest.mark.parametrize("throwing", ["none", "furthest"])
-def test_without_throwing_it_is_mae(problem, norm_pix, throwing):
+def test_without_throwing_it_is_mae(problem, oracle, norm_pix, throwing):
     mean, std = [0.4] * problem.channels, [0.3] * problem.channels
     output = problem.forward(throwing=throwing, throw_ratio=0.0, norm_pix=norm_pix, mean=mean, std=std)
-    patches = raster_patches(problem, mean, std)
+    patches = oracle.raster_patches(problem.images, problem.patch_size, mean, std)
     num_visible = problem.num_tokens // 4
     order = np.argsort(problem.noise, axis=1, kind="stable")
-    features = raster_features(problem, patches, num_visible, order, problem.num_tokens - num_visible)
+    features = raster_features(oracle, problem, patches, num_visible, order, problem.num_tokens - num_visible)
     is_masked = np.ones((len(order), problem.num_tokens))
     np.put_along_axis(is_masked, order[:, :num_visible], 0, axis=1)
-    predicted = affine(features, problem.weights, "decoder.pred")
+    predicted = oracle.affine(features, problem.weights, "decoder.pred")
     error = ((predicted - raster_target(patches, norm_pix)) ** 2).mean(axis=-1)
     assert output.loss == pytest.approx((error * is_masked).sum() / is_masked.sum(), rel=1e-10)
     assert output.loss_decoded == output.loss
@@ -168,15 +108,15 @@ def test_where_nothing_is_thrown_tokens_come_in_order_of_noise(image_problem, th
     assert np.array_equal(output.order, np.argsort(image_problem.noise, axis=1))
 
 
-def test_plain_partial_reconstruction_supervises_decoded_tokens_only(problem):
+def test_plain_partial_reconstruction_supervises_decoded_tokens_only(problem, oracle):
     half = [0.5] * problem.channels
     output = problem.forward(variant="none", throw_ratio=0.5, norm_pix=False, mean=half, std=half)
     num_visible = problem.num_tokens // 4
     num_decoded = problem.num_tokens - num_visible - problem.num_tokens // 2
-    patches = raster_patches(problem, half, half)
-    features = raster_features(problem, patches, num_visible, output.order, num_decoded)
+    patches = oracle.raster_patches(problem.images, problem.patch_size, half, half)
+    features = raster_features(oracle, problem, patches, num_visible, output.order, num_decoded)
     decoded = output.order[:, num_visible : num_visible + num_decoded, None]
-    predicted = np.take_along_axis(affine(features, problem.weights, "decoder.pred"), decoded, axis=1)
+    predicted = np.take_along_axis(oracle.affine(features, problem.weights, "decoder.pred"), decoded, axis=1)
     assert np.allclose(output.predicted, predicted, atol=1e-10)
     error = (predicted - np.take_along_axis(patches, decoded, axis=1)) ** 2
     assert output.loss == pytest.approx(error.mean(), rel=1e-10)
@@ -186,7 +126,7 @@ def test_plain_partial_reconstruction_supervises_decoded_tokens_only(problem):
 
 @pytest.mark.parametrize("variant", ["kernel", "interpolate", "conv"])
 @pytest.mark.parametrize("seed", ["visible", "none"])
-def test_thrown_tokens_are_rebuilt_from_decoder_features(problem, variant, seed):
+def test_thrown_tokens_are_rebuilt_from_decoder_features(problem, oracle, variant, seed):
     output = problem.forward(variant=variant, seed=seed, stages=3)
     plain = problem.forward(variant="none", seed=seed)
     num_decoded = plain.predicted.shape[1]
@@ -195,9 +135,9 @@ def test_thrown_tokens_are_rebuilt_from_decoder_features(problem, variant, seed)
     assert output.loss_decoded == pytest.approx(plain.loss, rel=1e-12)
 
     counts = mae.count_tokens(problem.num_tokens, 0.75, 0.5)
-    mean, std = mae.channel_statistics(problem.channels, None, None)
-    patches = raster_patches(problem, mean, std)
-    features = raster_features(problem, patches, counts.visible, output.order, counts.decoded)
+    mean, std = method.channel_statistics(problem.channels, None, None)
+    patches = oracle.raster_patches(problem.images, problem.patch_size, mean, std)
+    features = raster_features(oracle, problem, patches, counts.visible, output.order, counts.decoded)
     own = {name[12:]: array for name, array in problem.weights.items() if name.startswith("reconstruct.")}
     thrown_errors = []
     for image, order in enumerate(output.order):
@@ -205,7 +145,7 @@ def test_thrown_tokens_are_rebuilt_from_decoder_features(problem, variant, seed)
         rebuilt = reconstruct.progressive_reconstruction(
             known, order.tolist(), counts, problem.shape, stages=3, variant=variant, parameters=own
         )
-        predicted = affine(rebuilt[-counts.thrown :], problem.weights, "decoder.pred")
+        predicted = oracle.affine(rebuilt[-counts.thrown :], problem.weights, "decoder.pred")
         assert np.allclose(output.predicted[image, num_decoded:], predicted, atol=1e-10)
         target = raster_target(patches[image], True)[order[-counts.thrown :]]
         thrown_errors.append(((predicted - target) ** 2).mean())
@@ -277,7 +217,6 @@ def test_weights_load_from_a_file(image_problem, tmp_path):
     save_file(single, tmp_path / "weights.safetensors")
     from_file = image_problem.forward(weights=tmp_path / "weights.safetensors")
     assert from_file.loss == image_problem.forward(weights=single).loss
-    assert all(array.dtype == np.float64 for array in mae.load_weights(tmp_path / "weights.safetensors").values())
 
 
 def test_visible_tokens_and_draw_weights_may_be_given(image_problem):
@@ -289,23 +228,12 @@ def test_visible_tokens_and_draw_weights_may_be_given(image_problem):
     assert set(output.order[0, 4:8]) == set(output.order[1, 4:8]) == {2, 4, 7, 9}
 
 
-def test_channel_statistics_default_to_imagenet_for_three_channels():
-    mean, std = mae.channel_statistics(3, None, None)
-    assert mean.tolist() == [0.485, 0.456, 0.406]
-    assert std.tolist() == [0.229, 0.224, 0.225]
-    assert [array.tolist() for array in mae.channel_statistics(2, None, None)] == [[0.5, 0.5]] * 2
-    with pytest.raises(ValueError, match="mean: expected 2 numbers, one per channel, got 1"):
-        mae.channel_statistics(2, [0.5], None)
-
-
-def test_encode_sees_the_whole_image(problem):
+def test_encode_sees_the_whole_image(problem, oracle):
     found = mae.encode(problem.weights, problem.images, patch_size=problem.patch_size, num_heads=HEADS)
-    mean, std = mae.channel_statistics(problem.channels, None, None)
-    weights = problem.weights
-    embedded = vit.patch_embedding(raster_patches(problem, mean, std), weights, "encoder.patch_embed.proj")
-    cls = np.broadcast_to(weights["encoder.cls_token"], (2, 1, DIM))
-    sequence = np.concatenate([cls, embedded], axis=1) + weights["encoder.pos_embed"]
-    assert np.allclose(found, batched_transformer(sequence, weights, "encoder", 2, HEADS), atol=1e-11)
+    mean, std = method.channel_statistics(problem.channels, None, None)
+    patches = oracle.raster_patches(problem.images, problem.patch_size, mean, std)
+    states = oracle.encoder_outputs(patches, problem.weights, problem.shape, HEADS)
+    assert np.allclose(found, oracle.normed(states[-1], problem.weights, "encoder.norm"), atol=1e-11)
 
 
 def test_an_unknown_variant_is_refused(image_problem):

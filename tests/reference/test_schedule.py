@@ -3,7 +3,7 @@ import pytest
 from scipy.ndimage import distance_transform_edt
 
 from prmim_reference.counts import TokenCounts, count_tokens
-from prmim_reference.masking import tube_visible
+from prmim_reference.masking import block_visible, tube_visible
 from prmim_reference.noise import counter_noise
 from prmim_reference.schedule import make_order, num_known, stage_sizes, thrown_order
 
@@ -62,6 +62,21 @@ def test_visible_tokens_may_be_given():
     order = make_order((2, 4, 4), TokenCounts(8, 8, 16), noise, visible=visible)
     assert order[:8] == visible
     assert sorted(order) == list(range(32))
+
+
+@pytest.mark.parametrize("throwing", STRATEGIES)
+def test_units_are_decoded_or_thrown_as_a_whole(throwing):
+    counts = count_tokens(96, 0.6, 0.25, mask_unit=4, throw_unit=4)
+    noise = counter_noise(0, 0, 0, 96)
+    weights = np.random.default_rng(0).uniform(size=96).tolist()
+    order = make_order((8, 12), counts, noise, throwing=throwing, weights=weights, unit=(2, 2))
+    assert sorted(order) == list(range(96))
+    assert order[: counts.visible] == block_visible(noise, (8, 12), (2, 2), counts.visible // 4)
+    number = np.kron(np.arange(24).reshape(4, 6), np.ones((2, 2), int)).ravel()
+    known = number[order[: 96 - counts.thrown]].reshape(-1, 4)
+    assert (known == known[:, :1]).all()
+    assert len(set(known[:, 0])) == len(known)
+    assert order[96 - counts.thrown :] == thrown_order((8, 12), noise, order[: 96 - counts.thrown])
 
 
 def test_furthest_throwing_leaves_thrown_tokens_nearer_to_known_ones():

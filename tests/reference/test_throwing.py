@@ -3,7 +3,14 @@ import pytest
 
 from prmim_reference.masking import random_visible
 from prmim_reference.noise import counter_noise
-from prmim_reference.throwing import cell_decoded, cell_phase, choose_decoded, furthest_decoded, random_decoded
+from prmim_reference.throwing import (
+    cell_decoded,
+    cell_phase,
+    choose_decoded,
+    choose_decoded_units,
+    furthest_decoded,
+    random_decoded,
+)
 
 STRATEGIES = ["furthest", "random", "weighted", "cell"]
 
@@ -66,6 +73,56 @@ def test_cell_decodes_whole_phases_first(first_noise):
     assert phases == [0] * 9 + [1] * 9
     for half in (decoded[:9], decoded[9:]):
         assert [noise[token] for token in half] == sorted(noise[token] for token in half)
+
+
+def test_units_by_hand():
+    # Units of two tokens, numbered 0 to 5; their noise is that of tokens 0, 2, 4, 6, 8, 10.
+    noise = [3, 0, 9, 0, 1, 0, 5, 0, 7, 0, 2, 0]
+    units = {"shape": (12,), "unit": (2,), "noise": noise, "visible": [0, 1], "num_decoded": 4}
+    assert choose_decoded_units("furthest", **units) == [10, 11, 6, 7]  # unit 5; then 3 and 2 tie, and 3 has more noise
+    assert choose_decoded_units("random", **units) == [4, 5, 10, 11]
+    weights = [0, 0, 0, 0, 0, 0, 1, 1, 0, 0, 0, 2]  # of units: 3 and 5 weigh two each
+    assert set(choose_decoded_units("weighted", **units, weights=weights)) == {6, 7, 10, 11}
+
+
+@pytest.mark.parametrize("throwing", STRATEGIES)
+def test_units_of_one_token_are_tokens(throwing):
+    noise = counter_noise(0, 0, 0, 24)
+    weights = np.random.default_rng(0).uniform(size=24).tolist()
+    arguments = {"noise": noise, "visible": random_visible(noise, 6), "num_decoded": 8, "weights": weights}
+    spaced = {"spacing": (2, 1)}
+    expected = choose_decoded(throwing, (4, 6), **arguments, **spaced)
+    assert choose_decoded_units(throwing, (4, 6), (1, 1), **arguments, **spaced) == expected
+
+
+@pytest.mark.parametrize("throwing", STRATEGIES)
+def test_units_are_chosen_as_tokens_of_a_coarser_grid_are(throwing):
+    # Noise that is constant over each unit; visible: the first unit.
+    coarse = counter_noise(0, 0, 0, 6)
+    fine = np.kron(np.reshape(coarse, (2, 3)), np.ones((2, 2), int)).ravel().tolist()
+    number = np.kron(np.arange(6).reshape(2, 3), np.ones((2, 2), int)).ravel()
+    weights = np.random.default_rng(0).integers(1, 9, 6)
+    chosen = choose_decoded(throwing, (2, 3), coarse, [0], 3, spacing=(4, 2), weights=weights.tolist())
+    tokens = choose_decoded_units(
+        throwing,
+        (4, 6),
+        (2, 2),
+        fine,
+        np.flatnonzero(number == 0).tolist(),
+        12,
+        spacing=(2, 1),
+        weights=(weights[number] / 4).tolist(),
+    )
+    assert tokens == [token for unit in chosen for token in np.flatnonzero(number == unit)]
+
+
+def test_units_that_are_not_whole_are_refused():
+    with pytest.raises(ValueError, match="visible: expected whole units, got 1 tokens"):
+        choose_decoded_units("random", (4,), (2,), [0, 1, 2, 3], [0], 2)
+    with pytest.raises(ValueError, match="num_decoded: expected a multiple of the 2 tokens of a unit, got 1"):
+        choose_decoded_units("random", (4,), (2,), [0, 1, 2, 3], [0, 1], 1)
+    with pytest.raises(ValueError, match="unit: expected divisors"):
+        choose_decoded_units("random", (4,), (3,), [0, 1, 2, 3], [], 3)
 
 
 def test_bad_arguments_are_refused():

@@ -46,6 +46,12 @@ def tiny() -> dict[str, Any]:
 
 
 @pytest.fixture
+def tiny_simmim() -> dict[str, Any]:
+    """Options of a SimMIM that a step of takes milliseconds: 4x4 tokens, units of 2x2, of which 1 visible."""
+    return {"image_size": (16, 16), "patch_size": (4, 4), "embed_dim": 16, "depth": 2, "num_heads": 2}
+
+
+@pytest.fixture
 def make_images() -> Callable[..., Any]:
     """Return a function from a shape to random uint8 images in NumPy."""
 

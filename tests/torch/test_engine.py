@@ -1,10 +1,15 @@
 """The engine: steps, schedules, guards, checkpoints."""
 
 import functools
+import json
+import pickle
 
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from prmim_core import counter_noise, make_plan, patchify
@@ -120,6 +125,12 @@ def test_learning_rates():
     assert [learning_rate_at(step, 4, 4, 1.0, 0.0) for step in (3, 4, 5)] == [0.75, 1.0, 0.0]
 
 
+def test_learning_rates_of_steps():
+    rates = [learning_rate_at(step, 16, 4, 1.0, 0.0, "step") for step in range(18)]
+    assert rates == [0.0, 0.25, 0.5, 0.75, *[1.0] * 10, *[0.1] * 4]
+    assert learning_rate_at(15, 16, 4, 1.0, 0.3, "step") == 0.3
+
+
 def test_metrics_are_means_since_the_last_reading(make_engine, images):
     step_by_step, at_once = make_engine(), make_engine()
     readings = [train(step_by_step, images, 1).read_metrics() for _ in range(3)]
@@ -142,10 +153,24 @@ def test_decay_spares_biases_norms_and_the_reconstruction(tiny):
     assert id(convolution.reconstruct.kernel) in {id(p) for p in parameter_groups(convolution, 0.05)[1]["params"]}
 
 
-def moments_of(engine, directory):
+def test_decay_spares_what_the_recipe_spares(tiny_simmim):
+    method = create_method("simmim", **tiny_simmim)
+    names = {id(parameter): name for name, parameter in method.named_parameters()}
+    decayed, spared = ({names[id(p)] for p in group["params"]} for group in parameter_groups(method, 0.05))
+    assert {"encoder.mask_token", "encoder.rel_pos_bias.relative_position_bias_table", "head.weight"} < decayed
+    assert {"encoder.cls_token", "encoder.blocks.0.ls1.gamma", "reconstruct.table", "head.bias"} < spared
+
+
+def state_file(directory):
+    """Find the one file that one process writes besides the weights."""
+    (path,) = (directory / "training_state").iterdir()
+    return path
+
+
+def state_of(engine, directory):
     directory.mkdir()
     engine.save(directory)
-    return torch.load(directory / "training_state.pt", weights_only=True)["moments"]
+    return load_file(state_file(directory))
 
 
 @pytest.mark.parametrize("clip_grad", [None, 0.1])
@@ -153,7 +178,7 @@ def moments_of(engine, directory):
 def test_a_step_that_is_not_finite_changes_nothing(make_engine, images, tmp_path, poison, clip_grad):
     engine = train(make_engine(clip_grad=clip_grad), images, 3)
     engine.read_metrics()
-    weights, moments = weights_of(engine), moments_of(engine, tmp_path / "before")
+    weights, state = weights_of(engine), state_of(engine, tmp_path / "before")
 
     def spoil(module, arguments, output):
         output.loss = output.loss * float("nan")
@@ -167,9 +192,9 @@ def test_a_step_that_is_not_finite_changes_nothing(make_engine, images, tmp_path
     engine.train_step(images, SAMPLE)
     handle.remove()
     assert_same(weights_of(engine), weights)
-    after = moments_of(engine, tmp_path / "after")
-    for index, moment in moments.items():
-        assert_same(after[index], moment)
+    after = state_of(engine, tmp_path / "after")
+    assert {name for name in state if not torch.equal(after[name], state[name])} == {"step", "nonfinite_step"}
+    assert [after[name].item() for name in ("step", "updates", "nonfinite_step")] == [5, 3, 4]
 
     engine.train_step(images, SAMPLE)
     metrics = engine.read_metrics()
@@ -246,8 +271,45 @@ def test_a_new_engine_can_be_saved_and_restored(make_engine, images, tmp_path):
     engine.restore(tmp_path)
     assert engine.step == 0
     assert_same(weights_of(train(engine, images, 2)), weights_of(train(make_engine(), images, 2)))
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["training_state.pt", "weights.safetensors"]
-    assert torch.load(tmp_path / "training_state.pt", weights_only=True)["step"] == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["training_state", "weights.safetensors"]
+    assert state_file(tmp_path).suffix == ".safetensors"
+
+
+def test_a_training_state_has_names(make_engine, images, tmp_path):
+    engine = train(make_engine(), images, 2)
+    state = state_of(engine, tmp_path / "state")
+    names = [name for name, _ in engine.method.named_parameters()]
+    moments = {f"{moment}.{name}" for moment in ("exp_avg", "exp_avg_sq") for name in names}
+    assert set(state) == moments | {"step", "updates", "sums", "nonfinite_step"}
+    assert all(torch.any(state[name] != 0) for name in moments)
+    assert state["step"] == state["updates"] == 2
+
+
+def test_a_checkpoint_replaces_an_older_one(make_engine, images, tmp_path):
+    engine = make_engine()
+    for _ in range(2):
+        train(engine, images, 1)
+        engine.save(tmp_path)
+    resumed = make_engine()
+    resumed.restore(tmp_path)
+    assert resumed.step == 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["training_state", "weights.safetensors"]
+
+
+def test_a_training_state_that_cannot_be_written_is_an_error(make_engine, images, tmp_path, monkeypatch):
+    engine = train(make_engine(), images, 1)
+    engine.save(tmp_path)
+    before = state_file(tmp_path).read_bytes()
+
+    def fail(writer, plan, planner):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(HuggingFaceStorageWriter, "write_data", fail)
+    train(engine, images, 1)
+    with pytest.raises(OSError, match="No space left on device"):
+        engine.save(tmp_path)
+    assert state_file(tmp_path).read_bytes() == before
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_another_architecture_is_refused(make_engine, images, tmp_path):
@@ -261,29 +323,111 @@ def test_another_architecture_is_refused(make_engine, images, tmp_path):
         other.load_weights(tmp_path / "weights.safetensors")
 
 
-def test_a_damaged_training_state_is_refused(make_engine, images, tmp_path):
-    engine = train(make_engine(), images, 1)
-    engine.save(tmp_path)
-    path = tmp_path / "training_state.pt"
-    state = torch.load(path, weights_only=True)
-    weights = weights_of(engine)
-    other = make_engine(seed=4)
-    for content in (b"", b"text", path.read_bytes()[:1000]):
-        path.write_bytes(content)
-        with pytest.raises(
-            ValueError, match=r"^directory: expected a training state, got .*training_state.pt, which is"
-        ):
-            other.restore(tmp_path)
-    state["moments"].pop(0)
-    torch.save(state, path)
-    with pytest.raises(ValueError, match=r"^directory: expected a training state of \d+ parameters, got \d+, or"):
-        other.restore(tmp_path)
+@pytest.fixture
+def saved(make_engine, images, tmp_path):
+    train(make_engine(), images, 1).save(tmp_path)
+    return tmp_path
+
+
+def assert_refused(make_engine, directory, message):
+    engine = make_engine(seed=4)
+    before = weights_of(engine)
+    with pytest.raises(ValueError, match=rf"^directory: {message}$"):
+        engine.restore(directory)
+    assert_same(weights_of(engine), before)
+    assert engine.step == 0
+    assert not engine._optimizer.state
+
+
+@pytest.mark.parametrize("damage", ["empty", "text", "torn", "one byte short", "file", "no place", "strange place"])
+def test_a_damaged_training_state_is_refused(make_engine, saved, damage):
+    path = state_file(saved)
+    content = path.read_bytes()
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    if damage == "file":
+        path.unlink()
+        path.parent.rmdir()
+        path = path.parent
+    if "place" in damage:
+        place = {} if damage == "no place" else {name: {"saved_offsets": "here"} for name in load_file(path)}
+        save_file(load_file(path), path, {**metadata, "DCP_SHARDING_INFO": json.dumps(place)})
+    else:
+        path.write_bytes(
+            {"empty": b"", "text": b"text" * 99, "torn": content[:1000], "one byte short": content[:-1], "file": b""}[
+                damage
+            ]
+        )
+    assert_refused(
+        make_engine, saved, "expected a training state, got .*training_state, which is damaged or something else"
+    )
+
+
+def put(tensors, name, value):
+    return {**tensors, name: value}
+
+
+NAME = "exp_avg.encoder.norm.bias"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: {name: t[name] for name in t if name != NAME}, f"expected a tensor '{NAME}', got none in .*"),
+        (lambda t: put(t, "more", torch.zeros(2)), "expected no tensor 'more', got one in .*"),
+        (
+            lambda t: put(t, NAME, torch.zeros(17)),
+            rf"{NAME}: expected shape \(16,\), got another, or not all of it, in .*",
+        ),
+        (lambda t: put(t, "step", torch.zeros(1).long()), r"step: expected shape \(\), got another, or not .*"),
+        (lambda t: put(t, NAME, torch.zeros(16).double()), f"{NAME}: expected torch.float32, got torch.float64 in .*"),
+    ],
+    ids=["missing", "more", "shape", "axes", "dtype"],
+)
+def test_another_training_state_is_refused(make_engine, saved, change, message):
+    path = state_file(saved)
+    save_file(change(load_file(path)), path)
+    assert_refused(make_engine, saved, message)
+
+
+@pytest.mark.parametrize("rows", [(0, 4), (4, 8), (0, 12, 4, 16), (0, 8, 9, 16), (0, 8, 8, 16, 8, 16), (8, 16, 0, 9)])
+def test_a_training_state_of_which_a_part_is_missing_or_twice_is_refused(make_engine, saved, rows):
+    path = state_file(saved)
+    tensors = load_file(path)
     path.unlink()
+    for number, (first, last) in enumerate(zip(rows[::2], rows[1::2], strict=True)):
+        place = {name: {"saved_offsets": [0] * tensor.ndim} for name, tensor in tensors.items()}
+        piece = {NAME: torch.zeros(16)[first:last].clone()} | (tensors if number == 0 else {})
+        piece[NAME] = torch.zeros(16)[first:last].clone()
+        place[NAME] = {"saved_offsets": [first]}
+        save_file(piece, path.with_name(f"{number}.safetensors"), {"DCP_SHARDING_INFO": json.dumps(place)})
+    assert_refused(make_engine, saved, rf"{NAME}: expected shape \(16,\), got another, or not all of it, in .*")
+
+
+def test_a_missing_training_state_is_named(make_engine, saved):
+    path = state_file(saved)
+    weights = load_file(saved / "weights.safetensors")
+    path.unlink()
+    assert_refused(make_engine, saved, r"expected a tensor 'step', got none in .*")
+    path.parent.rmdir()
+    engine = make_engine(seed=4)
     with pytest.raises(FileNotFoundError):
-        other.restore(tmp_path)
-    assert other.step == 0
-    other.load_weights(tmp_path / "weights.safetensors")
-    assert_same(weights_of(other), weights)
+        engine.restore(saved)
+    engine.load_weights(saved / "weights.safetensors")
+    assert_same(weights_of(engine), weights)
+
+
+def test_nothing_is_unpickled(make_engine, saved, monkeypatch):
+    def refuse(*arguments, **options):
+        raise AssertionError("something was unpickled")
+
+    for module in (pickle, torch.serialization.pickle):
+        for name in ("load", "loads", "Unpickler"):
+            monkeypatch.setattr(module, name, refuse)
+    monkeypatch.setattr(torch, "load", refuse)
+    engine = make_engine()
+    engine.restore(saved)
+    assert engine.step == 1
 
 
 def test_features_and_pictures(make_engine, images):
@@ -353,6 +497,10 @@ def test_a_compiled_engine_takes_the_same_steps(make_engine, images, device, mon
         ({"min_learning_rate": 1.0}, "learning_rate: expected a number of at least min_learning_rate 1.0, got 0.001"),
         ({"clip_grad": 0.0}, "clip_grad: expected a positive number or None, got 0.0"),
         ({"accumulate": 0}, "accumulate: expected at least 1, got 0"),
+        ({"decay": "linear"}, "decay: expected 'cosine' or 'step', got 'linear'"),
+        ({"parallel": "both"}, "parallel: expected 'ddp' or 'fsdp', got 'both'"),
+        ({"timeout": 0}, "timeout: expected a positive number of seconds, got 0"),
+        ({"timeout": float("inf")}, "timeout: expected a positive number of seconds, got inf"),
         ({"precision": "float16"}, "precision: expected 'float32' or 'bfloat16', got 'float16'"),
         ({"device": "abacus"}, "device: expected 'auto', 'cpu' or 'cuda', got 'abacus'"),
     ],

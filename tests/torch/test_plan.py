@@ -15,6 +15,8 @@ SCHEDULES = [
     Schedule(Grid((4, 6)), TokenCounts(6, 6, 12), throwing="random"),
     Schedule(Grid((2, 4, 4)), TokenCounts(4, 10, 18), throwing="cell"),
     Schedule(Grid((12,)), TokenCounts(3, 9, 0)),
+    Schedule(Grid((4, 6)), TokenCounts(8, 4, 12), unit=(2, 2)),
+    Schedule(Grid((4, 6)), TokenCounts(8, 4, 12), unit=(2, 1), throwing="cell"),
 ]
 
 
@@ -22,7 +24,7 @@ def noise_for(schedule, device="cpu", batch=3):
     return counter_noise(0, 0, torch.arange(batch, device=device), schedule.counts.num_tokens)
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda s: f"{s.throwing}-{s.seed}-{s.grid.axes}")
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda s: f"{s.throwing}-{s.seed}-{s.grid.axes}-{s.unit}")
 def test_plan_is_the_cores(schedule, device):
     noise = noise_for(schedule, device)
     plan = make_plan(schedule, noise)

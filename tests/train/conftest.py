@@ -1,9 +1,11 @@
 """Fixtures of the training tests: a backend in NumPy, and small runs on it."""
 
 import importlib.util
+import json
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -38,15 +40,13 @@ TINY = {
 }
 """1,438 training images and batches of 120: 12 steps an epoch."""
 
+MAE_ONLY = ("decoder_dim", "decoder_depth", "decoder_heads")
+
 
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """The engine class of `tests/train/fake_engine.py`, registered as the backend `fake`."""
-    spec = importlib.util.spec_from_file_location("prmim_fake", HERE / "fake_engine.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = _load("prmim_fake", HERE / "fake_engine.py")
     monkeypatch.setitem(sys.modules, "prmim_fake", module)
     yield module.Engine
     module.Engine.made.clear()
@@ -57,9 +57,39 @@ def tiny(fake: Any, tmp_path: Path) -> Callable[..., PretrainConfig]:
     """Make a configuration of a run of 12 steps into `tmp_path / "run"`, some options changed."""
 
     def make(**changes: Any) -> PretrainConfig:
-        return PretrainConfig(**{**TINY, "out": str(tmp_path / "run"), **changes})
+        options = {**TINY, "out": str(tmp_path / "run")}
+        if changes.get("method", "mae") != "mae":
+            options = {name: value for name, value in options.items() if name not in MAE_ONLY}
+        return PretrainConfig(**{**options, **changes})
 
     return make
+
+
+def _load(name: str, path: Path) -> ModuleType:
+    """Import a file of the tests, which are no package."""
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def teachers() -> ModuleType:
+    """The file `tests/teachers.py`: small teachers with random weights."""
+    return _load("teachers", HERE.parent / "teachers.py")
+
+
+@pytest.fixture
+def teacher(tmp_path: Path) -> Path:
+    """A folder that says how large a teacher is, and holds no weights: enough for everything but an engine."""
+    folder = tmp_path / "teacher"
+    folder.mkdir()
+    sizes = {"hidden_size": 64, "num_hidden_layers": 6, "num_attention_heads": 4, "intermediate_size": 256}
+    config = {"model_type": "clip_vision_model", "patch_size": 8, "image_size": 32, **sizes}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
 
 
 @pytest.fixture

@@ -1,8 +1,9 @@
-"""A framework of a hundred lines: a linear autoencoder in NumPy behind the engine's calls.
+"""A framework of two hundred lines: a linear autoencoder in NumPy behind the engine's calls.
 
-Tests register it as the backend `fake`; it is quick, exact and can be told to fail.  Knobs, set as class attributes or,
-for runs in another process, by environment variables: `delay` (seconds per step), `bad_step` (a step that is not
-finite), `save_error` (raised halfway through a save).
+Tests register it as the backend `fake`; it is quick, exact and can be told to fail.  Under the name `maskalign` it
+keeps its autoencoder and compares features with a teacher that is a fixed projection of the patches.  Knobs, set as
+class attributes or, for runs in another process, by environment variables: `delay` (seconds per step), `bad_step` (a
+step that is not finite), `save_error` (raised halfway through a save).
 """
 
 import math
@@ -13,15 +14,28 @@ from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
-from prmim_core import Grid, Schedule, count_tokens, counter_noise, make_plan, patchify
+from prmim_core import Grid, Schedule, block_visible, count_tokens, counter_noise, make_plan, patchify
 
 DIM = 32
+TEACHER_DIM = 24
+LOSSES = {
+    "mae": ("loss", "loss_decoded", "loss_thrown"),
+    "simmim": ("loss", "loss_decoded", "loss_thrown"),
+    "maskalign": ("loss", "loss_visible", "loss_thrown"),
+}
 
 
 class Reconstruction(NamedTuple):
     order: np.ndarray
     schedule: Schedule
     patches: np.ndarray
+
+
+class Comparison(NamedTuple):
+    order: np.ndarray
+    schedule: Schedule
+    student: np.ndarray
+    teacher: np.ndarray
 
 
 class Engine:
@@ -31,19 +45,19 @@ class Engine:
     made: ClassVar[list["Engine"]] = []
 
     def __init__(self, method_options: dict[str, Any], *, seed: int, total_steps: int, warmup_steps: int,
-                 learning_rate: float, min_learning_rate: float = 0.0, weight_decay: float = 0.05,
-                 betas: tuple[float, float] = (0.9, 0.95), clip_grad: float | None = None, accumulate: int = 1,
-                 precision: str = "float32", compile: bool = False, device: str = "auto") -> None:  # fmt: skip
-        options = method_options
+                 learning_rate: float, min_learning_rate: float = 0.0, decay: str = "cosine",
+                 weight_decay: float = 0.05, betas: tuple[float, float] = (0.9, 0.95), clip_grad: float | None = None,
+                 accumulate: int = 1, precision: str = "float32", compile: bool = False,
+                 device: str = "auto") -> None:  # fmt: skip
+        self.options = options = method_options
+        self.losses = LOSSES[options["name"]]
+        self.predicts = "features" if options["name"] == "maskalign" else "pixels"
         self.patch_size = options["patch_size"]
-        shape = tuple(s // p for s, p in zip(options["image_size"], self.patch_size, strict=True))
-        throw_ratio = 0.0 if options["throwing"] == "none" else options["throw_ratio"]
-        counts = count_tokens(math.prod(shape), options["mask_ratio"], throw_ratio)
-        throwing = "random" if options["throwing"] == "none" else options["throwing"]
-        self.schedule = Schedule(Grid(shape), counts, stages=options["stages"], throwing=throwing)
-        self.variant = options["variant"]
+        self.schedule = _schedule(options)
+        self.variant = "none" if options["throwing"] == "none" else options["variant"]
         self.seed, self.total_steps, self.warmup_steps = seed, total_steps, warmup_steps
         self.learning_rate = learning_rate
+        self.decay = decay
         size = math.prod(options["image_size"]) * options["channels"]
         rng = np.random.default_rng(options["init_seed"])
         self.encoder = rng.normal(0, size**-0.5, (size, DIM))
@@ -64,7 +78,11 @@ class Engine:
         self.sums: list[tuple[float, float, float, float]] = []
 
     def _plan(self, sample: np.ndarray, step: int) -> Any:
-        return make_plan(self.schedule, counter_noise(self.seed, step, sample, self.schedule.grid.num_tokens))
+        grid = self.schedule.grid
+        noise = counter_noise(self.seed, step, sample, grid.num_tokens)
+        unit = (self.options.get("mask_unit", 1),) * grid.axes
+        visible = block_visible(noise, grid, unit, self.schedule.counts.visible // math.prod(unit))
+        return make_plan(self.schedule, noise, visible=visible)
 
     def _masks(self, plan: Any) -> tuple[np.ndarray, np.ndarray]:
         batch, length = plan.order.shape
@@ -100,20 +118,22 @@ class Engine:
             momentum *= 0.9
             momentum += gradient
             weights -= rate * momentum
-        parts = [float(np.sum(error**2 * m) / max(1, m.sum())) for m in (is_decoded, is_thrown)]
+        first = ~is_masked if self.predicts == "features" else is_decoded
+        error = encoded @ self.decoder - pixels
+        parts = [float(np.sum(error**2 * m) / max(1, m.sum())) for m in (first, is_thrown)]
         self.sums.append((loss, parts[0], parts[1], norm))
 
     def read_metrics(self) -> dict[str, Any]:
         means = np.mean(self.sums, axis=0) if self.sums else [math.nan] * 4
-        names = ("loss", "loss_decoded", "loss_thrown", "grad_norm")
         self._forget()
-        metrics: dict[str, Any] = dict(zip(names, map(float, means), strict=True))
+        metrics: dict[str, Any] = dict(zip((*self.losses, "grad_norm"), map(float, means), strict=True))
         return metrics | {"learning_rate": self.learning_rate, "nonfinite_step": self.bad}
 
     def features(self, images: np.ndarray) -> np.ndarray:
         return (self._flat(images) @ self.encoder).astype(np.float32)
 
     def reconstruct(self, images: np.ndarray, sample: np.ndarray) -> Reconstruction:
+        assert self.predicts == "pixels"
         plan = self._plan(sample, 0)
         pixels = self._flat(images)
         is_decoded, is_thrown = self._masks(plan)
@@ -122,6 +142,17 @@ class Engine:
             predicted = np.where(is_thrown, np.nan, predicted)
         patches = np.where(is_decoded | is_thrown, predicted, pixels).reshape(*plan.order.shape, -1)
         return Reconstruction(plan.order, self.schedule, patches.astype(np.float32))
+
+    def compare(self, images: np.ndarray, sample: np.ndarray) -> Comparison:
+        assert self.predicts == "features"
+        plan = self._plan(sample, 0)
+        patches = patchify(images / 255.0, self.patch_size)
+        rng = np.random.default_rng(0)
+        teacher = patches @ rng.normal(size=(patches.shape[-1], TEACHER_DIM)) + rng.normal(size=TEACHER_DIM)
+        student = teacher + 0.3 * rng.normal(size=teacher.shape)
+        if self.variant == "none":
+            np.put_along_axis(student, plan.thrown[..., None], np.nan, axis=1)
+        return Comparison(plan.order, self.schedule, student.astype(np.float32), teacher.astype(np.float32))
 
     def save(self, directory: Path) -> None:
         with (directory / "weights.safetensors").open("wb") as file:
@@ -144,3 +175,18 @@ class Engine:
                     f"weights: expected shape {self.encoder.shape}, got {weights['encoder'].shape} in {path}"
                 )
             self.encoder, self.decoder = weights["encoder"], weights["decoder"]
+
+
+def _schedule(options: dict[str, Any]) -> Schedule:
+    shape = tuple(s // p for s, p in zip(options["image_size"], options["patch_size"], strict=True))
+    is_dense = options["throwing"] == "none"
+    throw_ratio = options["throw_ratio"]
+    if throw_ratio is None:
+        assert options["name"] == "maskalign"
+        throw_ratio, is_dense = 1.0, True
+    unit = options.get("mask_unit", 1) ** len(shape)
+    thrown_as = unit if options.get("throw_by") == "unit" else 1
+    counts = count_tokens(math.prod(shape), options["mask_ratio"], throw_ratio, mask_unit=unit, throw_unit=thrown_as)
+    throwing = "random" if is_dense else options["throwing"]
+    whole = (options["mask_unit"],) * len(shape) if thrown_as > 1 else None
+    return Schedule(Grid(shape), counts, stages=options["stages"], throwing=throwing, unit=whole)

@@ -41,6 +41,11 @@ WRONG = [
     (["--backend", "tensorflow"], "backend: expected torch or jax, got 'tensorflow'"),
     (["--backend", "../x"], "backend: expected torch or jax, got '../x'"),
     (["--data", "/nowhere/at/all"], "data: nothing at /nowhere/at/all"),
+    (["--method", "beit"], "method: expected mae or simmim or maskalign, got 'beit'"),
+    (["--method", "simmim", "--decoder_dim", "32"], "decoder_dim: method simmim has no such option"),
+    (["--method", "simmim", "--mask_unit", "3"], "mask_unit: expected a divisor of the grid 8x8, got 3"),
+    (["--method", "maskalign"], "teacher: expected a folder with a vision transformer, or its name on the hub, got"),
+    (["--teacher", "clip"], "teacher: method mae has no such option"),
     (["--config", "nowhere"], "config: expected a YAML file or one of the recipes digits,"),
     (["--config", "mae_vit_bas"], "config: expected a YAML file or one of the recipes digits,"),
 ]
@@ -153,6 +158,65 @@ def test_the_spellings_people_use(tiny_words, tmp_path):
     assert (options["image_size"], options["mean"]) == ([24, 16], [0.3])
 
 
+@pytest.mark.parametrize(
+    ("words", "method", "counts"),
+    [
+        (["--method", "simmim"], "simmim", "24 visible, 24 decoded, 16 thrown"),
+        (["--method", "simmim", "--throwing", "none"], "simmim", "24 visible, 40 decoded, 0 thrown"),
+        (["--method", "maskalign", "--teacher", "TEACHER"], "maskalign", "19 visible, 45 masked, rebuilt in stages"),
+        (["--method", "mae"], "mae", "16 visible, 16 decoded, 32 thrown"),
+    ],
+)
+def test_a_method_goes_over_the_digits_recipe(words, method, counts, fake, teacher, capsys, tmp_path):
+    words = [str(teacher) if word == "TEACHER" else word for word in words]
+    words += [
+        "--backend",
+        "fake",
+        "--out",
+        str(tmp_path / "run"),
+        "--epochs",
+        "1",
+        "--eval_limit",
+        "0",
+        "--pictures",
+        "0",
+    ]
+    assert main(["pretrain", *words]) == 0
+    assert counts in capsys.readouterr().out
+    options = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert (options["method"], options["embed_dim"]) == (method, 96)
+    assert ("decoder_dim" in options) == (method == "mae")
+    assert ("mask_unit" in options) == (method == "simmim")
+
+
+def test_the_same_command_goes_on_with_a_run_of_another_method(fake, capsys, tmp_path):
+    words = [
+        "pretrain",
+        "--backend",
+        "fake",
+        "--method",
+        "simmim",
+        "--mask_ratio",
+        "0.5",
+        "--drop_path",
+        "0.2",
+        "--resume",
+    ]
+    words += ["--out", str(tmp_path / "run"), "--epochs", "1", "--eval_limit", "0", "--pictures", "0"]
+    assert main(words) == 0
+    before = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert (before["mask_ratio"], before["drop_path"]) == (0.5, 0.2)
+    assert main([word if word != "1" else "2" for word in words]) == 0
+    assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text()) == {**before, "epochs": 2}
+
+
+def test_help_says_which_method_an_option_is_for(capsys):
+    assert main(["pretrain", "--help"]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "Width of the decoder. For mae only." in text
+    assert "from 0 at the first block. Null: the method's own, 0.1. For simmim and maskalign only." in text
+
+
 def test_resume_needs_nothing_but_the_folder(tiny_words, tmp_path, fake, capsys):
     assert main(["pretrain", *tiny_words]) == 0
     before = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
@@ -204,7 +268,11 @@ def test_evaluate_and_picture_read_the_run(tiny_words, tmp_path, capsys):
         (["evaluate", "--run", "RUN", "--device", "tpu"], "device: expected auto or cpu or cuda, got 'tpu'"),
         (
             ["picture", "--run", "RUN", "--kind", "movie"],
-            "kind: expected reconstructions or schedule or loss, got 'movie'",
+            "kind: expected reconstructions or similarity or schedule or loss, got 'movie'",
+        ),
+        (
+            ["picture", "--run", "RUN", "--kind", "similarity"],
+            "kind: expected reconstructions or schedule or loss of a run of method mae, got 'similarity'",
         ),
         (["picture", "--run", "EMPTY"], "run: expected a checkpoint in"),
         (["picture", "--run", "EMPTY", "--kind", "loss"], "run: expected at least two lines in"),

@@ -1,18 +1,11 @@
-import dataclasses
-
 import pytest
 
-from prmim_core.cost import VIT_SIZES
-from prmim_train.config import (
-    PretrainConfig,
-    dump_options,
-    merge_layers,
-    parse_options,
-    read_options,
-    recipe_names,
-    training_budget,
-)
+from prmim_core import Grid, Schedule, TokenCounts
+from prmim_train.config import SHARED_OPTIONS, PretrainConfig
+from prmim_train.methods import METHOD_OPTIONS, METHODS, SPECIAL_OPTIONS
 
+SIMMIM = {"method": "simmim"}
+MASKALIGN = {"method": "maskalign", "teacher": "clip"}
 WRONG = [
     ({"throw_ratio": 0.8}, "throw_ratio: expected at most mask_ratio"),
     ({"throw_ratio": 1.0}, "throw_ratio: expected a number in"),
@@ -31,7 +24,7 @@ WRONG = [
     ({"throwing": "fps"}, "throwing: expected furthest or random or cell or none, got 'fps'"),
     ({"furthest_from": "hidden"}, "furthest_from: expected visible or none"),
     ({"variant": "linear"}, "variant: expected"),
-    ({"method": "simclr"}, "method: expected mae"),
+    ({"method": "simclr"}, "method: expected mae or simmim or maskalign, got 'simclr'"),
     ({"model": "resnet50"}, "model: expected vit_tiny or"),
     ({"embed_dim": 100, "num_heads": 3}, "embed_dim: expected a multiple of num_heads"),
     ({"decoder_dim": 100}, "decoder_dim: expected a multiple of decoder_heads"),
@@ -49,6 +42,37 @@ WRONG = [
     ({"flip": "yes"}, "flip: expected true or false"),
     ({"data": ""}, "data: expected text"),
     ({"keep_checkpoints": 0}, "keep_checkpoints: expected a whole number of at least 1"),
+    ({"decay": "linear"}, "decay: expected cosine or step, got 'linear'"),
+    ({"scan_blocks": True}, "scan_blocks: backend torch has no such option, only jax"),
+    ({"scan_blocks": 1, "backend": "jax"}, "scan_blocks: expected true or false, got 1"),
+    # A method has its own options, and no others.
+    ({"mask_unit": 4}, "mask_unit: method mae has no such option"),
+    ({"teacher": "clip"}, "teacher: method mae has no such option"),
+    ({"drop_path": 0.1}, "drop_path: method mae has no such option"),
+    ({**SIMMIM, "decoder_dim": 256}, "decoder_dim: method simmim has no such option"),
+    ({**SIMMIM, "norm_pix": False}, "norm_pix: method simmim has no such option"),
+    ({**SIMMIM, "fusion": "sum"}, "fusion: method simmim has no such option"),
+    ({**MASKALIGN, "mask_unit": 4}, "mask_unit: method maskalign has no such option"),
+    ({**MASKALIGN, "furthest_from": "none"}, "furthest_from: method maskalign has no such option"),
+    # SimMIM
+    ({**SIMMIM, "image_size": 112}, "mask_unit: expected a divisor of the grid 7x7, got 2"),
+    ({**SIMMIM, "image_size": (96, 112)}, "mask_unit: expected a divisor of the grid 6x7, got 2"),
+    ({**SIMMIM, "mask_unit": 0}, "mask_unit: expected a whole number of at least 1, got 0"),
+    ({**SIMMIM, "mask_unit": 2.0}, "mask_unit: expected a whole number of at least 1, got 2.0"),
+    ({**SIMMIM, "mask_ratio": 0.99, "mask_unit": 14}, "mask_ratio: 0.99 leaves no visible token of the 196"),
+    ({**SIMMIM, "throw_ratio": 0.7}, "throw_ratio: expected at most mask_ratio (0.6), since only masked tokens can"),
+    ({**SIMMIM, "throw_by": "patch"}, "throw_by: expected token or unit, got 'patch'"),
+    ({**SIMMIM, "position": "learned"}, "position: expected relative or absolute, got 'learned'"),
+    ({**SIMMIM, "layer_scale": 0.0}, "layer_scale: expected a number in (0, 1), got 0.0"),
+    ({**SIMMIM, "drop_path": 1.0}, "drop_path: expected a number in [0, 1), got 1.0"),
+    # MaskAlign
+    ({"method": "maskalign"}, "teacher: expected a folder with a vision transformer, or its name on the hub, got no"),
+    ({**MASKALIGN, "teacher": ""}, "teacher: expected text, got ''"),
+    ({**MASKALIGN, "throw_ratio": 0.5}, "throw_ratio: expected null, since method maskalign throws all masked tokens"),
+    ({**MASKALIGN, "throwing": "random"}, "throwing: expected furthest or none, got 'random'"),
+    ({**MASKALIGN, "masking": "block"}, "masking: expected attention or random, got 'block'"),
+    ({**MASKALIGN, "fusion": "mean"}, "fusion: expected linear or sum, got 'mean'"),
+    ({**MASKALIGN, "teacher_layers": 0}, "teacher_layers: expected a whole number of at least 1, got 0"),
 ]
 
 
@@ -63,14 +87,15 @@ def test_wrong_options_are_refused_in_one_line(options, message):
 def test_the_defaults_are_the_published_recipe():
     config = PretrainConfig()
     assert config.learning_rate == pytest.approx(2.4e-3)
-    assert (config.counts.visible, config.counts.decoded, config.counts.thrown) == (49, 49, 98)
-    assert training_budget(config, 1_281_167).warmup_steps == round(40 * 1_281_167 / 4096)
+    assert config.counts == TokenCounts(visible=49, decoded=49, thrown=98)
 
 
 def test_throwing_none_is_dense():
     config = PretrainConfig(throwing="none", mask_ratio=0.4)  # throw_ratio 0.5 would not fit
     assert (config.counts.decoded, config.counts.thrown) == (78 + 1, 0)
-    assert config.method_options()["throwing"] == "none"
+    options = config.method_options()
+    assert (options["throwing"], options["throw_ratio"]) == ("none", 0.0)
+    assert not config.is_rebuilt
 
 
 def test_sizes_may_be_rectangles():
@@ -79,77 +104,93 @@ def test_sizes_may_be_rectangles():
     assert config.method_options()["image_size"] == (32, 96)
 
 
-def test_yaml_round_trip_keeps_every_option():
-    config = PretrainConfig(data="photos", mean=(0.1, 0.2, 0.3), image_size=(32, 64), clip_grad=1.0, betas=(0.8, 0.9))
-    read = parse_options(dump_options(config), "copy")
-    assert set(read) == {field.name for field in dataclasses.fields(config)} - {"out", "resume"}
-    assert PretrainConfig(**read) == config
-
-
-@pytest.mark.parametrize("name", recipe_names())
-def test_every_recipe_is_a_valid_configuration(name):
-    options = read_options(name)
+@pytest.mark.parametrize(
+    ("options", "counts"),
+    [
+        ({}, TokenCounts(49, 49, 98)),
+        ({"throw_ratio": 0.25}, TokenCounts(49, 98, 49)),
+        (SIMMIM, TokenCounts(76, 71, 49)),
+        ({**SIMMIM, "throw_by": "unit"}, TokenCounts(76, 72, 48)),
+        ({**SIMMIM, "throw_ratio": 0.5}, TokenCounts(76, 22, 98)),
+        ({**SIMMIM, "throwing": "none"}, TokenCounts(76, 120, 0)),
+        ({**SIMMIM, "mask_unit": 1}, TokenCounts(78, 69, 49)),
+        (MASKALIGN, TokenCounts(58, 0, 138)),
+        ({**MASKALIGN, "throwing": "none"}, TokenCounts(58, 0, 138)),
+        ({**MASKALIGN, "mask_ratio": 0.5}, TokenCounts(98, 0, 98)),
+    ],
+    ids=str,
+)
+def test_ratios_become_the_counts_of_the_method(options, counts):
     config = PretrainConfig(**options)
-    for option, value in options.items():
-        expected = tuple(value) if isinstance(value, list) else value
-        assert getattr(config, option) == expected
+    assert config.counts == counts == config.schedule.counts
 
 
-@pytest.mark.parametrize("name", recipe_names())
-def test_every_recipe_opens_with_what_one_must_know(name):
-    from importlib import resources
-
-    text = (resources.files("prmim_train") / "recipes" / f"{name}.yaml").read_text()
-    head = text[: text.index("\n\n")] if name != "digits" else text
-    for word in ("# paper", "# command", "# hardware"):
-        assert word in head
-
-
-def test_the_published_recipe_repeats_the_defaults():
-    ours = PretrainConfig(**read_options("mae_vit_base"))
-    different = {f.name for f in dataclasses.fields(ours) if getattr(ours, f.name) != f.default}
-    # What the recipe sets for speed and size of the files, not for the result.
-    assert different <= {"workers", "compile", "log_every", "checkpoint_every"}
-
-
-def test_a_layer_that_names_a_model_drops_the_widths_below_it():
-    merged = merge_layers(read_options("digits"), {"model": "vit_small"})
-    assert PretrainConfig(**merged).encoder_size == VIT_SIZES["vit_small"]
-
-
-def test_the_budget_counts_every_image():
-    config = PretrainConfig(batch_size=64, epochs=3)
-    assert training_budget(config, 100).total_steps == 5  # 300 / 64, rounded
-    assert training_budget(config, 10).total_steps == 1  # a batch may be larger than the data
-    with pytest.raises(ValueError, match="holdout: expected to leave"):
-        training_budget(config, 0)
+def test_units_are_thrown_as_units_where_that_is_asked_for():
+    assert PretrainConfig(**SIMMIM).schedule.unit is None
+    config = PretrainConfig(**SIMMIM, throw_by="unit", stages=3)
+    assert config.schedule == Schedule(Grid((14, 14)), config.counts, stages=3, unit=(2, 2))
+    assert PretrainConfig(**SIMMIM, mask_unit=7).unit == (7, 7)
 
 
 @pytest.mark.parametrize(
-    ("content", "message"),
+    ("options", "is_rebuilt"),
     [
-        ("epochs: [1", "config: expected YAML, got an error in f.yaml line"),
-        ("- epochs", "config: expected lines of the form"),
-        ("1: 2", "config: expected lines of the form"),
+        ({}, True),
+        ({"variant": "none"}, False),
+        ({"throw_ratio": 0.0}, False),
+        (SIMMIM, True),
+        ({**SIMMIM, "throwing": "none"}, False),
+        (MASKALIGN, True),
+        ({**MASKALIGN, "throwing": "none"}, False),
+        ({**MASKALIGN, "thrown_weight": 0.0}, False),
     ],
+    ids=str,
 )
-def test_damaged_files_are_refused_in_one_line(content, message):
-    with pytest.raises(ValueError, match="config: ") as caught:
-        parse_options(content, "f.yaml")
-    assert str(caught.value).startswith(message)
-    assert "\n" not in str(caught.value)
+def test_whether_thrown_tokens_are_rebuilt(options, is_rebuilt):
+    assert PretrainConfig(**options).is_rebuilt == is_rebuilt
 
 
-def test_an_empty_file_has_no_options():
-    assert parse_options("# nothing\n", "f.yaml") == {}
+BASE = {"mae": {}, "simmim": SIMMIM, "maskalign": MASKALIGN}
 
 
-def test_a_missing_file_names_the_recipes():
-    with pytest.raises(FileNotFoundError, match="or one of the recipes digits, mae_vit_base"):
-        read_options("nowhere.yaml")
+@pytest.mark.parametrize("method", METHODS)
+def test_a_method_is_given_its_own_options_and_no_others(method):
+    options = PretrainConfig(**BASE[method]).method_options()
+    own = {"seed" if name == "furthest_from" else name for name in METHOD_OPTIONS[method]}
+    given = {"name", "image_size", "patch_size", "init_seed", "mask_ratio", "throw_ratio"}
+    assert set(options) == {*given, *SHARED_OPTIONS, *own}
+    assert options["name"] == method
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_what_is_left_open_is_the_methods_own(method):
+    options = PretrainConfig(**BASE[method]).method_options()
+    traits = METHODS[method]
+    assert (options["mask_ratio"], options["throw_ratio"]) == (traits.mask_ratio, traits.throw_ratio)
+    if method != "mae":
+        assert options["drop_path"] == 0.1
+
+
+def test_what_is_given_is_handed_on():
+    given = {"mask_ratio": 0.5, "throw_ratio": 0.3, "drop_path": 0.0, "mask_unit": 1, "furthest_from": "none"}
+    options = PretrainConfig(**SIMMIM, **given, seed=7).method_options()
+    renamed = {"seed" if name == "furthest_from" else name: value for name, value in given.items()}
+    assert renamed.items() <= options.items()
+    assert options["init_seed"] == 7
+
+
+def test_blocks_are_scanned_only_where_that_was_asked_for():
+    assert "scan_blocks" not in PretrainConfig(backend="jax").method_options()
+    assert PretrainConfig(backend="jax", scan_blocks=True).method_options()["scan_blocks"] is True
+
+
+def test_every_option_of_the_table_is_a_field():
+    fields = set(PretrainConfig.__dataclass_fields__)
+    assert set(SPECIAL_OPTIONS) <= fields
+    assert set(SHARED_OPTIONS) <= fields - set(SPECIAL_OPTIONS)
 
 
 def test_the_run_folder_is_named_after_method_and_data():
     assert PretrainConfig().run_path.as_posix() == "runs/mae-digits"
-    assert PretrainConfig(data="/data/my photos/").run_path.as_posix() == "runs/mae-my-photos"
+    assert PretrainConfig(data="/data/my photos/", **SIMMIM).run_path.as_posix() == "runs/simmim-my-photos"
     assert PretrainConfig(data="x.npz", out="here").run_path.as_posix() == "here"

@@ -1,6 +1,11 @@
+import hashlib
+import multiprocessing
 import os
+import shutil
+import signal
 import subprocess
 import sys
+import tarfile
 import textwrap
 import time
 from pathlib import Path
@@ -120,6 +125,47 @@ def test_workers_resume_too(photos):
     assert_equal(run(photos, start_step=3, workers=1), run(photos)[3:])
 
 
+@pytest.mark.parametrize("world_size", [1, 2, 4, 8])
+@pytest.mark.parametrize("start_step", [0, 5])
+def test_processes_deal_out_the_same_global_batches(broken_photos, world_size, start_step):
+    """Images, crops and flips included, wherever the run starts, and where images are unreadable."""
+    source, broken = broken_photos
+    options = {"batch_size": 40, "total_steps": 16, "start_step": start_step}
+    whole = run(source, **options)
+    seen = set()
+    for rank in range(world_size):
+        part = run(source, rank=rank, world_size=world_size, **options)
+        assert len(part) == 16 - start_step
+        for ours, all_of_them in zip(part, whole, strict=True):
+            np.testing.assert_array_equal(ours.images, all_of_them.images[rank::world_size])
+            np.testing.assert_array_equal(ours.index, all_of_them.index[rank::world_size])
+        seen |= {record for batch in part for record, _ in batch.unreadable}
+    assert seen == broken
+
+
+@pytest.mark.parametrize("options", [{"threads": 0}, {"threads": 3}, {"workers": 1}, {"workers": 3}])
+def test_threads_and_workers_change_nothing_for_a_process_of_many_either(photos, options):
+    options |= {"rank": 1, "world_size": 4, "start_step": 3}
+    for ours, all_of_them in zip(run(photos, **options), run(photos)[3:], strict=True):
+        np.testing.assert_array_equal(ours.images, all_of_them.images[1::4])
+
+
+def test_the_number_of_processes_may_change_on_the_way(photos):
+    whole = run(photos)
+    steps = {2: run(photos, total_steps=3, rank=1, world_size=2), 4: run(photos, start_step=3, rank=1, world_size=4)}
+    for step, batch in enumerate([*steps[2], *steps[4]]):
+        np.testing.assert_array_equal(batch.images, whole[step].images[1 :: 2 if step < 3 else 4])
+
+
+def test_the_order_of_a_run_is_what_it_was():
+    """Runs of earlier versions go on with the same batches: order, crops and flips."""
+    batch = run(numbered(50), batch_size=10, total_steps=6)[5]
+    assert batch.index.tolist() == [36, 24, 41, 49, 26, 10, 40, 4, 2, 12]
+    noise = ArraySource(np.random.default_rng(0).integers(0, 256, (20, 24, 32, 3), dtype=np.uint8), "noise")
+    images = np.concatenate([batch.images for batch in run(noise, batch_size=4, total_steps=2)])
+    assert hashlib.sha256(images.tobytes()).hexdigest()[:16] == "41b870e3e65b7d70"
+
+
 def test_augmentation_can_be_switched_off():
     ramp = ArraySource(np.tile(np.arange(16, dtype=np.uint8) * 10, (4, 16, 1))[..., None], "ramps")
     options = {"crop_scale": (1.0, 1.0), "crop_ratio": (1.0, 1.0), "batch_size": 4, "total_steps": 25}
@@ -161,6 +207,11 @@ def test_a_closed_iterator_gives_nothing_more(photos):
         ({"indices": np.array([], int)}, r"indices: expected at least one integer, .* got int64 \(0,\)"),
         ({"indices": np.array([0.5])}, "indices: expected at least one integer, .* got float64"),
         ({"indices": np.array([0, 20])}, "indices: expected 0 to 19, got 0 to 20"),
+        ({"world_size": 0}, "world_size: expected at least 1, got 0"),
+        ({"world_size": 2, "rank": 2}, "rank: expected 0 to 1, got 2"),
+        ({"world_size": 2, "rank": -1}, "rank: expected 0 to 1, got -1"),
+        ({"world_size": 3}, "batch_size: expected a multiple of the 3 processes, got 8"),
+        ({"world_size": 16}, "batch_size: expected a multiple of the 16 processes, got 8"),
     ],
 )
 def test_arguments_are_checked_at_once(photos, options, message):
@@ -250,6 +301,76 @@ def test_exactly_one_percent_is_tolerated():
     unreadable.add([(2, "c")])
     with pytest.raises(ValueError, match=r"data: 3 of 200 images .*image 0 \(a\), image 1 \(b\), image 2 \(c\)$"):
         unreadable.check()
+
+
+@pytest.fixture
+def tiny_files(tmp_path):
+    """Three hundred images of one value, the last three digits of their number."""
+    for k in range(300):
+        Image.new("L", (4, 4), k % 256).save(tmp_path / f"{k:03}.png")
+    return tmp_path
+
+
+def test_a_folder_that_changes_under_the_run(tiny_files):
+    """What is gone is unreadable; what has changed is read as it is now; what is new waits for the next run."""
+    options = {"batch_size": 100, "image_size": (4, 4), "seed": 0, "total_steps": 6, "threads": 0}
+    with train_batches(open_source(str(tiny_files), channels=1), **options) as batches:
+        first = [next(batches) for _ in range(3)]
+        (tiny_files / "007.png").unlink()
+        (tiny_files / "008.png").write_bytes(b"cut off")
+        Image.new("L", (9, 9), 255).save(tiny_files / "009.png")
+        Image.new("L", (4, 4), 255).save(tiny_files / "000-new.png")
+        second = list(batches)
+        assert batches.unreadable.reasons == {
+            "007.png": "file not found",
+            "008.png": "not one of JPEG, PNG, WEBP, BMP, TIFF, GIF",
+        }
+    assert set(records(first)) == set(range(300))
+    assert set(records(second)) == set(range(300)) - {7, 8}
+    values = {
+        int(record): int(image[0, 0, 0])
+        for batch in second
+        for record, image in zip(batch.index, batch.images, strict=True)
+    }
+    assert values == {k: 255 if k == 9 else k % 256 for k in range(300) if k not in (7, 8)}
+
+
+def test_a_folder_that_vanishes_under_the_run_ends_it(tiny_files):
+    options = {"batch_size": 100, "image_size": (4, 4), "seed": 0, "total_steps": 6, "threads": 0}
+    with train_batches(open_source(str(tiny_files), channels=1), **options) as batches:
+        next(batches)
+        shutil.rmtree(tiny_files)
+        with pytest.raises(ValueError, match=r"data: 4 of 300 images cannot be read so far.*\(file not found\)"):
+            list(batches)
+
+
+def write_tar(path, files) -> None:
+    with tarfile.open(path, "w") as archive:
+        for file in files:
+            archive.add(file, file.name)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_tar_file_that_changes_under_the_run_ends_it(tmp_path, tiny_files, workers):
+    """Its index is of the old one; no image is read from the wrong place."""
+    path = tmp_path / "a.tar"
+    names = sorted(tiny_files.glob("*.png"))
+    write_tar(path, names)
+    with train_batches(
+        open_source(str(path), channels=1), batch_size=100, image_size=(4, 4), seed=0, total_steps=50, workers=workers
+    ) as batches:
+        next(batches)
+        write_tar(path, names[::-1])
+        with pytest.raises(ValueError, match=r"cannot be read so far.*its tar file: changed since it was opened"):
+            list(batches)
+
+
+def test_a_tar_file_and_a_folder_give_the_same_batches(photos, tmp_path):
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        archive.add(photos.folder, "photos")  # in sorted order
+    tar = open_source(str(tmp_path / "a.tar"), channels=3)
+    assert_equal(run(tar), run(photos))
+    np.testing.assert_array_equal(tar.labels, photos.labels)
 
 
 # ----------------------------------------------------------------------------------------------------------- evaluation
@@ -365,6 +486,24 @@ def test_no_way_to_end_leaves_a_complaint(tmp_path, end, status):
     process = start(tmp_path, end)
     output, errors = process.communicate(timeout=60)
     assert (process.returncode, output, errors) == (status, "", "")
+
+
+@pytest.mark.parametrize("size", [8, 224])
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_killed_worker_is_reported_and_nobody_waits_for_it(photos, workers, size):
+    """In small batches and in such as do not go through a pipe at once."""
+    options = {"batch_size": 16, "image_size": (size, size), "seed": 0, "total_steps": 10_000, "workers": workers}
+    with train_batches(photos, **options) as batches:
+        next(batches)
+        os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+        started = time.monotonic()
+        message = (
+            rf"^data: worker process [12] of {workers} was ended by SIGKILL \(.* memory .*\)( while it read .*jpg)?$"
+        )
+        with pytest.raises(ChildProcessError, match=message):
+            list(batches)
+    assert time.monotonic() - started < 30
+    assert multiprocessing.active_children() == []
 
 
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="looks for processes in /proc")

@@ -12,8 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from prmim_train.config import PretrainConfig, parse_options
-from prmim_train.loop import Interrupted, NonFiniteLoss, SpeedMeter, _duration, pretrain
+from prmim_train.config import PretrainConfig
+from prmim_train.layers import parse_options
+from prmim_train.loop import Interrupted, NonFiniteLoss, SpeedMeter, _duration, _loss_text, pretrain
 
 HERE = Path(__file__).parent
 
@@ -202,6 +203,38 @@ def test_the_end_evaluates_and_draws(tiny, capsys):
     for name in ("reconstructions.png", "schedule.png", "loss.png"):
         assert (tiny().run_path / name).stat().st_size > 2000
         assert name in text
+
+
+@pytest.mark.parametrize(
+    ("changes", "losses", "picture"),
+    [
+        ({"method": "simmim"}, ["loss", "loss_decoded", "loss_thrown"], "reconstructions.png"),
+        ({"method": "maskalign"}, ["loss", "loss_visible", "loss_thrown"], "similarity.png"),
+    ],
+    ids=lambda value: value["method"] if isinstance(value, dict) else "",
+)
+def test_each_method_logs_and_draws_what_is_its_own(changes, losses, picture, tiny, teacher, capsys):
+    if changes["method"] == "maskalign":
+        changes = {**changes, "teacher": str(teacher), "teacher_layers": 2}
+    config = tiny(**changes, epochs=2, pictures=2)
+    summary = pretrain(config)
+    assert [name for name in lines(config)[0] if name.startswith("loss")] == losses
+    assert [name for name in summary if name.startswith("loss")] == losses
+    text = capsys.readouterr().out
+    assert "steps in " in text
+    for name in losses[1:]:
+        assert f"{name.removeprefix('loss_')} {summary[name]:.4f}" in text
+    assert {path.name for path in config.run_path.glob("*.png")} == {picture, "schedule.png", "loss.png"}
+
+
+def test_the_decay_reaches_the_engine(tiny, fake):
+    pretrain(tiny(decay="step"))
+    assert fake.made[0].decay == "step"
+
+
+def test_a_part_that_is_not_supervised_is_not_told():
+    assert _loss_text({"loss": 0.5, "loss_decoded": 0.5, "loss_thrown": 0.0}) == "loss 0.5000 (decoded 0.5000)"
+    assert _loss_text({"step": 3, "loss": 0.5}) == "loss 0.5000"
 
 
 def test_unreadable_images_are_left_out_and_reported(tiny, tmp_path, capsys):

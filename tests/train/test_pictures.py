@@ -3,8 +3,8 @@ import pytest
 from PIL import Image
 
 from prmim_core import Grid, Schedule, count_tokens, counter_noise, make_plan, patchify
+from prmim_train.figures import HIDDEN
 from prmim_train.pictures import (
-    HIDDEN,
     NOT_PREDICTED,
     _read_some,
     _reconstruction_caption,
@@ -109,6 +109,29 @@ def test_the_caption_tells_what_was_done_to_the_pixels():
     assert "4 x 6 grid" in _reconstruction_caption(3, True, True, grid)
 
 
+def colours(path):
+    with Image.open(path) as picture:
+        pixels = np.asarray(picture.convert("RGB")).reshape(-1, 3)
+    found, counts = np.unique(pixels, axis=0, return_counts=True)
+    return {tuple(int(part) for part in colour) for colour in found[counts > 500]}
+
+
+def test_thrown_tokens_that_are_not_rebuilt_have_no_stages(tmp_path):
+    _, rebuilt, _ = draw(stages=2)
+    draw_schedule(tmp_path / "rebuilt.png", rebuilt.order, rebuilt.schedule)
+    draw_schedule(tmp_path / "left.png", rebuilt.order, rebuilt.schedule, is_rebuilt=False)
+    assert len(colours(tmp_path / "rebuilt.png")) > len(colours(tmp_path / "left.png"))
+
+
+def test_a_schedule_without_decoded_tokens_is_drawn(tmp_path):
+    schedule = Schedule(Grid((6, 6)), count_tokens(36, 0.7, 1.0), throwing="random")
+    plan = make_plan(schedule, counter_noise(0, 0, np.arange(2), 36))
+    draw_schedule(tmp_path / "s.png", plan.order, schedule)
+    orange = (224, 123, 40)  # that of decoded tokens
+    assert orange not in colours(tmp_path / "s.png")
+    assert token_kinds(plan.order, schedule).max() == 3
+
+
 def test_token_kinds_count_what_the_schedule_counts():
     _, rebuilt, _ = draw(stages=3)
     kinds = token_kinds(rebuilt.order, rebuilt.schedule)
@@ -118,10 +141,28 @@ def test_token_kinds_count_what_the_schedule_counts():
         assert row[order[-1]] == 4
 
 
-def test_the_loss_curve_leaves_out_what_was_not_measured(tmp_path):
-    names = ("loss", "loss_decoded", "loss_thrown", "lr")
-    records = [{"epoch": k, **dict.fromkeys(names, 1 / (k + 1)), "loss_thrown": None} for k in range(5)]
+@pytest.mark.parametrize(
+    ("measured", "labels"),
+    [
+        ({"loss_decoded": 1.0, "loss_thrown": 2.0}, ["all supervised tokens", "decoded", "thrown"]),
+        ({"loss_visible": 1.0, "loss_thrown": 2.0}, ["all supervised tokens", "visible", "thrown"]),
+        ({"loss_edges": 1.0}, ["all supervised tokens", "edges"]),  # of a method that nobody has written yet
+        ({"loss_decoded": 1.0, "loss_thrown": None}, ["all supervised tokens", "decoded"]),
+        ({"loss_decoded": 1.0, "loss_thrown": 0.0}, ["all supervised tokens", "decoded"]),
+    ],
+    ids=str,
+)
+def test_the_loss_curves_are_those_that_were_measured(measured, labels, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr("prmim_train.pictures.save_figure", lambda figure, path: drawn.append(figure))
+    records = [{"epoch": k, "loss": 1 / (k + 1), "lr": 0.1, **measured} for k in range(5)]
     draw_loss(tmp_path / "loss.png", records)
+    legend = drawn[0].axes[0].get_legend()
+    assert [text.get_text() for text in legend.get_texts()] == labels
+
+
+def test_the_loss_is_drawn(tmp_path):
+    draw_loss(tmp_path / "loss.png", [{"epoch": k, "loss": 1 / (k + 1), "lr": 0.1} for k in range(5)])
     with Image.open(tmp_path / "loss.png") as picture:
         assert np.asarray(picture.convert("L")).std() > 10
 

@@ -1,0 +1,302 @@
+"""Teachers: frozen vision transformers of others, whose features a student learns to predict."""
+
+import importlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from operator import attrgetter
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Literal, NamedTuple, Self, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from prmim_core import patchify, resize_images, resize_table
+from prmim_core.options import positive_integers
+from prmim_core.teacher import (
+    Family,
+    TeacherConfig,
+    check_layers,
+    check_teacher,
+    find_teacher,
+    one_line,
+    read_teacher,
+)
+
+TeacherDtype = Literal["float32", "bfloat16"]
+
+
+class _Names(NamedTuple):
+    """Where transformers keeps what is needed of a family's models."""
+
+    model: str
+    blocks: str
+    norm: str  # of a block, before its attention
+    attention: str  # of a block
+
+
+NAMES: dict[Family, _Names] = {
+    "clip": _Names("CLIPVisionModel", "encoder.layers", "layer_norm1", "self_attn"),
+    "vit": _Names("ViTModel", "layers", "layernorm_before", "attention"),
+    "dinov2": _Names("Dinov2Model", "encoder.layer", "norm1", "attention"),
+}
+NOT_NEEDED = ("post_layernorm.", "layernorm.", "embeddings.mask_token")
+"""How names begin of tensors that may be missing: nothing looks at them."""
+
+
+@dataclass
+class TeacherOutput:
+    """What a :class:`Teacher` makes of whole images.
+
+    Parameters
+    ----------
+    hidden
+        float32 or wider (k, batch, 1 + N, dim): outputs of the last k blocks, before any final norm; the cls token
+        first, then all tokens in raster order.
+    attention
+        float32 or wider (batch, N): what the cls token looks at in the last block, mean over heads. The share of the
+        cls token itself is left out, so the sum is below 1.
+    """
+
+    hidden: Tensor
+    attention: Tensor
+
+
+class Teacher(nn.Module):
+    """A frozen vision transformer, loaded by ``transformers``: CLIP, DINO (or any plain ViT), DINOv2.
+
+    Parameters
+    ----------
+    source
+        A folder with ``config.json`` and ``.safetensors`` files, as ``save_pretrained`` writes it, or the name of such
+        a model on the Hugging Face hub.
+    grid_shape
+        Tokens of the student along both axes; the teacher is shown images of as many patches.
+    channels
+        Channels of the images: as many as the teacher's, or 1, which is repeated.
+    layers
+        How many of the last blocks to return the outputs of; None: all.
+    dtype
+        Of the weights of its linear layers: ``"float32"``, or ``"bfloat16"``, in which the products are computed then,
+        as within ``torch.autocast``. All else is in float32.
+
+    Attributes
+    ----------
+    dim, depth, num_heads
+        Width, number of blocks, attention heads; ``size`` has them together.
+    patch_size
+        Pixels of a patch along both axes.
+    num_parameters
+        Numbers that are in use: not those of poolers, final norms and text models.
+    description
+        What it is, in words.
+
+    Raises
+    ------
+    ImportError
+        If ``transformers`` is not installed.
+    TypeError
+        If an option is of the wrong type.
+    ValueError
+        If there is no such model, it is damaged or of another kind, or does not fit the images; one line.
+
+    Notes
+    -----
+    Images are resized bicubically to the size that the grid has in patches of the teacher, where they differ, and so is
+    the table of positions of a teacher that was made for another grid. Pixels are normalised by the ``image_mean`` and
+    ``image_std`` of ``preprocessor_config.json``, or else by CLIP's own (CLIP) or ImageNet's.
+
+    No gradient goes through, and nothing is drawn at random. The module adds nothing to parameters and state dicts, but
+    its weights move along with the module that it is a part of.
+
+    Only ``.safetensors`` files are read.
+    """
+
+    _pixel_scale: Tensor
+    _pixel_shift: Tensor
+
+    def __init__(
+        self,
+        source: str | Path,
+        grid_shape: Sequence[int],
+        channels: int,
+        *,
+        layers: int | None = None,
+        dtype: TeacherDtype = "float32",
+    ) -> None:
+        super().__init__()
+        self.grid_shape = positive_integers("grid_shape", grid_shape)
+        if dtype not in get_args(TeacherDtype):
+            raise ValueError(f"dtype: expected 'float32' or 'bfloat16', got {dtype!r}")
+        config = read_teacher(find_teacher(source))
+        check_teacher(config, self.grid_shape, channels)
+        self.size, self.patch_size, self.channels = config.size, config.patch_size, config.channels
+        self.dim, self.depth, self.num_heads = config.size.dim, config.size.depth, config.size.heads
+        self.layers = check_layers(layers, self.depth)
+        self.description = f"{config.title}, from {source}"
+        self._register_constant("_pixel_scale", [1 / (255 * deviation) for deviation in config.std])
+        self._register_constant("_pixel_shift", [-m / s for m, s in zip(config.mean, config.std, strict=True)])
+        parts = _Parts(_load_model(config), config, self.grid_shape)
+        self.num_parameters = sum(tensor.numel() for tensor in (*parts.parameters(), *parts.buffers()))
+        if dtype == "bfloat16":
+            for part in parts.blocks.modules():
+                if isinstance(part, nn.Linear):
+                    part.bfloat16()
+        # In a tuple torch does not find it: a teacher is nothing to learn, to save, or to switch to training mode.
+        self._held = (parts,)
+        self._dtype = dtype
+
+    def _register_constant(self, name: str, values: list[float]) -> None:
+        self.register_buffer(name, torch.tensor(values, dtype=torch.float64), persistent=False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        (parts,) = self._held
+        parts._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> TeacherOutput:
+        """Look at whole images.
+
+        Parameters
+        ----------
+        images
+            uint8 (batch, height, width, channels).
+
+        Returns
+        -------
+        TeacherOutput
+        """
+        (parts,) = self._held
+        device = images.device.type
+        with _full_precision(device):  # or pixels would be resized in bfloat16
+            patches = self._patches(images, parts.table.dtype)
+        with self._precision(device):
+            states = [parts.embed(patches)]
+            for block in parts.blocks:
+                # Of the last block the input is wanted, too.
+                states = [*states[-self.layers :], block(states[-1], None)]
+            return TeacherOutput(torch.stack(states[-self.layers :]), parts.cls_attention(states[-2]))
+
+    def _precision(self, device: str) -> AbstractContextManager[Any]:
+        if self._dtype == "float32":
+            return nullcontext()
+        return torch.autocast(device, dtype=torch.bfloat16)
+
+    def _patches(self, images: Tensor, dtype: torch.dtype) -> Tensor:
+        """Turn uint8 images into normalised patches (batch, N, prod(patch) * channels) of the teacher's size."""
+        shape = tuple(tokens * size for tokens, size in zip(self.grid_shape, self.patch_size, strict=True))
+        pixels = resize_images(images.to(dtype), shape)
+        # One channel becomes several here.
+        patches: Tensor = patchify(pixels * self._pixel_scale.to(dtype) + self._pixel_shift.to(dtype), self.patch_size)
+        return patches
+
+
+class _Parts(nn.Module):
+    """What is used of a model of transformers, under the same names for all families.
+
+    Its own forward pass gives no attention weights where attention is fused, and resizes position tables in every call.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    cls_token: Tensor
+    table: Tensor
+
+    def __init__(self, model: Any, config: TeacherConfig, grid_shape: tuple[int, ...]) -> None:
+        super().__init__()
+        embeddings, names = model.embeddings, NAMES[config.family]
+        if config.family == "clip":
+            projection, cls_token = embeddings.patch_embedding, embeddings.class_embedding[None, None]
+            table, self.norm = embeddings.position_embedding.weight[None], model.pre_layrnorm
+        else:
+            projection, cls_token = embeddings.patch_embeddings.projection, embeddings.cls_token
+            table, self.norm = embeddings.position_embeddings, nn.Identity()
+        self.register_buffer("weight", projection.weight.detach().movedim(1, -1).flatten(1))
+        self.register_buffer("bias", None if projection.bias is None else projection.bias.detach())
+        self.register_buffer("cls_token", cls_token.detach())
+        self.register_buffer("table", resize_table(table.detach(), config.grid_shape, grid_shape))
+        self.blocks: nn.ModuleList = attrgetter(names.blocks)(model)
+        self._names = (names.norm, names.attention)
+        self._num_heads = config.size.heads
+        self.requires_grad_(False).eval()
+
+    def embed(self, patches: Tensor) -> Tensor:
+        """Turn normalised patches into what the first block sees: (batch, 1 + N, dim), the cls token first."""
+        tokens = F.linear(patches, self.weight, self.bias) + self.table[:, 1:]
+        cls_token = (self.cls_token + self.table[:, :1]).expand(patches.shape[0], -1, -1)
+        x: Tensor = self.norm(torch.cat([cls_token, tokens], dim=1))
+        return x
+
+    def cls_attention(self, x: Tensor) -> Tensor:
+        """Return what the cls token looks at in the last block, which sees (batch, 1 + N, dim): (batch, N)."""
+        norm, attention = (getattr(self.blocks[-1], name) for name in self._names)
+        x = norm(x)
+        q, k = (
+            projected.unflatten(-1, (self._num_heads, -1)).transpose(1, 2)  # batch, heads, length, head_dim
+            for projected in (attention.q_proj(x[:, :1]), attention.k_proj(x))
+        )
+        scores = (q @ k.mT).to(x.dtype) * q.shape[-1] ** -0.5
+        looks_at: Tensor = scores.softmax(-1)[:, :, 0, 1:].mean(1)
+        return looks_at
+
+
+def _load_model(config: TeacherConfig) -> Any:
+    """Load a model in float32 by transformers; raise ValueError unless all of it is there."""
+    try:
+        transformers = importlib.import_module("transformers")
+    except ImportError:
+        raise ImportError(
+            "teacher: expected transformers, which loads it, to be installed, got no such package; "
+            "pip install 'prmim[teachers]'"
+        ) from None
+    folder = config.folder
+    options = {"add_pooling_layer": False} if config.family == "vit" else {}
+    with _quiet(transformers), torch.random.fork_rng(devices=[]):
+        try:
+            model, report = getattr(transformers, NAMES[config.family].model).from_pretrained(
+                folder,
+                dtype=torch.float32,
+                attn_implementation="sdpa",
+                use_safetensors=True,
+                local_files_only=True,
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+                **options,
+            )
+        except Exception as error:  # whatever transformers and safetensors make of the files
+            raise ValueError(
+                f"teacher: expected weights in .safetensors files in {folder}, got {one_line(error)}"
+            ) from None
+    # What is missing or does not fit gets random numbers, and a warning at most.
+    for name, got, expected in sorted(report["mismatched_keys"]):
+        raise ValueError(f"teacher: {name}: expected shape {tuple(expected)}, got {tuple(got)} in {folder}")
+    missing = sorted(name for name in report["missing_keys"] if not name.startswith(NOT_NEEDED))
+    if missing:
+        raise ValueError(f"teacher: expected a tensor {missing[0]!r}, got none in {folder}")
+    return model
+
+
+@contextmanager
+def _quiet(transformers: ModuleType) -> Iterator[None]:
+    """Keep progress bars and reports of transformers off the screen."""
+    logging = transformers.utils.logging
+    verbosity, had_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if had_bars:
+            logging.enable_progress_bar()
+
+
+def _full_precision(device: str) -> AbstractContextManager[Any]:
+    """Let products be computed in the precision of what is given, whatever autocast is around."""
+    if torch.amp.is_autocast_available(device):
+        return torch.autocast(device, enabled=False)
+    return nullcontext()

@@ -1,0 +1,119 @@
+"""Options come in layers: read from recipes and files, laid over each other, written down again."""
+
+import dataclasses
+from collections.abc import Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from prmim_train.config import PretrainConfig
+from prmim_train.methods import METHODS, SPECIAL_OPTIONS
+
+# Options that only make sense together with another one: a layer that sets the key drops what lower layers said of the
+# others.  (A recipe's width must not survive `--model vit_small` on the command line.)
+DEPENDENT_FIELDS = {"model": ("embed_dim", "depth", "num_heads"), "channels": ("mean", "std")}
+
+# The same for the method, but only where a layer changes it: `--method mae` above a recipe of MAE changes nothing.
+METHOD_FIELDS = (*SPECIAL_OPTIONS, "mask_ratio", "throw_ratio")
+
+
+def merge_layers(*layers: Mapping[str, Any]) -> dict[str, Any]:
+    """Lay dictionaries of options over each other, the later ones on top.
+
+    A layer that sets an option drops what lower layers said of the options that depend on it (`DEPENDENT_FIELDS`), and
+    one that changes the method drops what they said of ratios and of options that not every method has
+    (`METHOD_FIELDS`).
+
+    Examples
+    --------
+    >>> merge_layers({"model": "vit_tiny", "depth": 4, "epochs": 10}, {"model": "vit_small"})
+    {'model': 'vit_small', 'epochs': 10}
+    >>> merge_layers({"mask_ratio": 0.8, "norm_pix": False, "stages": 3}, {"method": "simmim"})
+    {'stages': 3, 'method': 'simmim'}
+    """
+    merged: dict[str, Any] = {}
+    for layer in layers:
+        dropped = [field for name, fields in DEPENDENT_FIELDS.items() if name in layer for field in fields]
+        if layer.get("method", _method(merged)) != _method(merged):
+            dropped += METHOD_FIELDS
+        merged = {name: value for name, value in merged.items() if name not in dropped} | dict(layer)
+    return merged
+
+
+def _method(options: Mapping[str, Any]) -> Any:
+    """Return the method of some options, which may leave it to the default."""
+    return options.get("method", PretrainConfig.method)
+
+
+def recipe_names() -> list[str]:
+    """Return the names of the packaged recipes, sorted."""
+    folder = resources.files("prmim_train") / "recipes"
+    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+
+
+def read_options(name_or_path: str | Path) -> dict[str, Any]:
+    """Read the options of a packaged recipe or of a YAML file.
+
+    Parameters
+    ----------
+    name_or_path
+        The name of a packaged recipe (`recipe_names`), else the path of a file.
+
+    Returns
+    -------
+    dict
+        Option name to value, as YAML gave it; names and values are not checked here.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is neither a recipe nor a file of that name.
+    ValueError
+        If the file is not YAML, or not a list of `name: value`.
+    """
+    text = str(name_or_path)
+    if text in recipe_names():
+        content = (resources.files("prmim_train") / "recipes" / f"{text}.yaml").read_text(encoding="utf-8")
+    else:
+        path = Path(name_or_path)
+        if not path.is_file():
+            known = ", ".join(recipe_names())
+            raise FileNotFoundError(f"config: expected a YAML file or one of the recipes {known}, got {text!r}")
+        content = path.read_text(encoding="utf-8")
+    return parse_options(content, text)
+
+
+def parse_options(content: str, name: str) -> dict[str, Any]:
+    """Parse the text of a YAML file of options; see `read_options`."""
+    try:
+        options = yaml.safe_load(content)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" line {mark.line + 1}" if mark is not None else ""
+        raise ValueError(
+            f"config: expected YAML, got an error in {name}{where}: {getattr(error, 'problem', '')}"
+        ) from error
+    if options is None:
+        return {}
+    if not isinstance(options, dict) or not all(isinstance(key, str) for key in options):
+        raise ValueError(f"config: expected lines of the form 'option: value' in {name}, got {type(options).__name__}")
+    return options
+
+
+def dump_options(config: PretrainConfig) -> str:
+    """Return the options of a run as YAML, in their order.
+
+    Left out are `out` and `resume`, which are no property of the run, and the options that its method does not have.
+
+    Examples
+    --------
+    >>> config = PretrainConfig(image_size=(32, 64), warmup_epochs=2)
+    >>> PretrainConfig(**parse_options(dump_options(config), "copy")) == config
+    True
+    """
+    left_out = {"out", "resume", *SPECIAL_OPTIONS} - set(METHODS[config.method].options)
+    options = {name: value for name, value in dataclasses.asdict(config).items() if name not in left_out}
+    plain = {name: list(value) if isinstance(value, tuple) else value for name, value in options.items()}
+    return yaml.safe_dump(plain, sort_keys=False, default_flow_style=None)

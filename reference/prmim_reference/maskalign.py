@@ -1,0 +1,337 @@
+"""PR-MIM on MaskAlign: the student's complete forward pass in float64, and the loss against a teacher's outputs.
+
+The teacher is no part of it: what it makes of the whole images is an argument.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from prmim_reference import grid
+from prmim_reference.counts import TokenCounts, count_tokens
+from prmim_reference.masking import random_visible, weighted_visible
+from prmim_reference.method import (
+    as_weights,
+    check_variant,
+    encoder_scales,
+    encoder_states,
+    image_patches,
+    mean_or_zero,
+    rebuild,
+)
+from prmim_reference.method import encode as encode  # of whole images, the same for all methods
+from prmim_reference.schedule import make_order
+from prmim_reference.targets import grid_shape
+from prmim_reference.vit import Weights, attention_maps, layer_norm, linear
+
+Array = NDArray[np.float64]
+
+WHITENING_EPS = 1e-5
+
+
+@dataclass(frozen=True)
+class MaskAlignOutput:
+    """What the forward pass of a batch gives.
+
+    Attributes
+    ----------
+    loss : float
+        The training loss.
+    loss_visible : float
+        Mean loss of the class token and the visible tokens.
+    loss_thrown : float
+        Mean loss of the thrown tokens, before any weighting; 0 where there are none, or none are supervised.
+    predicted : float64 (k, batch, 1 + supervised, teacher_dim)
+        Predictions for every aligned layer of the teacher: of the class token, then of the supervised tokens in plan
+        order: visible, then (unless the variant is "none" or their weight 0) thrown.
+    target : float64 (k, batch, 1 + supervised, teacher_dim)
+        What they are compared with: the teacher's whitened outputs.
+    order : int64 (batch, N)
+        The plan.
+    """
+
+    loss: float
+    loss_visible: float
+    loss_thrown: float
+    predicted: Array
+    target: Array
+    order: NDArray[np.int64]
+
+
+def cls_attention(x: Array, weights: Weights, name: str, num_heads: int) -> Array:
+    """Return how much the class token looks at every patch: the mean over heads of its row of `vit.attention_maps`.
+
+    Parameters
+    ----------
+    x : array (1 + N, dim)
+        What the attention layer sees (its norm applied), the class token first.
+    weights, name : the layer ``{name}.qkv``
+    num_heads : int
+
+    Returns
+    -------
+    array (N,)
+        The share of the class token itself is left out, so the sum is below 1.
+    """
+    shares = np.zeros(len(x) - 1)
+    for looks_at in attention_maps(x, weights, name, num_heads):
+        shares += looks_at[0, 1:] / num_heads
+    return shares
+
+
+def initial_fusion(fusion: str, teacher_layers: int, teacher_depth: int, student_depth: int) -> Array:
+    """Return the matrix that learning starts from: how much of each student layer each aligned teacher layer gets.
+
+    Parameters
+    ----------
+    fusion : {"linear", "sum"}
+        "linear": the student's layer of the same number, and 0.01 of all; needs equal depths. "sum": 1 / depth of all.
+    teacher_layers : int
+        How many of the teacher's last layers are aligned.
+    teacher_depth, student_depth : int
+
+    Returns
+    -------
+    array (teacher_layers, student_depth)
+
+    Examples
+    --------
+    >>> initial_fusion("linear", 2, 3, 3)
+    array([[0.01, 1.01, 0.01],
+           [0.01, 0.01, 1.01]])
+    >>> initial_fusion("sum", 1, 12, 4)
+    array([[0.25, 0.25, 0.25, 0.25]])
+    """
+    if not 1 <= teacher_layers <= teacher_depth:
+        raise ValueError(f"teacher_layers: expected 1 to {teacher_depth}, the teacher's depth, got {teacher_layers}")
+    if fusion == "sum":
+        return np.full((teacher_layers, student_depth), 1 / student_depth)
+    if fusion != "linear":
+        raise ValueError(f'fusion: expected "linear" or "sum", got {fusion!r}')
+    if teacher_depth != student_depth:
+        raise ValueError(
+            f'fusion: expected "sum" where depths differ, got "linear" for {teacher_depth} layers of the teacher and '
+            f"{student_depth} of the student"
+        )
+    matrix = np.full((teacher_depth, student_depth), 0.01)
+    for layer in range(teacher_depth):
+        matrix[layer, layer] += 1
+    return matrix[teacher_depth - teacher_layers :]
+
+
+def fuse(states: Sequence[Array], fusion: Array) -> list[Array]:
+    """Return a weighted sum of the student's layers for every row of the matrix (teacher_layers, student_depth)."""
+    if fusion.shape[1] != len(states):
+        raise ValueError(f"fusion: expected a column for each of {len(states)} blocks, got {fusion.shape[1]}")
+    fused = []
+    for row in fusion:
+        mixed = np.zeros_like(states[0])
+        for share, state in zip(row, states, strict=True):
+            mixed += share * state
+        fused.append(mixed)
+    return fused
+
+
+def whiten(x: Array) -> Array:
+    """Normalise every token over its channels: a layer norm (eps 1e-5) without weight and bias."""
+    return layer_norm(x, eps=WHITENING_EPS)
+
+
+def smooth_l1(difference: float) -> float:
+    """Return half the square of a difference up to 1, and its absolute value minus one half beyond.
+
+    Examples
+    --------
+    >>> [smooth_l1(difference) for difference in (0.5, -1.0, -3.0)]
+    [0.125, 0.5, 2.5]
+    """
+    return difference**2 / 2 if abs(difference) < 1 else abs(difference) - 0.5
+
+
+def token_losses(predicted: Array, target: Array) -> list[float]:
+    """Return twice the smooth L1 distance of every token, mean over its channels."""
+    losses = []
+    for p, t in zip(predicted, target, strict=True):
+        losses.append(sum(2 * smooth_l1(float(difference)) for difference in p - t) / p.size)
+    return losses
+
+
+def predict_image(
+    patches: Array,
+    order: Sequence[int],
+    counts: TokenCounts,
+    shape: Sequence[int],
+    weights: Weights,
+    *,
+    num_heads: int,
+    stages: int,
+    variant: str,
+    scales: Array | None,
+) -> list[Array]:
+    """Return the predictions of one image for every aligned layer: the class token, then tokens in plan order.
+
+    The student sees the visible tokens alone. Its fused layers are rebuilt at the thrown tokens, each on its own by
+    the same weights; with the variant "none" they are not.
+    """
+    states = encoder_states(patches, order[: counts.visible], shape, weights, num_heads, scales=scales)
+    predictions = []
+    for layer, fused in enumerate(fuse(states, weights["fusion"])):
+        features = rebuild(fused[1:], order, counts, shape, weights, stages=stages, variant=variant)
+        predictions.append(linear(np.concatenate([fused[:1], features]), weights, f"heads.{layer}"))
+    return predictions
+
+
+def choose_visible(
+    masking: str, noise: Sequence[int], attention: Sequence[float] | None, num_visible: int
+) -> list[int]:
+    """Return the visible tokens of one image.
+
+    "attention": drawn without replacement in proportion to the teacher's attention, so salient tokens tend to be
+    visible. "random": those of lowest noise.
+    """
+    if masking == "random":
+        return random_visible(noise, num_visible)
+    if masking != "attention":
+        raise ValueError(f'masking: expected "attention" or "random", got {masking!r}')
+    if attention is None:
+        raise ValueError('teacher_attention: expected one number per token for masking="attention", got None')
+    return weighted_visible(noise, attention, num_visible)
+
+
+def forward(
+    weights: Mapping[str, ArrayLike] | str | Path,
+    images: ArrayLike,
+    noise: ArrayLike,
+    *,
+    teacher_hidden: ArrayLike,
+    teacher_attention: ArrayLike | None = None,
+    patch_size: Sequence[int],
+    num_heads: int,
+    mask_ratio: float = 0.7,
+    masking: str = "attention",
+    stages: int = 2,
+    variant: str = "kernel",
+    thrown_weight: float = 1.0,
+    drop_path: float = 0.0,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+) -> MaskAlignOutput:
+    """Return the loss and the predictions of a batch.
+
+    All masked tokens are thrown. The losses are means over the aligned layers, the batch, tokens and channels; the
+    training loss is the mean of both over tokens, where the class token and a visible one weigh 1.
+
+    Parameters
+    ----------
+    weights : mapping of str to array, or a path
+        The arrays of a saved method, or the ``.safetensors`` file.
+    images : uint8 (batch, axes..., channels)
+    noise : int (batch, N)
+    teacher_hidden : float (k, batch, 1 + N, teacher_dim)
+        The outputs of the teacher's last k blocks for the whole images, before any final norm; class token first, then
+        all tokens in raster order.
+    teacher_attention : float (batch, N), optional
+        What the teacher's class token looks at (`cls_attention` of the last block); for ``masking="attention"``.
+    patch_size : pixels of a patch along each axis
+    num_heads : int
+    mask_ratio : float
+    masking : {"attention", "random"}
+    stages : int
+    variant : {"kernel", "interpolate", "conv", "none"}
+        "none": thrown tokens are neither rebuilt nor supervised, which is plain MaskAlign.
+    thrown_weight : float
+        Weight of a thrown token in the loss; 0 is plain MaskAlign too.
+    drop_path : float
+        Rate of the last block in training; 0 is evaluation.
+    mean, std : numbers per channel
+        ImageNet's by default for three channels, else 0.5.
+
+    Returns
+    -------
+    MaskAlignOutput
+
+    Raises
+    ------
+    ValueError
+        If a name is unknown, or what came from the teacher does not fit the images and weights.
+
+    References
+    ----------
+    H. Xue et al., "Stare at What You See: Masked Image Modeling without Reconstruction", arXiv 2211.08887.
+    """
+    check_variant(variant)
+    if thrown_weight == 0:
+        variant = "none"
+    weights = as_weights(weights)
+    images, noise = np.asarray(images), np.asarray(noise)
+    shape = grid_shape(images.shape[1:-1], patch_size)
+    counts = count_tokens(grid.num_tokens(shape), mask_ratio, 1.0)
+    hidden, attention = teacher_outputs(teacher_hidden, teacher_attention, weights, len(images), counts.num_tokens)
+
+    layers = len(hidden)
+    orders = []
+    predictions: list[list[Array]] = [[] for _ in range(layers)]
+    targets: list[list[Array]] = [[] for _ in range(layers)]
+    visible_losses: list[float] = []
+    thrown_losses: list[float] = []
+    for number, image in enumerate(images):
+        image_noise = noise[number].tolist()
+        looks_at = None if attention is None else attention[number].tolist()
+        order = make_order(
+            shape,
+            counts,
+            image_noise,
+            throwing="random",  # without a say: no token is decoded
+            visible=choose_visible(masking, image_noise, looks_at, counts.visible),
+        )
+        predicted = predict_image(
+            image_patches(image, patch_size, mean, std),
+            order,
+            counts,
+            shape,
+            weights,
+            num_heads=num_heads,
+            stages=stages,
+            variant=variant,
+            scales=encoder_scales(image_noise, weights, drop_path),
+        )
+        for layer in range(layers):
+            rows = [0, *(1 + token for token in order)][: len(predicted[layer])]
+            target = whiten(hidden[layer, number, rows])
+            losses = token_losses(predicted[layer], target)
+            visible_losses.extend(losses[: 1 + counts.visible])
+            thrown_losses.extend(losses[1 + counts.visible :])
+            predictions[layer].append(predicted[layer])
+            targets[layer].append(target)
+        orders.append(order)
+
+    return MaskAlignOutput(
+        loss=mean_or_zero(
+            sum(visible_losses) + thrown_weight * sum(thrown_losses),
+            len(visible_losses) + thrown_weight * len(thrown_losses),
+        ),
+        loss_visible=mean_or_zero(sum(visible_losses), len(visible_losses)),
+        loss_thrown=mean_or_zero(sum(thrown_losses), len(thrown_losses)),
+        predicted=np.array(predictions),
+        target=np.array(targets),
+        order=np.array(orders, np.int64),
+    )
+
+
+def teacher_outputs(
+    teacher_hidden: ArrayLike, teacher_attention: ArrayLike | None, weights: Weights, batch: int, num_tokens: int
+) -> tuple[Array, Array | None]:
+    """Return what came from the teacher as float64; raise ValueError if it does not fit."""
+    hidden = np.asarray(teacher_hidden, np.float64)
+    expected = (len(weights["fusion"]), batch, 1 + num_tokens, len(weights["heads.0.bias"]))
+    if hidden.shape != expected:
+        raise ValueError(f"teacher_hidden: expected shape {expected}, got {hidden.shape}")
+    if teacher_attention is None:
+        return hidden, None
+    attention = np.asarray(teacher_attention, np.float64)
+    if attention.shape != (batch, num_tokens):
+        raise ValueError(f"teacher_attention: expected shape {(batch, num_tokens)}, got {attention.shape}")
+    return hidden, attention

@@ -1,0 +1,271 @@
+"""MaskAlign: equal to the reference, and clear about wrong options; more numbers are compared in tests/parity."""
+
+import importlib.util
+import re
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import prmim_jax
+from prmim_core import counter_noise
+from prmim_jax import MaskAlign, TeacherOutput
+from prmim_jax.interop import named_variables
+from prmim_jax.vit import set_compute_dtype
+from prmim_reference import maskalign as reference
+
+spec = importlib.util.spec_from_file_location("teachers", Path(__file__).parents[1] / "teachers.py")
+helpers = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(helpers)
+
+SIZES = {"image_size": (16, 16), "patch_size": (4, 4), "embed_dim": 24, "depth": 3, "num_heads": 2, "teacher_layers": 2}
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    return helpers.write_teacher(tmp_path_factory.mktemp("teacher"))
+
+
+@pytest.fixture
+def make_case(make_images, teacher):
+    def make(batch=3, dtype=np.float32, train=False, **options):
+        method = MaskAlign(**{**SIZES, "teacher": teacher, **options})
+        method.train() if train else method.eval()
+        rng = np.random.default_rng(1)
+        for _, variable in nnx.iter_graph(method):
+            if isinstance(variable, nnx.Variable):
+                value = variable[...].astype(dtype)
+                is_learned = isinstance(variable, nnx.Param)  # away from the symmetries of the first values
+                change = 0.1 * rng.normal(size=value.shape).astype(dtype) if is_learned else 0
+                variable.set_value(value + change)
+        images = jnp.asarray(make_images(batch, *method.image_size, method.channels))
+        return method, images, counter_noise(5, 0, jnp.arange(batch), method.grid.num_tokens)
+
+    return make
+
+
+@jax.jit
+def look(teacher, images):
+    return teacher(images)
+
+
+def run(method, images, noise):
+    graph, state = nnx.split(method)
+    return jax.jit(lambda state, images, noise: nnx.merge(graph, state)(images, noise))(state, images, noise)
+
+
+def weights_of(method):
+    return {name: np.asarray(variable[...]) for name, variable in named_variables(method).items()}
+
+
+def reference_output(method, images, noise, drop_path=0.0):
+    seen = look(method.teacher, images)
+    return reference.forward(
+        weights_of(method),
+        np.asarray(images),
+        np.asarray(noise),
+        teacher_hidden=np.asarray(seen.hidden),
+        teacher_attention=np.asarray(seen.attention),
+        patch_size=method.patch_size,
+        num_heads=method.num_heads,
+        masking=method.masking,
+        stages=method.schedule.stages,
+        variant=method.variant,
+        thrown_weight=method.thrown_weight,
+        drop_path=drop_path,
+    )
+
+
+def assert_agrees(output, expected, rtol):
+    np.testing.assert_array_equal(output.plan.order, expected.order)
+    for name in ("loss", "loss_visible", "loss_thrown"):
+        assert float(getattr(output, name)) == pytest.approx(getattr(expected, name), rel=rtol), name
+    np.testing.assert_allclose(output.predicted, expected.predicted[-1], rtol=100 * rtol, atol=100 * rtol)
+
+
+CASES = [
+    {"thrown_weight": 0.25, "stages": 3},
+    {"variant": "conv", "image_size": (8, 20), "patch_size": (2, 4)},
+    {"variant": "interpolate", "masking": "random", "channels": 1},
+    {"throwing": "none", "fusion": "sum", "depth": 2, "teacher_layers": 3},
+]
+
+
+@pytest.mark.parametrize("options", CASES, ids=str)
+def test_loss_is_the_reference_one(make_case, options):
+    with jax.enable_x64(True):
+        method, images, noise = make_case(dtype=np.float64, **options)
+        output = run(method, images, noise)
+        assert output.loss.dtype == jnp.float64
+        assert_agrees(output, reference_output(method, images, noise), 1e-10)
+
+
+def test_drop_path_is_the_reference_one_and_of_training_only(make_case):
+    with jax.enable_x64(True):
+        for rate, train in ((0.0, False), (0.5, True)):
+            method, images, noise = make_case(dtype=np.float64, drop_path=0.5, batch=8, train=train)
+            assert_agrees(run(method, images, noise), reference_output(method, images, noise, rate), 1e-10)
+
+
+def test_blocks_may_be_scanned(make_case):
+    method, images, noise = make_case()
+    other, *_ = make_case(scan_blocks=True)
+    assert other.teacher.scan
+    output, expected = run(other, images, noise), run(method, images, noise)
+    np.testing.assert_array_equal(output.plan.order, expected.plan.order)
+    np.testing.assert_allclose(output.predicted, expected.predicted, rtol=1e-5, atol=1e-5)
+    assert float(output.loss) == pytest.approx(float(expected.loss), rel=1e-5)
+
+
+class Blind(nnx.Module):
+    """A teacher that always says the same."""
+
+    def __init__(self, output):
+        self.hidden, self.attention = (nnx.Variable(array) for array in (output.hidden, output.attention))
+
+    def __call__(self, images):
+        return TeacherOutput(self.hidden[...], self.attention[...])
+
+
+def test_tokens_that_the_teacher_looks_at_stay_visible(make_case):
+    attention = np.full((64, 16), 0.01, np.float32)
+    attention[:, [3, 10]] = 0.3
+    noise = counter_noise(0, 0, jnp.arange(64), 16)
+    for masking in ("attention", "random"):
+        method, images, _ = make_case(batch=64, masking=masking)
+        method.teacher = Blind(TeacherOutput(jnp.zeros((2, 64, 17, 32)), jnp.asarray(attention)))
+        visible = np.asarray(run(method, images, noise).plan.visible)
+        assert visible.shape == (64, 4)
+        seen = np.array([(visible == token).any(1).mean() for token in range(16)])
+        assert (seen[[3, 10]].min() > 0.9) == (masking == "attention")
+    np.testing.assert_array_equal(visible, np.argsort(noise, axis=1)[:, :4])
+
+
+def test_the_student_sees_visible_tokens_alone(make_case):
+    method, images, noise = make_case()
+    method.teacher = Blind(look(method.teacher, images))
+    before = run(method, images, noise)
+    for kind, same in (("thrown", True), ("visible", False)):
+        token = int(getattr(before.plan, kind)[0, 1])
+        row, column = 4 * (token // 4), 4 * (token % 4)
+        changed = images.at[0, row : row + 4, column : column + 4].set(
+            255 - images[0, row : row + 4, column : column + 4]
+        )
+        after = run(method, changed, noise)
+        assert np.array_equal(after.predicted, before.predicted) == same
+        assert (after.loss == before.loss) == same
+
+
+@pytest.mark.parametrize("variant", ["kernel", "none"])
+def test_gradients_reach_every_parameter_and_nothing_else(make_case, variant):
+    method, images, noise = make_case(variant=variant)
+    graph, parameters, others = nnx.split(method, nnx.Param, ...)
+    gradients = jax.jit(jax.grad(lambda parameters: nnx.merge(graph, parameters, others)(images, noise).loss))(
+        parameters
+    )
+    for path, gradient in jax.tree_util.tree_leaves_with_path(gradients):
+        assert jnp.isfinite(gradient).all(), path
+        assert gradient.any(), path
+    names = {name for name, variable in named_variables(method).items() if not isinstance(variable, nnx.Param)}
+    assert names == {"encoder.norm.weight", "encoder.norm.bias", "encoder.pos_embed"}
+
+
+@pytest.mark.parametrize("variant", ["kernel", "none"])
+def test_bfloat16_products_keep_the_loss_in_float32(make_case, variant):
+    method, images, noise = make_case(variant=variant, masking="random")
+    exact = run(method, images, noise)
+    set_compute_dtype(method, jnp.bfloat16)
+    rough = run(method, images, noise)
+    assert rough.loss.dtype == jnp.float32
+    assert rough.predicted.dtype == jnp.bfloat16
+    assert float(rough.loss) == pytest.approx(float(exact.loss), rel=0.02)
+
+
+def test_names_are_those_of_the_parts(teacher):
+    method = MaskAlign(**SIZES, teacher=teacher)
+    state = weights_of(method)
+    assert state["fusion"].shape == (2, 3)
+    assert state["heads.1.weight"].shape == (32, 24)
+    part = r"(patch_embed\.proj|norm|blocks\.\d\.(norm1|attn\.qkv|attn\.proj|norm2|mlp\.fc1|mlp\.fc2))\.(weight|bias)"
+    names = rf"encoder\.({part}|cls_token|pos_embed)|fusion|heads\.[01]\.(weight|bias)|reconstruct\..*"
+    assert not [name for name in state if not re.fullmatch(names, name)]
+    assert method.not_decayed() == {"fusion"}
+    np.testing.assert_allclose(state["fusion"], [[0.01, 1.01, 0.01], [0.01, 0.01, 1.01]])
+    np.testing.assert_allclose(MaskAlign(**SIZES, teacher=teacher, fusion="sum").fusion[...], 1 / 3, rtol=1e-6)
+
+
+def test_weight_files_hold_the_student_alone(make_case, tmp_path):
+    method, images, noise = make_case()
+    prmim_jax.save_weights(method, tmp_path / "weights.safetensors")
+    other, *_ = make_case(init_seed=1)
+    assert float(run(other, images, noise).loss) != float(run(method, images, noise).loss)
+    prmim_jax.load_weights(other, tmp_path / "weights.safetensors")
+    assert float(run(other, images, noise).loss) == float(run(method, images, noise).loss)
+
+
+@pytest.mark.parametrize("variant", ["kernel", "none"])
+def test_features_are_compared_in_raster_order(make_case, variant):
+    method, images, noise = make_case(variant=variant)
+    output = run(method, images, noise)
+    compared = jax.jit(lambda method, images, output: method.compared_features(images, output))
+    student, target = (np.asarray(part) for part in compared(method, images, output))
+    hidden = np.asarray(look(method.teacher, images).hidden[-1][:, 1:])
+    expected = (hidden - hidden.mean(-1, keepdims=True)) / np.sqrt(hidden.var(-1, keepdims=True) + 1e-5)
+    np.testing.assert_allclose(target, expected, rtol=1e-4, atol=1e-5)
+    for image, tokens in enumerate(np.asarray(output.plan.order)[:, : 4 if variant == "none" else 16]):
+        np.testing.assert_array_equal(student[image, tokens], output.predicted[image, 1:])
+        assert sorted(tokens) == np.flatnonzero(~np.isnan(student[image, :, 0])).tolist()
+
+
+def test_an_engine_trains_saves_and_resumes(teacher, make_images, tmp_path):
+    def make_engine(scan_blocks):
+        options = {"name": "maskalign", "teacher": str(teacher), "scan_blocks": scan_blocks, **SIZES}
+        return prmim_jax.Engine(options, seed=0, total_steps=20, warmup_steps=0, learning_rate=3e-3, device="cpu")
+
+    images, sample = make_images(8, 16, 16, 3), np.arange(8)
+    engine, other = make_engine(False), make_engine(True)
+    losses = []
+    for _ in range(8):
+        engine.train_step(images, sample)
+        losses.append(engine.read_metrics()["loss"])
+    assert losses[-1] < 0.8 * losses[0]
+    engine.save(tmp_path)
+    other.restore(tmp_path)
+    for each in (engine, other):
+        each.train_step(images, sample)
+    expected = engine.read_metrics()
+    for name, value in other.read_metrics().items():
+        assert value == (expected[name] if value is None else pytest.approx(expected[name], rel=1e-4)), name
+    comparison = other.compare(images, sample)
+    assert comparison.student.shape == comparison.teacher.shape == (8, 16, 32)
+    assert np.isfinite(comparison.student).all()
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"teacher": None}, ValueError, "teacher: expected a folder or a name on the hub, got None"),
+        ({"teacher": "nowhere"}, ValueError, "teacher: expected a folder, or a name on the hub .*, got 'nowhere'"),
+        ({"teacher_layers": 4}, ValueError, "teacher_layers: expected 1 to 3, the teacher's depth, got 4"),
+        ({"throw_ratio": 0.5}, ValueError, "throw_ratio: expected None, since all masked tokens are thrown, got 0.5"),
+        ({"throwing": "random"}, ValueError, "throwing: expected 'furthest' or 'none', got 'random'"),
+        ({"masking": "blocks"}, ValueError, "masking: expected 'attention' or 'random', got 'blocks'"),
+        ({"fusion": "mean"}, ValueError, "fusion: expected 'linear' or 'sum', got 'mean'"),
+        (
+            {"depth": 2},
+            ValueError,
+            "fusion: expected 'sum' where depths differ, got 'linear' for 3 blocks of the teacher and 2 of the student",
+        ),
+        ({"drop_path": 1.0}, ValueError, r"drop_path: expected a number in \[0, 1\), got 1.0"),
+        ({"image_size": (16,), "patch_size": (4,)}, ValueError, "teacher: expected images of 2 axes, got a grid of 1"),
+        ({"channels": 2}, ValueError, "teacher: expected images of 3 channels, or of 1 to repeat, got 2"),
+        ({"init_seed": "0"}, TypeError, "init_seed: expected an integer, got '0'"),
+    ],
+    ids=str,
+)
+def test_wrong_options(teacher, options, error, message):
+    with pytest.raises(error, match=f"^{message}$"):
+        MaskAlign(**{**SIZES, "teacher": teacher, **options})

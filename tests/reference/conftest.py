@@ -1,0 +1,146 @@
+"""Random weights, and a transformer to compare with: batches, all heads at once, as a framework would do it."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from scipy.special import erf, softmax
+
+
+class RandomWeights(dict):
+    """Weights by name, drawn from a normal distribution; those that multiply lie around 1."""
+
+    def __init__(self, seed=0, deviation=0.3):
+        super().__init__()
+        self.rng, self.deviation = np.random.default_rng(seed), deviation
+
+    def normal(self, *size):
+        return self.rng.normal(0, self.deviation, size)
+
+    def linear(self, name, fan_in, fan_out):
+        self |= {f"{name}.weight": self.normal(fan_out, fan_in), f"{name}.bias": self.normal(fan_out)}
+
+    def norm(self, name, dim):
+        self |= {f"{name}.weight": 1 + self.normal(dim), f"{name}.bias": self.normal(dim)}
+
+    def blocks(self, name, dim, depth, *, layer_scale=False):
+        for block in (f"{name}.blocks.{number}" for number in range(depth)):
+            self.norm(f"{block}.norm1", dim)
+            self.norm(f"{block}.norm2", dim)
+            self.linear(f"{block}.attn.qkv", dim, 3 * dim)
+            self.linear(f"{block}.attn.proj", dim, dim)
+            self.linear(f"{block}.mlp.fc1", dim, 4 * dim)
+            self.linear(f"{block}.mlp.fc2", 4 * dim, dim)
+            if layer_scale:
+                self |= {f"{block}.ls1.gamma": 1 + self.normal(dim), f"{block}.ls2.gamma": 1 + self.normal(dim)}
+
+    def encoder(self, shape, patch_size, channels, dim, depth, *, heads=1, position="absolute", layer_scale=False):
+        """An encoder with its patch embedding, mask token, final norm, and the table that positions come from."""
+        self.blocks("encoder", dim, depth, layer_scale=layer_scale)
+        self.norm("encoder.norm", dim)
+        self["encoder.patch_embed.proj.weight"] = self.normal(dim, channels, *patch_size)
+        self["encoder.patch_embed.proj.bias"] = self.normal(dim)
+        self["encoder.cls_token"] = self.normal(1, 1, dim)
+        self["encoder.mask_token"] = self.normal(1, 1, dim)
+        if position == "absolute":
+            self["encoder.pos_embed"] = self.normal(1, 1 + np.prod(shape), dim)
+        else:
+            rows = np.prod([2 * n - 1 for n in shape]) + 3
+            self["encoder.rel_pos_bias.relative_position_bias_table"] = self.normal(rows, heads) * 5
+
+    def reconstruct(self, shape, dim):
+        """The weights of all variants of progressive reconstruction."""
+        self["reconstruct.table"] = self.normal(4, np.prod([2 * n - 1 for n in shape]))
+        self["reconstruct.kernel"] = 1 + self.normal(dim, *(3,) * len(shape))
+        self.norm("reconstruct.norm", dim)
+
+
+def affine(x, weights, name):
+    return x @ weights[f"{name}.weight"].T + weights[f"{name}.bias"]
+
+
+def normed(x, weights, name):
+    x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-6)
+    return x * weights[f"{name}.weight"] + weights[f"{name}.bias"]
+
+
+def block_outputs(x, weights, name, heads, bias=0.0, scales=None):
+    """Run all blocks on (batch, length, dim); scales are (batch, depth, 2)."""
+    batch, length, dim = x.shape
+    states = []
+    while f"{name}.blocks.{len(states)}.norm1.weight" in weights:
+        block = f"{name}.blocks.{len(states)}"
+        scale = np.ones((batch, 2)) if scales is None else scales[:, len(states)]
+        qkv = affine(normed(x, weights, f"{block}.norm1"), weights, f"{block}.attn.qkv")
+        query, key, value = qkv.reshape(batch, length, 3, heads, dim // heads).transpose(2, 0, 3, 1, 4)
+        mixed = softmax(query @ key.swapaxes(2, 3) / np.sqrt(dim // heads) + bias, axis=-1) @ value
+        mixed = affine(mixed.transpose(0, 2, 1, 3).reshape(batch, length, dim), weights, f"{block}.attn.proj")
+        x = x + mixed * weights.get(f"{block}.ls1.gamma", 1) * scale[:, :1, None]
+        hidden = affine(normed(x, weights, f"{block}.norm2"), weights, f"{block}.mlp.fc1")
+        hidden = affine(hidden * 0.5 * (1 + erf(hidden / np.sqrt(2))), weights, f"{block}.mlp.fc2")
+        x = x + hidden * weights.get(f"{block}.ls2.gamma", 1) * scale[:, 1:, None]
+        states.append(x)
+    return states
+
+
+def relative_bias(shape, table):
+    """BEiT's bias (heads, 1 + N, 1 + N): an index of all pairs from coordinates, bordered by the class token's rows."""
+    axes, rows = len(shape), len(table)
+    cells = np.indices(shape).reshape(axes, -1)
+    offset = cells[:, :, None] - cells[:, None, :] + np.array(shape).reshape(-1, 1, 1) - 1
+    index = np.zeros((1 + cells.shape[1],) * 2, int)
+    index[1:, 1:] = np.ravel_multi_index(offset, [2 * n - 1 for n in shape])
+    index[0, :], index[:, 0], index[0, 0] = rows - 3, rows - 2, rows - 1
+    return np.moveaxis(table[index], -1, 0)
+
+
+def raster_patches(images, patch_size, mean, std):
+    """Normalised patches (batch, N, patch_dim) of images (batch, axes..., channels)."""
+    x = (images / 255 - np.array(mean)) / np.array(std)
+    axes = len(patch_size)
+    split = [n for length, side in zip(x.shape[1:-1], patch_size, strict=True) for n in (length // side, side)]
+    x = x.reshape(len(x), *split, x.shape[-1])
+    x = x.transpose(0, *range(1, 2 * axes, 2), *range(2, 2 * axes + 1, 2), 2 * axes + 1)
+    return x.reshape(len(x), np.prod(split[::2]), -1)
+
+
+def encoder_outputs(patches, weights, shape, heads, *, tokens=None, is_masked=None, scales=None):
+    """Outputs of all blocks (batch, 1 + n, dim) for some tokens (batch, n), by default all in raster order.
+
+    As in SimMIM all patches are embedded, and where ``is_masked`` (batch, N) the mask token takes their place.
+    """
+    batch, dim = len(patches), weights["encoder.cls_token"].shape[-1]
+    weight = np.moveaxis(weights["encoder.patch_embed.proj.weight"], 1, -1).reshape(dim, -1)
+    x = patches @ weight.T + weights["encoder.patch_embed.proj.bias"]
+    if is_masked is not None:
+        x = np.where(is_masked[:, :, None], weights["encoder.mask_token"], x)
+    x = np.concatenate([np.broadcast_to(weights["encoder.cls_token"], (batch, 1, dim)), x], axis=1)
+    x = x + weights.get("encoder.pos_embed", 0)
+    table = weights.get("encoder.rel_pos_bias.relative_position_bias_table")
+    bias = np.zeros((1, x.shape[1], x.shape[1])) if table is None else relative_bias(shape, table)
+    bias = np.broadcast_to(bias, (batch, *bias.shape))
+    if tokens is not None:
+        rows = np.concatenate([np.zeros((batch, 1), int), 1 + tokens], axis=1)
+        image = np.arange(batch)[:, None]
+        x = x[image, rows]
+        bias = np.moveaxis(bias, 1, -1)[image[:, :, None], rows[:, :, None], rows[:, None, :]]
+        bias = np.moveaxis(bias, -1, 1)
+    return block_outputs(x, weights, "encoder", heads, bias, scales)
+
+
+@pytest.fixture
+def random_weights():
+    return RandomWeights
+
+
+@pytest.fixture
+def oracle():
+    """Functions for batches that share no code with the specification."""
+    return SimpleNamespace(
+        affine=affine,
+        normed=normed,
+        block_outputs=block_outputs,
+        relative_bias=relative_bias,
+        raster_patches=raster_patches,
+        encoder_outputs=encoder_outputs,
+    )

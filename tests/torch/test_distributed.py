@@ -1,0 +1,255 @@
+"""Several processes under torchrun: the same run as one process, agreement, and what becomes of faults.
+
+Each launch costs seconds, so that each does a lot; the tests look at what it left behind.
+"""
+
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from prmim_torch import Engine
+from prmim_torch.distributed import num_processes
+
+SCRIPT = Path(__file__).with_name("distributed_worker.py")
+LOSSES = ("loss", "loss_decoded", "loss_thrown")
+
+
+@pytest.fixture(scope="module")
+def worker():
+    spec = importlib.util.spec_from_file_location("distributed_worker", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory):
+    path = tmp_path_factory.mktemp("distributed")
+    for processes in "124":
+        (path / processes).mkdir()
+    return path
+
+
+def launch(processes, shared, *jobs):
+    """Run jobs of the script in several processes; return how it ended, and how long it took."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    started = time.perf_counter()
+    run = subprocess.Popen(
+        [*torchrun, str(SCRIPT), str(shared), *jobs],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        output, _ = run.communicate(timeout=150)
+    finally:
+        if run.poll() is None:
+            os.killpg(run.pid, signal.SIGKILL)
+    return run.returncode, output, time.perf_counter() - started
+
+
+def results_of(processes, shared, *jobs):
+    code, output, _ = launch(processes, shared, *jobs)
+    assert code == 0, output
+    assert "Warning" not in output
+    return [json.loads((shared / str(processes) / f"rank_{rank}.json").read_text()) for rank in range(processes)]
+
+
+@pytest.fixture(scope="module")
+def one(worker, shared):
+    """What one process does, without torchrun."""
+    return {
+        "curves": {
+            f"{name} {parallel}": worker.draw(name, parallel, shared / "1" / name / parallel)
+            for name in worker.CURVES
+            for parallel in worker.PARALLEL
+        }
+    }
+
+
+@pytest.fixture(scope="module")
+def two(one, shared):
+    # Two have nothing else to take up than what one left, and what they did themselves just before.
+    return results_of(2, shared, "curves", "looks", "agreement", "holdings", "compiled")
+
+
+@pytest.fixture(scope="module")
+def four(two, shared):
+    return results_of(4, shared, "curves")
+
+
+@pytest.fixture(params=[2, 4])
+def several(request):
+    return request.param, request.getfixturevalue({2: "two", 4: "four"}[request.param])
+
+
+def assert_same_run(curve, expected):
+    """Compare what was measured, to rounding errors of float32."""
+    for measured, wanted in zip(curve, expected[-len(curve) :], strict=True):
+        for name in (*LOSSES, "grad_norm"):
+            assert measured[name] == pytest.approx(wanted[name], rel=1e-5, nan_ok=True)
+        assert measured["learning_rate"] == wanted["learning_rate"]
+        assert measured["nonfinite_step"] == wanted["nonfinite_step"]
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+@pytest.mark.parametrize("name", ["mae", "simmim", "spoilt"])
+def test_several_processes_make_the_run_of_one(one, several, shared, name, parallel):
+    processes, results = several
+    expected = one["curves"][f"{name} ddp"]
+    assert len(expected) == 6
+    assert_same_run(results[0]["curves"][f"{name} {parallel}"], expected)
+    here, there = (
+        load_file(shared / str(number) / name / parallel / "end" / "weights.safetensors") for number in (processes, 1)
+    )
+    for weight in there:
+        if weight.endswith("qkv.bias"):  # of keys, a softmax does not notice it: its gradient is rounding error alone
+            here[weight], there[weight] = (torch.cat(part[weight].chunk(3)[::2]) for part in (here, there))
+        torch.testing.assert_close(here[weight], there[weight], rtol=1e-4, atol=1e-6, msg=weight)
+
+
+def test_one_process_is_the_same_either_way(one):
+    for name in ("mae", "simmim", "spoilt"):
+        np.testing.assert_equal(one["curves"][f"{name} fsdp"], one["curves"][f"{name} ddp"])
+
+
+def test_a_step_that_is_not_finite_in_one_process_counts_for_none(one, several):
+    results = several[1]
+    for rank in results:
+        curve = rank["curves"]["spoilt fsdp"]
+        assert [step["nonfinite_step"] for step in curve] == [None, None, None, 4, 4, 4]
+        assert np.isnan(curve[3]["loss"])
+        assert np.isfinite([curve[4]["loss"], curve[4]["grad_norm"]]).all()
+
+
+def test_all_processes_measure_the_same(several):
+    results = several[1]
+    for rank in results[1:]:
+        np.testing.assert_equal(rank["curves"], results[0]["curves"])
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+@pytest.mark.parametrize("name", ["mae", "simmim", "spoilt"])
+def test_a_resumed_run_goes_on_bit_for_bit(several, name, parallel):
+    curves = several[1][0]["curves"]
+    resumed = curves[f"{name} {parallel} resumed"]
+    assert len(resumed) == 3
+    np.testing.assert_equal(resumed, curves[f"{name} {parallel}"][3:])
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+@pytest.mark.parametrize("source", ["1 ddp", "2 ddp", "2 fsdp"])
+def test_a_run_goes_on_with_another_number_of_processes(one, several, source, parallel):
+    assert_same_run(several[1][0]["curves"][f"mae {parallel} from {source}"], one["curves"]["mae ddp"])
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_one_process_takes_up_the_run_of_several(worker, one, several, shared, parallel):
+    resumed = worker.resume("mae", "ddp", shared / str(several[0]) / "mae" / parallel)
+    assert_same_run(resumed, one["curves"]["mae ddp"])
+
+
+def test_each_process_writes_its_share(several, shared):
+    processes = several[0]
+    for parallel in ("ddp", "fsdp"):
+        folder = shared / str(processes) / "mae" / parallel / "end" / "training_state"
+        sizes = [path.stat().st_size for path in folder.iterdir()]
+        assert len(sizes) == processes
+        assert max(sizes) < 1.5 * min(sizes) + 8192
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_looking_at_images_does_not_disturb(worker, one, two, shared, parallel):
+    expected = worker.look("ddp", shared / "1" / "mae" / "ddp")
+    for rank in two:
+        seen = rank["looks"][parallel]
+        np.testing.assert_allclose(seen["features"], expected["features"], rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(seen["patches"], expected["patches"], rtol=1e-4, atol=1e-5)
+        np.testing.assert_equal(seen["curve"], rank["curves"][f"mae {parallel} from 1 ddp"])
+
+
+def test_processes_agree(two):
+    for rank in two:
+        result = rank["agreement"]
+        assert result["device"] == "cpu (1 threads), one of 2 processes"
+        assert result["any"] == [True, False, True]
+        assert result["missing"].startswith("FileNotFoundError: No such file")
+        assert "torn/training_state, which is damaged or something else" in result["torn"]
+        assert result["step"] == 0
+        assert result["full"] == "OSError: [Errno 28] No space left on device"
+        assert result["left"][-2:] == ["training_state", "weights.safetensors"]
+        assert len(result["left"]) == 4
+        assert result["step again"] == 0
+
+
+def test_each_process_holds_its_share(two):
+    ddp, fsdp = ([rank["holdings"][parallel] for rank in two] for parallel in ("ddp", "fsdp"))
+    assert [rank["moments"] for rank in ddp] == [rank["learned"] for rank in ddp]
+    assert sum(rank["moments"] for rank in fsdp) == fsdp[0]["learned"] == ddp[0]["learned"]
+    assert max(rank["moments"] for rank in fsdp) < 0.6 * fsdp[0]["learned"]
+    assert all(rank["frozen"] for rank in ddp + fsdp)
+
+
+def test_gradients_travel_once_a_step(two):
+    for rank in two:
+        assert rank["holdings"]["ddp"]["buckets"] == 1
+        assert rank["holdings"]["fsdp"]["reduce_scatters"] == 4  # of three blocks, and of what is outside of them
+        assert rank["holdings"]["fsdp"]["all_reduces"] == 1  # of losses and norm
+
+
+def test_a_step_of_several_processes_never_waits_for_the_device(two):
+    for rank in two:
+        assert [rank["holdings"][parallel]["readings"] for parallel in ("ddp", "fsdp")] == [[], []]
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_compiled_processes_take_the_same_steps(two, parallel):
+    compiled, plain = (two[0]["compiled"][f"{parallel} {kind}"] for kind in ("compiled", "plain"))
+    for step, expected in zip(compiled, plain, strict=True):
+        assert step["loss"] == pytest.approx(expected["loss"], rel=1e-3)
+
+
+@pytest.mark.parametrize("fault", ["hang", "die"])
+def test_a_process_that_leaves_takes_the_others_along(shared, fault):
+    code, output, seconds = launch(2, shared, fault)
+    assert code != 0
+    assert seconds < 40
+    assert "distributed_worker.py FAILED" in output
+    if fault == "hang":
+        assert "Timed out" in output
+        assert (shared / "2" / "left").exists()
+
+
+@pytest.mark.parametrize("text", ["", "two", "-1", "0"])
+def test_a_strange_environment_is_named(monkeypatch, text):
+    monkeypatch.setenv("WORLD_SIZE", text)
+    with pytest.raises(ValueError, match=r"^WORLD_SIZE: expected a positive integer in the environment, got "):
+        num_processes()
+
+
+def test_torchrun_is_missed_if_only_half_of_its_environment_is_there(worker, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(ValueError, match="environment variable RANK expected, but not set"):
+        Engine(worker.METHODS["mae"], **worker.TRAINING)
+
+
+def test_one_process_alone_agrees_with_itself(worker):
+    engine = worker.make_engine("mae", parallel="fsdp")
+    assert (engine.rank, engine.world_size) == (0, 1)
+    assert [engine.any(True), engine.any(False)] == [True, False]
+    engine.close()
+    assert len(worker.train(engine, 1)) == 1
