@@ -1,7 +1,7 @@
 """Run every benchmark at its short setting."""
 
-from benchmarks import backends, macs, plan, step
+from benchmarks import backends, checkpoint, macs, plan, step
 
-for benchmark in (macs, step, plan, backends):
+for benchmark in (macs, step, plan, backends, checkpoint):
     benchmark.main([])
     print()

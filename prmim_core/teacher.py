@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
 from prmim_core.cost import Transformer
+from prmim_core.files import one_line
 from prmim_core.options import IMAGENET_MEAN, IMAGENET_STD
 
 Family = Literal["clip", "vit", "dinov2"]
@@ -235,11 +236,6 @@ def read_json(path: Path) -> dict[str, Any] | None:
     if not isinstance(content, dict):
         raise ValueError(f"teacher: expected a JSON object in {path}, got {type(content).__name__}")
     return content
-
-
-def one_line(error: Exception) -> str:
-    """Return an error's message in one line."""
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _read_size(options: dict[str, Any], folder: Path) -> Transformer:

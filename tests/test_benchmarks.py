@@ -4,7 +4,8 @@ import re
 
 import pytest
 
-from benchmarks import arms, backends, plan, step
+from benchmarks import arms, backends, checkpoint, plan, scan, step
+from prmim_torch import create_method
 
 
 def test_the_official_layout_has_the_loss_of_the_dense_method():
@@ -56,3 +57,28 @@ def test_backends_start_alike_and_print_what_each_takes(capsys, monkeypatch, qui
         assert 0 < min(compiling) < sum(compiling) < rows[f"{arm}, first step, s"][1]
     assert rows["plan, us per image"][2] > 0
     assert len(rows["PR-MIM 0.5 to dense"]) == 2
+
+
+def test_checkpoint_prints_times_sizes_and_their_share_of_training(capsys, tmp_path, quick_compiler):
+    sizes = ["--model", "vit_tiny", "--image-size", "32", "--decoder-depth", "1"]
+    checkpoint.main([*sizes, "--repeats", "1", "--step-seconds", "0.5", "--folder", str(tmp_path)])
+    head, *lines = capsys.readouterr().out.splitlines()
+    assert "vit_tiny MAE, decoder of 1 blocks" in head
+    rows = {line[:38].strip(): [float(cell) for cell in line[38:].split()] for line in lines[1:]}
+    method = create_method("mae", model="vit_tiny", image_size=(32, 32), decoder_depth=1)
+    learned = sum(parameter.numel() for parameter in method.parameters())
+    # Weights and two moments of 4 bytes each; JAX's moments are compressed.
+    assert rows["size, MB"] == pytest.approx([12e-6 * learned] * 2, rel=0.2)
+    (share,) = [values for name, values in rows.items() if name.startswith("share of training, every 6256 steps")]
+    for save, percent in zip(rows["save, s"], share, strict=True):
+        assert percent == pytest.approx(100 * save / (save + 6256 * 0.5), abs=1e-3)
+    assert rows["step of 4096 images, s"] == [0.5, 0.5]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_scan_prints_less_to_compile_than_the_loop(capsys, quick_compiler):
+    scan.main(["--depths", "3", "--decoder-depth", "2", "--dim", "8", "--batch", "2", "--repeats", "1"])
+    loop, scanned = (line.split() for line in capsys.readouterr().out.splitlines()[-2:])
+    assert (loop[:2], scanned[:2]) == (["3", "loop"], ["3", "scan"])
+    assert int(scanned[3]) < int(loop[3])
+    assert int(scanned[5]) < int(loop[5])

@@ -18,6 +18,7 @@ from jax import Array, lax
 from numpy.typing import NDArray
 
 from prmim_core import CostReport, Schedule, counter_noise
+from prmim_jax.distributed import ROWS, WHOLE, Layout, Parallel, Processes, choose_devices
 from prmim_jax.interop import named_variables, read_weights, save_weights
 from prmim_jax.method import FeatureMethod, Method, PixelMethod, Predicts, check_images
 from prmim_jax.methods import create_method
@@ -89,16 +90,19 @@ class TrainingState(NamedTuple):
         reading, then the number of those.
     nonfinite_step
         int32: the first step (counted from 1) that was not finite, or -1.
+    skipped
+        int32 (2,): steps that were not finite: since the last reading, and the latest ones in a row.
     """
 
     parameters: Arrays
     moments: optax.OptState
     sums: Array
     nonfinite_step: Array
+    skipped: Array
 
 
 class Engine:
-    """A method with AdamW on one device.
+    """A method with AdamW, on all devices of a platform, of one process or of several.
 
     Parameters
     ----------
@@ -127,7 +131,12 @@ class Engine:
     compile
         Makes no difference: JAX compiles a step before it takes one, always.
     device
-        ``"auto"`` (JAX's default), ``"cpu"``, ``"cuda"`` or ``"cuda:1"``.
+        ``"auto"`` (JAX's default platform), ``"cpu"`` or ``"cuda"``: all devices there are; ``"cuda:1"``: one alone.
+    parallel
+        How several devices share the work: ``"ddp"``, each holds all weights; ``"fsdp"``, each holds a part of weights
+        and optimiser state, and gathers the weights in every step. One device alone: either is the same.
+    timeout
+        Seconds without a sign of life after which a process counts as dead, and the others end.
 
     Raises
     ------
@@ -136,11 +145,15 @@ class Engine:
 
     Notes
     -----
+    Several processes (see :class:`prmim_jax.distributed.Processes`) make one run: each is to call the same methods in
+    the same order. A step is that of one device on all their rows together, up to rounding: losses and gradients are
+    means over all rows, and so is what is measured. Devices talk once a step.
+
     A training step is one compiled program, from uint8 images and their numbers to the updated weights: noise, plan,
-    normalisation, forward, backward, update. It never waits for the device, and works in the memory of the state it is
-    given. It is compiled in the first step, and anew only if the batch changes its size. A step whose loss or gradient
-    norm is not finite changes neither weights nor optimiser state. :attr:`step` and the learning rate move on all the
-    same.
+    normalisation, forward, backward, update. It never waits for the device (but several devices of a CPU take one step
+    at a time), and works in the memory of the state it is given. It is compiled in the first step, and anew only if the
+    batch changes its size. A step whose loss or gradient norm is not finite changes neither weights nor optimiser
+    state. :attr:`step` and the learning rate move on all the same.
     """
 
     def __init__(
@@ -160,14 +173,21 @@ class Engine:
         precision: Precision = "float32",
         compile: bool = False,
         device: str = "auto",
+        parallel: Parallel = "ddp",
+        timeout: float = 45.0,
     ) -> None:
         _check_options(seed, total_steps, warmup_steps, learning_rate, min_learning_rate, clip_grad, accumulate)
         if precision not in ("float32", "bfloat16"):
             raise ValueError(f"precision: expected 'float32' or 'bfloat16', got {precision!r}")
         if decay not in get_args(Decay):
             raise ValueError(f"decay: expected 'cosine' or 'step', got {decay!r}")
-        self._device = _choose_device(device)
-        with jax.default_device(self._device):
+        if parallel not in get_args(Parallel):
+            raise ValueError(f"parallel: expected 'ddp' or 'fsdp', got {parallel!r}")
+        if not 0 < timeout < float("inf"):
+            raise ValueError(f"timeout: expected a positive number of seconds, got {timeout}")
+        self._processes = Processes(timeout)
+        self._layout = Layout(choose_devices(device), parallel)
+        with jax.default_device(self._layout.local_device):
             method = create_method(**{"init_seed": seed, **method_options})
             is_decayed = decay_mask(method)
             stack_blocks(method)
@@ -177,8 +197,8 @@ class Engine:
         self._image_shape = (*method.image_size, method.channels)
         set_compute_dtype(method, jnp.bfloat16 if precision == "bfloat16" else None)
         self._graph, parameters, buffers = split(method)
-        self._buffers = self._put(buffers)
-        leaves, self._tree = jax.tree.flatten(self._put(parameters))
+        self._buffers = self._layout.put(buffers)
+        leaves, self._tree = jax.tree.flatten(parameters)
         # Names in the order of the leaves: both come from one walk over the same module.
         self._names = _names_of(parameters)
         mask = {name: is_decayed[name.replace(STACKED, ".blocks.0.")] for name in self._names}
@@ -192,16 +212,35 @@ class Engine:
         self._precision = precision
         self._step = 0
         arrays = dict(zip(self._names, leaves, strict=True))
+        moments = jax.eval_shape(self._optimizer.init, arrays)
+        # Of the same form as the state: how each of its arrays is cut.
+        cut: Any = (self._layout.specs(arrays), self._layout.specs(moments), WHOLE, WHOLE, WHOLE)
+        self._specs: Any = TrainingState(*cut)
         self._state = TrainingState(
-            arrays,
-            self._put(_zeros_like(jax.eval_shape(self._optimizer.init, arrays))),
-            self._zero_sums(),
-            self._put(np.full((), -1, np.int32)),
+            self._layout.put(arrays, self._specs.parameters),
+            self._layout.put(_zeros_like(moments), self._specs.moments),
+            self._zeros(len(self._measured) + 1, np.float32),
+            self._layout.put(np.full((), -1, np.int32)),
+            self._zeros(2, np.int32),
         )
-        self._train = jax.jit(self._train_program, donate_argnums=0)
-        self._evaluate_features = jax.jit(self._features_program)
-        self._evaluate_pictures = jax.jit(self._pictures_program)
-        self._evaluate_comparison = jax.jit(self._comparison_program)
+        compiled = self._layout.compile
+        self._train = compiled(
+            self._train_program, (self._specs, WHOLE, ROWS, ROWS, WHOLE, WHOLE), self._specs, donate=(0,)
+        )
+        weights = (self._specs.parameters, WHOLE)
+        self._evaluate_features = compiled(self._features_program, (*weights, WHOLE), WHOLE)
+        self._evaluate_pictures = compiled(self._pictures_program, (*weights, WHOLE, WHOLE), WHOLE)
+        self._evaluate_comparison = compiled(self._comparison_program, (*weights, WHOLE, WHOLE), WHOLE)
+
+    @property
+    def rank(self) -> int:
+        """Number of this process, from 0."""
+        return self._processes.rank
+
+    @property
+    def world_size(self) -> int:
+        """Number of processes."""
+        return self._processes.world_size
 
     @property
     def step(self) -> int:
@@ -215,15 +254,22 @@ class Engine:
 
     @property
     def device(self) -> str:
-        """The device, in words."""
-        if self._device.platform == "gpu":
-            return f"cuda:{self._device.id} ({self._device.device_kind})"
-        return f"{self._device.platform} ({os.cpu_count()} cores)"
+        """The device, or the devices of this process, in words."""
+        device, number = self._layout.local_device, self._layout.num_local
+        name = "cuda" if device.platform == "gpu" else device.platform
+        kind = device.device_kind if device.platform == "gpu" else f"{os.cpu_count()} cores"
+        one = f"cuda:{device.id}" if name == "cuda" else name
+        others = f", one of {self.world_size} processes" if self.world_size > 1 else ""
+        return f"{one if number == 1 else f'{number} x {name}'} ({kind}){others}"
 
     @property
     def method(self) -> Method:
-        """The method with the weights of now; the next training step takes its arrays away."""
-        method = self._method(self._state.parameters, self._buffers)
+        """The method with the weights of now, on one device; the next training step takes its arrays away.
+
+        All processes have to ask for it.
+        """
+        parameters = self._layout.whole(self._state.parameters, self._specs.parameters)
+        method = self._method(self._layout.local(parameters), self._layout.local(self._buffers))
         unstack_blocks(method)
         return method
 
@@ -234,7 +280,7 @@ class Engine:
 
     def cost(self) -> CostReport:
         """Return what a forward pass costs per image, by formula."""
-        return self.method.cost(2 if self._precision == "bfloat16" else 4)
+        return self._method(self._state.parameters, self._buffers).cost(2 if self._precision == "bfloat16" else 4)
 
     def train_step(self, images: NDArray[np.uint8], sample: NDArray[np.int64]) -> None:
         """Take one optimiser step, without waiting for it to end.
@@ -242,29 +288,33 @@ class Engine:
         Parameters
         ----------
         images
-            uint8 (batch, image_size..., channels).
+            uint8 (batch, image_size..., channels). Of several processes, each brings as many images of its own; they
+            are shared out among its devices.
         sample
             int64 (batch,): which image of the data set each one is. Seed, step and this number give its mask.
 
         Raises
         ------
         TypeError, ValueError
-            If a shape or dtype does not fit, or ``accumulate`` does not divide the batch.
+            If a shape or dtype does not fit, or devices of the process times ``accumulate`` do not divide the batch.
         """
-        batch = len(images)
-        if batch % self._accumulate:
-            raise ValueError(f"images: expected a batch that accumulate={self._accumulate} divides, got {batch}")
+        self._check_batch(len(images))
         learning_rate = learning_rate_at(self._step, *self._rates)
-        inputs = self._inputs(images, sample)
+        inputs = [self._layout.put_rows(array) for array in self._inputs(images, sample)]
+        if self._layout.in_turn:
+            self._state.sums.block_until_ready()
         self._state = self._train(self._state, self._buffers, *inputs, self._step, learning_rate)
         self._step += 1
 
     def _train_program(
         self, state: TrainingState, buffers: State, images: Array, sample: Array, step: Array, learning_rate: Array
     ) -> TrainingState:
-        """Map a state to the next one; compiled."""
-        gradients, losses = self._gradients(state.parameters, buffers, images, self._noise(sample, step))
-        norm = optax.tree.norm(gradients)
+        """Map a state to the next one; compiled, and run by each device on its rows and its parts of the weights."""
+        cut = self._specs.parameters
+        parameters = self._layout.gather(state.parameters, cut)
+        gradients, losses = self._gradients(parameters, buffers, images, self._noise(sample, step))
+        losses = self._layout.mean(losses)
+        gradients, norm = self._layout.mean_gradients(gradients, cut)
         is_bad = ~(jnp.isfinite(losses[0]) & jnp.isfinite(norm))
         if self._clip_grad is not None:
             scale = jnp.maximum((norm + 1e-6) / self._clip_grad, 1.0)
@@ -278,10 +328,12 @@ class Engine:
             keep(state.moments, moments),
             state.sums + jnp.where(is_bad, 0.0, measured),
             jnp.where(is_bad & (state.nonfinite_step < 0), step + 1, state.nonfinite_step),
+            # The first is a count since the last reading, the second one since the last finite step.
+            jnp.where(is_bad, state.skipped + 1, state.skipped * jnp.array([1, 0], jnp.int32)),
         )
 
     def _gradients(self, parameters: Arrays, buffers: State, images: Array, noise: Array) -> tuple[Arrays, Array]:
-        """Return the gradient of the loss, and the method's losses, means over the parts of a batch."""
+        """Return the gradient of the loss, and the method's losses, means over the parts of a device's rows."""
 
         def losses_of(parameters: Arrays, images: Array, noise: Array) -> tuple[Array, Array]:
             output = self._method(parameters, buffers)(images, noise)
@@ -313,23 +365,34 @@ class Engine:
         dict
             The method's ``losses`` and ``grad_norm`` (before clipping): means over the steps that were finite, NaN if
             there was none. ``learning_rate``: of the last step taken. ``nonfinite_step``: the first step (counted from
-            1) whose loss or gradient was not finite, of the whole run; None if there was none.
+            1) whose loss or gradient was not finite, of the whole run; None if there was none. ``skipped``: the number
+            of such steps since the last reading; ``skipped_in_a_row``: that of the latest ones, 0 if the last step was
+            finite. The same in all processes.
         """
         *sums, steps = np.asarray(self._state.sums).tolist()
         nonfinite_step = int(self._state.nonfinite_step)
-        self._state = self._state._replace(sums=self._zero_sums())
+        skipped, skipped_in_a_row = np.asarray(self._state.skipped).tolist()
+        self._state = self._state._replace(
+            sums=self._zeros(len(self._measured) + 1, np.float32),
+            skipped=self._layout.put(np.array([0, skipped_in_a_row], np.int32)),
+        )
         return {
             **{
                 name: total / steps if steps else float("nan") for name, total in zip(self._measured, sums, strict=True)
             },
             "learning_rate": learning_rate_at(max(self._step - 1, 0), *self._rates),
             "nonfinite_step": None if nonfinite_step < 0 else nonfinite_step,
+            "skipped": skipped,
+            "skipped_in_a_row": skipped_in_a_row,
         }
 
     def features(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """Return the mean patch feature of whole images, nothing masked: float32 (batch, dim)."""
+        """Return the mean patch feature of whole images, nothing masked: float32 (batch, dim).
+
+        Several processes are to bring the same images, here and to :meth:`reconstruct` and :meth:`compare`.
+        """
         check_images(images, self._image_shape)
-        return np.asarray(self._evaluate_features(self._state.parameters, self._buffers, self._put(images)))
+        return np.asarray(self._evaluate_features(self._state.parameters, self._buffers, self._layout.put(images)))
 
     def _features_program(self, parameters: Arrays, buffers: State, images: Array) -> Array:
         return self._evaluated(parameters, buffers).features(images).astype(jnp.float32)
@@ -355,7 +418,7 @@ class Engine:
         """
         if self._predicts != "pixels":
             raise TypeError("method: expected one that predicts pixels to rebuild images, got one of features")
-        inputs = self._inputs(images, sample)
+        inputs = self._layout.put(self._inputs(images, sample))
         order, patches = self._evaluate_pictures(self._state.parameters, self._buffers, *inputs)
         return Reconstruction(np.asarray(order, np.int64), self._schedule, np.asarray(patches, np.float32))
 
@@ -387,7 +450,7 @@ class Engine:
         """
         if self._predicts != "features":
             raise TypeError("method: expected one that predicts features to compare them, got one of pixels")
-        inputs = self._inputs(images, sample)
+        inputs = self._layout.put(self._inputs(images, sample))
         order, *features = self._evaluate_comparison(self._state.parameters, self._buffers, *inputs)
         student, teacher = (np.asarray(part, np.float32) for part in features)
         return Comparison(np.asarray(order, np.int64), self._schedule, student, teacher)
@@ -402,32 +465,51 @@ class Engine:
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Write ``weights.safetensors`` and a folder ``training_state`` into an existing one, each whole or not at all.
 
-        The training state is a checkpoint of orbax.
+        The training state is a checkpoint of orbax. All processes have to call it, with a folder that all of them see;
+        it returns when all have written.
+
+        Raises
+        ------
+        OSError
+            If something could not be written.
         """
         directory = Path(directory).absolute()
-        save_weights(self.method, directory / WEIGHTS_FILE)
+        method = self.method
+        self._processes.together(lambda: save_weights(method, directory / WEIGHTS_FILE) if self.rank == 0 else None)
         with ocp.PyTreeCheckpointer() as checkpointer:
             checkpointer.save(directory / STATE_FOLDER, self._saved_state(), force=True)
 
     def _saved_state(self) -> dict[str, Any]:
-        """Return the training state, less the weights, as nested dictionaries of NumPy arrays, named as in files."""
-        adam = self._state.moments[0]
+        """Return the training state, less the weights, as nested dictionaries of arrays, named as in files.
+
+        They are of NumPy but for moments that several devices have: each process writes what it holds of those.
+        """
+        if self._layout.num_devices == 1:
+            return {**self._host_state(), **_moments_apart(jax.tree.map(np.asarray, self._moments()))}
+        return {**self._host_state(), **self._layout.convert(self._moments(), _moments_apart)}
+
+    def _host_state(self) -> dict[str, Any]:
+        """Return what there is besides weights and moments, in NumPy."""
         state = {
-            "step": np.asarray(self._step),
-            "count": adam.count,
-            "mu": adam.mu,
-            "nu": adam.nu,
+            "step": self._step,
+            "count": self._state.moments[0].count,
             "sums": self._state.sums,
             "nonfinite_step": self._state.nonfinite_step,
+            "skipped": self._state.skipped,
         }
-        arrays: dict[str, Any] = jax.tree.map(np.asarray, state)
-        return {**arrays, "mu": _take_apart(arrays["mu"]), "nu": _take_apart(arrays["nu"])}
+        return {name: np.asarray(value) for name, value in state.items()}
+
+    def _moments(self) -> dict[str, Arrays]:
+        adam = self._state.moments[0]
+        return {"mu": adam.mu, "nu": adam.nu}
 
     def restore(self, directory: str | os.PathLike[str]) -> None:
-        """Read what :meth:`save` wrote, of an engine of the same architecture, on any device.
+        """Read what :meth:`save` wrote, of an engine of the same architecture.
 
-        Learning rate, weight decay and the like stay those of this engine. With the same options it goes on as the
-        saved one would have; bit for bit on one device, as far as its kernels are deterministic.
+        It may have been saved by other devices, by more or fewer of them, and shared among them in another way. All
+        processes have to call it. Learning rate, weight decay and the like stay those of this engine. With the same
+        options it goes on as the saved one would have; bit for bit on as many devices, as far as kernels are
+        deterministic.
 
         Raises
         ------
@@ -437,36 +519,57 @@ class Engine:
             If a file is damaged, or of another architecture. The engine is unchanged then.
         """
         directory = Path(directory).absolute()
-        weights = read_weights(self.method, directory / WEIGHTS_FILE)
-        state = _read_state(directory / STATE_FOLDER, self._saved_state())
+        weights = self._read_weights(directory / WEIGHTS_FILE)
+        like = {**self._host_state(), **jax.eval_shape(_moments_apart, self._moments())}
+        state = self._processes.together(lambda: _read_state(directory / STATE_FOLDER, like))
         self._take_weights(weights)
-        state.update({name: _put_together(state[name], self._names) for name in ("mu", "nu")})
         adam, *others = self._state.moments
-        adam = adam._replace(**{name: self._put(state[name]) for name in ("count", "mu", "nu")})
+        specs = self._specs.moments[0]
+        adam = adam._replace(
+            count=self._layout.put(state["count"]),
+            **{
+                name: self._layout.put(_put_together(state[name], self._names), getattr(specs, name))
+                for name in ("mu", "nu")
+            },
+        )
         self._state = self._state._replace(
-            moments=(adam, *others), sums=self._put(state["sums"]), nonfinite_step=self._put(state["nonfinite_step"])
+            moments=(adam, *others),
+            **{name: self._layout.put(state[name]) for name in ("sums", "nonfinite_step", "skipped")},
         )
         self._step = int(state["step"])
 
     def load_weights(self, path: str | os.PathLike[str]) -> None:
-        """Take weights alone from a ``.safetensors`` file."""
-        self._take_weights(read_weights(self.method, path))
+        """Take weights alone from a ``.safetensors`` file; all processes have to."""
+        self._take_weights(self._read_weights(path))
+
+    def _read_weights(self, path: str | os.PathLike[str]) -> dict[str, NDArray[Any]]:
+        method = self.method
+        return self._processes.together(lambda: read_weights(method, path))
 
     def _take_weights(self, weights: dict[str, NDArray[Any]]) -> None:
         method = self.method
         for name, variable in named_variables(method).items():
-            variable.set_value(self._put(weights[name].astype(variable.dtype)))
+            variable.set_value(jax.device_put(weights[name].astype(variable.dtype), self._layout.local_device))
         stack_blocks(method)
-        _, parameters, self._buffers = split(method)
+        _, parameters, buffers = split(method)
         arrays = dict(zip(self._names, jax.tree.leaves(parameters), strict=True))
-        self._state = self._state._replace(parameters=arrays)
+        self._buffers = self._layout.put(buffers)
+        self._state = self._state._replace(parameters=self._layout.put(arrays, self._specs.parameters))
+
+    def any(self, flag: bool) -> bool:
+        """Return whether any process says True; it returns when all have asked, and needs no device."""
+        return self._processes.any(flag)
+
+    def close(self) -> None:
+        """Leave the other processes, if there are any; the last thing to do, and to do after an exception too."""
+        self._processes.close()
 
     def _method(self, parameters: Arrays, buffers: State) -> Method:
         state = jax.tree.unflatten(self._tree, [parameters[name] for name in self._names])
         return cast(Method, nnx.merge(self._graph, state, buffers))
 
     def _evaluated(self, parameters: Arrays, buffers: State) -> Method:
-        method = self._method(parameters, buffers)
+        method = self._method(self._layout.gather(parameters, self._specs.parameters), buffers)
         method.eval()  # type: ignore[no-untyped-call]
         return method
 
@@ -474,25 +577,28 @@ class Engine:
         noise: Array = counter_noise(self._seed, step, sample, self._schedule.counts.num_tokens)
         return noise
 
-    def _inputs(self, images: NDArray[np.uint8], sample: NDArray[np.int64]) -> tuple[Array, Array]:
-        """Copy images and their numbers to the device."""
+    def _check_batch(self, batch: int) -> None:
+        devices, parts = self._layout.num_local, self._accumulate
+        if batch % (devices * parts):
+            shared = f"accumulate={parts} divides" if devices == 1 else f"{devices} devices x accumulate={parts} divide"
+            raise ValueError(f"images: expected a batch that {shared}, got {batch}")
+
+    def _inputs(self, images: NDArray[np.uint8], sample: NDArray[np.int64]) -> tuple[NDArray[Any], NDArray[Any]]:
+        """Check and copy images and their numbers."""
         check_images(images, self._image_shape)
         if tuple(sample.shape) != (len(images),):
             raise ValueError(f"sample: expected shape {(len(images),)}, got {tuple(sample.shape)}")
         if not np.issubdtype(sample.dtype, np.integer):
             raise TypeError(f"sample: expected integers, got {sample.dtype}")
         # A copy, since on a CPU JAX reads the batch itself, and later, when its memory may hold another one.
-        return self._put(np.array(images)), self._put(sample.astype(np.int32))
+        return np.array(images), sample.astype(np.int32)
 
-    def _put(self, tree: Any) -> Any:
-        return jax.device_put(tree, self._device)
-
-    def _zero_sums(self) -> Array:
-        return cast(Array, self._put(np.zeros(len(self._measured) + 1, np.float32)))
+    def _zeros(self, size: int, dtype: type) -> Array:
+        return cast(Array, self._layout.put(np.zeros(size, dtype)))
 
 
 def split(method: nnx.Module) -> tuple[nnx.GraphDef[Any], State, State]:
-    """Return what is static of a method, its parameters, and its buffers."""
+    """Return what is static of a method, its parameters, and all else: its buffers, and what is frozen."""
     graph, parameters, buffers = nnx.split(method, nnx.Param, ...)  # type: ignore[misc]  # flax's annotation
     return graph, parameters, buffers
 
@@ -578,7 +684,11 @@ def _names_of(parameters: State) -> list[str]:
     return [".".join(str(entry.key) for entry in path) for path, _ in leaves]
 
 
-def _take_apart(arrays: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+def _moments_apart(moments: dict[str, Any]) -> dict[str, Any]:
+    return {name: _take_apart(arrays) for name, arrays in moments.items()}
+
+
+def _take_apart(arrays: dict[str, Any]) -> dict[str, Any]:
     """Give every block arrays of its own, under the names of files."""
     apart = {}
     for name, array in arrays.items():
@@ -602,18 +712,6 @@ def _put_together(arrays: dict[str, NDArray[Any]], names: list[str]) -> dict[str
 def _zeros_like(tree: Any) -> Any:
     """Return the zeros with which AdamW starts, made by NumPy: JAX would compile a program for every shape."""
     return jax.tree.map(lambda array: np.zeros(array.shape, array.dtype), tree)
-
-
-def _choose_device(name: str) -> jax.Device:
-    if name == "auto":
-        return jax.local_devices()[0]
-    platform, _, number = name.partition(":")
-    if platform not in ("cpu", "cuda") or not (number or "0").isdecimal():
-        raise ValueError(f"device: expected 'auto', 'cpu' or 'cuda', got {name!r}")
-    try:
-        return jax.local_devices(backend=platform)[int(number or 0)]
-    except (RuntimeError, IndexError):
-        raise ValueError(f"device: expected one that is there, got {name!r}, but JAX finds no such device") from None
 
 
 def _read_state(path: Path, like: dict[str, Any]) -> dict[str, Any]:

@@ -16,13 +16,13 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from prmim_core import patchify, resize_images, resize_table
+from prmim_core.files import one_line
 from prmim_core.options import positive_integers
 from prmim_core.teacher import (
     TeacherConfig,
     check_layers,
     check_teacher,
     find_teacher,
-    one_line,
     read_json,
     read_teacher,
 )

@@ -183,6 +183,8 @@ class Engine:
         # Their sums over the finite steps since the last reading, then the number of those steps.
         self._sums = torch.zeros(len(self._measured) + 1, dtype=torch.float64, device=self._device)
         self._nonfinite_step = torch.full((), -1, dtype=torch.int64, device=self._device)
+        # Steps that were not finite: since the last reading, and the latest ones in a row.
+        self._skipped = torch.zeros(2, dtype=torch.int64, device=self._device)
 
     def _share(self, compile: bool) -> Callable[[Tensor, Tensor], Any]:
         """Return what to call for the forward pass of a training step, the work shared with the other processes."""
@@ -308,6 +310,8 @@ class Engine:
         measured = torch.cat([losses, norm[None], torch.ones_like(norm)[None]]).to(self._sums.dtype)
         self._sums += measured.masked_fill(is_bad, 0.0)
         self._nonfinite_step.masked_fill_(is_bad & (self._nonfinite_step < 0), self._step + 1)
+        self._skipped += is_bad
+        self._skipped[1:].masked_fill_(~is_bad, 0)
 
     def _agree(self, losses: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:
         """Turn losses and gradient norm of this process into those of the whole batch, the same everywhere."""
@@ -323,11 +327,14 @@ class Engine:
         dict
             The method's ``losses`` and ``grad_norm`` (before clipping): means over the steps that were finite, NaN if
             there was none. ``learning_rate``: of the last step taken. ``nonfinite_step``: the first
-            step (counted from 1) whose loss or gradient was not finite, of the whole run; None if there was none. The
-            same in all processes.
+            step (counted from 1) whose loss or gradient was not finite, of the whole run; None if there was none.
+            ``skipped``: the number of such steps since the last reading; ``skipped_in_a_row``: that of the latest ones,
+            0 if the last step was finite. The same in all processes.
         """
         *sums, steps = self._sums.tolist()
         self._sums.zero_()
+        skipped, skipped_in_a_row = self._skipped.tolist()
+        self._skipped[0] = 0
         nonfinite_step = int(self._nonfinite_step)
         return {
             **{
@@ -335,6 +342,8 @@ class Engine:
             },
             "learning_rate": learning_rate_at(max(self._step - 1, 0), *self._rates),
             "nonfinite_step": None if nonfinite_step < 0 else nonfinite_step,
+            "skipped": skipped,
+            "skipped_in_a_row": skipped_in_a_row,
         }
 
     def features(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
@@ -430,6 +439,7 @@ class Engine:
             "updates": updates[0].long() if updates else torch.tensor(0),
             "sums": self._sums.clone(),
             "nonfinite_step": self._nonfinite_step.clone(),
+            "skipped": self._skipped.clone(),
             **{
                 f"{moment}.{name}": held[parameter][moment] if parameter in held else torch.zeros_like(parameter)
                 for name, parameter in self._learned.items()
@@ -464,6 +474,7 @@ class Engine:
         self._step = int(state["step"])
         self._sums.copy_(state["sums"])
         self._nonfinite_step.copy_(state["nonfinite_step"])
+        self._skipped.copy_(state["skipped"])
 
     def load_weights(self, path: str | os.PathLike[str]) -> None:
         """Take weights alone from a ``.safetensors`` file; all processes have to."""

@@ -1,21 +1,15 @@
 """Weights to and from ``.safetensors`` files, which both adapters read. Nothing is ever unpickled."""
 
-import json
 import os
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any, BinaryIO
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from prmim_core.files import check_metadata, check_tensors, dump_architecture, one_line, write_atomically
+
 FROZEN = "teacher."
 """How names begin of what a method holds but does not learn, and what is no part of its files."""
-
-METADATA_KEY = "prmim_architecture"
-"""Where a file's metadata holds the JSON of the method's ``architecture()``."""
 
 
 def save_weights(method: nn.Module, path: str | os.PathLike[str]) -> None:
@@ -60,7 +54,7 @@ def named_weights(method: nn.Module) -> dict[str, Tensor]:
 def write_weights(method: nn.Module, weights: dict[str, Tensor], path: str | os.PathLike[str]) -> None:
     """Write weights, of exactly the names of :func:`named_weights`, as those of a method; see :func:`save_weights`."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
-    metadata = {"format": "pt", METADATA_KEY: json.dumps(_architecture(method))}
+    metadata = dump_architecture(method)
     write_atomically(path, lambda file: file.write(save(tensors, metadata)))
 
 
@@ -73,66 +67,14 @@ def read_weights(method: nn.Module, path: str | os.PathLike[str]) -> dict[str, T
     """Return what :func:`load_weights` would put in a method, checked, without doing so."""
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
+            metadata = file.metadata()
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a dict
     except SafetensorError as error:
-        raise ValueError(f"path: expected a safetensors file, got {os.fspath(path)} ({error})") from None
-    check_architecture(_architecture(method), _parse_metadata(metadata, path))
-    _check_tensors(named_weights(method), tensors, path)
+        raise ValueError(f"path: expected a safetensors file, got {os.fspath(path)} ({one_line(error)})") from None
+    check_metadata(method, metadata, path)
+    check_tensors(
+        {name: tuple(tensor.shape) for name, tensor in named_weights(method).items()},
+        {name: (tuple(t.shape), str(t.dtype), t.is_floating_point()) for name, t in tensors.items()},
+        path,
+    )
     return tensors
-
-
-def check_architecture(expected: dict[str, Any], got: dict[str, Any]) -> None:
-    """Raise ValueError, naming the first field that differs, unless two architectures are equal."""
-    for field in (*expected, *got):
-        ours, theirs = expected.get(field), got.get(field)
-        if ours != theirs:
-            raise ValueError(f"weights: {field}: expected {ours!r}, got {theirs!r}")
-
-
-def write_atomically(path: str | os.PathLike[str], write: Callable[[BinaryIO], object]) -> None:
-    """Write a file so that it appears whole or not at all: ``write`` fills another one, which then takes its place."""
-    path = Path(path)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with beside.open("wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
-
-
-def _architecture(method: nn.Module) -> dict[str, Any]:
-    architecture = getattr(method, "architecture", None)
-    if not callable(architecture):
-        raise TypeError(f"method: expected a module with architecture(), got {type(method).__name__}")
-    values: dict[str, Any] = architecture()
-    return values
-
-
-def _parse_metadata(metadata: dict[str, str], path: str | os.PathLike[str]) -> dict[str, Any]:
-    try:
-        architecture = json.loads(metadata[METADATA_KEY])
-    except (KeyError, ValueError):
-        architecture = None
-    if not isinstance(architecture, dict):
-        raise ValueError(f"path: expected weights written by prmim, got {os.fspath(path)}, whose metadata has none")
-    return architecture
-
-
-def _check_tensors(expected: dict[str, Tensor], got: dict[str, Tensor], path: str | os.PathLike[str]) -> None:
-    for name, tensor in expected.items():
-        if name not in got:
-            raise ValueError(f"path: expected a tensor {name!r}, got none in {os.fspath(path)}")
-        if got[name].shape != tensor.shape:
-            shapes = f"expected shape {tuple(tensor.shape)}, got {tuple(got[name].shape)}"
-            raise ValueError(f"path: {name}: {shapes} in {os.fspath(path)}")
-        if not torch.is_floating_point(got[name]):
-            raise ValueError(
-                f"path: {name}: expected floating-point values, got {got[name].dtype} in {os.fspath(path)}"
-            )
-    for name in got:
-        if name not in expected:
-            raise ValueError(f"path: expected no tensor {name!r}, got one in {os.fspath(path)}")

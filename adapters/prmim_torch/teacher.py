@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from prmim_core import patchify, resize_images, resize_table
+from prmim_core.files import one_line
 from prmim_core.options import positive_integers
 from prmim_core.teacher import (
     Family,
@@ -21,7 +22,6 @@ from prmim_core.teacher import (
     check_layers,
     check_teacher,
     find_teacher,
-    one_line,
     read_teacher,
 )
 

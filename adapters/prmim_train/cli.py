@@ -13,6 +13,7 @@ from jsonargparse import ArgumentParser
 
 from prmim_train.config import GROUP_STARTS
 from prmim_train.options import Option, build_parser, config_options, convert, read_config, split_words, suggest
+from prmim_train.processes import FailedElsewhereError, is_main, launched, say
 
 EXIT_USAGE = 2
 EXIT_FAILURE = 1
@@ -41,10 +42,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     -------
     int
         The exit code: 0; 1 where a run failed; 2 where the options or the data were wrong; 130 after Ctrl-C.
-        Whatever goes wrong is told in one line; the environment variable `PRMIM_TRACEBACK=1`, or `--traceback`, adds
+        Whatever goes wrong is told in one line, of several processes by each one for itself, unless all are concerned
+        alike; the environment variable `PRMIM_TRACEBACK=1`, or `--traceback`, adds
         where in the code it happened.
     """
-    from prmim_train.loop import Interrupted
+    from prmim_train.loop import Interrupted, NonFiniteLoss
 
     words = list(sys.argv[1:] if arguments is None else arguments)
     wants_traceback = os.environ.get("PRMIM_TRACEBACK", "0") not in ("", "0")
@@ -54,7 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         _dispatch(words)
     except Interrupted as stop:
-        print(f"prmim: {stop}", file=sys.stderr)
+        if is_main():
+            print(f"prmim: {stop}", file=sys.stderr)
         return EXIT_SIGNAL + stop.signal_number
     except KeyboardInterrupt:
         print("prmim: interrupted", file=sys.stderr)
@@ -65,7 +68,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         if wants_traceback:
             traceback.print_exc()
-        print(_one_line(error), file=sys.stderr)
+        if is_main() or not isinstance(error, NonFiniteLoss | FailedElsewhereError):  # those are told by the main one
+            print(_one_line(error), file=sys.stderr)
         return EXIT_USAGE if isinstance(error, ValueError | TypeError | ImportError | _FILE_ERRORS) else EXIT_FAILURE
     return 0
 
@@ -78,7 +82,8 @@ def _one_line(error: Exception) -> str:
     text = " ".join(str(error).split()) or "no further message"
     if not isinstance(error, ValueError | TypeError | OSError | ImportError | ArithmeticError):
         text = f"{type(error).__name__}: {text} (PRMIM_TRACEBACK=1 shows where)"
-    return f"prmim: error: {text}"
+    who = "" if is_main() else f" process {launched().rank}:"
+    return f"prmim:{who} error: {text}"
 
 
 def _dispatch(words: list[str]) -> None:
@@ -92,6 +97,10 @@ def _dispatch(words: list[str]) -> None:
     if name not in COMMANDS:
         raise ValueError(f"command: expected {', '.join(COMMANDS)}, got {name!r}{suggest(name, COMMANDS)}")
     command = COMMANDS[name]
+    if name != "pretrain" and launched().world_size > 1:
+        raise ValueError(
+            f"command: expected one process for {name}, got {launched().world_size}; only pretrain takes more"
+        )
     if "-h" in rest or "--help" in rest:
         _parser(command, name).print_help()
         return
@@ -135,7 +144,7 @@ def _pretrain(command: Command, name: str, given: dict[str, str]) -> None:
     from prmim_train.loop import pretrain
 
     options = command.options()
-    pretrain(read_config(given, _parser(command, name), options, _say))
+    pretrain(read_config(given, _parser(command, name), options, say))
 
 
 def _inspect(command: Command, name: str, given: dict[str, str]) -> None:
@@ -143,7 +152,7 @@ def _inspect(command: Command, name: str, given: dict[str, str]) -> None:
 
     options = command.options()
     given = {option: text for option, text in given.items() if option != "resume"}
-    print(inspect_run(read_config(given, _parser(command, name), options, _say)))
+    print(inspect_run(read_config(given, _parser(command, name), options, say)))
 
 
 def _run_options() -> list[Option]:
@@ -198,10 +207,6 @@ def _run_arguments(command: Command, name: str, given: dict[str, str]) -> dict[s
 def _parser(command: Command, name: str) -> ArgumentParser:
     groups = GROUP_STARTS if name in ("pretrain", "inspect") else None
     return build_parser(name, command.description, command.options(), groups)
-
-
-def _say(line: str) -> None:
-    print(line, flush=True)
 
 
 COMMANDS = {

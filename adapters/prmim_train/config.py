@@ -36,6 +36,9 @@ FUSIONS = ("linear", "sum")
 DECAYS = ("cosine", "step")
 PRECISIONS = ("float32", "bfloat16")
 DEVICES = ("auto", "cpu", "cuda")
+PARALLEL = ("ddp", "fsdp")
+NONFINITE = ("stop", "skip")
+TRACKERS = ("none", "tensorboard", "wandb", "mlflow")
 DIGITS = "digits"
 
 # The fields at which a new group of options begins in `--help`.
@@ -170,6 +173,11 @@ class PretrainConfig:
         The two decay rates of AdamW.
     clip_grad
         Largest norm of the gradient; longer ones are scaled down. Null: no clipping.
+    nonfinite
+        What becomes of a step whose loss or gradient is not finite, which never changes the weights: `stop` ends the
+        run with a rescue checkpoint when the next line of the log is due, `skip` goes on and counts it.
+    max_skipped
+        With nonfinite=skip: the most such steps in a row; more of them end the run as `stop` does.
     precision
         Number format of the forward and backward pass: `float32` or `bfloat16`. Weights are float32 either way.
     compile
@@ -178,6 +186,9 @@ class PretrainConfig:
         Compile one block of the encoder and loop over it: the first step comes sooner. For the backend `jax` only.
     device
         Where to compute: `auto` (a GPU where there is one), `cpu` or `cuda`.
+    parallel
+        How several processes or devices share the work: `ddp` (each holds all weights) or `fsdp` (each holds a part of
+        weights, gradients and optimiser state).
     seed
         Seed of the weights, of the held-out split, of the order of the images, of the crops and of the masks.
     backend
@@ -191,8 +202,12 @@ class PretrainConfig:
         Steps between two lines of `metrics.jsonl`.
     checkpoint_every
         Epochs between two checkpoints. One is always written at the end.
+    checkpoint_minutes
+        Minutes after which a checkpoint is written in any case. Null: by epochs alone.
     keep_checkpoints
         How many checkpoints to keep; older ones are deleted.
+    tracker
+        Where the numbers of metrics.jsonl go besides: `none`, `tensorboard`, `wandb` or `mlflow`.
     init_weights
         A `.safetensors` file of weights to begin with. Null: random weights.
     eval_limit
@@ -270,10 +285,13 @@ class PretrainConfig:
     weight_decay: float = 0.05
     betas: tuple[float, float] = (0.9, 0.95)
     clip_grad: float | None = None
+    nonfinite: str = "stop"
+    max_skipped: int = 10
     precision: str = "bfloat16"
     compile: bool = False
     scan_blocks: bool = False
     device: str = "auto"
+    parallel: str = "ddp"
     seed: int = 0
     # Run
     backend: str = "torch"
@@ -281,7 +299,9 @@ class PretrainConfig:
     resume: bool = False
     log_every: int = 10
     checkpoint_every: int = 20
+    checkpoint_minutes: float | None = None
     keep_checkpoints: int = 2
+    tracker: str = "none"
     init_weights: str | None = None
     eval_limit: int = 5000
     pictures: int = 6
@@ -442,6 +462,9 @@ class PretrainConfig:
         if self.scan_blocks and self.backend != "jax":
             raise ValueError(f"scan_blocks: backend {self.backend} has no such option, only jax")
         check_name("device", self.device, DEVICES)
+        check_name("parallel", self.parallel, PARALLEL)
+        check_name("nonfinite", self.nonfinite, NONFINITE)
+        check_integer("max_skipped", self.max_skipped, at_least=0)
         check_integer("seed", self.seed, at_least=0, at_most=2**31 - 1)
 
     def _check_run(self) -> None:
@@ -452,6 +475,9 @@ class PretrainConfig:
         check_flag("resume", self.resume)
         for name in ("log_every", "checkpoint_every", "keep_checkpoints"):
             check_integer(name, getattr(self, name), at_least=1)
+        if self.checkpoint_minutes is not None:
+            check_number("checkpoint_minutes", self.checkpoint_minutes, "above 0", lambda x: x > 0)
+        check_name("tracker", self.tracker, TRACKERS)
         for name in ("eval_limit", "pictures"):
             check_integer(name, getattr(self, name), at_least=0)
 

@@ -47,7 +47,7 @@ def _cost_report(config: PretrainConfig) -> CostReport | None:
     shared["variant"] = config.variant if config.is_rebuilt else "none"
     return maskalign_cost(
         config.schedule,
-        teacher=teacher.transformer,
+        teacher=teacher.size,
         teacher_patch_dim=teacher.patch_dim,
         teacher_tokens=config.grid.num_tokens,
         layers=config.teacher_layers,

@@ -62,11 +62,23 @@ class Comparison(Protocol):
 
 
 class Engine(Protocol):
-    """A method with its optimiser on a device of some framework."""
+    """A method with its optimiser on a device of some framework.
+
+    Of several processes each has an engine, and all of them make the same calls in the same order.  They bring images
+    of their own to `train_step`, and the same images to everything else.
+    """
 
     @property
     def predicts(self) -> str:
         """What the method predicts for masked tokens: `pixels` or `features`."""
+
+    @property
+    def rank(self) -> int:
+        """Number of this process, from 0, which is the main one."""
+
+    @property
+    def world_size(self) -> int:
+        """Number of processes that train together."""
 
     @property
     def step(self) -> int:
@@ -88,7 +100,7 @@ class Engine(Protocol):
         Parameters
         ----------
         images
-            uint8 (batch, axes..., channels).
+            uint8 (batch, axes..., channels): this process's share of the batch.
         sample
             int64 (batch,): the number of each image in its source, which with seed and step gives its mask.
         """
@@ -100,8 +112,10 @@ class Engine(Protocol):
         -------
         dict
             Means of `loss`, which is minimised, of its parts (`loss_decoded`, `loss_thrown`, ...: the method names
-            them) and of `grad_norm`; `learning_rate` of the last step; `nonfinite_step`, the first step that was not
-            finite, or None.
+            them) and of `grad_norm`, over the steps that were finite, NaN where none was; `learning_rate` of the last
+            step; `nonfinite_step`, the first step of the whole run that was not finite, or None; `skipped`, how many
+            were not finite since the last reading, and `skipped_in_a_row`, how many of the latest ones. The same in
+            every process.
         """
 
     def features(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
@@ -114,13 +128,22 @@ class Engine(Protocol):
         """Mask images as step 0 would, and set the student beside its teacher; only where features are predicted."""
 
     def save(self, directory: Path) -> None:
-        """Write `weights.safetensors` and the training state into an existing folder."""
+        """Write `weights.safetensors` and the training state into an existing folder, the same in every process.
+
+        What was measured since the last reading is part of the state.
+        """
 
     def restore(self, directory: Path) -> None:
-        """Read what `save` wrote; ValueError where the architecture differs."""
+        """Read what `save` wrote, with however many processes; ValueError where the architecture differs."""
 
     def load_weights(self, path: Path) -> None:
         """Take weights alone from a `.safetensors` file."""
+
+    def any(self, flag: bool) -> bool:
+        """Return whether any process says True; it returns when all have asked."""
+
+    def close(self) -> None:
+        """Leave the other processes; after an exception it waits for none of them."""
 
 
 def create_engine(config: PretrainConfig, budget: Budget) -> Engine:
@@ -160,6 +183,7 @@ def create_engine(config: PretrainConfig, budget: Budget) -> Engine:
         precision=config.precision,
         compile=config.compile,
         device=config.device,
+        parallel=config.parallel,
     )
     return cast(Engine, engine)
 

@@ -3,6 +3,7 @@
 import json
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,6 +15,7 @@ from prmim_train.config import PretrainConfig
 from prmim_train.data import evaluation_batches
 from prmim_train.engine import Engine, create_engine
 from prmim_train.prepare import RunData, open_data, read_run_config, restore_engine
+from prmim_train.processes import is_main, on_main
 from prmim_train.run_directory import RunDirectory, write_atomically
 
 PROTOCOLS = ("knn", "linear")
@@ -23,6 +25,7 @@ PROTOCOL_TITLES = {"knn": f"{NEIGHBOURS} nearest neighbours", "linear": "linear"
 FEATURE_TITLES = {"trained": "trained encoder", "untrained": "untrained encoder", "pixels": "raw pixels"}
 T = TypeVar("T")
 Extractor = Callable[[NDArray[np.uint8]], NDArray[np.float32]]
+Sides = tuple[dict[str, NDArray[np.float32]], NDArray[Any]]
 
 
 def evaluate_run(
@@ -45,7 +48,8 @@ def evaluate_run(
     -------
     dict
         Accuracies in [0, 1] by features and protocol, and on what they were measured; or `{"skipped": reason}` where
-        that cannot be done: no labels, nothing held out, too many unreadable images.
+        that cannot be done: no labels, nothing held out, too many unreadable images. Of several processes the main one
+        alone classifies; in the others the dictionary is empty.
 
     Notes
     -----
@@ -56,13 +60,20 @@ def evaluate_run(
     reason = _why_not(data)
     if reason:
         return {"skipped": reason}
-    untrained = create_engine(config, data.budget)
-    extractors = {"trained": engine.features, "untrained": untrained.features, "pixels": shrunken_pixels}
-    try:
-        train_features, train_labels = _extract(config, data, _spread(data.train, config.eval_limit), extractors)
-        test_features, test_labels = _extract(config, data, _spread(data.held_out, config.eval_limit), extractors)
-    except ValueError as error:  # unreadable images: hours of training must not end without a summary for that
-        return {"skipped": str(error)}
+    with closing(create_engine(config, data.budget)) as untrained:
+        extractors = {"trained": engine.features, "untrained": untrained.features, "pixels": shrunken_pixels}
+        try:
+            train = _extract(config, data, _spread(data.train, config.eval_limit), extractors)
+            test = _extract(config, data, _spread(data.held_out, config.eval_limit), extractors)
+        except ValueError as error:  # unreadable images: hours of training must not end without a summary for that
+            return {"skipped": str(error)}
+    return on_main(engine, lambda: _classify(train, test, protocols)) or {}
+
+
+def _classify(train: Sides, test: Sides, protocols: Sequence[str]) -> dict[str, Any]:
+    """Learn from some features, judge on others; both are by the name of the extractor, with labels."""
+    train_features, train_labels = train
+    test_features, test_labels = test
     if len(np.unique(train_labels)) < 2:
         return {"skipped": "the training images are all of one class"}
     result: dict[str, Any] = {
@@ -71,7 +82,7 @@ def evaluate_run(
         "classes": len(np.unique(train_labels)),
         "most_frequent_class": _most_frequent_share(train_labels, test_labels),
     }
-    for name in _progress(extractors, len(extractors), "classifiers"):
+    for name in _progress(train_features, len(train_features), "classifiers"):
         sides = (train_features[name], train_labels, test_features[name], test_labels)
         result[name] = {protocol: accuracy(protocol, *sides) for protocol in protocols}
     return result
@@ -114,14 +125,15 @@ def evaluate_command(
     reason = _why_not(images)
     if reason:
         raise ValueError(f"data: expected labelled images, some of them held out, but {reason}")
-    engine = restore_engine(directory, config, images.budget)
-    result = evaluate_run(config, images, engine, PROTOCOLS if protocol is None else (protocol,))
+    with closing(restore_engine(directory, config, images.budget)) as engine:
+        result = evaluate_run(config, images, engine, PROTOCOLS if protocol is None else (protocol,))
+        step = engine.step
     if "skipped" in result:
         raise ValueError(result["skipped"])
-    print(f"{images.source.description}; checkpoint of step {engine.step}")
+    print(f"{images.source.description}; checkpoint of step {step}")
     print(format_evaluation(result))
     place = directory.path / "evaluation.json"
-    record = {"data": images.source.description, "step": engine.step, **result}
+    record = {"data": images.source.description, "step": step, **result}
     write_atomically(place, (json.dumps(record, indent=2) + "\n").encode())
     print(f"Written: {place}")
 
@@ -244,7 +256,7 @@ def _why_not(data: RunData) -> str:
 
 def _extract(
     config: PretrainConfig, data: RunData, indices: NDArray[np.int64], extractors: Mapping[str, Extractor]
-) -> tuple[dict[str, NDArray[np.float32]], NDArray[Any]]:
+) -> Sides:
     """Return the features of some images, by the name of the extractor, and their labels."""
     features: dict[str, list[NDArray[np.float32]]] = {name: [] for name in extractors}
     labels = []
@@ -259,7 +271,8 @@ def _extract(
 
 def _progress(things: Iterable[T], total: int, what: str) -> Iterable[T]:
     """Show how far a loop is, where the output is a terminal."""
-    bar: Iterable[T] = tqdm(things, total=total, desc=f"evaluation, {what}", disable=None, leave=False)
+    disable = None if is_main() else True
+    bar: Iterable[T] = tqdm(things, total=total, desc=f"evaluation, {what}", disable=disable, leave=False)
     return bar
 
 

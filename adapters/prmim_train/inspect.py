@@ -1,6 +1,7 @@
 """What a run will do and cost, told before it starts."""
 
 from collections.abc import Sequence
+from contextlib import closing
 from math import prod
 
 from prmim_train.budget import Budget
@@ -168,12 +169,11 @@ def _teacher_text(config: PretrainConfig) -> str:
     teacher = read_teacher(str(config.teacher))
     if teacher is None:
         return f"{config.teacher}: its size is {NO_COST}"
-    size = teacher.transformer
+    size = teacher.size
     seen = [length * patch for length, patch in zip(config.grid.shape, teacher.patch_size, strict=True)]
     return (
-        f"{teacher.family}, {size.depth} blocks of width {size.dim}, {size.heads} heads, patches of "
-        f"{_times(teacher.patch_size)}; sees the whole image at {_times(seen)} pixels, {config.grid.num_tokens + 1} "
-        "tokens; frozen"
+        f"{teacher.title}, {size.heads} heads; sees the whole image at {_times(seen)} pixels, "
+        f"{config.grid.num_tokens + 1} tokens; frozen"
     )
 
 
@@ -183,7 +183,7 @@ def _layer_text(config: PretrainConfig) -> str:
     mixed = f"{how[config.fusion]} the student's {config.encoder_size.depth}"
     if teacher is None:
         return f"the teacher's last {config.teacher_layers}, {mixed}"
-    depth = teacher.transformer.depth
+    depth = teacher.size.depth
     return f"the teacher's {depth - config.teacher_layers + 1} to {depth}, {mixed}"
 
 
@@ -265,15 +265,16 @@ def _change(config: PretrainConfig, ours: int, other: int) -> str:
 
 def _parameter_lines(config: PretrainConfig, budget: Budget) -> list[str]:
     try:
-        engine = create_engine(config, budget)
+        with closing(create_engine(config, budget)) as engine:
+            learned, device = engine.num_parameters, engine.device
     except ImportError as error:  # everything else on this page is known without the framework
         return ["Parameters", _row("unknown", str(error))]
     # float32 weight, gradient and the two moments of AdamW
-    memory = f"{_bytes(16 * engine.num_parameters)} with gradients and optimiser"
+    memory = f"{_bytes(16 * learned)} with gradients and optimiser"
     return [
         "Parameters",
-        _row("learned", f"{engine.num_parameters:,} ({memory})"),
-        _row("device", engine.device),
+        _row("learned", f"{learned:,} ({memory})"),
+        _row("device", device),
     ]
 
 
@@ -286,9 +287,14 @@ def _optimisation_lines(config: PretrainConfig, budget: Budget) -> list[str]:
         _row("peak learning rate", rate),
         _row("steps", f"{budget.total_steps:,} ({config.epochs} epochs of {budget.steps_per_epoch:.4g} steps)"),
         _row("warm-up", f"{budget.warmup_steps:,} steps, {_decay_text(config)}"),
-        _row("checkpoints", f"every {budget.checkpoint_steps:,} steps, the last {config.keep_checkpoints} are kept"),
+        _row("checkpoints", f"{_checkpoint_text(config, budget)}, the last {config.keep_checkpoints} are kept"),
         _row("run directory", f"{config.run_path}"),
     ]
+
+
+def _checkpoint_text(config: PretrainConfig, budget: Budget) -> str:
+    minutes = f" or {config.checkpoint_minutes:g} minutes" if config.checkpoint_minutes is not None else ""
+    return f"every {budget.checkpoint_steps:,} steps{minutes}"
 
 
 def _decay_text(config: PretrainConfig) -> str:

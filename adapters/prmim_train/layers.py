@@ -18,6 +18,9 @@ DEPENDENT_FIELDS = {"model": ("embed_dim", "depth", "num_heads"), "channels": ("
 # The same for the method, but only where a layer changes it: `--method mae` above a recipe of MAE changes nothing.
 METHOD_FIELDS = (*SPECIAL_OPTIONS, "mask_ratio", "throw_ratio")
 
+LONGEST_REASON = 200  # letters of what a parser says
+SCALARS = (str, int, float, bool, type(None))
+
 
 def merge_layers(*layers: Mapping[str, Any]) -> dict[str, Any]:
     """Lay dictionaries of options over each other, the later ones on top.
@@ -89,16 +92,21 @@ def parse_options(content: str, name: str) -> dict[str, Any]:
     """Parse the text of a YAML file of options; see `read_options`."""
     try:
         options = yaml.safe_load(content)
-    except yaml.YAMLError as error:
+    except Exception as error:  # of YAML's own, and whatever its constructors make of odd numbers, dates and depths
         mark = getattr(error, "problem_mark", None)
         where = f" line {mark.line + 1}" if mark is not None else ""
+        reason = getattr(error, "problem", None) or f"{type(error).__name__} {error}"
         raise ValueError(
-            f"config: expected YAML, got an error in {name}{where}: {getattr(error, 'problem', '')}"
+            f"config: expected YAML, got an error in {name}{where}: {' '.join(reason.split())[:LONGEST_REASON]}"
         ) from error
     if options is None:
         return {}
     if not isinstance(options, dict) or not all(isinstance(key, str) for key in options):
         raise ValueError(f"config: expected lines of the form 'option: value' in {name}, got {type(options).__name__}")
+    for option, value in options.items():
+        # Nothing deeper is an option's value, and a few lines of nested aliases can unfold to gigabytes.
+        if not all(isinstance(part, SCALARS) for part in (value if isinstance(value, list) else [value])):
+            raise ValueError(f"config: expected a value or a list of values for {option[:LONGEST_REASON]} in {name}")
     return options
 
 

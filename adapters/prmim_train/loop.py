@@ -7,7 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -21,10 +21,12 @@ from prmim_train.data import train_batches
 from prmim_train.engine import Engine, create_engine
 from prmim_train.evaluate import evaluate_run, format_evaluation
 from prmim_train.inspect import format_brief
-from prmim_train.layers import dump_options
+from prmim_train.layers import dump_options, parse_options
 from prmim_train.pictures import draw_run
-from prmim_train.prepare import open_data
-from prmim_train.run_directory import RunDirectory
+from prmim_train.prepare import RunData, open_data
+from prmim_train.processes import is_main, launched, on_main, say
+from prmim_train.run_directory import RESCUE, RunDirectory
+from prmim_train.trackers import NoTracker, Tracker, check_tracker, open_tracker
 
 NUM_PRINTED_LINES = 20  # of progress, where the output is no terminal and a bar would fill a log file
 
@@ -52,6 +54,9 @@ class NonFiniteLoss(ArithmeticError):  # noqa: N818  # the name says what happen
 def pretrain(config: PretrainConfig) -> dict[str, Any]:
     """Run a whole pre-training: train, write checkpoints and metrics, evaluate, draw pictures.
 
+    Where several processes were started, by `torchrun` or the like, each of them calls this, and they share the work;
+    the main one alone prints and writes.
+
     Parameters
     ----------
     config
@@ -60,7 +65,8 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
     Returns
     -------
     dict
-        What `summary.json` holds: final loss, speed, unreadable images, evaluation of the frozen features.
+        What `summary.json` holds: final loss, speed, unreadable images, evaluation of the frozen features (of several
+        processes, in the main one alone).
 
     Raises
     ------
@@ -69,45 +75,61 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
     OSError
         If data cannot be read, or a checkpoint not written; the last good checkpoint is intact then.
     Interrupted
-        On Ctrl-C or SIGTERM, after the current step and a checkpoint.
+        On Ctrl-C or SIGTERM, after the current step and a checkpoint; of several processes, after the next step that is
+        logged.
     NonFiniteLoss
         After a rescue checkpoint.
+    FailedElsewhereError
+        If something failed in the main process, which raises it as it is.
     """
     data = open_data(config)
     run = RunDirectory(config.run_path)
+    _check_processes(config)
+    check_tracker(config.tracker)
     goes_on = config.resume and RunDirectory.holds_run(run.path)
     if goes_on:
+        _check_backend(config, run)
         summary = _finished_summary(run, data.budget)
         if summary is not None:
-            print(f"The run in {run.path} is finished: nothing is left to do. Its summary:")
-            print(json.dumps(summary, indent=2))
+            say(f"The run in {run.path} is finished: nothing is left to do. Its summary:")
+            say(json.dumps(summary, indent=2))
             return summary
     else:
         run.check_is_free()  # before the time that building an engine takes
 
-    engine = create_engine(config, data.budget)
-    if goes_on:
-        run.remove_leftovers()
-        checkpoint = run.latest_checkpoint()
-        if checkpoint is not None:
-            engine.restore(checkpoint)
-        if engine.step > data.budget.total_steps:
-            raise ValueError(
-                f"epochs: expected more than the {engine.step} steps that the run in {run.path} has taken already, got "
-                f"{data.budget.total_steps}"
-            )
-        run.cut_metrics(engine.step)
-    if engine.step == 0 and config.init_weights is not None:
-        if not Path(config.init_weights).is_file():
-            raise FileNotFoundError(
-                f"init_weights: expected a .safetensors file, there is none at {config.init_weights}"
-            )
-        engine.load_weights(Path(config.init_weights))
-    run.write_config(dump_options(config))
+    with closing(create_engine(config, data.budget)) as engine:
+        # Where there are several processes, none comes here before all have looked at the folder.
+        _check_launcher(config, engine)
+        on_main(engine, run.remove_leftovers)
+        if goes_on:
+            _take_up(run, engine, data.budget)
+        if engine.step == 0 and config.init_weights is not None:
+            if not Path(config.init_weights).is_file():
+                raise FileNotFoundError(
+                    f"init_weights: expected a .safetensors file, there is none at {config.init_weights}"
+                )
+            engine.load_weights(Path(config.init_weights))
+        on_main(engine, lambda: run.write_config(dump_options(config)))
 
-    print(format_brief(config, data, engine))
-    print(f"Run directory: {run.path}" + (f", going on after step {engine.step}" if engine.step else ""), flush=True)
+        say(format_brief(config, data, engine))
+        say(f"Run directory: {run.path}" + (f", going on after step {engine.step}" if engine.step else ""))
+        summary = _train(config, data, run, engine)
+        if config.eval_limit:
+            say("Evaluating the frozen features ...")
+            summary["evaluation"] = evaluate_run(config, data, engine)
+            if engine.rank == 0:
+                say(format_evaluation(summary["evaluation"]))
+        if config.pictures:
+            for path in draw_run(run, config, data, engine):
+                say(f"Picture: {path}")
+        on_main(engine, lambda: run.write_summary(summary))
+    say(f"Summary: {run.path / 'summary.json'}")
+    return summary
 
+
+def _train(config: PretrainConfig, data: RunData, run: RunDirectory, engine: Engine) -> dict[str, Any]:
+    """Take the steps that are left; return what the summary says of all of them."""
+    budget = data.budget
     batches = train_batches(
         data.source,
         indices=data.train,
@@ -115,29 +137,43 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
         image_size=config.image_plane,
         seed=config.seed,
         start_step=engine.step,
-        total_steps=data.budget.total_steps,
+        total_steps=budget.total_steps,
         crop_scale=config.crop_scale,
         crop_ratio=config.crop_ratio,
         flip=config.flip,
         workers=config.workers,
+        rank=engine.rank,
+        world_size=engine.world_size,
     )
-    log = _Log(run, config, data.budget, engine)
-    with _stop_signals() as stop, batches, log:
+    clock = _Clock(config.checkpoint_minutes)
+    unreadable: dict[str, str] = {}
+    with _stop_signals() as stop, batches, _Log(run, config, budget, engine) as log:
         for batch in batches:
             engine.train_step(batch.images, batch.index)
             log.advance()
+            unreadable |= {str(record): reason for record, reason in batch.unreadable}
             step = engine.step
-            is_last = step == data.budget.total_steps
-            is_stopping = stop.is_set and not is_last
-            is_checkpoint = step % data.budget.checkpoint_steps == 0 or is_last or is_stopping
-            if is_checkpoint or log.is_due(step):
+            is_last = step == budget.total_steps
+            # What a line holds follows from step numbers alone: not from checkpoints, nor from where a run was resumed.
+            is_logged = step == 1 or step % config.log_every == 0 or is_last
+            if is_logged:
                 log.write(step)
-            if is_checkpoint:
+            is_stopping = _agreed(engine, stop.is_set, is_logged) and not is_last
+            is_due = step % budget.checkpoint_steps == 0 or is_last or is_stopping
+            if is_due or (clock.runs and _agreed(engine, engine.rank == 0 and clock.is_due(), is_logged)):
                 run.save_checkpoint(engine, step, keep=config.keep_checkpoints)
+                clock.reset()
             if is_stopping:
-                raise Interrupted(_how_to_go_on(run, step, data.budget), stop.number)
+                number = stop.number or signal.SIGTERM  # 0: it came to another process
+                raise Interrupted(_how_to_go_on(run, step, budget), number)
 
-    summary = {
+    if engine.world_size > 1:
+        reasons = _share_notes(run, engine, unreadable)
+        batches.unreadable.add((int(record), reason) for record, reason in reasons.items())
+    say(f"Trained {engine.step} steps in {_duration(log.seconds)}; {_loss_text(log.last)}.")
+    if len(batches.unreadable):
+        say(batches.unreadable.report())
+    return {
         "method": config.method,
         "data": data.source.description,
         "train_images": len(data.train),
@@ -149,25 +185,70 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
         **log.final_numbers(),
         "unreadable_images": batches.unreadable.reasons,
     }
-    print(f"Trained {engine.step} steps in {_duration(log.seconds)}; {_loss_text(log.last)}.")
-    if len(batches.unreadable):
-        print(batches.unreadable.report())
-    if config.eval_limit:
-        print("Evaluating the frozen features ...", flush=True)
-        summary["evaluation"] = evaluate_run(config, data, engine)
-        print(format_evaluation(summary["evaluation"]))
-    if config.pictures:
-        for path in draw_run(run, config, data, engine):
-            print(f"Picture: {path}")
-    run.write_summary(summary)
-    print(f"Summary: {run.path / 'summary.json'}")
-    return summary
+
+
+def _share_notes(run: RunDirectory, engine: Engine, note: dict[str, str]) -> dict[str, str]:
+    """Return the notes of all other processes in the main one, and nothing in them."""
+    if engine.rank > 0 and note:
+        run.leave_note(engine.rank, note)
+    engine.any(False)  # until all notes are there
+    return on_main(engine, run.collect_notes) or {}
+
+
+def _check_processes(config: PretrainConfig) -> None:
+    """Raise ValueError unless every process gets as many images of a batch as every other, in every part of it."""
+    world_size = launched().world_size
+    if config.batch_size % (world_size * config.accumulate):
+        raise ValueError(
+            f"batch_size: expected a multiple of the {world_size} processes times accumulate ({config.accumulate}), "
+            f"got {config.batch_size}"
+        )
+
+
+def _check_launcher(config: PretrainConfig, engine: Engine) -> None:
+    """Raise ValueError where processes that were started together know nothing of each other."""
+    if engine.world_size != launched().world_size:
+        raise ValueError(
+            f"backend: expected one that joins the {launched().world_size} processes that were started, got "
+            f"{config.backend}, which sees {engine.world_size}; torch takes them from torchrun, jax from "
+            "JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID"
+        )
+
+
+def _check_backend(config: PretrainConfig, run: RunDirectory) -> None:
+    """Raise ValueError where a run is to go on with a framework that cannot read its training state."""
+    backend = parse_options(run.read_config(), str(run.path)).get("backend", PretrainConfig.backend)
+    checkpoints = run.checkpoints()
+    if checkpoints and backend != config.backend:
+        raise ValueError(
+            f"backend: expected {backend}, with which the run in {run.path} was trained, got {config.backend}; its "
+            f"weights alone go over: --init_weights {checkpoints[-1] / 'weights.safetensors'} --out ANOTHER"
+        )
+
+
+def _take_up(run: RunDirectory, engine: Engine, budget: Budget) -> None:
+    """Bring engine and folder to where the last good checkpoint is."""
+    on_main(engine, lambda: run.latest_checkpoint(set_aside=True))
+    checkpoints = run.checkpoints()  # the newest of which is good now: the main process has read it
+    if checkpoints:
+        engine.restore(checkpoints[-1])
+    if engine.step > budget.total_steps:
+        raise ValueError(
+            f"epochs: expected more than the {engine.step} steps that the run in {run.path} has taken already, got "
+            f"{budget.total_steps}"
+        )
+    on_main(engine, lambda: run.cut_metrics(engine.step))
 
 
 def _finished_summary(run: RunDirectory, budget: Budget) -> dict[str, Any] | None:
     """Return the summary of a run that has nothing left to do, else None."""
     summary = run.read_summary()
     return summary if summary is not None and summary["steps"] == budget.total_steps else None
+
+
+def _agreed(engine: Engine, wish: bool, is_logged: bool) -> bool:
+    """Return what all processes do about the wish of one: at once if it is alone, else at the next line of the log."""
+    return wish if engine.world_size == 1 else is_logged and engine.any(wish)
 
 
 def _how_to_go_on(run: RunDirectory, step: int, budget: Budget) -> str:
@@ -177,28 +258,52 @@ def _how_to_go_on(run: RunDirectory, step: int, budget: Budget) -> str:
     )
 
 
+class _Clock:
+    """Says when the minutes between two checkpoints are over."""
+
+    def __init__(self, minutes: float | None) -> None:
+        self.runs = minutes is not None
+        self.seconds = 60 * (minutes or math.inf)
+        self.reset()
+
+    def reset(self) -> None:
+        self.started = time.monotonic()
+
+    def is_due(self) -> bool:
+        return time.monotonic() - self.started >= self.seconds
+
+
 class _Log:
-    """Progress bar and `metrics.jsonl`; stops the run where the loss is not finite."""
+    """Progress bar, `metrics.jsonl` and tracker; ends the run where the loss is not finite.
+
+    Every process has one and goes through the same readings; that of the main process alone shows and writes them.
+    """
 
     def __init__(self, run: RunDirectory, config: PretrainConfig, budget: Budget, engine: Engine) -> None:
         self.run, self.config, self.budget, self.engine = run, config, budget, engine
+        self.is_main = engine.rank == 0
         records = run.read_metrics()
         self.last: dict[str, Any] = records[-1] if records else {}
-        self.first_step = engine.step + 1
-        self.logged_step = engine.step
+        self.first_step = self.read_step = engine.step
+        self.rescued = run.rescued_steps()
         self.earlier_seconds = float(self.last.get("seconds", 0.0))
         self.speed = SpeedMeter()
         self.print_every = max(1, budget.total_steps // NUM_PRINTED_LINES)
         self.printed_step = engine.step
-
+        self.tracker: Tracker = NoTracker()
         self.started = time.perf_counter()
 
     def __enter__(self) -> "_Log":
+        options = parse_options(dump_options(self.config), "")
+        name = self.config.tracker if self.is_main else "none"
+        self.tracker = (
+            on_main(self.engine, lambda: open_tracker(name, self.run, options, self.engine.step)) or NoTracker()
+        )
         self.started = time.perf_counter()
         self.bar = tqdm(
             total=self.budget.total_steps,
             initial=self.engine.step,
-            disable=None,  # None: no bar where the output is no terminal
+            disable=None if self.is_main else True,  # None: no bar where the output is no terminal
             dynamic_ncols=True,
             bar_format="{percentage:3.0f}%|{bar}| step {n_fmt}/{total_fmt}{postfix}, {remaining} left",
         )
@@ -206,6 +311,7 @@ class _Log:
 
     def __exit__(self, *exception: object) -> None:
         self.bar.close()
+        self._track(lambda: self.tracker.close())
 
     @property
     def seconds(self) -> float:
@@ -216,31 +322,28 @@ class _Log:
         """Move the bar; the device may still be busy with the step."""
         self.bar.update(1)
 
-    def is_due(self, step: int) -> bool:
-        # The first step is read by itself: it compiles and fills caches, and would spoil the speed of the others.
-        return step == self.first_step or step % self.config.log_every == 0
-
     def write(self, step: int) -> None:
         """Read the engine's metrics, check them, write them down; waits for the device."""
-        if step == self.logged_step:
-            return
         metrics = self.engine.read_metrics()
-        self.speed.update((step - self.logged_step) * self.config.batch_size, time.perf_counter())
-        self.logged_step = step
-        if metrics["nonfinite_step"] is not None:
-            self._rescue(int(metrics["nonfinite_step"]))
+        self.speed.update((step - self.read_step) * self.config.batch_size, time.perf_counter())
+        self._check_finite(metrics, step)
+        self.read_step = step
         speed = self.speed.recent
         self.last = {
             "step": step,
             "epoch": round(step / self.budget.steps_per_epoch, 4),
             **_losses(metrics),
             "lr": metrics["learning_rate"],
-            "grad_norm": metrics["grad_norm"],
+            "grad_norm": _finite(metrics["grad_norm"]),
+            **({"skipped": metrics["skipped"]} if metrics["skipped"] else {}),
             "images_per_second": None if speed is None else round(speed, 1),
             "seconds": round(self.earlier_seconds + time.perf_counter() - self.started, 3),
         }
-        self.run.append_metrics(self.last)
-        self._show(step, metrics["loss"], speed)
+        if self.is_main:
+            self.run.append_metrics(self.last)
+            numbers = {name: value for name, value in self.last.items() if name != "step" and value is not None}
+            self._track(lambda: self.tracker.log(step, numbers))
+            self._show(step, self.last["loss"], speed)
 
     def final_numbers(self) -> dict[str, Any]:
         """Return what the summary takes from the log."""
@@ -250,31 +353,72 @@ class _Log:
             "seconds": self.seconds,
         }
 
-    def _show(self, step: int, loss: float, speed: float | None) -> None:
-        text = f"loss {loss:.4f}" + ("" if speed is None else f", {speed:,.0f} images/s")
+    def _show(self, step: int, loss: float | None, speed: float | None) -> None:
+        text = _loss_text({"loss": loss}) + ("" if speed is None else f", {speed:,.0f} images/s")
         if not self.bar.disable:
             self.bar.set_postfix_str(text)
         elif step - self.printed_step >= self.print_every or step == self.budget.total_steps:
             self.printed_step = step
             print(f"step {step}/{self.budget.total_steps}: {text}, {_duration(self.seconds)}", flush=True)
 
-    def _rescue(self, step: int) -> None:
-        place = self.run.save_checkpoint(self.engine, step, keep=self.config.keep_checkpoints, prefix="rescue_")
+    def _track(self, call: Callable[[], None]) -> None:
+        """Let the tracker do something; a service that is down must not end a training run."""
+        try:
+            call()
+        except Exception as error:
+            self.tracker = NoTracker()
+            reason = " ".join(str(error).split()) or type(error).__name__
+            print(
+                f"prmim: warning: tracker {self.config.tracker} failed, and is not used any more: {reason}; all "
+                f"numbers are in {self.run.path / 'metrics.jsonl'}",
+                file=sys.stderr,
+                flush=True,
+            )
+
+    def _check_finite(self, metrics: Mapping[str, Any], step: int) -> None:
+        """End the run if too many of the steps since the last reading were not finite."""
+        skipped, in_a_row, first = metrics["skipped"], metrics["skipped_in_a_row"], metrics["nonfinite_step"]
+        if not skipped:
+            return
+        if self.config.nonfinite == "skip":
+            if in_a_row > self.config.max_skipped:
+                self._rescue(step, f"at none of the last {in_a_row} steps up to step {step}", limit=True)
+        elif self.read_step < first <= step:
+            self._rescue(first, f"not at step {first}")
+        # A checkpoint may lie between a step that was not finite and the reading that ended the run for it. Whoever
+        # goes on from there, with that step still to be read, was told and has seen to it.
+        elif self.read_step > self.first_step or first not in self.rescued:
+            self._rescue(step, f"not at {skipped} of the last steps up to step {step}")
+
+    def _rescue(self, step: int, when: str, *, limit: bool = False) -> None:
+        place = self.run.save_checkpoint(self.engine, step, keep=self.config.keep_checkpoints, prefix=RESCUE)
         advice = "" if self.config.clip_grad is not None else " --clip_grad 1,"
         advice += "" if self.config.precision == "float32" else " --precision float32,"
+        known = f" (max_skipped is {self.config.max_skipped})" if limit else ""
         raise NonFiniteLoss(
-            f"loss: expected a finite loss and gradient, but not at step {step}; the weights, untouched by that step, "
-            f"are in {place}; try{advice} or a lower --base_learning_rate"
+            f"loss: expected a finite loss and gradient, but {when}{known}; the weights, untouched by that, are in "
+            f"{place}; try{advice} or a lower --base_learning_rate"
         )
+
+
+def _finite(value: float) -> float | None:
+    """Return None in place of a mean of nothing, which JSON has no number for."""
+    return value if math.isfinite(value) else None
 
 
 def _losses(numbers: Mapping[str, Any]) -> dict[str, Any]:
     """Pick the losses out of what was measured: `loss`, and its parts by the names that the method gives them."""
-    return {name: value for name, value in numbers.items() if name == "loss" or name.startswith("loss_")}
+    return {
+        name: value if value is None else _finite(value)
+        for name, value in numbers.items()
+        if name == "loss" or name.startswith("loss_")
+    }
 
 
 def _loss_text(numbers: Mapping[str, Any]) -> str:
     """Write the losses in words, as in `loss 0.4321 (decoded 0.4000, thrown 0.4500)`; a part of 0 is not supervised."""
+    if numbers.get("loss") is None:
+        return "no finite loss"
     parts = {name.removeprefix("loss_"): value for name, value in _losses(numbers).items() if name != "loss" and value}
     text = ", ".join(f"{name} {value:.4f}" for name, value in parts.items())
     return f"loss {numbers['loss']:.4f}" + (f" ({text})" if parts else "")
@@ -341,7 +485,8 @@ def _stop_signals() -> Iterator[_Stop]:
         if stop.is_set:
             raise KeyboardInterrupt
         stop.is_set, stop.number = True, number
-        print("\nStopping after this step; once more stops at once and loses the steps since.", file=sys.stderr)
+        if is_main():
+            print("\nStopping after this step; once more stops at once and loses the steps since.", file=sys.stderr)
 
     previous: dict[int, Callable[..., Any] | int | None] = {}
     for number in (signal.SIGINT.value, signal.SIGTERM.value):

@@ -1,6 +1,7 @@
 """Pictures of a run: what the method rebuilds, how it samples, how the loss fell."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,7 @@ def draw_run(run: RunDirectory, config: PretrainConfig, data: RunData, engine: E
     list of Path
         The files written.
     """
-    return draw_images(run, config, data, engine) + draw_curve(run)
+    return draw_images(run, config, data, engine) + (draw_curve(run) if engine.rank == 0 else [])
 
 
 def draw_images(
@@ -86,7 +87,7 @@ def draw_images(
     Returns
     -------
     list of Path
-        The files written.
+        The files written; of several processes, by the main one alone.
 
     Raises
     ------
@@ -97,18 +98,19 @@ def draw_images(
     images, sample = _read_some(data.source, shown, max(1, config.pictures), config.image_plane)
     paths = []
     seen: Reconstruction | Comparison
+    is_main = engine.rank == 0
     if engine.predicts == "features":
         seen = compared = engine.compare(images, sample)
-        if "similarity" in kinds:
+        if is_main and "similarity" in kinds:
             paths.append(run.path / "similarity.png")
             draw_similarity(paths[-1], images, compared, config.patch_shape)
     else:
         seen = rebuilt = engine.reconstruct(images, sample)
-        if "reconstructions" in kinds:
+        if is_main and "reconstructions" in kinds:
             paths.append(run.path / "reconstructions.png")
             norm_pix = "norm_pix" in config.traits.options and config.norm_pix
             draw_reconstructions(paths[-1], images, rebuilt, config.patch_shape, norm_pix=norm_pix)
-    if "schedule" in kinds:
+    if is_main and "schedule" in kinds:
         paths.append(run.path / "schedule.png")
         draw_schedule(paths[-1], np.asarray(seen.order), seen.schedule, is_rebuilt=config.is_rebuilt)
     return paths
@@ -158,11 +160,11 @@ def picture_command(
     if kind != "loss":
         config = read_run_config(directory, data=data, holdout=holdout, device=device, pictures=pictures)
         images = open_data(config)
-        engine = restore_engine(directory, config, images.budget)
-        if kind is not None and kind not in KINDS_OF[engine.predicts]:
-            expected = " or ".join(KINDS_OF[engine.predicts])
-            raise ValueError(f"kind: expected {expected} of a run of method {config.method}, got {kind!r}")
-        paths = draw_images(directory, config, images, engine, kinds) + paths
+        with closing(restore_engine(directory, config, images.budget)) as engine:
+            if kind is not None and kind not in KINDS_OF[engine.predicts]:
+                expected = " or ".join(KINDS_OF[engine.predicts])
+                raise ValueError(f"kind: expected {expected} of a run of method {config.method}, got {kind!r}")
+            paths = draw_images(directory, config, images, engine, kinds) + paths
     if not paths:
         raise ValueError(f"run: expected at least two lines in {directory.path / 'metrics.jsonl'} to draw a curve of")
     for path in paths:
@@ -369,8 +371,8 @@ def draw_loss(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
         # A method without thrown tokens, or one that does not supervise them, has no curve for them.
         if np.isfinite(values).any() and (name == "loss" or np.any(np.asarray(values) != 0)):
             top.plot(epochs, values, label=label, color=colour, linewidth=line_width)
-    losses = [record["loss"] for record in records]
-    if min(losses) > 0 and max(losses) > 5 * min(losses):
+    losses = [record["loss"] for record in records if record["loss"] is not None]  # None: no finite step
+    if losses and min(losses) > 0 and max(losses) > 5 * min(losses):
         # The first steps would press all others flat.
         top.set_yscale("log")
         top.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))

@@ -1,7 +1,6 @@
 """What every command needs first: the images of a run, and, of a finished run, its engine."""
 
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -74,7 +73,7 @@ def read_run_config(run: RunDirectory, **changes: Any) -> PretrainConfig:
 
 
 def restore_engine(run: RunDirectory, config: PretrainConfig, budget: Budget) -> Engine:
-    """Return the engine of a run's last checkpoint.
+    """Return the engine of a run's last checkpoint that is whole.
 
     Parameters
     ----------
@@ -89,10 +88,12 @@ def restore_engine(run: RunDirectory, config: PretrainConfig, budget: Budget) ->
     ------
     FileNotFoundError
         If there is no checkpoint yet.
+    OSError
+        If all of them are damaged.
     """
     checkpoint = run.latest_checkpoint()
     if checkpoint is None:
         raise FileNotFoundError(f"run: expected a checkpoint in {run.path / 'checkpoints'}, there is none yet")
     engine = create_engine(config, budget)
-    engine.restore(Path(checkpoint))
+    engine.restore(checkpoint)
     return engine

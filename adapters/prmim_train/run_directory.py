@@ -3,37 +3,54 @@
 ```
 config.yaml                  every option of the run
 metrics.jsonl                one JSON object a line
-checkpoints/step_00000120/   weights.safetensors and the training state
+checkpoints/step_00000120/   weights.safetensors, the training state, and manifest.json
 summary.json                 final numbers
+tracker.json                 the name of the run in a tracker, where there is one
 ```
 
 Nothing is ever half written.  A file is written beside its place, flushed to the disk and renamed over it; a checkpoint
 is a folder made in the same way.  The one exception, `metrics.jsonl`, grows by whole lines, and a line that a crash cut
 short is dropped on resume.
+
+What a disk loses afterwards is found too: `manifest.json`, the last file of a checkpoint, has the size and the SHA-256
+of every other one.  A checkpoint that does not agree with it is never read: the one before is taken, and the damaged
+one is kept under the name `damaged_step_00000120` until somebody deletes it.
+
+Of several processes the main one alone writes here, except that all write the files of a checkpoint, into a folder that
+they all have to see.
 """
 
+import hashlib
 import json
 import os
 import re
 import shutil
+import sys
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
+
+from prmim_train.processes import Agrees, FailedElsewhereError, on_main
 
 CONFIG = "config.yaml"
 METRICS = "metrics.jsonl"
 SUMMARY = "summary.json"
+TRACKER = "tracker.json"
 CHECKPOINTS = "checkpoints"
+MANIFEST = "manifest.json"
+RESCUE = "rescue_"
+DAMAGED = "damaged_"
 _STEP = re.compile(r"step_(\d{8,})")
 
 
-class Saves(Protocol):
-    """Anything that can write itself into a folder; an engine."""
+class Saves(Agrees, Protocol):
+    """Anything that can write itself into a folder, from however many processes; an engine."""
 
     def save(self, directory: Path) -> None:
-        """Write into an existing, empty folder."""
+        """Write into an existing, empty folder; every process has to call it."""
 
 
 class RunDirectory:
@@ -120,6 +137,30 @@ class RunDirectory:
         summary: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         return summary
 
+    def read_tracker(self, name: str) -> str | None:
+        """Return the name that a tracker gave to the run, None where it gave none yet."""
+        path = self.path / TRACKER
+        known: dict[str, str] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        return known.get(name)
+
+    def write_tracker(self, name: str, run: str) -> None:
+        """Note the name that a tracker gave to the run."""
+        path = self.path / TRACKER
+        known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        write_atomically(path, (json.dumps({**known, name: run}, indent=2) + "\n").encode())
+
+    def leave_note(self, rank: int, note: dict[str, str]) -> None:
+        """Leave something for the main process: see `collect_notes`."""
+        write_atomically(self.path / f".note.partial-{rank}.json", json.dumps(note).encode())
+
+    def collect_notes(self) -> dict[str, str]:
+        """Return what other processes left in notes, all in one, and remove the notes."""
+        collected: dict[str, str] = {}
+        for path in sorted(self.path.glob(".note.partial-*.json")):
+            collected |= json.loads(path.read_text(encoding="utf-8"))
+            path.unlink()
+        return collected
+
     def append_metrics(self, record: dict[str, Any]) -> None:
         """Add one line to `metrics.jsonl`."""
         line = json.dumps(record) + "\n"
@@ -147,18 +188,54 @@ class RunDirectory:
             write_atomically(path, "".join(json.dumps(record) + "\n" for record in kept).encode())
 
     def checkpoints(self) -> list[Path]:
-        """Return the folders of the whole checkpoints, oldest first; rescue checkpoints are not among them."""
+        """Return the folders of the checkpoints, oldest first; those rescued or set aside are not among them."""
         folder = self.path / CHECKPOINTS
         found = [entry for entry in folder.iterdir() if _STEP.fullmatch(entry.name)] if folder.is_dir() else []
         return sorted(found, key=lambda entry: int(entry.name.removeprefix("step_")))
 
-    def latest_checkpoint(self) -> Path | None:
-        """Return the folder of the newest checkpoint, None where there is none."""
-        checkpoints = self.checkpoints()
-        return checkpoints[-1] if checkpoints else None
+    def latest_checkpoint(self, *, set_aside: bool = False) -> Path | None:
+        """Return the folder of the newest checkpoint that is whole, None where there is none at all.
+
+        Parameters
+        ----------
+        set_aside
+            Rename those that are damaged, so that a run that goes on can write them again.
+
+        Returns
+        -------
+        Path or None
+            A line on the standard error names each one that is damaged and newer.
+
+        Raises
+        ------
+        OSError
+            If there are checkpoints, but all of them are damaged; nothing is renamed then.
+        """
+        damaged: list[tuple[Path, str]] = []
+        for checkpoint in reversed(self.checkpoints()):
+            reason = damage(checkpoint)
+            if reason is None:
+                for place, text in damaged:
+                    kept = f", kept as {_set_aside(place).name}" if set_aside else ""
+                    line = f"prmim: warning: checkpoint {place} is damaged{kept}: {text}; {checkpoint.name} is used"
+                    print(line, file=sys.stderr, flush=True)
+                return checkpoint
+            damaged.append((checkpoint, reason))
+        if damaged:
+            place, text = damaged[0]
+            raise OSError(
+                f"checkpoint: expected one that is whole in {place.parent}, but all {len(damaged)} are damaged; "
+                f"{place.name}: {text}"
+            )
+        return None
+
+    def rescued_steps(self) -> set[int]:
+        """Return the steps of the rescue checkpoints."""
+        found = (self.path / CHECKPOINTS).glob(f"{RESCUE}step_*")
+        return {int(entry.name.removeprefix(f"{RESCUE}step_")) for entry in found}
 
     def save_checkpoint(self, engine: Saves, step: int, *, keep: int, prefix: str = "") -> Path:
-        """Write a checkpoint, whole or not at all, then delete the oldest ones.
+        """Write a checkpoint, whole or not at all, then delete the oldest ones; every process has to call it.
 
         Parameters
         ----------
@@ -180,30 +257,116 @@ class RunDirectory:
         ------
         OSError
             If it could not be written; what was written of it is gone then, and older checkpoints are untouched.
+        FailedElsewhereError
+            The same, in other processes than the main one, where it was that which could not write.
         """
         place = self.path / CHECKPOINTS / f"{prefix}step_{step:08d}"
-        if place.is_dir():  # whole, since it bears its name
+        if engine.any(engine.rank == 0 and place.is_dir()):  # whole, since it bears its name
             return place
+        directory = place.with_name(f".{place.name}.partial")  # the same in all processes
         try:
-            with _temporary_directory(place) as directory:
-                engine.save(directory)
-                _flush_tree(directory)
-                directory.rename(place)
-                _flush(place.parent)
+            on_main(engine, partial(_make_empty, directory))
+            engine.save(directory)
+            on_main(engine, partial(self._finish_checkpoint, directory, place))
+        except FailedElsewhereError:
+            raise
         except Exception as error:
-            latest = self.latest_checkpoint()
-            kept = f"the last good one is {latest}" if latest is not None else "there is no earlier one"
+            latest = self.checkpoints()[-1:]
+            kept = f"the last good one is {latest[0]}" if latest else "there is no earlier one"
             reason = " ".join(str(error).split()) or type(error).__name__
             raise OSError(f"checkpoint: could not write {place}: {reason}; {kept}") from error
-        for old in self.checkpoints()[:-keep]:
-            shutil.rmtree(old)
+        finally:
+            if engine.rank == 0:
+                shutil.rmtree(directory, ignore_errors=True)
+        on_main(engine, partial(self._delete_old, keep))
         return place
+
+    def _finish_checkpoint(self, directory: Path, place: Path) -> None:
+        _write_manifest(directory)
+        _flush_tree(directory)
+        if (self.path / METRICS).exists():  # its lines must not be lost where the checkpoint is not
+            _flush(self.path / METRICS)
+        directory.rename(place)
+        _flush(place.parent)
+
+    def _delete_old(self, keep: int) -> None:
+        for old in self.checkpoints()[:-keep]:
+            doomed = old.with_name(f".{old.name}.partial")  # half deleted, it must not bear its name
+            shutil.rmtree(doomed, ignore_errors=True)
+            shutil.rmtree(old.rename(doomed))
 
     def remove_leftovers(self) -> None:
         """Delete what a killed run left half written."""
         for folder in (self.path, self.path / CHECKPOINTS):
-            for entry in folder.glob(".*.partial-*"):
+            for entry in folder.glob(".*.partial*"):
                 shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+
+
+def damage(checkpoint: Path) -> str | None:
+    """Say what is wrong with a checkpoint: how its files differ from its manifest; None where nothing is.
+
+    Parameters
+    ----------
+    checkpoint
+        Its folder. All of its files are read.
+
+    Returns
+    -------
+    str or None
+    """
+    try:
+        listed = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))["files"]
+        expected = {name: (entry["bytes"], entry["sha256"]) for name, entry in listed.items()}
+    except FileNotFoundError:
+        return f"it has no {MANIFEST}"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return f"its {MANIFEST} cannot be read"
+    found = _files(checkpoint)  # names from the manifest are looked up, never opened
+    for name, (size, checksum) in expected.items():
+        if name not in found:
+            return f"{name} is missing"
+        if found[name].stat().st_size != size:
+            return f"{name}: expected {size} bytes, got {found[name].stat().st_size}"
+        try:
+            if _checksum(found[name]) != checksum:
+                return f"{name}: its content has changed"
+        except OSError as error:
+            return f"{name}: {error.strerror or error}"
+    return None
+
+
+def _write_manifest(directory: Path) -> None:
+    """List the files of a checkpoint, all there are, with sizes and checksums."""
+    files = {
+        name: {"bytes": path.stat().st_size, "sha256": _checksum(path)} for name, path in _files(directory).items()
+    }
+    (directory / MANIFEST).write_text(json.dumps({"files": files}, indent=2) + "\n", encoding="utf-8")
+
+
+def _files(directory: Path) -> dict[str, Path]:
+    """Return the files below a folder, by their names relative to it, without the manifest."""
+    found = {path.relative_to(directory).as_posix(): path for path in sorted(directory.rglob("*")) if path.is_file()}
+    found.pop(MANIFEST, None)
+    return found
+
+
+def _checksum(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _set_aside(checkpoint: Path) -> Path:
+    """Give a damaged checkpoint a name under which it is kept and never read."""
+    place = checkpoint.with_name(f"{DAMAGED}{checkpoint.name}")
+    while place.exists():
+        place = place.with_name(f"{place.name}_again")
+    return checkpoint.rename(place)
+
+
+def _make_empty(directory: Path) -> None:
+    if directory.exists():
+        shutil.rmtree(directory)
+    directory.mkdir()  # without parents: a run whose folder was deleted must not begin another one
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -239,17 +402,6 @@ def temporary_sibling(path: Path) -> Iterator[Path]:
     except BaseException:
         sibling.unlink(missing_ok=True)
         raise
-
-
-@contextmanager
-def _temporary_directory(place: Path) -> Iterator[Path]:
-    """Make a folder beside `place`, and delete it in the end unless it was renamed."""
-    directory = place.with_name(f".{place.name}.partial-{uuid.uuid4().hex[:8]}")
-    directory.mkdir(parents=True)
-    try:
-        yield directory
-    finally:
-        shutil.rmtree(directory, ignore_errors=True)
 
 
 def _flush_tree(directory: Path) -> None:

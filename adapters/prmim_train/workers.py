@@ -173,7 +173,7 @@ def _end_workers(workers: list[_Worker]) -> None:
         worker.items.close()
         worker.process.kill()  # it has nothing to lose
     for worker in workers:
-        worker.process.join()
+        worker.process.join(_PATIENCE)  # one that waits for a disk that is gone cannot be killed
 
 
 # ------------------------------------------------------------------------------------------------- in the workers

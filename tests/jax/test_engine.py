@@ -91,8 +91,9 @@ def test_the_loss_falls_and_nothing_is_compiled_again(make_engine, images, monke
     assert engine._train._cache_size() == 1
 
 
-def test_bfloat16_trains_float32_weights(make_engine, images):
-    engine = train(make_engine({"variant": "conv"}, precision="bfloat16", compile=False), images, 3)
+@pytest.mark.parametrize("options", [{"variant": "conv"}, KINDS["simmim"]], ids=["mae", "simmim-scan"])
+def test_bfloat16_trains_float32_weights(make_engine, images, options):
+    engine = train(make_engine(options, precision="bfloat16", compile=False), images, 3)
     metrics = engine.read_metrics()
     assert metrics["nonfinite_step"] is None
     assert 0 < metrics["loss"] < 10
@@ -200,7 +201,7 @@ def poisoned(loss, factor):
 poisoned.defvjp(lambda loss, factor: (loss, factor), lambda factor, gradient: (gradient * factor, None))
 
 
-def test_a_step_that_is_not_finite_changes_nothing(make_engine, images, monkeypatch):
+def test_a_step_that_is_not_finite_changes_nothing(make_engine, images, monkeypatch, tmp_path):
     call = MAE.__call__
 
     def call_spoilt(self, images, noise):
@@ -219,20 +220,31 @@ def test_a_step_that_is_not_finite_changes_nothing(make_engine, images, monkeypa
         assert_same(weights_of(engine), weights)
     after = moments_of(engine)
     assert (after["step"], after["nonfinite_step"]) == (5, 4)
+    assert after["skipped"].tolist() == [2, 2]
     for name in ("count", "mu", "nu", "sums"):
         assert_same(after[name], before[name])
 
     train(engine, images, 1)
     metrics = engine.read_metrics()
     assert metrics["nonfinite_step"] == 4
+    assert (metrics["skipped"], metrics["skipped_in_a_row"]) == (2, 0)
     assert np.isfinite([metrics["loss"], metrics["grad_norm"]]).all()
     assert engine.step == 6
     assert (weights_of(engine)["encoder.norm.bias"] != weights["encoder.norm.bias"]).any()
     assert engine.read_metrics()["nonfinite_step"] == 4
 
+    # A row goes on over readings, and over a resume.
+    train(engine, np.full_like(images, 0), 2)
+    assert engine.read_metrics()["skipped_in_a_row"] == 2
+    engine.save(tmp_path)
+    engine.restore(tmp_path)
+    metrics = train(engine, np.full_like(images, 0), 1).read_metrics()
+    assert (metrics["skipped"], metrics["skipped_in_a_row"]) == (1, 3)
 
-def test_a_step_never_waits_for_the_device_and_reuses_its_memory(make_engine, images):
-    engine = train(make_engine(clip_grad=1.0), images, 2)
+
+@pytest.mark.parametrize("kind", ["mae", "scan"])
+def test_a_step_never_waits_for_the_device_and_reuses_its_memory(make_engine, images, kind):
+    engine = train(make_engine(KINDS[kind], clip_grad=1.0), images, 2)
     before = jax.tree.leaves(engine._state)
     with jax.transfer_guard_device_to_host("disallow"), jax.log_compiles(True):
         train(engine, images, 2)
@@ -377,6 +389,8 @@ def test_it_says_what_it_is(make_engine):
         ({"accumulate": 0}, "accumulate: expected at least 1, got 0"),
         ({"decay": "linear"}, "decay: expected 'cosine' or 'step', got 'linear'"),
         ({"precision": "float16"}, "precision: expected 'float32' or 'bfloat16', got 'float16'"),
+        ({"parallel": "zero"}, "parallel: expected 'ddp' or 'fsdp', got 'zero'"),
+        ({"timeout": 0}, "timeout: expected a positive number of seconds, got 0"),
         ({"device": "abacus"}, "device: expected 'auto', 'cpu' or 'cuda', got 'abacus'"),
     ],
     ids=str,

@@ -193,16 +193,22 @@ def test_a_step_that_is_not_finite_changes_nothing(make_engine, images, tmp_path
     handle.remove()
     assert_same(weights_of(engine), weights)
     after = state_of(engine, tmp_path / "after")
-    assert {name for name in state if not torch.equal(after[name], state[name])} == {"step", "nonfinite_step"}
+    assert {name for name in state if not torch.equal(after[name], state[name])} == {
+        "step",
+        "nonfinite_step",
+        "skipped",
+    }
+    assert after["skipped"].tolist() == [2, 2]
     assert [after[name].item() for name in ("step", "updates", "nonfinite_step")] == [5, 3, 4]
 
     engine.train_step(images, SAMPLE)
     metrics = engine.read_metrics()
-    assert metrics["nonfinite_step"] == 4
+    assert (metrics["nonfinite_step"], metrics["skipped"], metrics["skipped_in_a_row"]) == (4, 2, 0)
     assert np.isfinite([metrics["loss"], metrics["grad_norm"]]).all()
     assert engine.step == 6
     assert not torch.equal(weights_of(engine)["encoder.norm.bias"], weights["encoder.norm.bias"])
-    assert engine.read_metrics()["nonfinite_step"] == 4
+    metrics = engine.read_metrics()
+    assert (metrics["nonfinite_step"], metrics["skipped"], metrics["skipped_in_a_row"]) == (4, 0, 0)
 
 
 class NoReading(TorchDispatchMode):
@@ -280,7 +286,7 @@ def test_a_training_state_has_names(make_engine, images, tmp_path):
     state = state_of(engine, tmp_path / "state")
     names = [name for name, _ in engine.method.named_parameters()]
     moments = {f"{moment}.{name}" for moment in ("exp_avg", "exp_avg_sq") for name in names}
-    assert set(state) == moments | {"step", "updates", "sums", "nonfinite_step"}
+    assert set(state) == moments | {"step", "updates", "sums", "nonfinite_step", "skipped"}
     assert all(torch.any(state[name] != 0) for name in moments)
     assert state["step"] == state["updates"] == 2
 

@@ -2,8 +2,8 @@
 
 Tests register it as the backend `fake`; it is quick, exact and can be told to fail.  Under the name `maskalign` it
 keeps its autoencoder and compares features with a teacher that is a fixed projection of the patches.  Knobs, set as
-class attributes or, for runs in another process, by environment variables: `delay` (seconds per step), `bad_step` (a
-step that is not finite), `save_error` (raised halfway through a save).
+class attributes or, for runs in another process, by environment variables: `delay` (seconds per step), `bad_steps` (the
+steps that are not finite), `save_error` (raised halfway through a save).
 """
 
 import math
@@ -40,7 +40,7 @@ class Comparison(NamedTuple):
 
 class Engine:
     delay: ClassVar[float] = float(os.environ.get("PRMIM_FAKE_DELAY", "0"))
-    bad_step: ClassVar[int | None] = None
+    bad_steps: ClassVar[tuple[int, ...]] = ()
     save_error: ClassVar[Exception | None] = None
     made: ClassVar[list["Engine"]] = []
 
@@ -48,7 +48,7 @@ class Engine:
                  learning_rate: float, min_learning_rate: float = 0.0, decay: str = "cosine",
                  weight_decay: float = 0.05, betas: tuple[float, float] = (0.9, 0.95), clip_grad: float | None = None,
                  accumulate: int = 1, precision: str = "float32", compile: bool = False,
-                 device: str = "auto") -> None:  # fmt: skip
+                 device: str = "auto", parallel: str = "ddp") -> None:  # fmt: skip
         self.options = options = method_options
         self.losses = LOSSES[options["name"]]
         self.predicts = "features" if options["name"] == "maskalign" else "pixels"
@@ -58,6 +58,9 @@ class Engine:
         self.seed, self.total_steps, self.warmup_steps = seed, total_steps, warmup_steps
         self.learning_rate = learning_rate
         self.decay = decay
+        self.parallel = parallel
+        self.rank, self.world_size = 0, 1
+        self.is_closed = False
         size = math.prod(options["image_size"]) * options["channels"]
         rng = np.random.default_rng(options["init_seed"])
         self.encoder = rng.normal(0, size**-0.5, (size, DIM))
@@ -66,7 +69,8 @@ class Engine:
         self.step = 0
         self.device = "numpy"
         self.seen: list[np.ndarray] = []
-        self.bad: int | None = None
+        self.bad = -1
+        self.skipped_in_a_row = 0
         self._forget()
         Engine.made.append(self)
 
@@ -76,6 +80,7 @@ class Engine:
 
     def _forget(self) -> None:
         self.sums: list[tuple[float, float, float, float]] = []
+        self.skipped = 0
 
     def _plan(self, sample: np.ndarray, step: int) -> Any:
         grid = self.schedule.grid
@@ -110,9 +115,12 @@ class Engine:
         gradients = [np.where(is_masked, 0, pixels).T @ (slope @ self.decoder.T), encoded.T @ slope]
         norm = math.sqrt(sum(float(np.sum(g**2)) for g in gradients))
         self.step += 1
-        if self.step == Engine.bad_step:
-            self.bad = self.step
+        if self.step in Engine.bad_steps:
+            self.bad = self.step if self.bad < 0 else self.bad
+            self.skipped += 1
+            self.skipped_in_a_row += 1
             return
+        self.skipped_in_a_row = 0
         rate = self.learning_rate * min(1, self.step / max(1, self.warmup_steps))
         for weights, momentum, gradient in zip((self.encoder, self.decoder), self.momentum, gradients, strict=True):
             momentum *= 0.9
@@ -125,9 +133,11 @@ class Engine:
 
     def read_metrics(self) -> dict[str, Any]:
         means = np.mean(self.sums, axis=0) if self.sums else [math.nan] * 4
-        self._forget()
         metrics: dict[str, Any] = dict(zip((*self.losses, "grad_norm"), map(float, means), strict=True))
-        return metrics | {"learning_rate": self.learning_rate, "nonfinite_step": self.bad}
+        metrics |= {"learning_rate": self.learning_rate, "nonfinite_step": None if self.bad < 0 else self.bad}
+        metrics |= {"skipped": self.skipped, "skipped_in_a_row": self.skipped_in_a_row}
+        self._forget()
+        return metrics
 
     def features(self, images: np.ndarray) -> np.ndarray:
         return (self._flat(images) @ self.encoder).astype(np.float32)
@@ -160,13 +170,22 @@ class Engine:
         if Engine.save_error is not None:
             raise Engine.save_error
         with (directory / "training_state.npz").open("wb") as file:
-            np.savez(file, first=self.momentum[0], second=self.momentum[1], step=self.step)
+            counts = [self.step, self.bad, self.skipped, self.skipped_in_a_row]
+            sums = np.reshape(self.sums, (-1, 4))
+            np.savez(file, first=self.momentum[0], second=self.momentum[1], counts=counts, sums=sums)
 
     def restore(self, directory: Path) -> None:
         self.load_weights(directory / "weights.safetensors")
         with np.load(directory / "training_state.npz", allow_pickle=False) as state:
             self.momentum = [state["first"], state["second"]]
-            self.step = int(state["step"])
+            self.step, self.bad, self.skipped, self.skipped_in_a_row = state["counts"].tolist()
+            self.sums = [tuple(row) for row in state["sums"].tolist()]
+
+    def any(self, flag: bool) -> bool:
+        return flag
+
+    def close(self) -> None:
+        self.is_closed = True
 
     def load_weights(self, path: Path) -> None:
         with np.load(path, allow_pickle=False) as weights:

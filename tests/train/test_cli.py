@@ -100,7 +100,7 @@ def test_an_error_nobody_foresaw_is_one_line_too_unless_asked(tiny_words, fake, 
 
 
 def test_a_loss_that_is_not_finite_exits_with_1(tiny_words, fake, capsys, monkeypatch):
-    monkeypatch.setattr(fake, "bad_step", 3)
+    monkeypatch.setattr(fake, "bad_steps", (3,))
     assert "not at step 3" in fail(["pretrain", *tiny_words], capsys, code=1)
 
 

@@ -43,6 +43,12 @@ WRONG = [
     ({"data": ""}, "data: expected text"),
     ({"keep_checkpoints": 0}, "keep_checkpoints: expected a whole number of at least 1"),
     ({"decay": "linear"}, "decay: expected cosine or step, got 'linear'"),
+    ({"parallel": "zero"}, "parallel: expected ddp or fsdp, got 'zero'"),
+    ({"nonfinite": "ignore"}, "nonfinite: expected stop or skip, got 'ignore'"),
+    ({"max_skipped": -1}, "max_skipped: expected a whole number of at least 0, got -1"),
+    ({"checkpoint_minutes": 0}, "checkpoint_minutes: expected a number above 0, got 0"),
+    ({"checkpoint_minutes": "ten"}, "checkpoint_minutes: expected a number above 0, got 'ten'"),
+    ({"tracker": "comet"}, "tracker: expected none or tensorboard or wandb or mlflow, got 'comet'"),
     ({"scan_blocks": True}, "scan_blocks: backend torch has no such option, only jax"),
     ({"scan_blocks": 1, "backend": "jax"}, "scan_blocks: expected true or false, got 1"),
     # A method has its own options, and no others.

@@ -137,7 +137,6 @@ def test_a_resume_on_the_other_backend_is_refused_and_changes_nothing(copied, ca
     assert max(losses(run)) == 12
 
 
-@pytest.mark.xfail(strict=True, reason="the message is about a missing file of the training state")
 def test_a_resume_on_the_other_backend_says_what_is_wrong(copied, capsys):
     _, words, here, there = copied
     capsys.readouterr()

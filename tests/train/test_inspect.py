@@ -69,7 +69,7 @@ def test_maskalign_tells_of_its_teacher(tiny, fake, teacher):
     assert row(text, "encoder sequence") == "5, with the class token"
     clip, cost = rows(text, "teacher")
     sees = "sees the whole image at 32 x 32 pixels, 17 tokens; frozen"
-    assert clip == f"CLIP, 6 blocks of width 64, 4 heads, patches of 8 x 8; {sees}"
+    assert clip == f"CLIP, 6 blocks of width 64, patches of 8x8 pixels, 4 heads; {sees}"
     assert (
         row(text, "aligned layers")
         == "the teacher's 5 to 6, each with a learned mix, at first the mean, of the student's 1"

@@ -15,12 +15,21 @@ import pytest
 from prmim_train.config import PretrainConfig
 from prmim_train.layers import parse_options
 from prmim_train.loop import Interrupted, NonFiniteLoss, SpeedMeter, _duration, _loss_text, pretrain
+from prmim_train.run_directory import RunDirectory
 
 HERE = Path(__file__).parent
 
 
 def lines(config):
     return [json.loads(line) for line in (config.run_path / "metrics.jsonl").read_text().splitlines()]
+
+
+def untimed(config):
+    """Return the lines without the two fields that tell of time."""
+    return [
+        {name: value for name, value in line.items() if name not in ("images_per_second", "seconds")}
+        for line in lines(config)
+    ]
 
 
 def weights(config):
@@ -86,31 +95,121 @@ def test_stop_and_resume_is_the_same_as_no_stop(tiny, fake, monkeypatch, tmp_pat
         with pytest.raises(Interrupted, match=r"Stopped after step 7 of 12.*Go on with: prmim pretrain --out") as stop:
             pretrain(config)
     assert stop.value.signal_number == number
-    assert [record["step"] for record in lines(config)] == [1, 2, 4, 6, 7]
+    assert [record["step"] for record in lines(config)] == [1, 2, 4, 6]
     pretrain(tiny(resume=True))
     for name, value in weights(whole).items():
         np.testing.assert_array_equal(weights(config)[name], value)
-    assert [record["step"] for record in lines(config)] == [1, 2, 4, 6, 7, 8, 10, 12]
+    assert [record["step"] for record in lines(config)] == [1, 2, 4, 6, 8, 10, 12]
+    assert untimed(config) == untimed(whole)
     seconds = [record["seconds"] for record in lines(config)]
     assert seconds == sorted(seconds)
 
 
-def test_resuming_after_a_crash_cuts_metrics_back_to_the_checkpoint(tiny, fake, monkeypatch):
-    take = fake.train_step
+@pytest.fixture
+def crash(fake, monkeypatch):
+    """Run a configuration and let the power fail when a step is due."""
 
-    def crash(self, images, sample):
-        if self.step == 10:
-            raise RuntimeError("power cut")
-        take(self, images, sample)
+    def run(config, step):
+        take = fake.train_step
 
+        def train_step(self, images, sample):
+            if self.step + 1 == step:
+                raise RuntimeError("power cut")
+            take(self, images, sample)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(fake, "train_step", train_step)
+            with pytest.raises(RuntimeError, match="power cut"):
+                pretrain(config)
+
+    return run
+
+
+def test_resuming_after_a_crash_cuts_metrics_back_to_the_checkpoint(tiny, crash):
     config = tiny(epochs=2, checkpoint_every=1, batch_size=240)
-    with monkeypatch.context() as patch:
-        patch.setattr(fake, "train_step", crash)
-        with pytest.raises(RuntimeError, match="power cut"):
-            pretrain(config)
+    crash(config, 11)
     assert [record["step"] for record in lines(config)] == [1, 2, 4, 6, 8, 10]  # the checkpoint is of step 6
     pretrain(replace(config, resume=True))
-    assert [record["step"] for record in lines(config)] == [1, 2, 4, 6, 7, 8, 10, 12]
+    assert [record["step"] for record in lines(config)] == [1, 2, 4, 6, 8, 10, 12]
+
+
+@pytest.mark.parametrize(("log_every", "minutes"), [(1, None), (5, None), (50, None), (5, 1e-9)])
+def test_crashes_leave_no_trace_in_the_metrics(log_every, minutes, tiny, crash, tmp_path):
+    options = {"epochs": 3, "checkpoint_every": 1, "log_every": log_every, "holdout": 0.25}
+    whole = tiny(out=str(tmp_path / "whole"), **options)
+    pretrain(whole)
+    config = tiny(**options, checkpoint_minutes=minutes)
+    crash(config, 3)
+    config = replace(config, resume=True)
+    for step in (13, 14, 15, 31):
+        crash(config, step)
+    pretrain(config)
+    assert untimed(config) == untimed(whole)
+    assert untimed(config)[0]["step"] == 1
+    for name, value in weights(whole).items():
+        np.testing.assert_array_equal(weights(config)[name], value)
+
+
+def test_checkpoints_are_written_by_minutes_too(tiny, monkeypatch):
+    now = iter(range(0, 10_000, 20))
+    monkeypatch.setattr("prmim_train.loop.time.monotonic", lambda: next(now))
+    saved = []
+    save = RunDirectory.save_checkpoint
+
+    def note(self, engine, step, **options):
+        saved.append(step)
+        return save(self, engine, step, **options)
+
+    monkeypatch.setattr(RunDirectory, "save_checkpoint", note)
+    pretrain(tiny(checkpoint_minutes=1))  # the clock is read once a step, and to start it anew
+    assert saved == [3, 6, 9, 12]
+
+
+def test_a_damaged_checkpoint_is_passed_over_and_written_again(tiny, crash, capsys, tmp_path):
+    options = {"epochs": 3, "checkpoint_every": 1}
+    whole = tiny(out=str(tmp_path / "whole"), **options)
+    pretrain(whole)
+    config = tiny(**options)
+    crash(config, 30)
+    damaged = config.run_path / "checkpoints" / "step_00000024"
+    os.truncate(damaged / "weights.safetensors", 100)
+    capsys.readouterr()
+    pretrain(replace(config, resume=True))
+    captured = capsys.readouterr()
+    assert "step_00000024 is damaged, kept as damaged_step_00000024: weights.safetensors: expected" in captured.err
+    assert "going on after step 12" in captured.out
+    assert untimed(config) == untimed(whole)
+    names = sorted(entry.name for entry in (config.run_path / "checkpoints").iterdir())
+    assert names == ["damaged_step_00000024", "step_00000024", "step_00000036"]
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_is_left_alone(tiny, crash):
+    config = tiny(epochs=2, checkpoint_every=1)
+    crash(config, 20)
+    os.truncate(config.run_path / "checkpoints" / "step_00000012" / "weights.safetensors", 100)
+    before = lines(config)
+    with pytest.raises(OSError, match="checkpoint: expected one that is whole in"):
+        pretrain(replace(config, resume=True))
+    assert lines(config) == before
+
+
+def test_a_run_of_another_backend_is_not_resumed(tiny, fake, monkeypatch):
+    pretrain(tiny())
+    built = len(fake.made)
+    message = (
+        r"backend: expected fake, with which the run in .*run was trained, got torch; its weights alone go over: "
+        r"--init_weights .*step_00000012/weights.safetensors --out ANOTHER"
+    )
+    with pytest.raises(ValueError, match=message):
+        pretrain(tiny(resume=True, epochs=2, backend="torch"))
+    assert len(fake.made) == built
+
+
+def test_the_engine_is_closed_whatever_happens(tiny, fake, crash):
+    crash(tiny(), 3)
+    pretrain(tiny(resume=True, eval_limit=20))
+    assert len(fake.made) == 3  # the last one is the untrained one of the evaluation
+    assert all(engine.is_closed for engine in fake.made)
 
 
 def test_resuming_before_the_first_checkpoint_starts_anew(tiny, fake, monkeypatch):
@@ -160,13 +259,70 @@ def test_resuming_another_model_is_refused(tiny):
 
 
 def test_a_loss_that_is_not_finite_is_rescued_and_ends_the_run(tiny, fake, monkeypatch):
-    monkeypatch.setattr(fake, "bad_step", 5)
+    monkeypatch.setattr(fake, "bad_steps", (5,))
     config = tiny()
     with pytest.raises(NonFiniteLoss, match=r"not at step 5; .*rescue_step_00000005; try --clip_grad 1, or a lower"):
         pretrain(config)
+    assert fake.made[-1].is_closed
     assert [entry.name for entry in (config.run_path / "checkpoints").iterdir()] == ["rescue_step_00000005"]
     assert [record["step"] for record in lines(config)] == [1, 2, 4]
     assert not (config.run_path / "summary.json").exists()
+
+
+def test_steps_that_are_not_finite_are_skipped_and_counted(tiny, fake, monkeypatch):
+    monkeypatch.setattr(fake, "bad_steps", (3, 7, 8, 9, 10))
+    config = tiny(nonfinite="skip", max_skipped=4, pictures=2)
+    assert pretrain(config)["steps"] == 12
+    records = {record["step"]: record for record in lines(config)}
+    assert {step: record.get("skipped", 0) for step, record in records.items()} == {
+        **{1: 0, 2: 0, 4: 1, 6: 0, 8: 2, 10: 2, 12: 0}
+    }
+    assert records[8]["loss"] is records[8]["grad_norm"] is records[8]["loss_thrown"] is None  # a mean of nothing
+    assert records[4]["loss"] > records[12]["loss"]
+    assert (config.run_path / "loss.png").exists()
+
+
+def test_too_many_in_a_row_end_the_run(tiny, fake, monkeypatch):
+    monkeypatch.setattr(fake, "bad_steps", (3, 7, 8, 9, 10, 11))
+    config = tiny(nonfinite="skip", max_skipped=3)
+    message = (
+        r"loss: expected a finite .*, but at none of the last 4 steps up to step 10 \(max_skipped is 3\); the weights, "
+        r"untouched by that, are in .*rescue_step_00000010; try"
+    )
+    with pytest.raises(NonFiniteLoss, match=message):
+        pretrain(config)
+    assert lines(config)[-1]["step"] == 8
+
+
+def test_skipped_steps_are_counted_across_a_crash(tiny, fake, crash, monkeypatch, tmp_path):
+    monkeypatch.setattr(fake, "bad_steps", (9, 12, 13))
+    options = {"epochs": 2, "checkpoint_every": 1, "nonfinite": "skip", "log_every": 8}
+    whole = tiny(out=str(tmp_path / "whole"), **options)
+    pretrain(whole)
+    config = tiny(**options)
+    crash(config, 15)
+    pretrain(replace(config, resume=True))
+    assert untimed(config) == untimed(whole)
+    assert [line.get("skipped") for line in lines(whole)] == [None, None, 3, None]
+
+
+def test_whoever_goes_on_after_a_rescue_was_told_already(tiny, fake, monkeypatch):
+    """The checkpoint of step 12 lies between the step that was not finite and the reading that found out."""
+    monkeypatch.setattr(fake, "bad_steps", (11,))
+    config = tiny(epochs=3, checkpoint_every=1, log_every=8)
+    with pytest.raises(NonFiniteLoss, match="not at step 11; "):
+        pretrain(config)
+    config = replace(config, resume=True, clip_grad=1.0)
+    assert pretrain(config)["steps"] == 36
+    assert [line.get("skipped") for line in lines(config)] == [None, None, 1, None, None, None]
+
+
+def test_a_step_that_is_not_finite_ends_a_run_that_skipped_others_before(tiny, fake, crash, monkeypatch):
+    config = tiny(epochs=2, checkpoint_every=1, nonfinite="skip")
+    monkeypatch.setattr(fake, "bad_steps", (3, 20))
+    crash(config, 15)
+    with pytest.raises(NonFiniteLoss, match=r"not at 1 of the last steps up to step 20; .*rescue_step_00000020"):
+        pretrain(replace(config, resume=True, nonfinite="stop"))
 
 
 def test_a_full_disk_ends_the_run_and_leaves_the_last_checkpoint(tiny, fake, monkeypatch):
@@ -235,6 +391,7 @@ def test_the_decay_reaches_the_engine(tiny, fake):
 def test_a_part_that_is_not_supervised_is_not_told():
     assert _loss_text({"loss": 0.5, "loss_decoded": 0.5, "loss_thrown": 0.0}) == "loss 0.5000 (decoded 0.5000)"
     assert _loss_text({"step": 3, "loss": 0.5}) == "loss 0.5000"
+    assert _loss_text({"loss": None, "loss_thrown": None}) == "no finite loss"
 
 
 def test_unreadable_images_are_left_out_and_reported(tiny, tmp_path, capsys):

@@ -14,7 +14,7 @@ from prmim_train.config import PretrainConfig  # noqa: E402
 from prmim_train.cost import cost_reports  # noqa: E402
 from prmim_train.engine import create_engine  # noqa: E402
 from prmim_train.layers import merge_layers, read_options, recipe_names  # noqa: E402
-from prmim_train.loop import Interrupted, pretrain  # noqa: E402
+from prmim_train.loop import Interrupted, NonFiniteLoss, pretrain  # noqa: E402
 
 SMALL = {"backend": "torch", "epochs": 1, "batch_size": 240}  # 6 steps
 SIMMIM = {"method": "simmim", "depth": 2}
@@ -46,6 +46,13 @@ def options(request):
         return {**SMALL, **METHODS[method], **teacher, **changes}
 
     return make
+
+
+def untimed(config):
+    """Return the lines of the metrics without the two fields that tell of time."""
+    lines = [json.loads(line) for line in (config.run_path / "metrics.jsonl").read_text().splitlines()]
+    times = ("images_per_second", "seconds")
+    return [{name: value for name, value in line.items() if name not in times} for line in lines]
 
 
 def weights(config):
@@ -95,6 +102,7 @@ def test_stop_and_resume_gives_the_same_weights(method, changes, tiny, options, 
     import prmim_torch
 
     given = options(method, **changes)
+    given["log_every"] = 3  # a line is begun before the stop and ended after it
     whole = tiny(out=str(tmp_path / "whole"), **given)
     pretrain(whole)
     config = tiny(**given)
@@ -112,6 +120,66 @@ def test_stop_and_resume_gives_the_same_weights(method, changes, tiny, options, 
     assert pretrain(tiny(**given, resume=True))["steps"] == 6
     for name, value in weights(whole).items():
         np.testing.assert_array_equal(weights(config)[name], value, err_msg=name)
+    assert untimed(config) == untimed(whole)
+    assert [line["step"] for line in untimed(config)] == [1, 3, 6]
+
+
+def spoil(monkeypatch, *steps):
+    """Let the loss not be finite in some steps, counted from 1."""
+    import prmim_torch
+
+    take = prmim_torch.Engine.train_step
+
+    def train_step(self, images, sample):
+        if self.step + 1 not in steps:
+            return take(self, images, sample)
+        hook = self.method.register_forward_hook(lambda method, given, output: put_nan(output))
+        take(self, images, sample)
+        return hook.remove()
+
+    monkeypatch.setattr(prmim_torch.Engine, "train_step", train_step)
+
+
+def stop_at(monkeypatch, step):
+    """Send ourselves a signal in the middle of a step, as Ctrl-C would."""
+    import prmim_torch
+
+    take = prmim_torch.Engine.train_step
+
+    def train_step(self, images, sample):
+        if self.step + 1 == step:
+            signal.raise_signal(signal.SIGINT)
+        take(self, images, sample)
+
+    monkeypatch.setattr(prmim_torch.Engine, "train_step", train_step)
+
+
+def put_nan(output):
+    output.loss = output.loss * float("nan")
+
+
+def test_steps_that_are_not_finite_are_skipped_and_counted(tiny, options, tmp_path, monkeypatch):
+    given = options("mae", epochs=2, nonfinite="skip", max_skipped=2, log_every=4)
+    spoil(monkeypatch, 2, 6, 7)
+    whole = tiny(out=str(tmp_path / "whole"), **given)
+    pretrain(whole)
+    lines = untimed(whole)
+    assert {line["step"]: line.get("skipped", 0) for line in lines} == {1: 0, 4: 1, 8: 2, 12: 0}
+    assert all(line["loss"] > 0 for line in lines)
+
+    config = tiny(**given)
+    stop_at(monkeypatch, 7)
+    with pytest.raises(Interrupted):
+        pretrain(config)
+    monkeypatch.undo()
+    pretrain(tiny(**given, resume=True))
+    assert untimed(config) == lines  # the steps skipped before the stop are counted in the line after it
+
+
+def test_too_many_in_a_row_end_the_run(tiny, options, monkeypatch):
+    spoil(monkeypatch, 2, 4, 5, 6)
+    with pytest.raises(NonFiniteLoss, match=r"at none of the last 3 steps up to step 6 \(max_skipped is 2\)"):
+        pretrain(tiny(**options("mae", nonfinite="skip", max_skipped=2)))
 
 
 @pytest.mark.parametrize("method", ["simmim", "maskalign"])

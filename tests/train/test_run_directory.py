@@ -5,12 +5,17 @@ import os
 import pytest
 
 from prmim_train import run_directory
-from prmim_train.run_directory import RunDirectory, write_atomically
+from prmim_train.run_directory import RunDirectory, damage, write_atomically
 
 
 class Saver:
+    rank = 0
+
     def __init__(self, text="weights", error=None):
         self.text, self.error = text, error
+
+    def any(self, flag):
+        return flag
 
     def save(self, directory):
         (directory / "weights.safetensors").write_text(self.text)
@@ -66,9 +71,10 @@ def test_a_checkpoint_bears_its_name_only_when_it_is_on_the_disk(run, monkeypatc
         flush(descriptor)
 
     monkeypatch.setattr(run_directory.os, "fsync", fsync)
+    run.append_metrics({"step": 1})
     run.save_checkpoint(Saver(), 1, keep=1)
-    assert len(seen) == 4  # two files, their folder, the folder above it
-    assert all(not any(name.startswith("step_") for name in step) for step in seen[:3])
+    assert len(seen) == 6  # three files, the manifest being one, their folder, the metrics, the folder above it
+    assert all(not any(name.startswith("step_") for name in step) for step in seen[:5])
     assert names(run) == ["step_00000001"]
 
 
@@ -120,6 +126,135 @@ def test_leftovers_of_a_killed_run_are_removed(run):
     run.remove_leftovers()
     assert names(run) == []
     assert sorted(entry.name for entry in run.path.iterdir()) == ["checkpoints", "config.yaml"]
+
+
+@pytest.fixture
+def three(run):
+    """A run with the checkpoints 1, 2 and 3."""
+    for step in (1, 2, 3):
+        run.save_checkpoint(Saver(f"weights of step {step}"), step, keep=3)
+    return run
+
+
+def truncate(folder):
+    os.truncate(folder / "weights.safetensors", 3)
+
+
+def flip_a_bit(folder):
+    content = bytearray((folder / "weights.safetensors").read_bytes())
+    content[5] ^= 1
+    (folder / "weights.safetensors").write_bytes(content)
+
+
+def lose_a_file(folder):
+    (folder / "state").unlink()
+
+
+def lose_the_manifest(folder):
+    (folder / "manifest.json").unlink()
+
+
+def tear_the_manifest(folder):
+    os.truncate(folder / "manifest.json", 40)
+
+
+def replace_the_manifest(folder):
+    (folder / "manifest.json").write_text('{"files": {"weights.safetensors": 7}}')
+
+
+DAMAGES = {
+    truncate: "weights.safetensors: expected 17 bytes, got 3",
+    flip_a_bit: "weights.safetensors: its content has changed",
+    lose_a_file: "state is missing",
+    lose_the_manifest: "it has no manifest.json",
+    tear_the_manifest: "its manifest.json cannot be read",
+    replace_the_manifest: "its manifest.json cannot be read",
+}
+
+
+def test_the_manifest_names_all_files(run):
+    place = run.save_checkpoint(Saver("abc"), 1, keep=1)
+    files = json.loads((place / "manifest.json").read_text())["files"]
+    assert set(files) == {"weights.safetensors", "state"}
+    checksum = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"  # of abc, from FIPS 180-2
+    assert files["weights.safetensors"] == {"bytes": 3, "sha256": checksum}
+    assert damage(place) is None
+
+
+@pytest.mark.parametrize("spoil", DAMAGES, ids=lambda spoil: spoil.__name__)
+def test_a_damaged_checkpoint_is_skipped_for_the_one_before(spoil, three, capsys):
+    spoil(three.checkpoints()[-1])
+    assert three.latest_checkpoint().name == "step_00000002"
+    line = capsys.readouterr().err
+    assert line.startswith("prmim: warning: checkpoint ")
+    assert line.endswith(f"step_00000003 is damaged: {DAMAGES[spoil]}; step_00000002 is used\n")
+    assert line.count("\n") == 1
+    assert names(three) == ["step_00000001", "step_00000002", "step_00000003"]
+
+
+def test_damaged_checkpoints_are_set_aside_and_written_again(three, capsys):
+    for _ in range(2):
+        truncate(three.checkpoints()[-1])
+        truncate(three.checkpoints()[-2])
+        assert three.latest_checkpoint(set_aside=True).name == "step_00000001"
+        assert "is damaged, kept as damaged_step_00000003" in capsys.readouterr().err
+        three.save_checkpoint(Saver("new weights"), 2, keep=3)
+        three.save_checkpoint(Saver("new weights"), 3, keep=3)
+    assert (three.latest_checkpoint() / "weights.safetensors").read_text() == "new weights"
+    assert names(three) == [
+        *("damaged_step_00000002", "damaged_step_00000002_again"),
+        *("damaged_step_00000003", "damaged_step_00000003_again"),
+        *("step_00000001", "step_00000002", "step_00000003"),
+    ]
+
+
+def test_where_all_checkpoints_are_damaged_nothing_is_renamed_or_begun_anew(three):
+    for checkpoint in three.checkpoints():
+        truncate(checkpoint)
+    message = r"checkpoint: expected one that is whole in .*, but all 3 are damaged; step_00000003: weights"
+    with pytest.raises(OSError, match=message):
+        three.latest_checkpoint(set_aside=True)
+    assert names(three) == ["step_00000001", "step_00000002", "step_00000003"]
+
+
+def test_a_manifest_cannot_make_us_read_other_files(three, tmp_path):
+    (tmp_path / "secret").write_text("x")
+    place = three.checkpoints()[-1]
+    manifest = {"files": {"../../../secret": {"bytes": 1, "sha256": ""}}}
+    (place / "manifest.json").write_text(json.dumps(manifest))
+    assert damage(place) == "../../../secret is missing"
+
+
+def test_an_old_checkpoint_half_deleted_does_not_bear_its_name(run, monkeypatch):
+    run.save_checkpoint(Saver(), 1, keep=1)
+    remove = run_directory.shutil.rmtree
+
+    def fail(path, **options):
+        if "step_00000001" in str(path) and not options:
+            raise OSError("killed")
+        remove(path, **options)
+
+    monkeypatch.setattr(run_directory.shutil, "rmtree", fail)
+    with pytest.raises(OSError, match="killed"):
+        run.save_checkpoint(Saver(), 2, keep=1)
+    assert [place.name for place in run.checkpoints()] == ["step_00000002"]
+    monkeypatch.undo()
+    run.remove_leftovers()
+    assert names(run) == ["step_00000002"]
+
+
+def test_notes_are_collected_once(run):
+    run.leave_note(1, {"a": "x"})
+    run.leave_note(12, {"b": "y"})
+    assert run.collect_notes() == {"a": "x", "b": "y"}
+    assert run.collect_notes() == {}
+
+
+def test_the_names_that_trackers_gave_are_kept(run):
+    assert run.read_tracker("wandb") is None
+    run.write_tracker("wandb", "a1")
+    run.write_tracker("mlflow", "b2")
+    assert (run.read_tracker("wandb"), run.read_tracker("mlflow")) == ("a1", "b2")
 
 
 def test_summary_round_trip(run):

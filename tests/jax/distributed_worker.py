@@ -1,0 +1,208 @@
+"""What the processes of test_distributed.py do, as a script; the test imports it for one device alone."""
+
+import argparse
+import json
+import os
+import re
+import signal
+from collections import Counter
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from prmim_jax import MAE, Engine
+
+TINY = {"image_size": (16, 16), "patch_size": (4, 4), "embed_dim": 16, "depth": 2, "num_heads": 2}
+METHODS = {
+    "mae": {"name": "mae", **TINY, "depth": 1, "decoder_dim": 8, "decoder_depth": 1, "decoder_heads": 2},
+    "simmim": {"name": "simmim", **TINY, "drop_path": 0.3, "scan_blocks": True},
+}
+OPTIONS = {
+    "mae": {"accumulate": 2, "clip_grad": 0.2, "weight_decay": 0.5},
+    "simmim": {"clip_grad": 1.0},
+}
+TRAINING = {"seed": 3, "total_steps": 8, "warmup_steps": 2, "learning_rate": 1e-3, "device": "cpu", "timeout": 10.0}
+COMPILER = {
+    "jax_disable_most_optimizations": True,
+    "jax_persistent_cache_min_compile_time_secs": 0.0,
+    "jax_persistent_cache_min_entry_size_bytes": -1,
+}
+COLLECTIVES = (
+    r"= .*? (all-gather|all-reduce|all-to-all|reduce-scatter|collective-permute|collective-broadcast)(?:-start)?\("
+)
+BATCH = 16
+STEPS, STEP_SAVED, STEP_SPOILT = 6, 3, 4
+
+
+def make_engine(name, parallel="ddp", **training):
+    return Engine(METHODS[name], **{**TRAINING, **OPTIONS[name], **training}, parallel=parallel)
+
+
+def let_black_images_spoil_a_step():
+    """Let the loss of an MAE not be finite if one of its images is black."""
+    call = MAE.__call__
+
+    def call_spoilt(self, images, noise):
+        output = call(self, images, noise)
+        output.loss = jnp.where((images.max((1, 2, 3)) == 0).any(), jnp.nan, output.loss)
+        return output
+
+    MAE.__call__ = call_spoilt
+
+
+def rows(engine):
+    """Return the images of the next step, and their numbers, of this process."""
+    images = np.random.default_rng(engine.step).integers(0, 256, (BATCH, 16, 16, 3), dtype=np.uint8)
+    if engine.step + 1 == STEP_SPOILT:
+        images[-1] = 0
+    sample = np.arange(engine.step * BATCH, (engine.step + 1) * BATCH)
+    mine = slice(engine.rank, None, engine.world_size)
+    return images[mine], sample[mine]
+
+
+def train(engine, last):
+    """Train up to a step; return what is measured in each step."""
+    curve = []
+    while engine.step < last:
+        engine.train_step(*rows(engine))
+        curve.append(engine.read_metrics())
+    return curve
+
+
+def save(engine, directory):
+    if engine.rank == 0:
+        directory.mkdir(parents=True)
+    engine.any(False)  # until it is there
+    engine.save(directory)
+
+
+def draw(name, parallel, shared, own):
+    """Run a method, save it on the way and at the end, and take it up again: there, and where one device was."""
+    engine = make_engine(name, parallel)
+    curve = train(engine, STEP_SAVED)
+    save(engine, own / name / parallel / "half")
+    curve += train(engine, STEPS)
+    save(engine, own / name / parallel / "end")
+    result = {"curve": curve, "device": engine.device, "held": held(engine)}
+    engine.restore(own / name / parallel / "half")
+    result["resumed"] = train(engine, STEPS)
+    if shared is not None:
+        engine.restore(shared / "one" / name / "ddp" / "half")
+        result["from one"] = train(engine, STEPS)
+    result["programs"] = engine._train._cache_size()
+    return result, engine
+
+
+def draw_all(pairs, shared, own):
+    """Draw some; look at images with the first of several processes, and count what devices of one say."""
+    results = {}
+    for name, parallel in pairs:
+        result, engine = draw(name, parallel, shared, own)
+        if engine.world_size == 1:
+            result |= talk(engine)
+        elif not results:
+            result |= look(engine)
+        results[f"{name} {parallel}"] = result
+        result["rushed"] = rush(engine)
+        engine.close()
+    return results
+
+
+def rush(engine, steps=30):
+    """Take steps without reading what they measure."""
+    images, sample = rows(engine)
+    for _ in range(steps):
+        engine.train_step(images, sample)
+    return engine.read_metrics()["skipped"]
+
+
+def look(engine):
+    images = np.random.default_rng(0).integers(0, 256, (3, 16, 16, 3), dtype=np.uint8)
+    patches = engine.reconstruct(images, np.arange(3)).patches
+    return {"features": engine.features(images).tolist(), "patches": np.nan_to_num(patches, nan=-9).tolist()}
+
+
+def held(engine):
+    """Count the numbers of which one device has to keep weights and moments."""
+    adam = engine._state.moments[0]
+    arrays = jax.tree.leaves((engine._state.parameters, adam.mu, adam.nu))
+    return sum(array.addressable_shards[0].data.size for array in arrays)
+
+
+def talk(engine):
+    """Count what devices say to each other in a step, by kind, and how much of it they say in loops."""
+    inputs = [engine._layout.put_rows(array) for array in engine._inputs(*rows(engine))]
+    program = engine._train.lower(engine._state, engine._buffers, *inputs, 0, 0.0).compile().as_text()
+    lines = [line for line in program.splitlines() if re.search(COLLECTIVES, line)]
+    kinds = Counter(re.search(COLLECTIVES, line).group(1) for line in lines)
+    return {"talk": dict(kinds), "talk in loops": sum("while/body" in line for line in lines)}
+
+
+def local_curves(shared, own):
+    return draw_all([("mae", "fsdp"), ("mae", "ddp"), ("simmim", "fsdp")], shared, own)
+
+
+def two_curves(shared, own):
+    return draw_all([("mae", "fsdp"), ("simmim", "ddp")], shared, own)
+
+
+def message_of(call):
+    try:
+        call()
+    except (OSError, ValueError) as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def agreement(shared, own):
+    """Let one process know, or miss, what the others do not."""
+    engine = make_engine("mae", "fsdp")
+    wanted = own / "missing" if engine.rank == 1 else shared / "one" / "mae" / "ddp" / "half"
+    return {
+        "any": [engine.any(engine.rank == 1), engine.any(False), engine.any(True)],
+        "missing": message_of(lambda: engine.restore(wanted)),
+        "step": engine.step,
+    }
+
+
+def die(shared, own):
+    """Let the last process die in the middle of a run."""
+    engine = make_engine("mae", "fsdp")
+    train(engine, 2)
+    engine.any(False)
+    if engine.rank == engine.world_size - 1:
+        (own / "left").touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    try:
+        train(engine, 100_000)
+    finally:
+        engine.close()
+
+
+JOBS = {job.__name__: job for job in (local_curves, two_curves, agreement)}
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("shared", type=Path)
+    parser.add_argument("own")
+    parser.add_argument("jobs", nargs="+")
+    arguments = parser.parse_args()
+    shared, own = arguments.shared, arguments.shared / arguments.own
+    for name, value in {**COMPILER, "jax_compilation_cache_dir": str(shared / "compiled")}.items():
+        jax.config.update(name, value)
+    let_black_images_spoil_a_step()
+    if arguments.jobs == ["die"]:
+        die(shared, own)
+    # The first engine connects the processes; those between leave them connected.
+    first = make_engine("mae")
+    results = {job: JOBS[job](shared, own) for job in arguments.jobs}
+    (own / f"rank_{first.rank}.json").write_text(json.dumps(results))
+    first.close()
+    first.close()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,40 @@
+"""Fixtures of the fault tests: the harness, and one undisturbed run per backend."""
+
+import importlib.util
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+EPOCHS = 14
+"""50 steps: 12 checkpoints and one at the end."""
+
+
+@pytest.fixture(scope="session")
+def soak() -> ModuleType:
+    """The file `soak.py` beside this one, which is a command as well."""
+    spec = importlib.util.spec_from_file_location("soak", Path(__file__).with_name("soak.py"))
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["soak"] = module  # dataclasses look there
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def undisturbed(soak: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Any]:
+    """Return a function from a backend to a folder, an undisturbed run in it, and its pace; each made once."""
+    made: dict[str, Any] = {}
+
+    def run(backend: str) -> Any:
+        pytest.importorskip("torch" if backend == "torch" else "flax")
+        if backend not in made:
+            folder = tmp_path_factory.mktemp(backend)
+            made[backend] = (folder, *soak.run_undisturbed(backend, folder, EPOCHS))
+        return made[backend]
+
+    return run

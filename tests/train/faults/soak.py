@@ -1,0 +1,609 @@
+"""Kill real runs at random moments, start them again, and compare what they leave with an undisturbed run.
+
+    .venv/bin/python tests/train/faults/soak.py --backend both --kills 20 --seed 0
+
+One run of ``prmim pretrain`` on the embedded digits is left alone.  The same command with ``--resume`` is then started
+in another folder, hurt, and started again until it ends.  A run that ends before it was hurt often enough is followed
+by another one.  In the end these must be equal, bit for bit: ``metrics.jsonl`` but for the two fields of time, the
+weights, the training state, the names of the checkpoints, ``config.yaml`` and ``summary.json``; nothing half written
+may be left.
+
+Faults: ``sigkill`` at a random moment (while the process starts, while it trains, aimed at the writing of a checkpoint
+and at that of a line of metrics); ``sigterm``, on which a run has to save and leave by itself; ``truncate``: killed,
+and then a file of the newest checkpoint is cut, or a byte of it changed, or the file deleted, or the last line of the
+metrics torn.
+
+The same seed draws the same moments; what a process is doing then depends on the machine.
+"""
+
+import argparse
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+FAULTS = ("sigkill", "sigterm", "truncate")
+BACKENDS = ("torch", "jax")
+
+OPTIONS = {
+    "data": "digits",
+    "channels": 1,
+    "image_size": 16,
+    "patch_size": 4,
+    "crop_scale": "0.8,1",
+    "flip": "false",
+    "holdout": 0.2,
+    "embed_dim": 32,
+    "depth": 1,
+    "num_heads": 2,
+    "decoder_dim": 16,
+    "decoder_depth": 1,
+    "decoder_heads": 2,
+    "batch_size": 400,
+    "base_learning_rate": 0.01,
+    "precision": "float32",
+    "device": "cpu",
+    "log_every": 3,
+    "checkpoint_every": 1,
+    "keep_checkpoints": 3,
+    "eval_limit": 0,
+    "pictures": 0,
+}
+"""1,438 training images: an epoch is 3.6 steps. A checkpoint is written every 4 and a line every 3, so that
+checkpoints fall inside epochs and between two lines."""
+
+CHECKPOINT_STEPS, LOG_STEPS = 4, 3
+STEPS_PER_EPOCH = 1438 / 400
+TIMES = ("images_per_second", "seconds")
+PATIENCE = 300.0
+"""Seconds without any progress after which a process counts as hanging."""
+
+
+class Failure(AssertionError):  # noqa: N818  # a thing that happened, not an error of this program
+    """What must not happen, with how to make it happen again."""
+
+
+@dataclass
+class Report:
+    """What happened to the runs of a soak.
+
+    Parameters
+    ----------
+    hurt
+        How often a process was hurt.
+    moments
+        How often each thing was going on then; more than one may have been.
+    runs
+        How many runs were brought to their end and compared.
+    seconds
+        How long it all took.
+    """
+
+    hurt: int = 0
+    moments: Counter[str] = field(default_factory=Counter)
+    runs: int = 0
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How fast an undisturbed run is: seconds from the start to the first step, and from checkpoint to checkpoint."""
+
+    start: float
+    checkpoint: float
+
+
+class Process:
+    """A started ``prmim pretrain``.
+
+    Parameters
+    ----------
+    backend
+        A name out of `BACKENDS`.
+    folder
+        That of the run.
+    log
+        The file that its output is added to.
+    programs
+        A folder in which JAX keeps what it compiled.
+    epochs
+        Length of the run.
+    """
+
+    def __init__(self, backend: str, folder: Path, log: Path, programs: Path, epochs: int) -> None:
+        self.folder, self.log = folder, log
+        self.old_checkpoints = set(checkpoints(folder))
+        self.old_size = size(folder / "metrics.jsonl")
+        with log.open("wb") as output:
+            self.process = subprocess.Popen(
+                command(backend, folder, epochs), stdout=output, stderr=output, env=environment(programs)
+            )
+
+    def is_over(self) -> bool:
+        """Whether it has ended."""
+        return self.process.poll() is not None
+
+    def until(self, happened: Callable[[], bool]) -> bool:
+        """Wait for something; False where the process ended first."""
+        deadline = time.monotonic() + PATIENCE
+        while not happened():
+            if self.is_over():
+                return False
+            if time.monotonic() > deadline:
+                self.hurt(signal.SIGKILL)
+                raise Failure(f"hangs: nothing happened for {PATIENCE:.0f} s\n{self.tail()}")
+            time.sleep(0.0005)
+        return True
+
+    def sleep(self, seconds: float) -> bool:
+        """Wait for some time; False where the process ended before."""
+        end = time.monotonic() + seconds
+        return self.until(lambda: time.monotonic() >= end)
+
+    def new_checkpoints(self) -> set[str]:
+        """Return the names of the whole checkpoints that it wrote and that are still there."""
+        return set(checkpoints(self.folder)) - self.old_checkpoints
+
+    def is_writing(self) -> bool:
+        """Whether a checkpoint is half written, once it has stepped: what was left there before is deleted then."""
+        newest = max(map(step_of, checkpoints(self.folder)), default=0)
+        return any(step_of(name) > newest for name in partials(self.folder))
+
+    def has_stepped(self) -> bool:
+        """Whether it has written a line of metrics or a checkpoint, so that it is training for sure."""
+        now = size(self.folder / "metrics.jsonl")
+        self.old_size = min(self.old_size, now)  # lines beyond the last checkpoint are cut off on resume
+        return now > self.old_size or bool(self.new_checkpoints())
+
+    def hurt(self, number: int) -> None:
+        """Send a signal, and wait for the end."""
+        with suppress(ProcessLookupError):
+            self.process.send_signal(number)
+        try:
+            self.process.wait(PATIENCE)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+            raise Failure(f"hangs: still there {PATIENCE:.0f} s after signal {number}\n{self.tail()}") from None
+
+    def output(self) -> str:
+        """Return what it printed."""
+        return self.log.read_text(errors="replace")
+
+    def tail(self) -> str:
+        """Return the end of what it printed."""
+        return f"its output ({self.log}):\n" + "\n".join(self.output().splitlines()[-15:])
+
+
+def command(backend: str, folder: Path, epochs: int) -> list[str]:
+    """Return the command line of a run, the same at the start and at every resume."""
+    options = {"backend": backend, **OPTIONS, "epochs": epochs, "out": folder}
+    words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    return [sys.executable, "-m", "prmim_train", "pretrain", *words, "--resume"]
+
+
+def environment(programs: Path) -> dict[str, str]:
+    """Return the environment of a run: one thread, nothing held back in a buffer, JAX's programs kept."""
+    return {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONUNBUFFERED": "1",
+        "JAX_PLATFORMS": "cpu",
+        "JAX_COMPILATION_CACHE_DIR": str(programs),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
+
+
+def checkpoints(folder: Path) -> list[str]:
+    """Return the names of the whole checkpoints of a run, oldest first."""
+    return sorted(name for name in _names(folder / "checkpoints") if name.startswith("step_"))
+
+
+def partials(folder: Path) -> list[str]:
+    """Return the names of checkpoints that are half written, or half deleted."""
+    return [name for name in _names(folder / "checkpoints") if ".partial" in name]
+
+
+def step_of(name: str) -> int:
+    """Return the step in the name of a checkpoint, whole or not."""
+    return int(name.split("step_")[1].partition(".")[0])
+
+
+def leftovers(folder: Path) -> list[str]:
+    """Return the names of everything half written below the folder of a run."""
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if ".partial" in path.name)
+
+
+def size(path: Path) -> int:
+    """Return the size of a file in bytes, 0 where there is none."""
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return 0
+
+
+def _names(folder: Path) -> list[str]:
+    try:
+        return os.listdir(folder)  # noqa: PTH208  # a name may vanish between two looks, and this is polled
+    except FileNotFoundError:
+        return []
+
+
+def lines(folder: Path) -> list[dict[str, Any]]:
+    """Return the whole lines of a run's metrics, without the fields that measure time."""
+    path = folder / "metrics.jsonl"
+    whole, _, _ = path.read_bytes().rpartition(b"\n") if path.exists() else (b"", b"", b"")
+    records = [json.loads(line) for line in whole.splitlines()]
+    return [{name: value for name, value in record.items() if name not in TIMES} for record in records]
+
+
+def read_weights(folder: Path) -> tuple[Any, bytes]:
+    """Return what the header of a checkpoint's weights says, and all bytes behind it.
+
+    The library writes the entries of the header's metadata in an order that changes from process to process.
+    """
+    content = (folder / "weights.safetensors").read_bytes()
+    end = 8 + int.from_bytes(content[:8], "little")
+    return json.loads(content[8:end]), content[end:]
+
+
+def read_state(folder: Path) -> dict[str, np.ndarray]:
+    """Return the arrays of a training state, of either backend, by name."""
+    shards = sorted(folder.glob("*.safetensors"))
+    if shards:
+        from safetensors.numpy import load_file
+
+        return {f"{shard.name}: {name}": value for shard in shards for name, value in load_file(shard).items()}
+    import jax
+    import orbax.checkpoint as ocp
+
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        tree = checkpointer.restore(folder.absolute())
+    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def compare(expected: Path, actual: Path, *, asked_to_stop: bool = False) -> None:
+    """Raise Failure unless two runs left the same.
+
+    Parameters
+    ----------
+    expected
+        The folder of the undisturbed run.
+    actual
+        That of the run that was hurt.
+    asked_to_stop
+        Whether it wrote checkpoints of other steps too, so that the last one alone is the same.
+    """
+    left = leftovers(actual)
+    if left:
+        raise Failure(f"half written and never deleted: {', '.join(left)}")
+    ours, theirs = lines(actual), lines(expected)
+    for number, (line, other) in enumerate(zip(ours, theirs, strict=False), start=1):
+        if line != other:
+            raise Failure(f"metrics.jsonl, line {number}: expected\n  {other}\ngot\n  {line}")
+    if len(ours) != len(theirs):
+        raise Failure(f"metrics.jsonl: expected {len(theirs)} lines, got {len(ours)}")
+    names, other_names = (checkpoints(folder)[-1 if asked_to_stop else 0 :] for folder in (actual, expected))
+    if names != other_names:
+        raise Failure(f"checkpoints: expected {other_names}, got {names}")
+    if (actual / "config.yaml").read_bytes() != (expected / "config.yaml").read_bytes():
+        raise Failure("config.yaml: not byte for byte that of the undisturbed run")
+    last = checkpoints(expected)[-1]
+    weights, other_weights = (read_weights(folder / "checkpoints" / last) for folder in (actual, expected))
+    if weights != other_weights:
+        raise Failure("weights.safetensors: not byte for byte those of the undisturbed run")
+    state, other_state = (read_state(folder / "checkpoints" / last / "training_state") for folder in (actual, expected))
+    if state.keys() != other_state.keys():
+        raise Failure(f"training_state: expected the names {sorted(other_state)}, got {sorted(state)}")
+    for name, value in other_state.items():
+        own = state[name]
+        if (own.dtype, own.shape, own.tobytes()) != (value.dtype, value.shape, value.tobytes()):
+            raise Failure(f"training_state, {name}: not bit for bit that of the undisturbed run")
+    summaries = [json.loads((folder / "summary.json").read_text()) for folder in (actual, expected)]
+    for summary in summaries:
+        for name in TIMES:
+            summary.pop(name)
+    if summaries[0] != summaries[1]:
+        raise Failure(f"summary.json: expected {summaries[1]}, got {summaries[0]}")
+
+
+class Soak:
+    """Runs on one backend that are hurt in one way, and the run that they are compared with.
+
+    Parameters
+    ----------
+    backend, fault
+        Names out of `BACKENDS` and `FAULTS`.
+    kills
+        How often a process is to be hurt.
+    seed
+        Seed of the moments.
+    folder
+        Where runs and outputs go.
+    epochs
+        Length of a run; 3.6 steps each.
+    say
+        Called with lines of progress.
+    """
+
+    def __init__(
+        self, backend: str, fault: str, *, kills: int, seed: int, folder: Path, epochs: int, say: Callable[[str], None]
+    ) -> None:
+        self.backend, self.fault, self.kills, self.seed, self.epochs = backend, fault, kills, seed, epochs
+        self.folder, self.say = folder, say
+        self.random = random.Random(f"{seed} {backend} {fault}")
+        self.lives = 0
+        self.aimed = ""
+        self.damaged: dict[str, int] = {}
+        self.expected_warning: str | None = None
+        self.report = Report()
+
+    def run(self, undisturbed: Path, pace: Pace) -> Report:
+        """Hurt as many runs as it takes, compare each with the undisturbed one."""
+        start = time.monotonic()
+        while self.report.hurt < self.kills:
+            run = self.folder / f"{self.backend}-{self.fault}-{self.report.runs}"
+            try:
+                while not self._live(run, pace):
+                    pass
+                compare(undisturbed, run, asked_to_stop=self.fault == "sigterm")
+            except Failure as failure:
+                raise Failure(
+                    f"{self.backend}, {self.fault}, seed {self.seed}, after {self.report.hurt} of {self.kills} "
+                    f"({self.epochs} epochs), run {run}: {failure}"
+                ) from None
+            self.report.runs += 1
+        self.report.seconds = time.monotonic() - start
+        return self.report
+
+    def _live(self, run: Path, pace: Pace) -> bool:
+        """Start a process, and hurt it; True where it came to its end by itself."""
+        self.lives += 1
+        process = Process(
+            self.backend,
+            run,
+            self.folder / f"{self.backend}-{self.fault}-{self.lives:04d}.log",
+            self.folder / "programs",
+            self.epochs,
+        )
+        try:
+            aim = self._aim(pace)
+            if self.report.hurt >= self.kills or not aim(process):
+                process.until(lambda: False)
+                if process.process.returncode != 0:
+                    raise Failure(f"exit code {process.process.returncode}\n{process.tail()}")
+                self._check_warning(process, is_over=True)
+                return True
+            stepped = process.has_stepped()
+            process.hurt(signal.SIGTERM if self.fault == "sigterm" else signal.SIGKILL)
+        finally:
+            if not process.is_over():
+                process.hurt(signal.SIGKILL)
+        self._look(process, run, stepped)
+        self._check_warning(process, is_over=False)
+        if self.fault == "sigterm":
+            self._check_left_by_itself(process, run, stepped)
+        if self.fault == "truncate":
+            self._damage(run)
+        return process.process.returncode == 0
+
+    def _aim(self, pace: Pace) -> Callable[[Process], bool]:
+        """Draw a moment: a function that waits for it, and says whether the process got there."""
+        draw = self.random
+        kind = draw.choices(["start", "train", "checkpoint", "line"], [1, 2, 4, 2])[0]
+        self.aimed = kind
+        # On average the kills of a soak are spread over most of one run.
+        checkpoints_of_run = self.epochs * STEPS_PER_EPOCH / CHECKPOINT_STEPS
+        span = draw.uniform(0, 1.4 * checkpoints_of_run / self.kills) * pace.checkpoint
+        early, late = draw.uniform(0, 1.2 * pace.start), draw.uniform(0, pace.checkpoint)
+        instant = draw.choice([0.0, draw.uniform(0, 0.1 * pace.checkpoint)])
+
+        def wait(process: Process) -> bool:
+            if kind == "start":
+                return process.sleep(early)
+            if not (process.until(process.has_stepped) and process.sleep(span)):
+                return False
+            if kind == "checkpoint":
+                return process.until(process.is_writing) and process.sleep(instant)
+            if kind == "line":
+                before = size(process.folder / "metrics.jsonl")
+                return process.until(lambda: size(process.folder / "metrics.jsonl") > before)
+            return process.sleep(late)
+
+        return wait
+
+    def _look(self, process: Process, run: Path, stepped: bool) -> None:
+        """Count what was going on when the process was hurt."""
+        report = self.report
+        report.hurt += 1
+        found = []
+        if not stepped:
+            found.append("before the first step of a process")
+        elif process.is_writing():
+            found.append("while a checkpoint was written")
+        elif partials(run):
+            found.append("while an old checkpoint was deleted")
+        done = [record["step"] for record in lines(run)]
+        saved = list(map(step_of, checkpoints(run)))
+        if done and done[-1] > max(saved, default=0):
+            found.append("with steps logged since the last checkpoint")
+        if stepped and done and done[-1] % STEPS_PER_EPOCH:
+            found.append("in the middle of an epoch")
+        report.moments.update(found)
+        where = f"step {done[-1]}" if done else "no step yet"
+        self.say(
+            f"  {self.backend}, {self.fault} {report.hurt}/{self.kills}: {where}; {', '.join(found) or 'training'}"
+        )
+
+    def _check_left_by_itself(self, process: Process, run: Path, stepped: bool) -> None:
+        code = process.process.returncode
+        if not stepped and code == -signal.SIGTERM:  # nothing was there to save
+            return
+        if code == 0:  # it was taking its last step
+            return
+        if code != 128 + signal.SIGTERM:
+            raise Failure(f"expected exit code {128 + signal.SIGTERM} after SIGTERM, got {code}\n{process.tail()}")
+        saved = list(map(step_of, checkpoints(run)))
+        done = [record["step"] for record in lines(run)]
+        if max(done, default=0) > max(saved, default=0):
+            raise Failure(f"SIGTERM: expected a checkpoint of step {done[-1]} or later, got {saved}\n{process.tail()}")
+        self.report.moments["left by itself with a checkpoint"] += 1
+
+    def _damage(self, run: Path) -> None:
+        """Damage a file of the newest checkpoint, if there is one before it that is good; or tear a line."""
+        if (run / "summary.json").exists():  # nothing will be read again
+            return
+        metrics = run / "metrics.jsonl"
+        if self.random.random() < 0.2 and size(metrics) > 40:
+            os.truncate(metrics, size(metrics) - self.random.randint(1, 39))
+            self.report.moments["a line torn"] += 1
+            return
+        whole = [name for name in checkpoints(run) if self.damaged.get(name) != _inode(run, name)]
+        if len(whole) < 2 or whole[-1] != checkpoints(run)[-1] or self.expected_warning is not None:
+            return
+        place = run / "checkpoints" / whole[-1]
+        file = self.random.choice(sorted(path for path in place.rglob("*") if path.is_file()))
+        what = damage(file, self.random)
+        self.damaged[whole[-1]] = _inode(run, whole[-1])
+        self.expected_warning = whole[-1]
+        self.report.moments[what] += 1
+        self.say(f"    {file.relative_to(run)}: {what}")
+
+    def _check_warning(self, process: Process, *, is_over: bool) -> None:
+        """See that the next process told of what was damaged."""
+        name = self.expected_warning
+        if name is None:
+            return
+        if any(name in line and "warning" in line.lower() for line in process.output().splitlines()):
+            self.expected_warning = None
+            self.report.moments["passed over with a warning"] += 1
+        elif is_over or process.has_stepped():
+            raise Failure(f"expected a warning that names the damaged {name}\n{process.tail()}")
+
+
+def damage(file: Path, draw: random.Random) -> str:
+    """Cut a file, change one of its bytes or delete it; return what was done."""
+    what = draw.choice(["a file cut", "a byte changed", "a file deleted"])
+    content = bytearray(file.read_bytes())
+    if what == "a file deleted" or not content:
+        file.unlink()
+        return "a file deleted"
+    place = draw.randrange(len(content))
+    if what == "a file cut":
+        file.write_bytes(content[:place])
+    else:
+        content[place] ^= 1 << draw.randrange(8)
+        file.write_bytes(content)
+    return what
+
+
+def _inode(run: Path, name: str) -> int:
+    return (run / "checkpoints" / name).stat().st_ino
+
+
+def run_undisturbed(backend: str, folder: Path, epochs: int) -> tuple[Path, Pace]:
+    """Run once from start to end, and measure the pace; JAX compiles here, and finds its programs again later."""
+    run = folder / f"{backend}-undisturbed"
+    start = time.monotonic()
+    process = Process(backend, run, folder / f"{run.name}.log", folder / "programs", epochs)
+    try:
+        process.until(process.has_stepped)
+        stepped = time.monotonic()
+        process.until(lambda: False)
+    finally:
+        if not process.is_over():
+            process.hurt(signal.SIGKILL)
+    if process.process.returncode != 0:
+        raise Failure(f"{backend}, undisturbed: exit code {process.process.returncode}\n{process.tail()}")
+    return run, Pace(stepped - start, (time.monotonic() - stepped) / len(lines(run)) * CHECKPOINT_STEPS / LOG_STEPS)
+
+
+def soak(
+    backend: str, faults: list[str], *, kills: int, seed: int, folder: Path, epochs: int, say: Callable[[str], None]
+) -> dict[str, Report]:
+    """Hurt runs on one backend in some ways, each as often as `kills`; return a report for each way.
+
+    Raises
+    ------
+    Failure
+        If a run was not what the undisturbed one was; with the seed, and the first line that differs.
+    """
+    say(f"{backend}: the undisturbed run ...")
+    undisturbed, pace = run_undisturbed(backend, folder, epochs)
+    last = lines(undisturbed)[-1]["step"]
+    say(f"  {last} steps; first step after {pace.start:.1f} s, a checkpoint every {pace.checkpoint:.2f} s")
+    return {
+        fault: Soak(backend, fault, kills=kills, seed=seed, folder=folder, epochs=epochs, say=say).run(
+            undisturbed, pace
+        )
+        for fault in faults
+    }
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command; 0 where every run was equal to the undisturbed one."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--backend", choices=(*BACKENDS, "both"), default="both")
+    parser.add_argument("--fault", choices=(*FAULTS, "all"), default="sigkill")
+    parser.add_argument("--kills", type=int, default=20, help="how often to hurt, for each backend and fault")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--epochs", type=int, default=84, help="length of a run, 3.6 steps each")
+    parser.add_argument("--folder", type=Path, help="where to leave runs and outputs; by default they are deleted")
+    options = parser.parse_args(arguments)
+    backends = BACKENDS if options.backend == "both" else (options.backend,)
+    faults = list(FAULTS) if options.fault == "all" else [options.fault]
+    with _folder(options.folder) as folder:
+        try:
+            for backend in backends:
+                reports = soak(
+                    backend,
+                    faults,
+                    kills=options.kills,
+                    seed=options.seed,
+                    folder=folder,
+                    epochs=options.epochs,
+                    say=_say,
+                )
+                for fault, report in reports.items():
+                    _say(_summary(backend, fault, options.seed, report))
+        except Failure as failure:
+            _say(f"FAILED: {failure}")
+            return 1
+    return 0
+
+
+def _summary(backend: str, fault: str, seed: int, report: Report) -> str:
+    rows = [f"    {number:>4} {name}" for name, number in report.moments.most_common()]
+    head = f"{backend}, {fault}, seed {seed}: survived {report.hurt}; {report.runs} runs equal to the undisturbed one"
+    return "\n".join([f"{head}; {report.seconds:.0f} s", *rows])
+
+
+@contextmanager
+def _folder(wanted: Path | None) -> Iterator[Path]:
+    if wanted is None:
+        with tempfile.TemporaryDirectory() as name:
+            yield Path(name)
+    else:
+        wanted.mkdir(parents=True)  # runs of an earlier soak would be gone on with
+        yield wanted.absolute()
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)  # noqa: T201  # it is a command
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,197 @@
+"""Full disks, folders that may not be written to or are gone, images that vanish."""
+
+import ctypes
+import json
+import os
+import shutil
+import subprocess
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from prmim_train.cli import main
+from prmim_train.loop import pretrain
+
+# What a child does in the middle of a run, before the step after `STEP`.
+HURT = """
+import ctypes, os, resource, sys
+from pathlib import Path
+from prmim_train.cli import main
+import prmim_{backend} as package
+
+take = package.Engine.train_step
+
+def train_step(self, images, sample):
+    if self.step == {step}:
+        {deed}
+    take(self, images, sample)
+
+{before}
+package.Engine.train_step = train_step
+sys.exit(main(sys.argv[1:]))
+"""
+LIMIT = "resource.setrlimit(resource.RLIMIT_FSIZE, ({bytes}, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))"
+# The administrator may write anywhere, but not without this right.
+OBEY = 'os.geteuid() or ctypes.CDLL(None).capset(b"\\x22\\x05\\x08\\x20" + bytes(4), bytes(24))'
+
+needs_rights = pytest.mark.skipif(
+    os.name == "nt" or (os.geteuid() == 0 and not hasattr(ctypes.CDLL(None), "capset")),
+    reason="the administrator's rights cannot be laid down here",
+)
+
+
+@pytest.fixture
+def hurt(soak, undisturbed, tmp_path):
+    """Return a function that runs with something done in the middle, and one that resumes and compares."""
+
+    def start(backend, step, deed="pass", before="pass"):
+        folder, _, _ = undisturbed(backend)
+        program, _, _, *words = soak.command(backend, tmp_path / "run", 14)
+        code = HURT.format(backend=backend, step=step, deed=deed, before=before)
+        return subprocess.run(
+            [program, "-c", code, *words],
+            capture_output=True,
+            text=True,
+            env=soak.environment(folder / "programs"),
+            timeout=300,
+            check=False,
+        )
+
+    def go_on(backend):
+        folder, run, _ = undisturbed(backend)
+        result = subprocess.run(
+            soak.command(backend, tmp_path / "run", 14),
+            capture_output=True,
+            text=True,
+            env=soak.environment(folder / "programs"),
+            timeout=300,
+            check=False,
+        )
+        assert result.returncode == 0, result.stderr
+        soak.compare(run, tmp_path / "run")
+
+    return start, go_on
+
+
+def told(result):
+    """Return the one line with which a command ended."""
+    line = result.stderr.splitlines()[-1]
+    assert line.startswith("prmim: error: "), result.stderr
+    assert "Traceback" not in result.stderr
+    return line
+
+
+@pytest.mark.parametrize("backend", ["torch", "jax"])
+def test_a_disk_that_is_full_when_a_checkpoint_is_written(backend, hurt, tmp_path, soak):
+    start, go_on = hurt
+    result = start(backend, 10, LIMIT.format(bytes=16_384))
+    assert result.returncode == 1
+    line = told(result)
+    assert "checkpoint: could not write" in line
+    assert "step_00000012" in line
+    assert "too large" in line.lower()
+    assert line.endswith("the last good one is " + str(tmp_path / "run" / "checkpoints" / "step_00000008"))
+    assert soak.leftovers(tmp_path / "run") == []
+    go_on(backend)
+
+
+def test_a_disk_that_is_full_in_the_middle_of_a_line(hurt, tmp_path):
+    start, go_on = hurt
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    result = start("torch", 2, LIMIT.format(bytes=f"Path({str(metrics)!r}).stat().st_size + 100"))
+    assert result.returncode == 1
+    assert "File too large" in told(result)
+    torn = metrics.read_text().splitlines()[-1]
+    with pytest.raises(json.JSONDecodeError):
+        json.loads(torn)
+    go_on("torch")
+
+
+@needs_rights
+def test_a_run_directory_that_may_not_be_written_to(hurt, tmp_path):
+    start, go_on = hurt
+    (tmp_path / "run").mkdir(mode=0o555)
+    result = start("torch", 0, before=OBEY)
+    assert result.returncode == 2
+    assert str(tmp_path / "run") in told(result)
+    assert list((tmp_path / "run").iterdir()) == []
+    (tmp_path / "run").chmod(0o755)
+    go_on("torch")
+
+
+@needs_rights
+def test_a_folder_that_may_no_longer_be_written_to(hurt, tmp_path):
+    start, go_on = hurt
+    checkpoints = tmp_path / "run" / "checkpoints"
+    result = start("torch", 10, f"Path({str(checkpoints)!r}).chmod(0o555)", before=OBEY)
+    assert result.returncode == 1
+    line = told(result)
+    assert "Permission denied" in line
+    assert line.endswith(f"the last good one is {checkpoints / 'step_00000008'}")
+    checkpoints.chmod(0o755)
+    go_on("torch")
+
+
+def act_at(monkeypatch, fake, step, deed):
+    """Do something before the step after the given one."""
+    take = fake.train_step
+
+    def train_step(self, images, sample):
+        if self.step == step:
+            deed()
+        take(self, images, sample)
+
+    monkeypatch.setattr(fake, "train_step", train_step)
+
+
+@pytest.mark.parametrize("step", [3, 11])  # a line, or a checkpoint, is what is written next
+def test_a_run_directory_that_is_deleted_under_the_run(step, tiny, fake, monkeypatch, tmp_path):
+    config = tiny(batch_size=240, checkpoint_every=1, epochs=3, log_every=3 if step == 3 else 100)
+    with monkeypatch.context() as patch:
+        act_at(patch, fake, step, lambda: shutil.rmtree(config.run_path))
+        with pytest.raises(OSError, match="run"):
+            pretrain(config)
+    assert not config.run_path.exists()  # half a run would be worse than none
+    assert pretrain(config)["steps"] == 18
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """A folder of 200 small images."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    draw = np.random.default_rng(0)
+    for number in range(200):
+        Image.fromarray(draw.integers(0, 255, (20, 20), dtype=np.uint8)).save(folder / f"{number:03d}.png")
+    return folder
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_images_that_vanish_under_the_run(workers, photos, tiny, fake, monkeypatch, tmp_path):
+    options = {"data": str(photos), "batch_size": 16, "epochs": 6, "workers": workers, "holdout": 0.2}
+    whole = tiny(out=str(tmp_path / "whole"), **options)
+    pretrain(whole)
+    config = tiny(**options)
+    away = tmp_path / "away"
+    with monkeypatch.context() as patch:
+        act_at(patch, fake, 25, lambda: photos.rename(away))
+        with pytest.raises((OSError, ValueError), match=r"more than 1 %|could not be read|cannot be read"):
+            pretrain(config)
+    away.rename(photos)
+    pretrain(tiny(**options, resume=True))
+    assert final_weights(config) == final_weights(whole)
+
+
+def final_weights(config):
+    latest = sorted((config.run_path / "checkpoints").glob("step_*"))[-1]
+    with np.load(latest / "weights.safetensors") as file:
+        return {name: file[name].tobytes() for name in file}
+
+
+def test_what_a_run_left_half_written_before_its_first_step_is_deleted(tiny_words, tmp_path):
+    run = tmp_path / "run"
+    (run / "checkpoints").mkdir(parents=True)
+    (run / ".config.partial-01234567.yaml").write_text("epo")
+    assert main(["pretrain", *tiny_words, "--resume"]) == 0
+    assert [path.name for path in run.rglob("*") if ".partial" in path.name] == []

@@ -1,0 +1,83 @@
+"""What each process of test_distributed_pretrain.py does under torchrun: several commands, one after the other.
+
+Argument: a folder that holds `photos`, some of them unreadable. Each process leaves `rank_N.json` there, with exit code
+and output of every command.
+"""
+
+import contextlib
+import io
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+import prmim_torch
+from prmim_train import run_directory
+from prmim_train.cli import main
+
+WORDS = {
+    **{"backend": "torch", "channels": 1, "image_size": 16, "patch_size": 4, "embed_dim": 16, "depth": 1},
+    **{"num_heads": 2, "decoder_dim": 16, "decoder_depth": 1, "decoder_heads": 2, "epochs": 1, "batch_size": 120},
+    **{"holdout": 0.2, "base_learning_rate": 0.01, "precision": "float32", "device": "cpu", "log_every": 2},
+    **{"eval_limit": 40, "pictures": 2},
+}
+"""12 steps on the digits."""
+
+
+def command(out, *more):
+    return ["pretrain", *(word for name, value in WORDS.items() for word in (f"--{name}", str(value))), *more,
+            "--out", str(out)]  # fmt: skip
+
+
+@contextlib.contextmanager
+def stopped(step, rank):
+    """Send SIGTERM to one process, in a step."""
+    take = prmim_torch.Engine.train_step
+
+    def train_step(self, images, sample):
+        if self.step + 1 == step and self.rank == rank:
+            signal.raise_signal(signal.SIGTERM)
+        take(self, images, sample)
+
+    prmim_torch.Engine.train_step = train_step
+    yield
+    prmim_torch.Engine.train_step = take
+
+
+@contextlib.contextmanager
+def full_disk():
+    """Let the main process fail, and it alone, when it writes what only it writes."""
+    write = run_directory._write_manifest
+
+    def fail(directory):
+        raise OSError("No space left on device")
+
+    run_directory._write_manifest = fail
+    yield
+    run_directory._write_manifest = write
+
+
+def run(words, setting):
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), setting:
+        code = main(words)
+    return {"code": code, "out": out.getvalue(), "err": err.getvalue()}
+
+
+if __name__ == "__main__":
+    folder, nothing = Path(sys.argv[1]), contextlib.nullcontext()
+    run_folder = folder / "run"
+    photos = ("--data", str(folder / "photos"), "--holdout", "0")
+    commands = {
+        "stopped": (command(run_folder), stopped(5, rank=1)),
+        "taken": (command(run_folder), nothing),
+        "full disk": (command(run_folder, "--resume"), full_disk()),
+        "resumed": (command(run_folder, "--resume", "--parallel", "fsdp"), nothing),
+        "finished": (command(run_folder, "--resume"), nothing),
+        "uneven": (command(run_folder, "--resume", "--accumulate", "40"), nothing),
+        "photos": (command(folder / "photos run", *photos, "--batch_size", "40"), nothing),
+        "half": (command(folder / "half"), stopped(3, rank=0)),
+    }
+    results = {name: run(*given) for name, given in commands.items()}
+    (folder / f"rank_{os.environ['RANK']}.json").write_text(json.dumps(results))
