@@ -4,7 +4,6 @@ import os
 from collections.abc import Mapping
 from functools import partial
 from itertools import count, takewhile
-from math import cos, pi
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast, get_args
 
@@ -18,6 +17,7 @@ from jax import Array, lax
 from numpy.typing import NDArray
 
 from prmim_core import CostReport, Schedule, counter_noise
+from prmim_core.training import Decay, check_training, learning_rate_at
 from prmim_jax.distributed import ROWS, WHOLE, Layout, Parallel, Processes, choose_devices
 from prmim_jax.interop import named_variables, read_weights, save_weights
 from prmim_jax.method import FeatureMethod, Method, PixelMethod, Predicts, check_images
@@ -26,7 +26,6 @@ from prmim_jax.reconstruct import ProgressiveReconstruction
 from prmim_jax.vit import set_compute_dtype, stack_blocks, unstack_blocks
 
 Precision = Literal["float32", "bfloat16"]
-Decay = Literal["cosine", "step"]
 State = nnx.State[Any, Any]
 Arrays = dict[str, Array]
 """Arrays by the name of the parameter."""
@@ -116,7 +115,7 @@ class Engine:
     learning_rate, min_learning_rate
         Peak and end of the learning rate, as used (already scaled by the batch).
     decay
-        How the learning rate falls after the warm-up: see :func:`learning_rate_at`.
+        How the learning rate falls after the warm-up: see :func:`prmim_core.training.learning_rate_at`.
     weight_decay
         AdamW's; see :func:`decay_mask` for what is spared.
     betas
@@ -176,11 +175,9 @@ class Engine:
         parallel: Parallel = "ddp",
         timeout: float = 45.0,
     ) -> None:
-        _check_options(seed, total_steps, warmup_steps, learning_rate, min_learning_rate, clip_grad, accumulate)
+        check_training(seed, total_steps, warmup_steps, learning_rate, min_learning_rate, clip_grad, accumulate, decay)
         if precision not in ("float32", "bfloat16"):
             raise ValueError(f"precision: expected 'float32' or 'bfloat16', got {precision!r}")
-        if decay not in get_args(Decay):
-            raise ValueError(f"decay: expected 'cosine' or 'step', got {decay!r}")
         if parallel not in get_args(Parallel):
             raise ValueError(f"parallel: expected 'ddp' or 'fsdp', got {parallel!r}")
         if not 0 < timeout < float("inf"):
@@ -628,54 +625,6 @@ def decay_mask(method: nnx.Module) -> dict[str, bool]:
         for name, variable in named_variables(method).items()
         if isinstance(variable, nnx.Param)
     }
-
-
-def learning_rate_at(
-    step: int, total_steps: int, warmup_steps: int, peak: float, minimum: float, decay: Decay = "cosine"
-) -> float:
-    """Return the learning rate of a step, counted from 0.
-
-    After a linear warm-up from 0: ``"cosine"``, half a cosine to ``minimum``; ``"step"``, constant, and a tenth after
-    seven eighths of the steps (SimMIM), though never below ``minimum``.
-
-    Examples
-    --------
-    >>> [learning_rate_at(step, 4, 2, 1.0, 0.0) for step in range(4)]
-    [0.0, 0.5, 1.0, 0.5]
-    >>> [learning_rate_at(step, 8, 2, 1.0, 0.0, "step") for step in (1, 2, 6, 7)]
-    [0.5, 1.0, 1.0, 0.1]
-    """
-    if step < warmup_steps:
-        return peak * step / warmup_steps
-    if decay == "step":
-        return max(peak * (0.1 if 8 * step >= 7 * total_steps else 1.0), minimum)
-    done = min((step - warmup_steps) / max(total_steps - warmup_steps, 1), 1.0)
-    return minimum + (peak - minimum) * 0.5 * (1 + cos(pi * done))
-
-
-def _check_options(
-    seed: int,
-    total_steps: int,
-    warmup_steps: int,
-    learning_rate: float,
-    min_learning_rate: float,
-    clip_grad: float | None,
-    accumulate: int,
-) -> None:
-    if not 0 <= seed < 2**32:
-        raise ValueError(f"seed: expected an integer in [0, 2**32), got {seed}")
-    if total_steps < 1:
-        raise ValueError(f"total_steps: expected at least 1, got {total_steps}")
-    if not 0 <= warmup_steps <= total_steps:
-        raise ValueError(f"warmup_steps: expected 0 to total_steps {total_steps}, got {warmup_steps}")
-    if not 0 <= min_learning_rate <= learning_rate < float("inf"):
-        raise ValueError(
-            f"learning_rate: expected a number of at least min_learning_rate {min_learning_rate}, got {learning_rate}"
-        )
-    if clip_grad is not None and not clip_grad > 0:
-        raise ValueError(f"clip_grad: expected a positive number or None, got {clip_grad}")
-    if accumulate < 1:
-        raise ValueError(f"accumulate: expected at least 1, got {accumulate}")
 
 
 def _names_of(parameters: State) -> list[str]:

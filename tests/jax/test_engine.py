@@ -9,8 +9,9 @@ import pytest
 from flax import nnx
 
 from prmim_core import counter_noise, make_plan, patchify
+from prmim_core.training import learning_rate_at
 from prmim_jax import MAE, METHODS, Engine, create_method
-from prmim_jax.engine import decay_mask, learning_rate_at
+from prmim_jax.engine import decay_mask
 from prmim_jax.interop import named_variables
 
 TRAINING = {"seed": 3, "total_steps": 8, "warmup_steps": 2, "learning_rate": 1e-3, "device": "cpu"}

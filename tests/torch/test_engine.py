@@ -13,8 +13,9 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from prmim_core import counter_noise, make_plan, patchify
+from prmim_core.training import learning_rate_at
 from prmim_torch import Engine, create_method
-from prmim_torch.engine import learning_rate_at, parameter_groups
+from prmim_torch.engine import parameter_groups
 
 TRAINING = {"seed": 3, "total_steps": 8, "warmup_steps": 2, "learning_rate": 1e-3}
 SAMPLE = np.arange(8)
