@@ -1,6 +1,7 @@
 # The one task list: README, CONTRIBUTING and .ci/run call these targets and nothing else.
 #   make pretrain [BACKEND=torch|jax] [OUT=runs/digits]   set up, pre-train on the embedded digits, leave numbers and pictures
-#   make test | lint | docs | bench                   set up, then check
+#   make test | lint | docs                           set up, then check
+#   make bench | bench-full                           set up, then measure: in minutes, or at length
 # Everything is installed into .venv, at the versions in constraints.txt. PIP_ARGS passes options on to pip.
 
 PYTHON ?= python3
@@ -9,7 +10,7 @@ OUT ?= runs/digits
 PIP_ARGS ?=
 BIN := .venv/bin
 
-.PHONY: pretrain test lint docs bench wheel clean
+.PHONY: pretrain test lint docs bench bench-full wheel clean
 
 pretrain: .venv/installed-$(BACKEND)
 	$(BIN)/prmim pretrain --backend $(BACKEND) --out $(OUT) --resume
@@ -28,10 +29,12 @@ docs: .venv/installed-dev
 	@echo "docs/_build/html/index.html"
 
 # glibc hands large blocks back to the system and asks for them anew in every step; kept, times can be repeated.
-bench: export MALLOC_MMAP_THRESHOLD_ = 4000000000
-bench: export MALLOC_TRIM_THRESHOLD_ = 16000000000
+bench bench-full: export MALLOC_MMAP_THRESHOLD_ = 4000000000
+bench bench-full: export MALLOC_TRIM_THRESHOLD_ = 16000000000
 bench: .venv/installed-dev
 	$(BIN)/python -m benchmarks
+bench-full: .venv/installed-dev
+	$(BIN)/python -m benchmarks --full
 
 wheel: .venv/installed-dev
 	rm -rf dist

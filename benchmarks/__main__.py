@@ -1,7 +1,74 @@
-"""Run every benchmark at its short setting."""
+"""Run the benchmarks in minutes, or with ``--full`` all of them at the settings of the documentation.
 
-from benchmarks import backends, checkpoint, macs, plan, step
+Each is a process of its own, so that none finds the memory as another one left it.
+"""
 
-for benchmark in (macs, step, plan, backends, checkpoint):
-    benchmark.main([])
-    print()
+import subprocess
+import sys
+import time
+
+from benchmarks.report import argument_parser
+
+SHORT = {
+    "macs": [[]],
+    "step": [["--models", "vit_small", "--batch", "16", "--repeats", "2"]],
+    "memory": [["--models", "vit_small", "--precisions", "float32"]],
+    "profile": [["--model", "vit_small", "--arms", "PR-MIM 0.5", "--repeats", "1"]],
+    "plan": [["--images", "64", "--repeats", "3"]],
+    "backends": [["--repeats", "5"]],
+    "checkpoint": [["--model", "vit_tiny", "--repeats", "1", "--step-seconds", "10"]],
+    "scale": [["--no-check", "--models", "vit_base"]],
+    "input": [["--images", "64", "--repeats", "1"]],
+}
+FULL = {
+    "macs": [[]],
+    "step": [
+        ["--models", "vit_base", "vit_small", "--methods", "mae", "simmim", "--repeats", "7"],
+        ["--models", "vit_base", "--precision", "bfloat16", "--repeats", "7"],
+        ["--models", "vit_base", "--compile", "--repeats", "7"],
+        ["--models", "vit_small", "--backend", "jax", "--methods", "mae", "simmim", "--repeats", "7"],
+    ],
+    "memory": [
+        ["--models", "vit_base", "--methods", "mae", "simmim"],
+        ["--models", "vit_small", "--precisions", "float32", "--jax"],
+    ],
+    "profile": [
+        ["--model", "vit_base", "--repeats", "5"],
+        ["--model", "vit_small", "--repeats", "5"],
+        ["--model", "vit_small", "--backend", "jax", "--repeats", "5"],
+    ],
+    "plan": [[]],
+    "backends": [[]],
+    "checkpoint": [[]],
+    "scale": [[]],
+    "scan": [[]],
+    "input": [[]],
+}
+"""What is run, by benchmark: a list of options for each run."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run them one after the other, to the end whatever becomes of one; return how many failed."""
+    parser = argument_parser(__doc__)
+    parser.add_argument("--full", action="store_true", help="all of them, at length: about an hour on two cores")
+    parser.add_argument("--only", nargs="+", choices=tuple(FULL), metavar="NAME", help=", ".join(FULL))
+    options = parser.parse_args(arguments)
+    chosen = FULL if options.full else SHORT
+    failed = 0
+    for name, runs in chosen.items():
+        if options.only and name not in options.only:
+            continue
+        for settings in runs:
+            words = [f"benchmarks.{name}", *settings]
+            print(f"== python -m {' '.join(words)}", flush=True)
+            start = time.perf_counter()
+            code = subprocess.run([sys.executable, "-m", *words, "--json", str(options.json)], check=False).returncode
+            failed += code != 0
+            print(
+                f"== {time.perf_counter() - start:.0f} s" + (f", FAILED with {code}" if code else "") + "\n", flush=True
+            )
+    return failed
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -21,8 +21,8 @@ import torch
 
 import prmim_jax
 import prmim_torch
-from benchmarks.arms import ARMS, machine
-from benchmarks.plan import microseconds
+from benchmarks.arms import ARMS
+from benchmarks.report import Report, argument_parser, ratio, take_turns
 from prmim_core import Schedule, counter_noise, make_plan
 
 PACKAGES = {"torch": prmim_torch, "JAX": prmim_jax}
@@ -104,13 +104,9 @@ def main(arguments: list[str] | None = None) -> None:
     # Otherwise JAX takes most of a GPU's memory before the other one has begun.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     device = common_device() if options.device == "auto" else options.device
+    settings = {name: value for name, value in vars(options).items() if name not in ("json", "device")}
+    report = Report("backends", settings | {"device": device}, options.json)
     engines = build(options, device)
-    where = "; ".join(f"{name} on {engines['dense', name].device}" for name in PACKAGES)
-    print(
-        f"JAX against torch: training step, {options.model}, decoder {options.decoder_depth} x {options.decoder_dim}, "
-        f"patch {options.patch_size}, {options.image_size} px, mask 0.75, {options.precision}, batch {options.batch}, "
-        f"median of {options.repeats}  [{machine()}; jax {jax.__version__}; {where}]"
-    )
     images = np.random.default_rng(0).integers(0, 256, (options.batch, *[options.image_size] * 2, 3), dtype=np.uint8)
     take = partial(step, images=images, sample=np.arange(options.batch))
     first, compiling = {}, {}
@@ -118,34 +114,35 @@ def main(arguments: list[str] | None = None) -> None:
         with compilation() as compiling[key]:
             first[key] = take(engine)
     second = {key: take(engine) for key, engine in engines.items()}
-    times: dict[Key, list[float]] = {key: [] for key in engines}
-    for _ in range(options.repeats):  # engines take turns, so that a slow moment hits them all
-        for key, engine in engines.items():
-            times[key].append(take(engine)[0])
+    names = {key: ", ".join(key) for key in engines}
+    times = take_turns({names[key]: partial(take, engine) for key, engine in engines.items()}, options.repeats)
     runs = plans(engines["PR-MIM 0.5", "torch"].method.schedule, options.batch, device)
-    plan = [microseconds(runs[name], options.batch, 5 * options.repeats) for name in PACKAGES]
+    planning = take_turns(runs, 5 * options.repeats)
 
-    print(f"{'':28}{'torch':>10}{'JAX':>10}{'JAX to torch':>14}")
+    rows: dict[str, tuple[float | None, ...]] = {}
     for arm in COMPARED:
-        pair = [times[arm, name] for name in PACKAGES]
+        pair = [times[names[arm, name]] for name in PACKAGES]
         per_image = (1e3 * statistics.median(own) / options.batch for own in pair)
-        _row(f"{arm}, ms per image", *per_image, _ratio(*reversed(pair)), digits=2)
-    _row("PR-MIM 0.5 to dense", *(_ratio(times["PR-MIM 0.5", name], times["dense", name]) for name in PACKAGES))
-    _row("plan, us per image", *plan, plan[1] / plan[0], digits=1)
+        rows[f"{arm}, ms per image"] = (*per_image, ratio(*reversed(pair)))
+    to_dense = (ratio(times[names["PR-MIM 0.5", name]], times[names["dense", name]]) for name in PACKAGES)
+    rows["PR-MIM 0.5 to dense"] = (*to_dense, None)
+    per_image = (1e6 * statistics.median(planning[name]) / options.batch for name in PACKAGES)
+    rows["plan, us per image"] = (*per_image, ratio(planning["JAX"], planning["torch"]))
     for arm in COMPARED:
-        _row(f"{arm}, first step, s", *(first[arm, name][0] for name in PACKAGES), digits=2)
+        rows[f"{arm}, first step, s"] = (*(first[arm, name][0] for name in PACKAGES), None)
         seconds = compiling[arm, "JAX"]
         compile_only = seconds["backend_compile_duration"]
-        _row(f"{arm}, trace and lower", None, sum(seconds.values()) - compile_only, digits=2)
-        _row(f"{arm}, compile", None, compile_only, digits=2)
+        rows[f"{arm}, trace and lower, s"] = (None, sum(seconds.values()) - compile_only, None)
+        rows[f"{arm}, compile, s"] = (None, compile_only, None)
     for number, taken in enumerate((first, second), start=1):
         for arm in COMPARED:
             losses = [taken[arm, name][1] for name in PACKAGES]
-            _row(f"{arm}, loss of step {number}", *losses, losses[1] / losses[0], digits=6)
+            rows[f"{arm}, loss of step {number}"] = (*losses, losses[1] / losses[0])
+    report.table("JAX against torch", {"torch": ".6g", "JAX": ".6g", "JAX to torch": ".6f"}, rows)
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argument_parser(__doc__)
     parser.add_argument("--model", default="vit_tiny")
     # The rest of the recipe photos_vit_tiny, but for the batch.
     sizes = {"image_size": 112, "patch_size": 8, "decoder_dim": 128, "decoder_depth": 4, "decoder_heads": 4}
@@ -154,16 +151,6 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--precision", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     return parser.parse_args(arguments)
-
-
-def _ratio(own: list[float], other: list[float]) -> float:
-    """Return the median ratio, turn by turn."""
-    return statistics.median(a / b for a, b in zip(own, other, strict=True))
-
-
-def _row(label: str, ours: float | None, theirs: float, ratio: float | None = None, *, digits: int = 3) -> None:
-    cells = "".join(f"{'' if value is None else f'{value:.{digits}f}':>10}" for value in (ours, theirs))
-    print(f"{label:28}{cells}" + ("" if ratio is None else f"{ratio:>14.{max(digits, 3)}f}"))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
 """Time and size of a checkpoint, and its share of training, on both backends.
 
-Saving is all that a run waits for: weights and training state written, flushed to the disk, and checksummed. The share
-is `save / (save + steps * step)`, for the steps between two checkpoints of the published recipe on ImageNet. The time
-of a step is measured here for `--batch` images and scaled to the recipe's, or given with `--step-seconds`.
+A run waits until a copy of its state is made; the copy is written, checksummed and flushed to the disk in the
+background. Both are timed with nothing else going on, so that the whole is what a run would wait for without that. The
+share is `wait / (wait + steps * step)`, for the steps between two checkpoints of the published recipe on ImageNet. The
+time of a step is measured here for `--batch` images and scaled to the recipe's, or given with `--step-seconds`.
 """
 
 import argparse
@@ -19,7 +20,7 @@ import numpy as np
 
 import prmim_jax
 import prmim_torch
-from benchmarks.arms import machine
+from benchmarks.report import Report, argument_parser
 from prmim_train.budget import training_budget
 from prmim_train.config import PretrainConfig
 from prmim_train.run_directory import RunDirectory
@@ -28,11 +29,11 @@ PACKAGES = {"torch": prmim_torch, "JAX": prmim_jax}
 IMAGENET = 1_281_167
 
 
-def timed(call: Callable[[], Any]) -> float:
-    """Return the seconds that a call takes."""
+def timed(call: Callable[[], Any]) -> tuple[float, Any]:
+    """Return the seconds that a call takes, and its result."""
     start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
+    result = call()
+    return time.perf_counter() - start, result
 
 
 def total_size(folder: Path) -> int:
@@ -40,13 +41,13 @@ def total_size(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
-def share(save: float, step: float, steps: int) -> float:
-    """Return the part of the time of training that goes into checkpoints.
+def share(wait: float, step: float, steps: int) -> float:
+    """Return the part of the time of training that a run waits for checkpoints.
 
     Parameters
     ----------
-    save
-        Seconds that a checkpoint takes.
+    wait
+        Seconds that it waits for one.
     step
         Seconds that a training step takes.
     steps
@@ -54,10 +55,10 @@ def share(save: float, step: float, steps: int) -> float:
 
     Examples
     --------
-    >>> share(save=10.0, step=0.5, steps=180)
+    >>> share(wait=10.0, step=0.5, steps=180)
     0.1
     """
-    return save / (save + steps * step)
+    return wait / (wait + steps * step)
 
 
 def measure(name: str, options: argparse.Namespace, folder: Path) -> dict[str, float]:
@@ -75,22 +76,25 @@ def measure(name: str, options: argparse.Namespace, folder: Path) -> dict[str, f
         engine.read_metrics()
 
     step()  # compiles; and without it the optimiser's moments would be zeros, which are stored in no space
-    found = {"step": statistics.median(timed(step) for _ in range(options.repeats))}
+    found = {"step": statistics.median(timed(step)[0] for _ in range(options.repeats))}
     run = RunDirectory(folder)
     run.write_config("")  # which makes the folders
-    times: dict[str, list[float]] = {"save": [], "verify": [], "restore": []}
+    times: dict[str, list[float]] = {"wait": [], "save": [], "verify": [], "restore": []}
     for number in range(1, options.repeats + 1):
-        times["save"].append(timed(partial(run.save_checkpoint, engine, number, keep=1)))
-        times["verify"].append(timed(run.latest_checkpoint))
-        place = run.checkpoints()[-1]
-        times["restore"].append(timed(partial(engine.restore, place)))
+        wait, writing = timed(partial(run.start_checkpoint, engine, number, keep=1))
+        rest, place = timed(writing.finish)
+        times["wait"].append(wait)
+        times["save"].append(wait + rest)
+        times["verify"].append(timed(run.latest_checkpoint)[0])
+        times["restore"].append(timed(partial(engine.restore, place))[0])
+    engine.close()
     found["size"] = total_size(place)
     return found | {what: statistics.median(seconds) for what, seconds in times.items()}
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argument_parser(__doc__)
     parser.add_argument("--model", default="vit_base")
     parser.add_argument("--image-size", type=int, default=224)
     parser.add_argument("--decoder-depth", type=int, default=8)
@@ -102,10 +106,8 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     recipe = PretrainConfig()
     steps = training_budget(recipe, IMAGENET).checkpoint_steps
-    print(
-        f"Checkpoint, {options.model} MAE, decoder of {options.decoder_depth} blocks, {options.image_size} px, "
-        f"median of {options.repeats}  [{machine()}]"
-    )
+    settings = {name: getattr(options, name) for name in ("model", "image_size", "decoder_depth", "repeats")}
+    report = Report("checkpoint", settings, options.json)
     found = {}
     for name in PACKAGES:
         folder = Path(tempfile.mkdtemp(dir=options.folder))
@@ -113,21 +115,24 @@ def main(arguments: list[str] | None = None) -> None:
             found[name] = measure(name, options, folder)
         finally:
             shutil.rmtree(folder)
-    print(f"{'':38}" + "".join(f"{name:>10}" for name in PACKAGES))
-    _row("size, MB", [row["size"] / 1e6 for row in found.values()], digits=1)
-    for what in ("save", "verify", "restore"):
-        _row(f"{what}, s", [row[what] for row in found.values()], digits=2)
-    per_recipe = [
-        row["step"] / options.batch * recipe.batch_size if options.step_seconds is None else options.step_seconds
-        for row in found.values()
-    ]
-    _row(f"step of {recipe.batch_size} images, s", per_recipe, digits=2)
-    shares = [100 * share(row["save"], step, steps) for row, step in zip(found.values(), per_recipe, strict=True)]
-    _row(f"share of training, every {steps} steps, %", shares, digits=4)
-
-
-def _row(label: str, values: list[float], *, digits: int) -> None:
-    print(f"{label:38}" + "".join(f"{value:>10.{digits}f}" for value in values))
+    for row in found.values():
+        row["recipe"] = row["step"] / options.batch * recipe.batch_size
+        if options.step_seconds is not None:
+            row["recipe"] = options.step_seconds
+    rows: dict[str, Callable[[dict[str, float]], float]] = {
+        "size, MB": lambda row: row["size"] / 1e6,
+        "training waits, s": lambda row: row["wait"],
+        "written whole, s": lambda row: row["save"],
+        "verify, s": lambda row: row["verify"],
+        "restore, s": lambda row: row["restore"],
+        f"step of {recipe.batch_size} images, s": lambda row: row["recipe"],
+        f"share of training, every {steps} steps, %": lambda row: 100 * share(row["wait"], row["recipe"], steps),
+    }
+    report.table(
+        "checkpoint",
+        dict.fromkeys(PACKAGES, ".4g"),
+        {label: map(value, found.values()) for label, value in rows.items()},
+    )
 
 
 if __name__ == "__main__":

@@ -3,15 +3,15 @@
 Compilation is given in seconds of processor time, all cores together, which other work on the machine disturbs little.
 """
 
-import argparse
-import os
 import statistics
 import time
+from functools import partial
 from typing import Any
 
 import jax
 import numpy as np
 
+from benchmarks.report import Report, argument_parser, take_turns
 from prmim_jax import Engine
 
 
@@ -39,17 +39,15 @@ def compile_seconds(program: Any, *arguments: Any) -> tuple[float, int]:
     return time.process_time() - start, compiled.as_text().count("\n")
 
 
-def step_seconds(engine: Engine, images: Any, sample: Any) -> float:
+def take_step(engine: Engine, images: Any, sample: Any) -> None:
     """Take a training step and wait for it."""
-    start = time.perf_counter()
     engine.train_step(images, sample)
     jax.block_until_ready(engine._state)
-    return time.perf_counter() - start
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argument_parser(__doc__)
     parser.add_argument("--depths", type=int, nargs="+", default=[12, 24, 32])
     parser.add_argument("--decoder-depth", type=int, default=8)
     parser.add_argument("--dim", type=int, default=192)
@@ -58,32 +56,27 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     images = np.random.default_rng(0).integers(0, 256, (options.batch, 64, 64, 3), dtype=np.uint8)
     sample = np.arange(options.batch)
-    print(
-        f"MAE of width {options.dim}, 8x8 tokens, {options.decoder_depth} decoder blocks of width 64, "
-        f"batch {options.batch}  "
-        f"[jax {jax.__version__}, {jax.devices()[0].device_kind}, {os.cpu_count()} cores]"
-    )
-    print(f"{'':12}{'gradient':>21}{'whole step':>21}{'of a step':>11}")
-    print(f"{'blocks':12}{'compile s':>12}{'lines':>9}{'compile s':>12}{'lines':>9}{'ms':>11}")
+    settings = {name: value for name, value in vars(options).items() if name != "json"}
+    report = Report("scan", settings, options.json)
+    rows: dict[str, tuple[float, ...]] = {}
     for depth in options.depths:
-        rows, engines = {}, {}
+        compiled, engines = {}, {}
         for kind in ("loop", "scan"):
             engine = engines[kind] = make_engine(depth, options.decoder_depth, options.dim, kind == "scan")
             inputs = engine._inputs(images, sample)
             noise = engine._noise(inputs[1], 0)
             gradient = jax.jit(engine._gradients)
-            seconds, lines = compile_seconds(gradient, engine._state.parameters, engine._buffers, inputs[0], noise)
-            rows[kind] = f"{seconds:>12.1f}{lines:>9}"
-            seconds, lines = compile_seconds(engine._train, engine._state, engine._buffers, *inputs, 0, 0.0)
-            rows[kind] += f"{seconds:>12.1f}{lines:>9}"
-        times: dict[str, list[float]] = {kind: [] for kind in engines}
-        for turn in range(options.repeats + 1):  # in turns, so that a slow moment hits both
-            for kind, engine in engines.items():
-                seconds = step_seconds(engine, images, sample)
-                if turn:
-                    times[kind].append(seconds)
-        for kind, row in rows.items():
-            print(f"{f'{depth} {kind}':12}{row}{1e3 * statistics.median(times[kind]):>11.1f}", flush=True)
+            compiled[kind] = (
+                *compile_seconds(gradient, engine._state.parameters, engine._buffers, inputs[0], noise),
+                *compile_seconds(engine._train, engine._state, engine._buffers, *inputs, 0, 0.0),
+            )
+        times = take_turns(
+            {kind: partial(take_step, engine, images, sample) for kind, engine in engines.items()}, options.repeats
+        )
+        for kind in engines:
+            rows[f"{depth} blocks, {kind}"] = (*compiled[kind], 1e3 * statistics.median(times[kind]))
+    columns = {"gradient, s": ".1f", "lines": "d", "whole step, s": ".1f", "its lines": "d", "a step, ms": ".1f"}
+    report.table("compilation", columns, rows)
 
 
 if __name__ == "__main__":

@@ -1,98 +1,194 @@
-"""Time and saved activations of a training step, as ratios within one run.
+"""Time of a training step: forward, backward and AdamW; arms of one model take turns in one process.
 
-The official MAE trains under half-precision autocast, so what is saved is shown with and without.
+On torch, methods run as they are written, beside peers that are fed pixels which are on the device already. On JAX, by
+its engine. The plan's share is the time of the plan alone over that of the step.
 """
 
 import argparse
 import statistics
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
+from typing import Any
 
+import numpy as np
 import torch
+from torch import nn
 
-from benchmarks.arms import ARMS, build, inputs, machine
-from benchmarks.plan import microseconds
-from prmim_torch import make_plan
+from benchmarks import arms
+from benchmarks.report import Report, argument_parser, ratio, take_turns
+from prmim_core import Schedule, counter_noise
 
+WARM_UP = 2
+"""The second step is the first one whose memory is all there: an optimiser's state comes into being in the first."""
 
-def saved_bytes(forward: Callable[[], torch.Tensor], parameters: list[torch.Tensor]) -> int:
-    """Count the bytes that a forward pass keeps for the backward pass, each storage once, parameters not."""
-    own = {parameter.untyped_storage().data_ptr() for parameter in parameters}
-    kept: dict[int, int] = {}
+Runs = dict[str, Callable[[], object]]
 
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        output = forward()
-    # The graph must live until here: freed storages would be counted again at the same address, or not at all.
-    del output
-    return sum(kept.values())
+GOALS = {"PR-MIM 0.5": 0.75, "dense": 0.95, "plan": 0.005}
+"""At most: a step of PR-MIM over the dense one; the dense one over the fastest peer; the plan's share of a step."""
 
 
-def saved_per_image(loss: Callable[[int], torch.Tensor], method: torch.nn.Module, batch: int) -> float:
-    """Return the bytes that one more image in the batch keeps; half-precision copies of weights are no image's."""
-    parameters, half = list(method.parameters()), batch // 2
-    whole, part = (saved_bytes(partial(loss, size), parameters) for size in (batch, half))
-    return (whole - part) / (batch - half)
+def torch_runs(model: str, method: str, options: argparse.Namespace, device: str) -> tuple[Runs, Schedule]:
+    """Return a training step of every arm and peer of a model, and the schedule of PR-MIM 0.5."""
+    names = [*arms.METHODS[method]]
+    if method == "mae" and options.peers:
+        names += [arms.OFFICIAL, *arms.PEERS]
+    modules = {name: arms.build(name, model, method=method).to(device) for name in names}
+    arms.share_weights(modules.values())
+    images, noise = arms.inputs(options.batch, device)
+    pixels = torch.randn(options.batch, 3, 224, 224, device=device)
+    runs: Runs = {}
+    for name, module in modules.items():
+        batch = (pixels if name in arms.PEERS else images, noise)
+        runs[name] = torch_step(module, batch, precision=options.precision, compile=options.compile)
+    return runs, modules["PR-MIM 0.5"].schedule
+
+
+def torch_step(
+    module: nn.Module, batch: tuple[torch.Tensor, torch.Tensor], *, precision: str = "float32", compile: bool = False
+) -> Callable[[], None]:
+    """Return a training step that waits for its end."""
+    device = batch[0].device
+    optimizer = torch.optim.AdamW(module.parameters(), lr=1e-4, fused=True)
+    is_ours = not isinstance(module, arms.TransformersMAE)
+    forward = torch.compile(module, fullgraph=is_ours, dynamic=False) if compile else module
+
+    def step() -> None:
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+            loss = arms.loss(forward, *batch)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+
+    return step
+
+
+def jax_runs(model: str, method: str, options: argparse.Namespace, device: str) -> tuple[Runs, Schedule]:
+    """Return a training step of every arm of a model, and the schedule of PR-MIM 0.5."""
+    from prmim_jax import Engine
+
+    training = {"seed": 0, "total_steps": 1000, "warmup_steps": 0, "learning_rate": 1e-4}
+    images = np.random.default_rng(0).integers(0, 256, (options.batch, 224, 224, 3), dtype=np.uint8)
+
+    def step(engine: Engine) -> None:
+        engine.train_step(images, np.arange(options.batch))
+        engine.read_metrics()
+
+    runs: Runs = {}
+    for name, changes in arms.METHODS[method].items():
+        engine = Engine(
+            {"name": method, "model": model, **changes}, precision=options.precision, device=device, **training
+        )
+        runs[name] = partial(step, engine)
+        if name == "PR-MIM 0.5":
+            schedule = engine.method.schedule
+    return runs, schedule
+
+
+def plan_run(schedule: Schedule, backend: str, batch: int, device: str) -> Callable[[], None]:
+    """Return the plan of a batch alone."""
+    noise = counter_noise(0, 0, np.arange(batch), schedule.grid.num_tokens)
+    if backend == "torch":
+        import prmim_torch
+
+        on_device = torch.from_numpy(noise).to(device)
+
+        def make() -> None:
+            prmim_torch.make_plan(schedule, on_device)
+            if device == "cuda":
+                torch.cuda.synchronize()
+
+        return make
+    import jax
+
+    import prmim_jax
+
+    compiled = jax.jit(prmim_jax.make_plan, static_argnums=0)
+    array = jax.device_put(noise, jax.local_devices(backend=device)[0])
+    return lambda: compiled(schedule, array).order.block_until_ready()
+
+
+def verdict(value: float, name: str) -> str:
+    """Say whether a goal is met."""
+    return (
+        f"goal {GOALS[name]:.1%}"
+        if name == "plan"
+        else f"goal {GOALS[name]:.2f}" + (": met" if value <= GOALS[name] else ": MISSED")
+    )
+
+
+def table(model: str, method: str, options: argparse.Namespace, device: str, report: Report) -> None:
+    """Measure the arms of one model, and print their table."""
+    make_runs = torch_runs if options.backend == "torch" else jax_runs
+    runs, schedule = make_runs(model, method, options, device)
+    times = take_turns(runs, options.repeats, warm_up=WARM_UP)
+    plan = take_turns({"plan": plan_run(schedule, options.backend, options.batch, device)}, 5 * options.repeats)
+    medians = {name: statistics.median(seconds) for name, seconds in times.items()}
+    peers = [name for name in arms.PEERS if name in times]
+    fastest = min(peers, key=medians.__getitem__, default=None)
+    rows: dict[str, tuple[Any, ...]] = {}
+    for name, seconds in times.items():
+        to_dense = ratio(seconds, times["dense"])
+        to_peer = None if fastest is None else ratio(seconds, times[fastest])
+        goal = None
+        if name == "dense" and to_peer is not None:
+            goal = verdict(to_peer, name)
+        elif name == "PR-MIM 0.5" and method == "mae":
+            goal = verdict(to_dense, name)
+        rows[name] = (1e3 * medians[name] / options.batch, to_dense, to_peer, goal)
+    share = statistics.median(plan["plan"]) / medians["PR-MIM 0.5"]
+    rows["plan of PR-MIM 0.5"] = (
+        1e3 * statistics.median(plan["plan"]) / options.batch,
+        None,
+        None,
+        f"{share:.2%} of its step",
+    )
+    report.table(
+        f"{method}, {model}",
+        {"ms per image": ".2f", "to dense": ".3f", "to fastest peer": ".3f", "": ""},
+        rows,
+    )
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", default="vit_base")
+    """Print a table for every model and method."""
+    options = _parse(arguments)
+    device = options.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    shown: Mapping[str, Any] = {
+        "backend": options.backend,
+        "device": device,
+        "precision": options.precision,
+        "compiled": "yes" if options.compile or options.backend == "jax" else "no",
+        "batch": options.batch,
+        "pixels": 224,
+        "patch": 16,
+        "median of": options.repeats,
+    }
+    name = f"step-{options.backend}-{device}-{options.precision}" + "-compiled" * options.compile
+    report = Report(name, shown, options.json)
+    for model in options.models:
+        for method in options.methods:
+            table(model, method, options, device, report)
+
+
+def _parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argument_parser(__doc__)
+    parser.add_argument("--models", nargs="+", default=["vit_base"], help="names of encoders")
+    parser.add_argument("--methods", nargs="+", choices=tuple(arms.METHODS), default=["mae"])
+    parser.add_argument("--backend", choices=("torch", "jax"), default="torch")
+    parser.add_argument("--precision", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--compile", action="store_true", help="torch.compile, ours and the peers'")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--no-peers", dest="peers", action="store_false", help="leave out what is not ours")
     options = parser.parse_args(arguments)
-    images, noise = inputs(options.batch)
-    print(
-        f"Training step, {options.model}, patch 16, 224 px, mask 0.75, float32, batch {options.batch}, "
-        f"median of {options.repeats}  [{machine()}]"
-    )
-    names = ("official layout", *ARMS)
-    methods = {name: build(name, options.model) for name in names}
-    optimizers = {name: torch.optim.AdamW(method.parameters(), fused=True) for name, method in methods.items()}
-
-    def loss(name: str, batch: int = options.batch) -> torch.Tensor:
-        output = methods[name](images[:batch], noise[:batch])
-        return output if isinstance(output, torch.Tensor) else output.loss
-
-    def step(name: str) -> float:
-        start = time.perf_counter()
-        loss(name).backward()
-        optimizers[name].step()
-        optimizers[name].zero_grad()
-        return time.perf_counter() - start
-
-    memory = {}
-    for precision in ("float32", "bfloat16"):
-        for name in names:
-            with torch.autocast(images.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
-                memory[name, precision] = saved_per_image(partial(loss, name), methods[name], options.batch)
-    times: dict[str, list[float]] = {name: [] for name in names}
-    for turn in range(options.repeats + 1):  # arms take turns, so that a slow moment hits them all
-        for name in names:
-            seconds = step(name)
-            if turn:
-                times[name].append(seconds)
-    print(f"{'':18}{'ms per image':>14}{'to dense':>10}")
-    for name in names:
-        per_image = 1e3 * statistics.median(times[name]) / options.batch
-        to_dense = statistics.median(own / dense for own, dense in zip(times[name], times["dense"], strict=True))
-        print(f"{name:18}{per_image:>14.1f}{to_dense:>10.3f}")
-    plan = microseconds(partial(make_plan, methods["PR-MIM 0.5"].schedule, noise), options.batch, options.repeats)
-    share = plan / (1e6 * statistics.median(times["PR-MIM 0.5"]) / options.batch)
-    print(f"plan of PR-MIM 0.5 {plan / 1e3:>13.3f}   {share:.3%} of its step")
-    for precision in ("float32", "bfloat16"):
-        print(f"{'saved, ' + precision:18}{'MB per image':>14}{'to dense':>10}{'to official':>13}")
-        for name in names:
-            saved = memory[name, precision]
-            to_dense, to_official = (saved / memory[other, precision] for other in ("dense", "official layout"))
-            print(f"{name:18}{saved / 1e6:>14.1f}{to_dense:>10.3f}{to_official:>13.3f}")
+    if options.compile and options.backend == "jax":
+        parser.error("--compile: JAX compiles in any case")
+    return options
 
 
 if __name__ == "__main__":

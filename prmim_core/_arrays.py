@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import array_api_compat as compat
+import numpy as np
 
 Array = Any
 """An array of any library that follows the array API standard: NumPy, PyTorch, JAX, array-api-strict, ..."""
@@ -48,6 +49,60 @@ def _library(array: Array) -> str:
 
 def _is_jax(array: Array) -> bool:
     return _library(array) in ("jax", "jaxlib")
+
+
+def argsort(x: Array) -> Array:
+    """Return the stable order of the values of every row of ``x`` (batch, n), as ``argsort`` of the standard does.
+
+    NumPy sorts integers ten times as fast as it sorts their indices, so there each is packed with its index.
+    """
+    if not (isinstance(x, np.ndarray) and np.can_cast(x.dtype, np.int32)):
+        return array_namespace(x).argsort(x, axis=1, stable=True)
+    packed = x.astype(np.int64)
+    packed <<= 32
+    packed |= np.arange(x.shape[1])
+    packed.sort(axis=1)
+    packed &= 2**32 - 1
+    return packed
+
+
+def scatter(index: Array, values: Array, length: int) -> Array:
+    """Write values to places of a row, the same ones in every row.
+
+    Parameters
+    ----------
+    index
+        int (batch, n), in [0, length).
+    values
+        (n,).
+    length
+        Length of the rows that are returned.
+
+    Returns
+    -------
+    array
+        (batch, length), of the dtype of the values: ``values[i]`` at ``[b, index[b, i]]``, zero elsewhere.
+    """
+    xp, device = array_namespace(index, values), device_of(index)
+    batch, n = index.shape
+    rows = xp.zeros((batch, length), dtype=values.dtype, device=device)
+    if _library(index) == "torch":
+        return rows.scatter(1, xp.astype(index, xp.int64), values.expand(batch, n))
+    image = xp.arange(batch, device=device)[:, None]
+    if _is_jax(index):
+        return rows.at[image, index].set(values)
+    if isinstance(index, np.ndarray):
+        rows[image, index] = values
+        return rows
+    if n == 0:
+        return rows
+    # The standard knows no scatter, but it can search: all rows in one sorted list, each shifted past the one before.
+    order = argsort(index)
+    places = xp.reshape(xp.take_along_axis(index, order, axis=1) + image * length, (-1,))
+    wanted = xp.arange(batch * length, dtype=places.dtype, device=device)
+    nearest = xp.minimum(xp.searchsorted(places, wanted), xp.asarray(max(batch * n - 1, 0), device=device))
+    written = xp.take(xp.take(values, xp.reshape(order, (-1,))), nearest)
+    return xp.where(xp.reshape(xp.take(places, nearest) == wanted, rows.shape), xp.reshape(written, rows.shape), rows)
 
 
 def scan(xp: Namespace, step: Callable[[Any], tuple[Any, Array]], state: Any, length: int) -> tuple[Any, Array]:

@@ -1,4 +1,4 @@
-"""What a configuration costs, by formula: multiply-accumulates and bytes saved for the backward pass.
+"""What a configuration costs, by formula: multiply-accumulates, and the bytes of activations in memory.
 
 One multiply-accumulate (MAC) is one unit, as the papers count "FLOPs"; a forward and backward pass is three times the
 forward pass. Biases, norms, softmax and GELU are not counted, as usual.
@@ -6,6 +6,7 @@ forward pass. Biases, norms, softmax and GELU are not counted, as usual.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Literal, get_args
 
 from prmim_core.schedule import Schedule
@@ -104,14 +105,17 @@ class PartCost:
         Forward multiply-accumulates.
     activation_bytes
         Bytes saved for the backward pass.
+    recomputed_bytes
+        Bytes that the backward pass makes anew and holds at a time: those of one block, where blocks are recomputed.
     """
 
     macs: int
     activation_bytes: int
+    recomputed_bytes: int = 0
 
     def times(self, number: int) -> "PartCost":
-        """Return the cost of so many of these."""
-        return PartCost(number * self.macs, number * self.activation_bytes)
+        """Return the cost of so many of these, of which one at a time is recomputed."""
+        return replace(self, macs=number * self.macs, activation_bytes=number * self.activation_bytes)
 
 
 @dataclass(frozen=True)
@@ -136,6 +140,15 @@ class CostReport:
         """Bytes that all parts save for the backward pass."""
         return sum(part.activation_bytes for part in self.parts.values())
 
+    @property
+    def peak_activation_bytes(self) -> int:
+        """Most bytes of activations at a time: those that parts have saved, and what one of them recomputes.
+
+        The backward pass goes from the last part to the first, and drops what a part has saved when it is through.
+        """
+        saved = accumulate(part.activation_bytes for part in self.parts.values())
+        return max(kept + part.recomputed_bytes for kept, part in zip(saved, self.parts.values(), strict=True))
+
 
 def cost(
     schedule: Schedule,
@@ -148,6 +161,7 @@ def cost(
     repeats: int = 3,
     bookkeeping: Bookkeeping = "prmim",
     attention: Attention = "fused",
+    recompute_blocks: bool = False,
     compute_bytes: int = 4,
 ) -> CostReport:
     """Return the cost of an MAE, dense or with thrown tokens, per image.
@@ -172,6 +186,8 @@ def cost(
         cost nothing then.
     attention
         ``"fused"`` keeps no n * n matrix, ``"explicit"`` does.
+    recompute_blocks
+        Whether of a block only its input is saved, and the rest computed anew in the backward pass.
     compute_bytes
         Bytes per value in matrix products: 4 for float32, 2 for bfloat16 autocast.
 
@@ -207,9 +223,9 @@ def cost(
     return CostReport(
         {
             "patch_embed": _linear(embedded, patch_dim, encoder.dim, compute_bytes),
-            "encoder": _blocks(encoder, encoded, compute_bytes, attention),
+            "encoder": _blocks(encoder, encoded, compute_bytes, attention, recompute_blocks),
             "decoder_embed": _linear(encoded, encoder.dim, decoder.dim, compute_bytes),
-            "decoder": _blocks(decoder, decoded, compute_bytes, attention),
+            "decoder": _blocks(decoder, decoded, compute_bytes, attention, recompute_blocks),
             "stages": _stages(schedule, decoder.dim, variant, heads, repeats, compute_bytes),
             "head": _head(predicted, decoder.dim, patch_dim, compute_bytes),
         }
@@ -228,6 +244,7 @@ def simmim_cost(
     relative_position: bool = True,
     bookkeeping: Bookkeeping = "prmim",
     attention: Attention = "fused",
+    recompute_blocks: bool = False,
     compute_bytes: int = 4,
 ) -> CostReport:
     """Return the cost of SimMIM, dense or with thrown tokens, per image.
@@ -245,12 +262,13 @@ def simmim_cost(
     layer_scale
         Whether the branches of a block are scaled per channel, which keeps their outputs for the backward pass.
     relative_position
-        Whether a bias is added to the scores of attention. It is gathered once for all blocks.
+        Whether a bias is added to the scores of attention. It is gathered once for all blocks, for each image where
+        tokens are thrown.
     bookkeeping
         ``"prmim"``: visible patches are embedded and supervised tokens predicted, as our models do. ``"official"``: all
         patches are embedded and every token of the encoder but cls is predicted, as the official SimMIM does; thrown
         tokens cost nothing then.
-    attention, compute_bytes
+    attention, recompute_blocks, compute_bytes
         As in :func:`cost`.
 
     Returns
@@ -282,14 +300,16 @@ def simmim_cost(
         embedded = counts.visible
         predicted = counts.decoded if variant == "none" else counts.masked
     length = encoded + 1  # with cls
-    blocks = _blocks(encoder, length, compute_bytes, attention)
-    scaled_bytes = layer_scale * encoder.depth * 2 * length * encoder.dim * compute_bytes
-    # The bias of every head, and one 8-byte place in the table per pair of tokens.
-    bias_bytes = relative_position * length**2 * (encoder.heads * compute_bytes + 8)
+    scaled_bytes = layer_scale * 2 * length * encoder.dim * compute_bytes
+    blocks = _blocks(encoder, length, compute_bytes, attention, recompute_blocks, more_bytes=scaled_bytes)
+    # The bias of every head, and one 8-byte place in the table per pair of tokens; where all tokens are there, the
+    # images of a batch share one.
+    has_bias = relative_position and counts.thrown > 0
+    bias_bytes = has_bias * length**2 * (encoder.heads * compute_bytes + 8)
     return CostReport(
         {
             "patch_embed": _linear(embedded, patch_dim, encoder.dim, compute_bytes),
-            "encoder": PartCost(blocks.macs, blocks.activation_bytes + scaled_bytes + bias_bytes),
+            "encoder": replace(blocks, activation_bytes=blocks.activation_bytes + bias_bytes),
             "stages": _stages(schedule, encoder.dim, variant, heads, repeats, compute_bytes),
             "head": _head(predicted, encoder.dim, patch_dim, compute_bytes),
         }
@@ -310,6 +330,7 @@ def maskalign_cost(
     repeats: int = 3,
     bookkeeping: Bookkeeping = "prmim",
     attention: Attention = "fused",
+    recompute_blocks: bool = False,
     compute_bytes: int = 4,
 ) -> CostReport:
     """Return the cost of MaskAlign, plain or with thrown tokens aligned too, per image.
@@ -337,7 +358,7 @@ def maskalign_cost(
         ``"prmim"``: visible patches are embedded, and there are mixed features and a head for each aligned layer.
         ``"official"``: all patches are embedded and every layer of the teacher has a head, as in the official
         MaskAlign; mixing and thrown tokens cost nothing then.
-    attention, compute_bytes
+    attention, recompute_blocks, compute_bytes
         As in :func:`cost`.
 
     Returns
@@ -378,7 +399,7 @@ def maskalign_cost(
     return CostReport(
         {
             "patch_embed": _linear(embedded, patch_dim, encoder.dim, compute_bytes),
-            "encoder": _blocks(encoder, length, compute_bytes, attention, final_norm=False),
+            "encoder": _blocks(encoder, length, compute_bytes, attention, recompute_blocks, final_norm=False),
             "fusion": PartCost(fused * encoder.depth * length * encoder.dim, stack_bytes),
             "stages": stages.times(fused),
             "heads": head.times(predicted),
@@ -401,10 +422,23 @@ def _check(variant: str, bookkeeping: str, attention: str) -> None:
 
 
 def _blocks(
-    size: Transformer, length: int, compute_bytes: int, attention: Attention, *, final_norm: bool = True
+    size: Transformer,
+    length: int,
+    compute_bytes: int,
+    attention: Attention,
+    recompute_blocks: bool,
+    *,
+    final_norm: bool = True,
+    more_bytes: int = 0,
 ) -> PartCost:
-    saved = size.activation_bytes(length, compute_bytes=compute_bytes, attention=attention)
-    return PartCost(size.macs(length), saved + final_norm * length * (4 * size.dim + 2 * 4))
+    """Count blocks and the norm behind them; ``more_bytes``: what a block saves beyond the usual."""
+    inside = size.activation_bytes(length, compute_bytes=compute_bytes, attention=attention)
+    inside += size.depth * more_bytes
+    norm = final_norm * length * (4 * size.dim + 2 * 4)
+    if not recompute_blocks:
+        return PartCost(size.macs(length), inside + norm)
+    # The residual stream in front of each block.
+    return PartCost(size.macs(length), size.depth * length * size.dim * 4 + norm, inside // size.depth)
 
 
 def _linear(length: int, inputs: int, outputs: int, compute_bytes: int) -> PartCost:
@@ -432,5 +466,7 @@ def _stages(schedule: Schedule, dim: int, variant: Variant, heads: int, repeats:
         else:
             weights = size * known * (heads if variant == "kernel" else 1)
             macs += size * known * dim
-            saved += weights * compute_bytes + known * dim * compute_bytes + norm
+            # And, where the weights are learned, one 8-byte place in the table per pair of tokens.
+            places = (variant == "kernel") * size * known * 8
+            saved += weights * compute_bytes + places + known * dim * compute_bytes + norm
     return PartCost(macs, saved)

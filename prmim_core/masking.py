@@ -6,7 +6,7 @@ its result to :func:`prmim_core.make_plan` as ``visible``.
 
 from math import prod
 
-from prmim_core._arrays import Array, array_namespace, device_of
+from prmim_core._arrays import Array, argsort, array_namespace, device_of
 from prmim_core.grid import Grid
 from prmim_core.noise import uniform
 
@@ -41,9 +41,8 @@ def random_visible(noise: Array, num_visible: int) -> Array:
     >>> random_visible(np.asarray([[3, 1, 2, 0]]), 2).tolist()
     [[3, 1]]
     """
-    xp = array_namespace(noise)
     _check_noise(noise, num_visible)
-    return xp.argsort(noise, axis=1, stable=True)[:, :num_visible]
+    return argsort(noise)[:, :num_visible]
 
 
 def block_visible(noise: Array, grid: Grid, unit: tuple[int, ...], num_visible_units: int) -> Array:
@@ -128,9 +127,8 @@ def weighted_visible(noise: Array, weights: Array, num_visible: int) -> Array:
     >>> weighted_visible(counter_noise(0, 0, np.arange(1), 4), np.asarray([[0.0, 1.0, 0.0, 5.0]]), 2).tolist()
     [[3, 1]]
     """
-    xp = array_namespace(noise, weights)
     _check_noise(noise, num_visible)
-    return xp.argsort(arrival_times(noise, weights), axis=1, stable=True)[:, :num_visible]
+    return argsort(arrival_times(noise, weights))[:, :num_visible]
 
 
 def tube_visible(noise: Array, grid: Grid, num_visible: int) -> Array:
@@ -235,6 +233,7 @@ def check_weights(weights: Array, noise: Array) -> None:
 
 
 def _check_noise(noise: Array, num_visible: int) -> None:
+    array_namespace(noise)  # says what it thinks of what is no array
     if noise.ndim != 2:
         raise ValueError(f"noise: expected shape (batch, N), got {tuple(noise.shape)}")
     if not 0 <= num_visible <= noise.shape[1]:

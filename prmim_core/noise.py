@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from prmim_core._arrays import Array, Namespace, array_namespace, compat_namespace, device_of
+from prmim_core._arrays import Array, Namespace, argsort, array_namespace, compat_namespace, device_of, scatter
 
 
 def counter_noise(seed: int, step: int | Array, sample: Array, num_tokens: int, xp: Namespace | None = None) -> Array:
@@ -134,7 +134,8 @@ def noise_rank(noise: Array) -> Array:
     [[2, 0, 1]]
     """
     xp = array_namespace(noise)
-    return xp.astype(inverse_permutation(xp.argsort(noise, axis=1, stable=True)), xp.int32)
+    length = noise.shape[1]
+    return scatter(argsort(noise), xp.arange(length, dtype=xp.int32, device=device_of(noise)), length)
 
 
 def inverse_permutation(order: Array) -> Array:
@@ -157,7 +158,8 @@ def inverse_permutation(order: Array) -> Array:
     [[1, 2, 0]]
     """
     xp = array_namespace(order)
-    return xp.argsort(order, axis=1, stable=True)
+    length = order.shape[1]
+    return scatter(order, xp.arange(length, device=device_of(order)), length)
 
 
 def uniform(noise: Array) -> Array:

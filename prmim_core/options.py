@@ -171,6 +171,13 @@ def pixel_statistics(
     return tuple(float(value) for value in mean), tuple(float(value) for value in std)
 
 
+def check_flag(name: str, value: bool) -> bool:
+    """Return a value that is True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: expected True or False, got {value!r}")
+    return value
+
+
 def check_fraction(name: str, value: float) -> float:
     """Return a number in [0, 1) as a float."""
     if isinstance(value, bool) or not isinstance(value, int | float):

@@ -1,17 +1,23 @@
 """Furthest point sampling: picks that lie as far from everything known as they can."""
 
 from collections.abc import Callable
+from functools import lru_cache
 
 import numpy as np
+from numpy.typing import NDArray
 
-from prmim_core._arrays import Array, Namespace, array_namespace, device_of, scan
+from prmim_core._arrays import Array, Namespace, argsort, array_namespace, device_of, scan
 from prmim_core.coverage import int32_points, nearest_known_distance, squared_distances
 from prmim_core.grid import INT32_MAX, Grid
 from prmim_core.noise import noise_rank
 
-# Up to this many tokens a table of all N * N distances is made once (16 MiB) and rows are looked up in it: five times
-# as fast in NumPy as computing each row where it is needed.
+# Up to this many tokens rows of distances are looked up in a table of all N * N (16 MiB), which is two to three times
+# as fast in NumPy as adding them up axis by axis.
 _TABLE_TOKENS = 2048
+
+
+Sampler = Callable[[Grid, int, Array, Array | None, Array | None], Array]
+"""What is called as :func:`furthest_point_sampling` is, by position, and picks the same tokens."""
 
 
 def furthest_point_sampling(
@@ -68,45 +74,81 @@ def furthest_point_sampling(
     xp = array_namespace(noise)
     length = _check(positions, num_samples, noise, known, candidates)
     if num_samples == 0:
-        return xp.argsort(noise, axis=1, stable=True)[:, :0]
-    nobody = xp.zeros(noise.shape, dtype=xp.bool, device=device_of(noise))
-    is_known = nobody if known is None else known
+        return argsort(noise)[:, :0]
+    distance, rank = starting_distance(positions, noise, known, candidates)
+    if key_fits_int32(positions):
+        key = distance * length + rank
+        if isinstance(noise, np.ndarray) and isinstance(positions, Grid) and length <= _TABLE_TOKENS:
+            return _pick_in_place(_key_table(positions), key, rank, num_samples)
+        return _pick_by_packed_key(xp, _distance_rows(xp, positions, length, noise), key, rank, num_samples)
+    return _pick_by_distance_then_rank(xp, _distance_rows(xp, positions, 1, noise), distance, rank, num_samples)
+
+
+def starting_distance(
+    positions: Grid | Array, noise: Array, known: Array | None, candidates: Array | None
+) -> tuple[Array, Array]:
+    """Return what sampling starts from.
+
+    Returns
+    -------
+    distance
+        int32 (batch, N): squared, to the nearest known token; one and the same for all where nothing is known, and -1
+        where a token may not be picked.
+    rank
+        int32 (batch, N): see :func:`prmim_core.noise_rank`.
+    """
+    xp = array_namespace(noise)
+    is_known = xp.zeros(noise.shape, dtype=xp.bool, device=device_of(noise)) if known is None else known
     may_pick = ~is_known if candidates is None else candidates & ~is_known
     distance = nearest_known_distance(positions, is_known)
-    rank = noise_rank(noise)
     furthest = _max_squared_distance(positions)
-    rows = _distance_rows(xp, positions, length, device_of(noise))
-    if furthest is not None and (furthest + 2) * length <= INT32_MAX:
-        return _pick_by_packed_key(xp, rows, distance, rank, may_pick, furthest, num_samples)
-    return _pick_by_distance_then_rank(xp, rows, distance, rank, may_pick, num_samples)
+    if furthest is not None:
+        distance = xp.minimum(distance, xp.full_like(distance, furthest + 1))
+    return xp.where(may_pick, distance, -1), noise_rank(noise)
 
 
-def _pick_by_packed_key(
-    xp: Namespace,
-    rows: Callable[[Array], Array],
-    distance: Array,
-    rank: Array,
-    may_pick: Array,
-    furthest: int,
-    num_samples: int,
-) -> Array:
-    length = rank.shape[1]
-    nowhere_near = xp.full_like(distance, furthest + 1)  # where nothing is known, all are equally far
-    key = xp.minimum(distance, nowhere_near) * length + rank
-    key = xp.where(may_pick, key, -1)
+def key_fits_int32(positions: Grid | Array) -> bool:
+    """Whether distance and rank fit into one int32 key; False where the distances are not known here."""
+    furthest = _max_squared_distance(positions)
+    length = positions.num_tokens if isinstance(positions, Grid) else positions.shape[0]
+    return furthest is not None and (furthest + 2) * length <= INT32_MAX
 
+
+Rows = Callable[[Array], Array]
+"""From picks (batch,) to the squared distances of all tokens to them, int32 (batch, N)."""
+
+
+def _pick_by_packed_key(xp: Namespace, rows: Rows, key: Array, rank: Array, num_samples: int) -> Array:
     def step(key: Array) -> tuple[Array, Array]:
         pick = xp.argmax(key, axis=1)
-        return xp.minimum(key, rows(pick) * length + rank), pick
+        return xp.minimum(key, rows(pick) + rank), pick
 
     return scan(xp, step, key, num_samples)[1]
 
 
-def _pick_by_distance_then_rank(
-    xp: Namespace, rows: Callable[[Array], Array], distance: Array, rank: Array, may_pick: Array, num_samples: int
-) -> Array:
-    distance = xp.where(may_pick, distance, -1)
+def _pick_in_place(
+    table: NDArray[np.int32], key: NDArray[np.int32], rank: NDArray[np.int32], num_samples: int
+) -> NDArray[np.intp]:
+    """Pick by the packed key in NumPy, without a new array in every turn; ``key`` is lost."""
+    picks = np.empty((num_samples, key.shape[0]), dtype=np.intp)
+    row = np.empty_like(key)
+    for pick in picks:
+        np.argmax(key, axis=1, out=pick)
+        np.take(table, pick, axis=0, out=row, mode="clip")  # all are inside; to check it, NumPy would copy `row`
+        np.add(row, rank, out=row)
+        np.minimum(key, row, out=key)
+    return np.ascontiguousarray(picks.T)
 
+
+@lru_cache(maxsize=4)
+def _key_table(grid: Grid) -> NDArray[np.int32]:
+    """Return the squared distances between all tokens, times N: what they add to a key."""
+    table: NDArray[np.int32] = squared_distances(grid.positions, grid.positions) * grid.num_tokens
+    table.flags.writeable = False
+    return table
+
+
+def _pick_by_distance_then_rank(xp: Namespace, rows: Rows, distance: Array, rank: Array, num_samples: int) -> Array:
     def step(distance: Array) -> tuple[Array, Array]:
         is_furthest = distance == xp.max(distance, axis=1, keepdims=True)
         pick = xp.argmax(xp.where(is_furthest, rank, -1), axis=1)
@@ -115,16 +157,38 @@ def _pick_by_distance_then_rank(
     return scan(xp, step, distance, num_samples)[1]
 
 
-def _distance_rows(xp: Namespace, positions: Grid | Array, length: int, device: object) -> Callable[[Array], Array]:
-    """Return a function from picks (batch,) to the squared distances of all tokens to them, int32 (batch, N)."""
+def _distance_rows(xp: Namespace, positions: Grid | Array, scale: int, like: Array) -> Rows:
+    """Return the rows of distances, times ``scale``, in the library and on the device of ``like``."""
+    length, device = like.shape[1], device_of(like)
     if isinstance(positions, Grid):
+        if length > _TABLE_TOKENS:
+            return _grid_rows(xp, positions, scale, device)
         points = xp.stack(positions.coordinates(xp, device), axis=1)
     else:
         points = int32_points(xp, positions, device)
     if length <= _TABLE_TOKENS:
-        table = squared_distances(points, points)
+        table = squared_distances(points, points) * scale
         return lambda pick: xp.take(table, pick, axis=0)
-    return lambda pick: squared_distances(xp.take(points, pick, axis=0), points)
+    return lambda pick: squared_distances(xp.take(points, pick, axis=0), points) * scale
+
+
+def _grid_rows(xp: Namespace, grid: Grid, scale: int, device: object) -> Rows:
+    """Look distances up one axis at a time, and add them."""
+    axes = []
+    stride = grid.num_tokens
+    for size, step in zip(grid.shape, grid.spacing, strict=True):
+        stride //= size
+        line = xp.arange(size, dtype=xp.int32, device=device) * step
+        axes.append((stride, size, (line[:, None] - line[None, :]) ** 2 * scale))
+
+    def rows(pick: Array) -> Array:
+        total = xp.zeros((pick.shape[0], 1), dtype=xp.int32, device=device)
+        for stride, size, table in reversed(axes):
+            along_axis = xp.take(table, pick // stride % size, axis=0)
+            total = xp.reshape(along_axis[:, :, None] + total[:, None, :], (pick.shape[0], -1))
+        return total
+
+    return rows
 
 
 def _max_squared_distance(positions: Grid | Array) -> int | None:

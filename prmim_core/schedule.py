@@ -1,15 +1,17 @@
 """The plan of an image: one permutation of its tokens, and static boundaries in it."""
 
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from typing import get_args
 
-from prmim_core._arrays import Array, array_namespace, device_of, register_pytree
+from prmim_core._arrays import Array, argsort, array_namespace, device_of, register_pytree, scatter
 from prmim_core.counts import TokenCounts
 from prmim_core.coverage import nearest_known_distance
 from prmim_core.grid import Grid
 from prmim_core.masking import block_visible, check_weights, random_visible, take_units, unit_tokens
 from prmim_core.noise import inverse_permutation
+from prmim_core.sampling import Sampler, furthest_point_sampling
 from prmim_core.throwing import Seed, Throwing, choose_decoded
 
 
@@ -164,7 +166,14 @@ class Plan:
         return inverse_permutation(self.order)
 
 
-def make_plan(schedule: Schedule, noise: Array, visible: Array | None = None, weights: Array | None = None) -> Plan:
+def make_plan(
+    schedule: Schedule,
+    noise: Array,
+    visible: Array | None = None,
+    weights: Array | None = None,
+    *,
+    sampler: Sampler = furthest_point_sampling,
+) -> Plan:
     """Lay out the tokens of every image.
 
     Parameters
@@ -179,6 +188,9 @@ def make_plan(schedule: Schedule, noise: Array, visible: Array | None = None, we
         checked, since it is a matter of values.
     weights
         float (batch, N), with ``throwing="weighted"`` only.
+    sampler
+        Does furthest sampling, called with (grid, number, noise, known, candidates). A framework may have a kernel for
+        it, as :mod:`prmim_torch.furthest` is; it must pick the same tokens.
 
     Returns
     -------
@@ -223,20 +235,21 @@ def make_plan(schedule: Schedule, noise: Array, visible: Array | None = None, we
     elif not xp.isdtype(visible.dtype, "integral"):
         raise TypeError(f"visible: expected integers, got {visible.dtype}")
     is_visible = is_member(visible, grid.num_tokens)
-    decoded = _decoded(schedule, noise, is_visible, weights)
+    decoded = _decoded(schedule, noise, is_visible, weights, sampler)
     is_known = is_visible | is_member(decoded, grid.num_tokens)
-    by_noise = xp.argsort(noise, axis=1, stable=True)
+    by_noise = argsort(noise)
     distance = xp.take_along_axis(nearest_known_distance(grid, is_known), by_noise, axis=1)
-    by_distance = xp.take_along_axis(by_noise, xp.argsort(distance, axis=1, stable=True), axis=1)
+    by_distance = xp.take_along_axis(by_noise, argsort(distance), axis=1)
     thrown = by_distance[:, counts.visible + counts.decoded :]  # known tokens lie at distance 0, so they come first
     parts = [xp.astype(part, thrown.dtype) for part in (visible, decoded, thrown)]
     return Plan(xp.concat(parts, axis=1), schedule)
 
 
-def _decoded(schedule: Schedule, noise: Array, is_visible: Array, weights: Array | None) -> Array:
+def _decoded(schedule: Schedule, noise: Array, is_visible: Array, weights: Array | None, sampler: Sampler) -> Array:
     grid, unit, number = schedule.grid, schedule.unit, schedule.counts.decoded
+    choose = partial(choose_decoded, schedule.throwing, seed=schedule.seed, sampler=sampler)
     if unit is None:
-        return choose_decoded(schedule.throwing, grid, noise, is_visible, number, seed=schedule.seed, weights=weights)
+        return choose(grid, noise, is_visible, number, weights=weights)
     xp = array_namespace(noise)
     tokens = unit_tokens(grid, unit, noise)
     first = tokens[:, 0]
@@ -245,13 +258,11 @@ def _decoded(schedule: Schedule, noise: Array, is_visible: Array, weights: Array
         check_weights(weights, noise)
         by_unit = xp.take(weights, xp.reshape(tokens, (-1,)), axis=1)
         unit_weights = xp.sum(xp.reshape(by_unit, (noise.shape[0], *tokens.shape)), axis=2)
-    units = choose_decoded(
-        schedule.throwing,
+    units = choose(
         grid.units(unit),
         xp.take(noise, first, axis=1),
         xp.take(is_visible, first, axis=1),
         number // prod(unit),
-        seed=schedule.seed,
         weights=unit_weights,
     )
     return take_units(tokens, units)
@@ -279,18 +290,7 @@ def is_member(index: Array, num_tokens: int) -> Array:
     [[True, False, True, False]]
     """
     xp = array_namespace(index)
-    device = device_of(index)
-    batch, n = index.shape
-    if n == 0:
-        return xp.zeros((batch, num_tokens), dtype=xp.bool, device=device)
-    # All rows in one sorted list, each shifted past the one before: the standard knows no scatter, but it can search.
-    # Not of index.dtype, which may be too narrow for all tokens of a batch.
-    starts = xp.arange(batch, device=device)[:, None] * num_tokens
-    members = xp.reshape(xp.sort(index + starts, axis=1), (batch * n,))
-    tokens = xp.arange(batch * num_tokens, dtype=members.dtype, device=device)
-    place = xp.searchsorted(members, tokens)
-    found = xp.take(members, xp.where(place < batch * n, place, batch * n - 1), axis=0) == tokens
-    return xp.reshape(found, (batch, num_tokens))
+    return scatter(index, xp.ones(index.shape[1], dtype=xp.bool, device=device_of(index)), num_tokens)
 
 
 def take_tokens(x: Array, index: Array) -> Array:

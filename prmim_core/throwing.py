@@ -6,17 +6,25 @@ are thrown. :func:`choose_decoded` knows them by name. All but ``furthest`` are 
 
 from typing import Literal, get_args
 
-from prmim_core._arrays import Array, array_namespace, device_of
+from prmim_core._arrays import Array, argsort, array_namespace, device_of
 from prmim_core.grid import Grid
 from prmim_core.masking import arrival_times
 from prmim_core.noise import noise_rank
-from prmim_core.sampling import furthest_point_sampling
+from prmim_core.sampling import Sampler, furthest_point_sampling
 
 Throwing = Literal["furthest", "random", "weighted", "cell"]
 Seed = Literal["visible", "none"]
 
 
-def furthest_decoded(grid: Grid, noise: Array, is_visible: Array, num_decoded: int, *, seed: Seed = "visible") -> Array:
+def furthest_decoded(
+    grid: Grid,
+    noise: Array,
+    is_visible: Array,
+    num_decoded: int,
+    *,
+    seed: Seed = "visible",
+    sampler: Sampler = furthest_point_sampling,
+) -> Array:
     """Decode the tokens that furthest point sampling picks among the masked (PR-MIM).
 
     Parameters
@@ -32,6 +40,8 @@ def furthest_decoded(grid: Grid, noise: Array, is_visible: Array, num_decoded: i
     seed
         ``"visible"``: the visible tokens are known from the start, so picks keep away from them too. ``"none"``: picks
         keep away from one another only, and the first is random.
+    sampler
+        Does the work: the core's own loop, or a framework's kernel that picks the same tokens.
 
     Returns
     -------
@@ -47,7 +57,7 @@ def furthest_decoded(grid: Grid, noise: Array, is_visible: Array, num_decoded: i
     Li et al., "PR-MIM: Delving Deeper into Partial Reconstruction in Masked Image Modeling", arXiv 2411.15746.
     """
     known = is_visible if seed == "visible" else None
-    return furthest_point_sampling(grid, num_decoded, noise, known=known, candidates=~is_visible)
+    return sampler(grid, num_decoded, noise, known, ~is_visible)
 
 
 def random_decoded(noise: Array, is_visible: Array, num_decoded: int) -> Array:
@@ -133,10 +143,10 @@ def cell_decoded(grid: Grid, noise: Array, is_visible: Array, num_decoded: int) 
 def _lowest_masked(score: Array, is_visible: Array, num_decoded: int) -> Array:
     """Return the masked tokens of lowest score, lowest first: int (batch, num_decoded)."""
     xp = array_namespace(score)
-    by_score = xp.argsort(score, axis=1, stable=True)
+    by_score = argsort(score)
     # A second stable sort moves the visible tokens behind the masked ones and keeps the order otherwise.
     is_visible_by_score = xp.astype(xp.take_along_axis(is_visible, by_score, axis=1), xp.int32)
-    masked_first = xp.argsort(is_visible_by_score, axis=1, stable=True)
+    masked_first = argsort(is_visible_by_score)
     return xp.take_along_axis(by_score, masked_first[:, :num_decoded], axis=1)
 
 
@@ -149,6 +159,7 @@ def choose_decoded(
     *,
     seed: Seed = "visible",
     weights: Array | None = None,
+    sampler: Sampler = furthest_point_sampling,
 ) -> Array:
     """Return the tokens that the strategy ``throwing`` decodes: int (batch, num_decoded).
 
@@ -162,7 +173,7 @@ def choose_decoded(
         raise ValueError(f"weights: expected an array with throwing='weighted' only, got {came} with {throwing!r}")
     match throwing:
         case "furthest":
-            return furthest_decoded(grid, noise, is_visible, num_decoded, seed=seed)
+            return furthest_decoded(grid, noise, is_visible, num_decoded, seed=seed, sampler=sampler)
         case "random":
             return random_decoded(noise, is_visible, num_decoded)
         case "weighted":

@@ -36,14 +36,16 @@ WHOLE = P()  # type: ignore[no-untyped-call]
 
 VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 """What the environment says where there are several processes."""
+LAUNCH_TIMEOUT = 300
+"""Seconds that a process waits for the others to appear."""
 HOST_TIMEOUT = 600.0
 """Seconds that processes wait for each other between training steps, when one of them may have files to write."""
 
 SHUTDOWN_TIMEOUT = 10
 """Seconds that a process which ends waits for the others before it ends them."""
 
-_NUMBERS = itertools.count()
-"""Of what processes tell each other; the same in all of them."""
+_NUMBERS = {"main": itertools.count(), "files": itertools.count()}
+"""Of what processes tell each other, by thread; the same in all of them."""
 
 ERRORS: dict[str, type[Exception]] = {
     kind.__name__: kind
@@ -90,8 +92,15 @@ class Processes:
         """Return whether any process says True. It returns when all have asked, and needs no device."""
         return any(self._tell(bool(flag)))
 
-    def together(self, call: Callable[[], Result]) -> Result:
+    def together(self, call: Callable[[], Result], *, in_background: bool = False) -> Result:
         """Call something in every process; if it fails in one, raise in all, so that none waits for one that left.
+
+        Parameters
+        ----------
+        call
+            What to call.
+        in_background
+            Whether it is the thread that writes files which asks.
 
         Raises
         ------
@@ -103,27 +112,28 @@ class Processes:
             result = call()
         except Exception as error:
             failure = error
-        reports = self._tell(failure and (type(failure).__name__, str(failure)))
+        report = failure and (type(failure).__name__, str(failure))
+        reports = self._tell(report, "files" if in_background else "main")
         if failure is not None:
             raise failure
         for kind, text in filter(None, reports):
             raise ERRORS.get(kind, RuntimeError)(text)
         return result
 
-    def _tell(self, value: Any) -> list[Any]:
-        """Return what each process tells, in JSON."""
+    def _tell(self, value: Any, thread: str = "main") -> list[Any]:
+        """Return what each process tells, in JSON, by the thread of that name."""
         if self.world_size == 1:
             return [value]
         client: Any = global_state.client
-        number = next(_NUMBERS)
-        client.key_value_set(f"prmim/{number}/{self.rank}", json.dumps(value))
+        number = next(_NUMBERS[thread])
+        client.key_value_set(f"prmim/{thread}/{number}/{self.rank}", json.dumps(value))
         told = [
-            client.blocking_key_value_get(f"prmim/{number}/{rank}", int(1000 * HOST_TIMEOUT))
+            client.blocking_key_value_get(f"prmim/{thread}/{number}/{rank}", int(1000 * HOST_TIMEOUT))
             for rank in range(self.world_size)
         ]
         # All have told the last now, so all have heard the one before.
         if number:
-            client.key_value_delete(f"prmim/{number - 1}/{self.rank}")
+            client.key_value_delete(f"prmim/{thread}/{number - 1}/{self.rank}")
         return [json.loads(text) for text in told]
 
     def close(self) -> None:
@@ -150,6 +160,7 @@ def _connect(timeout: float) -> None:
         address,
         num_processes(),
         int(number),
+        initialization_timeout=LAUNCH_TIMEOUT,
         cluster_detection_method="deactivate",
         heartbeat_timeout_seconds=seconds,
         shutdown_timeout_seconds=SHUTDOWN_TIMEOUT,
@@ -247,6 +258,11 @@ class Layout:
         number = self.num_devices if self._is_sharded else 1
         return jax.tree.map(lambda array: cut(array.shape, number), tree)
 
+    @staticmethod
+    def cuts(specs: dict[str, P]) -> bool:
+        """Say whether any array is cut."""
+        return any(spec != WHOLE for spec in specs.values())
+
     def put(self, tree: Any, specs: Any = WHOLE) -> Any:
         """Put arrays, the same in all processes, on the devices, cut as ``specs`` say: one, or a tree of them."""
         if self.num_devices == 1:
@@ -324,7 +340,7 @@ class Layout:
 
     def whole(self, arrays: dict[str, Array], specs: dict[str, P]) -> dict[str, Array]:
         """Return weights such that each device has them whole; all processes have to ask for it."""
-        if all(spec == WHOLE for spec in specs.values()):
+        if not self.cuts(specs):
             return arrays
         gathered: dict[str, Array] = self.compile(lambda arrays: self.gather(arrays, specs), (specs,), WHOLE)(arrays)
         return gathered

@@ -1,8 +1,11 @@
 """The JAX engine: a method, its optimiser and its device, behind the calls that a training loop makes."""
 
+import logging
 import os
+import sys
 from collections.abc import Mapping
-from functools import partial
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from functools import cache, partial
 from itertools import count, takewhile
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast, get_args
@@ -17,9 +20,10 @@ from jax import Array, lax
 from numpy.typing import NDArray
 
 from prmim_core import CostReport, Schedule, counter_noise
+from prmim_core.files import dump_architecture
 from prmim_core.training import Decay, check_training, learning_rate_at
 from prmim_jax.distributed import ROWS, WHOLE, Layout, Parallel, Processes, choose_devices
-from prmim_jax.interop import named_variables, read_weights, save_weights
+from prmim_jax.interop import named_variables, read_weights, write_weights
 from prmim_jax.method import FeatureMethod, Method, PixelMethod, Predicts, check_images
 from prmim_jax.methods import create_method
 from prmim_jax.reconstruct import ProgressiveReconstruction
@@ -208,6 +212,8 @@ class Engine:
         self._accumulate = accumulate
         self._precision = precision
         self._step = 0
+        self._background = ThreadPoolExecutor(1, "save")
+        self._saving: Future[None] | None = None
         arrays = dict(zip(self._names, leaves, strict=True))
         moments = jax.eval_shape(self._optimizer.init, arrays)
         # Of the same form as the state: how each of its arrays is cut.
@@ -470,23 +476,57 @@ class Engine:
         OSError
             If something could not be written.
         """
+        self.async_save(directory).result()
+
+    def async_save(self, directory: str | os.PathLike[str]) -> Future[None]:
+        """Begin what :meth:`save` does, and return while a copy of the state is written in the background.
+
+        Returns
+        -------
+        Future
+            Done when all processes have written; its result raises what :meth:`save` raises. A further save waits for
+            it.
+
+        Raises
+        ------
+        FileNotFoundError
+            If there is no such folder.
+        """
         directory = Path(directory).absolute()
+        if not directory.is_dir():
+            raise FileNotFoundError(f"directory: expected a folder that is there, got {directory}")
+        if self._saving is not None:
+            wait([self._saving])
         method = self.method
-        self._processes.together(lambda: save_weights(method, directory / WEIGHTS_FILE) if self.rank == 0 else None)
-        with ocp.PyTreeCheckpointer() as checkpointer:
-            checkpointer.save(directory / STATE_FOLDER, self._saved_state(), force=True)
+        metadata, weights = dump_architecture(method), {}
+        if self.rank == 0:
+            weights = {name: np.array(variable[...]) for name, variable in named_variables(method).items()}
+        state = self._saved_state()
+        _silence_orbax()
+
+        def write() -> None:
+            with _checkpointer() as checkpointer:
+                checkpointer.save(directory / STATE_FOLDER, state, force=True)
+            if self.rank == 0:
+                write_weights(weights, metadata, directory / WEIGHTS_FILE)
+
+        self._saving = self._background.submit(lambda: self._processes.together(write, in_background=True))
+        return self._saving
 
     def _saved_state(self) -> dict[str, Any]:
-        """Return the training state, less the weights, as nested dictionaries of arrays, named as in files.
+        """Return a copy of the training state, less the weights, as nested dictionaries of arrays, named as in files.
 
-        They are of NumPy but for moments that several devices have: each process writes what it holds of those.
+        They are of NumPy, but for moments that devices share out: each process writes what it holds of those.
         """
-        if self._layout.num_devices == 1:
-            return {**self._host_state(), **_moments_apart(jax.tree.map(np.asarray, self._moments()))}
-        return {**self._host_state(), **self._layout.convert(self._moments(), _moments_apart)}
+        moments = self._moments()
+        if self._layout.cuts(self._specs.parameters):
+            copies = self._layout.convert(moments, _copies_apart)
+        else:
+            copies = _moments_apart(jax.tree.map(np.array, self._layout.local(moments)))
+        return {**self._host_state(), **copies}
 
     def _host_state(self) -> dict[str, Any]:
-        """Return what there is besides weights and moments, in NumPy."""
+        """Return a copy of what there is besides weights and moments, in NumPy."""
         state = {
             "step": self._step,
             "count": self._state.moments[0].count,
@@ -494,7 +534,7 @@ class Engine:
             "nonfinite_step": self._state.nonfinite_step,
             "skipped": self._state.skipped,
         }
-        return {name: np.asarray(value) for name, value in state.items()}
+        return {name: np.array(value) for name, value in state.items()}
 
     def _moments(self) -> dict[str, Arrays]:
         adam = self._state.moments[0]
@@ -559,6 +599,7 @@ class Engine:
 
     def close(self) -> None:
         """Leave the other processes, if there are any; the last thing to do, and to do after an exception too."""
+        self._background.shutdown(wait=sys.exc_info()[0] is None)
         self._processes.close()
 
     def _method(self, parameters: Arrays, buffers: State) -> Method:
@@ -633,8 +674,47 @@ def _names_of(parameters: State) -> list[str]:
     return [".".join(str(entry.key) for entry in path) for path, _ in leaves]
 
 
+def _checkpointer() -> ocp.Checkpointer:
+    """Return orbax's checkpointer of trees, in whose methods all processes meet.
+
+    Where they are named, they meet without their devices. These are at work on steps while a thread saves, and would
+    wait for each other for ever where two processes ask them for two things in different order.
+    """
+    options = ocp.options.MultiprocessingOptions(active_processes=set(range(jax.process_count())))
+    handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=options)
+    return ocp.Checkpointer(handler, multiprocessing_options=options)
+
+
+@cache
+def _silence_orbax() -> None:
+    """Keep orbax from printing tracebacks of errors that it raises as well.
+
+    Of all files that a full disk has no room for, it raises the error of the first and logs that; of the others Python
+    says that nobody listens any more.
+    """
+    print_unraisable = sys.unraisablehook
+
+    def print_others(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            print_unraisable(unraisable)
+
+    sys.unraisablehook = print_others
+    for logger, repeated in (("absl", "_SignalingThread"), ("asyncio", "/orbax/")):
+        logging.getLogger(logger).addFilter(partial(_lacks, repeated))
+
+
+def _lacks(text: str, record: logging.LogRecord) -> bool:
+    return text not in record.getMessage()
+
+
 def _moments_apart(moments: dict[str, Any]) -> dict[str, Any]:
     return {name: _take_apart(arrays) for name, arrays in moments.items()}
+
+
+def _copies_apart(moments: dict[str, Any]) -> dict[str, Any]:
+    """Take moments apart on the devices, in memory of their own."""
+    copies: dict[str, Any] = jax.tree.map(jnp.copy, _moments_apart(moments))
+    return copies
 
 
 def _take_apart(arrays: dict[str, Any]) -> dict[str, Any]:
@@ -669,7 +749,7 @@ def _read_state(path: Path, like: dict[str, Any]) -> dict[str, Any]:
         raise FileNotFoundError(f"directory: expected a training state, there is none at {path}")
     as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), like)
     try:
-        with ocp.PyTreeCheckpointer() as checkpointer:
+        with _checkpointer() as checkpointer:
             state: dict[str, Any] = checkpointer.restore(path, restore_args=as_numpy)
         shapes, expected = ({name: _shapes(tree[name]) for name in like} for tree in (state, like))
     except Exception:  # whatever orbax makes of files that are no training state

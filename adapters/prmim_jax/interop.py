@@ -28,9 +28,8 @@ def save_weights(method: nnx.Module, path: str | os.PathLike[str]) -> None:
     path
         The file. It appears whole or not at all: written beside its place first, then moved there.
     """
-    tensors = {name: np.ascontiguousarray(variable[...]) for name, variable in named_variables(method).items()}
-    metadata = dump_architecture(method)
-    write_atomically(path, lambda file: file.write(save(tensors, metadata)))
+    tensors = {name: np.asarray(variable[...]) for name, variable in named_variables(method).items()}
+    write_weights(tensors, dump_architecture(method), path)
 
 
 def load_weights(method: nnx.Module, path: str | os.PathLike[str]) -> None:
@@ -64,6 +63,12 @@ def named_variables(method: nnx.Module) -> Variables:
         for path, value in nnx.iter_graph(method)
         if isinstance(value, nnx.Param | Buffer)
     }
+
+
+def write_weights(weights: dict[str, NDArray[Any]], metadata: dict[str, str], path: str | os.PathLike[str]) -> None:
+    """Write weights, named as :func:`named_variables` does, and the metadata of their method."""
+    tensors = {name: np.ascontiguousarray(array) for name, array in weights.items()}
+    write_atomically(path, lambda file: file.write(save(tensors, metadata)))
 
 
 def read_weights(method: nnx.Module, path: str | os.PathLike[str]) -> dict[str, NDArray[Any]]:

@@ -58,6 +58,9 @@ class MAE(PixelMethod):
         Override those of ``model``.
     decoder_dim, decoder_depth, decoder_heads
         The decoder's.
+    recompute_blocks
+        Whether the backward pass computes what is inside a block anew from the block's input, in place of keeping it
+        (activation checkpointing): less memory, and the blocks' forward pass twice.
     init_seed
         Seed of the initial weights, which are a function of it (another one than in PyTorch).
     scan_blocks
@@ -118,6 +121,7 @@ class MAE(PixelMethod):
         decoder_dim: int = 512,
         decoder_depth: int = 8,
         decoder_heads: int = 16,
+        recompute_blocks: bool = False,
         init_seed: int = 0,
         scan_blocks: bool = False,
         rngs: nnx.Rngs | None = None,
@@ -132,6 +136,7 @@ class MAE(PixelMethod):
             embed_dim=embed_dim,
             depth=depth,
             num_heads=num_heads,
+            recompute_blocks=recompute_blocks,
             scan_blocks=scan_blocks,
         )
         counts = check_counts(self.grid, mask_ratio, throw_ratio, throwing)
@@ -154,6 +159,7 @@ class MAE(PixelMethod):
             dim=self.embed_dim,
             depth=self.depth,
             num_heads=self.num_heads,
+            recompute=self.recompute_blocks,
             scan=self.scan_blocks,
             rngs=rngs,
         )
@@ -164,6 +170,7 @@ class MAE(PixelMethod):
             dim=self.decoder_dim,
             depth=self.decoder_depth,
             num_heads=self.decoder_heads,
+            recompute=self.recompute_blocks,
             scan=self.scan_blocks,
             rngs=rngs,
         )
@@ -225,5 +232,6 @@ class MAE(PixelMethod):
             encoder=self.encoder_size,
             decoder=Transformer(self.decoder_dim, self.decoder_depth, self.decoder_heads),
             variant=self.variant,  # type: ignore[arg-type]  # checked at construction
+            recompute_blocks=self.recompute_blocks,
             compute_bytes=compute_bytes,
         )

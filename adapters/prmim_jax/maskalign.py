@@ -107,6 +107,9 @@ class MaskAlign(FeatureMethod):
         Per-channel normalisation of pixels in [0, 1] for the student; None: ImageNet's for 3 channels, else 0.5.
     embed_dim, depth, num_heads
         Override those of ``model``.
+    recompute_blocks
+        Whether the backward pass computes what is inside a block anew from the block's input, in place of keeping it
+        (activation checkpointing): less memory, and the blocks' forward pass twice.
     init_seed
         Seed of the initial weights, which are a function of it (another one than in PyTorch).
     scan_blocks
@@ -164,6 +167,7 @@ class MaskAlign(FeatureMethod):
         embed_dim: int | None = None,
         depth: int | None = None,
         num_heads: int | None = None,
+        recompute_blocks: bool = False,
         init_seed: int = 0,
         scan_blocks: bool = False,
         rngs: nnx.Rngs | None = None,
@@ -178,6 +182,7 @@ class MaskAlign(FeatureMethod):
             embed_dim=embed_dim,
             depth=depth,
             num_heads=num_heads,
+            recompute_blocks=recompute_blocks,
             scan_blocks=scan_blocks,
         )
         for name, value, allowed in (
@@ -209,6 +214,7 @@ class MaskAlign(FeatureMethod):
             dim=self.embed_dim,
             depth=self.depth,
             num_heads=self.num_heads,
+            recompute=self.recompute_blocks,
             scan=self.scan_blocks,
             rngs=rngs,
         )
@@ -328,6 +334,7 @@ class MaskAlign(FeatureMethod):
             teacher_tokens=self.grid.num_tokens,
             layers=teacher.layers,
             variant=self.variant,  # type: ignore[arg-type]  # checked at construction
+            recompute_blocks=self.recompute_blocks,
             compute_bytes=compute_bytes,
         )
 

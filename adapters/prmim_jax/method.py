@@ -27,7 +27,7 @@ from prmim_core import (
     take_tokens,
     vit_size,
 )
-from prmim_core.options import pixel_statistics, positive_integers
+from prmim_core.options import check_flag, pixel_statistics, positive_integers
 from prmim_jax.reconstruct import ProgressiveReconstruction
 from prmim_jax.vit import Encoder
 
@@ -52,6 +52,9 @@ class Method(nnx.Module):
         Channels of the image.
     mean, std
         Per-channel normalisation of pixels in [0, 1]; None: ImageNet's for 3 channels, else 0.5.
+    recompute_blocks
+        Whether the backward pass computes what is inside a block anew from the block's input, in place of keeping it
+        (activation checkpointing): less memory, and the blocks' forward pass twice.
     scan_blocks
         Whether compiled programs hold one block and loop over it; see :func:`prmim_jax.vit.run_blocks`.
 
@@ -88,6 +91,7 @@ class Method(nnx.Module):
         embed_dim: int | None,
         depth: int | None,
         num_heads: int | None,
+        recompute_blocks: bool,
         scan_blocks: bool,
     ) -> None:
         self.image_size = positive_integers("image_size", image_size)
@@ -102,9 +106,8 @@ class Method(nnx.Module):
         self.embed_dim, self.depth, self.num_heads = positive_integers(
             "embed_dim, depth, num_heads", (encoder.dim, encoder.depth, encoder.heads)
         )
-        if not isinstance(scan_blocks, bool):
-            raise TypeError(f"scan_blocks: expected True or False, got {scan_blocks!r}")
-        self.scan_blocks = scan_blocks
+        self.recompute_blocks = check_flag("recompute_blocks", recompute_blocks)
+        self.scan_blocks = check_flag("scan_blocks", scan_blocks)
         self.deterministic = False
 
     @property

@@ -73,6 +73,9 @@ class SimMIM(PixelMethod):
         Per-channel normalisation of pixels in [0, 1]; None: ImageNet's for 3 channels, else 0.5.
     embed_dim, depth, num_heads
         Override those of ``model``.
+    recompute_blocks
+        Whether the backward pass computes what is inside a block anew from the block's input, in place of keeping it
+        (activation checkpointing): less memory, and the blocks' forward pass twice.
     init_seed
         Seed of the initial weights, which are a function of it (another one than in PyTorch).
     scan_blocks
@@ -134,6 +137,7 @@ class SimMIM(PixelMethod):
         embed_dim: int | None = None,
         depth: int | None = None,
         num_heads: int | None = None,
+        recompute_blocks: bool = False,
         init_seed: int = 0,
         scan_blocks: bool = False,
         rngs: nnx.Rngs | None = None,
@@ -148,6 +152,7 @@ class SimMIM(PixelMethod):
             embed_dim=embed_dim,
             depth=depth,
             num_heads=num_heads,
+            recompute_blocks=recompute_blocks,
             scan_blocks=scan_blocks,
         )
         self.mask_unit = check_unit("mask_unit", mask_unit, self.grid)
@@ -181,6 +186,7 @@ class SimMIM(PixelMethod):
             dim=self.embed_dim,
             depth=self.depth,
             num_heads=self.num_heads,
+            recompute=self.recompute_blocks,
             position=self.position,  # type: ignore[arg-type]  # the encoder checks it
             layer_scale=self.layer_scale,
             scan=self.scan_blocks,
@@ -271,6 +277,7 @@ class SimMIM(PixelMethod):
             encoder=self.encoder_size,
             variant=self.variant,  # type: ignore[arg-type]  # checked at construction
             relative_position=self.position == "relative",
+            recompute_blocks=self.recompute_blocks,
             compute_bytes=compute_bytes,
         )
 

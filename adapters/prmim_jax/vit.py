@@ -299,6 +299,8 @@ class Block(nnx.Module):
         ``"gelu"``, or ``"quick_gelu"`` as teachers of CLIP have it.
     eps
         Of both norms.
+    recompute
+        Whether the backward pass computes anew what it needs of the block, from its input, which alone is kept.
     rngs
         Source of the initial weights.
     """
@@ -312,8 +314,10 @@ class Block(nnx.Module):
         layer_scale: float | None = None,
         activation: Activation = "gelu",
         eps: float = LAYER_NORM_EPS,
+        recompute: bool = False,
         rngs: nnx.Rngs,
     ) -> None:
+        self.recompute = recompute
         self.norm1 = LayerNorm(dim, eps=eps)
         self.attn = Attention(dim, num_heads, rngs=rngs)
         self.ls1 = None if layer_scale is None else LayerScale(dim, layer_scale)
@@ -338,6 +342,16 @@ class Block(nnx.Module):
         jax.Array
             (batch, length, dim).
         """
+        if not self.recompute:
+            return self._add(x, bias, scales)
+        graph, weights = nnx.split(self)
+        # As a function of the weights, since a module may not cross the border of a transformation.
+        out: Array = jax.checkpoint(lambda weights, *inputs: nnx.merge(graph, weights)._add(*inputs))(
+            weights, x, bias, scales
+        )
+        return out
+
+    def _add(self, x: Array, bias: Array | None, scales: Array | None) -> Array:
         x = _add(x, self.attn(self.norm1(x), bias), self.ls1, None if scales is None else scales[:, 0])
         return _add(x, self.mlp(self.norm2(x)), self.ls2, None if scales is None else scales[:, 1])
 
@@ -538,7 +552,7 @@ class Encoder(nnx.Module):
     position
         How it knows where tokens are: ``"absolute"``, a fixed sine-cosine table added to them; or ``"relative"``, one
         :class:`RelativePositionBias` for all blocks.
-    layer_scale
+    layer_scale, recompute
         See :class:`Block`.
     scan
         See :func:`run_blocks`.
@@ -565,6 +579,7 @@ class Encoder(nnx.Module):
         num_heads: int,
         position: Position = "absolute",
         layer_scale: float | None = None,
+        recompute: bool = False,
         scan: bool = False,
         rngs: nnx.Rngs,
     ) -> None:
@@ -577,7 +592,7 @@ class Encoder(nnx.Module):
         self.cls_token = _token(rngs, dim)
         self.pos_embed = Buffer(sincos_table(grid_shape, dim)) if is_absolute else None
         self.rel_pos_bias = None if is_absolute else RelativePositionBias(grid_shape, num_heads)
-        blocks = [Block(dim, num_heads, layer_scale=layer_scale, rngs=rngs) for _ in range(depth)]
+        blocks = [Block(dim, num_heads, layer_scale=layer_scale, recompute=recompute, rngs=rngs) for _ in range(depth)]
         self.blocks: Blocks = nnx.List(blocks)
         self.norm = LayerNorm(dim)
 
@@ -665,6 +680,8 @@ class Decoder(nnx.Module):
         Values to predict per token.
     dim, depth, num_heads
         Width, number of blocks, attention heads.
+    recompute
+        See :class:`Block`.
     scan
         See :func:`run_blocks`.
     rngs
@@ -685,6 +702,7 @@ class Decoder(nnx.Module):
         dim: int,
         depth: int,
         num_heads: int,
+        recompute: bool = False,
         scan: bool = False,
         rngs: nnx.Rngs,
     ) -> None:
@@ -693,7 +711,7 @@ class Decoder(nnx.Module):
         self.embed = Linear(encoder_dim, dim, rngs=rngs)
         self.mask_token = _token(rngs, dim)
         self.pos_embed = Buffer(sincos_table(grid_shape, dim))
-        self.blocks: Blocks = nnx.List([Block(dim, num_heads, rngs=rngs) for _ in range(depth)])
+        self.blocks: Blocks = nnx.List([Block(dim, num_heads, recompute=recompute, rngs=rngs) for _ in range(depth)])
         self.norm = LayerNorm(dim)
         self.pred = Linear(dim, output_dim, rngs=rngs)
 

@@ -11,10 +11,11 @@ import shutil
 import sys
 import warnings
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -24,7 +25,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
-from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.checkpoint.state_dict_saver import async_save
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.rendezvous import rendezvous
@@ -36,8 +37,13 @@ from prmim_torch.vit import Block
 Parallel = Literal["ddp", "fsdp"]
 Result = TypeVar("Result")
 
+LAUNCH_TIMEOUT = timedelta(minutes=5)
+"""How long a process waits for the others to appear."""
 HOST_TIMEOUT = timedelta(minutes=10)
 """How long processes wait for each other between training steps, when one of them may have files to write."""
+
+ALONE = "torch.distributed is disabled, unavailable or uninitialized"
+"""What torch.distributed.checkpoint warns of where there is one process alone."""
 
 _NUMBERS = itertools.count()
 """Of the process groups that are made here, one after the other; the same in all processes."""
@@ -68,22 +74,26 @@ class Processes:
     ------
     ValueError
         If the environment is not such as ``torchrun`` makes.
+    ConnectionError
+        If the other processes do not appear.
 
     Notes
     -----
     A process group that is there already is used, and left open by :meth:`close`.
 
-    There is a second group, on the host and with more patience, for what one process may keep the others waiting for:
-    files to write, a first batch, compilation. That a process died is noticed at once by either, that it hangs is not.
+    There is a second group, on the host and with more patience, for what one process may keep the others waiting for: a
+    first batch, compilation, files to read. And a third one for files that a thread writes in the background, so that
+    what it says to the others is not mixed up. That a process died is noticed at once by each, that it hangs is not.
     """
 
     def __init__(self, device: torch.device, timeout: float) -> None:
         self._host: dist.ProcessGroup | None = None
+        self._files: dist.ProcessGroup | None = None
         self._is_ours = False
         self.rank, self.world_size = 0, 1
         if num_processes() > 1 and not is_connected():
             on_gpu = device.type == "cuda"
-            store, rank, world_size = next(rendezvous("env://"))
+            store, rank, world_size = _meet()
             dist.init_process_group(
                 "nccl" if on_gpu else "gloo",
                 # A group must not find the addresses that an earlier one left, where there was one.
@@ -96,7 +106,9 @@ class Processes:
             self._is_ours = True
         if is_connected() and dist.get_world_size() > 1:
             self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
-            self._host = dist.new_group(backend="gloo", timeout=max(HOST_TIMEOUT, timedelta(seconds=timeout)))
+            patience = max(HOST_TIMEOUT, timedelta(seconds=timeout))
+            self._host = dist.new_group(backend="gloo", timeout=patience)
+            self._files = dist.new_group(backend="gloo", timeout=patience)
 
     def any(self, flag: bool) -> bool:
         """Return whether any process says True. It returns when all have asked, and needs no device."""
@@ -106,8 +118,15 @@ class Processes:
         dist.all_reduce(said, dist.ReduceOp.MAX, group=self._host)
         return bool(said)
 
-    def together(self, call: Callable[[], Result]) -> Result:
+    def together(self, call: Callable[[], Result], *, in_background: bool = False) -> Result:
         """Call something in every process; if it fails in one, raise in all, so that none waits for one that left.
+
+        Parameters
+        ----------
+        call
+            What to call.
+        in_background
+            Whether it is the thread that writes files which asks.
 
         Raises
         ------
@@ -122,7 +141,8 @@ class Processes:
         except Exception as error:
             failure = error
         reports: list[Any] = [None] * self.world_size
-        dist.all_gather_object(reports, failure and (type(failure).__name__, str(failure)), group=self._host)
+        group = self._files if in_background else self._host
+        dist.all_gather_object(reports, failure and (type(failure).__name__, str(failure)), group=group)
         if failure is not None:
             raise failure
         for kind, text in filter(None, reports):
@@ -135,8 +155,10 @@ class Processes:
             dist.all_reduce(values)
         return values
 
-    def write(self, state: dict[str, Tensor], folder: Path) -> None:
-        """Write tensors, each process a part of them, into a folder, which appears when all is in it.
+    def async_write(self, state: dict[str, Tensor], folder: Path) -> Callable[[], None]:
+        """Begin to write tensors, each process a part of them, into a folder, which appears when all is in it.
+
+        What is written are their values of now.
 
         Parameters
         ----------
@@ -147,26 +169,36 @@ class Processes:
             What to write, in a place that all processes see; replaced if it is there. It will hold a
             ``.safetensors`` file per process, in the layout of ``torch.distributed.checkpoint``.
 
-        Raises
-        ------
-        OSError
-            If a process could not write.
+        Returns
+        -------
+        callable
+            What ends it, for the thread that writes files to call in every process. It raises OSError, in all of them,
+            if one could not write.
         """
         beside = folder.with_name(f".{folder.name}")
         self.together(lambda: self._remove(beside))
-        try:
-            with _quiet():
-                save(
-                    state,
-                    storage_writer=HuggingFaceStorageWriter(str(beside), save_distributed=True),
-                    process_group=self._host,
-                    no_dist=self._host is None,
-                )
-        except CheckpointException as error:
-            self.together(lambda: self._remove(beside))
-            raise _cause(error) from None
-        self.together(lambda: self._remove(folder))
-        self.together(lambda: beside.rename(folder) if self.rank == 0 else None)
+        # It is said in a thread, where nothing can be done about it.
+        warnings.filterwarnings("ignore", ALONE, UserWarning)
+        writing = cast(
+            Future[Any],
+            async_save(
+                state,
+                storage_writer=HuggingFaceStorageWriter(str(beside), save_distributed=True),
+                process_group=self._files,
+                no_dist=self._files is None,
+            ),
+        )
+
+        def finish() -> None:
+            try:
+                writing.result()
+            except CheckpointException as error:
+                self.together(lambda: self._remove(beside), in_background=True)
+                raise _cause(error) from None
+            self.together(lambda: self._remove(folder), in_background=True)
+            self.together(lambda: beside.rename(folder) if self.rank == 0 else None, in_background=True)
+
+        return finish
 
     def _remove(self, folder: Path) -> None:
         if self.rank == 0 and folder.exists():
@@ -178,12 +210,26 @@ class Processes:
             return
         if not self._is_ours:
             dist.destroy_process_group(self._host)
+            dist.destroy_process_group(self._files)
         elif sys.exc_info()[0] is not None and dist.get_backend() == "nccl":
             # A regular end waits for what is in flight, perhaps with one who is gone.
             dist.group.WORLD.abort()  # type: ignore[union-attr]  # it is connected
         else:
             dist.destroy_process_group()
-        self._host = None
+        self._host = self._files = None
+
+
+def _meet() -> tuple[Any, int, int]:
+    """Return a store that all processes share, the number of this one, and how many there are."""
+    try:
+        store, rank, world_size = next(rendezvous("env://", timeout=LAUNCH_TIMEOUT))
+        return store, rank, world_size
+    except dist.DistError:
+        place = ":".join(os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT"))
+        seconds = LAUNCH_TIMEOUT.total_seconds()
+        raise ConnectionError(
+            f"MASTER_ADDR: expected {num_processes()} processes to meet at {place}, but not all came in {seconds:.0f} s"
+        ) from None
 
 
 def num_processes() -> int:
@@ -338,5 +384,5 @@ def _cause(error: CheckpointException) -> BaseException:
 def _quiet() -> Iterator[None]:
     """Silence the remark that there is one process alone."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized", UserWarning)
+        warnings.filterwarnings("ignore", ALONE, UserWarning)
         yield

@@ -1,7 +1,9 @@
 """The PyTorch engine: a method, its optimiser and its device, behind the calls that a training loop makes."""
 
 import os
+import sys
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from pathlib import Path
@@ -13,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from prmim_core import CostReport, Schedule, counter_noise
+from prmim_core.files import dump_architecture
 from prmim_core.training import Decay, check_training, learning_rate_at
 from prmim_torch.distributed import (
     Parallel,
@@ -176,6 +179,8 @@ class Engine:
         self._accumulate = accumulate
         self._precision = precision
         self._step = 0
+        self._background = ThreadPoolExecutor(1, "save")
+        self._saving: Future[None] | None = None
         self._measured = (*self.method.losses, "grad_norm")
         # Their sums over the finite steps since the last reading, then the number of those steps.
         self._sums = torch.zeros(len(self._measured) + 1, dtype=torch.float64, device=self._device)
@@ -416,16 +421,43 @@ class Engine:
         OSError
             If something could not be written.
         """
+        self.async_save(directory).result()
+
+    def async_save(self, directory: str | os.PathLike[str]) -> Future[None]:
+        """Begin what :meth:`save` does, and return while a copy of the state is written in the background.
+
+        Returns
+        -------
+        Future
+            Done when all processes have written; its result raises what :meth:`save` raises. A further save waits for
+            it.
+
+        Raises
+        ------
+        FileNotFoundError
+            If there is no such folder.
+        """
         directory = Path(directory)
-        weights = {}
+        if not directory.is_dir():
+            raise FileNotFoundError(f"directory: expected a folder that is there, got {directory}")
+        if self._saving is not None:
+            wait([self._saving])
+        metadata, weights = dump_architecture(self.method), {}
         for name, tensor in named_weights(self.method).items():
             tensor = whole(tensor)
             if self.rank == 0:
-                weights[name] = tensor.cpu()
-        self._processes.together(
-            lambda: write_weights(self.method, weights, directory / WEIGHTS_FILE) if self.rank == 0 else None
-        )
-        self._processes.write(self._state(), directory / STATE_FOLDER)
+                weights[name] = tensor.detach().to("cpu", copy=True)
+        finish = self._processes.async_write(self._state(), directory / STATE_FOLDER)
+
+        def write() -> None:
+            finish()
+            self._processes.together(
+                lambda: write_weights(weights, metadata, directory / WEIGHTS_FILE) if self.rank == 0 else None,
+                in_background=True,
+            )
+
+        self._saving = self._background.submit(write)
+        return self._saving
 
     def _state(self, *, new: bool = False) -> dict[str, Tensor]:
         """Return what a resumed run needs besides the weights, by name; ``new``: tensors of that kind, to be filled."""
@@ -487,6 +519,7 @@ class Engine:
 
     def close(self) -> None:
         """Leave the other processes, if there are any; the last thing to do, and to do after an exception too."""
+        self._background.shutdown(wait=sys.exc_info()[0] is None)
         self._processes.close()
 
     @contextmanager

@@ -22,7 +22,7 @@ def save_weights(method: nn.Module, path: str | os.PathLike[str]) -> None:
     path
         The file. It appears whole or not at all: written beside its place first, then moved there.
     """
-    write_weights(method, named_weights(method), path)
+    write_weights(named_weights(method), dump_architecture(method), path)
 
 
 def load_weights(method: nn.Module, path: str | os.PathLike[str]) -> None:
@@ -51,10 +51,9 @@ def named_weights(method: nn.Module) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in method.state_dict().items() if not name.startswith(FROZEN)}
 
 
-def write_weights(method: nn.Module, weights: dict[str, Tensor], path: str | os.PathLike[str]) -> None:
-    """Write weights, of exactly the names of :func:`named_weights`, as those of a method; see :func:`save_weights`."""
+def write_weights(weights: dict[str, Tensor], metadata: dict[str, str], path: str | os.PathLike[str]) -> None:
+    """Write weights, named as :func:`named_weights` does, and the metadata of their method."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
-    metadata = dump_architecture(method)
     write_atomically(path, lambda file: file.write(save(tensors, metadata)))
 
 

@@ -24,7 +24,7 @@ from prmim_core import (
     take_tokens,
     vit_size,
 )
-from prmim_core.options import pixel_statistics, positive_integers
+from prmim_core.options import check_flag, pixel_statistics, positive_integers
 from prmim_torch.reconstruct import ProgressiveReconstruction
 from prmim_torch.vit import Encoder
 
@@ -49,6 +49,9 @@ class Method(nn.Module):
         Channels of the image.
     mean, std
         Per-channel normalisation of pixels in [0, 1]; None: ImageNet's for 3 channels, else 0.5.
+    recompute_blocks
+        Whether the backward pass computes what is inside a block anew from the block's input, in place of keeping it
+        (activation checkpointing): less memory, and the blocks' forward pass twice.
 
     Raises
     ------
@@ -80,6 +83,7 @@ class Method(nn.Module):
         embed_dim: int | None,
         depth: int | None,
         num_heads: int | None,
+        recompute_blocks: bool,
     ) -> None:
         super().__init__()
         self.image_size = positive_integers("image_size", image_size)
@@ -94,6 +98,7 @@ class Method(nn.Module):
         self.embed_dim, self.depth, self.num_heads = positive_integers(
             "embed_dim, depth, num_heads", (encoder.dim, encoder.depth, encoder.heads)
         )
+        self.recompute_blocks = check_flag("recompute_blocks", recompute_blocks)
 
     @property
     def patch_dim(self) -> int:

@@ -1,5 +1,6 @@
 """The core's plan as one opaque operator, so that a compiled step holds it whole."""
 
+import importlib.util
 from collections.abc import Sequence
 
 import torch
@@ -7,6 +8,7 @@ from torch import Tensor
 
 import prmim_core
 from prmim_core import Grid, Plan, Schedule, TokenCounts
+from prmim_core.sampling import Sampler
 
 
 def make_plan(schedule: Schedule, noise: Tensor, visible: Tensor | None = None, weights: Tensor | None = None) -> Plan:
@@ -21,7 +23,7 @@ def make_plan(schedule: Schedule, noise: Tensor, visible: Tensor | None = None, 
     visible
         int (batch, V): the visible tokens, if another rule than "those of lowest noise" chose them.
     weights
-        float (batch, N), for schedules that throw by weight.
+        float (batch, N), for schedules that throw by weight; taken as float32.
 
     Returns
     -------
@@ -40,6 +42,10 @@ def make_plan(schedule: Schedule, noise: Tensor, visible: Tensor | None = None, 
     The operator ``torch.ops.prmim.plan_order`` does the work. Furthest sampling is a loop of a few small operations per
     pick; traced into a compiled graph it would be unrolled, which takes long and gains nothing.
 
+    The same integers come from the core everywhere. On a CPU it works on NumPy views of the tensors, which takes less
+    than half the time of PyTorch's own operations. On CUDA the loop is the kernel of :mod:`prmim_torch.furthest` where
+    Triton is installed, which CUDA builds of PyTorch bring along, and the core's own loop where it is not.
+
     Examples
     --------
     >>> import torch
@@ -54,7 +60,7 @@ def make_plan(schedule: Schedule, noise: Tensor, visible: Tensor | None = None, 
     order: Tensor = torch.ops.prmim.plan_order(
         noise.detach(),
         None if visible is None else visible.detach(),
-        None if weights is None else weights.detach(),
+        None if weights is None else weights.detach().float(),
         schedule.grid.shape,
         schedule.grid.spacing,
         (counts.visible, counts.decoded, counts.thrown),
@@ -93,8 +99,20 @@ def _plan_order(
         seed=seed,  # type: ignore[arg-type]
         unit=tuple(unit) or None,
     )
-    order: Tensor = prmim_core.make_plan(schedule, noise, visible=visible, weights=weights).order
+    if noise.device.type == "cpu":
+        views = [None if tensor is None else tensor.numpy() for tensor in (noise, visible, weights)]
+        return torch.from_numpy(prmim_core.make_plan(schedule, *views).order)
+    order: Tensor = prmim_core.make_plan(schedule, noise, visible, weights, sampler=_sampler(noise)).order
     return order.contiguous()
+
+
+def _sampler(noise: Tensor) -> Sampler:
+    """Return the kernel where it can run, else the core's loop."""
+    if noise.is_cuda and importlib.util.find_spec("triton") is not None:
+        from prmim_torch.furthest import furthest_point_sampling
+
+        return furthest_point_sampling
+    return prmim_core.furthest_point_sampling
 
 
 @_plan_order.register_fake

@@ -18,7 +18,7 @@ from prmim_core.options import (
 )
 from prmim_torch.method import PixelMethod, PixelOutput, initial_weights
 from prmim_torch.plan import make_plan
-from prmim_torch.vit import Block, Encoder, PatchProjection
+from prmim_torch.vit import Block, Encoder, Linear, PatchProjection
 
 LOSS_EPS = 1e-5
 
@@ -71,6 +71,9 @@ class SimMIM(PixelMethod):
         Per-channel normalisation of pixels in [0, 1]; None: ImageNet's for 3 channels, else 0.5.
     embed_dim, depth, num_heads
         Override those of ``model``.
+    recompute_blocks
+        Whether the backward pass computes what is inside a block anew from the block's input, in place of keeping it
+        (activation checkpointing): less memory, and the blocks' forward pass twice.
     init_seed
         Seed of the initial weights, which are a function of it; torch's global random state is left as it was.
 
@@ -128,6 +131,7 @@ class SimMIM(PixelMethod):
         embed_dim: int | None = None,
         depth: int | None = None,
         num_heads: int | None = None,
+        recompute_blocks: bool = False,
         init_seed: int = 0,
     ) -> None:
         super().__init__(
@@ -140,6 +144,7 @@ class SimMIM(PixelMethod):
             embed_dim=embed_dim,
             depth=depth,
             num_heads=num_heads,
+            recompute_blocks=recompute_blocks,
         )
         self.mask_unit = check_unit("mask_unit", mask_unit, self.grid)
         if throw_by not in ("token", "unit"):
@@ -173,13 +178,15 @@ class SimMIM(PixelMethod):
             dim=self.embed_dim,
             depth=self.depth,
             num_heads=self.num_heads,
+            recompute=self.recompute_blocks,
             position=self.position,  # type: ignore[arg-type]  # the encoder checks it
             layer_scale=self.layer_scale,
         )
         self.encoder.mask_token = nn.Parameter(torch.empty_like(self.encoder.cls_token))
-        # Not the layer of the encoder's parts: this one keeps the initialisation that torch's convolutions have.
-        self.head = nn.Linear(self.embed_dim, self.patch_dim)
-        nn.init.uniform_(self.head.weight, -1 / sqrt(self.embed_dim), 1 / sqrt(self.embed_dim))
+        self.head = Linear(self.embed_dim, self.patch_dim)
+        # As convolutions are initialised, which the official head is, and unlike the encoder.
+        for parameter in (self.head.bias, self.head.weight):
+            nn.init.uniform_(parameter, -1 / sqrt(self.embed_dim), 1 / sqrt(self.embed_dim))
         self.reconstruct = self._reconstruction(self.variant, "embed_dim", self.embed_dim)
         _initialize(self.encoder)
 
@@ -261,6 +268,7 @@ class SimMIM(PixelMethod):
             encoder=self.encoder_size,
             variant=self.variant,  # type: ignore[arg-type]  # checked at construction
             relative_position=self.position == "relative",
+            recompute_blocks=self.recompute_blocks,
             compute_bytes=compute_bytes,
         )
 

@@ -11,12 +11,18 @@ from typing import Literal, get_args
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from prmim_core import Grid, num_offsets, offset_index
 
 Position = Literal["absolute", "relative"]
 
 LAYER_NORM_EPS = 1e-6
+
+# Whether PyTorch has, beside the library that multiplies its float32 matrices, one that knows this CPU better.
+ONEDNN: bool = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512"  # type: ignore[no-untyped-call]
+SMALL_PRODUCT = 2**22
+"""Multiply-accumulates below which a convolution's preparations cost more than it saves."""
 
 
 def sincos_table(shape: Sequence[int], dim: int) -> Tensor:
@@ -64,6 +70,27 @@ def sincos_table(shape: Sequence[int], dim: int) -> Tensor:
     return torch.cat([torch.zeros(1, dim, dtype=torch.float64), table]).float()[None]
 
 
+def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Return ``x @ weight.T + bias``, as ``torch.nn.functional.linear`` does.
+
+    On CPUs with AVX-512 a large product of float32 values goes as a convolution of kernel size 1, which is the same
+    sum: PyTorch's matrix products are those of MKL, which uses AVX-512 on Intel's CPUs alone, and its convolutions
+    those of oneDNN, which uses it on all. Nothing is copied for that, since channels may come last.
+    """
+    is_large = x.ndim == 3 and x.numel() * len(weight) >= SMALL_PRODUCT
+    is_wide = x.dtype == weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+    # PyTorch's own rule for which convolutions of size 1 go to oneDNN.
+    is_taken = len(x) >= 16 or _num_threads() > 1
+    if ONEDNN and x.device.type == "cpu" and is_large and is_wide and is_taken:
+        return F.conv2d(x.mT.unsqueeze(2), weight[:, :, None, None], bias).squeeze(2).mT
+    return F.linear(x, weight, bias)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _num_threads() -> int:
+    return torch.get_num_threads()
+
+
 class Linear(nn.Linear):
     """``nn.Linear`` with MAE's initialisation: Xavier-uniform weight (a fused qkv matrix counts as one), zero bias."""
 
@@ -71,6 +98,10 @@ class Linear(nn.Linear):
         """Draw the weight anew from torch's random state."""
         nn.init.xavier_uniform_(self.weight)
         nn.init.zeros_(self.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (..., in_features) to (..., out_features)."""
+        return linear(x, self.weight, self.bias)
 
 
 class LayerNorm(nn.LayerNorm):
@@ -112,7 +143,7 @@ class PatchProjection(nn.Module):
 
     def forward(self, patches: Tensor) -> Tensor:
         """Project patches (..., prod(patch) * C) to (..., D)."""
-        return F.linear(patches, self.weight.movedim(1, -1).flatten(1), self.bias)
+        return linear(patches, self.weight.movedim(1, -1).flatten(1), self.bias)
 
 
 class PatchEmbed(nn.Module):
@@ -146,7 +177,8 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """Map (batch, length, dim) to the same shape; ``bias`` ([batch,] heads, length, length) goes to the scores."""
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))  # batch, length, 3, heads, head_dim
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        # Taken apart before heads and tokens change places: the gradients are then put together in one copy, not two.
+        q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))
         bias = None if bias is None else bias.to(q.dtype)
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)  # batch, heads, length, head_dim
         out: Tensor = self.proj(mixed.transpose(1, 2).flatten(2))
@@ -246,10 +278,21 @@ class Block(nn.Module):
         Width, attention heads, width of the hidden layer over ``dim``.
     layer_scale
         First value of the factors on what the two branches add; None: no such factors.
+    recompute
+        Whether the backward pass computes anew what it needs of the block, from its input, which alone is kept.
     """
 
-    def __init__(self, dim: int, num_heads: int, mlp_ratio: int = 4, *, layer_scale: float | None = None) -> None:
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        mlp_ratio: int = 4,
+        *,
+        layer_scale: float | None = None,
+        recompute: bool = False,
+    ) -> None:
         super().__init__()
+        self.recompute = recompute
         self.norm1 = LayerNorm(dim)
         self.attn = Attention(dim, num_heads)
         self.ls1 = nn.Identity() if layer_scale is None else LayerScale(dim, layer_scale)
@@ -274,6 +317,14 @@ class Block(nn.Module):
         Tensor
             (batch, length, dim).
         """
+        if self.recompute and torch.is_grad_enabled():
+            # Nothing in it is random: what drop path skips is an argument.
+            out: Tensor = checkpoint(self._add, x, bias, scales, use_reentrant=False, preserve_rng_state=False)
+            return out
+        return self._add(x, bias, scales)
+
+    def _add(self, x: Tensor, bias: Tensor | None, scales: Tensor | None) -> Tensor:
+        """Add what the two branches make of the residual stream to it."""
         attended = self.ls1(self.attn(self.norm1(x), bias))
         x = x + (attended if scales is None else attended * scales[:, 0, None, None])
         mixed = self.ls2(self.mlp(self.norm2(x)))
@@ -305,7 +356,7 @@ class Encoder(nn.Module):
     position
         ``"absolute"``: a fixed sine-cosine table added to the tokens; ``"relative"``: a learned bias on the attention
         scores, shared by the blocks.
-    layer_scale
+    layer_scale, recompute
         See :class:`Block`.
 
     Raises
@@ -328,6 +379,7 @@ class Encoder(nn.Module):
         num_heads: int,
         position: Position = "absolute",
         layer_scale: float | None = None,
+        recompute: bool = False,
     ) -> None:
         super().__init__()
         if position not in get_args(Position):
@@ -340,7 +392,9 @@ class Encoder(nn.Module):
             self.register_buffer("pos_embed", sincos_table(grid_shape, dim))
         else:
             self.rel_pos_bias = RelativePositionBias(grid_shape, num_heads)
-        self.blocks = nn.ModuleList(Block(dim, num_heads, layer_scale=layer_scale) for _ in range(depth))
+        self.blocks = nn.ModuleList(
+            Block(dim, num_heads, layer_scale=layer_scale, recompute=recompute) for _ in range(depth)
+        )
         self.norm = LayerNorm(dim)
 
     def forward(self, patches: Tensor, index: Tensor | None = None) -> Tensor:
@@ -432,6 +486,8 @@ class Decoder(nn.Module):
         Values to predict per token.
     dim, depth, num_heads
         Width, number of blocks, attention heads.
+    recompute
+        See :class:`Block`.
 
     Raises
     ------
@@ -450,13 +506,14 @@ class Decoder(nn.Module):
         dim: int,
         depth: int,
         num_heads: int,
+        recompute: bool = False,
     ) -> None:
         super().__init__()
         check_width("decoder_dim", dim, num_heads, len(grid_shape))
         self.embed = Linear(encoder_dim, dim)
         self.mask_token = nn.Parameter(torch.empty(1, 1, dim).normal_(std=0.02))
         self.register_buffer("pos_embed", sincos_table(grid_shape, dim))
-        self.blocks = nn.ModuleList(Block(dim, num_heads) for _ in range(depth))
+        self.blocks = nn.ModuleList(Block(dim, num_heads, recompute=recompute) for _ in range(depth))
         self.norm = LayerNorm(dim)
         self.pred = Linear(dim, output_dim)
 

@@ -53,7 +53,7 @@ GROUP_STARTS = {
 # Arguments of `create_method` that every method has, under the same name as here.
 SHARED_OPTIONS = (
     *("model", "embed_dim", "depth", "num_heads", "channels", "mean", "std"),
-    *("throwing", "stages", "variant", "thrown_weight"),
+    *("throwing", "stages", "variant", "thrown_weight", "recompute_blocks"),
 )
 
 
@@ -182,6 +182,9 @@ class PretrainConfig:
         Number format of the forward and backward pass: `float32` or `bfloat16`. Weights are float32 either way.
     compile
         Compile the training step first, where the backend leaves the choice: minutes once, faster steps after.
+    recompute_blocks
+        Keep only the inputs of blocks for the backward pass, and compute what is inside them anew then (activation
+        checkpointing): less memory for a longer step.
     scan_blocks
         Compile one block of the encoder and loop over it: the first step comes sooner. For the backend `jax` only.
     device
@@ -289,6 +292,7 @@ class PretrainConfig:
     max_skipped: int = 10
     precision: str = "bfloat16"
     compile: bool = False
+    recompute_blocks: bool = False
     scan_blocks: bool = False
     device: str = "auto"
     parallel: str = "ddp"
@@ -458,6 +462,7 @@ class PretrainConfig:
             check_number("clip_grad", self.clip_grad, "above 0", lambda x: x > 0)
         check_name("precision", self.precision, PRECISIONS)
         check_flag("compile", self.compile)
+        check_flag("recompute_blocks", self.recompute_blocks)
         check_flag("scan_blocks", self.scan_blocks)
         if self.scan_blocks and self.backend != "jax":
             raise ValueError(f"scan_blocks: backend {self.backend} has no such option, only jax")

@@ -34,6 +34,7 @@ def _cost_report(config: PretrainConfig) -> CostReport | None:
         "patch_dim": prod(config.patch_shape) * config.channels,
         "encoder": config.encoder_size,
         "variant": config.variant if config.counts.thrown else "none",
+        "recompute_blocks": config.recompute_blocks,
         "compute_bytes": 4 if config.precision == "float32" else 2,
     }
     if config.method == "mae":

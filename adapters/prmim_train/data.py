@@ -11,6 +11,7 @@ import os
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
 from typing import Any, Generic, NamedTuple, Self, TypeVar
 
@@ -19,7 +20,7 @@ from numpy.typing import NDArray
 
 from prmim_train.image_files import ignore_pillow_warnings
 from prmim_train.sources import ImageSource, UnreadableImageError
-from prmim_train.transforms import center_crop, check_crop_options, random_flip, random_resized_crop
+from prmim_train.transforms import center_crop, check_crop_options, random_crop_box, random_flip
 from prmim_train.workers import WorkerPool
 
 __all__ = [
@@ -441,20 +442,20 @@ class _TrainingBatch:
         self.crop_scale, self.crop_ratio, self.flip = crop_scale, crop_ratio, flip
         self.failed: dict[int, str] = {}  # not tried again by this process
 
-    def __call__(self, places: Places, note: Callable[[int], None] = lambda record: None) -> Batch:
+    def __call__(
+        self, places: Places, note: Callable[[int], None] = lambda record: None
+    ) -> tuple[ImageArray, tuple[IndexArray, Failures]]:
         images: list[ImageArray] = []
         index: list[int] = []
         failures: list[tuple[int, str]] = []
         for position, choice in places:
-            image, record = self._read(choice, failures, note)
-            rng = np.random.default_rng((self.seed, position // len(self.records), record))
-            image = random_resized_crop(image, self.image_size, rng, scale=self.crop_scale, ratio=self.crop_ratio)
-            images.append(random_flip(image, rng) if self.flip else image)
+            image, record = self._read(position // len(self.records), choice, failures, note)
+            images.append(image)
             index.append(record)
-        return Batch(np.stack(images), np.array(index, np.int64), tuple(failures))
+        return np.stack(images), (np.array(index, np.int64), tuple(failures))
 
     def _read(
-        self, choice: int, failures: list[tuple[int, str]], note: Callable[[int], None]
+        self, epoch: int, choice: int, failures: list[tuple[int, str]], note: Callable[[int], None]
     ) -> tuple[ImageArray, int]:
         """Read the chosen record, or the next one that can be read; add what could not be to the failures."""
         unreadable = UnreadableImages(self.source, len(self.records))
@@ -463,13 +464,19 @@ class _TrainingBatch:
             if record not in self.failed:
                 note(record)
                 try:
-                    return self.source.read(record), record
+                    return self._augmented(epoch, record), record
                 except UnreadableImageError as error:
                     self.failed[record] = error.reason
             failures.append((record, self.failed[record]))
             unreadable.add(failures[-1:])
             unreadable.check()  # ends the search, in the worst case after 1 % of the records
             choice = (choice + 1) % len(self.records)
+
+    def _augmented(self, epoch: int, record: int) -> ImageArray:
+        rng = np.random.default_rng((self.seed, epoch, record))
+        choose = partial(random_crop_box, rng=rng, scale=self.crop_scale, ratio=self.crop_ratio)
+        image = self.source.read_crop(record, self.image_size, choose)
+        return random_flip(image, rng) if self.flip else image
 
 
 class _Example(NamedTuple):
@@ -493,11 +500,13 @@ class _EvaluationRecord:
 # -------------------------------------------------------------------------------------------------------- batches
 
 
-def _checked(stream: Iterator[Batch], unreadable: UnreadableImages) -> Iterator[Batch]:
-    for batch in stream:
-        unreadable.add(batch.unreadable)
+def _checked(
+    stream: Iterator[tuple[ImageArray, tuple[IndexArray, Failures]]], unreadable: UnreadableImages
+) -> Iterator[Batch]:
+    for images, (index, failures) in stream:
+        unreadable.add(failures)
         unreadable.check()
-        yield batch
+        yield Batch(images, index, failures)
 
 
 def _regrouped(

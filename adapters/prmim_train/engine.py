@@ -6,6 +6,7 @@ starts.
 
 import importlib
 import re
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -127,10 +128,12 @@ class Engine(Protocol):
     def compare(self, images: NDArray[np.uint8], sample: NDArray[np.int64]) -> Comparison:
         """Mask images as step 0 would, and set the student beside its teacher; only where features are predicted."""
 
-    def save(self, directory: Path) -> None:
-        """Write `weights.safetensors` and the training state into an existing folder, the same in every process.
+    def async_save(self, directory: Path) -> Future[None]:
+        """Begin to write `weights.safetensors` and the training state into an existing folder, the same everywhere.
 
-        What was measured since the last reading is part of the state.
+        What is written is the state of now, whatever steps are taken meanwhile; what was measured since the last
+        reading is part of it. The future is done when this process has written its share and, in the main one, all
+        have; it fails in all processes if it does in one.
         """
 
     def restore(self, directory: Path) -> None:

@@ -6,12 +6,15 @@ dimensions can stop a run or fill its memory.
 """
 
 import io
+import math
 import os
 import re
 import stat
 import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +22,7 @@ from PIL import (
     BmpImagePlugin,
     GifImagePlugin,
     Image,
+    ImageFile,
     JpegImagePlugin,
     PngImagePlugin,
     TiffImagePlugin,
@@ -26,15 +30,20 @@ from PIL import (
     WebPImagePlugin,
 )
 
+from prmim_train.transforms import check_size, resize_picture
+
 __all__ = [
     "IMAGE_ENDINGS",
     "MAX_FILE_BYTES",
+    "ChooseBox",
     "UnreadableImageError",
     "check_file_channels",
+    "decode_crop",
     "decode_image",
     "ignore_pillow_warnings",
     "open_regular",
     "printable",
+    "read_file",
     "read_image",
     "read_part",
     "reason_of",
@@ -42,6 +51,10 @@ __all__ = [
 ]
 
 ImageArray = NDArray[np.uint8]
+ChooseBox = Callable[[tuple[int, int]], tuple[int, int, int, int]]
+"""Chooses a box (top, left, height, width) of an image of the shape (height, width), in pixels."""
+
+_Box = tuple[float, float, float, float]
 
 IMAGE_ENDINGS = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
@@ -64,6 +77,29 @@ _MODE_OF_CHANNELS = {1: "L", 3: "RGB", 4: "RGBA"}
 # Modes that Pillow converts to L, RGB and RGBA by itself; the others (CMYK, YCbCr, LAB, ...) go through RGB.
 _PLAIN_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA")
 _ORIENTATION_TAG = 0x0112
+
+
+class _Turn(NamedTuple):
+    """What sets a stored picture upright: rows reversed, columns reversed, then the axes swapped."""
+
+    rows: bool = False
+    columns: bool = False
+    axes: bool = False
+
+
+_UPRIGHT = _Turn()
+_TURNS = {  # by what a camera noted
+    2: _Turn(columns=True),
+    3: _Turn(rows=True, columns=True),
+    4: _Turn(rows=True),
+    5: _Turn(axes=True),
+    6: _Turn(rows=True, axes=True),
+    7: _Turn(rows=True, columns=True, axes=True),
+    8: _Turn(columns=True, axes=True),
+}
+
+_REDUCTIONS = (8, 4, 2)  # what libjpeg offers
+_LEFT_TO_FILTER = 2
 _MAX_REASON = 200
 
 
@@ -122,12 +158,7 @@ def read_image(path: str | Path, *, channels: int) -> ImageArray:
     """
     check_file_channels(channels, "image files")
     name = printable(os.fspath(path))
-    try:
-        with open_regular(path) as file:
-            content = read_part(file, 0, os.fstat(file.fileno()).st_size)
-    except (OSError, ValueError) as error:
-        raise UnreadableImageError(name, reason_of(error)) from error
-    return decode_image(content, channels=channels, name=name)
+    return decode_image(read_file(path, name=name), channels=channels, name=name)
 
 
 def decode_image(content: bytes, *, channels: int, name: str = "image") -> ImageArray:
@@ -161,16 +192,80 @@ def decode_image(content: bytes, *, channels: int, name: str = "image") -> Image
         If `channels` is none of 1, 3 and 4.
     """
     check_file_channels(channels, "image files")
-    try:
-        with Image.open(io.BytesIO(content), formats=_FORMATS) as picture:
-            _check_pixels(picture)
+    with _named_errors(content, name):
+        picture = _open(content)
+        picture.load()
+        pixels = np.asarray(_convert(picture, channels))
+        return _orient(pixels.reshape(*pixels.shape[:2], channels), _turn(picture))
+
+
+def decode_crop(
+    content: bytes, size: tuple[int, int], choose: ChooseBox, *, channels: int, name: str = "image"
+) -> ImageArray:
+    """Decode a box of what an image file holds, and resize it.
+
+    The pixels are those of ``resize(decode_image(content)[box], size)``, with one exception: of a JPEG whose box is at
+    least four times as large as `size`, in height and in width, the decoder makes only every second, fourth or eighth
+    pixel, such that what is left of the box is still at least twice as large. That saves most of the time, and is as
+    determined as the rest: it depends on the box and `size` alone.
+
+    Parameters
+    ----------
+    content : bytes
+        All of the file.
+    size : (height, width)
+        Of the result, in pixels.
+    choose : callable
+        From (height, width) of the image to the box (top, left, height, width), in pixels. Called at most once.
+    channels : int
+        1 (grey), 3 (RGB) or 4 (RGBA; opaque images get alpha 255).
+    name : str, optional
+        What to call the image in errors.
+
+    Returns
+    -------
+    uint8 array (height, width, channels)
+
+    Raises
+    ------
+    UnreadableImageError
+        As `decode_image` does: also where only pixels outside the box are damaged.
+    ValueError
+        If `channels` is none of 1, 3 and 4, or `size` not as described.
+
+    Notes
+    -----
+    A reduced JPEG is the mean of the pixels that it leaves out, but for rounding: libjpeg computes it from the lowest
+    frequencies of each block. Pillow's own thumbnails leave the same factor of two to the filter.
+
+    Examples
+    --------
+    >>> file = io.BytesIO()
+    >>> Image.new("RGB", (640, 480), "red").save(file, "JPEG")
+    >>> decode_crop(file.getvalue(), (32, 32), lambda shape: (0, 0, *shape), channels=3).shape
+    (32, 32, 3)
+    """
+    check_file_channels(channels, "image files")
+    check_size(size)
+    with _named_errors(content, name):
+        picture = _open(content)
+        is_jpeg = isinstance(picture, JpegImagePlugin.JpegImageFile)
+        if not is_jpeg:
             picture.load()
-            pixels = np.asarray(_convert(picture, channels))
-            return _orient(pixels.reshape(*pixels.shape[:2], channels), _orientation(picture))
-    except UnidentifiedImageError as error:
-        raise UnreadableImageError(name, _unidentified(content)) from error
-    except Exception as error:  # decoders fed with damaged bytes raise nearly anything
-        raise UnreadableImageError(name, reason_of(error)) from error
+        turn = _turn(picture)
+    width, height = picture.size
+    chosen = choose((width, height) if turn.axes else (height, width))
+    left, top, right, bottom = _stored_box(chosen, (width, height), turn)
+    with _named_errors(content, name):
+        reduction = _reduce(picture, chosen, size) if is_jpeg else 1
+        picture.load()
+        box = (left / reduction, top / reduction, right / reduction, bottom / reduction)
+        # Cut out first, so that the filter sees no pixel outside.
+        outer = (math.floor(box[0]), math.floor(box[1]), math.ceil(box[2]), math.ceil(box[3]))
+        cut = _convert(picture, channels).crop(outer)
+        inner = (box[0] - outer[0], box[1] - outer[1], box[2] - outer[0], box[3] - outer[1])
+        cut, inner = _set_upright(cut, inner, turn)
+        return resize_picture(cut, size, box=inner)
 
 
 def check_file_channels(channels: int, what: str) -> None:
@@ -183,6 +278,15 @@ def check_file_channels(channels: int, what: str) -> None:
 
 
 # --------------------------------------------------------------------------------------------------------- reading
+
+
+def read_file(path: str | Path, *, name: str) -> bytes:
+    """Read all of a file; `UnreadableImageError` with this name if that fails, or if it is no regular file."""
+    try:
+        with open_regular(path) as file:
+            return read_part(file, 0, os.fstat(file.fileno()).st_size)
+    except (OSError, ValueError) as error:
+        raise UnreadableImageError(name, reason_of(error)) from error
 
 
 def open_regular(path: str | Path) -> io.FileIO:
@@ -222,11 +326,33 @@ def ignore_pillow_warnings() -> None:
     warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
-def _check_pixels(picture: Image.Image) -> None:
+@contextmanager
+def _named_errors(content: bytes, name: str) -> Iterator[None]:
+    try:
+        yield
+    except UnidentifiedImageError as error:
+        raise UnreadableImageError(name, _unidentified(content)) from error
+    except Exception as error:  # decoders fed with damaged bytes raise nearly anything
+        raise UnreadableImageError(name, reason_of(error)) from error
+
+
+def _open(content: bytes) -> ImageFile.ImageFile:
+    """Read the header."""
+    picture = Image.open(io.BytesIO(content), formats=_FORMATS)
     # Pillow itself only warns up to twice the limit, and a warning filter cannot be set for one thread alone.
     limit = Image.MAX_IMAGE_PIXELS
     if limit is not None and picture.width * picture.height > limit:
         raise ValueError(_too_many_pixels(picture.width * picture.height))
+    return picture
+
+
+def _reduce(picture: ImageFile.ImageFile, box: tuple[int, int, int, int], size: tuple[int, int]) -> int:
+    """Tell the decoder of a JPEG by how much to reduce, and return that, for a box (top, left, height, width)."""
+    spare = min(box[2] / size[0], box[3] / size[1]) / _LEFT_TO_FILTER
+    reduction = next((factor for factor in _REDUCTIONS if factor <= spare), 1)
+    if reduction > 1 and picture.draft(None, (picture.width // reduction, picture.height // reduction)) is None:
+        return 1
+    return reduction
 
 
 def _too_many_pixels(number: int) -> str:
@@ -249,32 +375,41 @@ def _convert(picture: Image.Image, channels: int) -> Image.Image:
     return picture.convert(mode)
 
 
-def _orientation(picture: Image.Image) -> int:
-    # Asked after loading: Pillow turns TIFF images itself while loading, and then drops the tag.
+def _turn(picture: Image.Image) -> _Turn:
+    # Of all but JPEGs asked after loading: Pillow turns TIFF images itself while loading, and then drops the tag.
     try:
-        return int(picture.getexif().get(_ORIENTATION_TAG, 1))
+        return _TURNS.get(int(picture.getexif().get(_ORIENTATION_TAG, 1)), _UPRIGHT)
     except Exception:  # damaged notes do not damage the picture: without an orientation it stands as stored
-        return 1
+        return _UPRIGHT
 
 
-def _orient(pixels: ImageArray, orientation: int) -> ImageArray:
-    match orientation:
-        case 2:
-            return pixels[:, ::-1]
-        case 3:
-            return pixels[::-1, ::-1]
-        case 4:
-            return pixels[::-1]
-        case 5:
-            return pixels.swapaxes(0, 1)
-        case 6:
-            return pixels[::-1].swapaxes(0, 1)
-        case 7:
-            return pixels[::-1, ::-1].swapaxes(0, 1)
-        case 8:
-            return pixels[:, ::-1].swapaxes(0, 1)
-        case _:
-            return pixels
+def _orient(pixels: ImageArray, turn: _Turn) -> ImageArray:
+    pixels = pixels[:: -1 if turn.rows else 1, :: -1 if turn.columns else 1]
+    return pixels.swapaxes(0, 1) if turn.axes else pixels
+
+
+def _stored_box(box: tuple[int, int, int, int], size: tuple[int, int], turn: _Turn) -> tuple[int, int, int, int]:
+    """Return where a box (top, left, height, width) of the upright picture is stored: left, top, right, bottom."""
+    top, left, height, width = (box[1], box[0], box[3], box[2]) if turn.axes else box
+    if turn.rows:
+        top = size[1] - top - height
+    if turn.columns:
+        left = size[0] - left - width
+    return left, top, left + width, top + height
+
+
+def _set_upright(picture: Image.Image, box: _Box, turn: _Turn) -> tuple[Image.Image, _Box]:
+    """Return a stored picture upright, and a box in it: left, top, right, bottom."""
+    left, top, right, bottom = box
+    if turn.rows:
+        picture = picture.transpose(Image.Transpose.FLIP_TOP_BOTTOM)
+        top, bottom = picture.height - bottom, picture.height - top
+    if turn.columns:
+        picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        left, right = picture.width - right, picture.width - left
+    if turn.axes:
+        return picture.transpose(Image.Transpose.TRANSPOSE), (top, left, bottom, right)
+    return picture, (left, top, right, bottom)
 
 
 def to_8_bits(values: NDArray[np.uint8] | NDArray[np.uint16]) -> ImageArray:

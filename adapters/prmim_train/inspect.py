@@ -222,10 +222,9 @@ def _cost_lines(config: PretrainConfig) -> list[str]:
     if reports is None:
         return [title, _row(NO_COST, "")]
     ours, other = reports
-    if "teacher" in ours.parts:
-        title += " (a training step takes about three times as many, the teacher once)"
-    else:
-        title += " (a training step takes about three times as many)"
+    times = "four" if config.recompute_blocks else "three"
+    teacher = ", the teacher once" if "teacher" in ours.parts else ""
+    title += f" (a training step takes about {times} times as many{teacher})"
     lines = [title, _table_head(config)]
     for key, part in ours.parts.items():
         lines.append(_cost_row(config, PART_NAMES.get(key, key), part.macs, other.parts[key].macs))
@@ -239,11 +238,12 @@ def _cost_row(config: PretrainConfig, name: str, ours: int, other: int, *, is_to
 
 
 def _memory_lines(config: PretrainConfig) -> list[str]:
-    title = f"Memory for activations kept for the backward pass (estimate, fused attention, {config.precision})"
+    how = f"estimate, fused attention, {config.precision}" + ", blocks recomputed" * config.recompute_blocks
+    title = f"Memory for activations kept for the backward pass ({how})"
     reports = cost_reports(config)
     if reports is None:
         return [title, _row(NO_COST, "")]
-    ours, other = (report.activation_bytes for report in reports)
+    ours, other = (report.peak_activation_bytes for report in reports)
     batch = config.micro_batch
     return [
         title,

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from prmim_train.budget import Budget
 from prmim_train.config import PretrainConfig
-from prmim_train.data import train_batches
+from prmim_train.data import Batch, train_batches
 from prmim_train.engine import Engine, create_engine
 from prmim_train.evaluate import evaluate_run, format_evaluation
 from prmim_train.inspect import format_brief
@@ -25,7 +25,7 @@ from prmim_train.layers import dump_options, parse_options
 from prmim_train.pictures import draw_run
 from prmim_train.prepare import RunData, open_data
 from prmim_train.processes import is_main, launched, on_main, say
-from prmim_train.run_directory import RESCUE, RunDirectory
+from prmim_train.run_directory import RESCUE, RunDirectory, Writing
 from prmim_train.trackers import NoTracker, Tracker, check_tracker, open_tracker
 
 NUM_PRINTED_LINES = 20  # of progress, where the output is no terminal and a bar would fill a log file
@@ -145,10 +145,14 @@ def _train(config: PretrainConfig, data: RunData, run: RunDirectory, engine: Eng
         rank=engine.rank,
         world_size=engine.world_size,
     )
-    clock = _Clock(config.checkpoint_minutes)
     unreadable: dict[str, str] = {}
-    with _stop_signals() as stop, batches, _Log(run, config, budget, engine) as log:
-        for batch in batches:
+    with (
+        _stop_signals() as stop,
+        batches,
+        _Checkpoints(run, config, engine) as checkpoints,
+        _Log(run, config, budget, engine, checkpoints) as log,
+    ):
+        for batch in log.timed(batches):
             engine.train_step(batch.images, batch.index)
             log.advance()
             unreadable |= {str(record): reason for record, reason in batch.unreadable}
@@ -159,13 +163,15 @@ def _train(config: PretrainConfig, data: RunData, run: RunDirectory, engine: Eng
             if is_logged:
                 log.write(step)
             is_stopping = _agreed(engine, stop.is_set, is_logged) and not is_last
+            checkpoints.look_after(is_logged)
             is_due = step % budget.checkpoint_steps == 0 or is_last or is_stopping
-            if is_due or (clock.runs and _agreed(engine, engine.rank == 0 and clock.is_due(), is_logged)):
-                run.save_checkpoint(engine, step, keep=config.keep_checkpoints)
-                clock.reset()
+            if is_due or checkpoints.are_due(is_logged):
+                checkpoints.start(step)
             if is_stopping:
+                checkpoints.finish()
                 number = stop.number or signal.SIGTERM  # 0: it came to another process
                 raise Interrupted(_how_to_go_on(run, step, budget), number)
+        checkpoints.finish()
 
     if engine.world_size > 1:
         reasons = _share_notes(run, engine, unreadable)
@@ -258,19 +264,46 @@ def _how_to_go_on(run: RunDirectory, step: int, budget: Budget) -> str:
     )
 
 
-class _Clock:
-    """Says when the minutes between two checkpoints are over."""
+class _Checkpoints:
+    """Writes checkpoints behind the training, one at a time."""
 
-    def __init__(self, minutes: float | None) -> None:
-        self.runs = minutes is not None
-        self.seconds = 60 * (minutes or math.inf)
-        self.reset()
+    def __init__(self, run: RunDirectory, config: PretrainConfig, engine: Engine) -> None:
+        self.run, self.engine, self.keep = run, engine, config.keep_checkpoints
+        self.minutes = config.checkpoint_minutes
+        self.started = time.monotonic()
+        self.writing: Writing | None = None
 
-    def reset(self) -> None:
+    def __enter__(self) -> "_Checkpoints":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self.writing is not None:  # after an error of something else, which is the one to report
+            self.writing.wait()
+
+    def are_due(self, is_logged: bool) -> bool:
+        """Say whether the minutes between two of them are over, in the main process."""
+        if self.minutes is None:
+            return False
+        is_late = self.engine.rank == 0 and time.monotonic() - self.started >= 60 * self.minutes
+        return _agreed(self.engine, is_late, is_logged)
+
+    def start(self, step: int, prefix: str = "") -> None:
+        """Begin to write one, when the one before is finished."""
+        self.finish()
+        self.writing = self.run.start_checkpoint(self.engine, step, keep=self.keep, prefix=prefix)
         self.started = time.monotonic()
 
-    def is_due(self) -> bool:
-        return time.monotonic() - self.started >= self.seconds
+    def finish(self) -> Path | None:
+        """Wait for the one that is being written, if any, and raise what went wrong with it."""
+        writing, self.writing = self.writing, None
+        return None if writing is None else writing.finish()
+
+    def look_after(self, is_logged: bool) -> None:
+        """Finish the one that is being written if that takes no waiting."""
+        if self.writing is None or (self.engine.world_size > 1 and not is_logged):
+            return
+        if not self.engine.any(not self.writing.is_done()):
+            self.finish()
 
 
 class _Log:
@@ -279,8 +312,11 @@ class _Log:
     Every process has one and goes through the same readings; that of the main process alone shows and writes them.
     """
 
-    def __init__(self, run: RunDirectory, config: PretrainConfig, budget: Budget, engine: Engine) -> None:
+    def __init__(
+        self, run: RunDirectory, config: PretrainConfig, budget: Budget, engine: Engine, checkpoints: _Checkpoints
+    ) -> None:
         self.run, self.config, self.budget, self.engine = run, config, budget, engine
+        self.checkpoints = checkpoints
         self.is_main = engine.rank == 0
         records = run.read_metrics()
         self.last: dict[str, Any] = records[-1] if records else {}
@@ -288,6 +324,7 @@ class _Log:
         self.rescued = run.rescued_steps()
         self.earlier_seconds = float(self.last.get("seconds", 0.0))
         self.speed = SpeedMeter()
+        self.waited = 0.0
         self.print_every = max(1, budget.total_steps // NUM_PRINTED_LINES)
         self.printed_step = engine.step
         self.tracker: Tracker = NoTracker()
@@ -299,7 +336,7 @@ class _Log:
         self.tracker = (
             on_main(self.engine, lambda: open_tracker(name, self.run, options, self.engine.step)) or NoTracker()
         )
-        self.started = time.perf_counter()
+        self.started = self.written = time.perf_counter()
         self.bar = tqdm(
             total=self.budget.total_steps,
             initial=self.engine.step,
@@ -318,6 +355,16 @@ class _Log:
         """Time spent training, that before a resume included, up to the last step that was logged."""
         return float(self.last.get("seconds", 0.0))
 
+    def timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """Hand batches on, and add up the time that they were waited for."""
+        while True:
+            start = time.perf_counter()
+            batch = next(batches, None)
+            self.waited += time.perf_counter() - start
+            if batch is None:
+                return
+            yield batch
+
     def advance(self) -> None:
         """Move the bar; the device may still be busy with the step."""
         self.bar.update(1)
@@ -325,7 +372,8 @@ class _Log:
     def write(self, step: int) -> None:
         """Read the engine's metrics, check them, write them down; waits for the device."""
         metrics = self.engine.read_metrics()
-        self.speed.update((step - self.read_step) * self.config.batch_size, time.perf_counter())
+        now = time.perf_counter()
+        self.speed.update((step - self.read_step) * self.config.batch_size, now)
         self._check_finite(metrics, step)
         self.read_step = step
         speed = self.speed.recent
@@ -337,8 +385,10 @@ class _Log:
             "grad_norm": _finite(metrics["grad_norm"]),
             **({"skipped": metrics["skipped"]} if metrics["skipped"] else {}),
             "images_per_second": None if speed is None else round(speed, 1),
-            "seconds": round(self.earlier_seconds + time.perf_counter() - self.started, 3),
+            "waiting": round(self.waited / (now - self.written), 4),
+            "seconds": round(self.earlier_seconds + now - self.started, 3),
         }
+        self.waited, self.written = 0.0, now
         if self.is_main:
             self.run.append_metrics(self.last)
             numbers = {name: value for name, value in self.last.items() if name != "step" and value is not None}
@@ -391,7 +441,8 @@ class _Log:
             self._rescue(step, f"not at {skipped} of the last steps up to step {step}")
 
     def _rescue(self, step: int, when: str, *, limit: bool = False) -> None:
-        place = self.run.save_checkpoint(self.engine, step, keep=self.config.keep_checkpoints, prefix=RESCUE)
+        self.checkpoints.start(step, RESCUE)
+        place = self.checkpoints.finish()
         advice = "" if self.config.clip_grad is not None else " --clip_grad 1,"
         advice += "" if self.config.precision == "float32" else " --precision float32,"
         known = f" (max_skipped is {self.config.max_skipped})" if limit else ""

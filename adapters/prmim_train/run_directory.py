@@ -28,6 +28,7 @@ import shutil
 import sys
 import uuid
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -44,13 +45,16 @@ MANIFEST = "manifest.json"
 RESCUE = "rescue_"
 DAMAGED = "damaged_"
 _STEP = re.compile(r"step_(\d{8,})")
+DONE: Future[None] = Future()
+"""Of what there is nothing to do for."""
+DONE.set_result(None)
 
 
 class Saves(Agrees, Protocol):
     """Anything that can write itself into a folder, from however many processes; an engine."""
 
-    def save(self, directory: Path) -> None:
-        """Write into an existing, empty folder; every process has to call it."""
+    def async_save(self, directory: Path) -> Future[None]:
+        """Begin to write into an existing, empty folder; every process has to call it."""
 
 
 class RunDirectory:
@@ -234,8 +238,10 @@ class RunDirectory:
         found = (self.path / CHECKPOINTS).glob(f"{RESCUE}step_*")
         return {int(entry.name.removeprefix(f"{RESCUE}step_")) for entry in found}
 
-    def save_checkpoint(self, engine: Saves, step: int, *, keep: int, prefix: str = "") -> Path:
-        """Write a checkpoint, whole or not at all, then delete the oldest ones; every process has to call it.
+    def start_checkpoint(self, engine: Saves, step: int, *, keep: int, prefix: str = "") -> "Writing":
+        """Begin to write a checkpoint, whole or not at all; then the oldest ones are deleted.
+
+        Every process has to call it, and to finish what it returns before the next one is begun.
 
         Parameters
         ----------
@@ -250,24 +256,48 @@ class RunDirectory:
 
         Returns
         -------
-        Path
-            The folder.
+        Writing
 
         Raises
         ------
         OSError
-            If it could not be written; what was written of it is gone then, and older checkpoints are untouched.
+            If it could not be begun; see :meth:`Writing.finish`.
         FailedElsewhereError
             The same, in other processes than the main one, where it was that which could not write.
         """
         place = self.path / CHECKPOINTS / f"{prefix}step_{step:08d}"
         if engine.any(engine.rank == 0 and place.is_dir()):  # whole, since it bears its name
-            return place
+            return Writing(self, engine, place)
         directory = place.with_name(f".{place.name}.partial")  # the same in all processes
-        try:
+        with self.explained(place):
             on_main(engine, partial(_make_empty, directory))
-            engine.save(directory)
-            on_main(engine, partial(self._finish_checkpoint, directory, place))
+            saved = engine.async_save(directory)
+        if engine.rank > 0:
+            return Writing(self, engine, place, saved)
+        background = ThreadPoolExecutor(1, "checkpoint")
+        placed = background.submit(self._finish_checkpoint, saved, directory, place, keep)
+        background.shutdown(wait=False)
+        return Writing(self, engine, place, saved, placed)
+
+    def _finish_checkpoint(self, saved: Future[None], directory: Path, place: Path, keep: int) -> None:
+        try:
+            with self.explained(place):
+                saved.result()
+                _write_manifest(directory)
+                _flush_tree(directory)
+                if (self.path / METRICS).exists():  # its lines must not be lost where the checkpoint is not
+                    _flush(self.path / METRICS)
+                directory.rename(place)
+                _flush(place.parent)
+        finally:
+            shutil.rmtree(directory, ignore_errors=True)
+        self._delete_old(keep)
+
+    @contextmanager
+    def explained(self, place: Path) -> Iterator[None]:
+        """Say of an error inside which checkpoint could not be written, and which one is there."""
+        try:
+            yield
         except FailedElsewhereError:
             raise
         except Exception as error:
@@ -275,19 +305,6 @@ class RunDirectory:
             kept = f"the last good one is {latest[0]}" if latest else "there is no earlier one"
             reason = " ".join(str(error).split()) or type(error).__name__
             raise OSError(f"checkpoint: could not write {place}: {reason}; {kept}") from error
-        finally:
-            if engine.rank == 0:
-                shutil.rmtree(directory, ignore_errors=True)
-        on_main(engine, partial(self._delete_old, keep))
-        return place
-
-    def _finish_checkpoint(self, directory: Path, place: Path) -> None:
-        _write_manifest(directory)
-        _flush_tree(directory)
-        if (self.path / METRICS).exists():  # its lines must not be lost where the checkpoint is not
-            _flush(self.path / METRICS)
-        directory.rename(place)
-        _flush(place.parent)
 
     def _delete_old(self, keep: int) -> None:
         for old in self.checkpoints()[:-keep]:
@@ -300,6 +317,60 @@ class RunDirectory:
         for folder in (self.path, self.path / CHECKPOINTS):
             for entry in folder.glob(".*.partial*"):
                 shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+
+
+class Writing:
+    """A checkpoint that is written in the background; see :meth:`RunDirectory.start_checkpoint`.
+
+    Parameters
+    ----------
+    run
+        The run that it is of.
+    engine
+        What is saved.
+    place
+        The folder that it will be.
+    saved
+        The engine's part.
+    placed
+        All of it; in the main process only.
+    """
+
+    def __init__(
+        self, run: RunDirectory, engine: Saves, place: Path, saved: Future[None] = DONE, placed: Future[None] = DONE
+    ) -> None:
+        self.place = place
+        self._run, self._engine = run, engine
+        self._saved, self._placed = saved, placed
+
+    def is_done(self) -> bool:
+        """Say whether this process has nothing left to do for it."""
+        return self._saved.done() and self._placed.done()
+
+    def wait(self) -> None:
+        """Wait until this process is done, whether or not it succeeds."""
+        wait([self._saved, self._placed])
+
+    def finish(self) -> Path:
+        """Wait for the end of it, in every process.
+
+        Returns
+        -------
+        Path
+            The folder.
+
+        Raises
+        ------
+        OSError
+            If it could not be written; what was written of it is gone then, and older checkpoints are untouched.
+        FailedElsewhereError
+            The same, in other processes than the main one, where it was that which could not write.
+        """
+        self.wait()
+        with self._run.explained(self.place):
+            self._saved.result()  # which fails in all processes or in none
+        on_main(self._engine, self._placed.result)
+        return self.place
 
 
 def damage(checkpoint: Path) -> str | None:

@@ -15,15 +15,20 @@ from numpy.typing import NDArray
 
 from prmim_train.image_files import (
     IMAGE_ENDINGS,
+    ChooseBox,
     UnreadableImageError,
     check_file_channels,
+    decode_crop,
+    decode_image,
     printable,
+    read_file,
     read_image,
     to_8_bits,
 )
 from prmim_train.names import PackedNames
 from prmim_train.npz import read_npz
 from prmim_train.tar_shards import TarSource, open_tars
+from prmim_train.transforms import resize
 
 __all__ = [
     "IMAGE_ENDINGS",
@@ -70,6 +75,14 @@ class ImageSource(Protocol):
         """Return one image, uint8 (height, width, channels); `UnreadableImageError` if that fails."""
         ...
 
+    def read_crop(self, index: int, size: tuple[int, int], choose: ChooseBox) -> ImageArray:
+        """Return a box of one image, resized: uint8 (*size, channels); `UnreadableImageError` if that fails.
+
+        `choose` is given (height, width) of the image, and returns (top, left, height, width) of the box. This is
+        ``resize(read(index)[box], size)``, or as near to it as `prmim_train.image_files.decode_crop` promises.
+        """
+        ...
+
     def name(self, index: int) -> str:
         """Return what to call an image in messages."""
         ...
@@ -112,6 +125,12 @@ class ArraySource:
         """Return one image, uint8 (height, width, channels); of uint8 images a view, not to be written to."""
         return to_8_bits(self.images[index])
 
+    def read_crop(self, index: int, size: tuple[int, int], choose: ChooseBox) -> ImageArray:
+        """Return a box of one image, resized: see `ImageSource`."""
+        image = self.read(index)
+        top, left, height, width = choose((image.shape[0], image.shape[1]))
+        return resize(image[top : top + height, left : left + width], size)
+
     def name(self, index: int) -> str:
         """Return what to call an image in messages."""
         return f"image {index}"
@@ -134,7 +153,7 @@ class FolderSource:
 
     Notes
     -----
-    `read` is `read_image`, with errors that name the file relative to the folder.
+    Errors name the file relative to the folder.
     """
 
     folder: Path
@@ -150,10 +169,14 @@ class FolderSource:
 
     def read(self, index: int) -> ImageArray:
         """Return one image, uint8 (height, width, channels); `UnreadableImageError` if that fails."""
-        try:
-            return read_image(self.folder / self.files[index], channels=self.channels)
-        except UnreadableImageError as error:
-            raise UnreadableImageError(self.name(index), error.reason) from error
+        return decode_image(self._content(index), channels=self.channels, name=self.name(index))
+
+    def read_crop(self, index: int, size: tuple[int, int], choose: ChooseBox) -> ImageArray:
+        """Return a box of one image, resized: see `ImageSource`."""
+        return decode_crop(self._content(index), size, choose, channels=self.channels, name=self.name(index))
+
+    def _content(self, index: int) -> bytes:
+        return read_file(self.folder / self.files[index], name=self.name(index))
 
     def name(self, index: int) -> str:
         """Return what to call an image in messages: its path inside the folder."""

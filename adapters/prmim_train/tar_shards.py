@@ -19,7 +19,9 @@ from numpy.typing import NDArray
 
 from prmim_train.image_files import (
     IMAGE_ENDINGS,
+    ChooseBox,
     UnreadableImageError,
+    decode_crop,
     decode_image,
     open_regular,
     printable,
@@ -105,17 +107,20 @@ class TarSource:
 
     def read(self, index: int) -> ImageArray:
         """Return one image, uint8 (height, width, channels); `UnreadableImageError` if that fails."""
-        try:
-            content = self._content(index)
-        except (OSError, ValueError) as error:
-            raise UnreadableImageError(self.name(index), f"its tar file: {reason_of(error)}") from error
-        return decode_image(content, channels=self.channels, name=self.name(index))
+        return decode_image(self._content(index), channels=self.channels, name=self.name(index))
+
+    def read_crop(self, index: int, size: tuple[int, int], choose: ChooseBox) -> ImageArray:
+        """Return a box of one image, resized: see `prmim_train.sources.ImageSource`."""
+        return decode_crop(self._content(index), size, choose, channels=self.channels, name=self.name(index))
 
     def _content(self, index: int) -> bytes:
-        with open_regular(self.shards[self.shard[index]]) as file:
-            both = read_part(file, int(self.offset[index]) - _BLOCK, _BLOCK + int(self.size[index]))
-        if zlib.crc32(both[:_BLOCK]) != self.header_crc[index]:
-            raise ValueError("changed since it was opened")
+        try:
+            with open_regular(self.shards[self.shard[index]]) as file:
+                both = read_part(file, int(self.offset[index]) - _BLOCK, _BLOCK + int(self.size[index]))
+            if zlib.crc32(both[:_BLOCK]) != self.header_crc[index]:
+                raise ValueError("changed since it was opened")
+        except (OSError, ValueError) as error:
+            raise UnreadableImageError(self.name(index), f"its tar file: {reason_of(error)}") from error
         return both[_BLOCK:]
 
     def name(self, index: int) -> str:

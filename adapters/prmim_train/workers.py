@@ -4,11 +4,15 @@ Each worker has two pipes, one for what it is asked and one for what it answers,
 The end of a process is the end of its pipes: the other side notices at once, also in the middle of an item, so that
 neither a killed worker leaves the run waiting nor a killed run leaves workers behind. (Queues of `multiprocessing`
 cannot promise that: all sides hold both ends, and a reader waits for the rest of an item forever.)
+
+Arrays go through the pipes as they lie in memory; pickled they would be copied several times on each side. Shared
+memory would save yet another copy, but where a container has little of it a run ends in a bus error.
 """
 
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -18,10 +22,14 @@ from multiprocessing.connection import Connection
 from queue import SimpleQueue
 from typing import Any, Generic, Protocol, TypeVar
 
+import numpy as np
+from numpy.typing import NDArray
+
 __all__ = ["Make", "WorkerPool"]
 
 Task = TypeVar("Task", contravariant=True)
 Item = TypeVar("Item", covariant=True)
+Array = NDArray[Any]
 
 _AHEAD = 2  # tasks in the hands of each worker
 _ENDING = (signal.SIGINT, signal.SIGTERM)
@@ -29,10 +37,10 @@ _PATIENCE = 5.0  # seconds for the system to say how a process ended whose pipe 
 
 
 class Make(Protocol[Task, Item]):
-    """Makes an item from a task. Must be picklable; called in the workers."""
+    """Makes an array and an item beside it from a task. Must be picklable; called in the workers."""
 
-    def __call__(self, task: Task, note: Callable[[int], None], /) -> Item:
-        """Return the item; `note` a number from 0 on, from time to time, that says what it is working on."""
+    def __call__(self, task: Task, note: Callable[[int], None], /) -> tuple[Array, Item]:
+        """Return array and item, which must be picklable; `note` a number from 0 on that says what it is working on."""
         ...
 
 
@@ -44,8 +52,8 @@ class _Worker:
     noted: Any  # a C integer in shared memory
 
 
-class WorkerPool(Iterator[Item], Generic[Task, Item]):
-    """Items made by worker processes, in the order of their tasks.
+class WorkerPool(Iterator[tuple[Array, Item]], Generic[Task, Item]):
+    """Arrays and items made by worker processes, in the order of their tasks.
 
     Parameters
     ----------
@@ -91,22 +99,21 @@ class WorkerPool(Iterator[Item], Generic[Task, Item]):
             self.close()
             raise
 
-    def __next__(self) -> Item:
-        """Return the next item."""
+    def __next__(self) -> tuple[Array, Item]:
+        """Return the next array and item."""
         if self._num_received == self._num_dealt:
             self.close()
             raise StopIteration
         number = self._num_received % len(self._workers)
         try:
-            is_item, result = self._workers[number].items.recv()
+            result = _receive(self._workers[number].items)
         except (EOFError, OSError) as error:
             raise ChildProcessError(self._obituary(number)) from error
         self._num_received += 1
-        if not is_item:
+        if isinstance(result, Exception):
             raise result
         self._deal()
-        item: Item = result
-        return item
+        return result
 
     def close(self) -> None:
         """End the workers; may be called more than once."""
@@ -176,6 +183,41 @@ def _end_workers(workers: list[_Worker]) -> None:
         worker.process.join(_PATIENCE)  # one that waits for a disk that is gone cannot be killed
 
 
+# ---------------------------------------------------------------------------------------------------- the pipes
+
+
+def _send(pipe: Connection, result: tuple[Array, Any] | Exception) -> None:
+    if isinstance(result, Exception):
+        pipe.send((result, None, None))
+        return
+    array = np.ascontiguousarray(result[0])
+    pipe.send((result[1], array.dtype.str, array.shape))
+    content = array.reshape(-1).view(np.uint8).data
+    if sys.platform == "win32":
+        pipe.send_bytes(content)
+        return
+    while content:
+        content = content[os.write(pipe.fileno(), content) :]
+
+
+def _receive(pipe: Connection) -> tuple[Array, Any] | Exception:
+    item, dtype, shape = pipe.recv()
+    if dtype is None:
+        error: Exception = item
+        return error
+    array = np.empty(shape, dtype)
+    content = array.reshape(-1).view(np.uint8).data
+    if sys.platform == "win32":
+        pipe.recv_bytes_into(content)
+        return array, item
+    while content:
+        number = os.readv(pipe.fileno(), [content])
+        if number == 0:
+            raise EOFError
+        content = content[number:]
+    return array, item
+
+
 # ------------------------------------------------------------------------------------------------- in the workers
 
 
@@ -186,7 +228,7 @@ def _work(
     for number in _ENDING:
         signal.signal(number, signal.SIG_IGN)
     waiting: SimpleQueue[Any] = SimpleQueue()
-    threading.Thread(target=_receive, args=(tasks, waiting), daemon=True).start()
+    threading.Thread(target=_take_in, args=(tasks, waiting), daemon=True).start()
     if prepare is not None:
         prepare()
 
@@ -195,18 +237,19 @@ def _work(
 
     while True:
         task = waiting.get()
+        result: tuple[Array, Any] | Exception
         try:
-            answer = (True, make(task, note))
+            result = make(task, note)
         except Exception as error:
-            answer = (False, _portable(error))
+            result = _portable(error)
         note(-1)
         try:
-            items.send(answer)
+            _send(items, result)
         except OSError:  # nobody is left to take it
             os._exit(0)
 
 
-def _receive(tasks: Connection, waiting: SimpleQueue[Any]) -> None:
+def _take_in(tasks: Connection, waiting: SimpleQueue[Any]) -> None:
     """Take tasks as they come, so that who sends them never waits; end the process with the pipe, whatever it does."""
     while True:
         try:

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from prmim_core import Grid, Plan, Schedule, TokenCounts
-from prmim_core._arrays import array_namespace, compat_namespace, device_of, scan
+from prmim_core._arrays import argsort, array_namespace, compat_namespace, device_of, scan, scatter
 
 
 def test_the_namespace_is_that_of_the_library(xp):
@@ -26,6 +26,49 @@ def test_libraries_are_not_mixed(xp):
 def test_what_is_no_array_has_no_namespace(wrong):
     with pytest.raises(TypeError):
         array_namespace(wrong)
+
+
+EXTREMES = np.asarray([[0, -1, 5], [127, -128, 5]])
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        np.iinfo(np.int32).min + np.asarray([[0, 2**32 - 1, 5], [2**31, 2**31 + 1, 2**31 - 1]]).astype(np.int32),
+        *(EXTREMES.astype(dtype) for dtype in (np.int8, np.int16, np.int32)),
+        np.asarray([[3, 1, 3, 1, 3]] * 2, dtype=np.int32),  # equal values keep their order
+        np.asarray([[200, 3, 255, 0]], dtype=np.uint8),
+        np.asarray([[0.5, -1.0, 0.5, -np.inf]], dtype=np.float32),
+        np.zeros((0, 3), dtype=np.int32),
+        np.zeros((2, 0), dtype=np.int32),
+    ],
+    ids=lambda rows: f"{rows.dtype}-{rows.shape}",
+)
+def test_argsort_is_that_of_the_standard_and_stable(xp, rows):
+    xp.assert_equal(xp.run(argsort, rows), np.argsort(rows, axis=1, stable=True), dtype="index")
+
+
+@pytest.mark.parametrize("dtype", [np.uint32, np.int64, np.uint64])
+def test_argsort_does_not_pack_what_is_too_wide(dtype):
+    rows = np.asarray([[np.iinfo(dtype).max, 0, 1, np.iinfo(dtype).max - 1]], dtype=dtype)
+    assert argsort(rows).tolist() == [[1, 2, 3, 0]]
+
+
+@pytest.mark.parametrize("index", [[[2, 0], [3, 1]], [[0, 3], [0, 3]], [[], []]])
+@pytest.mark.parametrize("dtype", [np.uint8, np.int32])
+def test_values_are_scattered_to_their_places(xp, index, dtype):
+    index = np.asarray(index, dtype=dtype)
+    values = np.asarray([7, 8], dtype=np.int32)[: index.shape[1]]
+    expected = np.zeros((2, 4), dtype=np.int32)
+    np.put_along_axis(expected, index.astype(int), np.broadcast_to(values, index.shape), axis=1)
+    xp.assert_equal(xp.run(lambda *a: scatter(*a, 4), index, values), expected, dtype="int32")
+
+
+def test_an_index_of_a_narrow_type_reaches_every_row_of_a_batch(library):
+    # 200 rows of 100 tokens are more than uint8 can count.
+    index = np.full((200, 1), 99, dtype=np.uint8)
+    expected = np.arange(100)[None, :] == index
+    library.assert_equal(library.run(lambda *a: scatter(*a, 100), index, np.ones(1, dtype=bool)), expected)
 
 
 def fibonacci(first, second):

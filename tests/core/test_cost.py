@@ -198,6 +198,21 @@ def test_totals_add_the_parts_up():
     assert all(isinstance(part.macs, int) for part in costs.parts.values())
 
 
+def test_recomputed_blocks_keep_their_inputs_and_one_of_them_at_a_time():
+    kept, recomputed = (report("B/16", 0.5, recompute_blocks=flag) for flag in (False, True))
+    assert recomputed.macs == kept.macs
+    encoder, decoder = recomputed.parts["encoder"], recomputed.parts["decoder"]
+    assert encoder.activation_bytes == 50 * (12 * 768 * 4 + 768 * 4 + 8)  # and the norm at the end
+    assert decoder.activation_bytes == 99 * (8 * 512 * 4 + 512 * 4 + 8)
+    one_block = MODELS["B/16"][0].activation_bytes(50, compute_bytes=4, attention="fused") // 12
+    assert encoder.recomputed_bytes == one_block
+    # The decoder's is the larger block, and is recomputed first, when all that was saved but the head's is there.
+    saved = [part.activation_bytes for part in recomputed.parts.values()]
+    assert recomputed.peak_activation_bytes == max(sum(saved[:4]) + decoder.recomputed_bytes, sum(saved))
+    assert recomputed.peak_activation_bytes < 0.2 * kept.peak_activation_bytes
+    assert kept.peak_activation_bytes == kept.activation_bytes
+
+
 @pytest.mark.parametrize("counts", [TokenCounts(196, 0, 0), TokenCounts(0, 0, 196), TokenCounts(0, 196, 0)], ids=str)
 @pytest.mark.parametrize("variant", ["kernel", "interpolate", "conv", "none"])
 def test_empty_parts_cost_nothing_negative(counts, variant):
@@ -257,8 +272,13 @@ def test_simmim_keeps_what_its_blocks_add_to_plain_ones():
     assert plain == blocks + 197 * (4 * 768 + 8)  # the final norm
     scaled = simmim(compute_bytes=2, **bare | {"layer_scale": True}).parts["encoder"].activation_bytes
     assert scaled - plain == 12 * 2 * 197 * 768 * 2
-    biased = simmim(compute_bytes=2, **bare | {"relative_position": True}).parts["encoder"].activation_bytes
-    assert biased - plain == 197**2 * (12 * 2 + 8)
+    # The bias is one for all images of a batch where all tokens are there.
+    assert simmim(compute_bytes=2, **bare | {"relative_position": True}).parts["encoder"].activation_bytes == plain
+    biased, plain = (
+        simmim(0.25, compute_bytes=2, **bare | {"relative_position": flag}).parts["encoder"].activation_bytes
+        for flag in (True, False)
+    )
+    assert biased - plain == 148**2 * (12 * 2 + 8)
     assert simmim(**bare).macs == simmim().macs
 
 

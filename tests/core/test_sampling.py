@@ -8,7 +8,7 @@ from hypothesis.extra import numpy as hnp
 
 import prmim_reference as reference
 from prmim_core import Grid, counter_noise, furthest_point_sampling, nearest_known_distance, noise_rank, sampling
-from prmim_core._arrays import array_namespace, device_of
+from prmim_core._arrays import array_namespace
 from prmim_core.coverage import squared_distances
 from prmim_core.grid import INT32_MAX
 
@@ -107,12 +107,11 @@ def test_positions_of_narrow_types_do_not_wrap(dtype):
 
 def both_ways(grid, num_samples, noise, is_known, may_pick):
     """Pick by the packed key and by distance then rank, whichever the public function would take."""
-    xp = array_namespace(noise)
-    distance = nearest_known_distance(grid, is_known)
-    rank = noise_rank(noise)
-    rows = sampling._distance_rows(xp, grid, grid.num_tokens, device_of(noise))
-    packed = sampling._pick_by_packed_key(xp, rows, distance, rank, may_pick, grid.max_squared_distance, num_samples)
-    return packed, sampling._pick_by_distance_then_rank(xp, rows, distance, rank, may_pick, num_samples)
+    xp, length = array_namespace(noise), grid.num_tokens
+    distance, rank = sampling.starting_distance(grid, noise, is_known, may_pick)
+    rows, scaled_rows = (sampling._distance_rows(xp, grid, scale, noise) for scale in (1, length))
+    packed = sampling._pick_by_packed_key(xp, scaled_rows, distance * length + rank, rank, num_samples)
+    return packed, sampling._pick_by_distance_then_rank(xp, rows, distance, rank, num_samples)
 
 
 @pytest.mark.parametrize("grid", GRIDS[::2], ids=str)
@@ -161,6 +160,7 @@ def way_taken(monkeypatch):
         monkeypatch.setattr(sampling, name, spy)
 
     spy_on("_pick_by_packed_key")
+    spy_on("_pick_in_place")
     spy_on("_pick_by_distance_then_rank")
     return taken
 
@@ -207,6 +207,8 @@ def test_large_grids_match_64_bit_arithmetic(library, grid, way, num_known, way_
     is_known = noise_rank(noise[:, ::-1]) < num_known
     picks = library.run(lambda noise, known: furthest_point_sampling(grid, 5, noise, known=known), noise, is_known)
     library.assert_equal(picks, picks_in_int64(grid, 5, noise, is_known), dtype="index")
+    if library.library == "numpy" and way == "_pick_by_packed_key" and grid.num_tokens < 2048:
+        way = "_pick_in_place"
     assert way_taken == [way]
 
 
@@ -214,7 +216,30 @@ def test_the_key_is_packed_up_to_the_limit_of_int32():
     for (grid, way), inside in zip(LARGE[6:8], (True, False), strict=True):
         largest_key = (grid.max_squared_distance + 2) * grid.num_tokens
         assert (largest_key <= INT32_MAX) == inside == (way == "_pick_by_packed_key")
+        assert sampling.key_fits_int32(grid) == inside
         assert 0.99 < largest_key / INT32_MAX < 1.01
+
+
+@pytest.mark.parametrize("grid", [*GRIDS, Grid((6, 5, 4), (1, 2, 3))], ids=str)
+def test_rows_of_large_grids_are_those_of_the_table(library, grid, monkeypatch):
+    picks = np.asarray([0, grid.num_tokens // 2, grid.num_tokens - 1])
+    noise = np.zeros((3, grid.num_tokens), dtype=np.int32)
+
+    def rows(picks, noise):
+        return sampling._distance_rows(array_namespace(noise), grid, 5, noise)(picks)
+
+    expected = 5 * squared_distances(grid.positions, grid.positions)[picks]
+    library.assert_equal(library.run(rows, picks, noise), expected, dtype="int32")
+    monkeypatch.setattr(sampling, "_TABLE_TOKENS", 0)
+    library.assert_equal(library.run(rows, picks, noise), expected, dtype="int32")
+
+
+def test_the_table_of_a_grid_is_made_once_and_cannot_be_written():
+    table = sampling._key_table(GRIDS[1])
+    assert table is sampling._key_table(Grid((4, 6)))
+    assert table is not sampling._key_table(Grid((4, 6), (1, 2)))
+    with pytest.raises(ValueError, match="read-only"):
+        table[0, 0] = 1
 
 
 # --- properties ----------------------------------------------------------------------------------------------------

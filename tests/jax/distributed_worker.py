@@ -17,7 +17,7 @@ from prmim_jax import MAE, Engine
 TINY = {"image_size": (16, 16), "patch_size": (4, 4), "embed_dim": 16, "depth": 2, "num_heads": 2}
 METHODS = {
     "mae": {"name": "mae", **TINY, "depth": 1, "decoder_dim": 8, "decoder_depth": 1, "decoder_heads": 2},
-    "simmim": {"name": "simmim", **TINY, "drop_path": 0.3, "scan_blocks": True},
+    "simmim": {"name": "simmim", **TINY, "drop_path": 0.3, "scan_blocks": True, "recompute_blocks": True},
 }
 OPTIONS = {
     "mae": {"accumulate": 2, "clip_grad": 0.2, "weight_decay": 0.5},
@@ -72,19 +72,21 @@ def train(engine, last):
 
 
 def save(engine, directory):
+    """Begin to save; training goes on meanwhile."""
     if engine.rank == 0:
         directory.mkdir(parents=True)
     engine.any(False)  # until it is there
-    engine.save(directory)
+    return engine.async_save(directory)
 
 
 def draw(name, parallel, shared, own):
     """Run a method, save it on the way and at the end, and take it up again: there, and where one device was."""
     engine = make_engine(name, parallel)
     curve = train(engine, STEP_SAVED)
-    save(engine, own / name / parallel / "half")
+    saving = save(engine, own / name / parallel / "half")
     curve += train(engine, STEPS)
-    save(engine, own / name / parallel / "end")
+    saving.result()
+    save(engine, own / name / parallel / "end").result()
     result = {"curve": curve, "device": engine.device, "held": held(engine)}
     engine.restore(own / name / parallel / "half")
     result["resumed"] = train(engine, STEPS)

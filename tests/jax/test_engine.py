@@ -1,6 +1,7 @@
 """The engine: steps, schedules, guards, checkpoints."""
 
 import shutil
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ from flax import nnx
 
 from prmim_core import counter_noise, make_plan, patchify
 from prmim_core.training import learning_rate_at
-from prmim_jax import MAE, METHODS, Engine, create_method
+from prmim_jax import MAE, METHODS, Engine, create_method, interop
 from prmim_jax.engine import decay_mask
 from prmim_jax.interop import named_variables
 
@@ -296,6 +297,49 @@ def test_a_new_engine_can_be_saved_and_restored(make_engine, tmp_path, monkeypat
     assert engine.step == 0
     assert_same(weights_of(engine), weights_of(make_engine()))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["training_state", "weights.safetensors"]
+
+
+def test_training_goes_on_while_the_state_of_then_is_written(make_engine, images, tmp_path, monkeypatch):
+    (tmp_path / "then").mkdir()
+    (tmp_path / "meanwhile").mkdir()
+    engine = train(make_engine(), images, 2)
+    engine.save(tmp_path / "then")
+    write, may_write = interop.write_weights, threading.Event()
+
+    def write_late(*arguments):
+        assert may_write.wait(30)
+        return write(*arguments)
+
+    monkeypatch.setattr("prmim_jax.engine.write_weights", write_late)
+    saving = engine.async_save(tmp_path / "meanwhile")
+    train(engine, images, 3)
+    assert not saving.done()
+    may_write.set()
+    saving.result()
+    then, meanwhile = (make_engine(seed=number) for number in (4, 5))
+    then.restore(tmp_path / "then")
+    meanwhile.restore(tmp_path / "meanwhile")
+    assert_same(weights_of(meanwhile), weights_of(then))
+    assert meanwhile.read_metrics() == then.read_metrics()
+    assert (weights_of(engine)["encoder.norm.bias"] != weights_of(then)["encoder.norm.bias"]).any()
+
+
+def test_what_fails_in_the_background_is_said_when_it_is_asked_for(make_engine, tmp_path, monkeypatch):
+    def fail(weights, metadata, path):
+        raise OSError(28, "No space left on device")
+
+    engine = make_engine()
+    engine.async_save(tmp_path)
+    monkeypatch.setattr("prmim_jax.engine.write_weights", fail)
+    saving = engine.async_save(tmp_path)
+    with pytest.raises(OSError, match="No space left on device"):
+        saving.result()
+
+
+def test_nothing_is_saved_where_no_folder_is(make_engine, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"^directory: expected a folder that is there, got .*missing$"):
+        make_engine().async_save(tmp_path / "missing")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_another_architecture_is_refused(make_engine, tmp_path):

@@ -68,6 +68,26 @@ def test_a_forward_pass_that_is_not_kept_gives_the_same_gradients(case):
     assert_close(remade(parameters, images, noise), kept(parameters, images, noise))
 
 
+@pytest.mark.parametrize("name", METHODS)
+def test_recomputed_blocks_change_nothing_but_what_is_kept(tiny, tiny_simmim, make_images, name):
+    options = {**{"mae": tiny, "simmim": tiny_simmim}[name], **METHODS[name], "depth": 3}
+    images, noise = jnp.asarray(make_images(4, 16, 16, 3)), counter_noise(5, 0, jnp.arange(4), 16)
+    gradients, kept = [], []
+    for recompute_blocks in (False, True):
+        method = create_method(**options, recompute_blocks=recompute_blocks)
+        graph, parameters, buffers = nnx.split(method, nnx.Param, ...)
+
+        def loss(parameters, graph=graph, buffers=buffers):
+            return nnx.merge(graph, parameters, buffers)(images, noise).loss
+
+        gradients.append(jax.jit(jax.value_and_grad(loss))(parameters))
+        _, backward = jax.vjp(loss, parameters)
+        kept.append(sum(array.nbytes for array in jax.tree.leaves(backward)))
+    assert float(gradients[1][0]) == pytest.approx(float(gradients[0][0]), rel=1e-6)
+    assert_close(gradients[1][1], gradients[0][1])
+    assert kept[1] < 0.6 * kept[0]
+
+
 def value_and_gradients(function, *inputs):
     def total(*inputs):
         return jnp.sin(function(*inputs)).sum()

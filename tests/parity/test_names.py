@@ -21,6 +21,8 @@ ONLY_JAX = {
     "Mlp": {"rngs", "activation"},
     "LayerNorm": {"eps"},
 }
+# XLA makes a loop of JAX's one kernel by itself.
+ONLY_TORCH_FILES = {"furthest"}
 # The device of a process decides how processes talk.
 ONLY_TORCH = {"Processes": {"device"}}
 MODULES = [module.name for module in pkgutil.iter_modules(prmim_jax.__path__)]
@@ -58,7 +60,7 @@ def test_packages_export_the_same_names():
 
 def test_packages_have_the_same_files():
     files = {module.name for module in pkgutil.iter_modules(prmim_torch.__path__)}
-    assert set(MODULES) == files
+    assert set(MODULES) == files - ONLY_TORCH_FILES
 
 
 @pytest.mark.parametrize("name", MODULES)

@@ -22,7 +22,7 @@ from prmim_torch import Engine
 TINY = {"image_size": (16, 16), "patch_size": (4, 4), "embed_dim": 16, "depth": 2, "num_heads": 2}
 METHODS = {
     "mae": {"name": "mae", **TINY, "decoder_dim": 8, "decoder_depth": 1, "decoder_heads": 2},
-    "simmim": {"name": "simmim", **TINY, "drop_path": 0.3},
+    "simmim": {"name": "simmim", **TINY, "drop_path": 0.3, "recompute_blocks": True},
 }
 TRAINING = {"seed": 3, "total_steps": 8, "warmup_steps": 2, "learning_rate": 1e-3, "device": "cpu", "timeout": 30.0}
 PARALLEL = ("ddp", "fsdp")
@@ -67,10 +67,11 @@ def spoil(method, arguments, output):
 
 
 def save(engine, directory):
+    """Begin to save; training goes on meanwhile."""
     if engine.rank == 0:
         directory.mkdir(parents=True)
     engine.any(False)  # until it is there
-    engine.save(directory)
+    return engine.async_save(directory)
 
 
 def start(name, parallel):
@@ -86,9 +87,10 @@ def draw(name, parallel, directory):
     """Run one of CURVES, and save it on the way and at the end."""
     engine = start(name, parallel)
     curve = train(engine, STEP_SAVED, spoilt_step(name))
-    save(engine, directory / "half")
+    saving = save(engine, directory / "half")
     curve += train(engine, STEPS, spoilt_step(name))
-    save(engine, directory / "end")
+    saving.result()
+    save(engine, directory / "end").result()
     engine.close()
     return curve
 

@@ -7,9 +7,11 @@ import importlib.util
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -245,6 +247,18 @@ def test_torchrun_is_missed_if_only_half_of_its_environment_is_there(worker, mon
         monkeypatch.delenv(name, raising=False)
     with pytest.raises(ValueError, match="environment variable RANK expected, but not set"):
         Engine(worker.METHODS["mae"], **worker.TRAINING)
+
+
+def test_others_that_do_not_appear_are_not_waited_for_for_ever(worker, monkeypatch):
+    monkeypatch.setattr("prmim_torch.distributed.LAUNCH_TIMEOUT", timedelta(seconds=1))
+    with socket.socket() as listener:
+        listener.bind(("localhost", 0))
+        port = listener.getsockname()[1]
+    place = {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "WORLD_SIZE": 2, "RANK": 0, "LOCAL_RANK": 0}
+    for name, value in place.items():
+        monkeypatch.setenv(name, str(value))
+    with pytest.raises(ConnectionError, match=r"^MASTER_ADDR: expected 2 processes to meet at localhost:\d+, but not "):
+        worker.make_engine("mae")
 
 
 def test_one_process_alone_agrees_with_itself(worker):

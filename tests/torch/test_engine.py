@@ -3,6 +3,7 @@
 import functools
 import json
 import pickle
+import threading
 
 import numpy as np
 import pytest
@@ -317,6 +318,47 @@ def test_a_training_state_that_cannot_be_written_is_an_error(make_engine, images
         engine.save(tmp_path)
     assert state_file(tmp_path).read_bytes() == before
     assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_training_goes_on_while_the_state_of_then_is_written(make_engine, images, tmp_path, monkeypatch):
+    (tmp_path / "then").mkdir()
+    (tmp_path / "meanwhile").mkdir()
+    engine = train(make_engine(), images, 2)
+    engine.save(tmp_path / "then")
+    write, may_write = HuggingFaceStorageWriter.write_data, threading.Event()
+
+    def write_late(*arguments):
+        assert may_write.wait(30)
+        return write(*arguments)
+
+    monkeypatch.setattr(HuggingFaceStorageWriter, "write_data", write_late)
+    saving = engine.async_save(tmp_path / "meanwhile")
+    train(engine, images, 3)
+    assert not saving.done()
+    may_write.set()
+    saving.result()
+    assert_same(load_file(state_file(tmp_path / "meanwhile")), load_file(state_file(tmp_path / "then")))
+    then, meanwhile = (load_file(tmp_path / name / "weights.safetensors") for name in ("then", "meanwhile"))
+    assert_same(meanwhile, then)
+    assert any((then[name] != value.cpu()).any() for name, value in weights_of(engine).items())
+
+
+def test_what_fails_in_the_background_is_said_when_it_is_asked_for(make_engine, tmp_path, monkeypatch):
+    def fail(weights, metadata, path):
+        raise OSError(28, "No space left on device")
+
+    engine = make_engine()
+    engine.async_save(tmp_path)
+    monkeypatch.setattr("prmim_torch.engine.write_weights", fail)
+    saving = engine.async_save(tmp_path)
+    with pytest.raises(OSError, match="No space left on device"):
+        saving.result()
+
+
+def test_nothing_is_saved_where_no_folder_is(make_engine, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"^directory: expected a folder that is there, got .*missing$"):
+        make_engine().async_save(tmp_path / "missing")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_another_architecture_is_refused(make_engine, images, tmp_path):

@@ -1,8 +1,9 @@
 """Methods by name."""
 
 import pytest
+import torch
 
-from prmim_core import TokenCounts
+from prmim_core import TokenCounts, counter_noise
 from prmim_torch import METHODS, create_method
 
 
@@ -30,3 +31,48 @@ def test_unknown_names_are_answered_with_the_known_ones(tiny):
         create_method("mea", **tiny)
     with pytest.raises(TypeError, match=r"^options: 'mae' has no option 'stage', only model, image_size, .*, stages, "):
         create_method("mae", **tiny, stage=3)
+
+
+def losses_and_gradients(method, images, noise, forward=None):
+    """Return the loss, all gradients, and the bytes that are kept between the two passes."""
+    kept = {}
+
+    def pack(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = (method if forward is None else forward)(images, noise).loss
+    loss.backward()
+    gradients = {name: parameter.grad for name, parameter in method.named_parameters()}
+    method.zero_grad()
+    return loss.detach(), gradients, sum(kept.values())
+
+
+@pytest.mark.parametrize("name", ["mae", "simmim"])
+def test_recomputed_blocks_change_nothing_but_what_is_kept(tiny, tiny_simmim, make_images, name):
+    options = {**{"mae": tiny, "simmim": tiny_simmim}[name], "depth": 4}
+    keeps, recomputes = (create_method(name, **options, recompute_blocks=flag) for flag in (False, True))
+    assert recomputes.architecture() == keeps.architecture()
+    batch = torch.from_numpy(make_images(8, 16, 16, 3)), counter_noise(0, 0, torch.arange(8), 16)
+    loss, gradients, kept = losses_and_gradients(keeps, *batch)
+    same_loss, same_gradients, less = losses_and_gradients(recomputes, *batch)
+    assert same_loss == loss
+    for parameter, gradient in gradients.items():
+        assert torch.equal(same_gradients[parameter], gradient), parameter
+    assert less < 0.5 * kept
+
+
+def test_recomputed_blocks_compile_to_one_graph(tiny, make_images):
+    method = create_method("mae", **tiny, recompute_blocks=True)
+    batch = torch.from_numpy(make_images(2, 16, 16, 3)), counter_noise(0, 0, torch.arange(2), 16)
+    loss, gradients, _ = losses_and_gradients(method, *batch)
+    compiled = torch.compile(method, fullgraph=True, backend="aot_eager")
+    same_loss, same_gradients, _ = losses_and_gradients(method, *batch, compiled)
+    torch.testing.assert_close(same_loss, loss)
+    torch.testing.assert_close(same_gradients, gradients)
+
+
+def test_a_flag_is_a_flag(tiny):
+    with pytest.raises(TypeError, match=r"^recompute_blocks: expected True or False, got 1$"):
+        create_method("mae", **tiny, recompute_blocks=1)

@@ -1,12 +1,15 @@
 """The plan as an operator."""
 
+import importlib.util
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 
 import prmim_core
-from prmim_core import Grid, Schedule, TokenCounts, counter_noise
-from prmim_torch import make_plan
+from prmim_core import Grid, Schedule, TokenCounts, count_tokens, counter_noise
+from prmim_torch import create_method, make_plan, plan
 
 SCHEDULES = [
     Schedule(Grid((4, 6)), TokenCounts(6, 6, 12)),
@@ -27,12 +30,47 @@ def noise_for(schedule, device="cpu", batch=3):
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda s: f"{s.throwing}-{s.seed}-{s.grid.axes}-{s.unit}")
 def test_plan_is_the_cores(schedule, device):
     noise = noise_for(schedule, device)
-    plan = make_plan(schedule, noise)
-    assert plan.order.dtype == torch.int64
-    assert plan.order.device.type == device.type
-    assert plan.schedule == schedule
+    made = make_plan(schedule, noise)
+    assert made.order.dtype == torch.int64
+    assert made.order.device.type == device.type
+    assert made.schedule == schedule
     expected = prmim_core.make_plan(schedule, noise.cpu().numpy()).order
-    np.testing.assert_array_equal(plan.order.cpu().numpy(), expected)
+    np.testing.assert_array_equal(made.order.cpu().numpy(), expected)
+
+
+def test_on_a_cpu_the_core_works_on_numpy_views(monkeypatch):
+    seen = []
+    original = prmim_core.make_plan
+
+    def spy(schedule, noise, *arguments, **options):
+        seen.append(noise)
+        return original(schedule, noise, *arguments, **options)
+
+    monkeypatch.setattr(prmim_core, "make_plan", spy)
+    noise = noise_for(SCHEDULES[0])
+    make_plan(SCHEDULES[0], noise)
+    assert isinstance(seen[0], np.ndarray)
+    assert seen[0].ctypes.data == noise.data_ptr()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_weights_of_any_precision_are_taken_as_float32(dtype):
+    schedule = Schedule(Grid((4, 6)), TokenCounts(8, 4, 12), throwing="weighted", unit=(2, 2))
+    noise = noise_for(schedule)
+    weights = torch.rand(noise.shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    expected = prmim_core.make_plan(schedule, noise.numpy(), weights=weights.float().numpy())
+    np.testing.assert_array_equal(make_plan(schedule, noise, weights=weights).order.numpy(), expected.order)
+
+
+def test_the_kernel_samples_where_there_is_triton_and_a_gpu(monkeypatch):
+    pytest.importorskip("triton")
+    from prmim_torch import furthest
+
+    on_gpu = SimpleNamespace(is_cuda=True)
+    assert plan._sampler(on_gpu) is furthest.furthest_point_sampling
+    assert plan._sampler(SimpleNamespace(is_cuda=False)) is prmim_core.furthest_point_sampling
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert plan._sampler(on_gpu) is prmim_core.furthest_point_sampling
 
 
 def test_weights_and_visible_tokens_go_through():
@@ -40,10 +78,10 @@ def test_weights_and_visible_tokens_go_through():
     noise = noise_for(schedule)
     weights = torch.rand(noise.shape, generator=torch.Generator().manual_seed(0))
     visible = torch.tensor([[3, 1, 0, 15]] * 3)
-    plan = make_plan(schedule, noise, visible=visible, weights=weights)
+    made = make_plan(schedule, noise, visible=visible, weights=weights)
     expected = prmim_core.make_plan(schedule, noise.numpy(), visible=visible.numpy(), weights=weights.numpy())
-    np.testing.assert_array_equal(plan.order.numpy(), expected.order)
-    assert plan.visible.tolist() == visible.tolist()
+    np.testing.assert_array_equal(made.order.numpy(), expected.order)
+    assert made.visible.tolist() == visible.tolist()
 
 
 @pytest.mark.parametrize("with_visible", [False, True])
@@ -55,21 +93,36 @@ def test_operator_passes_opcheck(with_visible):
     torch.library.opcheck(torch.ops.prmim.plan_order.default, arguments)
 
 
-def test_a_traced_plan_is_one_operator():
+def calls_of_graphs(function, *arguments):
+    """Compile a function, compare what it returns, and return the operators of each graph."""
     graphs = []
 
     def backend(graph, _):
-        graphs.append(graph)
+        graphs.append([str(node.target) for node in graph.graph.nodes if node.op.startswith("call")])
         return graph.forward
 
-    schedule = Schedule(Grid((4, 4)), TokenCounts(4, 4, 8))
-    noise = noise_for(schedule)
-    traced = torch.compile(lambda noise: make_plan(schedule, noise).decoded + 1, fullgraph=True, backend=backend)
-    assert torch.equal(traced(noise), make_plan(schedule, noise).decoded + 1)
-    (graph,) = graphs
-    calls = [node for node in graph.graph.nodes if node.op == "call_function"]
-    assert "plan_order" in str(calls[0].target)
-    assert len(calls) <= 3  # and a slice, and the sum
+    expected = function(*arguments)
+    compiled = torch.compile(function, fullgraph=True, dynamic=False, backend=backend)
+    assert torch.equal(compiled(*arguments), expected)
+    return graphs
+
+
+@pytest.mark.parametrize("side", [4, 14])
+def test_a_traced_plan_is_one_operator(side):
+    grid = Grid((side, side))
+    schedule = Schedule(grid, count_tokens(grid.num_tokens, 0.75, 0.5))
+    (calls,) = calls_of_graphs(lambda noise: make_plan(schedule, noise).decoded + 1, noise_for(schedule))
+    assert sum("plan_order" in call for call in calls) == 1
+    assert len(calls) <= 4  # and a detach, a slice, and the sum
+
+
+def test_a_compiled_step_holds_the_plan_whole():
+    options = {"image_size": (16, 16), "patch_size": (2, 2), "embed_dim": 16, "depth": 1, "num_heads": 2}
+    method = create_method("mae", **options, decoder_dim=8, decoder_depth=1, decoder_heads=2)
+    images = torch.zeros(2, 16, 16, 3, dtype=torch.uint8)
+    (calls,) = calls_of_graphs(lambda *a: method(*a).loss, images, noise_for(method.schedule, batch=2))
+    assert sum("plan_order" in call for call in calls) == 1
+    assert not [call for call in calls if "argmax" in call or "minimum" in call]  # 16 picks would be 16 of each
 
 
 @pytest.mark.parametrize(

@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from prmim_reference import vit as reference
-from prmim_torch.vit import Attention, Decoder, Encoder, Linear, PatchProjection, sincos_table
+from prmim_torch import vit
+from prmim_torch.vit import Attention, Decoder, Encoder, Linear, PatchProjection, linear, sincos_table
 
 
 def test_position_table_starts_with_zeros_and_encodes_the_column_first():
@@ -62,6 +64,37 @@ def test_patch_projection_is_the_convolution(patch_size):
     convolution = (F.conv1d, F.conv2d, F.conv3d)[axes - 1]
     expected = convolution(patches.movedim(-1, 1), projection.weight, projection.bias).flatten(1)
     torch.testing.assert_close(projection(patches.flatten(1)), expected)
+
+
+@pytest.mark.parametrize("rows", [slice(None), slice(1, 4)], ids=["all", "some"])
+def test_a_product_as_a_convolution_is_the_same(monkeypatch, rows):
+    monkeypatch.setattr(vit, "ONEDNN", True)
+    monkeypatch.setattr(vit, "SMALL_PRODUCT", 0)
+    inputs = torch.randn(16, 5, 8), torch.randn(6, 8), torch.randn(6)
+    ours, theirs = ([part.clone().requires_grad_() for part in inputs] for _ in range(2))
+    with FlopCounterMode(display=False) as counter:
+        out = linear(ours[0][:, rows], *ours[1:])
+    assert list(counter.get_flop_counts()["Global"]) == [torch.ops.aten.convolution]
+    expected = F.linear(theirs[0][:, rows], *theirs[1:])
+    torch.testing.assert_close(out, expected)
+    assert out.stride() == expected.stride()
+    gradient = torch.randn_like(expected)
+    out.backward(gradient)
+    expected.backward(gradient)
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one.grad, other.grad)
+
+
+@pytest.mark.parametrize("case", ["small", "float64", "autocast", "two axes"])
+def test_other_products_are_products(monkeypatch, case):
+    monkeypatch.setattr(vit, "ONEDNN", True)
+    monkeypatch.setattr(vit, "SMALL_PRODUCT", 16 * 5 * 8 * 6 + (case == "small"))
+    dtype = torch.float64 if case == "float64" else torch.float32
+    x, weight, bias = (torch.randn(*shape, dtype=dtype) for shape in ((16, 5, 8), (6, 8), (6,)))
+    x = x.flatten(0, 1) if case == "two axes" else x
+    with FlopCounterMode(display=False) as counter, torch.autocast("cpu", torch.bfloat16, enabled=case == "autocast"):
+        assert torch.equal(linear(x, weight, bias), F.linear(x, weight, bias))
+    assert list(counter.get_flop_counts()["Global"]) == [torch.ops.aten.addmm]
 
 
 def test_learned_tokens_start_with_deviation_002():

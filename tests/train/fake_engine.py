@@ -9,6 +9,7 @@ steps that are not finite), `save_error` (raised halfway through a save).
 import math
 import os
 import time
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -164,7 +165,15 @@ class Engine:
             np.put_along_axis(student, plan.thrown[..., None], np.nan, axis=1)
         return Comparison(plan.order, self.schedule, student.astype(np.float32), teacher.astype(np.float32))
 
-    def save(self, directory: Path) -> None:
+    def async_save(self, directory: Path) -> Future[None]:
+        saved: Future[None] = Future()
+        try:
+            saved.set_result(self._save(directory))
+        except Exception as error:
+            saved.set_exception(error)
+        return saved
+
+    def _save(self, directory: Path) -> None:
         with (directory / "weights.safetensors").open("wb") as file:
             np.savez(file, encoder=self.encoder, decoder=self.decoder)
         if Engine.save_error is not None:

@@ -49,6 +49,7 @@ WRONG = [
     ({"checkpoint_minutes": 0}, "checkpoint_minutes: expected a number above 0, got 0"),
     ({"checkpoint_minutes": "ten"}, "checkpoint_minutes: expected a number above 0, got 'ten'"),
     ({"tracker": "comet"}, "tracker: expected none or tensorboard or wandb or mlflow, got 'comet'"),
+    ({"recompute_blocks": "yes"}, "recompute_blocks: expected true or false, got 'yes'"),
     ({"scan_blocks": True}, "scan_blocks: backend torch has no such option, only jax"),
     ({"scan_blocks": 1, "backend": "jax"}, "scan_blocks: expected true or false, got 1"),
     # A method has its own options, and no others.
@@ -188,6 +189,11 @@ def test_what_is_given_is_handed_on():
 def test_blocks_are_scanned_only_where_that_was_asked_for():
     assert "scan_blocks" not in PretrainConfig(backend="jax").method_options()
     assert PretrainConfig(backend="jax", scan_blocks=True).method_options()["scan_blocks"] is True
+
+
+def test_blocks_are_recomputed_by_any_method_on_any_backend():
+    assert PretrainConfig().method_options()["recompute_blocks"] is False
+    assert PretrainConfig(**SIMMIM, backend="jax", recompute_blocks=True).method_options()["recompute_blocks"] is True
 
 
 def test_every_option_of_the_table_is_a_field():

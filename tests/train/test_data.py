@@ -17,7 +17,7 @@ from PIL import Image
 import prmim_train
 from prmim_train.data import Batch, UnreadableImages, evaluation_batches, split_indices, train_batches
 from prmim_train.sources import ArraySource, open_source
-from prmim_train.transforms import center_crop, random_crop_box, resize
+from prmim_train.transforms import center_crop, random_crop_box, random_flip, random_resized_crop, resize
 
 NUM_IMAGES = 20
 
@@ -182,6 +182,29 @@ def test_crop_options_reach_the_crops(photos):
     top, left, height, width = random_crop_box(photos.read(0).shape[:2], rng, scale=(0.2, 0.2))
     expected = resize(photos.read(0)[top : top + height, left : left + width], (16, 16))
     np.testing.assert_array_equal(small[0].images[0], expected)
+
+
+@pytest.fixture(scope="module")
+def large_photos(tmp_path_factory):
+    """JPEG files whose crops of 16 pixels the decoder itself reduces, some lying on their side."""
+    folder = tmp_path_factory.mktemp("large")
+    rng = np.random.default_rng(0)
+    for k in range(6):
+        exif = Image.Exif()
+        exif[0x0112] = 1 + k
+        picture = Image.fromarray(rng.integers(0, 256, (30 + k, 40 - k, 3), dtype=np.uint8)).resize((401, 299 + k))
+        picture.save(folder / f"{k}.jpg", exif=exif)
+    return open_source(str(folder), channels=3)
+
+
+@pytest.mark.parametrize("options", [{"threads": 0}, {"threads": 3}, {"workers": 2}, {"start_step": 3}])
+def test_reduced_crops_are_the_same_for_all(large_photos, options):
+    whole = run(large_photos)
+    assert_equal(run(large_photos, **options), whole[options.get("start_step", 0) :])
+    for record, image in zip(whole[0].index[:6], whole[0].images[:6], strict=True):  # the first epoch
+        rng = np.random.default_rng((3, 0, record))
+        expected = random_flip(random_resized_crop(large_photos.read(record), (16, 16), rng), rng)
+        assert 0 < np.abs(image.astype(int) - expected).mean() < 2
 
 
 def test_a_closed_iterator_gives_nothing_more(photos):

@@ -18,7 +18,7 @@ from prmim_train.cli import main  # noqa: E402
 from prmim_train.run_directory import RunDirectory, damage  # noqa: E402
 
 SCRIPT = Path(__file__).with_name("pretrain_worker.py")
-TIMES = ("images_per_second", "seconds")
+TIMES = ("images_per_second", "waiting", "seconds")
 
 
 UNREADABLE = ("000.png", "001.png", "002.png")

@@ -26,7 +26,7 @@ from PIL import Image
 
 from prmim_train import image_files
 from prmim_train.config import PretrainConfig
-from prmim_train.image_files import UnreadableImageError, decode_image
+from prmim_train.image_files import UnreadableImageError, decode_crop, decode_image
 from prmim_train.layers import parse_options
 from prmim_train.sources import open_source
 from prmim_train.transforms import center_crop, random_resized_crop
@@ -184,6 +184,10 @@ def check_decoding(content: bytes, channels: int) -> None:
         assert pixels.ndim == 3
         assert pixels.shape[2] == channels
         assert 0 < pixels.size <= MAX_PIXELS * channels
+    for size in ((2, 2), (9, 7)):  # the smaller one lets the decoder of JPEG reduce
+        with expecting(UnreadableImageError, start="x.jpg: "):
+            crop = decode_crop(content, size, lambda shape: (0, 0, *shape), channels=channels, name="x.jpg")
+            assert crop.shape == (*size, channels)
 
 
 @pytest.mark.parametrize("kind", IMAGES)

@@ -11,10 +11,11 @@ import zlib
 
 import numpy as np
 import pytest
-from PIL import Image, ImageFile, ImageOps
+from PIL import Image, ImageFile, ImageOps, JpegImagePlugin
 
 from prmim_train import image_files
-from prmim_train.image_files import UnreadableImageError, decode_image, printable, read_image
+from prmim_train.image_files import UnreadableImageError, decode_crop, decode_image, printable, read_image
+from prmim_train.transforms import resize
 
 
 def gradient(height: int = 24, width: int = 32) -> np.ndarray:
@@ -50,6 +51,12 @@ def ordinary_user():
     finally:
         if is_root:
             os.seteuid(0)
+
+
+def tagged(orientation: int) -> Image.Exif:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return exif
 
 
 # ------------------------------------------------------------------------------------------------------ sound and odd
@@ -154,18 +161,13 @@ def test_half_transparency_is_mixed_with_white():
 @pytest.mark.parametrize("kind", ["PNG", "TIFF", "WEBP"])
 def test_exif_orientation_is_applied(orientation, kind):
     picture = Image.fromarray(gradient())
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    content = encoded(picture, kind, exif=exif, **({"lossless": True} if kind == "WEBP" else {}))
-    tagged = picture.copy()
-    tagged.getexif()[0x0112] = orientation
-    np.testing.assert_array_equal(decode_image(content, channels=3), np.asarray(ImageOps.exif_transpose(tagged)))
+    content = encoded(picture, kind, exif=tagged(orientation), **({"lossless": True} if kind == "WEBP" else {}))
+    picture.getexif()[0x0112] = orientation
+    np.testing.assert_array_equal(decode_image(content, channels=3), np.asarray(ImageOps.exif_transpose(picture)))
 
 
 def test_exif_orientation_of_a_jpeg():
-    exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned clockwise
-    content = encoded(Image.fromarray(gradient()), "JPEG", exif=exif, quality=100)
+    content = encoded(Image.fromarray(gradient()), "JPEG", exif=tagged(6), quality=100)  # to be turned clockwise
     expected = np.rot90(gradient(), -1).astype(int)
     assert np.abs(decode_image(content, channels=3) - expected).max() < 30
 
@@ -213,6 +215,139 @@ def test_files_have_1_3_or_4_channels(tmp_path, channels):
     for read in (lambda: decode_image(b"", channels=channels), lambda: read_image(tmp_path / "a", channels=channels)):
         with pytest.raises(ValueError, match=rf"channels: image files give 1 .* got {channels}; .*\.npz") as caught:
             read()
+        assert not isinstance(caught.value, UnreadableImageError)
+
+
+# -------------------------------------------------------------------------------------------------------------- crops
+
+
+def smooth(height: int, width: int) -> np.ndarray:
+    """Return an image of all but the finest frequencies, as photographs are, in which every place is another."""
+    noise = np.random.default_rng(0).integers(0, 256, (height // 12, width // 12, 3), dtype=np.uint8)
+    return np.asarray(Image.fromarray(noise).resize((width, height), Image.Resampling.BICUBIC))
+
+
+@pytest.fixture
+def reductions(monkeypatch):
+    """By how much the decoder was told to reduce."""
+    seen = []
+    plain = JpegImagePlugin.JpegImageFile.draft
+
+    def draft(self, mode, size):
+        before = self.size
+        result = plain(self, mode, size)
+        seen.append(round(before[0] / result[1][2]))
+        return result
+
+    monkeypatch.setattr(JpegImagePlugin.JpegImageFile, "draft", draft)
+    return seen
+
+
+PSNR_40 = 255**2 / 1e4
+"""The mean square of differences at a peak signal-to-noise ratio of 40 dB."""
+
+
+def mean_square(first: np.ndarray, second: np.ndarray) -> float:
+    return np.square(first.astype(float) - second).mean()
+
+
+def crop_and_resize(content: bytes, size, box, channels: int) -> np.ndarray:
+    top, left, height, width = box
+    pixels = decode_image(content, channels=channels)
+    return resize(pixels[top : top + height, left : left + width], size)
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF", "WEBP"])
+def test_a_crop_is_the_resized_box_of_the_upright_image(kind, orientation, channels):
+    content = encoded(Image.fromarray(smooth(61, 83)), kind, exif=tagged(orientation))
+    shapes = []
+
+    def choose(shape):
+        shapes.append(shape)
+        return box
+
+    for box in [(3, 5, 47, 31), (0, 0, *decode_image(content, channels=1).shape[:2]), (60, 20, 1, 1)]:
+        crop = decode_crop(content, (20, 22), choose, channels=channels)
+        assert crop.dtype == np.uint8
+        np.testing.assert_array_equal(crop, crop_and_resize(content, (20, 22), box, channels))
+    assert shapes == [(83, 61) if orientation > 4 else (61, 83)] * 3
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK", "I;16"])
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_a_crop_is_converted_as_the_whole_image_is(mode, channels):
+    picture = Image.fromarray(smooth(61, 83))
+    picture = (
+        Image.fromarray(smooth(61, 83)[..., 0].astype(np.uint16) * 257) if mode == "I;16" else picture.convert(mode)
+    )
+    content = encoded(picture, "TIFF" if mode == "CMYK" else "PNG")
+    box = (3, 5, 47, 31)
+    crop = decode_crop(content, (20, 22), lambda shape: box, channels=channels)
+    np.testing.assert_array_equal(crop, crop_and_resize(content, (20, 22), box, channels))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize(("size", "reduction"), [((100, 70), 2), ((30, 32), 4), ((20, 12), 8), ((1, 1), 8)])
+def test_of_a_large_jpeg_a_crop_is_decoded_smaller(reductions, orientation, size, reduction):
+    """Nearly as if it were decoded whole, though nothing is a multiple of anything."""
+    content = encoded(Image.fromarray(smooth(611, 613)), "JPEG", quality=95, exif=tagged(orientation))
+    box = (17, 101, 501, 333)
+    crop = decode_crop(content, size, lambda shape: box, channels=3)
+    assert reductions == [reduction]
+    assert mean_square(crop, crop_and_resize(content, size, box, 3)) < PSNR_40
+
+
+@pytest.mark.parametrize("kind", ["progressive", "grey", "CMYK", "several pictures"])
+def test_every_kind_of_jpeg_is_decoded_smaller(reductions, kind):
+    picture, other = Image.fromarray(smooth(400, 600)), Image.new("RGB", (600, 400))
+    content = {
+        "progressive": lambda: encoded(picture, "JPEG", progressive=True),
+        "grey": lambda: encoded(picture.convert("L"), "JPEG"),
+        "CMYK": lambda: encoded(picture.convert("CMYK"), "JPEG"),
+        "several pictures": lambda: encoded(picture, "MPO", save_all=True, append_images=[other]),
+    }[kind]()
+    for channels in (1, 3, 4):
+        crop = decode_crop(content, (40, 50), lambda shape: (1, 2, 390, 590), channels=channels)
+        assert mean_square(crop, crop_and_resize(content, (40, 50), (1, 2, 390, 590), channels)) < PSNR_40
+    assert reductions == [4, 4, 4]
+
+
+@pytest.mark.parametrize(("box", "is_reduced"), [((0, 0, 128, 160), True), ((0, 0, 127, 160), False)])
+def test_what_is_left_of_a_reduced_box_is_twice_as_large_as_the_result(reductions, box, is_reduced):
+    content = encoded(Image.fromarray(smooth(200, 200)), "JPEG")
+    crop = decode_crop(content, (32, 40), lambda shape: box, channels=3)
+    assert reductions == [2] * is_reduced
+    assert (crop == crop_and_resize(content, (32, 40), box, 3)).all() != is_reduced
+
+
+@pytest.mark.parametrize("size", [(8, 8), (150, 150)])
+@pytest.mark.parametrize("kept", [0.2, 0.9])
+def test_a_truncated_jpeg_is_unreadable_wherever_the_box_is(size, kept):
+    content = encoded(Image.fromarray(smooth(200, 200)), "JPEG")
+    with pytest.raises(UnreadableImageError, match=r"^a\.jpg: image file is truncated"):
+        decode_crop(content[: int(kept * len(content))], size, lambda shape: (0, 0, 10, 10), channels=3, name="a.jpg")
+
+
+def test_no_box_is_chosen_in_what_is_no_image():
+    def choose(shape):
+        raise AssertionError
+
+    for content in (b"", b"no image", png(10_000, 10_000)):
+        with pytest.raises(UnreadableImageError):
+            decode_crop(content, (8, 8), choose, channels=3)
+
+
+def test_what_is_asked_wrongly_is_no_fault_of_the_image():
+    content = encoded(Image.new("L", (4, 4)), "PNG")
+
+    def choose(shape):
+        raise ValueError("no box")
+
+    for error, size, channels in (("size: ", (0, 8), 1), ("channels: ", (8, 8), 2), ("no box", (8, 8), 1)):
+        with pytest.raises(ValueError, match=f"^{error}") as caught:
+            decode_crop(content, size, choose, channels=channels)
         assert not isinstance(caught.value, UnreadableImageError)
 
 

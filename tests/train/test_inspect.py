@@ -56,6 +56,15 @@ def test_simmim_tells_its_units_and_what_the_encoder_sees(tiny, fake):
     assert row(text, "warm-up") == "6 steps, then the peak, and a tenth of it over the last eighth of the steps"
 
 
+def test_recomputed_blocks_need_less_memory_and_more_work(tiny, fake):
+    texts = [inspect_run(tiny(depth=6, recompute_blocks=flag)) for flag in (False, True)]
+    sizes = [float(row(text, "per image").split()[0]) for text in texts]
+    assert sizes[1] < 0.8 * sizes[0]
+    assert "about three times" in texts[0]
+    assert "about four times" in texts[1]
+    assert "blocks recomputed)" in texts[1]
+
+
 def test_units_may_be_thrown_whole(tiny, fake):
     text = inspect_run(tiny(method="simmim", patch_size=2, throw_by="unit", throwing="random"))
     assert row(text, "decoded") == "24, whole units, chosen at random"

@@ -27,7 +27,7 @@ def lines(config):
 def untimed(config):
     """Return the lines without the two fields that tell of time."""
     return [
-        {name: value for name, value in line.items() if name not in ("images_per_second", "seconds")}
+        {name: value for name, value in line.items() if name not in ("images_per_second", "waiting", "seconds")}
         for line in lines(config)
     ]
 
@@ -57,10 +57,22 @@ def test_a_run_leaves_options_metrics_checkpoint_and_summary(tiny):
     assert [record["step"] for record in records] == [1, *range(2, 25, 2)]
     assert records[-1]["loss"] < records[0]["loss"]
     assert set(records[0]) == {
-        *("step", "epoch", "loss", "loss_decoded", "loss_thrown", "lr", "grad_norm", "images_per_second", "seconds")
+        *(
+            "step",
+            "epoch",
+            "loss",
+            "loss_decoded",
+            "loss_thrown",
+            "lr",
+            "grad_norm",
+            "images_per_second",
+            "waiting",
+            "seconds",
+        )
     }
     assert records[0]["images_per_second"] is None
     assert records[-1]["images_per_second"] > 0
+    assert all(0 < record["waiting"] < 1 for record in records)
     assert records[-1]["epoch"] == pytest.approx(24 * 120 / 1438, abs=1e-3)
     assert summary == json.loads((config.run_path / "summary.json").read_text())
     assert (summary["steps"], summary["train_images"], summary["held_out_images"]) == (24, 1438, 359)
@@ -154,13 +166,13 @@ def test_checkpoints_are_written_by_minutes_too(tiny, monkeypatch):
     now = iter(range(0, 10_000, 20))
     monkeypatch.setattr("prmim_train.loop.time.monotonic", lambda: next(now))
     saved = []
-    save = RunDirectory.save_checkpoint
+    start = RunDirectory.start_checkpoint
 
     def note(self, engine, step, **options):
         saved.append(step)
-        return save(self, engine, step, **options)
+        return start(self, engine, step, **options)
 
-    monkeypatch.setattr(RunDirectory, "save_checkpoint", note)
+    monkeypatch.setattr(RunDirectory, "start_checkpoint", note)
     pretrain(tiny(checkpoint_minutes=1))  # the clock is read once a step, and to start it anew
     assert saved == [3, 6, 9, 12]
 

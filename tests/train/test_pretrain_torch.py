@@ -51,7 +51,7 @@ def options(request):
 def untimed(config):
     """Return the lines of the metrics without the two fields that tell of time."""
     lines = [json.loads(line) for line in (config.run_path / "metrics.jsonl").read_text().splitlines()]
-    times = ("images_per_second", "seconds")
+    times = ("images_per_second", "waiting", "seconds")
     return [{name: value for name, value in line.items() if name not in times} for line in lines]
 
 

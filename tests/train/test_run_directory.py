@@ -1,6 +1,7 @@
 import errno
 import json
 import os
+from concurrent.futures import Future
 
 import pytest
 
@@ -17,7 +18,15 @@ class Saver:
     def any(self, flag):
         return flag
 
-    def save(self, directory):
+    def async_save(self, directory):
+        saved = Future()
+        try:
+            saved.set_result(self._save(directory))
+        except Exception as error:
+            saved.set_exception(error)
+        return saved
+
+    def _save(self, directory):
         (directory / "weights.safetensors").write_text(self.text)
         if self.error is not None:
             raise self.error
@@ -37,15 +46,15 @@ def names(run):
 
 def test_the_last_checkpoints_are_kept(run):
     for step in (1, 2, 30, 100):
-        run.save_checkpoint(Saver(str(step)), step, keep=2)
+        run.start_checkpoint(Saver(str(step)), step, keep=2).finish()
     assert names(run) == ["step_00000030", "step_00000100"]
     assert (run.latest_checkpoint() / "weights.safetensors").read_text() == "100"
 
 
 def test_a_rescue_checkpoint_is_neither_counted_nor_resumed_from(run):
-    run.save_checkpoint(Saver(), 1, keep=1)
-    run.save_checkpoint(Saver(), 2, keep=1, prefix="rescue_")
-    run.save_checkpoint(Saver(), 3, keep=1)
+    run.start_checkpoint(Saver(), 1, keep=1).finish()
+    run.start_checkpoint(Saver(), 2, keep=1, prefix="rescue_").finish()
+    run.start_checkpoint(Saver(), 3, keep=1).finish()
     assert names(run) == ["rescue_step_00000002", "step_00000003"]
     assert run.latest_checkpoint().name == "step_00000003"
 
@@ -54,9 +63,9 @@ def test_a_rescue_checkpoint_is_neither_counted_nor_resumed_from(run):
     "error", [OSError(errno.ENOSPC, "No space left on device"), RuntimeError("PytorchStreamWriter failed\nbadly")]
 )
 def test_a_failed_save_leaves_nothing_behind_and_the_old_checkpoint_whole(run, error):
-    run.save_checkpoint(Saver("old"), 1, keep=1)
+    run.start_checkpoint(Saver("old"), 1, keep=1).finish()
     with pytest.raises(OSError, match=r"checkpoint: could not write .*step_00000002.*last good one is") as caught:
-        run.save_checkpoint(Saver("new", error), 2, keep=1)
+        run.start_checkpoint(Saver("new", error), 2, keep=1).finish()
     assert "\n" not in str(caught.value)
     assert names(run) == ["step_00000001"]
     assert (run.latest_checkpoint() / "weights.safetensors").read_text() == "old"
@@ -72,7 +81,7 @@ def test_a_checkpoint_bears_its_name_only_when_it_is_on_the_disk(run, monkeypatc
 
     monkeypatch.setattr(run_directory.os, "fsync", fsync)
     run.append_metrics({"step": 1})
-    run.save_checkpoint(Saver(), 1, keep=1)
+    run.start_checkpoint(Saver(), 1, keep=1).finish()
     assert len(seen) == 6  # three files, the manifest being one, their folder, the metrics, the folder above it
     assert all(not any(name.startswith("step_") for name in step) for step in seen[:5])
     assert names(run) == ["step_00000001"]
@@ -132,7 +141,7 @@ def test_leftovers_of_a_killed_run_are_removed(run):
 def three(run):
     """A run with the checkpoints 1, 2 and 3."""
     for step in (1, 2, 3):
-        run.save_checkpoint(Saver(f"weights of step {step}"), step, keep=3)
+        run.start_checkpoint(Saver(f"weights of step {step}"), step, keep=3).finish()
     return run
 
 
@@ -173,7 +182,7 @@ DAMAGES = {
 
 
 def test_the_manifest_names_all_files(run):
-    place = run.save_checkpoint(Saver("abc"), 1, keep=1)
+    place = run.start_checkpoint(Saver("abc"), 1, keep=1).finish()
     files = json.loads((place / "manifest.json").read_text())["files"]
     assert set(files) == {"weights.safetensors", "state"}
     checksum = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"  # of abc, from FIPS 180-2
@@ -198,8 +207,8 @@ def test_damaged_checkpoints_are_set_aside_and_written_again(three, capsys):
         truncate(three.checkpoints()[-2])
         assert three.latest_checkpoint(set_aside=True).name == "step_00000001"
         assert "is damaged, kept as damaged_step_00000003" in capsys.readouterr().err
-        three.save_checkpoint(Saver("new weights"), 2, keep=3)
-        three.save_checkpoint(Saver("new weights"), 3, keep=3)
+        three.start_checkpoint(Saver("new weights"), 2, keep=3).finish()
+        three.start_checkpoint(Saver("new weights"), 3, keep=3).finish()
     assert (three.latest_checkpoint() / "weights.safetensors").read_text() == "new weights"
     assert names(three) == [
         *("damaged_step_00000002", "damaged_step_00000002_again"),
@@ -226,7 +235,7 @@ def test_a_manifest_cannot_make_us_read_other_files(three, tmp_path):
 
 
 def test_an_old_checkpoint_half_deleted_does_not_bear_its_name(run, monkeypatch):
-    run.save_checkpoint(Saver(), 1, keep=1)
+    run.start_checkpoint(Saver(), 1, keep=1).finish()
     remove = run_directory.shutil.rmtree
 
     def fail(path, **options):
@@ -236,7 +245,7 @@ def test_an_old_checkpoint_half_deleted_does_not_bear_its_name(run, monkeypatch)
 
     monkeypatch.setattr(run_directory.shutil, "rmtree", fail)
     with pytest.raises(OSError, match="killed"):
-        run.save_checkpoint(Saver(), 2, keep=1)
+        run.start_checkpoint(Saver(), 2, keep=1).finish()
     assert [place.name for place in run.checkpoints()] == ["step_00000002"]
     monkeypatch.undo()
     run.remove_leftovers()

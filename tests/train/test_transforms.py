@@ -9,6 +9,7 @@ from prmim_train.transforms import (
     random_flip,
     random_resized_crop,
     resize,
+    resize_picture,
 )
 
 
@@ -28,6 +29,22 @@ def test_resize_filters_every_channel_by_itself(channels):
         plane = Image.fromarray(np.ascontiguousarray(image[..., channel]))
         expected = np.asarray(plane.resize((9, 11), Image.Resampling.BICUBIC))
         np.testing.assert_array_equal(result[..., channel], expected)
+
+
+@pytest.mark.parametrize(("mode", "channels"), [("L", 1), ("RGB", 3), ("RGBA", 4)])
+@pytest.mark.parametrize("box", [None, (3, 2, 20, 17), (0.25, 1.5, 30.75, 22.0)])
+def test_a_picture_is_resized_as_its_pixels_are(mode, channels, box):
+    image = noise_image(23, 31, channels)
+    picture = Image.fromarray(image[..., 0] if channels == 1 else image)
+    assert picture.mode == mode
+    np.testing.assert_array_equal(resize_picture(picture, (11, 9), box=box), resize(image, (11, 9), box=box))
+
+
+def test_a_picture_of_another_mode_is_refused():
+    with pytest.raises(ValueError, match="picture: expected mode L, RGB or RGBA, got CMYK"):
+        resize_picture(Image.new("CMYK", (4, 4)), (2, 2))
+    with pytest.raises(ValueError, match=r"size: expected .*got \(0, 2\)"):
+        resize_picture(Image.new("L", (4, 4)), (0, 2))
 
 
 def test_resize_to_the_same_size_changes_nothing():
@@ -142,8 +159,9 @@ def test_random_resized_crop_depends_on_the_generator_only():
     assert (first != other).any()
 
 
-def test_flip_mirrors_one_image_in_two():
-    image = noise_image(2, 5, 3)
+@pytest.mark.parametrize("channels", [1, 3, 7])
+def test_flip_mirrors_one_image_in_two(channels):
+    image = noise_image(2, 5, channels)
     rng = np.random.default_rng(0)
     num_flipped = 0
     for _ in range(2000):

@@ -6,12 +6,15 @@ import signal
 import textwrap
 import time
 
+import numpy as np
 import pytest
 
 from prmim_train.workers import WorkerPool
 
 MODULE = """
     import os, signal, time
+
+    import numpy as np
 
     class LibraryError(Exception):
         def __init__(self, one, two):  # which pickle does not know how to make
@@ -25,14 +28,15 @@ MODULE = """
             case ("exit", code): os._exit(code)
             case ("signal", number): os.kill(os.getpid(), number)
             case ("sleep", seconds): time.sleep(seconds)
-            case ("large", size): return b"x" * size
-        return task
+            case ("large", size): return np.arange(size, dtype=np.uint8), size
+            case ("array", dtype, shape): return np.ones(shape, dtype).swapaxes(0, 1), None
+        return np.zeros(0), task
 
     def prepare():
         os.environ["PREPARED"] = "yes"
 
     def prepared(task, note):
-        return os.environ.get("PREPARED"), os.getpid()
+        return np.zeros(0), (os.environ.get("PREPARED"), os.getpid())
 
     def fail_to_begin():
         os._exit(9)
@@ -60,12 +64,16 @@ def acts(tmp_path, monkeypatch):
     assert multiprocessing.active_children() == []
 
 
-def run(make, tasks, workers: int = 1, **options) -> list:
+def results(make, tasks, workers: int = 1, **options) -> list:
     pool = WorkerPool(make, tasks, workers=workers, describe=lambda number: f"image {number}", **options)
     try:
         return list(pool)
     finally:
         pool.close()
+
+
+def run(*args, **options) -> list:
+    return [item for _, item in results(*args, **options)]
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3])
@@ -78,15 +86,29 @@ def test_tasks_are_taken_when_they_are_due(acts):
     taken = []
     tasks = (taken.append(k) or k for k in range(1000))
     pool = WorkerPool(acts.act, tasks, workers=2, describe=str)
-    assert [next(pool), next(pool)] == [0, 1]
+    assert [next(pool)[1], next(pool)[1]] == [0, 1]
     assert len(taken) == 6  # two ahead for each worker
     pool.close()
     assert list(pool) == []
 
 
 def test_neither_large_tasks_nor_large_items_lock_up(acts):
-    tasks = [("large", 3_000_000), b"y" * 3_000_000] * 6
-    assert [len(item) for item in run(acts.act, tasks, 2)] == [3_000_000] * 12
+    expected = np.arange(3_000_000, dtype=np.uint8)
+    made = results(acts.act, [("large", 3_000_000), b"y" * 3_000_000] * 6, 2)
+    for array, size in made[::2]:
+        np.testing.assert_array_equal(array, expected)
+        assert size == len(expected)
+    assert [len(item) for _, item in made[1::2]] == [3_000_000] * 6
+
+
+@pytest.mark.parametrize("shape", [(2, 3), (0, 3), (1, 1, 5), (200, 300, 7)])
+@pytest.mark.parametrize("dtype", ["uint8", "int64", "float32", "bool"])
+def test_arrays_arrive_as_they_are_and_may_be_written_to(acts, dtype, shape):
+    ((array, _),) = results(acts.act, [("array", dtype, shape)])
+    expected = np.ones(shape, dtype).swapaxes(0, 1)
+    assert array.dtype == expected.dtype
+    np.testing.assert_array_equal(array, expected)
+    array[...] = 0
 
 
 def test_workers_are_prepared_and_take_turns(acts):
@@ -100,7 +122,7 @@ def test_workers_are_prepared_and_take_turns(acts):
 @pytest.mark.parametrize("workers", [1, 2])
 def test_an_error_comes_out_where_its_item_would(acts, workers):
     pool = WorkerPool(acts.act, [0, 1, ("fail",), 3], workers=workers, describe=str)
-    assert [next(pool), next(pool)] == [0, 1]
+    assert [next(pool)[1], next(pool)[1]] == [0, 1]
     with pytest.raises(ValueError, match="as it should"):
         next(pool)
     pool.close()
@@ -162,7 +184,7 @@ def test_signals_to_the_whole_run_do_not_end_workers(acts, number):
 def test_nor_do_signals_while_workers_start(acts, number):
     pool = WorkerPool(acts.act, range(3), workers=1, describe=str)
     os.kill(pool._workers[0].process.pid, number)
-    assert list(pool) == [0, 1, 2]
+    assert [item for _, item in pool] == [0, 1, 2]
 
 
 def test_closing_does_not_wait_for_work(acts):

@@ -26,15 +26,16 @@ def soak() -> ModuleType:
 
 
 @pytest.fixture(scope="session")
-def undisturbed(soak: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Any]:
+def undisturbed(soak: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
     """Return a function from a backend to a folder, an undisturbed run in it, and its pace; each made once."""
-    made: dict[str, Any] = {}
+    made: dict[tuple[str, int], Any] = {}
 
-    def run(backend: str) -> Any:
+    def run(backend: str, processes: int = 1) -> Any:
         pytest.importorskip("torch" if backend == "torch" else "flax")
-        if backend not in made:
+        key = (backend, processes)
+        if key not in made:
             folder = tmp_path_factory.mktemp(backend)
-            made[backend] = (folder, *soak.run_undisturbed(backend, folder, EPOCHS))
-        return made[backend]
+            made[key] = (folder, *soak.run_undisturbed(backend, folder, EPOCHS, processes))
+        return made[key]
 
     return run

@@ -13,6 +13,9 @@ and at that of a line of metrics); ``sigterm``, on which a run has to save and l
 and then a file of the newest checkpoint is cut, or a byte of it changed, or the file deleted, or the last line of the
 metrics torn.
 
+With ``--processes 2`` every run is one of several processes.  Either all of them are hurt at once, or one, and then the
+others have to end too, within a minute.
+
 The same seed draws the same moments; what a process is doing then depends on the machine.
 """
 
@@ -21,6 +24,7 @@ import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -66,9 +70,11 @@ checkpoints fall inside epochs and between two lines."""
 
 CHECKPOINT_STEPS, LOG_STEPS = 4, 3
 STEPS_PER_EPOCH = 1438 / 400
-TIMES = ("images_per_second", "seconds")
+TIMES = ("images_per_second", "waiting", "seconds")
 PATIENCE = 300.0
 """Seconds without any progress after which a process counts as hanging."""
+PATIENCE_WITH_OTHERS = 60.0
+"""Seconds after which a process has to have ended, since one of those that it trained with did."""
 
 
 class Failure(AssertionError):  # noqa: N818  # a thing that happened, not an error of this program
@@ -106,7 +112,7 @@ class Pace:
 
 
 class Process:
-    """A started ``prmim pretrain``.
+    """A started ``prmim pretrain``, of one process or of several.
 
     Parameters
     ----------
@@ -120,20 +126,37 @@ class Process:
         A folder in which JAX keeps what it compiled.
     epochs
         Length of the run.
+    number
+        Of processes.
     """
 
-    def __init__(self, backend: str, folder: Path, log: Path, programs: Path, epochs: int) -> None:
+    def __init__(self, backend: str, folder: Path, log: Path, programs: Path, epochs: int, number: int) -> None:
         self.folder, self.log = folder, log
         self.old_checkpoints = set(checkpoints(folder))
         self.old_size = size(folder / "metrics.jsonl")
+        port = free_port()
         with log.open("wb") as output:
-            self.process = subprocess.Popen(
-                command(backend, folder, epochs), stdout=output, stderr=output, env=environment(programs)
-            )
+            self.processes = [
+                subprocess.Popen(
+                    command(backend, folder, epochs),
+                    stdout=output,
+                    stderr=output,
+                    env=environment(programs) | place(backend, rank, number, port),
+                )
+                for rank in range(number)
+            ]
 
     def is_over(self) -> bool:
-        """Whether it has ended."""
-        return self.process.poll() is not None
+        """Whether all have ended."""
+        return all(process.poll() is not None for process in self.processes)
+
+    def codes(self) -> list[int]:
+        """Return the exit codes, when all have ended."""
+        return [process.returncode for process in self.processes]
+
+    def has_succeeded(self) -> bool:
+        """Whether all have come to their end by themselves."""
+        return not any(self.codes())
 
     def until(self, happened: Callable[[], bool]) -> bool:
         """Wait for something; False where the process ended first."""
@@ -167,16 +190,21 @@ class Process:
         self.old_size = min(self.old_size, now)  # lines beyond the last checkpoint are cut off on resume
         return now > self.old_size or bool(self.new_checkpoints())
 
-    def hurt(self, number: int) -> None:
-        """Send a signal, and wait for the end."""
-        with suppress(ProcessLookupError):
-            self.process.send_signal(number)
-        try:
-            self.process.wait(PATIENCE)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
-            raise Failure(f"hangs: still there {PATIENCE:.0f} s after signal {number}\n{self.tail()}") from None
+    def hurt(self, number: int, rank: int | None = None) -> None:
+        """Send a signal to all processes, or to one of them, and wait for the end of all."""
+        chosen = self.processes if rank is None else [self.processes[rank]]
+        for process in chosen:
+            with suppress(ProcessLookupError):
+                process.send_signal(number)
+        end = time.monotonic() + (PATIENCE if rank is None else PATIENCE_WITH_OTHERS)
+        while not self.is_over():
+            if time.monotonic() > end:
+                for process in self.processes:
+                    process.kill()
+                    process.wait()
+                who = "all" if rank is None else f"process {rank}"
+                raise Failure(f"hangs: still there long after signal {number} to {who}\n{self.tail()}")
+            time.sleep(0.01)
 
     def output(self) -> str:
         """Return what it printed."""
@@ -205,6 +233,25 @@ def environment(programs: Path) -> dict[str, str]:
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
     }
+
+
+def place(backend: str, rank: int, number: int, port: int) -> dict[str, str]:
+    """Return what tells a process which of several it is."""
+    if number == 1:
+        return {}
+    names = {"JAX_COORDINATOR_ADDRESS": f"localhost:{port}", "JAX_NUM_PROCESSES": number, "JAX_PROCESS_ID": rank}
+    if backend == "torch":  # as torchrun would
+        names = {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "WORLD_SIZE": number, "RANK": rank}
+        names |= {"LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": number}
+    return {name: str(value) for name, value in names.items()}
+
+
+def free_port() -> int:
+    """Return the number of a port that nobody listens to."""
+    with socket.socket() as listener:
+        listener.bind(("localhost", 0))
+        port: int = listener.getsockname()[1]
+    return port
 
 
 def checkpoints(folder: Path) -> list[str]:
@@ -271,7 +318,9 @@ def read_state(folder: Path) -> dict[str, np.ndarray]:
     import orbax.checkpoint as ocp
 
     with ocp.PyTreeCheckpointer() as checkpointer:
-        tree = checkpointer.restore(folder.absolute())
+        names = checkpointer.metadata(folder.absolute()).item_metadata.tree
+        as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), names)
+        tree = checkpointer.restore(folder.absolute(), restore_args=as_numpy)
     return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
@@ -315,7 +364,7 @@ def compare(expected: Path, actual: Path, *, asked_to_stop: bool = False) -> Non
     summaries = [json.loads((folder / "summary.json").read_text()) for folder in (actual, expected)]
     for summary in summaries:
         for name in TIMES:
-            summary.pop(name)
+            summary.pop(name, None)
     if summaries[0] != summaries[1]:
         raise Failure(f"summary.json: expected {summaries[1]}, got {summaries[0]}")
 
@@ -337,12 +386,24 @@ class Soak:
         Length of a run; 3.6 steps each.
     say
         Called with lines of progress.
+    processes
+        Of which a run is made.
     """
 
     def __init__(
-        self, backend: str, fault: str, *, kills: int, seed: int, folder: Path, epochs: int, say: Callable[[str], None]
+        self,
+        backend: str,
+        fault: str,
+        *,
+        kills: int,
+        seed: int,
+        folder: Path,
+        epochs: int,
+        say: Callable[[str], None],
+        processes: int = 1,
     ) -> None:
         self.backend, self.fault, self.kills, self.seed, self.epochs = backend, fault, kills, seed, epochs
+        self.processes = processes
         self.folder, self.say = folder, say
         self.random = random.Random(f"{seed} {backend} {fault}")
         self.lives = 0
@@ -378,17 +439,20 @@ class Soak:
             self.folder / f"{self.backend}-{self.fault}-{self.lives:04d}.log",
             self.folder / "programs",
             self.epochs,
+            self.processes,
         )
         try:
             aim = self._aim(pace)
             if self.report.hurt >= self.kills or not aim(process):
                 process.until(lambda: False)
-                if process.process.returncode != 0:
-                    raise Failure(f"exit code {process.process.returncode}\n{process.tail()}")
+                if not process.has_succeeded():
+                    raise Failure(f"exit codes {process.codes()}\n{process.tail()}")
                 self._check_warning(process, is_over=True)
                 return True
             stepped = process.has_stepped()
-            process.hurt(signal.SIGTERM if self.fault == "sigterm" else signal.SIGKILL)
+            # Before they have met, the others would wait for one that is gone as long as a launch may take.
+            rank = self._draw_rank() if stepped else None
+            process.hurt(signal.SIGTERM if self.fault == "sigterm" else signal.SIGKILL, rank)
         finally:
             if not process.is_over():
                 process.hurt(signal.SIGKILL)
@@ -398,7 +462,15 @@ class Soak:
             self._check_left_by_itself(process, run, stepped)
         if self.fault == "truncate":
             self._damage(run)
-        return process.process.returncode == 0
+        return process.has_succeeded()
+
+    def _draw_rank(self) -> int | None:
+        """Draw the process to hurt; None: all."""
+        if self.processes == 1:
+            return None
+        rank = self.random.choice([None, *range(self.processes)])
+        self.report.moments["all processes at once" if rank is None else f"process {rank} alone"] += 1
+        return rank
 
     def _aim(self, pace: Pace) -> Callable[[Process], bool]:
         """Draw a moment: a function that waits for it, and says whether the process got there."""
@@ -449,13 +521,13 @@ class Soak:
         )
 
     def _check_left_by_itself(self, process: Process, run: Path, stepped: bool) -> None:
-        code = process.process.returncode
-        if not stepped and code == -signal.SIGTERM:  # nothing was there to save
+        codes = process.codes()
+        if not stepped and -signal.SIGTERM in codes:  # nothing was there to save
             return
-        if code == 0:  # it was taking its last step
+        if process.has_succeeded():  # it was taking its last step
             return
-        if code != 128 + signal.SIGTERM:
-            raise Failure(f"expected exit code {128 + signal.SIGTERM} after SIGTERM, got {code}\n{process.tail()}")
+        if set(codes) != {128 + signal.SIGTERM}:
+            raise Failure(f"expected exit code {128 + signal.SIGTERM} after SIGTERM, got {codes}\n{process.tail()}")
         saved = list(map(step_of, checkpoints(run)))
         done = [record["step"] for record in lines(run)]
         if max(done, default=0) > max(saved, default=0):
@@ -467,7 +539,9 @@ class Soak:
         if (run / "summary.json").exists():  # nothing will be read again
             return
         metrics = run / "metrics.jsonl"
-        if self.random.random() < 0.2 and size(metrics) > 40:
+        # Lines up to a checkpoint are on the disk before it bears its name.
+        is_last_line_new = [line["step"] for line in lines(run)][-1:] > list(map(step_of, checkpoints(run)))[-1:]
+        if self.random.random() < 0.2 and is_last_line_new and size(metrics) > 40:
             os.truncate(metrics, size(metrics) - self.random.randint(1, 39))
             self.report.moments["a line torn"] += 1
             return
@@ -514,11 +588,11 @@ def _inode(run: Path, name: str) -> int:
     return (run / "checkpoints" / name).stat().st_ino
 
 
-def run_undisturbed(backend: str, folder: Path, epochs: int) -> tuple[Path, Pace]:
+def run_undisturbed(backend: str, folder: Path, epochs: int, processes: int = 1) -> tuple[Path, Pace]:
     """Run once from start to end, and measure the pace; JAX compiles here, and finds its programs again later."""
     run = folder / f"{backend}-undisturbed"
     start = time.monotonic()
-    process = Process(backend, run, folder / f"{run.name}.log", folder / "programs", epochs)
+    process = Process(backend, run, folder / f"{run.name}.log", folder / "programs", epochs, processes)
     try:
         process.until(process.has_stepped)
         stepped = time.monotonic()
@@ -526,13 +600,21 @@ def run_undisturbed(backend: str, folder: Path, epochs: int) -> tuple[Path, Pace
     finally:
         if not process.is_over():
             process.hurt(signal.SIGKILL)
-    if process.process.returncode != 0:
-        raise Failure(f"{backend}, undisturbed: exit code {process.process.returncode}\n{process.tail()}")
+    if not process.has_succeeded():
+        raise Failure(f"{backend}, undisturbed: exit codes {process.codes()}\n{process.tail()}")
     return run, Pace(stepped - start, (time.monotonic() - stepped) / len(lines(run)) * CHECKPOINT_STEPS / LOG_STEPS)
 
 
 def soak(
-    backend: str, faults: list[str], *, kills: int, seed: int, folder: Path, epochs: int, say: Callable[[str], None]
+    backend: str,
+    faults: list[str],
+    *,
+    kills: int,
+    seed: int,
+    folder: Path,
+    epochs: int,
+    say: Callable[[str], None],
+    processes: int = 1,
 ) -> dict[str, Report]:
     """Hurt runs on one backend in some ways, each as often as `kills`; return a report for each way.
 
@@ -542,13 +624,13 @@ def soak(
         If a run was not what the undisturbed one was; with the seed, and the first line that differs.
     """
     say(f"{backend}: the undisturbed run ...")
-    undisturbed, pace = run_undisturbed(backend, folder, epochs)
+    undisturbed, pace = run_undisturbed(backend, folder, epochs, processes)
     last = lines(undisturbed)[-1]["step"]
     say(f"  {last} steps; first step after {pace.start:.1f} s, a checkpoint every {pace.checkpoint:.2f} s")
     return {
-        fault: Soak(backend, fault, kills=kills, seed=seed, folder=folder, epochs=epochs, say=say).run(
-            undisturbed, pace
-        )
+        fault: Soak(
+            backend, fault, kills=kills, seed=seed, folder=folder, epochs=epochs, say=say, processes=processes
+        ).run(undisturbed, pace)
         for fault in faults
     }
 
@@ -561,6 +643,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--kills", type=int, default=20, help="how often to hurt, for each backend and fault")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--epochs", type=int, default=84, help="length of a run, 3.6 steps each")
+    parser.add_argument("--processes", type=int, default=1, help="of which a run is made")
     parser.add_argument("--folder", type=Path, help="where to leave runs and outputs; by default they are deleted")
     options = parser.parse_args(arguments)
     backends = BACKENDS if options.backend == "both" else (options.backend,)
@@ -576,6 +659,7 @@ def main(arguments: list[str] | None = None) -> int:
                     folder=folder,
                     epochs=options.epochs,
                     say=_say,
+                    processes=options.processes,
                 )
                 for fault, report in reports.items():
                     _say(_summary(backend, fault, options.seed, report))

@@ -3,6 +3,7 @@
 import ctypes
 import json
 import os
+import re
 import shutil
 import subprocess
 
@@ -88,10 +89,11 @@ def test_a_disk_that_is_full_when_a_checkpoint_is_written(backend, hurt, tmp_pat
     result = start(backend, 10, LIMIT.format(bytes=16_384))
     assert result.returncode == 1
     line = told(result)
-    assert "checkpoint: could not write" in line
-    assert "step_00000012" in line
+    # That of step 8 may still have been written in the background.
+    failed = re.search(r"checkpoint: could not write \S*/step_0{6}(08|12): ", line)
+    assert failed, line
     assert "too large" in line.lower()
-    assert line.endswith("the last good one is " + str(tmp_path / "run" / "checkpoints" / "step_00000008"))
+    assert line.endswith(f"the last good one is {tmp_path / 'run' / 'checkpoints'}/step_{int(failed[1]) - 4:08d}")
     assert soak.leftovers(tmp_path / "run") == []
     go_on(backend)
 
@@ -128,7 +130,7 @@ def test_a_folder_that_may_no_longer_be_written_to(hurt, tmp_path):
     assert result.returncode == 1
     line = told(result)
     assert "Permission denied" in line
-    assert line.endswith(f"the last good one is {checkpoints / 'step_00000008'}")
+    assert re.search(rf"the last good one is {checkpoints}/step_0{{7}}[48]$", line), line
     checkpoints.chmod(0o755)
     go_on("torch")
 

@@ -21,6 +21,27 @@ def test_a_run_that_is_hurt_ends_as_if_nothing_had_happened(backend, fault, kill
     assert report.runs >= 1
 
 
+@pytest.mark.parametrize("backend", ["torch", "jax"])
+def test_a_run_of_two_processes_is_that_of_one(backend, soak, undisturbed):
+    one, two = (soak.lines(undisturbed(backend, processes)[1]) for processes in (1, 2))
+    assert len(one) == len(two)
+    for line, other in zip(one, two, strict=True):
+        assert other == pytest.approx(line, rel=1e-4)
+
+
+@pytest.mark.parametrize("backend", ["torch", "jax"])
+def test_a_run_of_two_processes_of_which_one_is_killed_ends_as_if_nothing_had_happened(
+    backend, soak, undisturbed, tmp_path, monkeypatch
+):
+    folder, run, pace = undisturbed(backend, 2)
+    (tmp_path / "programs").symlink_to(folder / "programs")
+    hurt = soak.Soak(
+        backend, "sigkill", kills=1, seed=SEED, folder=tmp_path, epochs=EPOCHS, say=lambda line: None, processes=2
+    )
+    monkeypatch.setattr(hurt, "_draw_rank", lambda: 1)
+    assert hurt.run(run, pace).hurt == 1
+
+
 @pytest.fixture
 def pair(soak, undisturbed, tmp_path):
     """A run and its copy."""
