@@ -28,9 +28,6 @@ docs: .venv/installed-dev
 	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
 	@echo "docs/_build/html/index.html"
 
-# glibc hands large blocks back to the system and asks for them anew in every step; kept, times can be repeated.
-bench bench-full: export MALLOC_MMAP_THRESHOLD_ = 4000000000
-bench bench-full: export MALLOC_TRIM_THRESHOLD_ = 16000000000
 bench: .venv/installed-dev
 	$(BIN)/python -m benchmarks
 bench-full: .venv/installed-dev

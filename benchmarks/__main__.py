@@ -3,6 +3,7 @@
 Each is a process of its own, so that none finds the memory as another one left it.
 """
 
+import os
 import subprocess
 import sys
 import time
@@ -46,6 +47,11 @@ FULL = {
 }
 """What is run, by benchmark: a list of options for each run."""
 
+KEPT_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "4000000000", "MALLOC_TRIM_THRESHOLD_": "16000000000"}
+"""glibc hands large blocks back to the system and asks for them anew in every step; kept, times can be repeated."""
+TIMED = ("step", "profile", "backends")
+"""The benchmarks with many large blocks whose times matter."""
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Run them one after the other, to the end whatever becomes of one; return how many failed."""
@@ -62,7 +68,9 @@ def main(arguments: list[str] | None = None) -> int:
             words = [f"benchmarks.{name}", *settings]
             print(f"== python -m {' '.join(words)}", flush=True)
             start = time.perf_counter()
-            code = subprocess.run([sys.executable, "-m", *words, "--json", str(options.json)], check=False).returncode
+            command = [sys.executable, "-m", *words, "--json", str(options.json)]
+            environment = {**os.environ, **(KEPT_MEMORY if name in TIMED else {})}
+            code = subprocess.run(command, env=environment, check=False).returncode
             failed += code != 0
             print(
                 f"== {time.perf_counter() - start:.0f} s" + (f", FAILED with {code}" if code else "") + "\n", flush=True

@@ -23,6 +23,8 @@ LAYER_NORM_EPS = 1e-6
 ONEDNN: bool = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512"  # type: ignore[no-untyped-call]
 SMALL_PRODUCT = 2**22
 """Multiply-accumulates below which a convolution's preparations cost more than it saves."""
+SHORT_SEQUENCE = 256
+"""Most tokens for which plain products of bfloat16 on a CPU beat the fused kernel; at 577 it is the other way round."""
 
 
 def sincos_table(shape: Sequence[int], dim: int) -> Tensor:
@@ -89,6 +91,25 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _num_threads() -> int:
     return torch.get_num_threads()
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+    """Return what ``torch.nn.functional.scaled_dot_product_attention`` does; (..., length, head_dim) all of them.
+
+    Of short sequences of bfloat16 values on a CPU by plain products, computed anew in the backward pass, so that as
+    little is kept for it: PyTorch's fused kernel takes up to ten times as long backward.
+    """
+    if q.device.type != "cpu" or q.dtype != torch.bfloat16 or q.shape[-2] > SHORT_SEQUENCE:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+    if not torch.is_grad_enabled():
+        return _attend_plainly(q, k, v, bias)
+    out: Tensor = checkpoint(_attend_plainly, q, k, v, bias, use_reentrant=False, preserve_rng_state=False)
+    return out
+
+
+def _attend_plainly(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+    scores = q * q.shape[-1] ** -0.5 @ k.mT
+    return (scores if bias is None else scores + bias).softmax(-1) @ v
 
 
 class Linear(nn.Linear):
@@ -179,8 +200,7 @@ class Attention(nn.Module):
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))  # batch, length, 3, heads, head_dim
         # Taken apart before heads and tokens change places: the gradients are then put together in one copy, not two.
         q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))
-        bias = None if bias is None else bias.to(q.dtype)
-        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)  # batch, heads, length, head_dim
+        mixed = attend(q, k, v, None if bias is None else bias.to(q.dtype))  # batch, heads, length, head_dim
         out: Tensor = self.proj(mixed.transpose(1, 2).flatten(2))
         return out
 

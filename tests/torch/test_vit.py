@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from prmim_reference import vit as reference
 from prmim_torch import vit
-from prmim_torch.vit import Attention, Decoder, Encoder, Linear, PatchProjection, linear, sincos_table
+from prmim_torch.vit import Attention, Decoder, Encoder, Linear, PatchProjection, attend, linear, sincos_table
 
 
 def test_position_table_starts_with_zeros_and_encodes_the_column_first():
@@ -95,6 +95,26 @@ def test_other_products_are_products(monkeypatch, case):
     with FlopCounterMode(display=False) as counter, torch.autocast("cpu", torch.bfloat16, enabled=case == "autocast"):
         assert torch.equal(linear(x, weight, bias), F.linear(x, weight, bias))
     assert list(counter.get_flop_counts()["Global"]) == [torch.ops.aten.addmm]
+
+
+@pytest.mark.parametrize("has_bias", [False, True], ids=["plain", "bias"])
+@pytest.mark.parametrize("length", [9, 300], ids=["short", "long"])
+def test_attention_in_bfloat16_is_that_of_float32_and_keeps_no_scores(length, has_bias):
+    values = torch.randn(3, 2, 4, length, 8).bfloat16()
+    bias = torch.randn(4, length, length).bfloat16() if has_bias else None
+    ours, theirs = (list(values.clone().to(dtype).requires_grad_()) for dtype in (torch.bfloat16, torch.float32))
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        out = attend(*ours, bias)
+    if length <= vit.SHORT_SEQUENCE:
+        assert all(tensor.numel() <= values[0].numel() or tensor is bias for tensor in kept)
+    expected = F.scaled_dot_product_attention(*theirs, attn_mask=None if bias is None else bias.float())
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out.float(), expected, atol=0.02, rtol=0.02)
+    both = ((out, ours), (expected, theirs))
+    gradients, wanted = (torch.autograd.grad(x.float().square().sum(), of) for x, of in both)
+    for one, other in zip(gradients, wanted, strict=True):
+        torch.testing.assert_close(one.float(), other, atol=0.1, rtol=0.1)
 
 
 def test_learned_tokens_start_with_deviation_002():
