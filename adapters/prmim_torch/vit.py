@@ -108,8 +108,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _attend_plainly(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
-    scores = q * q.shape[-1] ** -0.5 @ k.mT
-    return (scores if bias is None else scores + bias).softmax(-1) @ v
+    scores: Tensor = q * q.shape[-1] ** -0.5 @ k.mT
+    mixed: Tensor = (scores if bias is None else scores + bias).softmax(-1) @ v
+    return mixed
 
 
 class Linear(nn.Linear):

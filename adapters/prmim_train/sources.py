@@ -76,7 +76,7 @@ class ImageSource(Protocol):
         ...
 
     def read_crop(self, index: int, size: tuple[int, int], choose: ChooseBox) -> ImageArray:
-        """Return a box of one image, resized: uint8 (*size, channels); `UnreadableImageError` if that fails.
+        """Return a box of one image, resized: uint8, `size` and channels; `UnreadableImageError` if that fails.
 
         `choose` is given (height, width) of the image, and returns (top, left, height, width) of the box. This is
         ``resize(read(index)[box], size)``, or as near to it as `prmim_train.image_files.decode_crop` promises.
