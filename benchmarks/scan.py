@@ -65,10 +65,10 @@ def main(arguments: list[str] | None = None) -> None:
             engine = engines[kind] = make_engine(depth, options.decoder_depth, options.dim, kind == "scan")
             inputs = engine._inputs(images, sample)
             noise = engine._noise(inputs[1], 0)
-            gradient = jax.jit(engine._gradients)
+            gradient, state = jax.jit(engine._gradients), engine._state
             compiled[kind] = (
-                *compile_seconds(gradient, engine._state.parameters, engine._buffers, inputs[0], noise),
-                *compile_seconds(engine._train, engine._state, engine._buffers, *inputs, 0, 0.0),
+                *compile_seconds(gradient, state.parameters, state.statistics, engine._buffers, inputs[0], noise),
+                *compile_seconds(engine._train, state, engine._buffers, *inputs, 0, 0.0),
             )
         times = take_turns(
             {kind: partial(take_step, engine, images, sample) for kind, engine in engines.items()}, options.repeats

@@ -1,5 +1,6 @@
 """Cheap masked image modelling in JAX: methods to train, and their parts for trainers of one's own."""
 
+from prmim_jax.classifier import Classifier, ClassifierEngine
 from prmim_jax.engine import Comparison, Engine, Reconstruction
 from prmim_jax.interop import load_weights, save_weights
 from prmim_jax.mae import MAE
@@ -15,6 +16,8 @@ __all__ = [
     "MAE",
     "METHODS",
     "AlignOutput",
+    "Classifier",
+    "ClassifierEngine",
     "Comparison",
     "Engine",
     "MaskAlign",

@@ -313,6 +313,16 @@ class Layout:
             for name, array in arrays.items()
         }
 
+    def part(self, factor: Any, spec: P) -> Any:
+        """Inside a program: of a factor of an array of weights, get what belongs to the part of that which is here.
+
+        The factor is a number, or has as many axes as the weights, of the same length or of length 1.
+        """
+        if spec == WHOLE or np.ndim(factor) == 0 or factor.shape[_axis(spec)] == 1:
+            return factor
+        size = factor.shape[_axis(spec)] // self.num_devices
+        return lax.dynamic_slice_in_dim(factor, lax.axis_index(AXIS) * size, size, _axis(spec))
+
     def mean(self, tree: Any) -> Any:
         """Inside a program: average over the devices."""
         return tree if self.num_devices == 1 else lax.pmean(tree, AXIS)  # type: ignore[no-untyped-call]

@@ -30,6 +30,10 @@ class Buffer(nnx.Variable[Array]):
     """An array that goes into files with the parameters, but is not learned."""
 
 
+class Statistic(Buffer):
+    """A buffer that forward passes in training mode change."""
+
+
 def sincos_table(shape: Sequence[int], dim: int) -> Array:
     """Return the fixed sine-cosine position table of a grid of tokens, with a row of zeros first for the cls token.
 
@@ -135,6 +139,11 @@ def draw(block: Callable[[Array], Array], rngs: nnx.Rngs, shape: Sequence[int], 
 def uniform(rngs: nnx.Rngs, shape: Sequence[int], bound: float) -> Array:
     """Draw float32 values evenly from (-bound, bound)."""
     return draw(_uniform_block, rngs, shape, bound)
+
+
+def normal(rngs: nnx.Rngs, shape: Sequence[int], std: float) -> Array:
+    """Draw float32 values from the normal distribution around 0."""
+    return draw(_normal_block, rngs, shape, std)
 
 
 def xavier_uniform(rngs: nnx.Rngs, shape: Sequence[int]) -> Array:
@@ -533,7 +542,7 @@ def check_width(name: str, dim: int, num_heads: int, axes: int | None) -> None:
 
 
 def _token(rngs: nnx.Rngs, dim: int) -> nnx.Param[Array]:
-    return nnx.Param(draw(_normal_block, rngs, (1, 1, dim), 0.02))
+    return nnx.Param(normal(rngs, (1, 1, dim), 0.02))
 
 
 class Encoder(nnx.Module):

@@ -1,5 +1,6 @@
 """Cheap masked image modelling in PyTorch: methods to train, and their parts for trainers of one's own."""
 
+from prmim_torch.classifier import Classifier, ClassifierEngine
 from prmim_torch.engine import Comparison, Engine, Reconstruction
 from prmim_torch.interop import load_weights, save_weights
 from prmim_torch.mae import MAE
@@ -15,6 +16,8 @@ __all__ = [
     "MAE",
     "METHODS",
     "AlignOutput",
+    "Classifier",
+    "ClassifierEngine",
     "Comparison",
     "Engine",
     "MaskAlign",

@@ -279,7 +279,8 @@ def shard(
 
 
 def _detach_predictions(method: nn.Module, arguments: Any, output: Any) -> None:
-    output.predicted = output.predicted.detach()
+    if not isinstance(output, Tensor):  # logits are what the loss is of
+        output.predicted = output.predicted.detach()
 
 
 @contextmanager

@@ -11,8 +11,18 @@ from typing import Any
 
 from jsonargparse import ArgumentParser
 
+from prmim_train.checks import check_name
 from prmim_train.config import GROUP_STARTS
-from prmim_train.options import Option, build_parser, config_options, convert, read_config, split_words, suggest
+from prmim_train.options import (
+    Option,
+    build_parser,
+    classify_options,
+    config_options,
+    convert,
+    read_config,
+    split_words,
+    suggest,
+)
 from prmim_train.processes import FailedElsewhereError, is_main, launched, say
 
 EXIT_USAGE = 2
@@ -97,9 +107,10 @@ def _dispatch(words: list[str]) -> None:
     if name not in COMMANDS:
         raise ValueError(f"command: expected {', '.join(COMMANDS)}, got {name!r}{suggest(name, COMMANDS)}")
     command = COMMANDS[name]
-    if name != "pretrain" and launched().world_size > 1:
+    if name not in SHARED_COMMANDS and launched().world_size > 1:
         raise ValueError(
-            f"command: expected one process for {name}, got {launched().world_size}; only pretrain takes more"
+            f"command: expected one process for {name}, got {launched().world_size}; only "
+            f"{' and '.join(SHARED_COMMANDS)} take more"
         )
     if "-h" in rest or "--help" in rest:
         _parser(command, name).print_help()
@@ -165,18 +176,45 @@ def _run_options() -> list[Option]:
 
 
 def _evaluate_options() -> list[Option]:
-    limit = "Most images to learn the classifier from, and to classify."
+    limit = "Most images to learn from, and to classify. Not given: as in the run. For knn, and linear by lbfgs, only."
+    others = "Whether to classify by an untrained encoder and by raw pixels too (true). For knn, and linear by lbfgs."
+    options = {option.name: option for option in classify_options()}
+    frozen = [options.pop(name) for name in ("data", "holdout", "test_data", "device", "checkpoint")]
     return [
-        *_run_options(),
-        Option("protocol", str | None, "knn or linear; both where neither is named."),
+        Option("run", str, "Folder of the run."),
+        Option("protocol", str | None, "knn, linear or finetune. Null: knn, and linear by lbfgs."),
+        Option("solver", str | None, "For linear: lbfgs (quick, the default) or lars (MAE's published probe)."),
+        *frozen,
         Option("eval_limit", int | None, limit),
+        Option("baselines", bool | None, others),
+        *options.values(),
     ]
 
 
 def _evaluate(command: Command, name: str, given: dict[str, str]) -> None:
-    from prmim_train.evaluate import evaluate_command
+    arguments = _run_arguments(command, name, given)
+    protocol, solver = arguments.get("protocol"), arguments.pop("solver", None)
+    if protocol is not None:
+        check_name("protocol", protocol, EVALUATIONS)
+    if solver is not None:
+        check_name("solver", solver, SOLVERS)
+        if protocol != "linear":
+            raise ValueError(f"solver: expected --protocol linear with it, got {protocol or 'no protocol'}")
+    is_trained = protocol == "finetune" or solver == "lars"
+    own = {option.name for option in classify_options()} if is_trained else FROZEN_OPTIONS
+    for option in arguments:
+        if option not in {"run", "protocol", *own}:
+            wanted = "knn, or linear by lbfgs" if is_trained else "finetune, or linear --solver lars"
+            got = " ".join(word for word in (protocol, solver) if word) or "no protocol"
+            raise ValueError(f"{option}: expected --protocol {wanted} with it, got {got}")
+    if is_trained:
+        from prmim_train.classify import classify_command
 
-    evaluate_command(**_run_arguments(command, name, given))
+        classify_command(**arguments)
+    else:
+        from prmim_train.evaluate import evaluate_command
+
+        evaluate_command(**arguments)
 
 
 def _picture_options() -> list[Option]:
@@ -205,9 +243,26 @@ def _run_arguments(command: Command, name: str, given: dict[str, str]) -> dict[s
 
 
 def _parser(command: Command, name: str) -> ArgumentParser:
-    groups = GROUP_STARTS if name in ("pretrain", "inspect") else None
-    return build_parser(name, command.description, command.options(), groups)
+    return build_parser(name, command.description, command.options(), HELP_GROUPS.get(name))
 
+
+SHARED_COMMANDS = ("pretrain", "evaluate")
+"""Commands that several processes can work on."""
+
+EVALUATIONS = ("knn", "linear", "finetune")
+SOLVERS = ("lbfgs", "lars")
+FROZEN_OPTIONS = {"data", "holdout", "test_data", "device", "checkpoint", "eval_limit", "baselines"}
+
+HELP_GROUPS = {
+    "pretrain": GROUP_STARTS,
+    "inspect": GROUP_STARTS,
+    "evaluate": {
+        "crop_scale": "For finetune, and linear by lars: data",
+        "pool": "For finetune, and linear by lars: model",
+        "epochs": "For finetune, and linear by lars: optimisation",
+        "backend": "For finetune, and linear by lars: run",
+    },
+}
 
 COMMANDS = {
     "pretrain": Command(
@@ -226,9 +281,11 @@ COMMANDS = {
         _inspect,
     ),
     "evaluate": Command(
-        "classify held-out images by a run's frozen features",
-        "Classify held-out images by the frozen features of a run's last checkpoint, and for comparison by those of an "
-        "untrained encoder and by raw pixels.",
+        "classify held-out images: by frozen features, by a linear probe, by fine-tuning",
+        "Classify held-out images by the frozen features of a run's last checkpoint (knn, linear), and for comparison "
+        "by those of an untrained encoder and by raw pixels. Or train a classifier on its encoder: finetune, or linear "
+        "with --solver lars; options not given are those of the published MAE recipes (on the embedded digits: smaller "
+        "ones).",
         _evaluate_options,
         _evaluate,
     ),

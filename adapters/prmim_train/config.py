@@ -8,7 +8,7 @@ the command line are laid over each other in `prmim_train.layers`.
 import dataclasses
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from prmim_train.checks import (
     check_text,
 )
 from prmim_train.methods import METHOD_OPTIONS, METHODS, SPECIAL_OPTIONS, MethodTraits
+from prmim_train.training_options import TrainingOptions
 
 FURTHEST_FROM = ("visible", "none")
 VARIANTS = ("kernel", "interpolate", "conv", "none")
@@ -34,11 +35,6 @@ POSITIONS = ("relative", "absolute")
 MASKING = ("attention", "random")
 FUSIONS = ("linear", "sum")
 DECAYS = ("cosine", "step")
-PRECISIONS = ("float32", "bfloat16")
-DEVICES = ("auto", "cpu", "cuda")
-PARALLEL = ("ddp", "fsdp")
-NONFINITE = ("stop", "skip")
-TRACKERS = ("none", "tensorboard", "wandb", "mlflow")
 DIGITS = "digits"
 
 # The fields at which a new group of options begins in `--help`.
@@ -58,7 +54,7 @@ SHARED_OPTIONS = (
 
 
 @dataclass(frozen=True)
-class PretrainConfig:
+class PretrainConfig(TrainingOptions):
     """The options of a pre-training run.
 
     The defaults are the published MAE recipe for ViT-B/16 at 224 pixels, with half of all tokens thrown; those of the
@@ -215,6 +211,9 @@ class PretrainConfig:
         A `.safetensors` file of weights to begin with. Null: random weights.
     eval_limit
         Most images used for the evaluation of frozen features at the end of the run. 0: no evaluation.
+    probe_every
+        Epochs between two evaluations of the frozen features during the run, for which it needs labels; they go into
+        metrics.jsonl and into the picture of the loss, and change nothing of the training. Null: none.
     pictures
         Number of held-out images in the pictures drawn at the end of the run. 0: no pictures.
 
@@ -308,6 +307,7 @@ class PretrainConfig:
     tracker: str = "none"
     init_weights: str | None = None
     eval_limit: int = 5000
+    probe_every: int | None = None
     pictures: int = 6
 
     def __post_init__(self) -> None:
@@ -317,8 +317,8 @@ class PretrainConfig:
                 object.__setattr__(self, field.name, tuple(value))
         self._check_data()
         self._check_method()
-        self._check_optimisation()
-        self._check_run()
+        self._check_training()
+        self._check_own()
 
     def _check_data(self) -> None:
         check_text("data", self.data)
@@ -327,7 +327,6 @@ class PretrainConfig:
         check_range("crop_ratio", self.crop_ratio, low_open=0.0, high=math.inf)
         check_flag("flip", self.flip)
         check_number("holdout", self.holdout, "in [0, 1)", lambda x: 0 <= x < 1)
-        check_integer("workers", self.workers, at_least=0)
 
     def _check_method(self) -> None:
         check_name("method", self.method, tuple(METHODS))
@@ -353,8 +352,7 @@ class PretrainConfig:
     def _check_foreign(self) -> None:
         """Refuse options of other methods: whoever sets one expects it to do something."""
         for field in dataclasses.fields(self):
-            is_foreign = field.name in SPECIAL_OPTIONS and field.name not in self.traits.options
-            if is_foreign and getattr(self, field.name) != field.default:
+            if field.name in self.foreign_options and getattr(self, field.name) != field.default:
                 raise ValueError(f"{field.name}: method {self.method} has no such option")
 
     def _check_mae(self) -> None:
@@ -435,56 +433,21 @@ class PretrainConfig:
                 f"mask_ratio: {self.mask_share} leaves no {left} token of the {counts.num_tokens} of an image"
             )
 
-    def _check_optimisation(self) -> None:
-        for name in ("epochs", "batch_size", "accumulate"):
-            check_integer(name, getattr(self, name), at_least=1)
-        check_multiple("batch_size", self.batch_size, "accumulate", self.accumulate)
-        check_number("base_learning_rate", self.base_learning_rate, "above 0", lambda x: x > 0)
-        check_number("min_learning_rate", self.min_learning_rate, "at least 0", lambda x: x >= 0)
-        if self.min_learning_rate > self.learning_rate:
-            raise ValueError(
-                f"min_learning_rate: expected at most the peak learning rate {self.learning_rate:g}, "
-                f"got {self.min_learning_rate:g}"
-            )
+    def _check_own(self) -> None:
+        """Check what is neither data nor method, and what no other training has."""
         check_name("decay", self.decay, DECAYS)
-        if self.warmup_epochs is not None:
-            check_number("warmup_epochs", self.warmup_epochs, "at least 0", lambda x: x >= 0)
-            if self.warmup_epochs >= self.epochs:
-                raise ValueError(
-                    f"warmup_epochs: expected fewer than the {self.epochs} epochs, got {self.warmup_epochs:g}"
-                )
-        check_number("weight_decay", self.weight_decay, "at least 0", lambda x: x >= 0)
-        if not isinstance(self.betas, tuple) or len(self.betas) != 2:
-            raise ValueError(f"betas: expected two numbers, got {self.betas!r}")
-        for beta in self.betas:
-            check_number("betas", beta, "in [0, 1)", lambda x: 0 <= x < 1)
-        if self.clip_grad is not None:
-            check_number("clip_grad", self.clip_grad, "above 0", lambda x: x > 0)
-        check_name("precision", self.precision, PRECISIONS)
-        check_flag("compile", self.compile)
         check_flag("recompute_blocks", self.recompute_blocks)
         check_flag("scan_blocks", self.scan_blocks)
         if self.scan_blocks and self.backend != "jax":
             raise ValueError(f"scan_blocks: backend {self.backend} has no such option, only jax")
-        check_name("device", self.device, DEVICES)
-        check_name("parallel", self.parallel, PARALLEL)
-        check_name("nonfinite", self.nonfinite, NONFINITE)
-        check_integer("max_skipped", self.max_skipped, at_least=0)
-        check_integer("seed", self.seed, at_least=0, at_most=2**31 - 1)
-
-    def _check_run(self) -> None:
-        check_text("backend", self.backend)
-        for name in ("out", "init_weights"):
-            if getattr(self, name) is not None:
-                check_text(name, getattr(self, name))
-        check_flag("resume", self.resume)
-        for name in ("log_every", "checkpoint_every", "keep_checkpoints"):
-            check_integer(name, getattr(self, name), at_least=1)
-        if self.checkpoint_minutes is not None:
-            check_number("checkpoint_minutes", self.checkpoint_minutes, "above 0", lambda x: x > 0)
-        check_name("tracker", self.tracker, TRACKERS)
+        if self.init_weights is not None:
+            check_text("init_weights", self.init_weights)
         for name in ("eval_limit", "pictures"):
             check_integer(name, getattr(self, name), at_least=0)
+        if self.probe_every is not None:
+            check_integer("probe_every", self.probe_every, at_least=1)
+            if self.eval_limit == 0:
+                raise ValueError("probe_every: expected null, since eval_limit is 0, got " + str(self.probe_every))
 
     @property
     def image_shape(self) -> tuple[int, ...]:
@@ -511,6 +474,11 @@ class PretrainConfig:
     def traits(self) -> MethodTraits:
         """What is special about the method."""
         return METHODS[self.method]
+
+    @property
+    def foreign_options(self) -> Collection[str]:
+        """The options that the method does not have."""
+        return set(SPECIAL_OPTIONS) - set(self.traits.options)
 
     @property
     def mask_share(self) -> float:
@@ -562,14 +530,9 @@ class PretrainConfig:
         return vit_size(self.model, self.embed_dim, self.depth, self.num_heads)
 
     @property
-    def learning_rate(self) -> float:
-        """The peak learning rate, scaled by the number of images per step."""
-        return self.base_learning_rate * self.batch_size / 256
-
-    @property
-    def micro_batch(self) -> int:
-        """Images that go through the network at a time."""
-        return self.batch_size // self.accumulate
+    def warmup(self) -> float:
+        """Epochs of warm-up in effect: `warmup_epochs`, or a twentieth of all."""
+        return self.epochs / 20 if self.warmup_epochs is None else self.warmup_epochs
 
     @property
     def run_path(self) -> Path:

@@ -35,7 +35,11 @@ __all__ = [
 
 ImageArray = NDArray[np.uint8]
 IndexArray = NDArray[np.int64]
+TargetArray = NDArray[np.float32]
 Failures = tuple[tuple[int, str], ...]  # (record, reason)
+Augment = Callable[[ImageArray, np.random.Generator], ImageArray]
+Mix = Callable[[int, ImageArray, IndexArray], tuple[ImageArray, TargetArray]]
+_Rest = tuple[IndexArray, Failures, TargetArray | None]  # of a batch, without its images
 Places = list[tuple[int, int]]  # (position in the stream, which of the records stands there)
 
 _NUM_NAMED = 20
@@ -54,11 +58,14 @@ class Batch:
         Which record of the source each image is.
     unreadable : tuple of (int, str)
         Records that could not be read while this batch was made, and why.
+    targets : float32 array (batch, classes) or None
+        What a classifier is to predict; None where nobody asked for it.
     """
 
     images: ImageArray
     index: IndexArray
     unreadable: Failures
+    targets: TargetArray | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,6 +230,8 @@ def train_batches(
     crop_scale: tuple[float, float] = (0.2, 1.0),
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3),
     flip: bool = True,
+    augment: Augment | None = None,
+    mix: Mix | None = None,
     workers: int = 0,
     threads: int | None = None,
     rank: int = 0,
@@ -249,6 +258,12 @@ def train_batches(
         See `prmim_train.transforms.random_resized_crop`.
     flip : bool, optional
         Mirror one image in two.
+    augment : callable, optional
+        Changes an image further, after crop and flip; it is given the image and the generator that those were drawn
+        from. Picklable; see `prmim_train.augment`.
+    mix : callable, optional
+        Makes images and targets of a whole batch from its step, counted from 0, its images and their records.
+        Picklable; see `prmim_train.mixing`.
     workers : int, optional
         Worker processes that read ahead. They take a second or two to start; 0 means threads of this process, which
         is enough where reading is mostly decoding or waiting for a disk. As always with processes in Python, a script
@@ -310,7 +325,7 @@ def train_batches(
         .batch(batch_size // world_size, drop_remainder=True, batch_fn=list)
     )
     # Batches, not records, are dealt out to threads and workers: what a batch holds does not depend on their number.
-    make = _TrainingBatch(source, records, image_size, seed, crop_scale, crop_ratio, flip)
+    make = _TrainingBatch(source, records, image_size, seed, crop_scale, crop_ratio, flip, augment, mix, batch_size)
     ignore_pillow_warnings()
     if workers > 0:
         tasks = (places[step] for step in range(len(places)))
@@ -327,6 +342,7 @@ def evaluation_batches(
     *,
     batch_size: int,
     image_size: tuple[int, int],
+    share: float = 1.0,
     threads: int | None = None,
 ) -> BatchIterator[EvaluationBatch]:
     """Give images in order, once, without augmentation: the centre of each, resized.
@@ -340,6 +356,8 @@ def evaluation_batches(
         Images per batch; only the last batch may hold fewer.
     image_size : (height, width)
         In pixels.
+    share : float, optional
+        See `prmim_train.transforms.center_crop`.
     threads : int, optional
         Threads that read ahead. 0 reads when asked. Default: one per available core, 8 at most.
 
@@ -367,7 +385,7 @@ def evaluation_batches(
     _check_at_least("batch_size", batch_size, 1)
     _check_image_size(image_size)
     ignore_pillow_warnings()
-    dataset = grain.MapDataset.source(records).map(_EvaluationRecord(source, image_size))
+    dataset = grain.MapDataset.source(records).map(_EvaluationRecord(source, image_size, share))
     stream = dataset.to_iter_dataset(_read_options(threads, ahead=_RECORDS_AHEAD))
     iterator, unreadable = iter(stream), UnreadableImages(source, len(records))
     return BatchIterator(iterator, _regrouped(iterator, unreadable, batch_size, source.labels), unreadable)
@@ -437,22 +455,27 @@ class _TrainingBatch:
         crop_scale: tuple[float, float],
         crop_ratio: tuple[float, float],
         flip: bool,
+        augment: Augment | None,
+        mix: Mix | None,
+        global_batch: int,
     ) -> None:
         self.source, self.records, self.image_size, self.seed = source, records, image_size, seed
         self.crop_scale, self.crop_ratio, self.flip = crop_scale, crop_ratio, flip
+        self.augment, self.mix, self.global_batch = augment, mix, global_batch
         self.failed: dict[int, str] = {}  # not tried again by this process
 
-    def __call__(
-        self, places: Places, note: Callable[[int], None] = lambda record: None
-    ) -> tuple[ImageArray, tuple[IndexArray, Failures]]:
-        images: list[ImageArray] = []
-        index: list[int] = []
+    def __call__(self, places: Places, note: Callable[[int], None] = lambda record: None) -> tuple[ImageArray, _Rest]:
+        parts: list[ImageArray] = []
+        records: list[int] = []
         failures: list[tuple[int, str]] = []
         for position, choice in places:
             image, record = self._read(position // len(self.records), choice, failures, note)
-            images.append(image)
-            index.append(record)
-        return np.stack(images), (np.array(index, np.int64), tuple(failures))
+            parts.append(image)
+            records.append(record)
+        images, index, targets = np.stack(parts), np.array(records, np.int64), None
+        if self.mix is not None:
+            images, targets = self.mix(places[0][0] // self.global_batch, images, index)
+        return images, (index, tuple(failures), targets)
 
     def _read(
         self, epoch: int, choice: int, failures: list[tuple[int, str]], note: Callable[[int], None]
@@ -476,7 +499,8 @@ class _TrainingBatch:
         rng = np.random.default_rng((self.seed, epoch, record))
         choose = partial(random_crop_box, rng=rng, scale=self.crop_scale, ratio=self.crop_ratio)
         image = self.source.read_crop(record, self.image_size, choose)
-        return random_flip(image, rng) if self.flip else image
+        image = random_flip(image, rng) if self.flip else image
+        return image if self.augment is None else self.augment(image, rng)
 
 
 class _Example(NamedTuple):
@@ -486,27 +510,26 @@ class _Example(NamedTuple):
 
 
 class _EvaluationRecord:
-    def __init__(self, source: ImageSource, image_size: tuple[int, int]) -> None:
-        self.source, self.image_size = source, image_size
+    def __init__(self, source: ImageSource, image_size: tuple[int, int], share: float) -> None:
+        self.source, self.image_size, self.share = source, image_size, share
 
     def __call__(self, record: Any) -> _Example:
         record = int(record)
         try:
-            return _Example(center_crop(self.source.read(record), self.image_size), record, ())
+            image = center_crop(self.source.read(record), self.image_size, share=self.share)
         except UnreadableImageError as error:
             return _Example(None, record, ((record, error.reason),))
+        return _Example(image, record, ())
 
 
 # -------------------------------------------------------------------------------------------------------- batches
 
 
-def _checked(
-    stream: Iterator[tuple[ImageArray, tuple[IndexArray, Failures]]], unreadable: UnreadableImages
-) -> Iterator[Batch]:
-    for images, (index, failures) in stream:
+def _checked(stream: Iterator[tuple[ImageArray, _Rest]], unreadable: UnreadableImages) -> Iterator[Batch]:
+    for images, (index, failures, targets) in stream:
         unreadable.add(failures)
         unreadable.check()
-        yield Batch(images, index, failures)
+        yield Batch(images, index, failures, targets)
 
 
 def _regrouped(

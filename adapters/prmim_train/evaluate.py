@@ -1,11 +1,13 @@
-"""How good are the frozen features?  Nearest neighbours and a linear classifier, on images never trained on."""
+"""How good are the frozen features?  Nearest neighbours and a linear classifier, on images never trained on.
+
+The classifiers that are trained by steps, as the published recipes do, are in `prmim_train.classify`.
+"""
 
 import json
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,19 +15,56 @@ from tqdm import tqdm
 
 from prmim_train.config import PretrainConfig
 from prmim_train.data import evaluation_batches
-from prmim_train.engine import Engine, create_engine
-from prmim_train.prepare import RunData, open_data, read_run_config, restore_engine
+from prmim_train.engine import Engine, check_launcher, create_engine
+from prmim_train.frozen import NEIGHBOURS, PROTOCOLS, TEMPERATURE, accuracy, classify
+from prmim_train.prepare import (
+    LabelledImages,
+    RunData,
+    labelled_sides,
+    open_data,
+    read_run_config,
+    restore_engine,
+    why_not,
+)
 from prmim_train.processes import is_main, on_main
 from prmim_train.run_directory import RunDirectory, write_atomically
+from prmim_train.score_pictures import draw_confusion
+from prmim_train.scores import format_score, score
 
-PROTOCOLS = ("knn", "linear")
-NEIGHBOURS = 5
+__all__ = [
+    "accuracy",
+    "classify",
+    "evaluate_command",
+    "evaluate_run",
+    "format_evaluation",
+    "probe_run",
+    "shrunken_pixels",
+]
+
 LARGEST_PIXEL_SIDE = 32
 PROTOCOL_TITLES = {"knn": f"{NEIGHBOURS} nearest neighbours", "linear": "linear"}
 FEATURE_TITLES = {"trained": "trained encoder", "untrained": "untrained encoder", "pixels": "raw pixels"}
 T = TypeVar("T")
 Extractor = Callable[[NDArray[np.uint8]], NDArray[np.float32]]
 Sides = tuple[dict[str, NDArray[np.float32]], NDArray[Any]]
+
+
+class Judged(NamedTuple):
+    """What classifiers made of frozen features.
+
+    Parameters
+    ----------
+    result
+        What `evaluate_run` returns.
+    truth
+        Class of each test image, int64.
+    predicted
+        What the classifiers on the trained encoder took them for, by protocol.
+    """
+
+    result: dict[str, Any]
+    truth: NDArray[Any]
+    predicted: dict[str, NDArray[Any]]
 
 
 def evaluate_run(
@@ -53,39 +92,77 @@ def evaluate_run(
 
     Notes
     -----
-    `knn` is a vote of 5 nearest neighbours by cosine; `linear` is logistic regression with scikit-learn's defaults on
-    features standardised over the training images.  Raw pixels are shrunk to at most 32 x 32.  The untrained encoder
-    begins from the same seed, random even where the run began with given weights.
+    `knn` and `linear` are those of `prmim_train.frozen`.  Raw pixels are shrunk to at most 32 x 32.  The untrained
+    encoder begins from the same seed, random even where the run began with given weights.
     """
-    reason = _why_not(data)
+    reason = why_not(data)
     if reason:
         return {"skipped": reason}
-    with closing(create_engine(config, data.budget)) as untrained:
-        extractors = {"trained": engine.features, "untrained": untrained.features, "pixels": shrunken_pixels}
+    judged = _judge(config, data, engine, labelled_sides(data), protocols, baselines=True)
+    return {} if judged is None else judged.result
+
+
+def probe_run(config: PretrainConfig, data: RunData, engine: Engine) -> dict[str, float]:
+    """Judge the frozen features of a run that goes on, as `evaluate_run` does in the end; nothing of it changes.
+
+    Parameters
+    ----------
+    config, data, engine
+        As for `evaluate_run`.
+
+    Returns
+    -------
+    dict
+        The accuracies `probe_knn` and `probe_linear`, in [0, 1]; of several processes, in the main one alone.
+    """
+    extractors = {"trained": engine.features}
+    train, test = (_extract(config, images, extractors) for images in labelled_sides(data))
+    judged = on_main(engine, lambda: _classify(train, test, PROTOCOLS))
+    found = {} if judged is None else judged.result.get("trained", {})
+    return {f"probe_{protocol}": value for protocol, value in found.items()}
+
+
+def _judge(
+    config: PretrainConfig,
+    data: RunData,
+    engine: Engine,
+    sides: tuple[LabelledImages, LabelledImages],
+    protocols: Sequence[str],
+    baselines: bool,
+) -> Judged | None:
+    """Extract all features and classify; None in other processes than the main one."""
+    extractors: dict[str, Extractor] = {"trained": engine.features}
+    with ExitStack() as stack:
+        if baselines:
+            untrained = stack.enter_context(closing(create_engine(config, data.budget)))
+            extractors |= {"untrained": untrained.features, "pixels": shrunken_pixels}
         try:
-            train = _extract(config, data, _spread(data.train, config.eval_limit), extractors)
-            test = _extract(config, data, _spread(data.held_out, config.eval_limit), extractors)
+            train, test = (_extract(config, images, extractors) for images in sides)
         except ValueError as error:  # unreadable images: hours of training must not end without a summary for that
-            return {"skipped": str(error)}
-    return on_main(engine, lambda: _classify(train, test, protocols)) or {}
+            return Judged({"skipped": str(error)}, np.empty(0, np.int64), {})
+    return on_main(engine, lambda: _classify(train, test, protocols))
 
 
-def _classify(train: Sides, test: Sides, protocols: Sequence[str]) -> dict[str, Any]:
+def _classify(train: Sides, test: Sides, protocols: Sequence[str]) -> Judged:
     """Learn from some features, judge on others; both are by the name of the extractor, with labels."""
     train_features, train_labels = train
     test_features, test_labels = test
     if len(np.unique(train_labels)) < 2:
-        return {"skipped": "the training images are all of one class"}
+        return Judged({"skipped": "the training images are all of one class"}, test_labels, {})
     result: dict[str, Any] = {
         "train_images": len(train_labels),
         "test_images": len(test_labels),
         "classes": len(np.unique(train_labels)),
         "most_frequent_class": _most_frequent_share(train_labels, test_labels),
     }
+    predicted: dict[str, NDArray[Any]] = {}
     for name in _progress(train_features, len(train_features), "classifiers"):
-        sides = (train_features[name], train_labels, test_features[name], test_labels)
-        result[name] = {protocol: accuracy(protocol, *sides) for protocol in protocols}
-    return result
+        sides = (train_features[name], train_labels, test_features[name])
+        found = {protocol: classify(protocol, *sides) for protocol in protocols}
+        result[name] = {protocol: float(np.mean(found[protocol] == test_labels)) for protocol in protocols}
+        if name == "trained":
+            predicted = found
+    return Judged(result, test_labels, predicted)
 
 
 def evaluate_command(
@@ -93,11 +170,16 @@ def evaluate_command(
     *,
     data: str | None = None,
     holdout: float | None = None,
+    test_data: str | None = None,
     device: str | None = None,
+    checkpoint: int | None = None,
     protocol: str | None = None,
     eval_limit: int | None = None,
+    baselines: bool = True,
 ) -> None:
-    """Evaluate the last checkpoint of a run, print a table, and write `evaluation.json` into its folder.
+    """Evaluate the frozen features of a checkpoint of a run.
+
+    Prints a table, and writes `evaluation.json` and pictures of who is taken for whom into the run's folder.
 
     Parameters
     ----------
@@ -105,90 +187,65 @@ def evaluate_command(
         The run's folder.
     data, holdout, device, eval_limit
         In place of the run's own options.
+    test_data
+        Other images to test on than the held-out ones: all of this source.
+    checkpoint
+        Step of the checkpoint; None: the last one that is whole.
     protocol
         One of `PROTOCOLS`; None is all of them.
+    baselines
+        Whether to judge an untrained encoder and raw pixels too, for comparison.
 
     Raises
     ------
     ValueError
-        If the protocol is unknown, or the images have no labels.
+        If the protocol is unknown, or the images have no labels, or other classes in the test data.
     FileNotFoundError
         If there is no run, or no checkpoint yet.
     """
-    if protocol is not None and protocol not in PROTOCOLS:
-        raise ValueError(f"protocol: expected {' or '.join(PROTOCOLS)}, got {protocol!r}")
     directory = RunDirectory.open(Path(run))
     config = read_run_config(directory, data=data, holdout=holdout, device=device, eval_limit=eval_limit)
     if config.eval_limit == 0:
         raise ValueError("eval_limit: expected at least 1 image to evaluate on, got 0")
     images = open_data(config)
-    reason = _why_not(images)
-    if reason:
-        raise ValueError(f"data: expected labelled images, some of them held out, but {reason}")
-    with closing(restore_engine(directory, config, images.budget)) as engine:
-        result = evaluate_run(config, images, engine, PROTOCOLS if protocol is None else (protocol,))
-        step = engine.step
-    if "skipped" in result:
-        raise ValueError(result["skipped"])
-    print(f"{images.source.description}; checkpoint of step {step}")
-    print(format_evaluation(result))
-    place = directory.path / "evaluation.json"
-    record = {"data": images.source.description, "step": step, **result}
+    sides = labelled_sides(images, test_data)
+    with closing(restore_engine(directory, config, images.budget, checkpoint)) as engine:
+        check_launcher(config.backend, engine)
+        protocols = PROTOCOLS if protocol is None else (protocol,)
+        judged = _judge(config, images, engine, sides, protocols, baselines)
+        if judged is not None and "skipped" in judged.result:
+            raise ValueError("data: " + judged.result["skipped"].removeprefix("data: "))
+        tested = sides[1].source.description
+        on_main(engine, lambda: _report(directory, images.source.description, tested, engine.step, judged, sides[1]))
+
+
+def _report(
+    run: RunDirectory, data: str, test_data: str, step: int, judged: Judged | None, test: LabelledImages
+) -> None:
+    """Print and write what classifiers made of frozen features."""
+    assert judged is not None
+    print(f"{data}; checkpoint of step {step}")
+    if test_data != data:
+        print(f"tested on {test_data}")
+    print(format_evaluation(judged.result))
+    names = test.class_names
+    scores = {name: score(judged.truth, predicted, names) for name, predicted in judged.predicted.items()}
+    for name, found in scores.items():
+        print(f"Trained encoder, {PROTOCOL_TITLES[name]}: {format_score(found)}")
+        picture = run.path / "evaluation" / f"confusion_{name}.png"
+        picture.parent.mkdir(exist_ok=True)
+        title = f"{PROTOCOL_TITLES[name]}, frozen features"
+        if draw_confusion(picture, judged.truth, judged.predicted[name], names, title):
+            print(f"Picture: {picture}")
+    options: dict[str, dict[str, Any]] = {
+        "knn": {"neighbours": NEIGHBOURS, "temperature": TEMPERATURE},
+        "linear": {"solver": "lbfgs"},
+    }
+    protocols = {name: {**options[name], **found} for name, found in scores.items()}
+    record = {"data": data, "test_data": test_data, "step": step, **judged.result, "protocols": protocols}
+    place = run.path / "evaluation.json"
     write_atomically(place, (json.dumps(record, indent=2) + "\n").encode())
     print(f"Written: {place}")
-
-
-def accuracy(
-    protocol: str,
-    train_features: NDArray[np.float32],
-    train_labels: NDArray[Any],
-    test_features: NDArray[np.float32],
-    test_labels: NDArray[Any],
-) -> float:
-    """Return the share of test images that a simple classifier on fixed features gets right.
-
-    Parameters
-    ----------
-    protocol
-        `knn` or `linear`.
-    train_features, test_features
-        float (images, dim).
-    train_labels, test_labels
-        int (images,).
-
-    Returns
-    -------
-    float
-        Accuracy in [0, 1].
-
-    Raises
-    ------
-    ValueError
-        If the protocol is unknown.
-
-    Examples
-    --------
-    >>> x, y = np.float32([[0, 1], [1, 0], [0, 2], [3, 0], [0, 1], [1, 0]]), np.array([0, 1, 0, 1, 0, 1])
-    >>> accuracy("linear", x, y, x, y)
-    1.0
-    """
-    from sklearn.exceptions import ConvergenceWarning
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.neighbors import KNeighborsClassifier
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
-
-    if protocol == "knn":
-        classifier = KNeighborsClassifier(min(NEIGHBOURS, len(train_features)), metric="cosine")
-    elif protocol == "linear":
-        classifier = make_pipeline(StandardScaler(), LogisticRegression(max_iter=300))
-    else:
-        raise ValueError(f"protocol: expected {' or '.join(PROTOCOLS)}, got {protocol!r}")
-    with warnings.catch_warnings():
-        # The last digits of the weights do not matter here, and wide features take long to settle them.
-        warnings.simplefilter("ignore", ConvergenceWarning)
-        classifier.fit(train_features, train_labels)
-    return float(np.mean(classifier.predict(test_features) == test_labels))
 
 
 def shrunken_pixels(images: NDArray[np.uint8]) -> NDArray[np.float32]:
@@ -225,10 +282,10 @@ def format_evaluation(result: Mapping[str, Any]) -> str:
     >>> numbers = {"train_images": 90, "test_images": 10, "classes": 2, "most_frequent_class": 0.5}
     >>> print(format_evaluation({**numbers, "trained": {"knn": 0.9}, "pixels": {"knn": 0.75}}))
     Accuracy on 10 held-out images of 2 classes, frozen features, classifier from 90 images:
-                             5 nearest neighbours
-      trained encoder                      90.0 %
-      raw pixels                           75.0 %
-      most frequent class                  50.0 %
+                             20 nearest neighbours
+      trained encoder                       90.0 %
+      raw pixels                            75.0 %
+      most frequent class                   50.0 %
     """
     if "skipped" in result:
         return f"No evaluation: {result['skipped']}."
@@ -247,23 +304,15 @@ def format_evaluation(result: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _why_not(data: RunData) -> str:
-    """Say why there is nothing to evaluate on; empty if there is."""
-    if data.source.labels is None:
-        return "the images have no labels"
-    return "" if len(data.held_out) else "no images are held out (holdout is 0)"
-
-
-def _extract(
-    config: PretrainConfig, data: RunData, indices: NDArray[np.int64], extractors: Mapping[str, Extractor]
-) -> Sides:
+def _extract(config: PretrainConfig, images: LabelledImages, extractors: Mapping[str, Extractor]) -> Sides:
     """Return the features of some images, by the name of the extractor, and their labels."""
     features: dict[str, list[NDArray[np.float32]]] = {name: [] for name in extractors}
     labels = []
     size = min(256, config.micro_batch)
-    with evaluation_batches(data.source, indices, batch_size=size, image_size=config.image_plane) as batches:
+    indices = _spread(images.indices, config.eval_limit)
+    with evaluation_batches(images.source, indices, batch_size=size, image_size=config.image_plane) as batches:
         for batch in _progress(batches, -(-len(indices) // size), "features"):
-            labels.append(np.asarray(batch.labels))
+            labels.append(images.labels[batch.index])
             for name, extract in extractors.items():
                 features[name].append(extract(batch.images))
     return {name: np.concatenate(parts) for name, parts in features.items()}, np.concatenate(labels)

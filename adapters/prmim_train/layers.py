@@ -4,12 +4,13 @@ import dataclasses
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml
 
 from prmim_train.config import PretrainConfig
-from prmim_train.methods import METHODS, SPECIAL_OPTIONS
+from prmim_train.methods import SPECIAL_OPTIONS
+from prmim_train.training_options import TrainingOptions
 
 # Options that only make sense together with another one: a layer that sets the key drops what lower layers said of the
 # others.  (A recipe's width must not survive `--model vit_small` on the command line.)
@@ -110,10 +111,10 @@ def parse_options(content: str, name: str) -> dict[str, Any]:
     return options
 
 
-def dump_options(config: PretrainConfig) -> str:
+def dump_options(config: TrainingOptions) -> str:
     """Return the options of a run as YAML, in their order.
 
-    Left out are `out` and `resume`, which are no property of the run, and the options that its method does not have.
+    Left out are `out` and `resume`, which are no property of the run, and the options that have no effect in it.
 
     Examples
     --------
@@ -121,7 +122,7 @@ def dump_options(config: PretrainConfig) -> str:
     >>> PretrainConfig(**parse_options(dump_options(config), "copy")) == config
     True
     """
-    left_out = {"out", "resume", *SPECIAL_OPTIONS} - set(METHODS[config.method].options)
-    options = {name: value for name, value in dataclasses.asdict(config).items() if name not in left_out}
+    names = [field.name for field in dataclasses.fields(cast(Any, config))]
+    options = {name: getattr(config, name) for name in names if name not in {"out", "resume", *config.foreign_options}}
     plain = {name: list(value) if isinstance(value, tuple) else value for name, value in options.items()}
     return yaml.safe_dump(plain, sort_keys=False, default_flow_style=None)

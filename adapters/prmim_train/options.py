@@ -9,13 +9,14 @@ import difflib
 import inspect
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from docstring_parser import parse as parse_docstring
 from jsonargparse import ArgumentError, ArgumentParser
 
+from prmim_train.classify_config import FOREIGN, INHERITED, RECIPES, ClassifyConfig
 from prmim_train.config import DIGITS, PretrainConfig
 from prmim_train.layers import merge_layers, parse_options, read_options
 from prmim_train.methods import METHODS, SPECIAL_OPTIONS
@@ -77,18 +78,44 @@ def config_options() -> list[Option]:
 
     The help of an option that not every method has ends with the methods that do.
     """
-    types = typing.get_type_hints(PretrainConfig)
-    texts = {
-        entry.arg_name: entry.description for entry in parse_docstring(inspect.getdoc(PretrainConfig) or "").params
-    }
-    options = []
-    for field in dataclasses.fields(PretrainConfig):
-        text = " ".join((texts[field.name] or "").split()).replace("`", "")
-        if field.name in SPECIAL_OPTIONS:
-            owners = [name for name, traits in METHODS.items() if field.name in traits.options]
-            text += f" For {' and '.join(owners)} only."
-        options.append(Option(field.name, types[field.name], text, field.default))
-    return options
+
+    def complete(option: Option) -> Option:
+        if option.name not in SPECIAL_OPTIONS:
+            return option
+        owners = [name for name, traits in METHODS.items() if option.name in traits.options]
+        return replace(option, help=f"{option.help} For {' and '.join(owners)} only.")
+
+    return [complete(option) for option in _field_options(PretrainConfig)]
+
+
+def classify_options() -> list[Option]:
+    """Return one option for each field of `ClassifyConfig` but the protocol, which says what the defaults are.
+
+    The help of an option tells where it has no effect, and what its default is if that depends on something.
+    """
+
+    def complete(option: Option) -> Option:
+        if option.name in INHERITED:
+            return replace(option, help=f"{option.help} Not given: as in the run.", default=None)
+        owners = [name for name, foreign in FOREIGN.items() if option.name not in foreign]
+        text = option.help + (f" For {owners[0]} only." if len(owners) == 1 else "")
+        if option.name in RECIPES["linear"]:
+            text += f" Not given, for linear: {RECIPES['linear'][option.name]}."
+        return replace(option, help=text)
+
+    return [complete(option) for option in _field_options(ClassifyConfig) if option.name != "protocol"]
+
+
+def _field_options(config: type) -> list[Option]:
+    """Return one option for each field of a dataclass, its help from the class's docstring."""
+    types = typing.get_type_hints(config)
+    texts = {entry.arg_name: entry.description for entry in parse_docstring(inspect.getdoc(config) or "").params}
+    return [
+        Option(
+            field.name, types[field.name], " ".join((texts[field.name] or "").split()).replace("`", ""), field.default
+        )
+        for field in dataclasses.fields(config)
+    ]
 
 
 def build_parser(

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +28,10 @@ from prmim_train.similarity import draw_similarity
 from prmim_train.sources import ImageSource, UnreadableImageError
 from prmim_train.transforms import center_crop
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
 KINDS = ("reconstructions", "similarity", "schedule", "loss")
 KINDS_OF = {
     "pixels": ("reconstructions", "schedule", "loss"),
@@ -46,6 +50,8 @@ LOSS_CURVES: dict[str, tuple[str, str | None, float]] = {
     "loss_decoded": ("decoded", DECODED_COLOUR, 1.0),
     "loss_thrown": ("thrown", "#3a8fb7", 1.0),
 }
+
+PROBE_CURVES = {"probe_knn": ("nearest neighbours", "#7cb518"), "probe_linear": ("linear probe", "#386641")}
 
 
 def draw_run(run: RunDirectory, config: PretrainConfig, data: RunData, engine: Engine) -> list[Path]:
@@ -351,7 +357,7 @@ def token_kinds(order: NDArray[Any], schedule: Schedule) -> NDArray[np.int64]:
 
 
 def draw_loss(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
-    """Draw the loss and the learning rate over the epochs.
+    """Draw the loss, the accuracy of online probes where there were any, and the learning rate over the epochs.
 
     Parameters
     ----------
@@ -379,7 +385,8 @@ def draw_loss(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
         top.yaxis.set_major_formatter(ScalarFormatter())
         top.yaxis.set_minor_formatter(NullFormatter())
     top.set_ylabel("loss")
-    top.legend(frameon=False, fontsize=9)
+    if not _draw_probes(figure, top, records):
+        top.legend(frameon=False, fontsize=9)
     bottom.plot(epochs, [record["lr"] for record in records], color="#7b8794", linewidth=1.5)
     bottom.set_ylabel("learning rate")
     bottom.set_xlabel("epoch")
@@ -389,6 +396,26 @@ def draw_loss(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
         axes.spines[["top", "right"]].set_visible(False)
     figure.align_ylabels([top, bottom])
     save_figure(figure, path)
+
+
+def _draw_probes(figure: "Figure", axes: "Axes", records: Sequence[Mapping[str, Any]]) -> bool:
+    """Draw the accuracy of probes on an axis of its own, and the legend; say whether there was any."""
+    lines = {
+        name: [(record["epoch"], 100 * record[name]) for record in records if record.get(name) is not None]
+        for name in PROBE_CURVES
+    }
+    if not any(lines.values()):
+        return False
+    right = axes.twinx()
+    for name, points in lines.items():
+        label, colour = PROBE_CURVES[name]
+        right.plot(*zip(*points, strict=True), label=label, color=colour, linewidth=1.2, marker="o", markersize=3)
+    right.set_ylabel("accuracy of the probe in %")
+    right.spines["top"].set_visible(False)
+    handles = [*axes.get_legend_handles_labels()[0], *right.get_legend_handles_labels()[0]]
+    # Above the plot: one curve or another goes through every corner of it.
+    figure.legend(handles=handles, loc="outside upper center", ncols=3, frameon=False, fontsize=8)
+    return True
 
 
 def _read_some(

@@ -282,17 +282,20 @@ def random_flip(image: ImageArray, rng: np.random.Generator) -> ImageArray:
     return np.ascontiguousarray(pixels[:, ::-1]).view(np.uint8)
 
 
-def center_crop(image: ImageArray, size: tuple[int, int]) -> ImageArray:
+def center_crop(image: ImageArray, size: tuple[int, int], *, share: float = 1.0) -> ImageArray:
     """Resize an image until it just covers `size`, and cut out its centre.
 
-    Both in one pass of the filter: the largest centred box with the proportions of `size` is resized. Deterministic:
-    for evaluation.
+    Both in one pass of the filter: the largest centred box with the proportions of `size`, or one inside it, is
+    resized. Deterministic: for evaluation.
 
     Parameters
     ----------
     image : uint8 array (height, width, channels)
     size : (height, width)
         Of the result, in pixels.
+    share : float, optional
+        Sides of the box relative to those of the largest one, in (0, 1]: 0.875 is what is also written as resizing to
+        256 and cutting out 224.
 
     Returns
     -------
@@ -310,8 +313,10 @@ def center_crop(image: ImageArray, size: tuple[int, int]) -> ImageArray:
     """
     _check_image(image)
     check_size(size)
+    if not 0 < share <= 1:
+        raise ValueError(f"share: expected a number in (0, 1], got {share}")
     height, width = image.shape[0], image.shape[1]
-    zoom = min(height / size[0], width / size[1])
+    zoom = share * min(height / size[0], width / size[1])
     # min: rounding must not push the box past the edge, which Pillow refuses
     box_height, box_width = min(float(height), size[0] * zoom), min(float(width), size[1] * zoom)
     top, left = (height - box_height) / 2, (width - box_width) / 2

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from prmim_jax import MAE, Engine
+from prmim_jax import MAE, ClassifierEngine, Engine
 
 TINY = {"image_size": (16, 16), "patch_size": (4, 4), "embed_dim": 16, "depth": 2, "num_heads": 2}
 METHODS = {
@@ -23,6 +23,16 @@ OPTIONS = {
     "mae": {"accumulate": 2, "clip_grad": 0.2, "weight_decay": 0.5},
     "simmim": {"clip_grad": 1.0},
 }
+# 9 is a width that two devices cannot share: some of the arrays of stacked blocks are cut between the blocks.
+ODD = {"name": "simmim", **TINY, "embed_dim": 9, "num_heads": 3, "scan_blocks": True, "variant": "interpolate"}
+CLASSIFIERS = {
+    "finetune": (ODD, {"drop_path": 0.3, "layer_decay": 0.7, "ema_decay": 0.8, "accumulate": 2, "clip_grad": 0.5}),
+    "probe": (
+        METHODS["mae"],
+        {"frozen": True, "norm": "batch", "pool": "cls", "optimizer": "lars", "learning_rate": 0.5},
+    ),
+}
+CLASSES = 5
 TRAINING = {"seed": 3, "total_steps": 8, "warmup_steps": 2, "learning_rate": 1e-3, "device": "cpu", "timeout": 10.0}
 COMPILER = {
     "jax_disable_most_optimizations": True,
@@ -150,6 +160,48 @@ def two_curves(shared, own):
     return draw_all([("mae", "fsdp"), ("simmim", "ddp")], shared, own)
 
 
+def classify(name, parallel, directory):
+    """Train a classifier, and take it up again where it was saved on the way."""
+    method, options = CLASSIFIERS[name]
+    engine = ClassifierEngine(method, CLASSES, parallel=parallel, **{**TRAINING, **options})
+    curve = train_classifier(engine, STEP_SAVED)
+    saving = save(engine, directory / name / parallel / "half")
+    curve += train_classifier(engine, STEPS)
+    saving.result()
+    images = np.random.default_rng(0).integers(0, 256, (4, 16, 16, 3), dtype=np.uint8)
+    logits = engine.predict(images).tolist()
+    save(engine, directory / name / parallel / "end").result()
+    engine.restore(directory / name / parallel / "half")
+    resumed = train_classifier(engine, STEPS)
+    result = {"curve": curve, "resumed": resumed, "logits": logits, "again": engine.predict(images).tolist()}
+    result["programs"] = engine._train._cache_size()
+    engine.close()
+    return result
+
+
+def train_classifier(engine, last):
+    """Train up to a step; in one step a target of one device is not finite."""
+    curve = []
+    while engine.step < last:
+        rng = np.random.default_rng(engine.step)
+        images = rng.integers(0, 256, (BATCH, 16, 16, 3), dtype=np.uint8)
+        targets = rng.dirichlet(np.ones(CLASSES), BATCH).astype(np.float32)
+        if engine.step + 1 == STEP_SPOILT:
+            targets[-1, 0] = np.nan
+        sample = np.arange(engine.step * BATCH, (engine.step + 1) * BATCH)
+        mine = slice(engine.rank, None, engine.world_size)
+        engine.train_step(images[mine], sample[mine], targets[mine])
+        curve.append(engine.read_metrics())
+    return curve
+
+
+def classifiers(shared, own):
+    return {
+        f"{name} {parallel}": classify(name, parallel, own)
+        for name, parallel in (("finetune", "fsdp"), ("probe", "ddp"))
+    }
+
+
 def message_of(call):
     try:
         call()
@@ -183,7 +235,7 @@ def die(shared, own):
         engine.close()
 
 
-JOBS = {job.__name__: job for job in (local_curves, two_curves, agreement)}
+JOBS = {job.__name__: job for job in (local_curves, two_curves, classifiers, agreement)}
 
 
 def main():

@@ -99,13 +99,13 @@ def one(worker, shared):
 @pytest.fixture(scope="module")
 def local(one, shared):
     """What two devices of one process do."""
-    return results_of(shared, "local", 1, 2, "local_curves")
+    return results_of(shared, "local", 1, 2, "local_curves", "classifiers")
 
 
 @pytest.fixture(scope="module")
 def two(one, shared):
     """What two processes of two devices each do."""
-    return results_of(shared, "two", 2, 2, "two_curves", "agreement")
+    return results_of(shared, "two", 2, 2, "two_curves", "classifiers", "agreement")
 
 
 @pytest.fixture
@@ -114,10 +114,10 @@ def ranks(request, who):
     return [next(iter(rank.values())) for rank in request.getfixturevalue(who)]
 
 
-def assert_same_run(curve, expected):
+def assert_same_run(curve, expected, losses=LOSSES):
     """Compare what was measured, to rounding errors of float32."""
     for measured, wanted in zip(curve, expected[-len(curve) :], strict=True):
-        for name in (*LOSSES, "grad_norm"):
+        for name in (*losses, "grad_norm"):
             assert measured[name] == pytest.approx(wanted[name], rel=1e-5, nan_ok=True)
         for name in ("learning_rate", "nonfinite_step", "skipped", "skipped_in_a_row"):
             assert measured[name] == wanted[name]
@@ -134,6 +134,35 @@ def test_several_devices_make_the_run_of_one(one, ranks, shared, who, name, para
         if weight.endswith("qkv.bias"):  # of keys, a softmax does not notice it: its gradient is rounding error alone
             here[weight], there[weight] = (part[weight].reshape(3, -1)[::2] for part in (here, there))
         np.testing.assert_allclose(here[weight], there[weight], rtol=1e-4, atol=1e-5, err_msg=weight)
+
+
+@pytest.fixture(scope="module")
+def one_classifier(worker, shared):
+    """The classifiers of one device."""
+    return worker.classifiers(shared, shared / "one")
+
+
+@pytest.mark.parametrize("who", ["local", "two"])
+@pytest.mark.parametrize(("name", "parallel"), [("finetune", "fsdp"), ("probe", "ddp")])
+def test_several_devices_make_the_classifier_of_one(one_classifier, request, shared, who, name, parallel):
+    """Whose batch norm sees all rows, and whose rates differ between the blocks of an array."""
+    expected = one_classifier[f"{name} {parallel}"]
+    drawn = [rank["classifiers"][f"{name} {parallel}"] for rank in request.getfixturevalue(who)]
+    assert_same_run(drawn[0]["curve"], expected["curve"], ("loss", "accuracy"))
+    assert [step["nonfinite_step"] for step in expected["curve"]] == [None, None, None, 4, 4, 4]
+    here, there = (
+        load_file(shared / place / name / parallel / "end" / "weights.safetensors") for place in (who, "one")
+    )
+    assert set(here) == set(there)
+    for weight in there:
+        if not weight.endswith("qkv.bias"):
+            np.testing.assert_allclose(here[weight], there[weight], rtol=1e-4, atol=1e-5, err_msg=weight)
+    for rank in drawn:
+        np.testing.assert_equal(rank, drawn[0])
+        np.testing.assert_equal(rank["resumed"], rank["curve"][3:])
+        np.testing.assert_equal(rank["again"], rank["logits"])
+        np.testing.assert_allclose(rank["logits"], expected["logits"], rtol=1e-4, atol=1e-6)
+        assert rank["programs"] == 1
 
 
 @pytest.mark.parametrize(("who", "name", "parallel"), DRAWN)

@@ -12,8 +12,8 @@ from flax import nnx
 from prmim_core import counter_noise, make_plan, patchify
 from prmim_core.training import learning_rate_at
 from prmim_jax import MAE, METHODS, Engine, create_method, interop
-from prmim_jax.engine import decay_mask
 from prmim_jax.interop import named_variables
+from prmim_jax.trainer import decay_mask
 
 TRAINING = {"seed": 3, "total_steps": 8, "warmup_steps": 2, "learning_rate": 1e-3, "device": "cpu"}
 SAMPLE = np.arange(8)
@@ -310,7 +310,7 @@ def test_training_goes_on_while_the_state_of_then_is_written(make_engine, images
         assert may_write.wait(30)
         return write(*arguments)
 
-    monkeypatch.setattr("prmim_jax.engine.write_weights", write_late)
+    monkeypatch.setattr("prmim_jax.trainer.write_weights", write_late)
     saving = engine.async_save(tmp_path / "meanwhile")
     train(engine, images, 3)
     assert not saving.done()
@@ -330,7 +330,7 @@ def test_what_fails_in_the_background_is_said_when_it_is_asked_for(make_engine, 
 
     engine = make_engine()
     engine.async_save(tmp_path)
-    monkeypatch.setattr("prmim_jax.engine.write_weights", fail)
+    monkeypatch.setattr("prmim_jax.trainer.write_weights", fail)
     saving = engine.async_save(tmp_path)
     with pytest.raises(OSError, match="No space left on device"):
         saving.result()

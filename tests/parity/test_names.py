@@ -23,11 +23,17 @@ ONLY_JAX = {
 }
 # XLA makes a loop of JAX's one kernel by itself.
 ONLY_TORCH_FILES = {"furthest"}
-# The device of a process decides how processes talk.
-ONLY_TORCH = {"Processes": {"device"}}
+# The device of a process decides how processes talk; flax sets modes by attributes.
+ONLY_TORCH = {"Processes": {"device"}, "Classifier": {"train"}}
 MODULES = [module.name for module in pkgutil.iter_modules(prmim_jax.__path__)]
-CLASSES = ["Engine", "Method", "MAE", "SimMIM", "MaskAlign", "Teacher"]
-PARTS = [("method", "PixelMethod"), ("method", "FeatureMethod"), ("vit", "Encoder"), ("vit", "Decoder")]
+CLASSES = ["Engine", "Method", "MAE", "SimMIM", "MaskAlign", "Teacher", "Classifier", "ClassifierEngine"]
+PARTS = [
+    ("trainer", "Trainer"),
+    ("method", "PixelMethod"),
+    ("method", "FeatureMethod"),
+    ("vit", "Encoder"),
+    ("vit", "Decoder"),
+]
 OUTPUTS = ["PixelOutput", "AlignOutput", "TeacherOutput", "Reconstruction", "Comparison"]
 
 

@@ -12,10 +12,10 @@ from flax import nnx
 import prmim_jax
 import prmim_torch
 from prmim_core import counter_noise
-from prmim_jax.engine import decay_mask
 from prmim_jax.interop import named_variables
+from prmim_jax.trainer import decay_mask
 from prmim_reference import mae, simmim
-from prmim_torch.engine import parameter_groups
+from prmim_torch.trainer import parameter_groups
 
 REFERENCES = {"mae": mae.forward, "simmim": simmim.forward}
 SIZES = {"embed_dim": 24, "depth": 2, "num_heads": 2}

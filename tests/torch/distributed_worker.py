@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import prmim_torch.engine
-from prmim_torch import Engine
+from prmim_torch import ClassifierEngine, Engine
 
 TINY = {"image_size": (16, 16), "patch_size": (4, 4), "embed_dim": 16, "depth": 2, "num_heads": 2}
 METHODS = {
@@ -36,6 +36,12 @@ CURVES = {
     "spoilt": ("mae", {"clip_grad": 0.2}),
 }
 """Runs that must not depend on the number of processes: methods, and options of the engine."""
+
+CLASSIFIERS = {
+    "finetune": ("simmim", {"drop_path": 0.3, "layer_decay": 0.7, "ema_decay": 0.8, "accumulate": 2, "clip_grad": 0.5}),
+    "probe": ("mae", {"frozen": True, "norm": "batch", "pool": "cls", "optimizer": "lars", "learning_rate": 0.5}),
+}
+CLASSES = 5
 
 
 def make_engine(method, **training):
@@ -136,6 +142,48 @@ def curves(shared, own):
 
 def looks(shared, own):
     return {parallel: look(parallel, shared / "1" / "mae" / "ddp") for parallel in PARALLEL}
+
+
+def classify(name, parallel, directory):
+    """Train a classifier, and take it up again where it was saved on the way."""
+    method, options = CLASSIFIERS[name]
+    engine = ClassifierEngine(METHODS[method], CLASSES, parallel=parallel, **{**TRAINING, **options})
+    curve = train_classifier(engine, STEP_SAVED)
+    saving = save(engine, directory / "half")
+    curve += train_classifier(engine, STEPS)
+    saving.result()
+    images = np.random.default_rng(0).integers(0, 256, (4, 16, 16, 3), dtype=np.uint8)
+    logits = engine.predict(images).tolist()
+    save(engine, directory / "end").result()
+    engine.restore(directory / "half")
+    resumed = train_classifier(engine, STEPS)
+    result = {"curve": curve, "resumed": resumed, "logits": logits, "again": engine.predict(images).tolist()}
+    engine.close()
+    return result
+
+
+def train_classifier(engine, last):
+    """Train up to a step, each process on its rows; in one step a target of the last process is not finite."""
+    curve = []
+    while engine.step < last:
+        rng = np.random.default_rng(engine.step)
+        images = rng.integers(0, 256, (BATCH, 16, 16, 3), dtype=np.uint8)
+        targets = rng.dirichlet(np.ones(CLASSES), BATCH).astype(np.float32)
+        if engine.step + 1 == STEP_SPOILT:
+            targets[-1, 0] = np.nan
+        sample = np.arange(engine.step * BATCH, (engine.step + 1) * BATCH)
+        rows = slice(engine.rank, None, engine.world_size)
+        engine.train_step(images[rows], sample[rows], targets[rows])
+        curve.append(engine.read_metrics())
+    return curve
+
+
+def classifiers(shared, own):
+    return {
+        f"{name} {parallel}": classify(name, parallel, own / name / parallel)
+        for name in CLASSIFIERS
+        for parallel in PARALLEL
+    }
 
 
 def message_of(call):
@@ -274,7 +322,7 @@ def die(shared, own):
         engine.close()
 
 
-JOBS = {job.__name__: job for job in (curves, looks, agreement, holdings, compiled)}
+JOBS = {job.__name__: job for job in (curves, classifiers, looks, agreement, holdings, compiled)}
 FAULTS = {job.__name__: job for job in (hang, die)}
 
 

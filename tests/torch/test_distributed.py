@@ -77,14 +77,15 @@ def one(worker, shared):
             f"{name} {parallel}": worker.draw(name, parallel, shared / "1" / name / parallel)
             for name in worker.CURVES
             for parallel in worker.PARALLEL
-        }
+        },
+        "classifiers": worker.classifiers(shared, shared / "1"),
     }
 
 
 @pytest.fixture(scope="module")
 def two(one, shared):
     # Two have nothing else to take up than what one left, and what they did themselves just before.
-    return results_of(2, shared, "curves", "looks", "agreement", "holdings", "compiled")
+    return results_of(2, shared, "curves", "classifiers", "looks", "agreement", "holdings", "compiled")
 
 
 @pytest.fixture(scope="module")
@@ -97,10 +98,10 @@ def several(request):
     return request.param, request.getfixturevalue({2: "two", 4: "four"}[request.param])
 
 
-def assert_same_run(curve, expected):
+def assert_same_run(curve, expected, losses=LOSSES):
     """Compare what was measured, to rounding errors of float32."""
     for measured, wanted in zip(curve, expected[-len(curve) :], strict=True):
-        for name in (*LOSSES, "grad_norm"):
+        for name in (*losses, "grad_norm"):
             assert measured[name] == pytest.approx(wanted[name], rel=1e-5, nan_ok=True)
         assert measured["learning_rate"] == wanted["learning_rate"]
         assert measured["nonfinite_step"] == wanted["nonfinite_step"]
@@ -120,6 +121,26 @@ def test_several_processes_make_the_run_of_one(one, several, shared, name, paral
         if weight.endswith("qkv.bias"):  # of keys, a softmax does not notice it: its gradient is rounding error alone
             here[weight], there[weight] = (torch.cat(part[weight].chunk(3)[::2]) for part in (here, there))
         torch.testing.assert_close(here[weight], there[weight], rtol=1e-4, atol=1e-6, msg=weight)
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+@pytest.mark.parametrize("name", ["finetune", "probe"])
+def test_two_processes_make_the_classifier_of_one(one, two, shared, name, parallel):
+    """Whose batch norm sees all rows, and of whose weights there may be a running mean."""
+    expected, ranks = one["classifiers"][f"{name} ddp"], [rank["classifiers"][f"{name} {parallel}"] for rank in two]
+    assert_same_run(ranks[0]["curve"], expected["curve"], ("loss", "accuracy"))
+    assert [step["nonfinite_step"] for step in expected["curve"]] == [None, None, None, 4, 4, 4]
+    here, there = (
+        load_file(shared / number / name / parallel / "end" / "weights.safetensors") for number in ("2", "1")
+    )
+    for weight in there:
+        if not weight.endswith("qkv.bias"):
+            torch.testing.assert_close(here[weight], there[weight], rtol=1e-4, atol=1e-6, msg=weight)
+    for rank in ranks:
+        np.testing.assert_equal(rank, ranks[0])
+        np.testing.assert_equal(rank["resumed"], rank["curve"][3:])
+        np.testing.assert_equal(rank["again"], rank["logits"])
+        np.testing.assert_allclose(rank["logits"], expected["logits"], rtol=1e-4, atol=1e-6)
 
 
 def test_one_process_is_the_same_either_way(one):

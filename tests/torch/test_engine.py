@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from prmim_core import counter_noise, make_plan, patchify
 from prmim_core.training import learning_rate_at
 from prmim_torch import Engine, create_method
-from prmim_torch.engine import parameter_groups
+from prmim_torch.trainer import parameter_groups
 
 TRAINING = {"seed": 3, "total_steps": 8, "warmup_steps": 2, "learning_rate": 1e-3}
 SAMPLE = np.arange(8)
@@ -349,7 +349,7 @@ def test_what_fails_in_the_background_is_said_when_it_is_asked_for(make_engine, 
 
     engine = make_engine()
     engine.async_save(tmp_path)
-    monkeypatch.setattr("prmim_torch.engine.write_weights", fail)
+    monkeypatch.setattr("prmim_torch.trainer.write_weights", fail)
     saving = engine.async_save(tmp_path)
     with pytest.raises(OSError, match="No space left on device"):
         saving.result()

@@ -115,25 +115,31 @@ class Engine:
         slope = 2 * error / len(images)
         gradients = [np.where(is_masked, 0, pixels).T @ (slope @ self.decoder.T), encoded.T @ slope]
         norm = math.sqrt(sum(float(np.sum(g**2)) for g in gradients))
+        if not self._update(gradients):
+            return
+        first = ~is_masked if self.predicts == "features" else is_decoded
+        error = encoded @ self.decoder - pixels
+        parts = [float(np.sum(error**2 * m) / max(1, m.sum())) for m in (first, is_thrown)]
+        self.sums.append((loss, parts[0], parts[1], norm))
+
+    def _update(self, gradients: list[np.ndarray]) -> bool:
+        """Let the momentum move the weights, unless the step is to be a bad one; say whether it did."""
         self.step += 1
         if self.step in Engine.bad_steps:
             self.bad = self.step if self.bad < 0 else self.bad
             self.skipped += 1
             self.skipped_in_a_row += 1
-            return
+            return False
         self.skipped_in_a_row = 0
         rate = self.learning_rate * min(1, self.step / max(1, self.warmup_steps))
         for weights, momentum, gradient in zip((self.encoder, self.decoder), self.momentum, gradients, strict=True):
             momentum *= 0.9
             momentum += gradient
             weights -= rate * momentum
-        first = ~is_masked if self.predicts == "features" else is_decoded
-        error = encoded @ self.decoder - pixels
-        parts = [float(np.sum(error**2 * m) / max(1, m.sum())) for m in (first, is_thrown)]
-        self.sums.append((loss, parts[0], parts[1], norm))
+        return True
 
     def read_metrics(self) -> dict[str, Any]:
-        means = np.mean(self.sums, axis=0) if self.sums else [math.nan] * 4
+        means = np.mean(self.sums, axis=0) if self.sums else [math.nan] * (len(self.losses) + 1)
         metrics: dict[str, Any] = dict(zip((*self.losses, "grad_norm"), map(float, means), strict=True))
         metrics |= {"learning_rate": self.learning_rate, "nonfinite_step": None if self.bad < 0 else self.bad}
         metrics |= {"skipped": self.skipped, "skipped_in_a_row": self.skipped_in_a_row}
@@ -180,7 +186,7 @@ class Engine:
             raise Engine.save_error
         with (directory / "training_state.npz").open("wb") as file:
             counts = [self.step, self.bad, self.skipped, self.skipped_in_a_row]
-            sums = np.reshape(self.sums, (-1, 4))
+            sums = np.reshape(self.sums, (-1, len(self.losses) + 1))
             np.savez(file, first=self.momentum[0], second=self.momentum[1], counts=counts, sums=sums)
 
     def restore(self, directory: Path) -> None:
@@ -203,6 +209,45 @@ class Engine:
                     f"weights: expected shape {self.encoder.shape}, got {weights['encoder'].shape} in {path}"
                 )
             self.encoder, self.decoder = weights["encoder"], weights["decoder"]
+
+
+class ClassifierEngine(Engine):
+    """Softmax regression on the linear encoder, which learns too unless it is frozen; its head is the `decoder`."""
+
+    def __init__(self, method_options: dict[str, Any], num_classes: int, *, weights: Path | None = None,
+                 pool: str = "mean", frozen: bool = False, norm: str = "layer", drop_path: float = 0.0,
+                 optimizer: str = "adamw", layer_decay: float = 1.0, momentum: float = 0.9, trust: float = 0.001,
+                 ema_decay: float | None = None, **training: Any) -> None:  # fmt: skip
+        super().__init__(method_options, **training)
+        self.given = {"pool": pool, "frozen": frozen, "norm": norm, "drop_path": drop_path, "optimizer": optimizer}
+        self.given |= {"layer_decay": layer_decay, "momentum": momentum, "trust": trust, "ema_decay": ema_decay}
+        self.frozen = frozen
+        self.losses = ("loss", "accuracy")
+        if weights is not None:
+            self.load_weights(weights)
+        self.decoder = np.zeros((DIM, num_classes))
+        self.momentum = [np.zeros_like(self.encoder), np.zeros_like(self.decoder)]
+
+    def train_step(self, images: np.ndarray, sample: np.ndarray, targets: np.ndarray) -> None:
+        time.sleep(self.delay)
+        self.seen.append(sample)
+        assert images.dtype == np.uint8
+        assert targets.dtype == np.float32
+        np.testing.assert_allclose(targets.sum(1), 1, rtol=1e-5)
+        pixels = self._flat(images)
+        encoded = pixels @ self.encoder
+        logits = encoded @ self.decoder
+        chances = np.exp(logits - logits.max(1, keepdims=True))
+        chances /= chances.sum(1, keepdims=True)
+        loss = float(-np.mean(np.sum(targets * np.log(chances), axis=1)))
+        slope = (chances - targets) / len(images)
+        gradients = [pixels.T @ (slope @ self.decoder.T) * (not self.frozen), encoded.T @ slope]
+        norm = math.sqrt(sum(float(np.sum(g**2)) for g in gradients))
+        if self._update(gradients):
+            self.sums.append((loss, float(np.mean(logits.argmax(1) == targets.argmax(1))), norm))
+
+    def predict(self, images: np.ndarray) -> np.ndarray:
+        return (self.features(images) @ self.decoder).astype(np.float32)
 
 
 def _schedule(options: dict[str, Any]) -> Schedule:

@@ -23,26 +23,38 @@ WORDS = {
     **{"eval_limit": 40, "pictures": 2},
 }
 """12 steps on the digits."""
+CLASSIFIER = {
+    **{"epochs": 1, "batch_size": 120, "base_learning_rate": 0.02, "log_every": 2, "mixup": 0.8, "cutmix": 1},
+    **{"rand_augment": 9, "erasing": 0.25},
+}
+"""12 steps as well."""
+
+
+def words(options):
+    return [word for name, value in options.items() for word in (f"--{name}", str(value))]
 
 
 def command(out, *more):
-    return ["pretrain", *(word for name, value in WORDS.items() for word in (f"--{name}", str(value))), *more,
-            "--out", str(out)]  # fmt: skip
+    return ["pretrain", *words(WORDS), *more, "--out", str(out)]
+
+
+def classifier(run, out, *more):
+    return ["evaluate", "--run", str(run), *words(CLASSIFIER), *more, "--out", str(out)]
 
 
 @contextlib.contextmanager
-def stopped(step, rank):
+def stopped(step, rank, engine=prmim_torch.Engine):
     """Send SIGTERM to one process, in a step."""
-    take = prmim_torch.Engine.train_step
+    take = engine.train_step
 
-    def train_step(self, images, sample):
+    def train_step(self, *batch):
         if self.step + 1 == step and self.rank == rank:
             signal.raise_signal(signal.SIGTERM)
-        take(self, images, sample)
+        take(self, *batch)
 
-    prmim_torch.Engine.train_step = train_step
+    engine.train_step = train_step
     yield
-    prmim_torch.Engine.train_step = take
+    engine.train_step = take
 
 
 @contextlib.contextmanager
@@ -69,6 +81,7 @@ if __name__ == "__main__":
     folder, nothing = Path(sys.argv[1]), contextlib.nullcontext()
     run_folder = folder / "run"
     photos = ("--data", str(folder / "photos"), "--holdout", "0")
+    probed, finetune, linear = folder / "probed", ("--protocol", "finetune"), ("--protocol", "linear")
     commands = {
         "stopped": (command(run_folder), stopped(5, rank=1)),
         "taken": (command(run_folder), nothing),
@@ -78,6 +91,15 @@ if __name__ == "__main__":
         "uneven": (command(run_folder, "--resume", "--accumulate", "40"), nothing),
         "photos": (command(folder / "photos run", *photos, "--batch_size", "40"), nothing),
         "half": (command(folder / "half"), stopped(3, rank=0)),
+        "probed": (command(probed, "--probe_every", "1"), nothing),
+        "frozen": (["evaluate", "--run", str(probed), "--eval_limit", "40"], nothing),
+        "tuning stopped": (
+            classifier(probed, folder / "finetune", *finetune),
+            stopped(5, 1, prmim_torch.ClassifierEngine),
+        ),
+        "tuned": (classifier(probed, folder / "finetune", *finetune, "--resume", "--parallel", "fsdp"), nothing),
+        "linear": (classifier(probed, folder / "linear", *linear, "--solver", "lars", "--pool", "mean"), nothing),
+        "picture": (["picture", "--run", str(probed)], nothing),
     }
     results = {name: run(*given) for name, given in commands.items()}
     (folder / f"rank_{os.environ['RANK']}.json").write_text(json.dumps(results))

@@ -18,3 +18,13 @@ def test_no_image_is_no_run():
 def test_the_published_warm_up_is_a_twentieth():
     assert training_budget(PretrainConfig(), 1_281_167).warmup_steps == round(40 * 1_281_167 / 4096)
     assert training_budget(PretrainConfig(warmup_epochs=10), 1_281_167).warmup_steps == round(10 * 1_281_167 / 4096)
+
+
+@pytest.mark.parametrize("images", [3, 64, 100, 1438, 1440, 50_000])
+@pytest.mark.parametrize("every", [1, 3, 10])
+def test_epochs_end_at_the_nearest_step_and_with_the_run(images, every):
+    budget = training_budget(PretrainConfig(batch_size=64, epochs=30), images)
+    ends = [step for step in range(1, budget.total_steps + 1) if budget.is_end_of(every, step)]
+    exact = [number * every * images / 64 for number in range(1, 30 // every + 1)]
+    assert set(ends) == {round(end) for end in exact} - {0}
+    assert ends[-1] == budget.total_steps  # no second measurement right before the last step

@@ -125,8 +125,9 @@ def test_version(capsys):
     assert capsys.readouterr().out.startswith("prmim ")
 
 
-def test_help_does_not_load_a_framework():
-    code = "import sys; from prmim_train.cli import main; main(['pretrain', '--help']); "
+@pytest.mark.parametrize("command", ["pretrain", "evaluate"])
+def test_help_does_not_load_a_framework(command):
+    code = f"import sys; from prmim_train.cli import main; main(['{command}', '--help']); "
     code += "print([m for m in ('torch', 'jax', 'sklearn', 'matplotlib', 'grain') if m in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.splitlines()[-1] == "[]"
@@ -261,7 +262,7 @@ def test_evaluate_and_picture_read_the_run(tiny_words, tmp_path, capsys):
     [
         (["evaluate"], "run: expected the folder of a run, as in --run"),
         (["evaluate", "--run", "nowhere"], "run: expected the folder of a run, but there is no config.yaml in nowhere"),
-        (["evaluate", "--run", "RUN", "--protocol", "svm"], "protocol: expected knn or linear, got 'svm'"),
+        (["evaluate", "--run", "RUN", "--protocol", "svm"], "protocol: expected knn or linear or finetune, got 'svm'"),
         (["evaluate", "--run", "RUN", "--eval_limit", "9"], "eval_limit: expected at least 1 image"),
         (["evaluate", "--run", "RUN", "--eval_limit", "9", "--holdout", "0"], "data: expected labelled images"),
         (["evaluate", "--run", "RUN", "--eval_limit", "9", "--data", "PLAIN"], "data: expected labelled images"),

@@ -1,8 +1,11 @@
 import numpy as np
 import pytest
+from PIL import Image
 
+from prmim_train.cli import main
 from prmim_train.engine import create_engine
-from prmim_train.evaluate import _spread, accuracy, evaluate_run, format_evaluation, shrunken_pixels
+from prmim_train.evaluate import _spread, evaluate_run, format_evaluation, shrunken_pixels
+from prmim_train.loop import pretrain
 from prmim_train.prepare import open_data
 
 
@@ -36,21 +39,22 @@ def test_one_class_is_no_task(tiny, tmp_path):
     assert "one class" in evaluate_run(config, data, create_engine(config, data.budget))["skipped"]
 
 
-def test_accuracy_of_chance_is_chance():
+def test_images_that_vanish_end_no_run_and_are_told_by_the_command(tiny, tmp_path, capsys):
     rng = np.random.default_rng(0)
-    x, y = rng.normal(size=(2, 400, 8)).astype(np.float32), rng.integers(0, 4, (2, 400))
-    for protocol in ("knn", "linear"):
-        assert accuracy(protocol, x[0], y[0], x[1], y[1]) == pytest.approx(0.25, abs=0.08)
-
-
-def test_an_unknown_protocol_is_refused():
-    with pytest.raises(ValueError, match="protocol: expected knn or linear, got 'svm'"):
-        accuracy("svm", np.zeros((2, 1), np.float32), np.arange(2), np.zeros((2, 1), np.float32), np.arange(2))
-
-
-def test_fewer_images_than_neighbours():
-    x, y = np.eye(3, dtype=np.float32), np.array([0, 0, 1])
-    assert accuracy("knn", x, y, x, y) == pytest.approx(2 / 3)
+    for number in range(12):
+        folder = tmp_path / "photos" / str(number % 2)
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 255, (16, 16), dtype=np.uint8)).save(folder / f"{number}.png")
+    config = tiny(data=str(tmp_path / "photos"), holdout=0.5, batch_size=6, eval_limit=10)
+    pretrain(config)
+    data = open_data(config)
+    for path in (tmp_path / "photos").rglob("*.png"):
+        path.write_bytes(b"")
+    result = evaluate_run(config, data, create_engine(config, data.budget))
+    assert result["skipped"].startswith("data: none of the images can be read")
+    capsys.readouterr()
+    assert main(["evaluate", "--run", str(config.run_path)]) == 2
+    assert capsys.readouterr().err.startswith("prmim: error: data: none of the images can be read")
 
 
 def test_shrinking_keeps_means_and_the_limit():

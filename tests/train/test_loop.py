@@ -14,7 +14,8 @@ import pytest
 
 from prmim_train.config import PretrainConfig
 from prmim_train.layers import parse_options
-from prmim_train.loop import Interrupted, NonFiniteLoss, SpeedMeter, _duration, _loss_text, pretrain
+from prmim_train.log import SpeedMeter, duration, loss_text
+from prmim_train.loop import Interrupted, NonFiniteLoss, pretrain
 from prmim_train.run_directory import RunDirectory
 
 HERE = Path(__file__).parent
@@ -164,7 +165,7 @@ def test_crashes_leave_no_trace_in_the_metrics(log_every, minutes, tiny, crash, 
 
 def test_checkpoints_are_written_by_minutes_too(tiny, monkeypatch):
     now = iter(range(0, 10_000, 20))
-    monkeypatch.setattr("prmim_train.loop.time.monotonic", lambda: next(now))
+    monkeypatch.setattr("prmim_train.checkpointing.time.monotonic", lambda: next(now))
     saved = []
     start = RunDirectory.start_checkpoint
 
@@ -401,9 +402,9 @@ def test_the_decay_reaches_the_engine(tiny, fake):
 
 
 def test_a_part_that_is_not_supervised_is_not_told():
-    assert _loss_text({"loss": 0.5, "loss_decoded": 0.5, "loss_thrown": 0.0}) == "loss 0.5000 (decoded 0.5000)"
-    assert _loss_text({"step": 3, "loss": 0.5}) == "loss 0.5000"
-    assert _loss_text({"loss": None, "loss_thrown": None}) == "no finite loss"
+    assert loss_text({"loss": 0.5, "loss_decoded": 0.5, "loss_thrown": 0.0}) == "loss 0.5000 (decoded 0.5000)"
+    assert loss_text({"step": 3, "loss": 0.5}) == "loss 0.5000"
+    assert loss_text({"loss": None, "loss_thrown": None}) == "no finite loss"
 
 
 def test_unreadable_images_are_left_out_and_reported(tiny, tmp_path, capsys):
@@ -460,4 +461,4 @@ def test_speed_does_not_count_the_first_step():
     ("seconds", "text"), [(0.26, "0.3 s"), (59.9, "59 s"), (125, "2 min 5 s"), (7260, "2 h 1 min")]
 )
 def test_durations_are_written_as_people_do(seconds, text):
-    assert _duration(seconds) == text
+    assert duration(seconds) == text

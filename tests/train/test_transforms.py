@@ -184,3 +184,14 @@ def test_center_crop_takes_the_centre_and_keeps_proportions():
     inner = center_crop(image, (10, 10))[:, 1:-1]
     assert inner.min() == 255
     np.testing.assert_array_equal(center_crop(image, (40, 40)), image[:, 20:60])
+
+
+def test_center_crop_can_take_less_than_the_largest_box():
+    image = noise_image(64, 96, 3)
+    np.testing.assert_array_equal(center_crop(image, (32, 32), share=0.5), image[16:48, 32:64])
+    np.testing.assert_array_equal(
+        center_crop(image, (28, 28), share=0.875), resize(image, (28, 28), box=(20, 4, 76, 60))
+    )
+    for share in (0.0, 1.1):
+        with pytest.raises(ValueError, match="share: expected a number in"):
+            center_crop(image, (32, 32), share=share)

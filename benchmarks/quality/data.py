@@ -1,0 +1,92 @@
+"""The images of the studies, as ``prmim`` reads them."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+CIFAR_CLASSES = (
+    *("airplane", "automobile", "bird", "cat", "deer"),
+    *("dog", "frog", "horse", "ship", "truck"),
+)
+
+
+class Images(NamedTuple):
+    """Where images are.
+
+    Parameters
+    ----------
+    train
+        What to give to ``--data``.
+    test
+        What to give to ``--test_data``; None: images held out from the former.
+    """
+
+    train: str
+    test: str | None
+
+
+def find(name: str, folder: Path, prepared: Path) -> Images:
+    """Return where the images of a world are.
+
+    Parameters
+    ----------
+    name
+        ``"digits"``, which are embedded; ``"cifar10"``, of which the folder holds ``cifar10_train.npz`` and
+        ``cifar10_test.npz`` or the binary version that its authors publish, ``cifar-10-batches-bin``; or
+        ``"imagenette"``: a tar file ``imagenette128_train.tar``, or a folder ``imagenette/train``, of which a part is
+        held out where ``imagenette128_val.tar`` or ``imagenette/val`` is missing.
+    folder
+        Where to look.
+    prepared
+        Folder for what has to be converted first.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there are none; the message says what is expected.
+    """
+    if name == "digits":
+        return Images("digits", None)
+    if name == "imagenette":
+        choices = (
+            (folder / "imagenette128_train.tar", folder / "imagenette128_val.tar"),
+            (folder / "imagenette" / "train", folder / "imagenette" / "val"),
+        )
+        for train, test in choices:
+            if train.exists():
+                return Images(str(train), str(test) if test.exists() else None)
+        raise FileNotFoundError(f"data: expected {choices[0][0]}, or a folder {choices[1][0]}")
+    return Images(*(str(_prepare_cifar(folder, prepared, part)) for part in ("train", "test")))
+
+
+def _prepare_cifar(folder: Path, prepared: Path, part: str) -> Path:
+    path = prepared / f"cifar10_{part}.npz"
+    if not path.exists():
+        images, labels = _read_cifar(folder, part)
+        prepared.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".partial.npz")
+        np.savez(partial, images=images, labels=labels.astype(np.int64), names=np.array(CIFAR_CLASSES))
+        partial.rename(path)
+    return path
+
+
+def _read_cifar(folder: Path, part: str) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+    """Return images uint8 (N, 32, 32, 3) and labels (N,)."""
+    packed, binary = folder / f"cifar10_{part}.npz", folder / "cifar-10-batches-bin"
+    if packed.exists():
+        with np.load(packed, allow_pickle=False) as archive:
+            if "residuals" not in archive:
+                return archive["images"], archive["labels"]
+            labels, images = archive["labels"], archive["residuals"]
+        # Differences between neighbours along both axes, and of red and blue to green; all modulo 256.
+        for axis in (1, 2):
+            images = np.cumsum(images, axis=axis, dtype=np.uint8)
+        images[..., ::2] += images[..., 1:2]
+        return images, labels
+    if binary.is_dir():
+        files = sorted(binary.glob("data_batch_*.bin" if part == "train" else "test_batch.bin"))
+        records = np.concatenate([np.fromfile(file, np.uint8).reshape(-1, 1 + 3 * 32 * 32) for file in files])
+        return np.ascontiguousarray(records[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)), records[:, 0]
+    raise FileNotFoundError(f"data: expected {packed}, or the binary version of CIFAR-10 in {binary}")

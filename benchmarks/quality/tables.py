@@ -1,0 +1,175 @@
+"""What results say: means and standard errors over seeds, differences to the dense arm seed by seed, and a picture."""
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.quality.arms import DEFAULT, DENSE, FACTORS, GRID, PARTIAL, Study
+from benchmarks.quality.runs import read
+from benchmarks.report import Report
+
+Results = Mapping[str, Mapping[int, Mapping[str, Any]]]
+"""What runs have left, by arm and seed."""
+
+ACCURACIES = {"linear": "linear", "finetune": "fine-tuned", "knn": "neighbours"}
+LOSSES = {"loss_decoded": "loss, decoded", "loss_thrown": "loss, thrown"}
+
+
+def load(study: Study, folder: Path) -> dict[str, dict[int, dict[str, Any]]]:
+    """Read the results of a study, by arm and seed."""
+    found = [read(path) for path in sorted((folder / study.name).glob("*.json"))]
+    return {
+        arm: {result["seed"]: result for result in found if result["arm"] == arm and result["seed"] < study.seeds}
+        for arm in study.arms
+    }
+
+
+def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
+    """Return mean and standard error of some values; the latter is NaN of one value.
+
+    Examples
+    --------
+    >>> mean_and_error([1.0, 2.0, 3.0])
+    (2.0, 0.5773502691896258)
+    """
+    if len(values) < 2:
+        return values[0], math.nan
+    return statistics.mean(values), statistics.stdev(values) / math.sqrt(len(values))
+
+
+def differences(results: Results, arm: str, other: str, value: str) -> list[float]:
+    """Return by how much an arm is above another one, for every seed that both have.
+
+    Examples
+    --------
+    >>> results = {"a": {0: {"linear": 0.5}, 1: {"linear": 0.75}}, "b": {1: {"linear": 0.5}}}
+    >>> differences(results, "a", "b", "linear")
+    [0.25]
+    """
+    both = sorted(set(results[arm]) & set(results[other]))
+    return [results[arm][seed][value] - results[other][seed][value] for seed in both]
+
+
+def main_effects(results: Results, value: str) -> dict[str, list[float]]:
+    """Return, for every choice of the grid, by how much trainings with it are above the mean over all choices.
+
+    Compared are trainings that are alike in all else, the seed included; what not all choices have is left out. The
+    fewer choices depend on each other, the more this says: each is seen in all trainings of the grid.
+
+    Examples
+    --------
+    >>> seeds = {arm: {0: {"linear": 0.5}} for arm in GRID}
+    >>> seeds |= {arm: {0: {"linear": 0.75}} for arm in GRID if arm.startswith("none")}
+    >>> found = main_effects(seeds, "linear")
+    >>> found["furthest_from none"] == [0.125] * 9, found["stages 4"] == [0.0] * 6
+    (True, True)
+    """
+    effects: dict[str, list[float]] = {}
+    for factor in FACTORS:
+        alike: dict[Any, dict[Any, float]] = {}
+        for arm, it in GRID.items():
+            others = tuple(it.options[name] for name in FACTORS if name != factor)
+            for seed, run in results.get(arm, {}).items():
+                alike.setdefault((others, seed), {})[it.options[factor]] = run[value]
+        for choice in FACTORS[factor]:
+            effects[f"{factor} {choice}"] = [
+                found[choice] - statistics.mean(found.values())
+                for found in alike.values()
+                if len(found) == len(FACTORS[factor])
+            ]
+    return effects if all(effects.values()) else {}
+
+
+def show(results: Results, report: Report) -> None:
+    """Print accuracies, their differences to dense, and what an arm costs."""
+    present = {arm: runs for arm, runs in results.items() if runs}
+    measured = [name for name in ACCURACIES if any(name in run for runs in present.values() for run in runs.values())]
+    report.table(
+        "accuracy, %",
+        {"seeds": "d", **{ACCURACIES[name]: "" for name in measured}},
+        {arm: (len(runs), *(_percent(list(values(runs, name))) for name in measured)) for arm, runs in present.items()},
+    )
+    if results[DENSE]:
+        report.table(
+            "points above dense",
+            {ACCURACIES[name]: "" for name in measured},
+            {
+                arm: tuple(_percent(differences(results, arm, DENSE, name), sign="+") for name in measured)
+                for arm in present
+                if arm != DENSE
+            },
+        )
+    effects = {name: main_effects(results, name) for name in measured}
+    if measured and effects[measured[0]]:
+        report.table(
+            "choices of PR-MIM: points above the mean of all, the other choices alike",
+            {"trainings": "d", **{ACCURACIES[name]: "" for name in measured}},
+            {
+                choice: (len(found), *(_percent(effects[name][choice], sign="+") for name in measured))
+                for choice, found in effects[measured[0]].items()
+            },
+        )
+    speeds = {arm: statistics.median(values(runs, "images_per_second")) for arm, runs in present.items()}
+    columns = {"epochs": "d", "MACs to dense": ".3f", "images/s": ".0f", "step to dense": ".2f"}
+    report.table(
+        "cost and loss",
+        {**columns, **dict.fromkeys(LOSSES.values(), "")},
+        {arm: _costs(runs, speeds[arm], speeds.get(DENSE)) for arm, runs in present.items()},
+    )
+
+
+def values(runs: Mapping[int, Mapping[str, Any]], name: str) -> list[float]:
+    """Return a value of all seeds that have it."""
+    return [run[name] for run in runs.values() if run.get(name) is not None]
+
+
+def _percent(numbers: Sequence[float], sign: str = "") -> str | None:
+    if not numbers:
+        return None
+    mean, error = mean_and_error([100 * number for number in numbers])
+    return f"{mean:{sign}.2f}" + ("" if math.isnan(error) else f" ± {error:.2f}")
+
+
+def _costs(runs: Mapping[int, Mapping[str, Any]], speed: float, dense_speed: float | None) -> tuple[Any, ...]:
+    run = next(iter(runs.values()))
+    losses = (values(runs, name) for name in LOSSES)
+    return (
+        run["epochs"],
+        run["macs_to_dense"],
+        speed,
+        None if dense_speed is None else dense_speed / speed,
+        *(f"{statistics.mean(found):.4f}" if found else None for found in losses),
+    )
+
+
+def draw(results: Results, path: Path) -> None:
+    """Draw accuracy against the share of patches thrown, with standard errors."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    lines = {
+        "PR-MIM": {0.0: DENSE, 0.25: "PR-MIM 0.25", 0.5: DEFAULT, 0.65: "PR-MIM 0.65"},
+        "plain partial, random": {0.0: DENSE, 0.25: "partial 0.25, random", 0.5: PARTIAL, 0.65: "partial 0.65, random"},
+        "PR-MIM, equal compute": {0.5: "PR-MIM, equal compute"},
+    }
+    shown = [name for name in ACCURACIES if any(values(runs, name) for runs in results.values())]
+    figure, axes = plt.subplots(1, len(shown), figsize=(4 * len(shown), 3.2), squeeze=False, layout="constrained")
+    for axis, name in zip(axes[0], shown, strict=True):
+        for label, arms in lines.items():
+            points = {x: values(results.get(arm, {}), name) for x, arm in arms.items()}
+            points = {x: found for x, found in points.items() if found}
+            if len(points) > (0.0 in points):
+                spread = [mean_and_error([100 * value for value in found]) for found in points.values()]
+                means, errors = zip(*spread, strict=True)
+                style = {"marker": "o", "capsize": 3, "linestyle": "-" if len(points) > 1 else "none"}
+                axis.errorbar(list(points), means, yerr=errors, label=label, **style)
+        axis.set(title=ACCURACIES[name], xlabel="share of all patches thrown", ylabel="accuracy, %")
+        axis.grid(alpha=0.3)
+    axes[0][0].legend()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)

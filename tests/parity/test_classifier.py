@@ -1,0 +1,131 @@
+"""Classifiers with equal weights say and learn the same on both frameworks."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from flax import nnx
+
+import prmim_jax
+import prmim_torch
+from prmim_core import counter_noise
+from prmim_jax.interop import named_variables
+from prmim_jax.trainer import decay_mask
+from prmim_torch.trainer import parameter_groups
+
+CLASSES = 7
+SIZES = {"image_size": (16, 16), "patch_size": (4, 4), "embed_dim": 24, "depth": 2, "num_heads": 2}
+METHODS = {
+    "mae": {"name": "mae", **SIZES, "decoder_dim": 12, "decoder_depth": 1, "decoder_heads": 3},
+    "simmim": {"name": "simmim", **SIZES},
+}
+FINETUNE = {"drop_path": 0.4, "layer_decay": 0.65, "learning_rate": 3e-3, "clip_grad": 1.0, "ema_decay": 0.9}
+PROBE = {"frozen": True, "norm": "batch", "optimizer": "lars", "trust": 0.02, "learning_rate": 1.0, "momentum": 0.9}
+CASES = {
+    "mae-mean": ("mae", FINETUNE),
+    "mae-cls": ("mae", {**FINETUNE, "pool": "cls", "accumulate": 2}),
+    "simmim-mean": ("simmim", FINETUNE),
+    "mae-probe": ("mae", {**PROBE, "pool": "cls", "weight_decay": 0.0}),
+    "simmim-probe": ("simmim", {**PROBE, "accumulate": 2, "weight_decay": 0.1}),
+    "mae-frozen": ("mae", {"frozen": True, "learning_rate": 3e-3}),
+}
+MODULE = ("pool", "frozen", "norm", "drop_path")
+
+
+def make_engines(case):
+    name, options = CASES[case]
+    training = {"seed": 3, "total_steps": 12, "warmup_steps": 3, "device": "cpu", **options}
+    return [package.ClassifierEngine(METHODS[name], CLASSES, **training) for package in (prmim_torch, prmim_jax)]
+
+
+def equal_weights(here, there, path):
+    """Give both the same weights, away from their first values, which leave the encoder hardly any gradient."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in here.module.parameters():
+            parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+    prmim_torch.save_weights(here.module, path)
+    for engine in (here, there):
+        engine.load_weights(path)
+
+
+def draw(step, batch=16):
+    rng = np.random.default_rng(step)
+    images = rng.integers(0, 256, (batch, 16, 16, 3), dtype=np.uint8)
+    return images, rng.integers(0, 1000, batch), rng.dirichlet(np.ones(CLASSES), batch).astype(np.float32)
+
+
+def learned(here, there):
+    """Return the weights of both by name, without the bias of keys, which has no gradient but rounding errors."""
+    ours = {name: tensor.numpy() for name, tensor in here.module.state_dict().items()}
+    theirs = {name: np.asarray(variable[...]) for name, variable in named_variables(there.module).items()}
+    assert set(ours) == set(theirs)
+    for name in ours:
+        pair = (ours[name], theirs[name])
+        yield name, *(np.delete(a.reshape(3, -1), 1, axis=0) if name.endswith("qkv.bias") else a for a in pair)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_logits_and_every_gradient(tmp_path, case):
+    here, there = make_engines(case)
+    equal_weights(here, there, tmp_path / "weights.safetensors")
+    images, sample, targets = draw(0)
+    noise = counter_noise(3, 0, sample, 16)
+    logits = here.module(torch.from_numpy(images), torch.from_numpy(noise))
+    torch.nn.functional.cross_entropy(logits, torch.from_numpy(targets)).backward()
+
+    graph, parameters, rest = nnx.split(there.module, nnx.Param, ...)
+
+    @jax.jit
+    def run(parameters):
+        def loss(parameters):
+            logits = nnx.merge(graph, parameters, rest, copy=True)(jnp.asarray(images), jnp.asarray(noise))
+            return -(targets * jax.nn.log_softmax(logits)).sum(1).mean(), logits
+
+        return jax.grad(loss, has_aux=True)(parameters)
+
+    gradients, got = run(parameters)
+    np.testing.assert_allclose(got, logits.detach(), rtol=1e-5, atol=1e-5)
+    gradients = named_variables(nnx.merge(graph, gradients, rest))
+    for name, parameter in here.module.named_parameters():
+        if parameter.requires_grad and not name.endswith("qkv.bias"):
+            wanted = parameter.grad.numpy()
+            assert np.abs(np.asarray(gradients[name][...]) - wanted).max() <= 1e-4 * np.abs(wanted).max(), name
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_ten_steps_agree_and_weights_go_both_ways(tmp_path, case):
+    here, there = make_engines(case)
+    equal_weights(here, there, tmp_path / "weights.safetensors")
+    for step in range(10):
+        for engine in (here, there):
+            engine.train_step(*draw(step))
+        expected, got = here.read_metrics(), there.read_metrics()
+        assert got["loss"] == pytest.approx(expected["loss"], rel=1e-5 if step == 0 else 1e-4)
+        assert got["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-3)
+        for name in ("accuracy", "learning_rate", "nonfinite_step", "skipped"):
+            assert got[name] == pytest.approx(expected[name]), name
+    for name, ours, theirs in learned(here, there):
+        assert np.abs(ours - theirs).max() <= 1e-4 * max(np.abs(ours).max(), 0.1), name
+    images = draw(99)[0]
+    np.testing.assert_allclose(there.predict(images), here.predict(images), rtol=1e-3, atol=1e-4)
+    for folder, giver, taker in zip("ab", (here, there), make_engines(case)[::-1], strict=True):
+        (tmp_path / folder).mkdir()
+        giver.save(tmp_path / folder)
+        taker.load_weights(tmp_path / folder / "weights.safetensors")
+        pair = (giver, taker) if giver is here else (taker, giver)
+        for name, ours, theirs in learned(*pair):
+            np.testing.assert_array_equal(ours, theirs, err_msg=name)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_architecture_and_counts_are_the_same(case):
+    here, there = make_engines(case)
+    assert there.num_parameters == here.num_parameters
+    assert there.module.architecture() == here.module.architecture()
+    assert there.module.not_decayed() == here.module.not_decayed()
+    decayed = {id(parameter) for parameter in parameter_groups(here.module, 0.05)[0]["params"]}
+    assert decay_mask(there.module) == {
+        name: id(parameter) in decayed for name, parameter in here.module.named_parameters() if parameter.requires_grad
+    }
