@@ -128,7 +128,7 @@ def test_differences_between_pixels_are_added_up(tmp_path):
 
 
 def results(**accuracies):
-    common = {"epochs": 2, "macs_to_dense": 0.7, "images_per_second": 100.0, "loss_decoded": 0.5}
+    common = {"epochs": 2, "macs_to_dense": 0.7, "loss_decoded": 0.5}
     return {
         arm: {seed: {**common, "linear": value} for seed, value in enumerate(found)}
         for arm, found in accuracies.items()
@@ -147,9 +147,37 @@ def test_the_table_tells_means_errors_and_paired_differences(tmp_path, capsys):
     assert math.isnan(tables.mean_and_error([1.0])[1])
 
 
+def of_tiny(arm):
+    options = json.loads(json.dumps({**TINY.pretrain, **ARMS[arm].options}))
+    return {"arm": arm, "seed": 0, "epochs": 2, "options": options, "finetune_options": TINY.finetune}
+
+
+@pytest.mark.parametrize(
+    "change", [{"epochs": 3}, {"arm": PARTIAL}, {"finetune_options": {"epochs": 2}}, {"options": {"depth": 2}}]
+)
+def test_results_of_other_options_do_not_count(study, tmp_path, change):
+    (tmp_path / "tiny").mkdir()
+    for name, content in {"a": of_tiny(DENSE), "b": {**of_tiny(DEFAULT), **change}}.items():
+        (tmp_path / "tiny" / f"{name}.json").write_text(json.dumps(content))
+    found = tables.load(study, tmp_path)
+    assert (list(found[DENSE]), list(found[DEFAULT])) == ([0], [])
+
+
+def test_trainings_that_are_alike_in_two_studies_are_seen_together(study, tmp_path, monkeypatch):
+    monkeypatch.setitem(STUDIES, "short", Study("short", TINY, (DENSE,), epochs=1, seeds=1))
+    monkeypatch.setitem(STUDIES, "same", Study("same", TINY, (DENSE, PARTIAL), epochs=2, seeds=2))
+    for name, arm, seed in [("tiny", DENSE, 0), ("same", DENSE, 0), ("same", DENSE, 1), ("short", PARTIAL, 0)]:
+        (tmp_path / name).mkdir(exist_ok=True)
+        content = {**of_tiny(arm), "study": name, "seed": seed}
+        (tmp_path / name / f"{arm}-{seed}.json").write_text(json.dumps(content))
+    found = tables.load_alike(study, tmp_path)
+    assert {seed: run["study"] for seed, run in found[DENSE].items()} == {0: "tiny", 1: "same"}
+    assert not found[PARTIAL]
+
+
 def test_the_picture_shows_what_there_is(tmp_path):
     found = results(a=[0.5, 0.52], b=[0.49, 0.5], c=[0.52, 0.53])
-    tables.draw({DENSE: found["a"], PARTIAL: found["b"], DEFAULT: found["c"]}, tmp_path / "accuracy.png")
+    tables.draw({DENSE: found["a"], PARTIAL: found["b"], DEFAULT: found["c"]}, tmp_path / "accuracy.png", "Digits.")
     assert (tmp_path / "accuracy.png").stat().st_size > 5000
 
 

@@ -177,7 +177,7 @@ def _run_options() -> list[Option]:
 
 def _evaluate_options() -> list[Option]:
     limit = "Most images to learn from, and to classify. Not given: as in the run. For knn, and linear by lbfgs, only."
-    others = "Whether to classify by an untrained encoder and by raw pixels too (true). For knn, and linear by lbfgs."
+    others = "Whether to classify by an untrained encoder and by raw pixels too. For knn, and linear by lbfgs."
     options = {option.name: option for option in classify_options()}
     frozen = [options.pop(name) for name in ("data", "holdout", "test_data", "device", "checkpoint")]
     return [
@@ -186,7 +186,7 @@ def _evaluate_options() -> list[Option]:
         Option("solver", str | None, "For linear: lbfgs (quick, the default) or lars (MAE's published probe)."),
         *frozen,
         Option("eval_limit", int | None, limit),
-        Option("baselines", bool | None, others),
+        Option("baselines", bool, others, True),
         *options.values(),
     ]
 

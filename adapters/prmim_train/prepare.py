@@ -132,7 +132,7 @@ def labelled_sides(data: RunData, test_data: str | None = None) -> tuple[Labelle
     except (ValueError, OSError) as error:
         raise ValueError(f"test_data: {str(error).removeprefix('data: ')}") from error
     if test.labels is None or test.class_names is None:
-        raise ValueError(f"test_data: expected labelled images, but those of {test.description} have no labels")
+        raise ValueError(f"test_data: expected labelled images, got {test.description}")
     if sorted(test.class_names) != sorted(names):
         ours, theirs = set(names), set(test.class_names)
         lists = (("missing", sorted(ours - theirs)), ("unknown", sorted(theirs - ours)))

@@ -10,6 +10,7 @@ from pathlib import Path
 from benchmarks.quality import data, tables
 from benchmarks.quality.arms import STUDIES
 from benchmarks.quality.runs import Run, carry_out
+from benchmarks.quality.speed import time_steps
 from benchmarks.report import Report, argument_parser
 
 RESULTS = Path(__file__).parent / "results"
@@ -29,6 +30,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="FOLDER", help="one JSON file for each run")
     parser.add_argument("--jobs", type=int, default=2, help="trainings at a time, each on its share of cores")
     parser.add_argument("--backend", choices=("torch", "jax"), default="torch")
+    parser.add_argument("--time", type=int, default=0, metavar="TURNS", help="time training steps too, in turns")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="where to draw accuracy against throw ratio")
     options = parser.parse_args(arguments)
     study = STUDIES[options.study]
@@ -44,7 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
                 for seed in range(options.seeds or study.seeds)
                 for arm in options.arms or study.arms
             ]
-            left = [run for run in runs if not run.result_path(options.results).exists()]
+            left = [run for run in runs if not run.is_done(options.results)]
             print(f"{study.name}: {len(runs) - len(left)} of {len(runs)} runs are done")
             carry_out(left, options.results, jobs=options.jobs, deadline=start + 60 * options.minutes)
         except (FileNotFoundError, RuntimeError) as error:
@@ -53,8 +55,11 @@ def main(arguments: list[str] | None = None) -> int:
     settings = {"study": study.name, "epochs": study.epochs}
     report = Report(f"quality-{study.name}", settings, options.json)
     tables.show(results, report)
+    if options.time:
+        time_steps(study, options.arms or list(study.arms), options.time, options.backend, report)
     if options.plot is not None:
-        tables.draw(results, options.plot)
+        caption = f"{study.world.data}, {study.epochs} epochs. Bars: standard errors over seeds; no bar: one seed."
+        tables.draw(tables.load_alike(study, options.results), options.plot, caption)
     if failure:
         print(failure, file=sys.stderr)
     return bool(failure)

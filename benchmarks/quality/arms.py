@@ -1,5 +1,6 @@
 """What is trained and compared: arms, the worlds that they are trained in, and the studies made of both."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import product
@@ -77,6 +78,25 @@ class Study:
     seeds: int
     finetuned: bool = True
 
+    def has(self, result: Mapping[str, Any]) -> bool:
+        """Say whether a result is of the options that the study has now, and not of earlier ones."""
+        if result["arm"] not in self.arms:
+            return False
+        arm = ARMS[result["arm"]]
+        told = {**self.world.pretrain, **arm.options}
+        told = {name: value for name, value in told.items() if name != "holdout"}  # which depends on the images given
+        found = {name: result["options"].get(name) for name in told}
+        return (
+            _is_same(told, found)
+            and (arm.equal_compute or result["epochs"] == self.epochs)
+            and (not self.finetuned or _is_same(self.world.finetune, result["finetune_options"]))
+        )
+
+
+def _is_same(options: Options, others: Options) -> bool:
+    """Compare options as JSON tells them."""
+    return bool(json.loads(json.dumps(options)) == others)
+
 
 FACTORS = {
     "furthest_from": ("visible", "none"),
@@ -126,12 +146,17 @@ CIFAR = World(
         "precision": "bfloat16",
     },
     finetune={
+        # Too short for the regularisation of the published recipe.
         "crop_scale": (0.2, 1.0),
         "rand_augment": 0.0,
         "erasing": 0.0,
+        "mixup": 0.0,
+        "cutmix": 0.0,
+        "drop_path": 0.0,
+        "layer_decay": 0.85,
         "test_crop": 1.0,
         "batch_size": 128,
-        "base_learning_rate": 2e-3,
+        "base_learning_rate": 4e-3,
         "epochs": 3,
     },
 )
@@ -169,8 +194,9 @@ STUDIES = {
     study.name: study
     for study in (
         Study("digits", DIGITS, (DENSE, PARTIAL, DEFAULT), epochs=60, seeds=3),
-        Study("screen", CIFAR, SCREENED_ARMS, epochs=4, seeds=2, finetuned=False),
-        Study("confirm", CIFAR, MAIN_ARMS, epochs=10, seeds=3),
+        Study("screen", CIFAR, SCREENED_ARMS, epochs=4, seeds=1, finetuned=False),
+        Study("confirm", CIFAR, MAIN_ARMS, epochs=4, seeds=3),
+        Study("long", CIFAR, MAIN_ARMS, epochs=20, seeds=3),
         Study("imagenette", IMAGENETTE, MAIN_ARMS, epochs=200, seeds=3),
     )
 }

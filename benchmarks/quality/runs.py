@@ -69,6 +69,11 @@ class Run:
         """Return where its result is written."""
         return results / self.study.name / f"{self.label}.json"
 
+    def is_done(self, results: Path) -> bool:
+        """Say whether there is a result of the options that the study has now."""
+        path = self.result_path(results)
+        return path.exists() and self.study.has(read(path))
+
     def options(self) -> dict[str, Any]:
         """Return the options of ``prmim pretrain`` that say what is trained."""
         world, arm = self.study.world, ARMS[self.arm]
@@ -101,7 +106,6 @@ class Run:
         features = read(self.path / "evaluation.json")
         config = read_run_config(RunDirectory(self.path))
         ours, dense = _costs(config)
-        speeds = sorted(line["images_per_second"] for line in lines if line["images_per_second"])
         found = {
             "study": self.study.name,
             "arm": self.arm,
@@ -109,13 +113,14 @@ class Run:
             "steps": lines[-1]["step"],
             "epochs": config.epochs,
             "macs_to_dense": ours / dense,
-            "images_per_second": speeds[len(speeds) // 2],
+            "seconds": lines[-1]["seconds"],
             **{name: sum(line[name] for line in last) / len(last) for name in losses},
             **{name: features["protocols"][name]["accuracy"] for name in ("linear", "knn")},
             "test_images": features["test_images"],
         }
         if self.study.finetuned:
             found["finetune"] = read(self.path / "finetune" / "evaluation.json")["accuracy"]
+            found["finetune_options"] = dict(self.study.world.finetune)
         shown = {name: value for name, value in self.options().items() if name not in ("data", "seed")}
         return {**found, "options": shown, **environment()}
 

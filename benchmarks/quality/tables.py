@@ -6,24 +6,43 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.quality.arms import DEFAULT, DENSE, FACTORS, GRID, PARTIAL, Study
+from benchmarks.quality.arms import DEFAULT, DENSE, FACTORS, GRID, PARTIAL, STUDIES, Study
 from benchmarks.quality.runs import read
 from benchmarks.report import Report
+from prmim_train.figures import new_figure, save_figure, write_caption
 
 Results = Mapping[str, Mapping[int, Mapping[str, Any]]]
 """What runs have left, by arm and seed."""
 
 ACCURACIES = {"linear": "linear", "finetune": "fine-tuned", "knn": "neighbours"}
+LINES = {
+    "PR-MIM": ("#1f6f8b", {0.0: DENSE, 0.25: "PR-MIM 0.25", 0.5: DEFAULT, 0.65: "PR-MIM 0.65"}),
+    "plain partial, random": (
+        "#d9822b",
+        {0.0: DENSE, 0.25: "partial 0.25, random", 0.5: PARTIAL, 0.65: "partial 0.65, random"},
+    ),
+}
+"""What is drawn: a colour, and arms by the share of patches that they throw."""
 LOSSES = {"loss_decoded": "loss, decoded", "loss_thrown": "loss, thrown"}
 
 
 def load(study: Study, folder: Path) -> dict[str, dict[int, dict[str, Any]]]:
     """Read the results of a study, by arm and seed."""
-    found = [read(path) for path in sorted((folder / study.name).glob("*.json"))]
+    found = [result for path in sorted((folder / study.name).glob("*.json")) if study.has(result := read(path))]
     return {
         arm: {result["seed"]: result for result in found if result["arm"] == arm and result["seed"] < study.seeds}
         for arm in study.arms
     }
+
+
+def load_alike(study: Study, folder: Path) -> dict[str, dict[int, dict[str, Any]]]:
+    """Read the results of all studies whose trainings are those of this one, whose own come first."""
+    alike = [other for other in STUDIES.values() if (other.world, other.epochs) == (study.world, study.epochs)]
+    found: dict[str, dict[int, dict[str, Any]]] = {}
+    for other in sorted(alike, key=lambda other: other.name != study.name):
+        for arm, runs in load(other, folder).items():
+            found[arm] = {**runs, **found.get(arm, {})}
+    return found
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
@@ -111,13 +130,8 @@ def show(results: Results, report: Report) -> None:
                 for choice, found in effects[measured[0]].items()
             },
         )
-    speeds = {arm: statistics.median(values(runs, "images_per_second")) for arm, runs in present.items()}
-    columns = {"epochs": "d", "MACs to dense": ".3f", "images/s": ".0f", "step to dense": ".2f"}
-    report.table(
-        "cost and loss",
-        {**columns, **dict.fromkeys(LOSSES.values(), "")},
-        {arm: _costs(runs, speeds[arm], speeds.get(DENSE)) for arm, runs in present.items()},
-    )
+    columns = {"epochs": "d", "MACs to dense": ".3f", **dict.fromkeys(LOSSES.values(), "")}
+    report.table("cost and loss", columns, {arm: _costs(runs) for arm, runs in present.items()})
 
 
 def values(runs: Mapping[int, Mapping[str, Any]], name: str) -> list[float]:
@@ -132,44 +146,38 @@ def _percent(numbers: Sequence[float], sign: str = "") -> str | None:
     return f"{mean:{sign}.2f}" + ("" if math.isnan(error) else f" ± {error:.2f}")
 
 
-def _costs(runs: Mapping[int, Mapping[str, Any]], speed: float, dense_speed: float | None) -> tuple[Any, ...]:
+def _costs(runs: Mapping[int, Mapping[str, Any]]) -> tuple[Any, ...]:
     run = next(iter(runs.values()))
     losses = (values(runs, name) for name in LOSSES)
     return (
         run["epochs"],
         run["macs_to_dense"],
-        speed,
-        None if dense_speed is None else dense_speed / speed,
-        *(f"{statistics.mean(found):.4f}" if found else None for found in losses),
+        # A loss that is 0 is of no tokens.
+        *(f"{statistics.mean(found):.4f}" if any(found) else None for found in losses),
     )
 
 
-def draw(results: Results, path: Path) -> None:
-    """Draw accuracy against the share of patches thrown, with standard errors."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    lines = {
-        "PR-MIM": {0.0: DENSE, 0.25: "PR-MIM 0.25", 0.5: DEFAULT, 0.65: "PR-MIM 0.65"},
-        "plain partial, random": {0.0: DENSE, 0.25: "partial 0.25, random", 0.5: PARTIAL, 0.65: "partial 0.65, random"},
-        "PR-MIM, equal compute": {0.5: "PR-MIM, equal compute"},
-    }
+def draw(results: Results, path: Path, caption: str) -> None:
+    """Draw accuracy against the share of patches thrown, with standard errors where there are several seeds."""
     shown = [name for name in ACCURACIES if any(values(runs, name) for runs in results.values())]
-    figure, axes = plt.subplots(1, len(shown), figsize=(4 * len(shown), 3.2), squeeze=False, layout="constrained")
-    for axis, name in zip(axes[0], shown, strict=True):
-        for label, arms in lines.items():
-            points = {x: values(results.get(arm, {}), name) for x, arm in arms.items()}
-            points = {x: found for x, found in points.items() if found}
-            if len(points) > (0.0 in points):
-                spread = [mean_and_error([100 * value for value in found]) for found in points.values()]
-                means, errors = zip(*spread, strict=True)
-                style = {"marker": "o", "capsize": 3, "linestyle": "-" if len(points) > 1 else "none"}
-                axis.errorbar(list(points), means, yerr=errors, label=label, **style)
-        axis.set(title=ACCURACIES[name], xlabel="share of all patches thrown", ylabel="accuracy, %")
-        axis.grid(alpha=0.3)
-    axes[0][0].legend()
+    figure = new_figure(3.4 * len(shown), 3.0)
+    for axes, name in zip(figure.subplots(1, len(shown), sharex=True, squeeze=False)[0], shown, strict=True):
+        for label, (colour, arms) in LINES.items():
+            points = {share: values(results.get(arm, {}), name) for share, arm in arms.items()}
+            spread = {
+                share: mean_and_error([100 * value for value in found]) for share, found in points.items() if found
+            }
+            if set(spread) - {0.0}:
+                axes.plot(list(spread), [mean for mean, _ in spread.values()], color=colour, marker="o", label=label)
+                for share, (mean, error) in spread.items():
+                    if not math.isnan(error):
+                        axes.errorbar([share], [mean], yerr=[error], color=colour, capsize=3)
+        axes.set_title(ACCURACIES[name], fontsize=10)
+        axes.set_xlabel("share of all patches thrown")
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.axes[0].set_ylabel("accuracy in %")
+    figure.axes[0].legend(frameon=False, fontsize=8)
+    write_caption(figure, caption)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    save_figure(figure, path)

@@ -1,3 +1,5 @@
+import json
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -20,6 +22,20 @@ def test_frozen_features_of_the_digits_beat_chance(tiny):
     assert result["trained"] == result["untrained"]  # no step was taken
     assert 0.05 < result["most_frequent_class"] < 0.2
     assert format_evaluation(result).count("%") == 8
+
+
+def test_baselines_are_left_out_where_they_are_not_wanted(tiny, capsys):
+    config = tiny(eval_limit=100)
+    pretrain(config)
+    command = ["evaluate", "--run", str(config.run_path), "--protocol", "knn"]
+    found = []
+    for more in ([], ["--no_baselines"]):
+        assert main([*command, *more]) == 0
+        found.append(json.loads((config.run_path / "evaluation.json").read_text()))
+    whole, alone = found
+    assert set(whole) - set(alone) == {"untrained", "pixels"}
+    assert alone == {name: value for name, value in whole.items() if name in alone}
+    assert "raw pixels" not in capsys.readouterr().out.rpartition("Accuracy on")[2]
 
 
 def test_without_labels_or_held_out_images_the_reason_is_told(tiny, tmp_path):
