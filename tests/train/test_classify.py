@@ -215,7 +215,7 @@ def test_what_is_wrong_is_told_in_one_line(run, tmp_path, capsys, tiny):
         ([*given, "--data", tmp_path / "plain.npz"], "data: expected labelled images, some of them held out, but the"),
         ([*given, "--data", tmp_path / "one.npz"], "data: expected labelled images, some of them held out, but the tr"),
         ([*given, "--holdout", "0"], "data: expected labelled images, some of them held out, but no images are held"),
-        ([*given, "--test_data", tmp_path / "plain.npz"], "test_data: expected labelled images, but those of file"),
+        ([*given, "--test_data", tmp_path / "plain.npz"], "test_data: expected labelled images, got file"),
         (
             [*given, "--test_data", tmp_path / "other.npz"],
             f"test_data: expected the 10 classes of the training images, got others in {tmp_path / 'other.npz'}: "
