@@ -175,6 +175,17 @@ def test_trainings_that_are_alike_in_two_studies_are_seen_together(study, tmp_pa
     assert not found[PARTIAL]
 
 
+def test_steps_of_arms_are_timed_beside_the_dense_one(study, tmp_path, capsys):
+    words = ["--results", str(tmp_path), "--json", str(tmp_path), "--time", "2"]
+    assert quality.main(["--study", "tiny", *words]) == 0
+    assert "training step" in capsys.readouterr().out
+    rows = json.loads((tmp_path / "quality-tiny.json").read_text())["tables"]["training step"]
+    assert list(rows) == [DENSE, DEFAULT]
+    assert rows[DENSE]["to dense"] == rows[DENSE]["MACs to dense"] == 1
+    assert rows[DEFAULT]["ms per image"] > 0
+    assert rows[DEFAULT]["MACs to dense"] < 1
+
+
 def test_the_picture_shows_what_there_is(tmp_path):
     found = results(a=[0.5, 0.52], b=[0.49, 0.5], c=[0.52, 0.53])
     tables.draw({DENSE: found["a"], PARTIAL: found["b"], DEFAULT: found["c"]}, tmp_path / "accuracy.png", "Digits.")

@@ -1,6 +1,7 @@
 """What a training step of the arms takes, in turns in one process: trainings of a study disturb each other's times."""
 
 import statistics
+from contextlib import ExitStack, closing
 from functools import partial
 
 import numpy as np
@@ -28,8 +29,12 @@ def time_steps(study: Study, arms: list[str], repeats: int, backend: str, report
         engine.train_step(images, np.arange(batch))
         engine.read_metrics()
 
-    engines = {arm: create_engine(config, training_budget(config, 10**6)) for arm, config in configs.items()}
-    times = take_turns({arm: partial(step, engine) for arm, engine in engines.items()}, repeats, warm_up=WARM_UP)
+    with ExitStack() as stack:
+        engines = {
+            arm: stack.enter_context(closing(create_engine(config, training_budget(config, 10**6))))
+            for arm, config in configs.items()
+        }
+        times = take_turns({arm: partial(step, engine) for arm, engine in engines.items()}, repeats, warm_up=WARM_UP)
     rows = {
         arm: (
             1e3 * statistics.median(seconds) / batch,
