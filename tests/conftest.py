@@ -195,6 +195,39 @@ def library(request: pytest.FixtureRequest) -> Backend:
     return make_backend(request.param)
 
 
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Let PyTorch use one thread: small tensors gain nothing by more."""
+    torch = pytest.importorskip("torch")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def quick_compiler(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Let JAX compile with few optimisations, and each program once: that takes most of the time of many tests."""
+    jax = pytest.importorskip("jax")
+    compilation_cache = importlib.import_module("jax.experimental.compilation_cache.compilation_cache")
+    changes = {
+        "jax_disable_most_optimizations": True,
+        "jax_compilation_cache_dir": str(tmp_path_factory.getbasetemp() / "compiled"),
+        "jax_persistent_cache_min_compile_time_secs": 0.1,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    before = {name: jax.config.values[name] for name in changes}
+    for name, value in changes.items():
+        jax.config.update(name, value)
+    # JAX asks once whether there is a folder; what it compiled before this may have told it that there is none.
+    compilation_cache.reset_cache()
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+    jax.clear_caches()  # compiled programs are large
+
+
 @pytest.fixture
 def get_backend() -> Callable[[str], Backend]:
     """Return a function from a name to a backend, for tests that compare two."""

@@ -27,16 +27,6 @@ def shallow(monkeypatch):
     monkeypatch.setattr(arms, "ARMS", methods["mae"])
 
 
-@pytest.fixture
-def quick_compiler():
-    import jax
-
-    before = jax.config.values["jax_disable_most_optimizations"]
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
-
-
 def tables(folder):
     (file,) = folder.iterdir()
     return json.loads(file.read_text())["tables"]

@@ -28,7 +28,7 @@ def name(page: Path) -> str:
 
 
 @pytest.mark.parametrize("page", with_block("python"), ids=name)
-def test_python_blocks_of_a_page_run_one_after_the_other(page, tmp_path, monkeypatch):
+def test_python_blocks_of_a_page_run_one_after_the_other(page, tmp_path, monkeypatch, quick_compiler):
     monkeypatch.chdir(tmp_path)
     namespace = {"__name__": "page"}
     for number, block in enumerate(blocks(page, "python"), start=1):

@@ -2,7 +2,7 @@
 
 import importlib.util
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -10,25 +10,11 @@ import pytest
 
 if importlib.util.find_spec("jax") is None or importlib.util.find_spec("flax") is None:
     collect_ignore_glob = ["test_*.py"]
-else:
-    import jax
 
 
 @pytest.fixture(autouse=True, scope="module")
-def quick_compiler(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Compile with few optimisations, and each program once: that takes most of the time here."""
-    changes = {
-        "jax_disable_most_optimizations": True,
-        "jax_compilation_cache_dir": str(tmp_path_factory.getbasetemp() / "compiled"),
-        "jax_persistent_cache_min_compile_time_secs": 0.5,
-    }
-    before = {name: jax.config.values[name] for name in changes}
-    for name, value in changes.items():
-        jax.config.update(name, value)
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-    jax.clear_caches()  # compiled programs are large
+def quick(quick_compiler: None) -> None:
+    """Compile quickly in every test here."""
 
 
 @pytest.fixture

@@ -93,48 +93,6 @@ def teacher(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def quick_frameworks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], None]]:
-    """Return a function from the name of a backend, which is quick from then on, until the test ends.
-
-    One thread for PyTorch; JAX compiles plainly, and each program once in a whole session.
-    """
-    undo: list[Callable[[], None]] = []
-
-    def prepare(backend: str) -> None:
-        if backend == "torch":
-            import torch
-
-            threads = torch.get_num_threads()
-            torch.set_num_threads(1)
-            undo.append(lambda: torch.set_num_threads(threads))
-            return
-        import jax
-        from jax.experimental.compilation_cache import compilation_cache
-
-        settings = {
-            "jax_disable_most_optimizations": True,
-            "jax_compilation_cache_dir": str(tmp_path_factory.getbasetemp() / "compiled"),
-            "jax_persistent_cache_min_compile_time_secs": 0.0,
-            "jax_persistent_cache_min_entry_size_bytes": -1,
-        }
-        before = {name: jax.config.values[name] for name in settings}
-        for name, value in settings.items():
-            jax.config.update(name, value)
-        compilation_cache.reset_cache()
-
-        def restore() -> None:
-            for name, value in before.items():
-                jax.config.update(name, value)
-            compilation_cache.reset_cache()
-
-        undo.append(restore)
-
-    yield prepare
-    for call in undo:
-        call()
-
-
-@pytest.fixture
 def tiny_words(fake: Any, tmp_path: Path) -> list[str]:
     """The same options as words of the command line."""
     words = []

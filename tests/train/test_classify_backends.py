@@ -63,13 +63,9 @@ def record(folder):
     return json.loads((folder / "evaluation.json").read_text())
 
 
-@pytest.fixture(autouse=True)
-def quick(quick_frameworks):
+@pytest.fixture(autouse=True, scope="module")
+def quick(quick_compiler, one_thread):
     """All of these tests may use both frameworks."""
-    pytest.importorskip("torch")
-    pytest.importorskip("flax")
-    for backend in BACKENDS:
-        quick_frameworks(backend)
 
 
 @pytest.fixture(scope="module")

@@ -44,23 +44,8 @@ DIRECTIONS = [("torch", "jax"), ("jax", "torch")]
 
 
 @pytest.fixture(autouse=True, scope="module")
-def quiet_frameworks(tmp_path_factory):
-    """Few optimisations and one compilation per program for JAX, and one thread for PyTorch."""
-    changes = {
-        "jax_disable_most_optimizations": True,
-        "jax_compilation_cache_dir": str(tmp_path_factory.getbasetemp() / "compiled"),
-        "jax_persistent_cache_min_compile_time_secs": 0.1,
-    }
-    before = {name: jax.config.values[name] for name in changes}
-    for name, value in changes.items():
-        jax.config.update(name, value)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-    for name, value in before.items():
-        jax.config.update(name, value)
-    jax.clear_caches()  # compiled programs are large
+def quick(quick_compiler, one_thread):
+    """Both frameworks are quick in every test here."""
 
 
 def pretrain(out, backend, *more):

@@ -27,24 +27,8 @@ METHODS = {"mae": {}, "simmim": SIMMIM, "maskalign": MASKALIGN}
 
 
 @pytest.fixture(autouse=True, scope="module")
-def quick_compiler(tmp_path_factory):
-    """Compile plainly, and each program once: a run, its stopped twin and its resumption share theirs."""
-    from jax.experimental.compilation_cache import compilation_cache
-
-    settings = {
-        "jax_disable_most_optimizations": True,
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("programs")),
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-        "jax_persistent_cache_min_entry_size_bytes": -1,
-    }
-    before = {name: jax.config.values[name] for name in settings}
-    for name, value in settings.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
+def quick(quick_compiler):
+    """A run, its stopped twin and its resumption share their programs."""
 
 
 @pytest.fixture(scope="module")

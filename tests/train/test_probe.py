@@ -29,10 +29,9 @@ def weights(config):
 
 
 @pytest.fixture(params=["fake", "torch", "jax"])
-def backend(request, quick_frameworks):
+def backend(request):
     if request.param != "fake":
-        pytest.importorskip("flax" if request.param == "jax" else "torch")
-        quick_frameworks(request.param)
+        request.getfixturevalue({"torch": "one_thread", "jax": "quick_compiler"}[request.param])
     return request.param
 
 
