@@ -21,6 +21,7 @@ LINES = {
         "#d9822b",
         {0.0: DENSE, 0.25: "partial 0.25, random", 0.5: PARTIAL, 0.65: "partial 0.65, random"},
     ),
+    "PR-MIM, compute of dense": ("#6a4c93", {0.5: "PR-MIM, equal compute"}),
 }
 """What is drawn: a colour, and arms by the share of patches that they throw."""
 LOSSES = {"loss_decoded": "loss, decoded", "loss_thrown": "loss, thrown"}
@@ -130,7 +131,7 @@ def show(results: Results, report: Report) -> None:
                 for choice, found in effects[measured[0]].items()
             },
         )
-    columns = {"epochs": "d", "MACs to dense": ".3f", **dict.fromkeys(LOSSES.values(), "")}
+    columns = {"epochs": "d", "MACs of a step to dense": ".3f", **dict.fromkeys(LOSSES.values(), "")}
     report.table("cost and loss", columns, {arm: _costs(runs) for arm, runs in present.items()})
 
 
