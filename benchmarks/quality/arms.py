@@ -190,7 +190,7 @@ OTHER_ARMS = (
 MAIN_ARMS = (DENSE, PARTIAL, "partial, furthest", DEFAULT, *OTHER_ARMS)
 BEST_SCREENED_ARMS = ("none, conv, 2", "none, kernel, 2")
 """What was ahead of the default on linear accuracy, with as many stages: worth more seeds."""
-SCREENED_ARMS = (DENSE, PARTIAL, "partial, furthest", *GRID, *OTHER_ARMS)
+SCREENED_ARMS = (DENSE, PARTIAL, "partial, furthest", *GRID, *OTHER_ARMS, "PR-MIM, thrown weight 0.5")
 
 STUDIES = {
     study.name: study
