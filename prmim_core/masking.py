@@ -118,7 +118,8 @@ def weighted_visible(noise: Array, weights: Array, num_visible: int) -> Array:
     -----
     An exponential race: token i arrives at -log(u_i) / w_i, u_i uniform by the noise, and the first V to arrive are
     drawn, which is successive sampling without replacement (Efraimidis and Spirakis, 2006). Logarithms differ in the
-    last bit between libraries, so near-ties may be drawn in another order there.
+    last bit between libraries, so near-ties may be drawn in another order there. Positive weights below 2^-100 count as
+    2^-100.
 
     Examples
     --------
@@ -176,6 +177,10 @@ def tube_visible(noise: Array, grid: Grid, num_visible: int) -> Array:
     return xp.reshape(starts[None, :, None] + in_frame[:, None, :], (noise.shape[0], num_visible))
 
 
+LEAST_RATE = 2.0**-100
+"""As what smaller positive weights count: times of arrival of smaller ones would not be finite in float32."""
+
+
 def arrival_times(noise: Array, weights: Array) -> Array:
     """Return when each token arrives in the exponential race of :func:`weighted_visible`: float (batch, N)."""
     xp = array_namespace(noise, weights)
@@ -184,7 +189,7 @@ def arrival_times(noise: Array, weights: Array) -> Array:
     check_weights(weights, noise)
     rates = xp.astype(weights, xp.float32)
     never = xp.full_like(rates, float("inf"))
-    safe = xp.where(rates > 0, rates, xp.ones_like(rates))
+    safe = xp.where(rates > LEAST_RATE, rates, xp.full_like(rates, LEAST_RATE))
     return xp.where(rates > 0, -xp.log(uniform(noise)) / safe, never)
 
 

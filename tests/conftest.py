@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 # No database and no randomness: a test does tomorrow what it does today.
-hypothesis.settings.register_profile("prmim", deadline=None, derandomize=True, database=None, max_examples=50)
+hypothesis.settings.register_profile("prmim", deadline=None, derandomize=True, database=None, max_examples=30)
 # A longer hunt for counterexamples, fresh each time: HYPOTHESIS_PROFILE=search.
 hypothesis.settings.register_profile("search", deadline=None, database=None, max_examples=2000)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "prmim"))

@@ -80,7 +80,8 @@ def weighted_draw(
 
     An exponential race: token i arrives at the time -log(u_i) / w_i, where u_i is its noise as a number in (0, 1)
     (`noise.uniform`), and the first to arrive are drawn. A token of weight 0 never arrives in finite time, and is drawn
-    only after all others. Equal times are settled by the lower token number.
+    only after all others. Equal times are settled by the lower token number. Positive weights below 2^-100 count as
+    2^-100, so that all times are finite in float32.
 
     Examples
     --------
@@ -91,7 +92,8 @@ def weighted_draw(
         raise ValueError(f"num_drawn: expected 0 to {len(candidates)}, got {num_drawn}")
     arrival = {}
     for token in candidates:
-        arrival[token] = -math.log(uniform(noise[token])) / weights[token] if weights[token] > 0 else math.inf
+        rate = max(weights[token], 2.0**-100)
+        arrival[token] = -math.log(uniform(noise[token])) / rate if weights[token] > 0 else math.inf
     return sorted(candidates, key=lambda token: (arrival[token], token))[:num_drawn]
 
 

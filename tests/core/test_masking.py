@@ -85,6 +85,15 @@ def test_weights_of_zero_come_last_and_negative_ones_count_as_zero():
     assert [sorted(row) for row in order[:, -5:].tolist()] == [[0, 1, 2, 3, 4]] * 3
 
 
+def test_the_smallest_weights_still_come_before_those_of_zero(xp):
+    noise = np.zeros((1, 6), np.int32)  # of which the times of arrival are longest
+    weights = np.asarray([[0.0, 2e-38, 1.0, 0.0, 2e-38, 0.0]], np.float32)
+    drawn = xp.run(lambda noise, weights: weighted_visible(noise, weights, 6), noise, weights)
+    expected = reference.masking.weighted_visible(noise[0].tolist(), weights[0].tolist(), 6)
+    xp.assert_equal(drawn, np.asarray([expected]), dtype="index")
+    assert expected == [2, 1, 4, 0, 3, 5]
+
+
 def test_scale_of_the_weights_does_not_matter():
     np.testing.assert_array_equal(weighted_visible(NOISE, WEIGHTS, 9), weighted_visible(NOISE, WEIGHTS * 1024, 9))
 
