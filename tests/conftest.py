@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 # No database and no randomness: a test does tomorrow what it does today.
-hypothesis.settings.register_profile("prmim", deadline=None, derandomize=True, database=None, max_examples=30)
+hypothesis.settings.register_profile("prmim", deadline=None, derandomize=True, database=None, max_examples=50)
 # A longer hunt for counterexamples, fresh each time: HYPOTHESIS_PROFILE=search.
 hypothesis.settings.register_profile("search", deadline=None, database=None, max_examples=2000)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "prmim"))
@@ -198,7 +198,7 @@ def library(request: pytest.FixtureRequest) -> Backend:
 @pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:
     """Let PyTorch use one thread: small tensors gain nothing by more."""
-    torch = pytest.importorskip("torch")
+    torch = importlib.import_module("torch")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -208,7 +208,7 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def quick_compiler(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Let JAX compile with few optimisations, and each program once: that takes most of the time of many tests."""
-    jax = pytest.importorskip("jax")
+    jax = importlib.import_module("jax")
     compilation_cache = importlib.import_module("jax.experimental.compilation_cache.compilation_cache")
     changes = {
         "jax_disable_most_optimizations": True,

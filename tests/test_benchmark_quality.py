@@ -70,6 +70,7 @@ def test_a_study_is_done_in_pieces_and_what_is_done_is_skipped(study, tmp_path, 
     result = found[DEFAULT][0]
     assert result["epochs"] == 2
     assert result["macs_to_dense"] < 1
+    assert runs.cost_ratio(study.world.pretrain, ARMS[DENSE]) == 1
     assert all(0 < result[name] <= 1 for name in ("linear", "knn", "finetune"))
     assert result["loss_thrown"] > 0
     capsys.readouterr()

@@ -63,6 +63,10 @@ def record(folder):
     return json.loads((folder / "evaluation.json").read_text())
 
 
+pytest.importorskip("torch")
+pytest.importorskip("flax")
+
+
 @pytest.fixture(autouse=True, scope="module")
 def quick(quick_compiler, one_thread):
     """All of these tests may use both frameworks."""

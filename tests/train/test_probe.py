@@ -31,6 +31,7 @@ def weights(config):
 @pytest.fixture(params=["fake", "torch", "jax"])
 def backend(request):
     if request.param != "fake":
+        pytest.importorskip("flax" if request.param == "jax" else "torch")
         request.getfixturevalue({"torch": "one_thread", "jax": "quick_compiler"}[request.param])
     return request.param
 
