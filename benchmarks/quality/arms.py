@@ -195,10 +195,10 @@ SCREENED_ARMS = (DENSE, PARTIAL, "partial, furthest", *GRID, *OTHER_ARMS, "PR-MI
 STUDIES = {
     study.name: study
     for study in (
-        Study("digits", DIGITS, (DENSE, PARTIAL, DEFAULT), epochs=60, seeds=3),
+        Study("digits", DIGITS, (DENSE, PARTIAL, "partial, furthest", DEFAULT, "PR-MIM, detached"), epochs=60, seeds=3),
         Study("screen", CIFAR, SCREENED_ARMS, epochs=4, seeds=1, finetuned=False),
         Study("confirm", CIFAR, (*MAIN_ARMS, *BEST_SCREENED_ARMS), epochs=4, seeds=3),
-        Study("long", CIFAR, MAIN_ARMS, epochs=20, seeds=3),
+        Study("long", CIFAR, (*MAIN_ARMS, *BEST_SCREENED_ARMS), epochs=20, seeds=3),
         Study("imagenette", IMAGENETTE, MAIN_ARMS, epochs=200, seeds=3),
     )
 }
