@@ -122,6 +122,7 @@ ARMS: dict[str, Arm] = {
     "PR-MIM, detached": Arm({}, detached=True),
     "PR-MIM, equal compute": Arm({}, equal_compute=True),
     "PR-MIM, thrown weight 0.5": Arm({"thrown_weight": 0.5}),
+    "PR-MIM, random": Arm({"throwing": "random"}),
 }
 """All arms by name. What an arm does not say is the default of ``prmim pretrain``, PR-MIM at 0.5."""
 
@@ -191,14 +192,16 @@ MAIN_ARMS = (DENSE, PARTIAL, "partial, furthest", DEFAULT, *OTHER_ARMS)
 BEST_SCREENED_ARMS = ("none, conv, 2", "none, kernel, 2")
 """What was ahead of the default on linear accuracy, with as many stages: worth more seeds."""
 SCREENED_ARMS = (DENSE, PARTIAL, "partial, furthest", *GRID, *OTHER_ARMS, "PR-MIM, thrown weight 0.5")
+DIGITS_ARMS = (DENSE, PARTIAL, "partial, furthest", DEFAULT, "PR-MIM, random", "PR-MIM, detached")
+"""Sampling and reconstruction, each with and without the other."""
 
 STUDIES = {
     study.name: study
     for study in (
-        Study("digits", DIGITS, (DENSE, PARTIAL, "partial, furthest", DEFAULT, "PR-MIM, detached"), epochs=60, seeds=3),
+        Study("digits", DIGITS, DIGITS_ARMS, epochs=60, seeds=3),
         Study("screen", CIFAR, SCREENED_ARMS, epochs=4, seeds=1, finetuned=False),
         Study("confirm", CIFAR, (*MAIN_ARMS, *BEST_SCREENED_ARMS), epochs=4, seeds=3),
-        Study("long", CIFAR, (*MAIN_ARMS, *BEST_SCREENED_ARMS), epochs=20, seeds=3),
+        Study("long", CIFAR, (*MAIN_ARMS, *BEST_SCREENED_ARMS, "PR-MIM, random"), epochs=20, seeds=3),
         Study("imagenette", IMAGENETTE, MAIN_ARMS, epochs=200, seeds=3),
     )
 }
