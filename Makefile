@@ -16,7 +16,7 @@ pretrain: .venv/installed-$(BACKEND)
 	$(BIN)/prmim pretrain --backend $(BACKEND) --out $(OUT) --resume
 
 # One thread each: two test processes that each use all cores wait for one another most of the time. XLA compiles a
-# training step in a third of the time without its newer code generator; the runs that fault tests start do with it.
+# training step in a third of the time without its newer code generator. The runs that fault tests start keep it.
 test: .venv/installed-dev
 	OMP_NUM_THREADS=1 XLA_FLAGS=--xla_cpu_use_fusion_emitters=false \
 		$(BIN)/python -m pytest -q -n 2 --dist worksteal

@@ -14,6 +14,9 @@ from prmim_train.cli import main
 from prmim_train.prepare import read_run_config
 from prmim_train.run_directory import RunDirectory
 
+pytest.importorskip("torch")
+pytest.importorskip("flax")
+
 SMALL = {
     **{"image_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2, "epochs": 2, "batch_size": 240},
     **{"base_learning_rate": 0.01, "device": "cpu", "eval_limit": 0, "pictures": 0},
@@ -61,10 +64,6 @@ def weights(folder):
 
 def record(folder):
     return json.loads((folder / "evaluation.json").read_text())
-
-
-pytest.importorskip("torch")
-pytest.importorskip("flax")
 
 
 @pytest.fixture(autouse=True, scope="module")
