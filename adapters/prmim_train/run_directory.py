@@ -26,6 +26,7 @@ import os
 import re
 import shutil
 import sys
+import time
 import uuid
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -289,8 +290,9 @@ class RunDirectory:
                     _flush(self.path / METRICS)
                 directory.rename(place)
                 _flush(place.parent)
-        finally:
-            shutil.rmtree(directory, ignore_errors=True)
+        except Exception:
+            _delete_for_good(directory)
+            raise
         self._delete_old(keep)
 
     @contextmanager
@@ -438,6 +440,21 @@ def _make_empty(directory: Path) -> None:
     if directory.exists():
         shutil.rmtree(directory)
     directory.mkdir()  # without parents: a run whose folder was deleted must not begin another one
+
+
+def _delete_for_good(directory: Path) -> None:
+    """Delete what is there of a checkpoint that could not be written.
+
+    The first file that fails ends a save. Orbax leaves others, already begun, to themselves: they appear in the folder
+    while it is deleted, or bring it back.
+    """
+    times_gone = 0
+    for _ in range(50):
+        shutil.rmtree(directory, ignore_errors=True)
+        time.sleep(0.1)
+        times_gone = 0 if directory.exists() else times_gone + 1
+        if times_gone == 3:
+            return
 
 
 def write_atomically(path: Path, content: bytes) -> None:

@@ -1,7 +1,10 @@
 import errno
 import json
 import os
+import time
 from concurrent.futures import Future
+from contextlib import suppress
+from threading import Thread
 
 import pytest
 
@@ -69,6 +72,30 @@ def test_a_failed_save_leaves_nothing_behind_and_the_old_checkpoint_whole(run, e
     assert "\n" not in str(caught.value)
     assert names(run) == ["step_00000001"]
     assert (run.latest_checkpoint() / "weights.safetensors").read_text() == "old"
+
+
+class Straggler(Saver):
+    """Fails while files of it are still being written."""
+
+    def _save(self, directory):
+        def write_on():
+            for number in range(20):
+                time.sleep(0.02)
+                with suppress(FileNotFoundError):  # deleted between the two
+                    (directory / "state").mkdir(parents=True, exist_ok=True)
+                    (directory / "state" / str(number)).write_text("state")
+
+        self.thread = Thread(target=write_on)
+        self.thread.start()
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_failed_save_leaves_nothing_behind_though_files_of_it_are_still_written(run):
+    saver = Straggler()
+    with pytest.raises(OSError, match="No space left on device"):
+        run.start_checkpoint(saver, 1, keep=1).finish()
+    saver.thread.join()
+    assert names(run) == []
 
 
 def test_a_checkpoint_bears_its_name_only_when_it_is_on_the_disk(run, monkeypatch):
