@@ -443,17 +443,17 @@ def _make_empty(directory: Path) -> None:
 
 
 def _delete_for_good(directory: Path) -> None:
-    """Delete what is there of a checkpoint that could not be written.
+    """Delete what is there of a checkpoint that could not be written, until it has been gone for two seconds.
 
-    The first file that fails ends a save. Orbax leaves others, already begun, to themselves: they appear in the folder
-    while it is deleted, or bring it back.
+    The first file that fails ends a save. Orbax leaves others, already begun, to themselves, and has no way to wait for
+    them: they appear in the folder while it is deleted, or bring it back, up to 0.6 s later where 1,500 arrays failed.
     """
     times_gone = 0
-    for _ in range(50):
+    for _ in range(60):
         shutil.rmtree(directory, ignore_errors=True)
         time.sleep(0.1)
         times_gone = 0 if directory.exists() else times_gone + 1
-        if times_gone == 3:
+        if times_gone == 20:
             return
 
 

@@ -79,11 +79,11 @@ class Straggler(Saver):
 
     def _save(self, directory):
         def write_on():
-            for number in range(20):
-                time.sleep(0.02)
+            for pause in (*[0.02] * 20, 0.6):
+                time.sleep(pause)
                 with suppress(FileNotFoundError):  # deleted between the two
                     (directory / "state").mkdir(parents=True, exist_ok=True)
-                    (directory / "state" / str(number)).write_text("state")
+                    (directory / "state" / "array").write_text("state")
 
         self.thread = Thread(target=write_on)
         self.thread.start()
