@@ -1,6 +1,7 @@
-"""Run the benchmarks in minutes, or with ``--full`` all of them at the settings of the documentation.
+"""Run short benchmarks in a few minutes, or with ``--full`` all of them.
 
-Each is a process of its own, so that none finds the memory as another one left it.
+The full benchmarks have the settings of the documentation. Each benchmark runs in its own process, so that none
+inherits the memory state of another.
 """
 
 import os
@@ -45,19 +46,19 @@ FULL = {
     "scan": [[]],
     "input": [[]],
 }
-"""What is run, by benchmark: a list of options for each run."""
+"""Runs of each benchmark, as lists of options."""
 
 KEPT_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "4000000000", "MALLOC_TRIM_THRESHOLD_": "16000000000"}
-"""glibc hands large blocks back to the system and asks for them anew in every step; kept, times can be repeated."""
+"""Make glibc keep large blocks between steps instead of returning them to the system: times become repeatable."""
 TIMED = ("step", "profile", "backends")
-"""The benchmarks with many large blocks whose times matter."""
+"""Benchmarks that time large allocations."""
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run them one after the other, to the end whatever becomes of one; return how many failed."""
+    """Run all benchmarks, also after a failure; return the number of failures."""
     parser = argument_parser(__doc__)
-    parser.add_argument("--full", action="store_true", help="all of them, at length: about an hour on two cores")
-    parser.add_argument("--only", nargs="+", choices=tuple(FULL), metavar="NAME", help=", ".join(FULL))
+    parser.add_argument("--full", action="store_true", help="all benchmarks at full length: about an hour on two cores")
+    parser.add_argument("--only", nargs="+", choices=tuple(FULL), metavar="NAME", help=f"some of {', '.join(FULL)}")
     options = parser.parse_args(arguments)
     chosen = FULL if options.full else SHORT
     failed = 0

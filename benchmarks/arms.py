@@ -1,36 +1,26 @@
-"""What is compared: a method dense and with part of its patches thrown, the official layout, and peers."""
+"""Compared arms: methods dense and with thrown tokens, official layout, peers."""
 
 import copy
 from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from prmim_core import (
-    CostReport,
-    Transformer,
-    cost,
-    counter_noise,
-    inverse_permutation,
-    normalize_patches,
-    patchify,
-    simmim_cost,
-    take_tokens,
-    vit_size,
-)
-from prmim_core.cost import Attention
+from prmim_core import counter_noise, normalize_patches, patchify, take_tokens
+from prmim_methods import Accounting, CostReport, TrainingConfig, create_config, vit_size
 from prmim_torch import MAE, create_method, make_plan
 from prmim_torch.method import Method
 
 ARMS: dict[str, dict[str, Any]] = {
-    "dense": {"throwing": "none"},
-    "partial 0.5": {"throwing": "random", "variant": "none"},
+    "dense": {"throw_ratio": 0.0},
+    "partial 0.5": {"throwing": "random", "reconstruction": "none"},
     "PR-MIM 0.25": {"throw_ratio": 0.25},
     "PR-MIM 0.5": {"throw_ratio": 0.5},
     "PR-MIM 0.65": {"throw_ratio": 0.65},
 }
-"""Arms of MAE by name, as options; all others are the method's own. Partial: thrown tokens are not supervised."""
+"""Options of MAE's arms; omitted options have the method's defaults. Partial: thrown tokens are not supervised."""
 
 METHODS = {
     "mae": ARMS,
@@ -40,13 +30,13 @@ METHODS = {
 
 OFFICIAL = "official layout"
 PEERS = {f"transformers {attention}": attention for attention in ("sdpa", "eager")}
-"""MAEs of others, by name: that of transformers with each of its attentions."""
+"""Peer implementations: the MAE of transformers, with each of its attention kernels."""
 
 NUM_TOKENS = 196
 
 
 def build(arm: str, model: str = "vit_base", *, method: str = "mae", **options: Any) -> nn.Module:
-    """Return what an arm trains; "official layout" is :class:`OfficialLayout`, a peer is :class:`TransformersMAE`."""
+    """Return the module of an arm, of the official layout or of a peer."""
     if arm in PEERS:
         return TransformersMAE(model, PEERS[arm])
     if arm == OFFICIAL:
@@ -54,20 +44,34 @@ def build(arm: str, model: str = "vit_base", *, method: str = "mae", **options: 
     return create_method(method, model=model, **{**METHODS[method][arm], **options})
 
 
+def jax_engine(arm: str, model: str, *, method: str, precision: str, device: str = "auto", **options: Any) -> Any:
+    """Return a JAX engine that trains an arm."""
+    from prmim_jax import Engine
+
+    training = TrainingConfig(total_steps=1000, learning_rate=1e-4, precision=precision, device=device)
+    return Engine(create_config(method, model=model, **METHODS[method][arm], **options), training)
+
+
+def compile_step(engine: Any, batch: int) -> Any:
+    """Return a JAX engine's compiled training step for images of 224 x 224 pixels."""
+    inputs = engine._inputs(np.zeros((batch, 224, 224, 3), np.uint8), np.arange(batch))
+    return engine._train.lower(engine._state, engine._buffers, inputs, 0, 0.0).compile()
+
+
 def inputs(batch: int, device: str = "cpu") -> tuple[Tensor, Tensor]:
-    """Return random images (batch, 224, 224, 3) and the noise of their plans."""
+    """Return random images, uint8 (batch, 224, 224, 3), and noise (batch, 196)."""
     images = torch.randint(0, 256, (batch, 224, 224, 3), dtype=torch.uint8).to(device)
     return images, counter_noise(0, 0, torch.arange(batch, device=device), NUM_TOKENS)
 
 
 def loss(module: nn.Module, images: Tensor, noise: Tensor) -> Tensor:
-    """Return the loss of a batch, whatever an arm is."""
+    """Return the loss of a batch, for any arm or peer."""
     output = module(images, noise)
     return output if isinstance(output, Tensor) else output.loss
 
 
 def share_weights(modules: Iterable[nn.Module]) -> None:
-    """Let modules have one parameter where both name and shape are alike, which spares memory."""
+    """Share parameters of equal name and shape between modules, to save memory."""
     pool: dict[tuple[str, torch.Size], nn.Parameter] = {}
     for module in modules:
         for name, parameter in list(module.named_parameters()):
@@ -76,30 +80,20 @@ def share_weights(modules: Iterable[nn.Module]) -> None:
             setattr(module.get_submodule(owner), leaf, shared)
 
 
-def formula(module: nn.Module, *, attention: Attention = "fused", compute_bytes: int = 4) -> CostReport:
-    """Return what `prmim_core.cost` says of an arm, with either attention."""
-    is_official = isinstance(module, OfficialLayout)
-    method: Any = module.method if is_official else module
-    shared: dict[str, Any] = {
-        "patch_dim": method.patch_dim,
-        "encoder": method.encoder_size,
-        "variant": method.variant,
-        "bookkeeping": "official" if is_official else "prmim",
-        "attention": "explicit" if is_official else attention,
-        "recompute_blocks": method.recompute_blocks,
-        "compute_bytes": compute_bytes,
-    }
-    if isinstance(method, MAE):
-        decoder = Transformer(method.decoder_dim, method.decoder_depth, method.decoder_heads)
-        return cost(method.schedule, decoder=decoder, **shared)
-    return simmim_cost(method.schedule, **shared)
+def formula(module: nn.Module, *, attention: str = "fused", compute_bytes: int = 4) -> CostReport:
+    """Return the cost of an arm by the formulas of :mod:`prmim_methods.cost`."""
+    if isinstance(module, OfficialLayout):
+        accounting = Accounting(compute_bytes=compute_bytes, attention="explicit", bookkeeping="official")
+        return module.method.config.cost(accounting)
+    method: Any = module
+    return method.config.cost(Accounting(compute_bytes=compute_bytes, attention=attention))
 
 
 class OfficialLayout(nn.Module):
-    """A dense MAE that works as the official one does, to compare with: same weights, same loss, more work.
+    """Dense MAE that computes as the official code does.
 
-    All patches are embedded, attention is explicit (scores and softmax are stored), the decoder's sequence is put back
-    in raster order, and every decoder token is predicted, the visible and the cls one too.
+    Weights and loss are the same as ours. It embeds all patches, stores attention scores and softmax, restores raster
+    order in the decoder, and predicts every decoder token, including visible tokens and the class token.
     """
 
     def __init__(self, method: MAE) -> None:
@@ -108,10 +102,10 @@ class OfficialLayout(nn.Module):
 
     def forward(self, images: Tensor, noise: Tensor) -> Tensor:
         """Return the loss of a batch."""
-        method, encoder, decoder = self.method, self.method.encoder, self.method.decoder
-        plan = make_plan(method.schedule, noise)
-        mean, std = (torch.tensor(values, device=images.device) for values in (method.mean, method.std))
-        patches = patchify((images.float() / 255 - mean) / std, method.patch_size)
+        config, encoder, decoder = self.method.config, self.method.encoder, self.method.decoder
+        plan = make_plan(config.schedule, noise)
+        mean, std = (torch.tensor(values, device=images.device) for values in (config.pixel_mean, config.pixel_std))
+        patches = patchify((images.float() / 255 - mean) / std, config.patch_size)
 
         tokens = encoder.patch_embed(patches) + encoder.pos_embed[:, 1:]
         cls_token = (encoder.cls_token + encoder.pos_embed[:, :1]).expand(len(tokens), -1, -1)
@@ -120,20 +114,19 @@ class OfficialLayout(nn.Module):
             x = block(x)
 
         seen = decoder.embed(encoder.norm(x))
-        hidden = decoder.mask_token.expand(len(images), method.counts.masked, -1)
-        raster = take_tokens(torch.cat([seen[:, 1:], hidden], dim=1), inverse_permutation(plan.order))
+        hidden = decoder.mask_token.expand(len(images), config.counts.masked, -1)
+        raster = take_tokens(torch.cat([seen[:, 1:], hidden], dim=1), plan.restore)
         x = torch.cat([seen[:, :1], raster], dim=1) + decoder.pos_embed
         for block in decoder.blocks:
             x = block(x)
         predicted = decoder.pred(decoder.norm(x))[:, 1:]
 
         per_token = (predicted - normalize_patches(patches)).square().mean(-1)
-        is_masked = inverse_permutation(plan.order) >= method.counts.visible
-        return (per_token * is_masked).sum() / is_masked.sum()
+        return (per_token * plan.mask).sum() / plan.mask.sum()
 
 
 class TransformersMAE(nn.Module):
-    """Hugging Face's MAE, dense, at the sizes of ours. It takes pixels (batch, 3, 224, 224) where ours take bytes."""
+    """Dense MAE of transformers at our sizes; takes float images (batch, 3, 224, 224)."""
 
     def __init__(self, model: str, attention: str) -> None:
         super().__init__()
@@ -163,7 +156,7 @@ class TransformersMAE(nn.Module):
 
 
 class ExplicitAttention(nn.Module):
-    """Attention written out, as timm did when MAE was released; the weights are those of ``attention``."""
+    """Attention with explicit scores and the weights of ``attention``, as in timm 0.3."""
 
     def __init__(self, attention: nn.Module) -> None:
         super().__init__()
@@ -174,13 +167,13 @@ class ExplicitAttention(nn.Module):
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
         scores = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5
         scores = scores if bias is None else scores + bias
-        # In float32 whatever the precision, which is autocast's rule on GPUs; on CPUs it has none.
+        # Always float32: autocast does so on GPUs, but not on CPUs.
         weights = scores.softmax(-1, dtype=torch.float32).to(v.dtype)
         return self.proj((weights @ v).transpose(1, 2).flatten(2))
 
 
 def explicit(method: Method) -> Any:
-    """Return a copy of a method whose attention is written out."""
+    """Return a copy of a method with explicit attention."""
     method = copy.deepcopy(method)
     for name, part in list(method.named_modules()):
         if name.endswith(".attn"):

@@ -1,7 +1,8 @@
-"""JAX against torch: one method from the same weights on the same batch, with both engines.
+"""Training steps of JAX compared with PyTorch.
 
-The engines take turns in one process; in turns in a process each they take the same time, on a CPU. JAX's first step is
-traced, lowered and compiled; PyTorch runs as it is written.
+Both engines train one method from the same weights on the same batch. They take turns in one process; on a CPU,
+separate processes give the same times. The first step of JAX includes tracing, lowering and compilation; PyTorch runs
+eagerly.
 """
 
 import argparse
@@ -22,8 +23,9 @@ import torch
 import prmim_jax
 import prmim_torch
 from benchmarks.arms import ARMS
-from benchmarks.report import Report, argument_parser, ratio, take_turns
+from benchmarks.report import Report, argument_parser, random_images, ratio, take_turns
 from prmim_core import Schedule, counter_noise, make_plan
+from prmim_methods import MAEConfig, TrainingConfig
 
 PACKAGES = {"torch": prmim_torch, "JAX": prmim_jax}
 COMPARED = ("dense", "PR-MIM 0.5")
@@ -31,18 +33,17 @@ COMPILING = "/jax/core/compile/"
 
 Engine = prmim_torch.Engine | prmim_jax.Engine
 Key = tuple[str, str]
-"""The name of an arm, and that of a backend."""
+"""Names of an arm and of a backend."""
 
 
 def build(options: argparse.Namespace, device: str) -> dict[Key, Engine]:
-    """Return an engine of every arm on every backend, those of one arm with the same weights."""
+    """Return an engine per arm and backend; engines of an arm share initial weights."""
     sizes = {name: getattr(options, name) for name in ("model", "decoder_dim", "decoder_depth", "decoder_heads")}
     for name in ("image_size", "patch_size"):
         sizes[name] = (getattr(options, name),) * 2
-    training = {"seed": 0, "total_steps": 1000, "warmup_steps": 0, "learning_rate": 1e-4}
-    training |= {"precision": options.precision, "device": device}
+    training = TrainingConfig(total_steps=1000, learning_rate=1e-4, precision=options.precision, device=device)
     engines = {
-        (arm, name): package.Engine({"name": "mae", **sizes, **ARMS[arm]}, **training)
+        (arm, name): package.Engine(MAEConfig(**sizes, **ARMS[arm]), training)
         for arm in COMPARED
         for name, package in PACKAGES.items()
     }
@@ -55,12 +56,12 @@ def build(options: argparse.Namespace, device: str) -> dict[Key, Engine]:
 
 
 def common_device() -> str:
-    """Return "cuda" where both backends find a GPU, else "cpu"."""
+    """Return "cuda" if both backends find a GPU, else "cpu"."""
     return "cuda" if torch.cuda.is_available() and jax.default_backend() == "gpu" else "cpu"
 
 
 def step(engine: Engine, images: np.ndarray, sample: np.ndarray) -> tuple[float, float]:
-    """Take a training step; return its seconds, the wait for its end among them, and its loss."""
+    """Run a synchronous training step; return its seconds and its loss."""
     start = time.perf_counter()
     engine.train_step(images, sample)
     loss = engine.read_metrics()["loss"]
@@ -69,7 +70,7 @@ def step(engine: Engine, images: np.ndarray, sample: np.ndarray) -> tuple[float,
 
 @contextmanager
 def compilation() -> Iterator[dict[str, float]]:
-    """Sum what JAX reports of its compilations inside, in seconds, by the name of the event."""
+    """Collect the seconds of JAX's compilation phases, by name of the event."""
     seconds: dict[str, float] = defaultdict(float)
 
     def add(event: str, duration: float, **_: object) -> None:
@@ -84,7 +85,7 @@ def compilation() -> Iterator[dict[str, float]]:
 
 
 def plans(schedule: Schedule, batch: int, device: str) -> dict[str, Callable[[], object]]:
-    """Return, by backend, a function that makes the plan of a batch and waits for it."""
+    """Return a synchronous function per backend that makes the plan of a batch."""
     noise = counter_noise(0, 0, np.arange(batch), schedule.grid.num_tokens)
     for_torch = torch.from_numpy(noise).to(device)
     for_jax = jax.device_put(noise, jax.local_devices(backend=device)[0])
@@ -101,13 +102,13 @@ def plans(schedule: Schedule, batch: int, device: str) -> dict[str, Callable[[],
 def main(arguments: list[str] | None = None) -> None:
     """Print the table."""
     options = _parse(arguments)
-    # Otherwise JAX takes most of a GPU's memory before the other one has begun.
+    # By default, JAX reserves most of the GPU's memory, which PyTorch needs too.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     device = common_device() if options.device == "auto" else options.device
     settings = {name: value for name, value in vars(options).items() if name not in ("json", "device")}
     report = Report("backends", settings | {"device": device}, options.json)
     engines = build(options, device)
-    images = np.random.default_rng(0).integers(0, 256, (options.batch, *[options.image_size] * 2, 3), dtype=np.uint8)
+    images = random_images((options.batch, options.image_size, options.image_size, 3))
     take = partial(step, images=images, sample=np.arange(options.batch))
     first, compiling = {}, {}
     for key, engine in engines.items():
@@ -116,7 +117,7 @@ def main(arguments: list[str] | None = None) -> None:
     second = {key: take(engine) for key, engine in engines.items()}
     names = {key: ", ".join(key) for key in engines}
     times = take_turns({names[key]: partial(take, engine) for key, engine in engines.items()}, options.repeats)
-    runs = plans(engines["PR-MIM 0.5", "torch"].method.schedule, options.batch, device)
+    runs = plans(engines["PR-MIM 0.5", "torch"].method.config.schedule, options.batch, device)
     planning = take_turns(runs, 5 * options.repeats)
 
     rows: dict[str, tuple[float | None, ...]] = {}
@@ -144,7 +145,7 @@ def main(arguments: list[str] | None = None) -> None:
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argument_parser(__doc__)
     parser.add_argument("--model", default="vit_tiny")
-    # The rest of the recipe photos_vit_tiny, but for the batch.
+    # Other sizes are those of the recipe photos_vit_tiny, except for the batch.
     sizes = {"image_size": 112, "patch_size": 8, "decoder_dim": 128, "decoder_depth": 4, "decoder_heads": 4}
     for name, size in {**sizes, "batch": 16, "repeats": 15}.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=size)

@@ -1,9 +1,9 @@
-"""Time and size of a checkpoint, and its share of training, on both backends.
+"""Time and size of a checkpoint, and its share of training time, on both backends.
 
-A run waits until a copy of its state is made; the copy is written, checksummed and flushed to the disk in the
-background. Both are timed with nothing else going on, so that the whole is what a run would wait for without that. The
-share is `wait / (wait + steps * step)`, for the steps between two checkpoints of the published recipe on ImageNet. The
-time of a step is measured here for `--batch` images and scaled to the recipe's, or given with `--step-seconds`.
+A run waits while its state is copied; writing, checksums and flushing to disk happen in the background. Both are timed
+without other work, so "written whole" is what a synchronous checkpoint would take. The share is
+``wait / (wait + steps * step)`` for the steps between two checkpoints of the published ImageNet recipe. The time of a
+step is measured for ``--batch`` images and scaled to the recipe's batch, or given by ``--step-seconds``.
 """
 
 import argparse
@@ -20,36 +20,37 @@ import numpy as np
 
 import prmim_jax
 import prmim_torch
-from benchmarks.report import Report, argument_parser
-from prmim_train.budget import training_budget
-from prmim_train.config import PretrainConfig
-from prmim_train.run_directory import RunDirectory
+from benchmarks.report import Report, argument_parser, random_images
+from prmim_methods import MAEConfig, TrainingConfig
+from prmim_train.config.pretrain import PretrainConfig
+from prmim_train.run.budget import training_budget
+from prmim_train.run.directory import RunDirectory
 
 PACKAGES = {"torch": prmim_torch, "JAX": prmim_jax}
 IMAGENET = 1_281_167
 
 
 def timed(call: Callable[[], Any]) -> tuple[float, Any]:
-    """Return the seconds that a call takes, and its result."""
+    """Return the seconds of a call and its result."""
     start = time.perf_counter()
     result = call()
     return time.perf_counter() - start, result
 
 
 def total_size(folder: Path) -> int:
-    """Return the bytes of all files below a folder."""
+    """Return the total bytes of all files below a folder."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def share(wait: float, step: float, steps: int) -> float:
-    """Return the part of the time of training that a run waits for checkpoints.
+    """Return the share of training time spent waiting for checkpoints.
 
     Parameters
     ----------
     wait
-        Seconds that it waits for one.
+        Seconds of waiting per checkpoint.
     step
-        Seconds that a training step takes.
+        Seconds per training step.
     steps
         Steps between two checkpoints.
 
@@ -62,23 +63,20 @@ def share(wait: float, step: float, steps: int) -> float:
 
 
 def measure(name: str, options: argparse.Namespace, folder: Path) -> dict[str, float]:
-    """Return times in seconds and the size in bytes of checkpoints of one backend."""
-    method = {"name": "mae", "model": options.model, "image_size": (options.image_size,) * 2}
-    method |= {"decoder_depth": options.decoder_depth}
-    engine = PACKAGES[name].Engine(
-        method, seed=0, total_steps=1000, warmup_steps=0, learning_rate=1e-4, device=options.device
-    )
-    shape = (options.batch, options.image_size, options.image_size, 3)
-    images = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    """Return times (median seconds) and size (bytes) of a backend's checkpoints."""
+    size = (options.image_size,) * 2
+    config = MAEConfig(model=options.model, image_size=size, decoder_depth=options.decoder_depth)
+    engine = PACKAGES[name].Engine(config, TrainingConfig(total_steps=1000, learning_rate=1e-4, device=options.device))
+    images = random_images((options.batch, options.image_size, options.image_size, 3))
 
     def step() -> None:
         engine.train_step(images, np.arange(options.batch))
         engine.read_metrics()
 
-    step()  # compiles; and without it the optimiser's moments would be zeros, which are stored in no space
+    step()  # compiles, and makes the optimizer's moments nonzero: zeros compress to nothing
     found = {"step": statistics.median(timed(step)[0] for _ in range(options.repeats))}
     run = RunDirectory(folder)
-    run.write_config("")  # which makes the folders
+    run.write_config("")  # creates the folders
     times: dict[str, list[float]] = {"wait": [], "save": [], "verify": [], "restore": []}
     for number in range(1, options.repeats + 1):
         wait, writing = timed(partial(run.start_checkpoint, engine, number, keep=1))
@@ -101,8 +99,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="cpu")
-    parser.add_argument("--step-seconds", type=float, help="time of a step of the whole recipe on your machines")
-    parser.add_argument("--folder", type=Path, help="where to write; by default where temporary files go")
+    parser.add_argument("--step-seconds", type=float, help="seconds per step of the recipe (default: measured)")
+    parser.add_argument("--folder", type=Path, help="parent folder of the checkpoints (default: a temporary folder)")
     options = parser.parse_args(arguments)
     recipe = PretrainConfig()
     steps = training_budget(recipe, IMAGENET).checkpoint_steps

@@ -1,8 +1,9 @@
-"""From image files to the device: against a plain DataLoader with PIL, and how long a run waits for its images.
+"""Throughput from image files to the device, and waiting time of a run.
 
-Both sides make batches of random crops on the device: JPEG decoded, a box of 0.2 to 1 of the area cut out, resized
-(bicubic), mirrored or not, uint8. The plain one is written as trainers commonly are, with the default collate, and has
-as many worker processes. Every turn starts both anew, and what was read ahead before the clock starts is not counted.
+The throughput is compared with a plain DataLoader. Both sides make batches of random crops on the device: decode a JPEG
+file, crop 0.2 to 1 of the area, resize (bicubic), flip at random, uint8. The plain side follows common trainers: PIL,
+default collate function, the same number of worker processes. Each turn restarts both sides; batches read ahead before
+the clock starts are not counted.
 """
 
 import argparse
@@ -26,13 +27,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from benchmarks.report import Report, argument_parser, ratio
-from prmim_train.config import PretrainConfig
-from prmim_train.data import train_batches
-from prmim_train.engine import create_engine
-from prmim_train.layers import read_options
-from prmim_train.prepare import open_data
-from prmim_train.sources import ImageSource, open_source
-from prmim_train.transforms import random_crop_box, resize
+from prmim_train.config.layers import read_options
+from prmim_train.config.pretrain import PretrainConfig, pretrain_config
+from prmim_train.data.batches import train_batches
+from prmim_train.data.sources import ImageSource, open_source
+from prmim_train.data.transforms import random_crop_box, resize
+from prmim_train.run.engine import create_engine
+from prmim_train.run.prepare import open_data
 
 READERS = {
     "0 workers": {"threads": 0},
@@ -40,19 +41,22 @@ READERS = {
     "1 worker": {"workers": 1},
     "2 workers": {"workers": 2},
 }
-"""How ours reads; the plain one has as many workers, and no threads."""
+"""Options of our readers. The plain side has the same number of workers and no threads."""
 
 LARGE = (4000, 3000)
-"""Width and height of what cameras and telephones make."""
+"""Width and height of a typical camera image."""
 
 FOREVER = 10**6  # batches
-READ_AHEAD = 2  # batches for each worker, on both sides
+READ_AHEAD = 2  # batches per worker, on both sides
 
 Batches = AbstractContextManager[Iterator[Tensor]]
 
 
 def photograph(rng: np.random.Generator, size: tuple[int, int]) -> Image.Image:
-    """Return noise of a given width and height, as rough as photographs: half a byte per pixel as JPEG."""
+    """Return noise (width, height) that compresses like photographs.
+
+    As a JPEG file of quality 90, it takes about half a byte per pixel.
+    """
     width, height = size
     pixels = np.full((height, width, 3), 128, np.float32)
     for octave in range(1, math.ceil(math.log2(max(size)))):
@@ -66,7 +70,7 @@ def photograph(rng: np.random.Generator, size: tuple[int, int]) -> Image.Image:
 
 
 def write_photographs(folder: Path, size: tuple[int, int], pictures: int) -> str:
-    """Make a folder of JPEG files; return its path."""
+    """Create a folder of JPEG files and return its path."""
     folder.mkdir()
     rng = np.random.default_rng(0)
     for number in range(pictures):
@@ -78,7 +82,7 @@ def write_photographs(folder: Path, size: tuple[int, int], pictures: int) -> str
 
 
 class Plain(Dataset[Any]):
-    """Random crops of image files, as trainers commonly make them."""
+    """Random crops of image files, as in common trainers."""
 
     def __init__(self, source: Any, image_size: int) -> None:
         self.files = [source.folder / name for name in source.files]
@@ -102,9 +106,9 @@ class Plain(Dataset[Any]):
 def plain_batches(
     source: ImageSource, *, batch: int, image_size: int, device: str, workers: int = 0
 ) -> Iterator[Iterator[Tensor]]:
-    """Give batches of the plain trainer, on the device."""
+    """Yield batches of the plain side on the device."""
     dataset = Plain(source, image_size)
-    # Not forked: other threads run here.
+    # Forking is unsafe: this process has other threads.
     context = multiprocessing.get_context("forkserver") if workers else None
     loader = DataLoader(
         dataset,
@@ -120,8 +124,8 @@ def plain_batches(
 def our_batches(
     source: ImageSource, *, batch: int, image_size: int, device: str, **readers: int
 ) -> Iterator[Iterator[Tensor]]:
-    """Give batches of `train_batches`, on the device."""
-    # As many as in a data set of some size: to shuffle a few takes grain longer.
+    """Yield batches of ``train_batches`` on the device."""
+    # Repeat the images to the size of a real data set: grain shuffles small ones more slowly.
     indices = np.resize(np.arange(len(source)), 2**16)
     options = {"indices": indices, "batch_size": batch, "image_size": (image_size, image_size), **readers}
     with train_batches(source, **options, seed=0, total_steps=FOREVER) as batches:
@@ -129,7 +133,7 @@ def our_batches(
 
 
 def seconds_per_batch(stream: Batches, device: str, ahead: int, number: int) -> float:
-    """Return the time of a batch, after those that may have been read ahead."""
+    """Return the seconds per batch, without batches that were read ahead."""
     with stream as batches:
         for _ in itertools.islice(batches, ahead):
             pass
@@ -144,10 +148,10 @@ def seconds_per_batch(stream: Batches, device: str, ahead: int, number: int) -> 
 def compare(
     source: ImageSource, readers: dict[str, dict[str, int]], repeats: int, number: int, **shape: Any
 ) -> dict[str, tuple[float, ...]]:
-    """Return rows of images per second of ours, per core of ours, of the plain one, and ours to the plain one."""
+    """Return rows of images per second: ours, per core, plain, ours to plain."""
     ours: dict[str, list[float]] = {name: [] for name in readers}
     plain: dict[str, list[float]] = {name: [] for name in readers}
-    for _ in range(repeats):  # in turns, so that a slow moment hits all
+    for _ in range(repeats):  # in turns, so that temporary load affects all
         for name, reader in readers.items():
             workers = reader.get("workers", 0)
             ahead = 1 + READ_AHEAD * max(reader.values())
@@ -165,7 +169,7 @@ def compare(
 
 
 def pack(source: Any, where: Path, image_size: int) -> dict[str, str]:
-    """Pack the images of a folder; return the paths by the kind of the file."""
+    """Pack the images of a folder into files; return their paths by kind."""
     files = [source.folder / name for name in source.files]
     with tarfile.open(where / "packed.tar", "w") as archive:
         for file in files:
@@ -179,7 +183,7 @@ def pack(source: Any, where: Path, image_size: int) -> dict[str, str]:
 def compare_sources(
     sources: dict[str, ImageSource], repeats: int, number: int, **shape: Any
 ) -> dict[str, tuple[float, float]]:
-    """Return rows of images per second read by one thread, and to the first of the sources."""
+    """Return rows of images per second in one thread, and ratios to the first source."""
     times: dict[str, list[float]] = {name: [] for name in sources}
     for _ in range(repeats):
         for name, source in sources.items():
@@ -190,7 +194,10 @@ def compare_sources(
 
 
 def reduced(source: ImageSource, image_size: int, crops: int) -> tuple[float, float | None, float | None]:
-    """Return which share of crops differs from those of fully decoded images, and their PSNR: median, least, in dB."""
+    """Compare crops with those of fully decoded images.
+
+    Returns the share of crops that differ, and their median and least PSNR in dB.
+    """
     size = (image_size, image_size)
     found = []
     for number in range(crops):
@@ -205,9 +212,10 @@ def reduced(source: ImageSource, image_size: int, crops: int) -> tuple[float, fl
 
 
 def waiting(config: PretrainConfig, steps: int, warm_up: int = 3) -> tuple[float, float, float]:
-    """Return milliseconds of a training step, those of the wait for its images, and their share in percent.
+    """Return how long a training step waits for its images.
 
-    The device is waited for in every step. Runs, which do not, hide more of the reading behind it.
+    The result is milliseconds per step, milliseconds of waiting, and their share in percent. Steps are synchronous.
+    Real runs are not, and hide more of the reading.
     """
     data = open_data(config)
     engine = create_engine(config, data.budget)
@@ -242,7 +250,7 @@ def main(arguments: list[str] | None = None) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     on_gpu = device == "cuda"
     step_batch = options.step_batch or (256 if on_gpu else 16)
-    multiprocessing.set_forkserver_preload(["torch.utils.data", "prmim_train.data"])
+    multiprocessing.set_forkserver_preload(["torch.utils.data", "prmim_train.data.batches"])
     with tempfile.TemporaryDirectory() as temporary:
         where = Path(temporary)
         folder = options.data or write_photographs(where / "small", tuple(options.size), options.pictures)
@@ -275,8 +283,8 @@ def main(arguments: list[str] | None = None) -> None:
         small = {"data": folder, "image_size": options.image_size, "model": "vit_small", "batch_size": step_batch}
         small |= {"holdout": 0.0, "precision": precision, "compile": on_gpu}
         runs = {
-            "digits": (PretrainConfig(**read_options("digits")), 20 * options.steps),
-            f"ViT-S/16, batch {step_batch}": (PretrainConfig(**small), options.steps),
+            "digits": (pretrain_config(**read_options("digits")), 20 * options.steps),
+            f"ViT-S/16, batch {step_batch}": (pretrain_config(**small), options.steps),
         }
         columns = {"ms a step": ".1f", "waiting": ".2f", "share, %": ".2f"}
         report.table("run", columns, {name: waiting(*run) for name, run in runs.items()})
@@ -284,13 +292,13 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argument_parser(__doc__)
-    parser.add_argument("--data", help="a folder of JPEG files, in place of those made here")
-    parser.add_argument("--size", type=int, nargs=2, default=(500, 375), help="width and height of those made here")
-    parser.add_argument("--large", type=int, nargs=2, default=LARGE, help="width and height of a large photograph")
+    parser.add_argument("--data", help="folder of JPEG files (default: generated images)")
+    parser.add_argument("--size", type=int, nargs=2, default=(500, 375), help="width and height of generated images")
+    parser.add_argument("--large", type=int, nargs=2, default=LARGE, help="size of the large generated image")
     sizes = {"pictures": 64, "image_size": 224, "batch": 32, "images": 256, "repeats": 3, "crops": 32, "steps": 10}
     for name, default in sizes.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=default)
-    parser.add_argument("--step-batch", type=int, help="images of a step of ViT-S/16 (256 on a GPU, else 16)")
+    parser.add_argument("--step-batch", type=int, help="batch size of ViT-S/16 (default: 256 on a GPU, else 16)")
     return parser.parse_args(arguments)
 
 

@@ -1,9 +1,9 @@
-"""Memory of a training step per image: what is saved for the backward pass, and the peak of all allocations.
+"""Memory of a training step per image: saved for the backward pass, and peak.
 
-Both are what one more image in the batch adds, so that parameters and half-precision copies of them count for nothing,
-and gradients of parameters are there from the start, as in all parts of an accumulated batch but the first.
-Beside them stands `prmim_core.cost`: `activation_bytes` for what is saved, `peak_activation_bytes` for the peak, which
-also has the gradients of activations in it. The official MAE trains under half-precision autocast.
+Both numbers are what one more image in the batch adds, so parameters and their half-precision copies do not count.
+Parameter gradients exist from the start, as in gradient accumulation. The formulas are ``activation_bytes`` and
+``peak_activation_bytes`` of ``prmim_methods.cost``; the peak includes gradients of activations. The official MAE trains
+with half-precision autocast.
 """
 
 import argparse
@@ -18,30 +18,30 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import arms
-from benchmarks.report import Report, argument_parser
+from benchmarks.report import Report, argument_parser, pick_device, verdict
 
 RECOMPUTED = ", recomputed"
 EXPLICIT = ", explicit"
 GOALS = {("PR-MIM 0.5", arms.OFFICIAL): 0.64, ("PR-MIM 0.5", "dense"): 0.72}
-"""What PR-MIM may save at most, of what another arm saves."""
+"""Upper bounds of the bytes that PR-MIM saves, relative to another arm."""
 
 
 def build(arm: str, model: str, method: str) -> nn.Module:
-    """Return what an arm trains; its name may end with how attention is written, or with that blocks are recomputed."""
+    """Return the module of an arm; its name may end with EXPLICIT or RECOMPUTED."""
     plain = arm.removesuffix(RECOMPUTED).removesuffix(EXPLICIT)
     module = arms.build(plain, model, method=method, **{"recompute_blocks": True} if RECOMPUTED in arm else {})
     return arms.explicit(module) if EXPLICIT in arm else module
 
 
 def names(method: str) -> list[str]:
-    """Return the arms of a method, the official layout first."""
+    """Return the names of a method's arms, the official layout first."""
     half = "PR-MIM 0.5"
     extra = [arm + ending for ending in (EXPLICIT, RECOMPUTED) for arm in ("dense", half)]
     return [arms.OFFICIAL] * (method == "mae") + [*arms.METHODS[method], *extra]
 
 
 def saved_bytes(forward: Callable[[], Tensor], parameters: list[Tensor]) -> int:
-    """Count the bytes that a forward pass keeps for the backward pass, each storage once, parameters not."""
+    """Count the bytes saved for the backward pass: each storage once, no parameters."""
     own = {parameter.untyped_storage().data_ptr() for parameter in parameters}
     kept: dict[int, int] = {}
 
@@ -53,13 +53,13 @@ def saved_bytes(forward: Callable[[], Tensor], parameters: list[Tensor]) -> int:
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         output = forward()
-    # The graph must live until here: freed storages would be counted again at the same address, or not at all.
+    # Keep the graph alive until here: a freed address may be reused, and its storage would be lost or counted twice.
     del output
     return sum(kept.values())
 
 
 def peak_bytes(step: Callable[[], object], device: str) -> int:
-    """Return the most bytes that a run has allocated at a time, beyond those at its start."""
+    """Return the peak of allocated bytes during a step, beyond those at its start."""
     if device == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -69,20 +69,20 @@ def peak_bytes(step: Callable[[], object], device: str) -> int:
         return torch.cuda.max_memory_allocated() - start
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         step()
-    # What the allocator gave and took back, in order: operators' own workspace is among it.
+    # All allocations and frees in order, including the workspace of operators.
     changes = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
     changes.sort(key=lambda event: event.start_ns())
     return int(np.cumsum([0, *(event.nbytes() for event in changes)]).max())
 
 
 def per_image(measure: Callable[[int], int], batch: int) -> float:
-    """Return what one more image adds to a measure of a batch."""
+    """Return what one more image adds to a measurement of a batch."""
     half = batch // 2
     return (measure(batch) - measure(half)) / (batch - half)
 
 
 def measure(module: nn.Module, precision: str, batch: int, device: str) -> tuple[float, float]:
-    """Return the bytes per image that are saved, and those of the peak."""
+    """Return saved bytes and peak bytes, both per image."""
     module.to(device)
     images, noise = arms.inputs(batch, device)
     parameters = list(module.parameters())
@@ -94,36 +94,27 @@ def measure(module: nn.Module, precision: str, batch: int, device: str) -> tuple
     def step(size: int) -> None:
         forward(size).backward()
 
-    step(2)  # gradients come into being
+    step(2)  # allocates the gradients
     saved = per_image(lambda size: saved_bytes(partial(forward, size), parameters), batch)
     peak = per_image(lambda size: peak_bytes(partial(step, size), device), batch)
     return saved, peak
 
 
 def jax_temporary_bytes(arm: str, model: str, method: str, precision: str, batch: int) -> float:
-    """Return the bytes per image that XLA plans for a compiled training step, beyond its arguments and results."""
-    from prmim_jax import Engine
-
-    changes = arms.METHODS[method][arm.removesuffix(RECOMPUTED)] | {"recompute_blocks": RECOMPUTED in arm}
-    training = {"seed": 0, "total_steps": 1000, "warmup_steps": 0, "learning_rate": 1e-4, "precision": precision}
-    engine = Engine({"name": method, "model": model, **changes}, **training)
-
-    def temporary(size: int) -> int:
-        inputs = engine._inputs(np.zeros((size, 224, 224, 3), np.uint8), np.arange(size))
-        compiled = engine._train.lower(engine._state, engine._buffers, *inputs, 0, 0.0).compile()
-        return int(compiled.memory_analysis().temp_size_in_bytes)
-
-    return per_image(temporary, batch)
+    """Return the temporary bytes of XLA's compiled training step, per image."""
+    plain, recompute = arm.removesuffix(RECOMPUTED), RECOMPUTED in arm
+    engine = arms.jax_engine(plain, model, method=method, precision=precision, recompute_blocks=recompute)
+    return per_image(lambda size: arms.compile_step(engine, size).memory_analysis().temp_size_in_bytes, batch)
 
 
 def table(model: str, method: str, precision: str, options: argparse.Namespace, device: str, report: Report) -> None:
-    """Measure the arms of one model at one precision, and print their table."""
+    """Print the memory of one model, method and precision."""
     measured: dict[str, tuple[float, ...]] = {}
     expected = {}
     for name in names(method):
         module = build(name, model, method)
         measured[name] = measure(module, precision, options.batch, device)
-        # PyTorch's fused attention on CPUs knows no bias that is learned, and SimMIM has one.
+        # SimMIM's attention has a learned bias, which PyTorch's fused CPU kernel does not support.
         is_math = method == "simmim" and device == "cpu" and precision == "float32"
         is_explicit = EXPLICIT in name or is_math
         attention = "explicit" if is_explicit else "fused"
@@ -154,25 +145,22 @@ def table(model: str, method: str, precision: str, options: argparse.Namespace, 
     for (own, other), goal in GOALS.items():
         if method == "mae":
             share = measured[own][0] / measured[other][0]
-            verdict = "met" if share <= goal else "MISSED"
-            print(f"goal, saved by {own} to {other}: at most {goal}: {share:.3f}, {verdict}")
+            print(f"goal, saved by {own} to {other}: at most {goal}: {share:.3f}, {verdict(share, goal)}")
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Print a table for every model, method and precision."""
+    """Print a table for each model, method and precision."""
     parser = argument_parser(__doc__)
-    parser.add_argument("--models", nargs="+", default=["vit_base"], help="names of encoders")
+    parser.add_argument("--models", nargs="+", default=["vit_base"], help="encoder sizes")
     parser.add_argument("--methods", nargs="+", choices=tuple(arms.METHODS), default=["mae"])
     parser.add_argument(
         "--precisions", nargs="+", choices=("float32", "bfloat16"), default=["float32", "bfloat16"], metavar="PRECISION"
     )
-    parser.add_argument("--jax", action="store_true", help="a column with what XLA plans for a step on JAX")
+    parser.add_argument("--jax", action="store_true", help="add a column with the temporary memory of a step in JAX")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--batch", type=int, default=4)
     options = parser.parse_args(arguments)
-    device = options.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = pick_device(options.device)
     settings = {"device": device, "batch": options.batch, "pixels": 224, "patch": 16, "per": "image"}
     report = Report(f"memory-{device}", settings, options.json)
     for model in options.models:

@@ -1,18 +1,17 @@
-"""Time from noise to order, per image: on every array library at hand, against fpsample, and how it grows.
+"""Time of a plan per image (noise to order), compared with fpsample.
 
-Each batch has as many images as make ``--images`` times 14x14 tokens. A quarter of the tokens is visible and a quarter
-decoded, except where the number of picks is varied. Times are medians; arms take turns in one process.
+Each batch has as many tokens as ``--images`` images of 14 x 14 tokens. A quarter of the tokens is visible and a quarter
+is decoded, except where the number of picks varies. Times are medians; arms take turns in one process.
 
-Furthest sampling is timed alone too, from noise and visible tokens to picks, because that is all that the peer does.
-``fpsample`` (C++, no dependency of ours: ``pip install fpsample``) takes float32 points of one image at a time, so it
-is called in a loop over images; points and start sets are made beforehand. ``fps`` is its ``fps_sampling`` with the
-visible tokens as the start set, the same job as ours (version 1.0 or newer). The other two start from one point and
-pick as many, which leaves the visible tokens out and so is less work: ``fps, one start``, and ``kdline, one start``,
-its fastest (``bucket_fps_kdline_sampling``). None of the three breaks ties by noise. It runs on one core; so does ours
-on NumPy.
+Furthest sampling (noise and visible tokens to picks) is also timed alone, because the peer does nothing else.
+``fpsample`` is a C++ package (``pip install fpsample``; not a dependency). It takes float32 points of one image at a
+time, so it is called in a loop over images; points and start sets are prepared before. ``fps`` is its ``fps_sampling``
+with the visible tokens as start set (version 1.0 or newer), the same task as ours. ``fps, one start`` and ``kdline, one
+start`` (``bucket_fps_kdline_sampling``, its fastest function) start from one point and ignore the visible tokens, which
+is less work. None of them breaks ties by noise. fpsample and our NumPy code each use one core.
 
-"torch, core" is the core on tensors; "torch" is ``prmim_torch``, which on a CPU hands the core NumPy views of them, and
-on CUDA runs a Triton kernel; "torch compiled" calls it under ``torch.compile``.
+"torch, core" is the core on tensors. "torch" is ``prmim_torch``, which uses NumPy views on a CPU and a Triton kernel on
+CUDA. "torch compiled" is ``prmim_torch`` under ``torch.compile``.
 """
 
 import argparse
@@ -21,7 +20,6 @@ import importlib.util
 import math
 import os
 import statistics
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -32,7 +30,16 @@ import torch
 
 import prmim_torch
 from benchmarks.report import Report, argument_parser, ratio, take_turns
-from prmim_core import Grid, Schedule, TokenCounts, counter_noise, furthest_point_sampling, make_plan, noise_rank
+from prmim_core import (
+    Grid,
+    Schedule,
+    TokenCounts,
+    counter_noise,
+    furthest_point_sampling,
+    is_member,
+    make_plan,
+    random_visible,
+)
 
 GRIDS = ((14, 14), (24, 24), (32, 32), (64, 64), (8, 14, 14))
 SIDES = (8, 12, 16, 24, 32, 48, 64)
@@ -42,20 +49,9 @@ PICKED_FROM = (32, 32)
 Run = Callable[[], object]
 
 
-def microseconds(run: Run, images: int, repeats: int) -> float:
-    """Return the median time per image, after a run that is not counted."""
-    run()
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - start)
-    return 1e6 * statistics.median(times) / images
-
-
 @dataclass(frozen=True)
 class Case:
-    """A batch of images of one grid, of whose tokens some are visible and some are to be picked."""
+    """A batch of images of one grid, and the number of tokens to pick."""
 
     grid: Grid
     num_picks: int
@@ -63,34 +59,34 @@ class Case:
 
     @classmethod
     def of(cls, shape: Sequence[int], images: int, num_picks: int | None = None) -> "Case":
-        """Return the case of a grid, with as many tokens in all as ``images`` of 14x14 tokens have."""
+        """Return a case with as many tokens as ``images`` images of 14 x 14 tokens."""
         grid = Grid(tuple(shape))
         return cls(grid, num_picks or grid.num_tokens // 4, max(1, images * 196 // grid.num_tokens))
 
     @property
     def num_visible(self) -> int:
-        """How many are visible."""
+        """Number of visible tokens per image."""
         return self.grid.num_tokens // 4
 
     @property
     def schedule(self) -> Schedule:
-        """What a plan of it follows."""
+        """Schedule of the plans."""
         thrown = self.grid.num_tokens - self.num_visible - self.num_picks
         return Schedule(self.grid, TokenCounts(self.num_visible, self.num_picks, thrown))
 
     @cached_property
     def noise(self) -> np.ndarray:
-        """The noise of its plans."""
+        """Noise of the plans, int32 (images, N)."""
         return counter_noise(0, 0, np.arange(self.images), self.grid.num_tokens)
 
     @cached_property
-    def visible(self) -> np.ndarray:
-        """Whether each token is visible."""
-        return noise_rank(self.noise) < self.num_visible
+    def is_visible(self) -> np.ndarray:
+        """Visible tokens, bool (images, N)."""
+        return is_member(random_visible(self.num_visible, self.noise), self.grid.num_tokens)
 
 
 def plan_runs(case: Case, device: str) -> dict[str, Run]:
-    """Return what makes the plans of a case, by name."""
+    """Return functions that make the plans of a case, by name."""
     noise, on_device = case.noise, torch.from_numpy(case.noise).to(device)
     compiled = torch.compile(
         lambda noise: prmim_torch.make_plan(case.schedule, noise).order, fullgraph=True, dynamic=False
@@ -105,8 +101,8 @@ def plan_runs(case: Case, device: str) -> dict[str, Run]:
 
 
 def sampling_runs(case: Case, device: str) -> dict[str, Run]:
-    """Return what picks the tokens of a case, by name."""
-    arrays = (case.noise, case.visible)
+    """Return functions that pick the tokens of a case, by name."""
+    arrays = (case.noise, case.is_visible)
     tensors = [torch.from_numpy(array).to(device) for array in arrays]
     pick = partial(furthest_point_sampling, case.grid, case.num_picks)
     runs = {"NumPy": partial(pick, *arrays), "torch, core": _waiting(partial(pick, *tensors), device)}
@@ -118,14 +114,14 @@ def sampling_runs(case: Case, device: str) -> dict[str, Run]:
 
 
 def peer_runs(case: Case) -> dict[str, Run]:
-    """Return what fpsample has to offer, where it is installed."""
+    """Return the functions of fpsample; empty if it is not installed."""
     if importlib.util.find_spec("fpsample") is None:
         return {}
     import fpsample
 
     points, number = case.grid.positions.astype(np.float32), case.num_picks
-    start_sets = [np.flatnonzero(row).tolist() for row in case.visible]
-    bucket = 3 if case.grid.num_tokens < 2048 else 5  # the faster one, as its documentation advises
+    start_sets = [np.flatnonzero(row).tolist() for row in case.is_visible]
+    bucket = 3 if case.grid.num_tokens < 2048 else 5  # height of its tree, as its documentation recommends
 
     def with_start_sets() -> None:
         for start in start_sets:
@@ -145,7 +141,7 @@ def peer_runs(case: Case) -> dict[str, Run]:
 
 
 def _waiting(run: Run, device: str) -> Run:
-    """Return a run that waits for the GPU, where there is one."""
+    """Return a function that synchronizes with the GPU, if the device is one."""
 
     def run_and_wait() -> None:
         run()
@@ -167,14 +163,14 @@ def _medians(times: Mapping[str, list[float]], case: Case) -> dict[str, float]:
 
 
 def _table(report: Report, title: str, rows: Mapping[str, Mapping[str, float]], last: Mapping[str, str]) -> None:
-    """Print rows of microseconds, and of the columns ``last`` in their own formats; an arm that is missing is empty."""
+    """Print rows of microseconds; the columns ``last`` have their own formats."""
     columns = dict.fromkeys(name for row in rows.values() for name in row)
     formats = {name: ".1f" for name in columns if name not in last} | dict(last)
     report.table(title, formats, {label: [row.get(name) for name in formats] for label, row in rows.items()})
 
 
 def growth(cases: Mapping[int, Case], device: str, repeats: int) -> dict[str, dict[str, float]]:
-    """Time sampling case by case; return rows by what grows, and last the exponents of the upper half."""
+    """Return sampling times by size, and exponents fitted to the larger sizes."""
     rows = {}
     for size, case in cases.items():
         rows[str(size)] = _medians(take_turns(sampling_runs(case, device), repeats), case)
@@ -187,7 +183,7 @@ def growth(cases: Mapping[int, Case], device: str, repeats: int) -> dict[str, di
 
 
 def draw_growth(path: Path, sweeps: Mapping[str, Mapping[str, Mapping[str, float]]]) -> None:
-    """Draw what :func:`growth` returned, a panel for each, on logarithmic axes."""
+    """Draw the results of :func:`growth` on logarithmic axes, one panel each."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9.2, 3.6), dpi=150, layout="constrained")
@@ -210,7 +206,7 @@ def draw_growth(path: Path, sweeps: Mapping[str, Mapping[str, Mapping[str, float
 def main(arguments: list[str] | None = None) -> None:
     """Print the tables."""
     options = _parse(arguments)
-    # Otherwise JAX takes most of a GPU's memory before the other one has begun.
+    # By default, JAX reserves most of the GPU's memory, which PyTorch needs too.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     device, repeats = options.device, options.repeats
     settings = {"images": options.images, "repeats": repeats, "device": device}
@@ -255,10 +251,10 @@ def _name(case: Case) -> str:
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argument_parser(__doc__)
-    parser.add_argument("--images", type=int, default=256, help="of 14x14 tokens; fewer of larger grids")
+    parser.add_argument("--images", type=int, default=256, help="images of 14 x 14 tokens; fewer for larger grids")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="where to draw how sampling grows")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the growth of sampling to this file")
     return parser.parse_args(arguments)
 
 

@@ -1,9 +1,10 @@
-"""Where the time of a training step goes, by kind of operation, beside the limits of the device.
+"""Time of a training step by kind of operation, compared with device limits.
 
-The limits are measured in the same run: the rate of a large matrix product, and the bandwidth of a copy. "at the limit"
-is the time that a kind would take there: products by their number, the optimiser by 28 bytes per parameter (weight,
-gradient and two moments read, all but the gradient written), all others together by what is saved for the backward
-pass, written once and read once. On JAX the compiler fuses operations: its step is set against the limits as a whole.
+The limits are measured in the same run: FLOP/s of a large matrix product, and bandwidth of a copy. The column "at the
+limit" is the time that a kind of operation would take at its limit. Matrix products count their FLOP. The optimizer
+counts 28 bytes per parameter: it reads weight, gradient and two moments, and writes all but the gradient. All other
+operations count one write and one read of the tensors saved for the backward pass. JAX fuses operations, so its step is
+compared as a whole.
 """
 
 import argparse
@@ -19,7 +20,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import arms
-from benchmarks.report import Report, argument_parser
+from benchmarks.report import Report, argument_parser, pick_device, random_images
 from benchmarks.step import WARM_UP, torch_step
 from prmim_torch.vit import linear
 
@@ -29,12 +30,12 @@ KINDS = {
     "plan": ("prmim::",),
     "attention": ("scaled_dot_product", "flash_attention", "efficient_attention", "softmax"),
     PRODUCTS: ("aten::mm", "addmm", "bmm", "conv", "gemm", "cutlass", "nvjet"),
-    "normalisation": ("layer_norm",),
+    "normalization": ("layer_norm",),
     "GELU": ("gelu",),
-    "optimiser": ("adamw", "Optimizer"),
+    "optimizer": ("adamw", "Optimizer"),
     "copies and gathers": ("copy_", "clone", "aten::cat", "gather", "scatter", "index", "embedding", "slice_backward"),
 }
-"""Kinds of operations by what is in their names; the first that fits."""
+"""Kinds of operations by substrings of their names; the first match counts."""
 STREAM_BYTES = 2**28
 OPTIMIZER_BYTES = 28
 
@@ -45,13 +46,13 @@ def kind_of(name: str) -> str:
     Examples
     --------
     >>> kind_of("aten::addmm"), kind_of("aten::native_layer_norm_backward"), kind_of("aten::add")
-    ('matrix products', 'normalisation', 'sums, masks, loss')
+    ('matrix products', 'normalization', 'sums, masks, loss')
     """
     return next((kind for kind, parts in KINDS.items() if any(part in name for part in parts)), OTHERS)
 
 
 def fastest(run: Callable[[], object], repeats: int, device: str) -> float:
-    """Return the least seconds of a run."""
+    """Return the minimum time of a function in seconds, after one untimed call."""
     times = []
     for _ in range(repeats + 1):
         start = time.perf_counter()
@@ -63,7 +64,7 @@ def fastest(run: Callable[[], object], repeats: int, device: str) -> float:
 
 
 def peak_flops(precision: str, device: str, repeats: int = 5) -> float:
-    """Return the FLOP per second of a large matrix product, the faster of PyTorch's ways to compute it."""
+    """Return the FLOP/s of a large matrix product, by the faster of PyTorch's kernels."""
     size = 2048
     dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
     x, weight = (torch.randn(size, size, dtype=dtype, device=device) for _ in range(2))
@@ -74,14 +75,14 @@ def peak_flops(precision: str, device: str, repeats: int = 5) -> float:
 
 
 def bandwidth(device: str, repeats: int = 5) -> float:
-    """Return the bytes per second that a copy reads and writes."""
+    """Return the bandwidth of a copy in bytes/s, reads and writes together."""
     source = torch.ones(STREAM_BYTES, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     return 2 * STREAM_BYTES / fastest(lambda: target.copy_(source), repeats, device)
 
 
 def time_by_kind(step: Callable[[], None], device: str) -> tuple[dict[str, float], dict[str, int]]:
-    """Return the seconds of a step by kind of operation, and how many operations those were."""
+    """Return seconds and number of operations of a step, by kind."""
     activities = [ProfilerActivity.CUDA if device == "cuda" else ProfilerActivity.CPU]
     with profile(activities=activities) as profiler:
         step()
@@ -95,7 +96,7 @@ def time_by_kind(step: Callable[[], None], device: str) -> tuple[dict[str, float
 
 
 def products_of(step: Callable[[], None]) -> float:
-    """Return the FLOP of the matrix products of a step, those of attention left out."""
+    """Return the FLOP of the matrix products of a step, without those of attention."""
     with FlopCounterMode(display=False) as counter:
         step()
     counts = counter.get_flop_counts()["Global"]
@@ -103,12 +104,12 @@ def products_of(step: Callable[[], None]) -> float:
 
 
 def torch_table(arm: str, options: argparse.Namespace, device: str, peak: float, stream: float, report: Report) -> None:
-    """Profile a step of an arm on torch, and print its table."""
+    """Profile a step of an arm in PyTorch and print its table."""
     module = arms.build(arm, options.model, method=options.method).to(device)
     step = torch_step(module, arms.inputs(options.batch, device), precision=options.precision)
     for _ in range(WARM_UP):
         step()
-    # The median of each kind by itself.
+    # Medians are taken for each kind separately.
     profiled = [time_by_kind(step, device) for _ in range(options.repeats)]
     seconds = {kind: statistics.median(times[kind] for times, _ in profiled) for kind in (*KINDS, OTHERS)}
     calls = profiled[0][1]
@@ -117,12 +118,12 @@ def torch_table(arm: str, options: argparse.Namespace, device: str, peak: float,
     learned = sum(parameter.numel() for parameter in module.parameters())
     limits = {
         PRODUCTS: products_of(step) / peak,
-        "optimiser": OPTIMIZER_BYTES * learned / stream,
+        "optimizer": OPTIMIZER_BYTES * learned / stream,
         "all others": 2 * saved * options.batch / stream,
     }
-    others = {kind: value for kind, value in seconds.items() if kind not in (PRODUCTS, "optimiser")}
+    others = {kind: value for kind, value in seconds.items() if kind not in (PRODUCTS, "optimizer")}
     seconds["all others"], calls["all others"] = sum(others.values()), sum(calls[kind] for kind in others)
-    order = (PRODUCTS, "optimiser", "all others", *sorted(others, key=others.__getitem__, reverse=True))
+    order = (PRODUCTS, "optimizer", "all others", *sorted(others, key=others.__getitem__, reverse=True))
     rows: dict[str, tuple[Any, ...]] = {}
     for kind in order:
         limit = limits.get(kind)
@@ -135,24 +136,18 @@ def torch_table(arm: str, options: argparse.Namespace, device: str, peak: float,
 
 
 def jax_table(options: argparse.Namespace, device: str, peak: float, stream: float, report: Report) -> None:
-    """Set the compiled step of every arm on JAX against the limits, and print the table."""
-    from prmim_jax import Engine
-
-    training = {"seed": 0, "total_steps": 1000, "warmup_steps": 0, "learning_rate": 1e-4}
-    images = np.random.default_rng(0).integers(0, 256, (options.batch, 224, 224, 3), dtype=np.uint8)
-    sample = np.arange(options.batch)
+    """Print the compiled steps of all arms in JAX, compared with the limits."""
+    images, sample = random_images((options.batch, 224, 224, 3)), np.arange(options.batch)
     rows = {}
     for arm in options.arms:
-        method = {"name": options.method, "model": options.model, **arms.METHODS[options.method][arm]}
-        engine = Engine(method, precision=options.precision, device=device, **training)
+        engine = arms.jax_engine(arm, options.model, method=options.method, precision=options.precision, device=device)
 
-        def step(engine: Engine = engine) -> None:
+        def step(engine: Any = engine) -> None:
             engine.train_step(images, sample)
             engine.read_metrics()
 
-        seconds = fastest(step, options.repeats, "cpu")  # it waits by itself
-        inputs = engine._inputs(images, sample)
-        compiled = engine._train.lower(engine._state, engine._buffers, *inputs, 0, 0.0).compile()
+        seconds = fastest(step, options.repeats, "cpu")  # reading the metrics synchronizes
+        compiled = arms.compile_step(engine, options.batch)
         cost = compiled.cost_analysis()
         operations = Counter(
             line.split("(")[0].split()[-1] for line in compiled.as_text().splitlines() if " = " in line
@@ -170,7 +165,7 @@ def jax_table(options: argparse.Namespace, device: str, peak: float, stream: flo
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Print a table for every arm, or one for all on JAX."""
+    """Print a table for each arm, or one for all arms in JAX."""
     parser = argument_parser(__doc__)
     parser.add_argument("--model", default="vit_base")
     parser.add_argument("--method", choices=tuple(arms.METHODS), default="mae")
@@ -181,9 +176,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--repeats", type=int, default=3)
     options = parser.parse_args(arguments)
-    device = options.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = pick_device(options.device)
     peak, stream = peak_flops(options.precision, device), bandwidth(device)
     settings = {
         "backend": options.backend,

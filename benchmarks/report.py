@@ -1,4 +1,4 @@
-"""What all benchmarks share: runs that take turns, ratios between them, tables that are printed and left as JSON."""
+"""Timing in turns, ratios, goals, and tables that are printed and stored as JSON."""
 
 import argparse
 import importlib.metadata
@@ -11,21 +11,24 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 PACKAGES = ("numpy", "torch", "jax", "triton", "transformers", "timm", "lightly", "fpsample", "Pillow", "grain")
-"""Those whose versions a result names, where they are installed."""
+"""Packages whose versions are stored with the results, if installed."""
 
 
 def take_turns(runs: Mapping[str, Callable[[], object]], repeats: int, *, warm_up: int = 1) -> dict[str, list[float]]:
-    """Time runs in turns, so that a slow moment hits them all.
+    """Time functions in turns, so that temporary load affects all of them.
 
     Parameters
     ----------
     runs
-        What to time, by name. A run returns when its work is done: whoever times a GPU has to wait for it inside.
+        Functions by name. They must wait for asynchronous work, such as GPU kernels.
     repeats
-        Turns that are counted.
+        Number of timed turns.
     warm_up
-        Turns before those.
+        Number of untimed turns before.
 
     Returns
     -------
@@ -43,7 +46,7 @@ def take_turns(runs: Mapping[str, Callable[[], object]], repeats: int, *, warm_u
 
 
 def ratio(own: Sequence[float], other: Sequence[float]) -> float:
-    """Return the median ratio of two runs, turn by turn.
+    """Return the median over turns of the ratio of two times.
 
     Examples
     --------
@@ -53,43 +56,55 @@ def ratio(own: Sequence[float], other: Sequence[float]) -> float:
     return statistics.median(a / b for a, b in zip(own, other, strict=True))
 
 
+def verdict(value: float, goal: float) -> str:
+    """Return whether a value is at most its goal, in words.
+
+    Examples
+    --------
+    >>> verdict(0.7, goal=0.75), verdict(0.76, goal=0.75)
+    ('met', 'MISSED')
+    """
+    return "met" if value <= goal else "MISSED"
+
+
+def random_images(shape: Sequence[int]) -> NDArray[np.uint8]:
+    """Return uint8 noise of a shape (batch, height, width, channels)."""
+    return np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+
+
+def pick_device(name: str) -> str:
+    """Resolve ``"auto"`` to ``"cuda"`` if PyTorch finds a GPU, else to ``"cpu"``."""
+    import torch
+
+    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+
+
 def environment() -> dict[str, Any]:
-    """Return the versions and the hardware that a result depends on."""
+    """Return package versions, hardware and number of threads."""
     versions = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return {"versions": versions, "hardware": hardware(), "threads": _threads()}
-
-
-def hardware() -> str:
-    """Name what the numbers are measured on: the GPU if there is one, else the CPU."""
     import torch
 
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    return f"{platform.machine()}, {os.cpu_count()} CPU cores"
-
-
-def _threads() -> int:
-    import torch
-
-    return torch.get_num_threads()
+    cpu = f"{platform.machine()}, {os.cpu_count()} CPU cores"
+    hardware = torch.cuda.get_device_name() if torch.cuda.is_available() else cpu
+    return {"versions": versions, "hardware": hardware, "threads": torch.get_num_threads()}
 
 
 class Report:
-    """Prints tables as they are ready, and leaves them as JSON.
+    """Prints tables as soon as they are ready, and stores them in a JSON file.
 
     Parameters
     ----------
     name
-        Name of the benchmark, and of its file.
+        Name of the benchmark and of its file.
     settings
-        What the numbers hold for.
+        Settings of the measurement, printed first.
     folder
-        Where the file goes; None: nowhere.
+        Folder of the file; None: no file.
 
     Examples
     --------
@@ -109,16 +124,16 @@ class Report:
         print(f"{name}: {words}  [{self._content['hardware']}, {self._content['threads']} threads; {versions}]")
 
     def table(self, title: str, columns: Mapping[str, str], rows: Mapping[str, Iterable[float | str | None]]) -> None:
-        """Print a table, and add it to the file.
+        """Print a table and add it to the file.
 
         Parameters
         ----------
         title
-            Head of the first column.
+            Header of the first column.
         columns
-            Format of each column, by its head.
+            Format of each column by its header.
         rows
-            Cells by the name of the row; None: an empty one.
+            Cells by label of the row; None: an empty cell.
         """
         filled = {label: tuple(cells) for label, cells in rows.items()}
         width = max(map(len, (title, *filled)))
@@ -146,9 +161,9 @@ def _print_row(label: str, width: int, cells: Iterable[str], widths: Iterable[in
 
 
 def argument_parser(description: str | None) -> argparse.ArgumentParser:
-    """Return a parser with the options that all benchmarks have."""
+    """Return a parser with the options shared by all benchmarks."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument(
-        "--json", type=Path, default=Path("runs/benchmarks"), metavar="FOLDER", help="where the results are left"
+        "--json", type=Path, default=Path("runs/benchmarks"), metavar="FOLDER", help="folder of the JSON results"
     )
     return parser

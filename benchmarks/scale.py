@@ -1,22 +1,24 @@
-"""Cost by formula against resolution and model size, and the batch that fits a GPU; checked where it fits here.
+"""Cost by resolution and model size, and the largest batch for a GPU's memory.
 
-The memory that does not grow with the batch is 16 bytes per parameter: weight, gradient and AdamW's two moments in
-float32. The batch is what is left over the peak of an image's activations, by `prmim_core.cost`, so it is a bound:
-gradients of activations, half-precision copies of weights and the allocator's losses take some of it.
+Both follow from formulas, which are checked on small cases. The training state takes 16 bytes per parameter: weight,
+gradient and AdamW's two moments in float32. The batch follows from the rest of the memory and the peak of activations
+per image by :mod:`prmim_methods.cost`. It is an upper bound: half-precision copies of weights and memory fragmentation
+also take space.
 """
 
 import argparse
-from typing import Any
+
+import torch
 
 from benchmarks import arms
+from benchmarks.macs import count
 from benchmarks.memory import per_image, saved_bytes
 from benchmarks.report import Report, argument_parser
-from prmim_core import Grid, Schedule, Transformer, cost, count_tokens, vit_size
-from prmim_core.cost import VIT_SIZES
+from prmim_core import counter_noise
+from prmim_methods import Accounting, CostReport, MAEConfig, Transformer
+from prmim_methods.sizes import VIT_SIZES
 
-DECODER = Transformer(512, 8, 16)
 PATCH = 16
-PATCH_DIM = PATCH * PATCH * 3
 MODELS = ("vit_small", "vit_base", "vit_large", "vit_huge")
 PIXELS = (224, 384, 512)
 GIGABYTES = (16, 24, 40, 80)
@@ -25,40 +27,36 @@ CHECKED = (("vit_small", 224), ("vit_small", 384), ("vit_base", 224))
 
 
 def parameters(model: str) -> int:
-    """Count the learned numbers of a dense MAE; a table of offsets comes to it where tokens are rebuilt.
+    """Return the number of parameters of a dense MAE.
 
     Examples
     --------
     >>> parameters("vit_base")
     111655680
     """
-    encoder = vit_size(model)
+    config = MAEConfig(model=model)
+    encoder, decoder = config.encoder_size, config.decoder_size
 
     def blocks(size: Transformer) -> int:
         products = (4 + 2 * size.mlp_ratio) * size.dim**2
         biases_and_norms = (3 + 1 + size.mlp_ratio + 1 + 4) * size.dim
-        return size.depth * (products + biases_and_norms) + 2 * size.dim  # and the norm behind them
+        return size.depth * (products + biases_and_norms) + 2 * size.dim  # and the final norm
 
-    linear = [(PATCH_DIM, encoder.dim), (encoder.dim, DECODER.dim), (DECODER.dim, PATCH_DIM)]
-    tokens = encoder.dim + DECODER.dim
-    return blocks(encoder) + blocks(DECODER) + sum((one + 1) * other for one, other in linear) + tokens
+    linear = [(config.patch_dim, encoder.dim), (encoder.dim, decoder.dim), (decoder.dim, config.patch_dim)]
+    tokens = encoder.dim + decoder.dim
+    return blocks(encoder) + blocks(decoder) + sum((one + 1) * other for one, other in linear) + tokens
 
 
-def costs(model: str, pixels: int, throw_ratio: float, precision: str, *, recompute_blocks: bool = False) -> Any:
-    """Return the cost per image of an MAE with patches of 16 pixels."""
-    grid = Grid((pixels // PATCH,) * 2)
-    return cost(
-        Schedule(grid, count_tokens(grid.num_tokens, 0.75, throw_ratio)),
-        patch_dim=PATCH_DIM,
-        encoder=vit_size(model),
-        decoder=DECODER,
-        recompute_blocks=recompute_blocks,
-        compute_bytes=2 if precision == "bfloat16" else 4,
+def costs(model: str, pixels: int, throw_ratio: float, precision: str, *, recompute_blocks: bool = False) -> CostReport:
+    """Return the cost per image of an MAE with patches of 16 x 16 pixels."""
+    config = MAEConfig(
+        model=model, image_size=(pixels, pixels), throw_ratio=throw_ratio, recompute_blocks=recompute_blocks
     )
+    return config.cost(Accounting(compute_bytes=2 if precision == "bfloat16" else 4))
 
 
 def batch_that_fits(gigabytes: float, state: int, per_image: int) -> int:
-    """Return how many images fit into memory beside the training state; 0 where that alone does not.
+    """Return the largest batch that fits into memory beside the training state.
 
     Examples
     --------
@@ -69,25 +67,18 @@ def batch_that_fits(gigabytes: float, state: int, per_image: int) -> int:
 
 
 def measured_macs_and_bytes(arm: str, model: str, pixels: int) -> tuple[float, float]:
-    """Return what torch counts of a forward pass in float32 per image: MACs, and bytes saved for the backward pass."""
-    import torch
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-    from torch.utils.flop_counter import FlopCounterMode
-
-    from prmim_core import counter_noise
-
+    """Count MACs and saved bytes per image of a float32 forward pass in PyTorch."""
     module = arms.build(arm, model, image_size=(pixels, pixels))
     images = torch.randint(0, 256, (2, pixels, pixels, 3), dtype=torch.uint8)
-    noise = counter_noise(0, 0, torch.arange(2), module.grid.num_tokens)
-    with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
-        module(images[:1], noise[:1])
+    noise = counter_noise(0, 0, torch.arange(2), module.num_tokens)
+    macs, _ = count(module, images[:1], noise[:1])
     learned = list(module.parameters())
     saved = per_image(lambda size: saved_bytes(lambda: arms.loss(module, images[:size], noise[:size]), learned), 2)
-    return counter.get_total_flops() / 2, saved
+    return macs, saved
 
 
 def cost_table(options: argparse.Namespace, report: Report) -> None:
-    """Print what images cost, by model and resolution."""
+    """Print the cost per image, by model and resolution."""
     rows = {}
     for model in options.models:
         for pixels in PIXELS:
@@ -131,7 +122,7 @@ def fit_table(options: argparse.Namespace, report: Report) -> None:
 
 
 def check_table(report: Report) -> None:
-    """Print the formula over what torch counts."""
+    """Print the counts of PyTorch, and the formulas relative to them."""
     rows = {}
     for model, pixels in CHECKED:
         for arm, throw_ratio in (("dense", 0.0), ("PR-MIM 0.5", 0.5)):
@@ -150,7 +141,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argument_parser(__doc__)
     parser.add_argument("--models", nargs="+", choices=tuple(VIT_SIZES), default=list(MODELS))
     parser.add_argument("--precision", choices=("float32", "bfloat16"), default="bfloat16")
-    parser.add_argument("--no-check", dest="check", action="store_false", help="formulas only")
+    parser.add_argument("--no-check", dest="check", action="store_false", help="skip the counts of PyTorch")
     options = parser.parse_args(arguments)
     report = Report("scale", {"patch": PATCH, "mask": 0.75, "precision": options.precision}, options.json)
     cost_table(options, report)

@@ -1,6 +1,6 @@
-"""What JAX takes to compile a deep model, block by block (loop) and with one block that is looped over (`scan_blocks`).
+"""Compile time of deep models in JAX, with and without ``scan_blocks``.
 
-Compilation is given in seconds of processor time, all cores together, which other work on the machine disturbs little.
+Compile times are CPU seconds summed over cores, which other load hardly changes.
 """
 
 import statistics
@@ -11,36 +11,36 @@ from typing import Any
 import jax
 import numpy as np
 
-from benchmarks.report import Report, argument_parser, take_turns
+from benchmarks.report import Report, argument_parser, random_images, take_turns
 from prmim_jax import Engine
+from prmim_methods import MAEConfig, TrainingConfig
 
 
 def make_engine(depth: int, decoder_depth: int, dim: int, scan_blocks: bool) -> Engine:
-    """Return an engine with an MAE of so many blocks."""
-    method = {
-        "name": "mae",
-        "image_size": (64, 64),
-        "patch_size": (8, 8),
-        "embed_dim": dim,
-        "depth": depth,
-        "num_heads": 4,
-        "decoder_dim": 64,
-        "decoder_depth": decoder_depth,
-        "decoder_heads": 4,
-        "scan_blocks": scan_blocks,
-    }
-    return Engine(method, seed=0, total_steps=100, warmup_steps=10, learning_rate=1e-3, clip_grad=1.0)
+    """Return an engine that trains an MAE of given depths."""
+    config = MAEConfig(
+        image_size=(64, 64),
+        patch_size=(8, 8),
+        embed_dim=dim,
+        depth=depth,
+        num_heads=4,
+        decoder_dim=64,
+        decoder_depth=decoder_depth,
+        decoder_heads=4,
+        scan_blocks=scan_blocks,
+    )
+    return Engine(config, TrainingConfig(total_steps=100, warmup_steps=10, learning_rate=1e-3, clip_grad=1.0))
 
 
 def compile_seconds(program: Any, *arguments: Any) -> tuple[float, int]:
-    """Trace, lower and compile a program; return the seconds that it takes, and the lines of the result."""
+    """Compile a program; return the CPU seconds and the lines of the result."""
     start = time.process_time()
     compiled = program.lower(*arguments).compile()
     return time.process_time() - start, compiled.as_text().count("\n")
 
 
 def take_step(engine: Engine, images: Any, sample: Any) -> None:
-    """Take a training step and wait for it."""
+    """Run a synchronous training step."""
     engine.train_step(images, sample)
     jax.block_until_ready(engine._state)
 
@@ -54,8 +54,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=10)
     options = parser.parse_args(arguments)
-    images = np.random.default_rng(0).integers(0, 256, (options.batch, 64, 64, 3), dtype=np.uint8)
-    sample = np.arange(options.batch)
+    images, sample = random_images((options.batch, 64, 64, 3)), np.arange(options.batch)
     settings = {name: value for name, value in vars(options).items() if name != "json"}
     report = Report("scan", settings, options.json)
     rows: dict[str, tuple[float, ...]] = {}
@@ -68,7 +67,7 @@ def main(arguments: list[str] | None = None) -> None:
             gradient, state = jax.jit(engine._gradients), engine._state
             compiled[kind] = (
                 *compile_seconds(gradient, state.parameters, state.statistics, engine._buffers, inputs[0], noise),
-                *compile_seconds(engine._train, state, engine._buffers, *inputs, 0, 0.0),
+                *compile_seconds(engine._train, state, engine._buffers, inputs, 0, 0.0),
             )
         times = take_turns(
             {kind: partial(take_step, engine, images, sample) for kind, engine in engines.items()}, options.repeats

@@ -9,7 +9,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from prmim_core import Grid, Schedule, count_tokens, counter_noise, is_member, make_plan, nearest_known_distance
-from prmim_train.pictures import token_kinds
+from prmim_train.report.pictures import token_kinds
 
 IMAGES = Path(__file__).parent / "images"
 GRID = Grid((14, 14))

@@ -1,7 +1,6 @@
-"""The namespace of the arguments, and the few things on which array libraries differ.
+"""Namespaces of array libraries, and the few operations on which the libraries differ.
 
-Everything else in the core is written once, against the array API standard. Only this module knows that frameworks
-have names.
+The rest of the core uses the array API standard only. No other module names a framework.
 """
 
 from collections.abc import Callable
@@ -14,19 +13,19 @@ Array = Any
 """An array of any library that follows the array API standard: NumPy, PyTorch, JAX, array-api-strict, ..."""
 
 Namespace = Any
-"""A module of array functions, as `array_api_compat.array_namespace` returns it."""
+"""A module of array functions, as returned by `array_api_compat.array_namespace`."""
 
 
 def array_namespace(*arrays: Array) -> Namespace:
-    """Return the namespace of the array API standard that all arguments share.
+    """Return the array API namespace that all arguments share.
 
     Raises
     ------
     TypeError
-        If an argument is no array, or the arguments are of different libraries.
+        If an argument is not an array, or the arguments come from different libraries.
     """
     if {_library(array) for array in arrays} == {"torch"}:
-        # What array_api_compat does, less its caches, which make torch.compile warn.
+        # Avoids the caches of array_api_compat, which make torch.compile warn.
         import array_api_compat.torch
 
         return array_api_compat.torch
@@ -34,12 +33,12 @@ def array_namespace(*arrays: Array) -> Namespace:
 
 
 def compat_namespace(module: Namespace) -> Namespace:
-    """Return the standard-conforming namespace that stands for ``module`` (``torch``, ``jax.numpy``, ...)."""
+    """Return the array API namespace of a module such as ``torch`` or ``jax.numpy``."""
     return array_namespace(module.empty(0))
 
 
 def device_of(array: Array) -> Any:
-    """Return where new arrays that meet ``array`` must be made; None under JAX, whose tracers have no device."""
+    """Return the device for new arrays that are combined with ``array``; None under JAX: tracers have no device."""
     return None if _is_jax(array) else array.device
 
 
@@ -51,13 +50,11 @@ def _is_jax(array: Array) -> bool:
     return _library(array) in ("jax", "jaxlib")
 
 
-def argsort(x: Array) -> Array:
-    """Return the stable order of the values of every row of ``x`` (batch, n), as ``argsort`` of the standard does.
-
-    NumPy sorts integers ten times as fast as it sorts their indices, so there each is packed with its index.
-    """
+def argsort(xp: Namespace, x: Array) -> Array:
+    """Sort every row of ``x`` (batch, n); return the indices. The sort is stable."""
     if not (isinstance(x, np.ndarray) and np.can_cast(x.dtype, np.int32)):
-        return array_namespace(x).argsort(x, axis=1, stable=True)
+        return xp.argsort(x, axis=1, stable=True)
+    # NumPy sorts integers ten times as fast as it argsorts them, so each value is packed with its index.
     packed = x.astype(np.int64)
     packed <<= 32
     packed |= np.arange(x.shape[1])
@@ -66,24 +63,26 @@ def argsort(x: Array) -> Array:
     return packed
 
 
-def scatter(index: Array, values: Array, length: int) -> Array:
-    """Write values to places of a row, the same ones in every row.
+def scatter(xp: Namespace, index: Array, values: Array, length: int) -> Array:
+    """Write the same values to different places of every row.
 
     Parameters
     ----------
+    xp
+        The namespace of the arrays.
     index
         int (batch, n), in [0, length).
     values
         (n,).
     length
-        Length of the rows that are returned.
+        Length of the returned rows.
 
     Returns
     -------
     array
-        (batch, length), of the dtype of the values: ``values[i]`` at ``[b, index[b, i]]``, zero elsewhere.
+        (batch, length), dtype of ``values``: ``values[i]`` at ``[b, index[b, i]]``, zero elsewhere.
     """
-    xp, device = array_namespace(index, values), device_of(index)
+    device = device_of(index)
     batch, n = index.shape
     rows = xp.zeros((batch, length), dtype=values.dtype, device=device)
     if _library(index) == "torch":
@@ -96,8 +95,8 @@ def scatter(index: Array, values: Array, length: int) -> Array:
         return rows
     if n == 0:
         return rows
-    # The standard knows no scatter, but it can search: all rows in one sorted list, each shifted past the one before.
-    order = argsort(index)
+    # The standard has no scatter, but it has a search: concatenate all rows, shifted apart, into one sorted list.
+    order = argsort(xp, index)
     places = xp.reshape(xp.take_along_axis(index, order, axis=1) + image * length, (-1,))
     wanted = xp.arange(batch * length, dtype=places.dtype, device=device)
     nearest = xp.minimum(xp.searchsorted(places, wanted), xp.asarray(max(batch * n - 1, 0), device=device))
@@ -106,27 +105,27 @@ def scatter(index: Array, values: Array, length: int) -> Array:
 
 
 def scan(xp: Namespace, step: Callable[[Any], tuple[Any, Array]], state: Any, length: int) -> tuple[Any, Array]:
-    """Call ``state, output = step(state)`` a fixed number of times; the only loop over data in the core.
+    """Call ``state, output = step(state)`` a fixed number of times. The only loop over data in the core.
 
     Parameters
     ----------
     xp
         The namespace of the arrays in ``state``.
     step
-        A pure function of the state; ``output`` has shape (batch,) and the same dtype in every turn.
+        A pure function of the state; ``output`` has shape (batch,) and the same dtype in every iteration.
     state
-        An array or a tuple of arrays, of unchanging shapes and dtypes.
+        An array or a tuple of arrays, of fixed shapes and dtypes.
     length
-        How many turns, at least 1.
+        Number of iterations, at least 1.
 
     Returns
     -------
     state, outputs
-        The last state, and the outputs as an array of shape (batch, length).
+        The final state, and the outputs, stacked to (batch, length).
 
     Notes
     -----
-    Under JAX this is ``jax.lax.scan``: compiled once, whatever the length. Elsewhere it is a Python loop.
+    Under JAX this is ``jax.lax.scan``, compiled once for any length. Elsewhere it is a Python loop.
     """
     if xp.__name__.startswith("jax"):
         import jax
@@ -144,16 +143,16 @@ _pytree_classes: set[type] = set()
 
 
 def register_pytree(cls: type, example: Array, array_field: str, static_field: str) -> None:
-    """Make ``cls`` a JAX pytree of one array and one static field, the first time it holds a JAX array.
+    """Register ``cls`` as a JAX pytree of one array and one static field, on its first JAX array.
 
-    JAX is not imported unless the caller holds one of its arrays, so the core stays free of it.
+    JAX is imported only if the caller already holds a JAX array.
     """
     if cls in _pytree_classes or not _is_jax(example):
         return
     import jax
 
     def unflatten(static: Any, children: tuple[Array, ...]) -> Any:
-        # JAX unflattens with stand-ins for arrays, so the checks of the constructor must not run.
+        # JAX unflattens with placeholders for arrays, so the constructor's checks must not run.
         instance: Any = object.__new__(cls)
         object.__setattr__(instance, array_field, children[0])
         object.__setattr__(instance, static_field, static)

@@ -1,4 +1,4 @@
-"""Ratios become integers here and nowhere else."""
+"""Token counts: the only place where ratios become integers."""
 
 from dataclasses import dataclass
 from fractions import Fraction
@@ -6,17 +6,19 @@ from math import floor
 from numbers import Rational, Real
 from typing import Literal
 
+from prmim_core._checks import check_integer
+
 Rounding = Literal["mae", "amt"]
 
 
 @dataclass(frozen=True)
 class TokenCounts:
-    """How many tokens of an image are visible, decoded and thrown.
+    """Numbers of visible, decoded and thrown tokens per image.
 
     Parameters
     ----------
     visible, decoded, thrown
-        V, M and T: integers, not negative. V + M + T = N.
+        V, M and T, non-negative integers. V + M + T = N.
 
     Examples
     --------
@@ -32,20 +34,16 @@ class TokenCounts:
 
     def __post_init__(self) -> None:
         for name in ("visible", "decoded", "thrown"):
-            count = getattr(self, name)
-            if not isinstance(count, int) or isinstance(count, bool):
-                raise TypeError(f"{name}: expected an integer, got {count!r}")
-            if count < 0:
-                raise ValueError(f"{name}: expected a count of at least 0, got {count}")
+            check_integer(name, getattr(self, name), 0)
 
     @property
     def num_tokens(self) -> int:
-        """All tokens, N."""
+        """Number of tokens, N."""
         return self.visible + self.decoded + self.thrown
 
     @property
     def masked(self) -> int:
-        """Tokens that the encoder does not see, M + T."""
+        """Number of masked tokens, M + T."""
         return self.decoded + self.thrown
 
 
@@ -58,43 +56,41 @@ def count_tokens(
     mask_unit: int = 1,
     throw_unit: int = 1,
 ) -> TokenCounts:
-    """Turn ratios into counts.
+    """Convert ratios to token counts.
 
     Parameters
     ----------
     num_tokens
         N, tokens per image.
     mask_ratio
-        Fraction of all tokens that is masked, in [0, 1].
+        Masked fraction of all tokens, in [0, 1].
     throw_ratio
-        Fraction of **all** tokens that is thrown, in [0, 1]; at most all that are masked are thrown, so 1 means
-        "decode nothing".
+        Thrown fraction of **all** tokens, in [0, 1]. Only masked tokens are thrown, so 1 means that none are decoded.
     rounding
-        Which count is rounded down: ``"mae"`` the visible one, V = floor(N (1 - mask_ratio)), as in MAE, MaskAlign and
-        SimMIM (which rounds the masked one up: the same); ``"amt"`` the masked one, floor(N mask_ratio), as in AMT.
+        ``"mae"`` rounds the visible count down, V = floor(N (1 - mask_ratio)), as MAE, SimMIM and MaskAlign do.
+        ``"amt"`` rounds the masked count down, N - V = floor(N mask_ratio), as AMT does.
     mask_unit
-        Tokens that are masked as a whole; must divide ``num_tokens``. SimMIM masks units of 2x2 tokens, so 4.
+        Number of tokens that are masked together; a divisor of ``num_tokens``. SimMIM's 2x2 units have 4.
     throw_unit
-        Tokens that are thrown as a whole; must divide ``mask_unit``.
+        Number of tokens that are thrown together; a divisor of ``mask_unit``.
 
     Returns
     -------
     TokenCounts
-        V as above, T = min(floor(N throw_ratio), N - V), and M the rest. With units, units are counted by these rules
-        and then turned into tokens: V is a multiple of ``mask_unit``, T of ``throw_unit``.
+        V as above, T = min(floor(N throw_ratio), N - V), M = N - V - T. With units the same rules count units, so V is
+        a multiple of ``mask_unit`` and T of ``throw_unit``.
 
     Raises
     ------
     TypeError
-        If a number of tokens is not an integer or a ratio is not a number.
+        If a count is not an integer or a ratio is not a number.
     ValueError
-        If a number of tokens is not positive, a unit does not divide what it must, a ratio lies outside [0, 1] or the
-        rule is not known.
+        If a count is not positive, a unit is not a divisor, a ratio lies outside [0, 1] or the rounding is unknown.
 
     Notes
     -----
-    A ratio is read as the decimal number that is written, so 0.7 is 7/10 exactly: 10 tokens at 0.9 leave one visible,
-    where floating-point arithmetic leaves none.
+    Arithmetic is exact: a ratio stands for its shortest decimal, so 0.9 is 9/10. Ten tokens at 0.9 leave one visible,
+    whereas floating-point arithmetic leaves none.
 
     Examples
     --------
@@ -110,10 +106,7 @@ def count_tokens(
     TokenCounts(visible=76, decoded=72, thrown=48)
     """
     for name, number in (("num_tokens", num_tokens), ("mask_unit", mask_unit), ("throw_unit", throw_unit)):
-        if not isinstance(number, int) or isinstance(number, bool):
-            raise TypeError(f"{name}: expected an integer, got {number!r}")
-        if number < 1:
-            raise ValueError(f"{name}: expected at least 1, got {number}")
+        check_integer(name, number, 1)
     if num_tokens % mask_unit:
         raise ValueError(f"mask_unit: expected a divisor of the {num_tokens} tokens, got {mask_unit}")
     if mask_unit % throw_unit:
@@ -136,5 +129,4 @@ def _exact_ratio(name: str, ratio: float | Fraction) -> Fraction:
         raise TypeError(f"{name}: expected a number in [0, 1], got {ratio!r}")
     if not 0 <= ratio <= 1:  # NaN fails this too
         raise ValueError(f"{name}: expected a number in [0, 1], got {ratio}")
-    # str() of a float is the shortest decimal that names it: the number which was written.
     return Fraction(ratio) if isinstance(ratio, Rational) else Fraction(str(ratio))

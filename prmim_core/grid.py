@@ -1,4 +1,4 @@
-"""Where the tokens of an image, a clip or a volume lie."""
+"""Grids: token positions in an image, a clip or a volume."""
 
 from dataclasses import dataclass
 from math import prod
@@ -13,23 +13,23 @@ INT32_MAX = 2**31 - 1
 
 @dataclass(frozen=True)
 class Grid:
-    """A regular grid of tokens in raster order, the last axis fastest.
+    """A regular grid of tokens in raster order (last axis fastest).
 
     Parameters
     ----------
     shape
         Tokens along each of one to three axes: (length,), (height, width) or (time, height, width).
     spacing
-        Distance between neighbours along each axis, as positive integers; None is 1 everywhere. Anisotropic data has
-        unequal spacing: a scan whose slices lie four voxels apart has (4, 1, 1).
+        Distance between neighbours along each axis, positive integers; None is 1 everywhere. Anisotropic data has
+        unequal spacing: a scan with slices four voxels apart has (4, 1, 1).
 
     Raises
     ------
     TypeError
         If a size or a spacing is not an integer.
     ValueError
-        If one is not positive, there are not one to three axes, or if squared distances reach 2**30 (arithmetic is
-        int32).
+        If a size or a spacing is not positive, the number of axes is not 1 to 3, or squared distances reach 2**30
+        (arithmetic is int32).
 
     Examples
     --------
@@ -72,21 +72,21 @@ class Grid:
 
     @property
     def max_squared_distance(self) -> int:
-        """Squared distance between opposite corners."""
+        """Squared distance between opposite corners, spacing applied."""
         return sum(((n - 1) * step) ** 2 for n, step in zip(self.shape, self.spacing, strict=True))
 
     @property
     def positions(self) -> NDArray[np.int32]:
-        """Positions of the tokens, spacing applied, as int32 (N, axes)."""
+        """Positions of the tokens, spacing applied: int32 (N, axes)."""
         return np.stack(self.coordinates(np, None), axis=1)
 
     def units(self, unit: tuple[int, ...]) -> "Grid":
-        """Return the grid whose tokens are units of several tokens of this one.
+        """Return the coarser grid of units, blocks of several tokens.
 
         Parameters
         ----------
         unit
-            Tokens of a unit along each axis; must divide :attr:`shape`.
+            Tokens per unit along each axis; must divide :attr:`shape`.
 
         Raises
         ------
@@ -109,7 +109,7 @@ class Grid:
         )
 
     def coordinates(self, xp: Namespace, device: object) -> list[Array]:
-        """Return one int32 array (N,) per axis, computed on the device, so that nothing is copied to it."""
+        """Compute positions on a device, without a copy: one int32 array (N,) per axis, spacing applied."""
         token = xp.arange(self.num_tokens, dtype=xp.int32, device=device)
         columns = []
         stride = self.num_tokens

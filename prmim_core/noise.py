@@ -1,52 +1,53 @@
-"""Reproducible noise from a counter, equal bit for bit on every array library, device and number of processes."""
+"""Counter-based noise, bit-identical on every array library, device and number of processes."""
 
 from typing import Any
 
 import numpy as np
 
 from prmim_core._arrays import Array, Namespace, argsort, array_namespace, compat_namespace, device_of, scatter
+from prmim_core._checks import check_integer, check_integers
 
 
 def counter_noise(seed: int, step: int | Array, sample: Array, num_tokens: int, xp: Namespace | None = None) -> Array:
-    """Return noise that is a pure function of (seed, step, sample, token).
+    """Compute noise as a pure function of (seed, step, sample, token).
 
     Parameters
     ----------
     seed
         The seed of the run, in [0, 2**32).
     step
-        The training step: an integer in [0, 2**31), or an integer array of one element (a traced one under JAX).
+        The training step: an integer in [0, 2**31), or an integer array of one element (may be traced by JAX).
     sample
-        int array (batch,): which image of the data set each row is for, in [0, 2**31). Rows depend on their own sample
-        only, so any split of a batch over processes gives the same noise.
+        int (batch,): dataset index of each image, in [0, 2**31). A row depends on its own sample only, so processes
+        may split a batch in any way.
     num_tokens
-        N, the length of a row.
+        N, the number of tokens.
     xp
-        The library of the result, for instance ``torch`` or ``jax.numpy``; None: that of ``sample``.
+        Array library of the result, for instance ``torch`` or ``jax.numpy``; None: the library of ``sample``.
 
     Returns
     -------
     array
-        int32 (batch, N), uniform over all 2**32 values. No value occurs twice in a row, so ranks have no ties.
+        int32 (batch, N), uniform over all 2**32 values. The values of a row are distinct.
 
     Raises
     ------
     TypeError
-        If ``seed`` is not an integer.
+        If ``seed``, ``step`` or ``sample`` is not an integer.
     ValueError
-        If ``seed`` or ``step`` is out of range, ``num_tokens`` is not positive or ``sample`` has not one axis.
+        If ``seed`` or ``step`` is out of range, ``num_tokens`` is not positive or ``sample`` is not (batch,).
 
     Notes
     -----
-    With all arithmetic modulo 2**32::
+    All arithmetic is modulo 2**32::
 
         mix(x):        x ^= x >> 16;  x *= 0x7FEB352D;  x ^= x >> 15;  x *= 0x846CA68B;  x ^= x >> 16
         absorb(h, w):  mix(h ^ mix(w + 0x9E3779B9))
         noise:         absorb(absorb(absorb(absorb(0, seed), step), sample), token)
 
-    read as a signed number. ``mix`` is a bijection with low bias (constants found by C. Wellons, "hash-prospector",
-    public domain), so ``absorb`` is one in its second argument, which is why a row has no ties. Not for cryptography.
-    Cost: about ten integer operations per value.
+    The result is read as a signed number. ``mix`` is a low-bias bijection (constants: C. Wellons, "hash-prospector",
+    public domain), so ``absorb`` is a bijection of its second argument and rows have no ties. About ten integer
+    operations per value. Not for cryptography.
 
     Examples
     --------
@@ -54,8 +55,7 @@ def counter_noise(seed: int, step: int | Array, sample: Array, num_tokens: int, 
     >>> counter_noise(0, 0, np.arange(2), 3).tolist()
     [[407902920, 1600198682, 1706822771], [1203627609, 1702173812, 250989885]]
     """
-    if not isinstance(seed, int) or isinstance(seed, bool):
-        raise TypeError(f"seed: expected an integer, got {seed!r}")
+    check_integer("seed", seed)
     if not 0 <= seed < 2**32:
         raise ValueError(f"seed: expected an integer in [0, 2**32), got {seed}")
     if num_tokens < 1:
@@ -67,13 +67,12 @@ def counter_noise(seed: int, step: int | Array, sample: Array, num_tokens: int, 
         sample = xp.asarray(sample)
     if sample.ndim != 1:
         raise ValueError(f"sample: expected shape (batch,), got {tuple(sample.shape)}")
-    if not xp.isdtype(sample.dtype, "integral"):
-        raise TypeError(f"sample: expected integers, got {sample.dtype}")
+    check_integers(xp, "sample", sample)
     device = device_of(sample)
-    state = absorb(_full(xp, 0, device), _full(xp, seed, device))
-    state = absorb(state, _step_word(xp, step, device))
-    state = absorb(state, xp.astype(sample, xp.int32))
-    return absorb(state[:, None], xp.arange(num_tokens, dtype=xp.int32, device=device)[None, :])
+    state = _absorb(_full(xp, 0, device), _full(xp, seed, device))
+    state = _absorb(state, _step_word(xp, step, device))
+    state = _absorb(state, xp.astype(sample, xp.int32))
+    return _absorb(state[:, None], xp.arange(num_tokens, dtype=xp.int32, device=device)[None, :])
 
 
 def _step_word(xp: Namespace, step: int | Array, device: Any) -> Array:
@@ -91,22 +90,22 @@ def _step_word(xp: Namespace, step: int | Array, device: Any) -> Array:
 
 
 def _full(xp: Namespace, value: int, device: Any) -> Array:
-    # One element and not none: NumPy warns when arithmetic on its scalars wraps, and arrays are meant to wrap.
+    # Shape (1,) rather than (): NumPy warns about overflow of scalars, but not of arrays.
     return xp.full((1,), _signed(value), dtype=xp.int32, device=device)
 
 
 def _signed(value: int) -> int:
-    """Read an unsigned 32-bit number as a signed one, as int32 arrays hold it."""
+    """Reinterpret an unsigned 32-bit number as int32."""
     return value - 2**32 if value >= 2**31 else value
 
 
-def absorb(state: Array, word: Array) -> Array:
-    """Return the int32 state after taking in one more int32 word; see the notes of :func:`counter_noise`."""
+def _absorb(state: Array, word: Array) -> Array:
+    """Mix one int32 word into the int32 state; see the notes of :func:`counter_noise`."""
     return _mix(state ^ _mix(word + _signed(0x9E3779B9)))
 
 
 def _mix(x: Array) -> Array:
-    # The shift of a signed number drags its sign along; the bit mask makes it the logical one.
+    # Masking off the sign bits turns the arithmetic shift into a logical one.
     x = x ^ ((x >> 16) & 0xFFFF)
     x = x * _signed(0x7FEB352D)
     x = x ^ ((x >> 15) & 0x1FFFF)
@@ -114,56 +113,13 @@ def _mix(x: Array) -> Array:
     return x ^ ((x >> 16) & 0xFFFF)
 
 
-def noise_rank(noise: Array) -> Array:
-    """Return each token's place when the tokens of its image are sorted by noise, lowest first.
-
-    Parameters
-    ----------
-    noise
-        (batch, N), any real dtype; equal values keep their raster order.
-
-    Returns
-    -------
-    array
-        int32 (batch, N), a permutation of 0 .. N - 1 in every row.
-
-    Examples
-    --------
-    >>> import numpy as np
-    >>> noise_rank(np.asarray([[30, 10, 20]])).tolist()
-    [[2, 0, 1]]
-    """
-    xp = array_namespace(noise)
+def _noise_rank(xp: Namespace, noise: Array) -> Array:
+    """Rank tokens by noise, lowest first: int32 (batch, N). Equal values rank in raster order."""
     length = noise.shape[1]
-    return scatter(argsort(noise), xp.arange(length, dtype=xp.int32, device=device_of(noise)), length)
+    return scatter(xp, argsort(xp, noise), xp.arange(length, dtype=xp.int32, device=device_of(noise)), length)
 
 
-def inverse_permutation(order: Array) -> Array:
-    """Return the permutation that undoes ``order``.
-
-    Parameters
-    ----------
-    order
-        int (batch, N), a permutation of 0 .. N - 1 in every row.
-
-    Returns
-    -------
-    array
-        int (batch, N): ``inverse[b, order[b, i]] = i``.
-
-    Examples
-    --------
-    >>> import numpy as np
-    >>> inverse_permutation(np.asarray([[2, 0, 1]])).tolist()
-    [[1, 2, 0]]
-    """
-    xp = array_namespace(order)
-    length = order.shape[1]
-    return scatter(order, xp.arange(length, device=device_of(order)), length)
-
-
-def uniform(noise: Array) -> Array:
-    """Map int32 noise to float32 numbers strictly between 0 and 1, evenly."""
-    xp = array_namespace(noise)
-    # The upper 23 bits and a half step: the largest float32 that stays below 1.
+def _uniform(xp: Namespace, noise: Array) -> Array:
+    """Map int32 noise to uniform float32 in (0, 1), endpoints excluded."""
+    # The upper 23 bits plus one half are the finest steps that float32 represents exactly below 1.
     return (xp.astype((noise >> 9) & 0x7FFFFF, xp.float32) + 0.5) / 2**23

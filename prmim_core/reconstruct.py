@@ -1,7 +1,6 @@
-"""Progressive reconstruction: thrown tokens rebuilt from known ones, stage by stage.
+"""Progressive reconstruction: thrown tokens are rebuilt from known tokens, stage by stage.
 
-Here are the stages without learned parameters, and the tables of offsets that learned ones look up. The learned modules
-live in the adapters.
+This module has no learned parameters. Learned modules live in the adapters and use its offset tables.
 """
 
 from collections.abc import Callable
@@ -10,36 +9,36 @@ from math import prod
 import numpy as np
 from numpy.typing import NDArray
 
-from prmim_core._arrays import Array, array_namespace, device_of
+from prmim_core._arrays import Array, Namespace, array_namespace, device_of
 from prmim_core.grid import Grid
 from prmim_core.schedule import Plan
 
 Mix = Callable[[Array, Array, Array], Array]
-"""Rebuild tokens: (features (batch, K, dim), known (batch, K), thrown (batch, n)) -> (batch, n, dim)."""
+"""Rebuilds tokens: (features (batch, K, dim), known (batch, K), thrown (batch, n)) -> (batch, n, dim)."""
 
 
 def reconstruct_stages(features: Array, plan: Plan, mix: Mix) -> Array:
-    """Rebuild the thrown tokens, every stage from all that is known before it.
+    """Rebuild thrown tokens stage by stage. Each stage uses all tokens known before it.
 
     Parameters
     ----------
     features
-        (batch, V + M, dim), of visible and decoded tokens in plan order.
+        (batch, V + M, dim), features of visible and decoded tokens in plan order.
     plan
         The plan of the batch.
     mix
-        ``mix(features, known, thrown)`` rebuilds the tokens ``thrown`` (batch, n) from the features of the tokens
-        ``known`` (batch, K), as (batch, n, dim).
+        ``mix(features, known, thrown)`` returns features (batch, n, dim) of the tokens ``thrown`` (batch, n), from the
+        features (batch, K, dim) of the tokens ``known`` (batch, K).
 
     Returns
     -------
     array
-        (batch, N, dim), of all tokens in plan order.
+        (batch, N, dim), features of all tokens in plan order; ``features`` come first, unchanged.
 
     Raises
     ------
     ValueError
-        If ``features`` do not fit the plan, or thrown tokens are to be rebuilt from nothing.
+        If ``features`` do not fit the plan, or tokens are thrown and none is known.
 
     Examples
     --------
@@ -52,14 +51,12 @@ def reconstruct_stages(features: Array, plan: Plan, mix: Mix) -> Array:
     """
     xp = array_namespace(features, plan.order)
     schedule = plan.schedule
-    known = schedule.num_known(1)
-    if features.ndim != 3 or tuple(features.shape[:2]) != (plan.order.shape[0], known):
-        expected = f"({plan.order.shape[0]}, {known}, dim)"
+    num_known = schedule.num_known(1)
+    if features.ndim != 3 or tuple(features.shape[:2]) != (plan.order.shape[0], num_known):
+        expected = f"({plan.order.shape[0]}, {num_known}, dim)"
         raise ValueError(f"features: expected shape {expected}, got {tuple(features.shape)}")
-    if known == 0 and schedule.counts.thrown:
-        raise ValueError(
-            "features: expected at least one visible or decoded token to rebuild thrown ones from, got none"
-        )
+    if num_known == 0 and schedule.counts.thrown:
+        raise ValueError("features: expected at least one visible or decoded token to rebuild others from, got none")
     for stage, size in enumerate(schedule.stage_sizes, start=1):
         if size:
             rebuilt = mix(features, plan.known(stage), plan.stage(stage))
@@ -68,12 +65,12 @@ def reconstruct_stages(features: Array, plan: Plan, mix: Mix) -> Array:
 
 
 def interpolate(features: Array, plan: Plan, eps: float = 1e-6) -> Array:
-    """Rebuild thrown tokens by inverse distance weighting, without parameters.
+    """Rebuild thrown tokens by inverse distance weighting (Shepard, 1968), without parameters.
 
     Parameters
     ----------
     features
-        float (batch, V + M, dim), of visible and decoded tokens in plan order.
+        float (batch, V + M, dim), features of visible and decoded tokens in plan order.
     plan
         The plan of the batch.
     eps
@@ -82,12 +79,17 @@ def interpolate(features: Array, plan: Plan, eps: float = 1e-6) -> Array:
     Returns
     -------
     array
-        (batch, N, dim), of all tokens in plan order. A thrown token is the mean of all known ones, weighted by one over
-        the squared distance (Shepard, 1968), and normalised over its channels to mean 0 and variance 1.
+        (batch, N, dim), features of all tokens in plan order. A thrown token is the mean of all known tokens, weighted
+        by the inverse squared distance, then normalised over its channels to mean 0 and variance 1.
+
+    Raises
+    ------
+    ValueError
+        As :func:`reconstruct_stages`.
 
     Notes
     -----
-    Cost: one (n x K) by (K x dim) product per image and stage.
+    One (n, K) x (K, dim) product per image and stage.
 
     Examples
     --------
@@ -97,32 +99,30 @@ def interpolate(features: Array, plan: Plan, eps: float = 1e-6) -> Array:
     >>> interpolate(np.asarray([[[0.0, 1.0], [1.0, 0.0]]]), plan)[0, 2:].round(3).tolist()
     [[-1.0, 1.0], [1.0, -1.0]]
     """
-    xp = array_namespace(features)
+    xp = array_namespace(features, plan.order)
 
     def mix(features: Array, known: Array, thrown: Array) -> Array:
-        weights = inverse_distance_weights(plan.schedule.grid, thrown, known)
-        return standardize(xp.matmul(xp.astype(weights, features.dtype), features), eps)
+        weights = _inverse_distance_weights(xp, plan.schedule.grid, thrown, known)
+        return _standardize(xp, xp.matmul(xp.astype(weights, features.dtype), features), eps)
 
     return reconstruct_stages(features, plan, mix)
 
 
-def inverse_distance_weights(grid: Grid, thrown: Array, known: Array) -> Array:
-    """Return the weights of :func:`interpolate`: float32 (batch, n, K), positive, each row summing to 1."""
-    xp = array_namespace(thrown, known)
-    inverse = 1.0 / xp.astype(pair_squared_distances(grid, thrown, known), xp.float32)
+def _inverse_distance_weights(xp: Namespace, grid: Grid, thrown: Array, known: Array) -> Array:
+    """Compute the weights of :func:`interpolate`: float32 (batch, n, K). Rows sum to 1."""
+    inverse = 1.0 / xp.astype(_pair_squared_distances(xp, grid, thrown, known), xp.float32)
     return inverse / xp.sum(inverse, axis=-1, keepdims=True)
 
 
-def standardize(x: Array, eps: float = 1e-6) -> Array:
-    """Give the last axis mean 0 and (biased) variance 1: a layer norm without parameters."""
-    xp = array_namespace(x)
+def _standardize(xp: Namespace, x: Array, eps: float) -> Array:
+    """Apply a layer norm without parameters (biased variance)."""
     mean = xp.mean(x, axis=-1, keepdims=True)
-    variance = xp.mean((x - mean) ** 2, axis=-1, keepdims=True)  # not xp.var: PyTorch's warns where the batch is empty
+    variance = xp.mean((x - mean) ** 2, axis=-1, keepdims=True)  # PyTorch's var warns about empty batches
     return (x - mean) / xp.sqrt(variance + eps)
 
 
 def num_offsets(grid: Grid) -> int:
-    """Count the offsets that two tokens of the grid can have: the product of (2 * side - 1).
+    """Return the number of possible offsets between two tokens: the product of (2 * side - 1).
 
     Parameters
     ----------
@@ -134,16 +134,21 @@ def num_offsets(grid: Grid) -> int:
     >>> num_offsets(Grid((14, 14)))
     729
     """
-    return prod([2 * size - 1 for size in grid.shape])  # a list, since torch.compile takes no generator here
+    return prod([2 * size - 1 for size in grid.shape])  # torch.compile does not support a generator here
 
 
 def offset_squared_distances(grid: Grid) -> NDArray[np.int64]:
-    """Return the squared distance, spacing applied, of every offset: int64 (num_offsets,), in raster order.
+    """Compute the squared distance of every offset, spacing applied.
 
     Parameters
     ----------
     grid
         The grid of the tokens.
+
+    Returns
+    -------
+    NDArray
+        int64 (num_offsets,), in raster order of the offsets.
 
     Examples
     --------
@@ -159,7 +164,7 @@ def offset_squared_distances(grid: Grid) -> NDArray[np.int64]:
 
 
 def offset_index(grid: Grid, thrown: Array, known: Array) -> Array:
-    """Return the number of the offset from every known to every thrown token.
+    """Compute the index of the offset from every known to every thrown token.
 
     Parameters
     ----------
@@ -171,8 +176,7 @@ def offset_index(grid: Grid, thrown: Array, known: Array) -> Array:
     Returns
     -------
     array
-        int (batch, n, K), in [0, num_offsets): the place of (thrown - known), counted in tokens along each axis, among
-        all offsets in raster order.
+        int (batch, n, K), in [0, num_offsets): raster index of (thrown - known), in tokens along each axis.
 
     Examples
     --------
@@ -180,12 +184,13 @@ def offset_index(grid: Grid, thrown: Array, known: Array) -> Array:
     >>> offset_index(Grid((2, 2)), np.asarray([[3]]), np.asarray([[0, 3]])).tolist()
     [[[8, 4]]]
     """
-    # A token's raster place in the wider grid of offsets: the difference of two such places, shifted to the middle,
-    # is the place of their offset. So n + K small sums do, and one difference per pair.
-    return _wide_place(grid, thrown)[:, :, None] - _wide_place(grid, known)[:, None, :] + num_offsets(grid) // 2
+    # The difference of two raster indices in the grid of offsets, shifted to its centre, is the index of the offset:
+    # n + K indices per image, and one difference per pair.
+    return _offset_place(grid, thrown)[:, :, None] - _offset_place(grid, known)[:, None, :] + num_offsets(grid) // 2
 
 
-def _wide_place(grid: Grid, tokens: Array) -> Array:
+def _offset_place(grid: Grid, tokens: Array) -> Array:
+    """Compute the raster index of tokens in the wider grid of offsets."""
     place = tokens * 0
     stride = grid.num_tokens
     for size in grid.shape:
@@ -194,9 +199,8 @@ def _wide_place(grid: Grid, tokens: Array) -> Array:
     return place
 
 
-def pair_squared_distances(grid: Grid, thrown: Array, known: Array) -> Array:
-    """Return the squared distance, spacing applied, from every thrown to every known token: int (batch, n, K)."""
-    xp = array_namespace(thrown, known)
+def _pair_squared_distances(xp: Namespace, grid: Grid, thrown: Array, known: Array) -> Array:
+    """Compute squared distances from every thrown to every known token, spacing applied: int (batch, n, K)."""
     total = xp.zeros((1, 1, 1), dtype=thrown.dtype, device=device_of(thrown))
     stride = grid.num_tokens
     for size, step in zip(grid.shape, grid.spacing, strict=True):

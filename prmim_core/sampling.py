@@ -1,4 +1,4 @@
-"""Furthest point sampling: picks that lie as far from everything known as they can."""
+"""Furthest point sampling: picks tokens that lie as far as possible from all known tokens."""
 
 from collections.abc import Callable
 from functools import lru_cache
@@ -7,75 +7,93 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prmim_core._arrays import Array, Namespace, argsort, array_namespace, device_of, scan
-from prmim_core.coverage import int32_points, nearest_known_distance, squared_distances
+from prmim_core._checks import check_count, check_mask, check_noise, check_positions
+from prmim_core.coverage import _int32_points, _nearest_known_distance, _squared_distances
 from prmim_core.grid import INT32_MAX, Grid
-from prmim_core.noise import noise_rank
+from prmim_core.noise import _noise_rank
 
-# Up to this many tokens rows of distances are looked up in a table of all N * N (16 MiB), which is two to three times
-# as fast in NumPy as adding them up axis by axis.
+# Up to this many tokens, rows of distances come from an N x N table (16 MiB): in NumPy, two to three times as fast as
+# adding them axis by axis.
 _TABLE_TOKENS = 2048
 
 
 Sampler = Callable[[Grid, int, Array, Array | None, Array | None], Array]
-"""What is called as :func:`furthest_point_sampling` is, by position, and picks the same tokens."""
+"""Drop-in replacements for :func:`furthest_point_sampling`, with positional arguments. Must pick the same tokens."""
 
 
 def furthest_point_sampling(
     positions: Grid | Array,
     num_samples: int,
     noise: Array,
-    known: Array | None = None,
-    candidates: Array | None = None,
+    is_known: Array | None = None,
+    is_candidate: Array | None = None,
 ) -> Array:
-    """Pick tokens one after the other, each the furthest from all that are known or picked already.
+    """Repeatedly pick the token furthest from all known and picked tokens.
 
     Parameters
     ----------
     positions
-        A :class:`Grid`, or int (N, axes) of distinct points whose squared distances are below 2**30.
+        A :class:`Grid`, or int (N, axes) of distinct points with squared distances below 2**30.
     num_samples
-        How many tokens to pick, at most the number of candidates in every image; it is static, so only N is checked.
+        Number of picks, at most the number of unknown candidates of every image (values, so only N is checked).
     noise
-        (batch, N), any real dtype. Of tokens equally far the one of higher noise is picked; the first pick, where
-        nothing is known, is the candidate of highest noise.
-    known
+        (batch, N), any real dtype. Breaks ties: the token of higher noise is picked. Without known tokens, the first
+        pick is the candidate of highest noise.
+    is_known
         bool (batch, N), tokens known from the start; None: none.
-    candidates
-        bool (batch, N), tokens that may be picked, known ones excepted; None: all.
+    is_candidate
+        bool (batch, N), tokens that may be picked; None: all. Known tokens are never picked.
 
     Returns
     -------
     array
-        int (batch, num_samples), in the order of picking.
+        int (batch, num_samples), in picking order.
 
     Raises
     ------
     TypeError
-        If positions are not integers, or ``known`` or ``candidates`` not bool.
+        If positions are not integers, or ``is_known`` or ``is_candidate`` is not bool.
     ValueError
-        If shapes do not fit or ``num_samples`` is out of range.
+        If a shape does not fit or ``num_samples`` is out of range.
 
     Notes
     -----
-    One integer key per token holds all that decides: ``key = distance**2 * N + rank``; the pick is the largest key, and
-    ``key = minimum(key, distance_to_pick**2 * N + rank)`` takes it into account. No masks, no branches, a fixed number
-    of turns: O(num_samples * N) per image. Where the key could pass int32, distance and rank are compared one after the
-    other instead, with the same picks. Any k picks are the first k of k + 1, and their covering radius is at most twice
-    the best one (Gonzalez, 1985).
+    One integer key per token, ``key = distance**2 * N + rank``, orders all candidates. Every iteration picks the
+    largest key and sets ``key = minimum(key, distance_to_pick**2 * N + rank)``: O(num_samples * N) per image. If the
+    key could overflow int32, distance and rank are compared one after the other, with the same picks.
+
+    Fewer picks are a prefix of more picks. The covering radius is at most twice the optimum (Gonzalez, 1985).
 
     Examples
     --------
     >>> import numpy as np
     >>> noise = np.asarray([[1, 0, 3, 2, 4]])
-    >>> known = np.asarray([[True, False, False, False, False]])
-    >>> furthest_point_sampling(Grid((5,)), 2, noise, known=known).tolist()
+    >>> is_known = np.asarray([[True, False, False, False, False]])
+    >>> furthest_point_sampling(Grid((5,)), 2, noise, is_known).tolist()
     [[4, 2]]
     """
     xp = array_namespace(noise)
-    length = _check(positions, num_samples, noise, known, candidates)
+    num_tokens = check_positions(positions)
+    check_noise(noise, num_tokens)
+    check_count("num_samples", num_samples, num_tokens)
+    for name, mask in (("is_known", is_known), ("is_candidate", is_candidate)):
+        if mask is not None:
+            check_mask(xp, name, mask, noise)
+    return _furthest_point_sampling(xp, positions, num_samples, noise, is_known, is_candidate)
+
+
+def _furthest_point_sampling(
+    xp: Namespace,
+    positions: Grid | Array,
+    num_samples: int,
+    noise: Array,
+    is_known: Array | None,
+    is_candidate: Array | None,
+) -> Array:
     if num_samples == 0:
-        return argsort(noise)[:, :0]
-    distance, rank = starting_distance(positions, noise, known, candidates)
+        return argsort(xp, noise)[:, :0]
+    distance, rank = starting_distance(xp, positions, noise, is_known, is_candidate)
+    length = noise.shape[1]
     if key_fits_int32(positions):
         key = distance * length + rank
         if isinstance(noise, np.ndarray) and isinstance(positions, Grid) and length <= _TABLE_TOKENS:
@@ -85,37 +103,37 @@ def furthest_point_sampling(
 
 
 def starting_distance(
-    positions: Grid | Array, noise: Array, known: Array | None, candidates: Array | None
+    xp: Namespace, positions: Grid | Array, noise: Array, is_known: Array | None, is_candidate: Array | None
 ) -> tuple[Array, Array]:
-    """Return what sampling starts from.
+    """Compute the initial state of sampling, for the core's loop and for kernels. Arguments are not validated.
 
     Returns
     -------
     distance
-        int32 (batch, N): squared, to the nearest known token; one and the same for all where nothing is known, and -1
-        where a token may not be picked.
+        int32 (batch, N): squared distance to the nearest known token, a constant without known tokens, and -1 for
+        tokens that must not be picked.
     rank
-        int32 (batch, N): see :func:`prmim_core.noise_rank`.
+        int32 (batch, N): rank of the noise, lowest first.
     """
-    xp = array_namespace(noise)
-    is_known = xp.zeros(noise.shape, dtype=xp.bool, device=device_of(noise)) if known is None else known
-    may_pick = ~is_known if candidates is None else candidates & ~is_known
-    distance = nearest_known_distance(positions, is_known)
+    if is_known is None:
+        is_known = xp.zeros(noise.shape, dtype=xp.bool, device=device_of(noise))
+    may_pick = ~is_known if is_candidate is None else is_candidate & ~is_known
+    distance = _nearest_known_distance(xp, positions, is_known)
     furthest = _max_squared_distance(positions)
     if furthest is not None:
         distance = xp.minimum(distance, xp.full_like(distance, furthest + 1))
-    return xp.where(may_pick, distance, -1), noise_rank(noise)
+    return xp.where(may_pick, distance, -1), _noise_rank(xp, noise)
 
 
 def key_fits_int32(positions: Grid | Array) -> bool:
-    """Whether distance and rank fit into one int32 key; False where the distances are not known here."""
+    """Return whether distance and rank fit into one int32 key; False if the distances are not available on the host."""
     furthest = _max_squared_distance(positions)
     length = positions.num_tokens if isinstance(positions, Grid) else positions.shape[0]
     return furthest is not None and (furthest + 2) * length <= INT32_MAX
 
 
 Rows = Callable[[Array], Array]
-"""From picks (batch,) to the squared distances of all tokens to them, int32 (batch, N)."""
+"""Maps picks (batch,) to the squared distances of all tokens to them, int32 (batch, N)."""
 
 
 def _pick_by_packed_key(xp: Namespace, rows: Rows, key: Array, rank: Array, num_samples: int) -> Array:
@@ -129,12 +147,12 @@ def _pick_by_packed_key(xp: Namespace, rows: Rows, key: Array, rank: Array, num_
 def _pick_in_place(
     table: NDArray[np.int32], key: NDArray[np.int32], rank: NDArray[np.int32], num_samples: int
 ) -> NDArray[np.intp]:
-    """Pick by the packed key in NumPy, without a new array in every turn; ``key`` is lost."""
+    """Pick by the packed key in NumPy without allocations per pick; overwrites ``key``."""
     picks = np.empty((num_samples, key.shape[0]), dtype=np.intp)
     row = np.empty_like(key)
     for pick in picks:
         np.argmax(key, axis=1, out=pick)
-        np.take(table, pick, axis=0, out=row, mode="clip")  # all are inside; to check it, NumPy would copy `row`
+        np.take(table, pick, axis=0, out=row, mode="clip")  # the default mode would copy `row`
         np.add(row, rank, out=row)
         np.minimum(key, row, out=key)
     return np.ascontiguousarray(picks.T)
@@ -142,8 +160,8 @@ def _pick_in_place(
 
 @lru_cache(maxsize=4)
 def _key_table(grid: Grid) -> NDArray[np.int32]:
-    """Return the squared distances between all tokens, times N: what they add to a key."""
-    table: NDArray[np.int32] = squared_distances(grid.positions, grid.positions) * grid.num_tokens
+    """Compute the squared distances between all tokens, times N."""
+    table: NDArray[np.int32] = _squared_distances(np, grid.positions, grid.positions) * grid.num_tokens
     table.flags.writeable = False
     return table
 
@@ -158,22 +176,22 @@ def _pick_by_distance_then_rank(xp: Namespace, rows: Rows, distance: Array, rank
 
 
 def _distance_rows(xp: Namespace, positions: Grid | Array, scale: int, like: Array) -> Rows:
-    """Return the rows of distances, times ``scale``, in the library and on the device of ``like``."""
+    """Return a function that computes rows of distances, times ``scale``, on the device of ``like``."""
     length, device = like.shape[1], device_of(like)
     if isinstance(positions, Grid):
         if length > _TABLE_TOKENS:
             return _grid_rows(xp, positions, scale, device)
         points = xp.stack(positions.coordinates(xp, device), axis=1)
     else:
-        points = int32_points(xp, positions, device)
+        points = _int32_points(xp, positions, device)
     if length <= _TABLE_TOKENS:
-        table = squared_distances(points, points) * scale
+        table = _squared_distances(xp, points, points) * scale
         return lambda pick: xp.take(table, pick, axis=0)
-    return lambda pick: squared_distances(xp.take(points, pick, axis=0), points) * scale
+    return lambda pick: _squared_distances(xp, xp.take(points, pick, axis=0), points) * scale
 
 
 def _grid_rows(xp: Namespace, grid: Grid, scale: int, device: object) -> Rows:
-    """Look distances up one axis at a time, and add them."""
+    """Look up distances one axis at a time and add them."""
     axes = []
     stride = grid.num_tokens
     for size, step in zip(grid.shape, grid.spacing, strict=True):
@@ -192,35 +210,9 @@ def _grid_rows(xp: Namespace, grid: Grid, scale: int, device: object) -> Rows:
 
 
 def _max_squared_distance(positions: Grid | Array) -> int | None:
-    """Bound the squared distances without reading values off a device; None where they are not known here."""
+    """Bound the squared distances without a copy from a device; None if the positions are not on the host."""
     if isinstance(positions, Grid):
         return positions.max_squared_distance
     if isinstance(positions, np.ndarray):
         return int((np.ptp(positions.astype(np.int64), axis=0) ** 2).sum())
     return None
-
-
-def _check(
-    positions: Grid | Array, num_samples: int, noise: Array, known: Array | None, candidates: Array | None
-) -> int:
-    xp = array_namespace(noise)
-    if isinstance(positions, Grid):
-        length = positions.num_tokens
-    else:
-        if positions.ndim != 2:
-            raise ValueError(f"positions: expected a Grid or shape (N, axes), got shape {tuple(positions.shape)}")
-        if not array_namespace(positions).isdtype(positions.dtype, "integral"):
-            raise TypeError(f"positions: expected integers, got {positions.dtype}")
-        length = int(positions.shape[0])
-    if noise.ndim != 2 or noise.shape[1] != length:
-        raise ValueError(f"noise: expected shape (batch, {length}), got {tuple(noise.shape)}")
-    if not 0 <= num_samples <= length:
-        raise ValueError(f"num_samples: expected 0 to {length}, got {num_samples}")
-    for name, mask in (("known", known), ("candidates", candidates)):
-        if mask is None:
-            continue
-        if mask.dtype != xp.bool:
-            raise TypeError(f"{name}: expected bool, got {mask.dtype}")
-        if tuple(mask.shape) != tuple(noise.shape):
-            raise ValueError(f"{name}: expected the shape of noise, {tuple(noise.shape)}, got {tuple(mask.shape)}")
-    return length

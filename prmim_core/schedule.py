@@ -1,47 +1,46 @@
-"""The plan of an image: one permutation of its tokens, and static boundaries in it."""
+"""Schedules and plans: one permutation of an image's tokens, cut at static boundaries."""
 
 from dataclasses import dataclass
 from functools import partial
 from math import prod
-from typing import get_args
 
-from prmim_core._arrays import Array, argsort, array_namespace, device_of, register_pytree, scatter
+from prmim_core._arrays import Array, Namespace, argsort, array_namespace, device_of, register_pytree, scatter
+from prmim_core._checks import check_choice, check_integer, check_integers, check_noise, check_weights
 from prmim_core.counts import TokenCounts
-from prmim_core.coverage import nearest_known_distance
+from prmim_core.coverage import _nearest_known_distance
 from prmim_core.grid import Grid
-from prmim_core.masking import block_visible, check_weights, random_visible, take_units, unit_tokens
-from prmim_core.noise import inverse_permutation
-from prmim_core.sampling import Sampler, furthest_point_sampling
-from prmim_core.throwing import Seed, Throwing, choose_decoded
+from prmim_core.masking import _block_visible, _take_units, _unit_tokens
+from prmim_core.sampling import Sampler
+from prmim_core.throwing import FurthestFrom, Throwing, _choose_decoded
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """All that is static about plans: sizes and rules. Hashable, so ``jax.jit`` takes it as a static argument.
+    """The static part of a plan: sizes and rules. Hashable, so it can be a static argument of ``jax.jit``.
 
     Parameters
     ----------
     grid
         The grid of the tokens.
     counts
-        How many are visible, decoded and thrown; they must add up to the grid.
+        Numbers of visible, decoded and thrown tokens; their sum is the number of tokens of the grid.
     stages
-        S, in how many stages the thrown tokens are rebuilt, at least 1.
+        S, number of reconstruction stages of the thrown tokens, at least 1.
     throwing
-        ``"furthest"``, ``"random"``, ``"weighted"`` or ``"cell"``: see :mod:`prmim_core.throwing`.
-    seed
-        ``"visible"`` or ``"none"``: where furthest sampling starts; the other strategies ignore it.
+        ``"furthest"``, ``"random"``, ``"weighted"`` or ``"cell"``: a strategy of :mod:`prmim_core.throwing`.
+    furthest_from
+        ``"visible"`` or ``"none"``: see :func:`prmim_core.furthest_decoded`. Other strategies ignore it.
     unit
-        Tokens along each axis of what is decoded or thrown as a whole; None: single tokens (which a unit of ones
-        becomes too). Must divide the grid, and its number of tokens the counts.
+        Tokens along each axis of the blocks that are decoded or thrown together; None (or all ones): single tokens.
+        Must divide the grid; its number of tokens must divide the decoded and the thrown count.
 
     Raises
     ------
     TypeError
         If ``stages`` or a size of the unit is not an integer.
     ValueError
-        If the counts do not add up or do not fit the unit, ``stages`` is not positive, the unit does not divide the
-        grid or a rule is not known.
+        If the counts do not fit the grid or the unit, ``stages`` is not positive, the unit does not divide the grid or
+        a rule is unknown.
 
     Examples
     --------
@@ -58,7 +57,7 @@ class Schedule:
     counts: TokenCounts
     stages: int = 2
     throwing: Throwing = "furthest"
-    seed: Seed = "visible"
+    furthest_from: FurthestFrom = "visible"
     unit: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
@@ -66,13 +65,9 @@ class Schedule:
             raise ValueError(
                 f"counts: expected {self.grid.num_tokens} tokens in all, as in the grid, got {self.counts.num_tokens}"
             )
-        if not isinstance(self.stages, int) or isinstance(self.stages, bool):
-            raise TypeError(f"stages: expected an integer, got {self.stages!r}")
-        if self.stages < 1:
-            raise ValueError(f"stages: expected at least 1, got {self.stages}")
-        for name, allowed in (("throwing", get_args(Throwing)), ("seed", get_args(Seed))):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name}: expected one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+        check_integer("stages", self.stages, 1)
+        check_choice("throwing", self.throwing, Throwing)
+        check_choice("furthest_from", self.furthest_from, FurthestFrom)
         if self.unit is not None:
             self._check_unit(self.unit)
 
@@ -84,17 +79,17 @@ class Schedule:
                 f"counts: expected decoded and thrown tokens in units of {size}, got {self.counts.decoded} and "
                 f"{self.counts.thrown}"
             )
-        # Equal schedules are equal keys, however their unit was written.
+        # Normalised, so that equal schedules compare and hash equal.
         object.__setattr__(self, "unit", None if size == 1 else tuple(int(n) for n in unit))
 
     @property
     def stage_sizes(self) -> tuple[int, ...]:
-        """Thrown tokens per stage: they differ by at most one, larger ones first, and can be 0."""
+        """Number of thrown tokens per stage: sizes differ by at most one, larger first; may be 0."""
         size, larger = divmod(self.counts.thrown, self.stages)
         return tuple(size + (stage < larger) for stage in range(self.stages))
 
     def num_known(self, stage: int) -> int:
-        """Count the tokens known before a stage: visible, decoded and those of earlier stages.
+        """Return the number of known tokens before a stage: visible, decoded, and all earlier stages.
 
         Parameters
         ----------
@@ -108,19 +103,27 @@ class Schedule:
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """Which token of each image does what: visible, decoded, or thrown and rebuilt in which stage.
+    """The role of every token of every image: visible, decoded, or thrown and rebuilt in a stage.
+
+    Features stay in plan order during a forward pass; :attr:`restore` brings them back to raster order. Under JAX a
+    plan is a pytree with the leaf ``order``.
 
     Parameters
     ----------
     order
-        int (batch, N): a permutation of every image's tokens: visible, decoded, stage 1, ..., stage S. Features that
-        are gathered along it stay in this order; :attr:`restore` brings them back to raster order.
+        int (batch, N), a permutation of each image's tokens: visible, decoded, stage 1, ..., stage S. Not validated;
+        see :meth:`check`.
     schedule
         The static part.
 
-    Notes
-    -----
-    A pytree under JAX, whose only leaf is ``order``.
+    Examples
+    --------
+    >>> import numpy as np
+    >>> plan = Plan(np.asarray([[3, 0, 2, 1]]), Schedule(Grid((4,)), TokenCounts(1, 1, 2)))
+    >>> plan.visible.tolist(), plan.decoded.tolist(), plan.thrown.tolist(), plan.stage(2).tolist()
+    ([[3]], [[0]], [[2, 1]], [[1]])
+    >>> plan.mask.tolist()
+    [[True, True, True, False]]
     """
 
     order: Array
@@ -136,15 +139,13 @@ class Plan:
 
     @property
     def decoded(self) -> Array:
-        """Masked tokens that the decoder rebuilds: int (batch, M)."""
-        counts = self.schedule.counts
-        return self.order[:, counts.visible : counts.visible + counts.decoded]
+        """Masked tokens that pass through the decoder: int (batch, M)."""
+        return self.order[:, self.schedule.counts.visible : self.schedule.num_known(1)]
 
     @property
     def thrown(self) -> Array:
-        """Masked tokens that the decoder never sees, stage after stage: int (batch, T)."""
-        counts = self.schedule.counts
-        return self.order[:, counts.visible + counts.decoded :]
+        """Masked tokens that skip the decoder, stage by stage: int (batch, T)."""
+        return self.order[:, self.schedule.num_known(1) :]
 
     @property
     def masked(self) -> Array:
@@ -160,54 +161,132 @@ class Plan:
         start = self.schedule.num_known(stage)
         return self.order[:, start : start + self.schedule.stage_sizes[stage - 1]]
 
+    def represented(self, *, reconstructed: bool) -> Array:
+        """Return the tokens that have features after a forward pass, in plan order.
+
+        Parameters
+        ----------
+        reconstructed
+            Whether thrown tokens are reconstructed. The method decides, so a plan does not know.
+
+        Returns
+        -------
+        array
+            All tokens, int (batch, N), or without reconstruction only visible and decoded tokens, int (batch, V + M).
+        """
+        return self.order if reconstructed else self.known(1)
+
+    def supervised(self, *, reconstructed: bool) -> Array:
+        """Return the masked tokens that have features, and so can have a loss, in plan order.
+
+        Parameters
+        ----------
+        reconstructed
+            As in :meth:`represented`.
+
+        Returns
+        -------
+        array
+            All masked tokens, int (batch, M + T), or without reconstruction only decoded tokens, int (batch, M).
+        """
+        return self.masked if reconstructed else self.decoded
+
     @property
     def restore(self) -> Array:
-        """The inverse of ``order``, int (batch, N): the place of each token in plan order."""
-        return inverse_permutation(self.order)
+        """The inverse of ``order``, int (batch, N): the position of each token in plan order."""
+        xp, length = array_namespace(self.order), self.schedule.counts.num_tokens
+        return scatter(xp, self.order, xp.arange(length, device=device_of(self.order)), length)
+
+    @property
+    def mask(self) -> Array:
+        """The mask in raster order: bool (batch, N), True is hidden from the encoder."""
+        return ~_is_member(array_namespace(self.order), self.visible, self.schedule.counts.num_tokens)
+
+    def check(self) -> None:
+        """Validate the values of ``order``.
+
+        Meant for tests and for plans from other sources: it waits for the device and does not run under ``jax.jit``.
+
+        Raises
+        ------
+        TypeError
+            If ``order`` does not hold integers.
+        ValueError
+            If ``order`` is not (batch, N), a row is not a permutation, or a boundary cuts a unit of the schedule.
+        """
+        xp, length, unit = array_namespace(self.order), self.schedule.counts.num_tokens, self.schedule.unit
+        check_integers(xp, "order", self.order)
+        if self.order.ndim != 2 or self.order.shape[1] != length:
+            raise ValueError(f"order: expected shape (batch, {length}), got {tuple(self.order.shape)}")
+        device = device_of(self.order)
+        tokens = xp.arange(length, dtype=self.order.dtype, device=device)
+        is_permutation = xp.all(xp.sort(self.order, axis=1) == tokens[None, :], axis=1)
+        _check_rows(xp, is_permutation, f"a permutation of 0 to {length - 1}")
+        if unit is None:
+            return
+        place = xp.arange(length, device=device)
+        is_masked, is_thrown = place >= self.schedule.counts.visible, place >= self.schedule.num_known(1)
+        kind = scatter(xp, self.order, xp.astype(is_masked, xp.int32) + xp.astype(is_thrown, xp.int32), length)
+        units = _unit_tokens(xp, self.schedule.grid, unit, device)
+        kind = xp.reshape(xp.take(kind, xp.reshape(units, (-1,)), axis=1), (-1, *units.shape))
+        is_whole = xp.all(xp.min(kind, axis=2) == xp.max(kind, axis=2), axis=1)
+        _check_rows(xp, is_whole, f"visible, decoded and thrown tokens in whole units {unit}")
+
+
+def _check_rows(xp: Namespace, is_valid: Array, expected: str) -> None:
+    if not bool(xp.all(is_valid)):
+        first = int(xp.argmin(xp.astype(is_valid, xp.int32)))
+        raise ValueError(f"order: expected {expected} in every row, got an invalid row {first}")
 
 
 def make_plan(
     schedule: Schedule,
     noise: Array,
     visible: Array | None = None,
+    decoded: Array | None = None,
     weights: Array | None = None,
     *,
-    sampler: Sampler = furthest_point_sampling,
+    sampler: Sampler | None = None,
 ) -> Plan:
-    """Lay out the tokens of every image.
+    """Choose visible, decoded and thrown tokens of every image, and sort them into stages.
 
     Parameters
     ----------
     schedule
         Sizes and rules.
     noise
-        int32 (batch, N), for instance from :func:`prmim_core.counter_noise`; the plan is a pure function of it.
+        (batch, N), any real dtype, for instance from :func:`prmim_core.counter_noise`. The plan is a pure function of
+        it. Throwing by ``"weighted"`` needs int32, ``"cell"`` integers.
     visible
-        int (batch, V), distinct tokens, from a masking strategy; None: :func:`prmim_core.random_visible`, or
-        :func:`prmim_core.block_visible` where the schedule has a unit. There they must be whole units, which is not
-        checked, since it is a matter of values.
+        int (batch, V), distinct tokens from a masking strategy; None: :func:`prmim_core.random_visible`, or
+        :func:`prmim_core.block_visible` if the schedule has a unit. Must be whole units then (not validated).
+    decoded
+        int (batch, M), distinct masked tokens from a throwing strategy; None: the strategy of the schedule.
     weights
-        float (batch, N), with ``throwing="weighted"`` only.
+        float (batch, N), for ``throwing="weighted"`` only.
     sampler
-        Does furthest sampling, called with (grid, number, noise, known, candidates). A framework may have a kernel for
-        it, as :mod:`prmim_torch.furthest` is; it must pick the same tokens.
+        Replaces the core's loop for furthest sampling, for instance by a GPU kernel. Must pick the same tokens.
 
     Returns
     -------
     Plan
-        Thrown tokens are sorted by the distance to the nearest visible or decoded token, then by noise, and cut into
-        stages of equal size: those next to known tokens are rebuilt first and help to rebuild the others.
+        Thrown tokens are sorted by distance to the nearest visible or decoded token, then by noise, and cut into
+        stages. Tokens next to known ones are rebuilt first and help to rebuild the others.
 
     Raises
     ------
+    TypeError
+        If a dtype does not fit.
     ValueError
-        If a shape does not fit the schedule, or weights are missing or not wanted.
+        If a shape does not fit the schedule, or weights are missing or not needed.
 
     Notes
     -----
-    With a unit, the decoded units are chosen as tokens are, on the grid of units (``grid.units(unit)``): the noise of a
-    unit is that of its first token, its weight the sum of their weights. They are laid out unit by unit in the order of
-    choice, in raster order inside. Stages are made of single tokens all the same.
+    With a unit, decoded units are chosen like tokens, on the grid of units. A unit takes the noise of its first token
+    and the sum of its weights. Decoded tokens come unit by unit, in raster order within a unit. Stages consist of
+    single tokens.
+
+    O(M N) integer operations per image for furthest sampling, O(N log N) for the rest.
 
     Examples
     --------
@@ -220,56 +299,80 @@ def make_plan(
     >>> sorted(plan.order[0].tolist()) == list(range(16))
     True
     """
-    xp = array_namespace(*[array for array in (noise, visible, weights) if array is not None])
+    xp = array_namespace(*[array for array in (noise, visible, decoded, weights) if array is not None])
     grid, counts = schedule.grid, schedule.counts
-    if noise.ndim != 2 or noise.shape[1] != grid.num_tokens:
-        raise ValueError(f"noise: expected shape (batch, {grid.num_tokens}), got {tuple(noise.shape)}")
+    check_noise(noise, grid.num_tokens)
+    for name, index, count in (("visible", visible, counts.visible), ("decoded", decoded, counts.decoded)):
+        if index is not None:
+            _check_index(xp, name, index, (noise.shape[0], count))
+    if decoded is None:
+        _check_throwing(xp, schedule, noise, weights)
+    elif weights is not None:
+        raise ValueError("weights: expected None where decoded tokens are given, got an array")
+    by_noise = argsort(xp, noise)
     if visible is None:
         if schedule.unit is None:
-            visible = random_visible(noise, counts.visible)
+            visible = by_noise[:, : counts.visible]
         else:
-            visible = block_visible(noise, grid, schedule.unit, counts.visible // prod(schedule.unit))
-    elif tuple(visible.shape) != (noise.shape[0], counts.visible):
-        expected = (noise.shape[0], counts.visible)
-        raise ValueError(f"visible: expected shape {expected}, got {tuple(visible.shape)}")
-    elif not xp.isdtype(visible.dtype, "integral"):
-        raise TypeError(f"visible: expected integers, got {visible.dtype}")
-    is_visible = is_member(visible, grid.num_tokens)
-    decoded = _decoded(schedule, noise, is_visible, weights, sampler)
-    is_known = is_visible | is_member(decoded, grid.num_tokens)
-    by_noise = argsort(noise)
-    distance = xp.take_along_axis(nearest_known_distance(grid, is_known), by_noise, axis=1)
-    by_distance = xp.take_along_axis(by_noise, argsort(distance), axis=1)
-    thrown = by_distance[:, counts.visible + counts.decoded :]  # known tokens lie at distance 0, so they come first
+            visible = _block_visible(xp, grid, schedule.unit, counts.visible // prod(schedule.unit), noise)
+    is_visible = _is_member(xp, visible, grid.num_tokens)
+    if decoded is None:
+        decoded = _decoded(xp, schedule, noise, is_visible, weights, sampler)
+    is_known = is_visible | _is_member(xp, decoded, grid.num_tokens)
+    distance = xp.take_along_axis(_nearest_known_distance(xp, grid, is_known), by_noise, axis=1)
+    by_distance = xp.take_along_axis(by_noise, argsort(xp, distance), axis=1)
+    thrown = by_distance[:, schedule.num_known(1) :]  # known tokens lie at distance 0, so they come first
     parts = [xp.astype(part, thrown.dtype) for part in (visible, decoded, thrown)]
     return Plan(xp.concat(parts, axis=1), schedule)
 
 
-def _decoded(schedule: Schedule, noise: Array, is_visible: Array, weights: Array | None, sampler: Sampler) -> Array:
-    grid, unit, number = schedule.grid, schedule.unit, schedule.counts.decoded
-    choose = partial(choose_decoded, schedule.throwing, seed=schedule.seed, sampler=sampler)
-    if unit is None:
-        return choose(grid, noise, is_visible, number, weights=weights)
-    xp = array_namespace(noise)
-    tokens = unit_tokens(grid, unit, noise)
-    first = tokens[:, 0]
-    unit_weights = None
+def _check_index(xp: Namespace, name: str, index: Array, shape: tuple[int, int]) -> None:
+    if tuple(index.shape) != shape:
+        raise ValueError(f"{name}: expected shape {shape}, got {tuple(index.shape)}")
+    check_integers(xp, name, index)
+
+
+def _check_throwing(xp: Namespace, schedule: Schedule, noise: Array, weights: Array | None) -> None:
+    throwing = schedule.throwing
+    if (weights is not None) != (throwing == "weighted"):
+        came = "None" if weights is None else "an array"
+        raise ValueError(f"weights: expected an array with throwing='weighted' only, got {came} with {throwing!r}")
     if weights is not None:
-        check_weights(weights, noise)
+        check_weights(xp, noise, weights)
+    if throwing == "cell":
+        check_integers(xp, "noise", noise)
+
+
+def _decoded(
+    xp: Namespace,
+    schedule: Schedule,
+    noise: Array,
+    is_visible: Array,
+    weights: Array | None,
+    sampler: Sampler | None,
+) -> Array:
+    """Choose the decoded tokens, or whole units of them: int (batch, M)."""
+    grid, unit, number = schedule.grid, schedule.unit, schedule.counts.decoded
+    choose = partial(_choose_decoded, xp, schedule.throwing, furthest_from=schedule.furthest_from, sampler=sampler)
+    if unit is None:
+        return choose(grid, number, noise, is_visible, weights=weights)
+    tokens = _unit_tokens(xp, grid, unit, device_of(noise))
+    first = tokens[:, 0]
+    if weights is not None:
         by_unit = xp.take(weights, xp.reshape(tokens, (-1,)), axis=1)
-        unit_weights = xp.sum(xp.reshape(by_unit, (noise.shape[0], *tokens.shape)), axis=2)
+        weights = xp.sum(xp.reshape(by_unit, (noise.shape[0], *tokens.shape)), axis=2)
     units = choose(
         grid.units(unit),
+        number // prod(unit),
         xp.take(noise, first, axis=1),
         xp.take(is_visible, first, axis=1),
-        number // prod(unit),
-        weights=unit_weights,
+        weights=weights,
     )
-    return take_units(tokens, units)
+    return _take_units(xp, tokens, units)
 
 
 def is_member(index: Array, num_tokens: int) -> Array:
-    """Turn the indices of some tokens into a mask.
+    """Convert token indices to a mask.
 
     Parameters
     ----------
@@ -281,7 +384,12 @@ def is_member(index: Array, num_tokens: int) -> Array:
     Returns
     -------
     array
-        bool (batch, N), True where a row of ``index`` has the token.
+        bool (batch, N), True for tokens in ``index``.
+
+    Raises
+    ------
+    ValueError
+        If ``index`` is not (batch, n).
 
     Examples
     --------
@@ -290,11 +398,17 @@ def is_member(index: Array, num_tokens: int) -> Array:
     [[True, False, True, False]]
     """
     xp = array_namespace(index)
-    return scatter(index, xp.ones(index.shape[1], dtype=xp.bool, device=device_of(index)), num_tokens)
+    if index.ndim != 2:
+        raise ValueError(f"index: expected shape (batch, n), got {tuple(index.shape)}")
+    return _is_member(xp, index, num_tokens)
+
+
+def _is_member(xp: Namespace, index: Array, num_tokens: int) -> Array:
+    return scatter(xp, index, xp.ones(index.shape[1], dtype=xp.bool, device=device_of(index)), num_tokens)
 
 
 def take_tokens(x: Array, index: Array) -> Array:
-    """Gather tokens.
+    """Gather the tokens ``index`` of every image.
 
     Parameters
     ----------
@@ -323,7 +437,7 @@ def take_tokens(x: Array, index: Array) -> Array:
     if index.ndim != 2 or x.ndim < 2 or x.shape[0] != index.shape[0]:
         expected = "x (batch, N, ...) and index (batch, n)"
         raise ValueError(f"index: expected {expected}, got {tuple(x.shape)} and {tuple(index.shape)}")
-    # Whole rows of one long list: a gather value by value costs frameworks many times as much.
+    # A gather of rows from a flat list is many times as fast as take_along_axis in frameworks.
     batch, length = x.shape[:2]
     starts = xp.arange(batch, dtype=index.dtype, device=device_of(index))[:, None] * length
     rows = xp.reshape(index + starts, (-1,))

@@ -1,4 +1,4 @@
-"""Images as tokens: patches, and what a model has to predict of them. Any channels, one to three axes."""
+"""Patches of images and prediction targets. One to three axes, any number of channels."""
 
 from math import prod
 
@@ -17,7 +17,7 @@ def patch_grid(image_size: tuple[int, ...], patch_size: tuple[int, ...]) -> Grid
     Raises
     ------
     ValueError
-        If the numbers of axes differ, or a patch size does not divide the image.
+        If the numbers of axes differ, or a patch size does not divide the image size.
 
     Examples
     --------
@@ -39,20 +39,20 @@ def patchify(images: Array, patch_size: tuple[int, ...]) -> Array:
     Parameters
     ----------
     images
-        (batch, axes..., channels), any dtype, channels last; one to three axes.
+        (batch, axes..., channels), any dtype.
     patch_size
         Pixels of a patch along each axis.
 
     Returns
     -------
     array
-        (batch, N, P), P = product of ``patch_size`` times channels; in a token row, column, channel, the channel
-        fastest (the order of MAE).
+        (batch, N, P) with P = product of ``patch_size`` times channels. Values of a patch are in the order of MAE: row,
+        column, channel (fastest).
 
     Raises
     ------
     ValueError
-        If the patch does not divide the image.
+        If the patch size does not divide the image size.
 
     Examples
     --------
@@ -72,7 +72,7 @@ def patchify(images: Array, patch_size: tuple[int, ...]) -> Array:
 
 
 def unpatchify(tokens: Array, patch_size: tuple[int, ...], grid: Grid) -> Array:
-    """Put patches together to images; the inverse of :func:`patchify`.
+    """Assemble patches to images; the inverse of :func:`patchify`.
 
     Parameters
     ----------
@@ -91,7 +91,7 @@ def unpatchify(tokens: Array, patch_size: tuple[int, ...], grid: Grid) -> Array:
     Raises
     ------
     ValueError
-        If the tokens do not fit the grid or the patch.
+        If the tokens do not fit the grid or the patch size.
 
     Examples
     --------
@@ -116,7 +116,7 @@ def unpatchify(tokens: Array, patch_size: tuple[int, ...], grid: Grid) -> Array:
 
 
 def normalize_patches(patches: Array, eps: float = 1e-6) -> Array:
-    """Give every patch mean 0 and variance 1 (MAE's target).
+    """Normalise every patch to mean 0 and variance 1 (MAE's target).
 
     Parameters
     ----------
@@ -128,12 +128,12 @@ def normalize_patches(patches: Array, eps: float = 1e-6) -> Array:
     Returns
     -------
     array
-        Of the same shape: (x - mean) / sqrt(variance + eps), the variance unbiased (divided by P - 1).
+        (..., P): (x - mean) / sqrt(variance + eps), with unbiased variance (divided by P - 1).
 
     Raises
     ------
     ValueError
-        If a patch has one value only, which has no unbiased variance.
+        If P is less than 2.
 
     Examples
     --------
@@ -146,16 +146,26 @@ def normalize_patches(patches: Array, eps: float = 1e-6) -> Array:
 
 
 def denormalize_patches(normalized: Array, patches: Array, eps: float = 1e-6) -> Array:
-    """Undo :func:`normalize_patches` with the true statistics of ``patches``.
+    """Invert :func:`normalize_patches` with the mean and variance of ``patches``.
 
     Parameters
     ----------
     normalized
         float (..., P), for instance predictions.
     patches
-        float (..., P), the true patches: brightness and contrast come from them, not from the model.
+        float (..., P), the true patches. Brightness and contrast come from them, not from the model.
     eps
         As in :func:`normalize_patches`.
+
+    Returns
+    -------
+    array
+        (..., P): normalized * sqrt(variance + eps) + mean.
+
+    Raises
+    ------
+    ValueError
+        If P is less than 2.
 
     Examples
     --------
@@ -173,6 +183,6 @@ def _patch_statistics(patches: Array, eps: float) -> tuple[Array, Array]:
     if patches.shape[-1] < 2:
         raise ValueError(f"patches: expected at least 2 values in a patch to normalise it, got {patches.shape[-1]}")
     mean = xp.mean(patches, axis=-1, keepdims=True)
-    # Not xp.var: PyTorch's warns where the batch is empty.
+    # PyTorch's var warns about empty batches.
     variance = xp.sum((patches - mean) ** 2, axis=-1, keepdims=True) / (patches.shape[-1] - 1)
     return mean, xp.sqrt(variance + eps)

@@ -1,184 +1,281 @@
-"""Which masked tokens are decoded, and which are thrown.
+"""Throwing strategies: which masked tokens are decoded. The other masked tokens are thrown.
 
-A strategy takes the visible tokens as a mask and returns the indices of the tokens to decode; the other masked tokens
-are thrown. :func:`choose_decoded` knows them by name. All but ``furthest`` are rivals to compare with.
+Pass the result to :func:`prmim_core.make_plan` as ``decoded``, or name the strategy in
+:class:`prmim_core.Schedule`.
 """
 
-from typing import Literal, get_args
+from typing import Literal
 
-from prmim_core._arrays import Array, argsort, array_namespace, device_of
+from prmim_core._arrays import Array, Namespace, argsort, array_namespace, device_of
+from prmim_core._checks import check_choice, check_count, check_integers, check_mask, check_noise, check_weights
 from prmim_core.grid import Grid
-from prmim_core.masking import arrival_times
-from prmim_core.noise import noise_rank
-from prmim_core.sampling import Sampler, furthest_point_sampling
+from prmim_core.masking import _arrival_times
+from prmim_core.noise import _noise_rank
+from prmim_core.sampling import Sampler, _furthest_point_sampling
 
 Throwing = Literal["furthest", "random", "weighted", "cell"]
-Seed = Literal["visible", "none"]
+FurthestFrom = Literal["visible", "none"]
+
+STRATEGIES: dict[Throwing, str] = {
+    "furthest": "furthest sampling, spread over the image",
+    "random": "a uniform draw",
+    "weighted": "a draw in proportion to weights",
+    "cell": "a running cell",
+}
+"""How each strategy chooses the decoded tokens, in words."""
+WEIGHTED: tuple[Throwing, ...] = ("weighted",)
+"""Strategies that need weights."""
 
 
 def furthest_decoded(
     grid: Grid,
+    num_decoded: int,
     noise: Array,
     is_visible: Array,
-    num_decoded: int,
     *,
-    seed: Seed = "visible",
-    sampler: Sampler = furthest_point_sampling,
+    furthest_from: FurthestFrom = "visible",
 ) -> Array:
-    """Decode the tokens that furthest point sampling picks among the masked (PR-MIM).
+    """Decode the masked tokens that furthest point sampling picks (PR-MIM).
 
     Parameters
     ----------
     grid
         The grid of the tokens.
+    num_decoded
+        M, at most the number of masked tokens.
     noise
-        (batch, N); see :func:`prmim_core.furthest_point_sampling`.
+        (batch, N), any real dtype; breaks ties as in :func:`prmim_core.furthest_point_sampling`.
     is_visible
         bool (batch, N).
-    num_decoded
-        M.
-    seed
-        ``"visible"``: the visible tokens are known from the start, so picks keep away from them too. ``"none"``: picks
-        keep away from one another only, and the first is random.
-    sampler
-        Does the work: the core's own loop, or a framework's kernel that picks the same tokens.
+    furthest_from
+        ``"visible"``: picks keep away from visible tokens and from one another. ``"none"``: only from one another, and
+        the first pick is random.
 
     Returns
     -------
     array
-        int (batch, M), in the order of picking.
+        int (batch, M), in picking order.
+
+    Raises
+    ------
+    TypeError
+        If ``is_visible`` is not bool.
+    ValueError
+        If a shape does not fit, ``num_decoded`` is out of range or ``furthest_from`` is unknown.
 
     Notes
     -----
-    The published text leaves seed, metric and ties open; these choices are ours.
+    The published text leaves ``furthest_from``, the metric and ties open; these choices are ours.
 
     References
     ----------
     Li et al., "PR-MIM: Delving Deeper into Partial Reconstruction in Masked Image Modeling", arXiv 2411.15746.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> is_visible = np.asarray([[True, False, False, False, False]])
+    >>> furthest_decoded(Grid((5,)), 2, np.asarray([[1, 0, 3, 2, 4]]), is_visible).tolist()
+    [[4, 2]]
     """
-    known = is_visible if seed == "visible" else None
-    return sampler(grid, num_decoded, noise, known, ~is_visible)
+    xp = _check(num_decoded, noise, is_visible, grid)
+    check_choice("furthest_from", furthest_from, FurthestFrom)
+    return _furthest(xp, grid, num_decoded, noise, is_visible, furthest_from, None)
 
 
-def random_decoded(noise: Array, is_visible: Array, num_decoded: int) -> Array:
-    """Decode masked tokens at random: those of lowest noise, int (batch, M) (CrossMAE).
-
-    References
-    ----------
-    Fu et al., "Rethinking Patch Dependence for Masked Autoencoders", arXiv 2401.14391.
-    """
-    return _lowest_masked(noise_rank(noise), is_visible, num_decoded)
-
-
-def weighted_decoded(noise: Array, is_visible: Array, num_decoded: int, weights: Array) -> Array:
-    """Decode masked tokens drawn without replacement in proportion to weights (AMT).
+def random_decoded(num_decoded: int, noise: Array, is_visible: Array) -> Array:
+    """Decode masked tokens drawn uniformly (CrossMAE).
 
     Parameters
     ----------
+    num_decoded
+        M, at most the number of masked tokens.
     noise
-        int32 (batch, N).
+        (batch, N), any real dtype.
     is_visible
         bool (batch, N).
-    num_decoded
-        M.
-    weights
-        float (batch, N), not negative, such as attention: what is attended to is decoded, the rest is thrown.
 
     Returns
     -------
     array
-        int (batch, M), in order of drawing.
+        int (batch, M), the masked tokens of lowest noise, lowest first.
+
+    Raises
+    ------
+    TypeError
+        If ``is_visible`` is not bool.
+    ValueError
+        If a shape does not fit or ``num_decoded`` is out of range.
+
+    References
+    ----------
+    Fu et al., "Rethinking Patch Dependence for Masked Autoencoders", arXiv 2401.14391.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> random_decoded(2, np.asarray([[4, 3, 2, 1]]), np.asarray([[False, False, False, True]])).tolist()
+    [[2, 1]]
+    """
+    xp = _check(num_decoded, noise, is_visible)
+    return _lowest_masked(xp, num_decoded, _noise_rank(xp, noise), is_visible)
+
+
+def weighted_decoded(num_decoded: int, noise: Array, is_visible: Array, weights: Array) -> Array:
+    """Decode masked tokens drawn without replacement in proportion to weights (AMT).
+
+    Parameters
+    ----------
+    num_decoded
+        M, at most the number of masked tokens.
+    noise
+        int32 (batch, N), from :func:`prmim_core.counter_noise`.
+    is_visible
+        bool (batch, N).
+    weights
+        float (batch, N), non-negative, for instance attention. See :func:`prmim_core.weighted_visible`.
+
+    Returns
+    -------
+    array
+        int (batch, M), in drawing order.
+
+    Raises
+    ------
+    TypeError
+        If ``noise`` is not int32 or ``is_visible`` is not bool.
+    ValueError
+        If a shape does not fit or ``num_decoded`` is out of range.
 
     References
     ----------
     Gui et al., "Good Helper Is around You: Attention-driven Masked Image Modeling", arXiv 2211.15362.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from prmim_core import counter_noise
+    >>> is_visible, weights = np.asarray([[True, False, False, False]]), np.asarray([[9.0, 0.0, 1.0, 0.0]])
+    >>> weighted_decoded(1, counter_noise(0, 0, np.arange(1), 4), is_visible, weights).tolist()
+    [[2]]
     """
-    return _lowest_masked(arrival_times(noise, weights), is_visible, num_decoded)
+    xp = _check(num_decoded, noise, is_visible)
+    check_weights(xp, noise, weights)
+    return _lowest_masked(xp, num_decoded, _arrival_times(xp, noise, weights), is_visible)
 
 
-def cell_decoded(grid: Grid, noise: Array, is_visible: Array, num_decoded: int) -> Array:
-    """Decode by a running cell (VideoMAE V2).
+def cell_decoded(grid: Grid, num_decoded: int, noise: Array, is_visible: Array) -> Array:
+    """Decode masked tokens by a running cell (VideoMAE V2).
 
-    A cell of 2x2 tokens (of 4 in a row on a grid of one axis) gives its tokens the phases 0 to 3; the phases advance by
-    one with each time step, from an offset drawn per image. Tokens are decoded by rising phase, by rising noise within
-    one, until there are M.
+    The tokens of a cell, 2x2 over the last two axes (4 in a row on a grid of one axis), have phases 0 to 3. Phases
+    advance by one per time step, from an offset drawn per image. Tokens are decoded in order of phase, then of noise.
 
     Parameters
     ----------
     grid
         The grid of the tokens; the first of three axes is time.
+    num_decoded
+        M, at most the number of masked tokens.
     noise
-        int32 (batch, N). That of token 0 gives the offset.
+        Integers (batch, N). The noise of token 0 gives the offset.
     is_visible
         bool (batch, N).
-    num_decoded
-        M.
 
     Returns
     -------
     array
-        int (batch, M).
+        int (batch, M), in order of phase.
+
+    Raises
+    ------
+    TypeError
+        If ``noise`` does not hold integers or ``is_visible`` is not bool.
+    ValueError
+        If a shape does not fit or ``num_decoded`` is out of range.
 
     Notes
     -----
-    VideoMAE V2 keeps two of four phases whether or not a token is visible, so its number of decoded masked tokens
-    varies. Filling up to M by phase keeps it fixed; this is ours.
+    VideoMAE V2 decodes two of four phases, so the number of decoded masked tokens varies. The fixed M is ours.
 
     References
     ----------
     Wang et al., "VideoMAE V2", arXiv 2303.16727.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> noise, is_visible = np.asarray([[4, 7, 6, 5, 4, 3, 2, 1]]), np.asarray([[True] + [False] * 7])
+    >>> cell_decoded(Grid((2, 4)), 3, noise, is_visible).tolist()
+    [[2, 3, 1]]
     """
-    xp = array_namespace(noise)
-    if not xp.isdtype(noise.dtype, "integral"):
-        raise TypeError(f"noise: expected integers, got {noise.dtype}")
-    # Unit spacing: a cell is made of neighbours, however far apart they lie.
+    xp = _check(num_decoded, noise, is_visible, grid)
+    check_integers(xp, "noise", noise)
+    return _lowest_masked(xp, num_decoded, _cell_score(xp, grid, noise), is_visible)
+
+
+def _check(num_decoded: int, noise: Array, is_visible: Array, grid: Grid | None = None) -> Namespace:
+    xp = array_namespace(noise, is_visible)
+    check_noise(noise, None if grid is None else grid.num_tokens)
+    check_mask(xp, "is_visible", is_visible, noise)
+    check_count("num_decoded", num_decoded, noise.shape[1])
+    return xp
+
+
+def _choose_decoded(
+    xp: Namespace,
+    throwing: Throwing,
+    grid: Grid,
+    num_decoded: int,
+    noise: Array,
+    is_visible: Array,
+    *,
+    furthest_from: FurthestFrom,
+    weights: Array | None,
+    sampler: Sampler | None,
+) -> Array:
+    """Choose decoded tokens by the strategy of this name: int (batch, num_decoded)."""
+    match throwing:
+        case "furthest":
+            return _furthest(xp, grid, num_decoded, noise, is_visible, furthest_from, sampler)
+        case "random":
+            score = _noise_rank(xp, noise)
+        case "weighted":
+            score = _arrival_times(xp, noise, weights)
+        case "cell":
+            score = _cell_score(xp, grid, noise)
+    return _lowest_masked(xp, num_decoded, score, is_visible)
+
+
+def _furthest(
+    xp: Namespace,
+    grid: Grid,
+    num_decoded: int,
+    noise: Array,
+    is_visible: Array,
+    furthest_from: FurthestFrom,
+    sampler: Sampler | None,
+) -> Array:
+    is_known = is_visible if furthest_from == "visible" else None
+    if sampler is not None:
+        return sampler(grid, num_decoded, noise, is_known, ~is_visible)
+    return _furthest_point_sampling(xp, grid, num_decoded, noise, is_known, ~is_visible)
+
+
+def _cell_score(xp: Namespace, grid: Grid, noise: Array) -> Array:
+    """Rank tokens by phase, then by noise: int32 (batch, N)."""
+    # Unit spacing, because cells are made of neighbours at any distance.
     columns = Grid(grid.shape).coordinates(xp, device_of(noise))
     place = columns[-1] if grid.axes == 1 else columns[-2] % 2 * 2 + columns[-1] % 2
     time = columns[0] if grid.axes == 3 else xp.zeros_like(place)
     offset = noise[:, :1] & 3
     phase = (place + time)[None, :] + xp.astype(offset, xp.int32)
-    return _lowest_masked((phase & 3) * grid.num_tokens + noise_rank(noise), is_visible, num_decoded)
+    return (phase & 3) * grid.num_tokens + _noise_rank(xp, noise)
 
 
-def _lowest_masked(score: Array, is_visible: Array, num_decoded: int) -> Array:
-    """Return the masked tokens of lowest score, lowest first: int (batch, num_decoded)."""
-    xp = array_namespace(score)
-    by_score = argsort(score)
-    # A second stable sort moves the visible tokens behind the masked ones and keeps the order otherwise.
+def _lowest_masked(xp: Namespace, num_decoded: int, score: Array, is_visible: Array) -> Array:
+    """Take the masked tokens of lowest score, lowest first: int (batch, num_decoded)."""
+    by_score = argsort(xp, score)
+    # A second stable sort moves visible tokens behind masked ones and keeps the order otherwise.
     is_visible_by_score = xp.astype(xp.take_along_axis(is_visible, by_score, axis=1), xp.int32)
-    masked_first = argsort(is_visible_by_score)
+    masked_first = argsort(xp, is_visible_by_score)
     return xp.take_along_axis(by_score, masked_first[:, :num_decoded], axis=1)
-
-
-def choose_decoded(
-    throwing: Throwing,
-    grid: Grid,
-    noise: Array,
-    is_visible: Array,
-    num_decoded: int,
-    *,
-    seed: Seed = "visible",
-    weights: Array | None = None,
-    sampler: Sampler = furthest_point_sampling,
-) -> Array:
-    """Return the tokens that the strategy ``throwing`` decodes: int (batch, num_decoded).
-
-    Raises
-    ------
-    ValueError
-        If the strategy is not known, or ``weights`` are missing where it needs them or given where it does not.
-    """
-    if (weights is not None) != (throwing == "weighted"):
-        came = "None" if weights is None else "an array"
-        raise ValueError(f"weights: expected an array with throwing='weighted' only, got {came} with {throwing!r}")
-    match throwing:
-        case "furthest":
-            return furthest_decoded(grid, noise, is_visible, num_decoded, seed=seed, sampler=sampler)
-        case "random":
-            return random_decoded(noise, is_visible, num_decoded)
-        case "weighted":
-            return weighted_decoded(noise, is_visible, num_decoded, weights)
-        case "cell":
-            return cell_decoded(grid, noise, is_visible, num_decoded)
-        case _:
-            raise ValueError(f"throwing: expected one of {', '.join(get_args(Throwing))}, got {throwing!r}")

@@ -18,14 +18,26 @@ FOLDERS = {name: ROOT / folder for name, folder in PROJECT["tool"]["setuptools"]
 FRAMEWORKS = {"torch", "jax", "jaxlib", "flax", "optax", "orbax", "tensorflow"}
 NEVER_ANYWHERE = {"timm", "torchvision", "pickle", "cPickle", "dill", "cloudpickle"}
 NEVER = {
-    "prmim_core": {"prmim_reference", "prmim_torch", "prmim_jax", "prmim_train", *FRAMEWORKS - {"jax"}},
-    "prmim_reference": {"prmim_core", "prmim_torch", "prmim_jax", "prmim_train", *FRAMEWORKS},
+    "prmim_core": {
+        "prmim_reference",
+        "prmim_methods",
+        "prmim_torch",
+        "prmim_jax",
+        "prmim_train",
+        *FRAMEWORKS - {"jax"},
+    },
+    "prmim_reference": {"prmim_core", "prmim_methods", "prmim_torch", "prmim_jax", "prmim_train", *FRAMEWORKS},
+    "prmim_methods": {"prmim_reference", "prmim_torch", "prmim_jax", "prmim_train", *FRAMEWORKS},
     "prmim_torch": {"prmim_reference", "prmim_jax", "prmim_train", *FRAMEWORKS - {"torch"}},
     "prmim_jax": {"prmim_reference", "prmim_torch", "prmim_train", "torch"},
     "prmim_train": {"prmim_reference", "prmim_torch", "prmim_jax", *FRAMEWORKS},
 }
-# The two that stand alone import nothing but this, the standard library and themselves.
-ONLY = {"prmim_core": {"numpy", "array_api_compat"}, "prmim_reference": {"numpy", "safetensors"}}
+# These import nothing but the listed modules, the standard library and themselves.
+ONLY = {
+    "prmim_core": {"numpy", "array_api_compat"},
+    "prmim_reference": {"numpy", "safetensors"},
+    "prmim_methods": {"numpy", "prmim_core"},
+}
 
 FILES = [(name, path) for name, folder in FOLDERS.items() for path in sorted(folder.rglob("*.py"))]
 IDS = [f"{name}/{path.relative_to(FOLDERS[name])}" for name, path in FILES]
@@ -62,10 +74,10 @@ def faults(package, file_name, source):
 
 def test_every_package_has_rules_and_is_installed():
     assert set(FOLDERS) <= set(NEVER)
-    assert set(PROJECT["tool"]["setuptools"]["packages"]) == set(FOLDERS)
     folders = [ROOT, ROOT / "adapters", ROOT / "reference"]
-    packages = {path.parent.name for folder in folders for path in folder.glob("prmim_*/__init__.py")}
-    assert packages == set(FOLDERS)
+    packages = {path.parent.relative_to(folder) for folder in folders for path in folder.glob("prmim_*/**/__init__.py")}
+    assert set(PROJECT["tool"]["setuptools"]["packages"]) == {".".join(package.parts) for package in packages}
+    assert set(FOLDERS) == {package.parts[0] for package in packages}
 
 
 @pytest.mark.parametrize(("package", "path"), FILES, ids=IDS)
@@ -86,7 +98,11 @@ def test_imports_go_one_way(package, path):
         ("prmim_core", "grid.py", "from . import counts", ["."]),
         ("prmim_core", "grid.py", "class A:\n    def f(self):\n        import pickle", ["pickle"]),
         ("prmim_reference", "mae.py", "from prmim_core.grid import Grid", ["prmim_core"]),
-        ("prmim_torch", "mae.py", "import torch, prmim_core", []),
+        ("prmim_core", "grid.py", "import prmim_methods.cost", ["prmim_methods"]),
+        ("prmim_methods", "cost.py", "from prmim_core import Schedule", []),
+        ("prmim_methods", "cost.py", "def f():\n    import torch", ["torch"]),
+        ("prmim_methods", "teacher.py", "def f():\n    import huggingface_hub", ["huggingface_hub"]),
+        ("prmim_torch", "mae.py", "import torch, prmim_core, prmim_methods", []),
         ("prmim_torch", "mae.py", "import timm.models", ["timm"]),
         ("prmim_torch", "mae.py", "if True:\n    from prmim_train import loop", ["prmim_train"]),
         ("prmim_train", "loop.py", "async def f():\n    import prmim_torch", ["prmim_torch"]),
@@ -112,12 +128,14 @@ def test_no_file_loads_pickles_under_another_name(package, path):
             assert options.get("allow_pickle", "False") == "False", f"line {node.lineno}"
 
 
-@pytest.mark.parametrize("package", ["prmim_core", "prmim_reference"])
-def test_importing_loads_no_framework(package):
+@pytest.mark.parametrize("package", ["prmim_core", "prmim_reference", "prmim_methods"])
+def test_importing_loads_no_framework_and_no_network_code(package):
     program = f"import sys, {package}\nprint(*sorted({{name.partition('.')[0] for name in sys.modules}}))"
     loaded = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True).stdout.split()
     assert package in loaded
-    assert not {"torch", "jax", "jaxlib", "scipy", "prmim_torch", "prmim_jax", "prmim_train"} & set(loaded)
+    forbidden = FRAMEWORKS | {"scipy", "prmim_torch", "prmim_jax", "prmim_train"}
+    forbidden |= {"huggingface_hub", "requests", "httpx", "urllib3", "socket", "ssl"}
+    assert not forbidden & set(loaded)
 
 
 def test_the_core_depends_on_numpy_and_array_api_compat_alone():

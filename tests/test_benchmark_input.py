@@ -1,4 +1,4 @@
-"""The benchmark of the input runs, and compares like with like."""
+"""The benchmark of the input: equal crops on both sides, and complete tables."""
 
 import io
 import json
@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from benchmarks import input as benchmark
-from prmim_train.sources import open_source
-from prmim_train.transforms import random_crop_box
+from prmim_train.data.sources import open_source
+from prmim_train.data.transforms import random_crop_box
 
 
 @pytest.fixture(scope="module")
@@ -17,7 +17,7 @@ def photographs(tmp_path_factory):
     return open_source(benchmark.write_photographs(folder, (80, 60), 4), channels=3)
 
 
-def test_both_sides_make_the_same_of_a_file(photographs):
+def test_both_sides_make_the_same_crops(photographs):
     plain = benchmark.Plain(photographs, 16)
     assert len(plain) == len(photographs)
     for index in range(len(plain)):
@@ -32,7 +32,7 @@ def test_photographs_are_as_hard_to_decode_as_real_ones():
     assert 0.4 < len(file.getvalue()) / (500 * 375) < 0.7
 
 
-def test_input_prints_its_tables_and_leaves_them(capsys, tmp_path, monkeypatch):
+def test_input_prints_and_stores_its_tables(capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(benchmark, "READERS", {name: benchmark.READERS[name] for name in ("0 workers", "1 worker")})
     sizes = ["--size", "80", "60", "--large", "400", "300", "--pictures", "4", "--image-size", "32", "--batch", "4"]
     few = ["--images", "8", "--repeats", "1", "--crops", "3", "--steps", "1", "--step-batch", "2"]

@@ -1,4 +1,4 @@
-"""The benchmark of the plan: its tables, its JSON, its picture."""
+"""The benchmark of the plan: tables, JSON file and figure."""
 
 import importlib.util
 import json
@@ -14,7 +14,7 @@ from prmim_core import furthest_point_sampling
 
 @pytest.fixture
 def small(monkeypatch):
-    """Grids that take milliseconds, and a compiler that generates no code."""
+    """Grids that take milliseconds, and a compiler without code generation."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
     monkeypatch.setattr(plan, "GRIDS", ((4, 4), (2, 4, 4)))
     monkeypatch.setattr(plan, "SIDES", (4, 6))
@@ -42,22 +42,22 @@ def test_tables_have_a_row_for_every_case(small, tmp_path, capsys):
     assert all(label in printed for table in rows for label in table)
 
 
-def test_a_case_has_as_many_tokens_as_its_images_of_14x14_have():
+def test_a_case_has_the_tokens_of_its_images_of_14x14():
     case = plan.Case.of((28, 28), 256)
     assert (case.images, case.num_visible, case.num_picks) == (64, 196, 196)
     assert plan.Case.of((64, 64), 1).images == 1
-    assert (case.visible.sum(axis=1) == 196).all()
+    assert (case.is_visible.sum(axis=1) == 196).all()
 
 
 @pytest.mark.parametrize("case", [plan.Case.of((4, 6), 2), plan.Case.of((4, 6), 2, num_picks=9)], ids=str)
 def test_all_arms_that_return_picks_return_the_same(case):
-    expected = furthest_point_sampling(case.grid, case.num_picks, case.noise, case.visible)
+    expected = furthest_point_sampling(case.grid, case.num_picks, case.noise, case.is_visible)
     runs = plan.sampling_runs(case, "cpu")
     for name in ("NumPy", "torch, core", "JAX jit"):
         np.testing.assert_array_equal(np.asarray(runs[name]()), expected, err_msg=name)
 
 
-def test_exponents_are_those_of_the_times(monkeypatch):
+def test_exponents_are_fitted_to_the_times(monkeypatch):
     cases = {size: plan.Case.of((2, size), 1) for size in (2, 4, 8, 16)}
     sizes = iter(cases)
 
@@ -73,7 +73,7 @@ def test_exponents_are_those_of_the_times(monkeypatch):
 
 
 @pytest.mark.skipif(importlib.util.find_spec("fpsample") is None, reason="fpsample is not installed")
-def test_the_peer_does_the_job_that_the_benchmark_says():
+def test_the_functions_of_the_peer_run():
     case = plan.Case.of((8, 8), 1)
     assert {"fps, one start", "kdline, one start"} <= set(plan.peer_runs(case))
     for run in plan.peer_runs(case).values():

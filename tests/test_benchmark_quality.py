@@ -1,4 +1,4 @@
-"""The study: every arm can be built, pieces add up to whole runs, and the table says what the results say."""
+"""The study of accuracy: valid arms, resumed trainings, stored records and tables."""
 
 import json
 import math
@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from benchmarks.quality import __main__ as quality
-from benchmarks.quality import arms, data, runs, tables
+from benchmarks.quality import data, records, runs, tables
 from benchmarks.quality.arms import ARMS, DEFAULT, DENSE, PARTIAL, STUDIES, Study, World
+from benchmarks.quality.config import config_of, cost_ratio
 from benchmarks.quality.data import Images
 from benchmarks.report import Report
-from prmim_train.config import PretrainConfig
 
 TINY = World(
     data="digits",
@@ -32,45 +32,38 @@ def study(monkeypatch):
 
 
 @pytest.mark.parametrize("name", STUDIES)
-def test_every_arm_of_a_study_is_a_valid_configuration_of_its_own(name):
+def test_arms_of_a_study_are_valid_and_distinct(name):
     study = STUDIES[name]
-    configs = [PretrainConfig(**{**study.world.pretrain, **ARMS[arm].options}) for arm in study.arms]
-    told = [
-        (config, ARMS[arm].detached, ARMS[arm].equal_compute) for config, arm in zip(configs, study.arms, strict=True)
-    ]
-    defaults = [
-        arm
-        for arm, it in zip(study.arms, told, strict=True)
-        if it == (PretrainConfig(**study.world.pretrain), False, False)
-    ]
-    assert defaults == [DEFAULT]
-    assert all(told.count(it) == 1 for it in told)
+    trained = {arm: (config_of(study.options(arm)), ARMS[arm].detached, ARMS[arm].equal_compute) for arm in study.arms}
+    assert trained[DEFAULT] == (config_of(study.world.pretrain), False, False)
+    assert all(list(trained.values()).count(training) == 1 for training in trained.values())
     assert study.arms[0] == DENSE
 
 
-def test_equal_compute_means_as_many_multiply_accumulates_as_dense():
+def test_equal_compute_trains_for_the_macs_of_the_dense_arm():
     study = STUDIES["confirm"]
     run = runs.Run(study, "PR-MIM, equal compute", 0, Images("x.npz", "y.npz"), None, "torch")
-    ratio = runs.cost_ratio(study.world.pretrain, ARMS[DEFAULT])
+    ratio = cost_ratio(config_of(study.options(DEFAULT)))
     assert 0.5 < ratio < 0.9
     assert run.options()["epochs"] * ratio == pytest.approx(study.epochs, abs=ratio / 2)
     assert runs.Run(study, DENSE, 0, Images("x.npz", "y.npz"), None, "torch").options()["epochs"] == study.epochs
 
 
-def test_a_study_is_done_in_pieces_and_what_is_done_is_skipped(study, tmp_path, capsys):
+def test_a_study_resumes_interrupted_trainings_and_skips_finished_ones(study, tmp_path, capsys):
     where = ["--runs", str(tmp_path / "runs"), "--results", str(tmp_path / "results"), "--json", str(tmp_path)]
     options = ["--study", "tiny", "--arms", DEFAULT, "--jobs", "2", *where]
     images = data.find("digits", tmp_path, tmp_path)
     waiting = [runs.Run(study, DEFAULT, 0, images, tmp_path / "runs", "torch")]
-    runs.carry_out(waiting, tmp_path / "results", jobs=2, deadline=time.monotonic() + 1)  # stopped while it starts
+    runs.carry_out(waiting, tmp_path / "results", jobs=2, deadline=time.monotonic() + 1)  # interrupted during its start
     assert not (tmp_path / "results").exists()
     assert quality.main([*options, "--minutes", "5"]) == 0
-    found = tables.load(study, tmp_path / "results")
+    found = records.load(study, tmp_path / "results")
     assert {arm: list(seeds) for arm, seeds in found.items()} == {DENSE: [], DEFAULT: [0]}
     result = found[DEFAULT][0]
+    assert list(result)[:7] == ["study", "arm", "seed", "linear", "knn", "finetune", "macs_to_dense"]
     assert result["epochs"] == 2
     assert result["macs_to_dense"] < 1
-    assert runs.cost_ratio(study.world.pretrain, ARMS[DENSE]) == 1
+    assert cost_ratio(config_of(study.options(DENSE))) == 1
     assert all(0 < result[name] <= 1 for name in ("linear", "knn", "finetune"))
     assert result["loss_thrown"] > 0
     capsys.readouterr()
@@ -81,7 +74,7 @@ def test_a_study_is_done_in_pieces_and_what_is_done_is_skipped(study, tmp_path, 
     assert "..." not in printed
 
 
-def test_a_command_that_fails_is_named_and_nothing_is_written(study, tmp_path, capsys):
+def test_a_failed_command_is_reported_and_writes_no_record(study, tmp_path, capsys):
     study.world.pretrain["depth"] = 0
     try:
         where = ["--runs", str(tmp_path / "runs"), "--results", str(tmp_path / "results"), "--json", str(tmp_path)]
@@ -92,12 +85,12 @@ def test_a_command_that_fails_is_named_and_nothing_is_written(study, tmp_path, c
     assert not (tmp_path / "results").exists()
 
 
-def test_images_that_are_not_there_are_asked_for(study, tmp_path, capsys):
+def test_missing_images_are_reported(study, tmp_path, capsys):
     assert quality.main(["--study", "screen", "--minutes", "1", "--data", str(tmp_path), "--json", str(tmp_path)]) == 1
     assert capsys.readouterr().err.startswith("data: expected ")
 
 
-def test_cifar_is_read_as_its_authors_publish_it(tmp_path):
+def test_the_published_binary_cifar_is_read(tmp_path):
     folder = tmp_path / "cifar-10-batches-bin"
     folder.mkdir()
     rng = np.random.default_rng(0)
@@ -115,7 +108,7 @@ def test_cifar_is_read_as_its_authors_publish_it(tmp_path):
         assert (archive["images"] == images[:2]).all()
 
 
-def test_differences_between_pixels_are_added_up(tmp_path):
+def test_stored_differences_between_pixels_are_summed(tmp_path):
     images = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), dtype=np.uint8)
     packed = images.copy()
     packed[..., ::2] -= images[..., 1:2]
@@ -135,7 +128,7 @@ def results(**accuracies):
     }
 
 
-def test_the_table_tells_means_errors_and_paired_differences(tmp_path, capsys):
+def test_tables_show_means_errors_and_paired_differences(tmp_path, capsys):
     found = results(a=[0.5, 0.52, 0.54], b=[0.51, 0.55], c=[0.6])
     found = {DENSE: found["a"], PARTIAL: found["b"], DEFAULT: found["c"], "PR-MIM 0.25": {}}
     tables.show(found, Report("quality", {}, tmp_path))
@@ -147,35 +140,69 @@ def test_the_table_tells_means_errors_and_paired_differences(tmp_path, capsys):
     assert math.isnan(tables.mean_and_error([1.0])[1])
 
 
-def of_tiny(arm):
-    options = json.loads(json.dumps({**TINY.pretrain, **ARMS[arm].options}))
-    return {"arm": arm, "seed": 0, "epochs": 2, "options": options, "finetune_options": TINY.finetune}
+def record_of(arm, seed=0, study="tiny"):
+    options = {**TINY.pretrain, **ARMS[arm].options}
+    record = {"study": study, "arm": arm, "seed": seed, "epochs": 2}
+    return {**record, "options": options, "finetune_options": TINY.finetune}
+
+
+def test_saving_sorts_records_and_replaces_an_older_one(study, tmp_path):
+    for arm, seed in [(DEFAULT, 1), ("no longer an arm", 0), (DEFAULT, 0), (DENSE, 0), (DEFAULT, 1)]:
+        number = len(records.read(records.path_of(study, tmp_path)))
+        records.save({"arm": arm, "seed": seed, "number": number}, study, tmp_path)
+    assert [tuple(record.values()) for record in records.read(tmp_path / "tiny.jsonl")] == [
+        (DENSE, 0, 3),
+        (DEFAULT, 0, 2),
+        (DEFAULT, 1, 4),
+        ("no longer an arm", 0, 1),
+    ]
+    assert [path.name for path in tmp_path.iterdir()] == ["tiny.jsonl"]
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_stored_records_are_of_the_current_options(name):
+    stored = records.read(records.path_of(STUDIES[name], quality.RESULTS))
+    assert sum(map(len, records.load(STUDIES[name], quality.RESULTS).values())) == len(stored)
 
 
 @pytest.mark.parametrize(
-    "change", [{"epochs": 3}, {"arm": PARTIAL}, {"finetune_options": {"epochs": 2}}, {"options": {"depth": 2}}]
+    "change",
+    [
+        {"epochs": 3},
+        {"arm": PARTIAL},
+        {"finetune_options": {"epochs": 2}},
+        {"options": {**TINY.pretrain, "depth": 2}},
+        {"options": {**TINY.pretrain, **ARMS[DEFAULT].options, "throw_ratio": 0.25}},
+    ],
+    ids=lambda change: next(iter(change)),
 )
-def test_results_of_other_options_do_not_count(study, tmp_path, change):
-    (tmp_path / "tiny").mkdir()
-    for name, content in {"a": of_tiny(DENSE), "b": {**of_tiny(DEFAULT), **change}}.items():
-        (tmp_path / "tiny" / f"{name}.json").write_text(json.dumps(content))
-    found = tables.load(study, tmp_path)
+def test_records_of_other_options_do_not_count(study, tmp_path, change):
+    for record in (record_of(DENSE), {**record_of(DEFAULT), **change}):
+        records.save(record, study, tmp_path)
+    found = records.load(study, tmp_path)
     assert (list(found[DENSE]), list(found[DEFAULT])) == ([0], [])
 
 
-def test_trainings_that_are_alike_in_two_studies_are_seen_together(study, tmp_path, monkeypatch):
-    monkeypatch.setitem(STUDIES, "short", Study("short", TINY, (DENSE,), epochs=1, seeds=1))
-    monkeypatch.setitem(STUDIES, "same", Study("same", TINY, (DENSE, PARTIAL), epochs=2, seeds=2))
-    for name, arm, seed in [("tiny", DENSE, 0), ("same", DENSE, 0), ("same", DENSE, 1), ("short", PARTIAL, 0)]:
-        (tmp_path / name).mkdir(exist_ok=True)
-        content = {**of_tiny(arm), "study": name, "seed": seed}
-        (tmp_path / name / f"{arm}-{seed}.json").write_text(json.dumps(content))
-    found = tables.load_alike(study, tmp_path)
-    assert {seed: run["study"] for seed, run in found[DENSE].items()} == {0: "tiny", 1: "same"}
+def test_options_of_the_same_meaning_are_the_same(study):
+    record = record_of(DENSE)
+    defaults = {"throw_ratio": 0, "crop_scale": [0.2, 1], "thrown_weight": 1.0}
+    ignored = {"holdout": 0.0, "epochs": 2, "backend": "jax"}
+    assert study.has({**record, "options": {**record["options"], **defaults, **ignored}})
+
+
+def test_records_of_equal_trainings_in_two_studies_are_shown_together(study, tmp_path, monkeypatch):
+    same = Study("same", TINY, (DENSE, PARTIAL), epochs=2, seeds=2)
+    short = Study("short", TINY, (DENSE,), epochs=1, seeds=1)
+    for other in (short, same):
+        monkeypatch.setitem(STUDIES, other.name, other)
+    for owner, arm, seed in [(study, DENSE, 0), (same, DENSE, 0), (same, DENSE, 1), (short, PARTIAL, 0)]:
+        records.save(record_of(arm, seed, owner.name), owner, tmp_path)
+    found = records.load_alike(study, tmp_path)
+    assert {seed: record["study"] for seed, record in found[DENSE].items()} == {0: "tiny", 1: "same"}
     assert not found[PARTIAL]
 
 
-def test_steps_of_arms_are_timed_beside_the_dense_one(study, tmp_path, capsys):
+def test_steps_are_timed_relative_to_the_dense_arm(study, tmp_path, capsys):
     words = ["--results", str(tmp_path), "--json", str(tmp_path), "--time", "2"]
     assert quality.main(["--study", "tiny", *words]) == 0
     assert "training step" in capsys.readouterr().out
@@ -186,13 +213,13 @@ def test_steps_of_arms_are_timed_beside_the_dense_one(study, tmp_path, capsys):
     assert rows[DEFAULT]["MACs to dense"] < 1
 
 
-def test_the_picture_shows_what_there_is(tmp_path):
+def test_the_figure_is_drawn_from_the_arms_at_hand(tmp_path):
     found = results(a=[0.5, 0.52], b=[0.49, 0.5], c=[0.52, 0.53])
     tables.draw({DENSE: found["a"], PARTIAL: found["b"], DEFAULT: found["c"]}, tmp_path / "accuracy.png", "Digits.")
     assert (tmp_path / "accuracy.png").stat().st_size > 5000
 
 
-def test_detaching_keeps_what_is_rebuilt_and_cuts_its_gradient(monkeypatch):
+def test_detaching_keeps_the_features_and_stops_their_gradient(monkeypatch):
     torch = pytest.importorskip("torch")
     from benchmarks.quality import detached
     from prmim_core import Grid, Schedule, TokenCounts
@@ -200,7 +227,7 @@ def test_detaching_keeps_what_is_rebuilt_and_cuts_its_gradient(monkeypatch):
 
     schedule = Schedule(Grid((4, 4)), TokenCounts(4, 4, 8))
     plan = make_plan(schedule, torch.arange(16)[None])
-    rebuild, features = ProgressiveReconstruction(8, schedule), torch.randn(1, 8, 8, requires_grad=True)
+    rebuild, features = ProgressiveReconstruction(8, schedule.grid), torch.randn(1, 8, 8, requires_grad=True)
     before = rebuild(features, plan)
     monkeypatch.setattr(ProgressiveReconstruction, "_mix", ProgressiveReconstruction._mix)
     detached.detach()
@@ -211,7 +238,6 @@ def test_detaching_keeps_what_is_rebuilt_and_cuts_its_gradient(monkeypatch):
     assert rebuild.norm.bias.grad.any()
 
 
-def test_arms_are_named_once():
-    assert len(
-        {runs.Run(STUDIES["confirm"], arm, 0, Images("", None), None, "torch").label for arm in arms.ARMS}
-    ) == len(ARMS)
+def test_labels_of_arms_are_distinct():
+    labels = {runs.Run(STUDIES["confirm"], arm, 0, Images("", None), None, "torch").label for arm in ARMS}
+    assert len(labels) == len(ARMS)

@@ -1,4 +1,4 @@
-"""The benchmarks run, and what they print of a small model can be read."""
+"""Benchmarks of backends, checkpoints and scan: tables of small models."""
 
 import json
 
@@ -9,7 +9,7 @@ from prmim_torch import create_method
 
 
 def table(folder, benchmark, title):
-    """Return the rows of a table that a benchmark left, without empty cells."""
+    """Return the rows of a stored table, without empty cells."""
     content = json.loads((folder / f"{benchmark}.json").read_text())
     return {
         label: [cell for cell in cells.values() if cell is not None]
@@ -17,7 +17,7 @@ def table(folder, benchmark, title):
     }
 
 
-def test_backends_start_alike_and_print_what_each_takes(tmp_path, monkeypatch, quick_compiler):
+def test_backends_start_from_equal_weights_and_print_their_times(tmp_path, monkeypatch, quick_compiler):
     shallow = {arm: {**arms.ARMS[arm], "depth": 1} for arm in backends.COMPARED}
     monkeypatch.setattr(backends, "ARMS", shallow)
     sizes = ["--image-size", "16", "--patch-size", "4", "--decoder-dim", "8", "--decoder-depth", "1"]
@@ -34,7 +34,7 @@ def test_backends_start_alike_and_print_what_each_takes(tmp_path, monkeypatch, q
     assert len(rows["PR-MIM 0.5 to dense"]) == 2
 
 
-def test_checkpoint_prints_times_sizes_and_their_share_of_training(capsys, tmp_path, quick_compiler):
+def test_checkpoint_prints_times_sizes_and_share_of_training(capsys, tmp_path, quick_compiler):
     sizes = ["--model", "vit_tiny", "--image-size", "32", "--decoder-depth", "1"]
     results = ["--json", str(tmp_path / "results"), "--folder", str(tmp_path)]
     checkpoint.main([*sizes, "--repeats", "1", "--step-seconds", "0.5", *results])
@@ -58,7 +58,7 @@ def test_checkpoint_prints_times_sizes_and_their_share_of_training(capsys, tmp_p
     assert [path.name for path in tmp_path.iterdir()] == ["results"]
 
 
-def test_scan_finds_less_to_compile_than_in_the_loop(tmp_path, quick_compiler):
+def test_scan_compiles_less_than_the_loop(tmp_path, quick_compiler):
     options = ["--batch", "2", "--repeats", "1", "--json", str(tmp_path)]
     scan.main(["--depths", "3", "--decoder-depth", "1", "--dim", "8", *options])
     rows = table(tmp_path, "scan", "compilation")

@@ -1,4 +1,4 @@
-"""Cheap masked image modelling in JAX: methods to train, and their parts for trainers of one's own."""
+"""Masked image modelling in JAX: methods, engines that train them, and parts for other trainers."""
 
 from prmim_jax.classifier import Classifier, ClassifierEngine
 from prmim_jax.engine import Comparison, Engine, Reconstruction

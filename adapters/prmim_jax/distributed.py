@@ -1,7 +1,7 @@
-"""Several devices that train one method, of one process or of several: who they are, and what each of them holds.
+"""Distributed training: agreement between processes, and layout of arrays on devices.
 
-The sharing is JAX's own: a mesh of devices, ``NamedSharding`` for what they hold, ``jax.shard_map`` for what they do,
-``jax.distributed`` for processes. One device alone needs none of it.
+Devices form a mesh: ``NamedSharding`` places arrays, ``jax.shard_map`` runs programs, and ``jax.distributed`` connects
+processes. On a single device, all functions work without a mesh.
 """
 
 import itertools
@@ -10,19 +10,17 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from math import ceil
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import Array, lax
-
-# JAX has no public way to talk from host to host; orbax takes this one too.
-from jax._src.distributed import global_state
 from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P  # as everybody calls it
+from jax.sharding import PartitionSpec as P  # the usual name
 from numpy.typing import NDArray
+from orbax.checkpoint import multihost
 
 Parallel = Literal["ddp", "fsdp"]
 Result = TypeVar("Result")
@@ -30,53 +28,53 @@ Result = TypeVar("Result")
 AXIS = "data"
 """Name of the axis of the mesh."""
 ROWS = P(AXIS)  # type: ignore[no-untyped-call]
-"""Of arrays of which each device has some rows."""
+"""Sharding of arrays of which each device has some rows."""
 WHOLE = P()  # type: ignore[no-untyped-call]
-"""Of arrays that each device has whole."""
+"""Sharding of arrays that each device has whole."""
 
 VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
-"""What the environment says where there are several processes."""
+"""Environment variables of a run with several processes."""
 LAUNCH_TIMEOUT = 300
-"""Seconds that a process waits for the others to appear."""
+"""Seconds that a process waits for the others to join."""
 HOST_TIMEOUT = 600.0
-"""Seconds that processes wait for each other between training steps, when one of them may have files to write."""
+"""Seconds that processes wait for one another between training steps, for example while one writes files."""
 
 SHUTDOWN_TIMEOUT = 10
-"""Seconds that a process which ends waits for the others before it ends them."""
+"""Seconds that a process that ends waits for the others before it terminates them."""
 
 _NUMBERS = {"main": itertools.count(), "files": itertools.count()}
-"""Of what processes tell each other, by thread; the same in all of them."""
+"""Numbers of the messages that processes exchange, by thread; the same in all processes."""
 
 ERRORS: dict[str, type[Exception]] = {
     kind.__name__: kind
     for kind in (ValueError, TypeError, OSError, FileNotFoundError, NotADirectoryError, PermissionError)
 }
-"""What an error of one process becomes in the others, by name; all else becomes a RuntimeError."""
+"""Types in which an error of one process is raised in the others, by name; any other type becomes a RuntimeError."""
 
 
 class Processes:
-    """The processes that train together: those that the environment speaks of, or this one alone.
+    """The processes of a run: those that the environment variables describe, or a single one.
 
     Parameters
     ----------
     timeout
-        Seconds without a sign of life after which a process counts as dead; the others then end.
+        Seconds without a heartbeat after which a process counts as dead; the others then end.
 
     Attributes
     ----------
     rank, world_size
-        Number of this process, from 0, and of all of them.
+        Rank of this process, from 0, and number of processes.
 
     Raises
     ------
     ValueError
-        If the environment says half of what it should, or nonsense.
+        If the environment variables are incomplete or invalid.
     RuntimeError
-        If JAX has used a device before: processes have to connect first.
+        If JAX has used a device before: processes must connect first.
 
     Notes
     -----
-    Connections that are there already (``jax.distributed.initialize``) are used, and left open by :meth:`close`.
+    An existing connection (``jax.distributed.initialize``) is used, and left open by :meth:`close`.
     """
 
     def __init__(self, timeout: float) -> None:
@@ -89,23 +87,23 @@ class Processes:
             self.rank, self.world_size = jax.process_index(), jax.process_count()
 
     def any(self, flag: bool) -> bool:
-        """Return whether any process says True. It returns when all have asked, and needs no device."""
+        """Return whether the flag of any process is True. Waits for all processes; does not use the device."""
         return any(self._tell(bool(flag)))
 
     def together(self, call: Callable[[], Result], *, in_background: bool = False) -> Result:
-        """Call something in every process; if it fails in one, raise in all, so that none waits for one that left.
+        """Call a function in every process; if it fails in one, raise in all, so that no process waits forever.
 
         Parameters
         ----------
         call
-            What to call.
+            The function.
         in_background
-            Whether it is the thread that writes files which asks.
+            Whether the caller is the thread that writes files.
 
         Raises
         ------
         Exception
-            What the call raised here, or else in the first process where it did.
+            The error of the call here, or else that of the first process in which it failed.
         """
         failure: Exception | None = None
         try:
@@ -121,30 +119,31 @@ class Processes:
         return result
 
     def _tell(self, value: Any, thread: str = "main") -> list[Any]:
-        """Return what each process tells, in JSON, by the thread of that name."""
+        """Exchange a value that JSON can hold; return those of all processes. Threads exchange separately."""
         if self.world_size == 1:
             return [value]
-        client: Any = global_state.client
+        # JAX has no public interface to its key-value store; orbax has one.
+        client: Any = multihost.get_jax_distributed_client()
         number = next(_NUMBERS[thread])
         client.key_value_set(f"prmim/{thread}/{number}/{self.rank}", json.dumps(value))
         told = [
             client.blocking_key_value_get(f"prmim/{thread}/{number}/{rank}", int(1000 * HOST_TIMEOUT))
             for rank in range(self.world_size)
         ]
-        # All have told the last now, so all have heard the one before.
+        # All processes sent this message, so all have read the previous one.
         if number:
             client.key_value_delete(f"prmim/{thread}/{number - 1}/{self.rank}")
         return [json.loads(text) for text in told]
 
     def close(self) -> None:
-        """Leave the others; nothing is waited for while an exception is on its way."""
+        """Disconnect; after an exception, without waiting for the others."""
         if not self._is_ours:
             return
         self._is_ours = False
-        # With an exception, JAX leaves at the end of the program, when it has been reported: at first it waits for the
-        # others, then it ends them.
+        # After an exception, JAX disconnects at the end of the program, when the exception has been reported: it waits
+        # for the others, then terminates them.
         if sys.exc_info()[0] is None:
-            self._tell(None)  # some may be busy for longer than JAX would wait
+            self._tell(None)  # some can be busy for longer than JAX waits
             jax.distributed.shutdown()  # type: ignore[no-untyped-call]
 
 
@@ -168,7 +167,7 @@ def _connect(timeout: float) -> None:
 
 
 def num_processes() -> int:
-    """Return how many processes the environment speaks of: ``JAX_NUM_PROCESSES``, or 1."""
+    """Return the number of processes in the environment: ``JAX_NUM_PROCESSES``, or 1."""
     missing = [name for name in VARIABLES if name not in os.environ]
     if len(missing) == len(VARIABLES):
         return 1
@@ -182,29 +181,27 @@ def num_processes() -> int:
 
 
 def is_connected() -> bool:
-    """Return whether this process has been connected to others."""
-    return global_state.client is not None
+    """Return whether this process is connected to others."""
+    return jax.distributed.is_initialized()
 
 
 def choose_devices(name: str) -> list[jax.Device]:
-    """Return the devices of all processes that a name stands for.
+    """Return the devices of all processes that a name selects.
 
     Parameters
     ----------
     name
-        ``"auto"``: all of JAX's default platform; ``"cpu"`` or ``"cuda"``: all of that one; ``"cuda:1"``: number 1 of
-        each process.
+        ``"auto"``: all of JAX's default platform; ``"cpu"`` or ``"cuda"``: all of that platform; ``"cuda:1"``: device 1
+        of each process.
 
     Raises
     ------
     ValueError
-        If the name is another, or there is no such device.
+        If there is no such device.
     """
     if name == "auto":
         return jax.devices()
     platform, colon, number = name.partition(":")
-    if platform not in ("cpu", "cuda") or not (number or "0").isdecimal():
-        raise ValueError(f"device: expected 'auto', 'cpu' or 'cuda', got {name!r}")
     try:
         devices = jax.devices(platform)
         if not colon:
@@ -212,37 +209,37 @@ def choose_devices(name: str) -> list[jax.Device]:
         by_process = itertools.groupby(devices, lambda device: device.process_index)
         return [list(group)[int(number or 0)] for _, group in by_process]
     except (RuntimeError, IndexError):
-        raise ValueError(f"device: expected one that is there, got {name!r}, but JAX finds no such device") from None
+        raise ValueError(f"device: expected an available device, got {name!r}, but JAX finds no such device") from None
 
 
 class Layout:
-    """Where arrays live on the devices of all processes, and how programs run on them.
+    """Placement of arrays on the devices of all processes, and compilation of programs for them.
 
     Parameters
     ----------
     devices
-        Of all processes; some of them are of this one.
+        The devices of all processes, including this one.
     parallel
-        What devices hold of weights: ``"ddp"``, all; ``"fsdp"``, a part.
+        Weights per device: ``"ddp"``, all; ``"fsdp"``, a part.
 
     Attributes
     ----------
     num_devices
-        How many.
+        Number of devices.
     num_local
-        How many of them are of this process.
+        Number of devices of this process.
     local_device
-        The first of those.
+        The first device of this process.
     in_turn
-        Whether a step has to wait for the one before: devices of one CPU share their threads, and steps that are under
-        way at once would keep those for which others wait.
+        Whether a step must wait for the previous one: devices of one CPU share their threads, so concurrent steps can
+        deadlock.
 
     Notes
     -----
-    A program is written as for one device, on its rows and its parts, and calls :meth:`gather`, :meth:`mean` and
-    :meth:`mean_gradients` where devices have to talk. They talk nowhere else: left to itself, XLA would gather the
-    batch for its parts, indices for look-ups, and activations where weights are cut. With one device these calls do
-    nothing, and programs are compiled as if there were no layout.
+    A program is written for one device, its rows and its parts of the weights. It calls :meth:`gather`, :meth:`mean`
+    and :meth:`mean_gradients` where devices must communicate. They communicate nowhere else: XLA's own partitioning
+    would gather batches, indices and activations. With one device, these calls are no-ops, and programs are compiled
+    without a mesh.
     """
 
     def __init__(self, devices: Sequence[jax.Device], parallel: Parallel) -> None:
@@ -254,17 +251,17 @@ class Layout:
         self._mesh = Mesh(np.array(devices), (AXIS,))
 
     def specs(self, tree: Any) -> Any:
-        """Say how each of a tree of weights, or of things that have a shape, is cut."""
+        """Return how each array of a tree is sharded; see :func:`cut`."""
         number = self.num_devices if self._is_sharded else 1
         return jax.tree.map(lambda array: cut(array.shape, number), tree)
 
     @staticmethod
     def cuts(specs: dict[str, P]) -> bool:
-        """Say whether any array is cut."""
+        """Return whether any array is sharded."""
         return any(spec != WHOLE for spec in specs.values())
 
     def put(self, tree: Any, specs: Any = WHOLE) -> Any:
-        """Put arrays, the same in all processes, on the devices, cut as ``specs`` say: one, or a tree of them."""
+        """Put arrays, the same in all processes, on the devices; ``specs``: their sharding, one or a tree."""
         if self.num_devices == 1:
             return jax.device_put(tree, self.local_device)
         if isinstance(specs, P):
@@ -273,20 +270,18 @@ class Layout:
 
     def _put(self, array: Any, spec: P) -> Array:
         array = np.asarray(array)
-        # Not device_put, with which processes would compare all that they have.
+        # Not device_put, which compares the arrays of all processes.
         return jax.make_array_from_callback(array.shape, NamedSharding(self._mesh, spec), lambda part: array[part])
 
     def put_rows(self, array: NDArray[Any]) -> Array:
-        """Put rows of this process on its devices, as a part of the rows of all."""
+        """Put the rows of this process on its devices, as a part of the rows of all processes."""
         if self.num_devices == 1:
-            return cast(Array, jax.device_put(array, self.local_device))
-        spread: Array = jax.make_array_from_process_local_data(  # type: ignore[no-untyped-call]
-            NamedSharding(self._mesh, ROWS), array
-        )
-        return spread
+            return jax.device_put(array, self.local_device)
+        sharding = NamedSharding(self._mesh, ROWS)
+        return jax.make_array_from_process_local_data(sharding, array)  # type: ignore[no-untyped-call]
 
     def compile(self, program: Callable[..., Any], inputs: Any, outputs: Any, donate: tuple[int, ...] = ()) -> Any:
-        """Compile a program that every device runs on what it holds.
+        """Compile a program that every device runs on its parts of the arguments.
 
         Parameters
         ----------
@@ -295,28 +290,28 @@ class Layout:
         inputs
             A tuple with the spec, or tree of specs, of each argument.
         outputs
-            The same of what it returns.
+            The spec, or tree of specs, of the result.
         donate
-            Numbers of the arguments whose memory the outputs take.
+            Numbers of the arguments whose memory the outputs reuse.
         """
         if self.num_devices == 1:
             return jax.jit(program, donate_argnums=donate)
-        # Unchecked, since a gradient is to be that of a device alone, to be summed up once.
+        # Unchecked, since gradients are those of a single device, and summed once.
         shared = jax.shard_map(program, mesh=self._mesh, in_specs=inputs, out_specs=outputs, check_vma=False)
         here, there = self._shardings(inputs), self._shardings(outputs)
         return jax.jit(shared, in_shardings=here, out_shardings=there, donate_argnums=donate)
 
     def gather(self, arrays: dict[str, Array], specs: dict[str, P]) -> dict[str, Array]:
-        """Inside a program: get arrays whole."""
+        """Inside a program: gather sharded arrays."""
         return {
             name: array if specs[name] == WHOLE else lax.all_gather(array, AXIS, axis=_axis(specs[name]), tiled=True)
             for name, array in arrays.items()
         }
 
     def part(self, factor: Any, spec: P) -> Any:
-        """Inside a program: of a factor of an array of weights, get what belongs to the part of that which is here.
+        """Inside a program: return the part of a factor that belongs to this device's part of the weights.
 
-        The factor is a number, or has as many axes as the weights, of the same length or of length 1.
+        The factor is a number, or broadcasts to the weights, with as many axes.
         """
         if spec == WHOLE or np.ndim(factor) == 0 or factor.shape[_axis(spec)] == 1:
             return factor
@@ -328,7 +323,7 @@ class Layout:
         return tree if self.num_devices == 1 else lax.pmean(tree, AXIS)  # type: ignore[no-untyped-call]
 
     def mean_gradients(self, gradients: dict[str, Array], specs: dict[str, P]) -> tuple[dict[str, Array], Array]:
-        """Inside a program: average gradients over the devices, each of which gets its part; and their whole norm."""
+        """Inside a program: average gradients over the devices; return this device's parts, and the norm of all."""
         if self.num_devices == 1:
             return gradients, optax.tree.norm(gradients)
         whole = self.mean({name: gradient for name, gradient in gradients.items() if specs[name] == WHOLE})
@@ -343,26 +338,24 @@ class Layout:
         return {name: (whole | parts)[name] for name in gradients}, jnp.sqrt(square)
 
     def _scatter(self, gradient: Array, spec: P) -> Array:
-        total: Array = lax.psum_scatter(  # type: ignore[no-untyped-call]
+        return lax.psum_scatter(  # type: ignore[no-untyped-call]
             gradient, AXIS, scatter_dimension=_axis(spec), tiled=True
         )
-        return total
 
     def whole(self, arrays: dict[str, Array], specs: dict[str, P]) -> dict[str, Array]:
-        """Return weights such that each device has them whole; all processes have to ask for it."""
+        """Return weights that each device holds whole; all processes must call it."""
         if not self.cuts(specs):
             return arrays
-        gathered: dict[str, Array] = self.compile(lambda arrays: self.gather(arrays, specs), (specs,), WHOLE)(arrays)
-        return gathered
+        return self.compile(lambda arrays: self.gather(arrays, specs), (specs,), WHOLE)(arrays)
 
     def local(self, tree: Any) -> Any:
-        """Return arrays that each device has whole as arrays of one device of this process; nothing is copied."""
+        """Return arrays that each device holds whole as arrays of one device of this process, without a copy."""
         if self.num_devices == 1:
             return tree
         return jax.tree.map(lambda array: array.addressable_data(0), tree)
 
     def convert(self, tree: Any, function: Callable[[Any], Any]) -> Any:
-        """Make other weights of some, on the devices; they are cut as :meth:`specs` says."""
+        """Apply a function to weights on the devices; the results are sharded as in :meth:`specs`."""
         specs = self.specs(jax.eval_shape(function, tree))
         return jax.jit(function, out_shardings=self._shardings(specs))(tree)
 
@@ -373,7 +366,7 @@ class Layout:
 
 
 def cut(shape: Sequence[int], num_devices: int) -> P:
-    """Say how devices share an array of weights: along its longest axis that they can share evenly, else not at all.
+    """Return how devices share an array: along its longest axis that they can share evenly, else not at all.
 
     Examples
     --------

@@ -1,21 +1,24 @@
-"""The JAX engine: a method, its optimiser and its device, behind the calls that a training loop makes."""
+"""The JAX engine: a method with its optimizer and device, as used by the training loop."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from functools import partial
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from numpy.typing import NDArray
 
-from prmim_core import CostReport, Schedule
-from prmim_jax.method import FeatureMethod, Method, PixelMethod, Predicts, check_images
-from prmim_jax.methods import create_method
-from prmim_jax.trainer import Trainer
+from prmim_core import Schedule
+from prmim_jax.method import FeatureMethod, Method, PixelMethod, check_images
+from prmim_jax.methods import METHODS
+from prmim_jax.trainer import Trainer, adamw
+from prmim_methods import MethodConfig, TrainingConfig
+from prmim_methods.method import Predicts
 
 
 class Reconstruction(NamedTuple):
-    """What a method made of a batch of images, in NumPy.
+    """Predicted pixels of a batch of images, in NumPy.
 
     Parameters
     ----------
@@ -24,7 +27,7 @@ class Reconstruction(NamedTuple):
     schedule
         The static boundaries inside ``order``.
     patches
-        float32 (batch, N, prod(patch) * C), in raster order, pixels in [0, 1] (predictions may pass the ends): the
+        float32 (batch, N, prod(patch) * C), in raster order, pixels in [0, 1] (predictions can lie outside): the
         input's own where visible, NaN where nothing is predicted.
     """
 
@@ -43,8 +46,8 @@ class Comparison(NamedTuple):
     schedule
         The static boundaries inside ``order``.
     student, teacher
-        float32 (batch, N, teacher_dim), in raster order, of the last aligned layer: what the student predicts, NaN
-        where it predicts nothing, and the target.
+        float32 (batch, N, teacher_dim), in raster order, of the last aligned layer: the student's predictions, NaN
+        where nothing is predicted, and the targets.
     """
 
     order: NDArray[np.int64]
@@ -53,99 +56,73 @@ class Comparison(NamedTuple):
     teacher: NDArray[np.float32]
 
 
-class Engine(Trainer):
-    """A method with AdamW, on all devices of a platform, of one process or of several.
+class Engine(Trainer[Method]):
+    """Pre-training of a method with AdamW; see :class:`prmim_jax.trainer.Trainer`.
 
     Parameters
     ----------
-    method_options
-        Arguments of :func:`prmim_jax.create_method`, ``name`` among them. Without ``init_seed``, ``seed``
-        seeds the initial weights too.
-    seed
-        Seed of the noise, in [0, 2**32).
-    total_steps, warmup_steps
-        Length of the run, and of the linear rise of the learning rate from 0, in optimiser steps.
-    learning_rate, min_learning_rate
-        Peak and end of the learning rate, as used (already scaled by the batch).
-    decay
-        How the learning rate falls after the warm-up: see :func:`prmim_core.training.learning_rate_at`.
-    weight_decay
-        AdamW's; see :func:`prmim_jax.trainer.decay_mask` for what is spared.
-    betas
-        AdamW's.
-    clip_grad
-        Largest norm of the whole gradient; None: not clipped.
-    accumulate
-        Parts into which a batch is cut, one after the other, to save memory; divides the batch.
-    precision
-        ``"float32"``, or ``"bfloat16"``: matrix products in bfloat16; weights, residual stream, norms, softmax, loss
-        and optimiser in float32.
-    compile
-        Makes no difference: JAX compiles a step before it takes one, always.
-    device
-        ``"auto"`` (JAX's default platform), ``"cpu"`` or ``"cuda"``: all devices there are; ``"cuda:1"``: one alone.
-    parallel
-        How several devices share the work: ``"ddp"``, each holds all weights; ``"fsdp"``, each holds a part of weights
-        and optimiser state, and gathers the weights in every step. One device alone: either is the same.
-    timeout
-        Seconds without a sign of life after which a process counts as dead, and the others end.
+    config
+        The method. ``config.init_seed`` is the seed of its initial weights.
+    training
+        The options of the training. ``training.seed`` is the seed of the noise.
 
     Raises
     ------
-    TypeError, ValueError
-        If an option is wrong; one line that names it.
+    ImportError
+        If the method needs a package that is not installed.
+    ValueError
+        If the device is not available, or the teacher does not fit the method.
 
     Notes
     -----
-    Several processes (see :class:`prmim_jax.distributed.Processes`) make one run: each is to call the same methods in
-    the same order. A step is that of one device on all their rows together, up to rounding: losses and gradients are
-    means over all rows, and so is what is measured. Devices talk once a step.
+    With ``precision="bfloat16"``, matrix products are computed in bfloat16; weights, residual stream, norms, softmax,
+    loss and optimizer state are float32.
 
-    A training step is one compiled program, from uint8 images and their numbers to the updated weights: noise, plan,
-    normalisation, forward, backward, update. It never waits for the device (but several devices of a CPU take one step
-    at a time), and works in the memory of the state it is given. It is compiled in the first step, and anew only if the
-    batch changes its size. A step whose loss or gradient norm is not finite changes neither weights nor optimiser
-    state. :attr:`step` and the learning rate move on all the same.
+    With ``parallel="ddp"``, each device holds all weights; with ``"fsdp"``, each holds a part of weights and optimizer
+    state, and gathers the weights in every step. The devices are all of the platform, or the one that ``device`` names
+    by number.
+
+    Examples
+    --------
+    >>> from prmim_methods import MAEConfig
+    >>> config = MAEConfig(image_size=(16, 16), patch_size=(4, 4), embed_dim=16, depth=1, num_heads=2, decoder_dim=8,
+    ...                    decoder_depth=1, decoder_heads=2)
+    >>> engine = Engine(config, TrainingConfig(total_steps=2, device="cpu"))
+    >>> engine.train_step(np.zeros((4, 16, 16, 3), np.uint8), np.arange(4))
+    >>> sorted(engine.read_metrics())[:4]
+    ['grad_norm', 'learning_rate', 'loss', 'loss_decoded']
     """
 
-    def _create(self, method_options: Mapping[str, Any], seed: int) -> Method:
-        method = create_method(**{"init_seed": seed, **method_options})
-        self._predicts: Predicts = method.predicts
-        self._schedule = method.schedule
-        return method
-
-    def _losses(self, module: Any, images: Array, noise: Array, *more: Array) -> Sequence[Array]:
-        output = module(images, noise)
-        return [getattr(output, name) for name in module.losses]
+    def __init__(self, config: MethodConfig, training: TrainingConfig) -> None:
+        dtype = jnp.bfloat16 if training.precision == "bfloat16" else None
+        self._config = config
+        super().__init__(
+            partial(METHODS[config.name], config, dtype=dtype), training, _loss, partial(adamw, training=training)
+        )
 
     @property
     def method(self) -> Method:
-        """The method with the weights of now, on one device; the next training step takes its arrays away.
+        """The method with the current weights, on one device; the next training step invalidates its arrays.
 
-        All processes have to ask for it.
+        All processes must ask for it.
         """
         return self.module
 
     @property
     def predicts(self) -> Predicts:
-        """What the method predicts: ``"pixels"`` can be rebuilt, ``"features"`` compared."""
-        return self._predicts
-
-    def cost(self) -> CostReport:
-        """Return what a forward pass costs per image, by formula."""
-        method = self._merge(self._state.parameters, self._state.statistics, self._buffers)
-        return method.cost(2 if self._precision == "bfloat16" else 4)
+        """What the method predicts: ``"pixels"`` (see :meth:`reconstruct`) or ``"features"`` (see :meth:`compare`)."""
+        return self._config.predicts
 
     def train_step(self, images: NDArray[np.uint8], sample: NDArray[np.int64]) -> None:
-        """Take one optimiser step, without waiting for it to end.
+        """Take one optimizer step, without waiting for the device.
 
         Parameters
         ----------
         images
-            uint8 (batch, image_size..., channels). Of several processes, each brings as many images of its own; they
-            are shared out among its devices.
+            uint8 (batch, image_size..., channels): this process's share of the batch, the same size in all processes;
+            its devices share it.
         sample
-            int64 (batch,): which image of the data set each one is. Seed, step and this number give its mask.
+            int64 (batch,): index of each image in the data set. Seed, step and this index determine its mask.
 
         Raises
         ------
@@ -157,67 +134,64 @@ class Engine(Trainer):
     def features(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Return the mean patch feature of whole images, nothing masked: float32 (batch, dim).
 
-        Several processes are to bring the same images, here and to :meth:`reconstruct` and :meth:`compare`.
+        All processes must pass the same images, here and in :meth:`reconstruct` and :meth:`compare`.
         """
         check_images(images, self._image_shape)
         return np.asarray(self._evaluate(_features, images))
 
     def reconstruct(self, images: NDArray[np.uint8], sample: NDArray[np.int64]) -> Reconstruction:
-        """Mask images as step 0 would, and rebuild them.
+        """Mask images as in step 0, and predict their pixels.
 
         Parameters
         ----------
         images
             uint8 (batch, image_size..., channels).
         sample
-            int64 (batch,).
-
-        Returns
-        -------
-        Reconstruction
+            int64 (batch,): index of each image in the data set.
 
         Raises
         ------
         TypeError
             If the method predicts features.
         """
-        if self._predicts != "pixels":
-            raise TypeError("method: expected one that predicts pixels to rebuild images, got one of features")
+        if self.predicts != "pixels":
+            raise TypeError("method: expected one that predicts pixels, got one that predicts features")
         order, patches = self._evaluate(self._rebuilt, *self._inputs(images, sample))
-        return Reconstruction(np.asarray(order, np.int64), self._schedule, np.asarray(patches, np.float32))
+        return Reconstruction(np.asarray(order, np.int64), self._config.schedule, np.asarray(patches, np.float32))
 
     def _rebuilt(self, method: PixelMethod, images: Array, sample: Array) -> tuple[Array, Array]:
         output = method(images, self._noise(sample, 0))
         return output.plan.order, method.rebuilt_pixels(images, output)
 
     def compare(self, images: NDArray[np.uint8], sample: NDArray[np.int64]) -> Comparison:
-        """Mask images as step 0 would, and put the student's features beside the teacher's.
+        """Mask images as in step 0, and return predicted and target features.
 
         Parameters
         ----------
         images
             uint8 (batch, image_size..., channels).
         sample
-            int64 (batch,).
-
-        Returns
-        -------
-        Comparison
+            int64 (batch,): index of each image in the data set.
 
         Raises
         ------
         TypeError
             If the method predicts pixels.
         """
-        if self._predicts != "features":
-            raise TypeError("method: expected one that predicts features to compare them, got one of pixels")
+        if self.predicts != "features":
+            raise TypeError("method: expected one that predicts features, got one that predicts pixels")
         order, *features = self._evaluate(self._compared, *self._inputs(images, sample))
         student, teacher = (np.asarray(part, np.float32) for part in features)
-        return Comparison(np.asarray(order, np.int64), self._schedule, student, teacher)
+        return Comparison(np.asarray(order, np.int64), self._config.schedule, student, teacher)
 
     def _compared(self, method: FeatureMethod, images: Array, sample: Array) -> tuple[Array, Array, Array]:
         output = method(images, self._noise(sample, 0))
         return output.plan.order, *method.compared_features(images, output)
+
+
+def _loss(method: Method, images: Array, noise: Array) -> Sequence[Array]:
+    output = method(images, noise)
+    return [getattr(output, name) for name in method.losses]
 
 
 def _features(method: Method, images: Array) -> Array:

@@ -1,6 +1,11 @@
-"""Weights to and from ``.safetensors`` files, which both adapters read. Nothing is ever unpickled."""
+"""Weights to and from ``.safetensors`` files, which both adapters read. Nothing is unpickled.
+
+Files hold the weights of every block under names of their own, ``blocks.0.`` and so on; modules hold them stacked (see
+:func:`prmim_jax.vit.stack_blocks`), under names with ``blocks.`` only.
+"""
 
 import os
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -12,52 +17,51 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from prmim_core.files import check_metadata, check_tensors, dump_architecture, one_line, write_atomically
 from prmim_jax.vit import Buffer
+from prmim_methods.weight_files import check_metadata, check_tensors, dump_architecture, one_line, write_atomically
 
 Variables = dict[str, nnx.Variable[Array]]
+Weights = dict[str, NDArray[Any]]
+
+BLOCKS = "blocks."
 
 
 def save_weights(method: nnx.Module, path: str | os.PathLike[str]) -> None:
-    """Write the parameters and buffers of a method, those of a teacher not, to a ``.safetensors`` file.
+    """Write parameters and buffers, except a teacher's, to a ``.safetensors`` file, atomically.
 
     Parameters
     ----------
     method
-        A module with a method ``architecture() -> dict`` of plain values, which goes into the file's metadata.
+        A module with a method ``architecture() -> dict`` of plain values, which becomes the file's metadata.
     path
-        The file. It appears whole or not at all: written beside its place first, then moved there.
+        The file.
     """
-    tensors = {name: np.asarray(variable[...]) for name, variable in named_variables(method).items()}
-    write_weights(tensors, dump_architecture(method), path)
+    write_weights(named_weights(method), dump_architecture(method), path)
 
 
 def load_weights(method: nnx.Module, path: str | os.PathLike[str]) -> None:
-    """Read the weights of a method from a ``.safetensors`` file that :func:`save_weights` wrote, here or in PyTorch.
+    """Load a ``.safetensors`` file that :func:`save_weights` of either adapter wrote.
 
     Parameters
     ----------
     method
-        The module to fill; its own dtype and device stay.
+        The module to fill; its dtype and device do not change.
     path
         The file.
 
     Raises
     ------
     FileNotFoundError
-        If there is no such file.
+        If the file does not exist.
     ValueError
-        If the file is no safetensors file, was not written by prmim, is of another architecture (the first field that
-        differs is named), or its tensors are not those of the method. The method is unchanged then.
+        If the file is not a safetensors file, was not written by prmim, is of another architecture (the message names
+        the first field that differs), or holds other tensors. The method is unchanged then.
     """
-    tensors = read_weights(method, path)
-    for name, variable in named_variables(method).items():
-        value = variable[...]
-        variable.set_value(jax.device_put(tensors[name].astype(value.dtype), value.sharding))
+    put_weights(method, read_weights(method, path))
 
 
 def named_variables(method: nnx.Module) -> Variables:
-    """Return what goes into a module's file, by name: parameters and buffers, but nothing of a teacher."""
+    """Return parameters and buffers, except a teacher's, by name; blocks are stacked."""
     return {
         ".".join(map(str, path)): value
         for path, value in nnx.iter_graph(method)
@@ -65,24 +69,75 @@ def named_variables(method: nnx.Module) -> Variables:
     }
 
 
-def write_weights(weights: dict[str, NDArray[Any]], metadata: dict[str, str], path: str | os.PathLike[str]) -> None:
-    """Write weights, named as :func:`named_variables` does, and the metadata of their method."""
+def is_stacked(name: str) -> bool:
+    """Return whether a variable has a leading axis of blocks."""
+    return f".{BLOCKS}" in f".{name}"
+
+
+def file_names(name: str, shape: Sequence[int]) -> list[str]:
+    """Return the names of a variable in files: one per block if the variable, of this shape, is stacked.
+
+    Examples
+    --------
+    >>> file_names("encoder.blocks.norm1.bias", (2, 8))
+    ['encoder.blocks.0.norm1.bias', 'encoder.blocks.1.norm1.bias']
+    >>> file_names("encoder.cls_token", (1, 1, 8))
+    ['encoder.cls_token']
+    """
+    if not is_stacked(name):
+        return [name]
+    prefix, _, part = name.rpartition(BLOCKS)
+    return [f"{prefix}{BLOCKS}{number}.{part}" for number in range(shape[0])]
+
+
+def named_weights(method: nnx.Module) -> Weights:
+    """Return a copy of the contents of a method's file, by name: parameters and buffers, except a teacher's."""
+    weights: Weights = {}
+    for name, variable in named_variables(method).items():
+        array = np.array(variable[...])
+        parts = array if is_stacked(name) else [array]
+        weights.update(zip(file_names(name, array.shape), parts, strict=True))
+    return weights
+
+
+def write_weights(weights: Weights, metadata: dict[str, str], path: str | os.PathLike[str]) -> None:
+    """Write weights, named as by :func:`named_weights`, and the metadata of their method, atomically."""
     tensors = {name: np.ascontiguousarray(array) for name, array in weights.items()}
     write_atomically(path, lambda file: file.write(save(tensors, metadata)))
 
 
-def read_weights(method: nnx.Module, path: str | os.PathLike[str]) -> dict[str, NDArray[Any]]:
-    """Return what :func:`load_weights` would put in a method, checked, without doing so."""
+def put_weights(method: nnx.Module, weights: Weights) -> None:
+    """Copy weights, named as by :func:`named_weights`, into a method; variables without weights are unchanged."""
+    for name, variable in named_variables(method).items():
+        value = variable[...]
+        names = file_names(name, value.shape)
+        if names[0] in weights:
+            parts = [weights[part] for part in names]
+            array = np.stack(parts) if is_stacked(name) else parts[0]
+            variable.set_value(jax.device_put(array.astype(value.dtype), value.sharding))
+
+
+def read_weights(method: nnx.Module, path: str | os.PathLike[str]) -> Weights:
+    """Return the validated weights that :func:`load_weights` would load."""
+    metadata, tensors = read_file(path)
+    check_metadata(method, metadata, path)
+    check_fit(named_weights(method), tensors, path)
+    return tensors
+
+
+def read_file(path: str | os.PathLike[str]) -> tuple[dict[str, str] | None, Weights]:
+    """Return the metadata and the tensors of a ``.safetensors`` file; ValueError if it is another file."""
     try:
         with safe_open(path, framework="numpy") as file:
-            metadata = file.metadata()
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a dict
+            return file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a dict
     except SafetensorError as error:
         raise ValueError(f"path: expected a safetensors file, got {os.fspath(path)} ({one_line(error)})") from None
-    check_metadata(method, metadata, path)
+
+
+def check_fit(expected: Mapping[str, NDArray[Any]], got: Weights, path: str | os.PathLike[str]) -> None:
+    """Raise ValueError unless the tensors of a file have the expected names and shapes, and are floating-point."""
     check_tensors(
-        {name: tuple(variable.shape) for name, variable in named_variables(method).items()},
-        {name: (t.shape, str(t.dtype), jnp.issubdtype(t.dtype, jnp.floating)) for name, t in tensors.items()},
+        {name: array.shape for name, array in expected.items()},
+        {name: (t.shape, str(t.dtype), jnp.issubdtype(t.dtype, jnp.floating)) for name, t in got.items()},
         path,
     )
-    return tensors

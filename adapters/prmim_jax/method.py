@@ -1,11 +1,10 @@
-"""What the methods share: images come in, patches of them are made, features of whole images go out.
+"""Base classes of the methods: from images to patches, and from encoded images to features.
 
-A method is one file that adds its parts and its loss: see :class:`Method` for what it has to supply.
+A method is one file that adds its parts and its loss; see :class:`Method`.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import prod
 from typing import Any, ClassVar, Literal
 
 import jax
@@ -13,184 +12,56 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import Array
+from jax.typing import DTypeLike
 from numpy.typing import NDArray
 
-from prmim_core import (
-    CostReport,
-    Plan,
-    Schedule,
-    TokenCounts,
-    Transformer,
-    denormalize_patches,
-    patch_grid,
-    patchify,
-    take_tokens,
-    vit_size,
-)
-from prmim_core.options import check_flag, pixel_statistics, positive_integers
+from prmim_core import Plan, denormalize_patches, drop_path_scales, patchify, take_tokens
 from prmim_jax.reconstruct import ProgressiveReconstruction
 from prmim_jax.vit import Encoder
-
-RECONSTRUCTION_HEADS = 4
+from prmim_methods import MethodConfig, PixelConfig
+from prmim_methods.cost import CONV_REPEATS, RECONSTRUCTION_HEADS
 
 Pool = Literal["mean", "cls"]
-Predicts = Literal["pixels", "features"]
 
 
-class Method(nnx.Module):
-    """A masked image modelling method: maps images and noise to an output with a ``loss``.
-
-    A subclass builds ``encoder``, and supplies a call, :meth:`architecture` and :meth:`cost`.
+class ImageModule(nnx.Module):
+    """A module on uint8 images: validates them, cuts them into patches and normalises the pixels.
 
     Parameters
     ----------
-    model, embed_dim, depth, num_heads
-        The encoder: a named size, of which parts may be replaced.
-    image_size, patch_size
-        Pixels along each of one to three axes; the patch divides the image.
-    channels
-        Channels of the image.
-    mean, std
-        Per-channel normalisation of pixels in [0, 1]; None: ImageNet's for 3 channels, else 0.5.
-    recompute_blocks
-        Whether the backward pass computes what is inside a block anew from the block's input, in place of keeping it
-        (activation checkpointing): less memory, and the blocks' forward pass twice.
-    scan_blocks
-        Whether compiled programs hold one block and loop over it; see :func:`prmim_jax.vit.run_blocks`.
-
-    Raises
-    ------
-    TypeError
-        If an option is of the wrong type.
-    ValueError
-        If an option is out of range, or the options do not fit together.
+    config
+        The record of the method whose images and encoder the module has.
 
     Notes
     -----
-    A new method is in training mode, in which branches may be dropped; ``method.eval()`` and ``method.train()`` set
-    its attribute ``deterministic``, as flax has it. It is part of what ``nnx.split`` calls the graph.
+    A new module is in training mode. ``module.eval()`` and ``module.train()`` set the attribute ``deterministic``,
+    which is part of the graph definition that ``nnx.split`` returns.
     """
 
-    predicts: ClassVar[Predicts]
-    """What is predicted for masked tokens: decides which pictures a run draws."""
     losses: ClassVar[tuple[str, ...]]
-    """The scalars of an output that are worth a log, ``"loss"`` first."""
+    """Names of the scalars that a training step measures, ``"loss"`` first."""
 
     encoder: Encoder
-    schedule: Schedule
 
-    def __init__(
-        self,
-        *,
-        model: str,
-        image_size: Sequence[int],
-        patch_size: Sequence[int],
-        channels: int,
-        mean: Sequence[float] | None,
-        std: Sequence[float] | None,
-        embed_dim: int | None,
-        depth: int | None,
-        num_heads: int | None,
-        recompute_blocks: bool,
-        scan_blocks: bool,
-    ) -> None:
-        self.image_size = positive_integers("image_size", image_size)
-        self.patch_size = positive_integers("patch_size", patch_size)
-        (self.channels,) = positive_integers("channels", (channels,))
-        self.grid = patch_grid(self.image_size, self.patch_size)
-        self.mean, self.std = pixel_statistics(mean, std, self.channels)
-        # Plain numbers, not arrays: they are part of the program, and no part of the state.
-        self._pixel_scale = tuple(1 / (255 * deviation) for deviation in self.std)
-        self._pixel_shift = tuple(-m / s for m, s in zip(self.mean, self.std, strict=True))
-        encoder = vit_size(model, embed_dim, depth, num_heads)
-        self.embed_dim, self.depth, self.num_heads = positive_integers(
-            "embed_dim, depth, num_heads", (encoder.dim, encoder.depth, encoder.heads)
-        )
-        self.recompute_blocks = check_flag("recompute_blocks", recompute_blocks)
-        self.scan_blocks = check_flag("scan_blocks", scan_blocks)
+    def __init__(self, config: MethodConfig) -> None:
+        self.num_tokens = config.grid.num_tokens
+        self.image_shape = (*config.image_size, config.channels)
+        self._patch_size = config.patch_size
+        self._depth = config.encoder_size.depth
+        mean, std = config.pixel_mean, config.pixel_std
+        # Plain numbers: they are constants of the compiled program, not state.
+        self._pixel_scale = tuple(1 / (255 * deviation) for deviation in std)
+        self._pixel_shift = tuple(-m / s for m, s in zip(mean, std, strict=True))
         self.deterministic = False
 
-    @property
-    def patch_dim(self) -> int:
-        """Pixel values in a patch."""
-        return prod(self.patch_size) * self.channels
-
-    @property
-    def counts(self) -> TokenCounts:
-        """How many tokens of an image are visible, decoded and thrown."""
-        return self.schedule.counts
-
-    @property
-    def encoder_size(self) -> Transformer:
-        """The size of the encoder."""
-        return Transformer(self.embed_dim, self.depth, self.num_heads)
-
-    def cost(self, compute_bytes: int = 4) -> CostReport:
-        """Return what a forward pass costs per image, by formula; ``compute_bytes`` per value in matrix products."""
-        raise NotImplementedError
-
-    def architecture(self) -> dict[str, Any]:
-        """Return what the weights mean, as plain values: weights fit another model only if all of these are equal.
-
-        Ratios and sampling are not among them, since weights may go on to be trained under others.
-        """
-        return {
-            "image_size": list(self.image_size),
-            "patch_size": list(self.patch_size),
-            "channels": self.channels,
-            "mean": list(self.mean),
-            "std": list(self.std),
-            "embed_dim": self.embed_dim,
-            "depth": self.depth,
-            "num_heads": self.num_heads,
-        }
-
-    def not_decayed(self) -> frozenset[str]:
-        """Name the parameters of several axes that the method's recipe spares from weight decay."""
-        return frozenset()
-
-    def __call__(self, images: Array, noise: Array) -> Any:
-        """Compute the loss of a batch: uint8 (batch, image_size..., channels) and int (batch, N) noise."""
-        raise NotImplementedError
-
-    def encode(self, images: Array) -> Array:
-        """Encode whole images, nothing masked: uint8 (batch, image_size..., channels) to (batch, 1 + N, dim).
-
-        The cls token comes first.
-        """
-        return self.encoder(self._normalize(self._patches(images)))
-
-    def features(self, images: Array, pool: Pool = "mean") -> Array:
-        """Return one vector (batch, dim) per image: the ``"mean"`` of its encoded tokens, or its ``"cls"`` token."""
-        if pool not in ("mean", "cls"):
-            raise ValueError(f"pool: expected 'mean' or 'cls', got {pool!r}")
-        encoded = self.encode(images)
-        return encoded[:, 0] if pool == "cls" else encoded[:, 1:].mean(1)
-
-    def _reconstruction(self, variant: str, dim_name: str, dim: int) -> ProgressiveReconstruction | None:
-        """Build the part that rebuilds thrown tokens from features of ``dim`` channels; None for variant ``"none"``."""
-        if variant == "none":
-            return None
-        if variant == "kernel" and dim % RECONSTRUCTION_HEADS:
-            raise ValueError(
-                f"{dim_name}: expected a multiple of {RECONSTRUCTION_HEADS} for variant 'kernel', got {dim}"
-            )
-        return ProgressiveReconstruction(
-            dim,
-            self.schedule,
-            variant=variant,  # type: ignore[arg-type]  # checked at construction
-            heads=RECONSTRUCTION_HEADS,
-        )
-
     def _patches(self, images: Array) -> Array:
-        """Cut images into uint8 patches (batch, N, prod(patch) * C), after a look at dtype and shape."""
-        check_images(images, (*self.image_size, self.channels))
-        patches: Array = patchify(images, self.patch_size)
-        return patches
+        """Cut images into uint8 patches (batch, N, prod(patch) * C); validate dtype and shape."""
+        check_images(images, self.image_shape)
+        return patchify(images, self._patch_size)
 
     def _check_noise(self, noise: Array, batch: int) -> None:
-        if tuple(noise.shape) != (batch, self.grid.num_tokens):
-            raise ValueError(f"noise: expected shape {(batch, self.grid.num_tokens)}, got {tuple(noise.shape)}")
+        if tuple(noise.shape) != (batch, self.num_tokens):
+            raise ValueError(f"noise: expected shape {(batch, self.num_tokens)}, got {tuple(noise.shape)}")
 
     def _normalize(self, patches: Array) -> Array:
         """Turn uint8 patches (batch, length, prod(patch) * C) into floats, normalised per channel."""
@@ -202,29 +73,89 @@ class Method(nnx.Module):
         return [jnp.asarray(values, dtype) for values in (self._pixel_scale, self._pixel_shift)]
 
     def _by_channel(self, patches: Array) -> Array:
-        return patches.reshape(*patches.shape[:2], -1, self.channels)
+        return patches.reshape(*patches.shape[:2], -1, self.image_shape[-1])
+
+    def _drop_path(self, noise: Array, rate: float) -> Array | None:
+        """Return the factors of the encoder's branches, (batch, depth, 2); None if no branch is dropped."""
+        if self.deterministic or rate == 0:
+            return None
+        return drop_path_scales(self._depth, rate, noise)
+
+
+class Method(ImageModule):
+    """A masked image modelling method: maps images and noise to an output with a ``loss``.
+
+    A subclass builds ``encoder`` and implements ``__call__(images, noise)``.
+
+    Parameters
+    ----------
+    config
+        The options.
+    """
+
+    config: MethodConfig
+
+    def __init__(self, config: MethodConfig) -> None:
+        super().__init__(config)
+        self.config = config
+        self._schedule = config.schedule
+
+    def __call__(self, images: Array, noise: Array) -> Any:
+        """Compute the loss of a batch: uint8 (batch, image_size..., channels) and int (batch, N) noise."""
+        raise NotImplementedError
+
+    def encode(self, images: Array) -> Array:
+        """Encode whole images, nothing masked: uint8 (batch, image_size..., channels) to (batch, 1 + N, dim).
+
+        The class token comes first.
+        """
+        return self.encoder(self._normalize(self._patches(images)))
+
+    def features(self, images: Array, pool: Pool = "mean") -> Array:
+        """Return one vector (batch, dim) per image: the ``"mean"`` of the encoded tokens, or the ``"cls"`` token."""
+        if pool not in ("mean", "cls"):
+            raise ValueError(f"pool: expected 'mean' or 'cls', got {pool!r}")
+        encoded = self.encode(images)
+        return encoded[:, 0] if pool == "cls" else encoded[:, 1:].mean(1)
+
+    def architecture(self) -> dict[str, Any]:
+        """Return what the weights mean; see :meth:`prmim_methods.MethodConfig.architecture`."""
+        return self.config.architecture()
+
+    def not_decayed(self) -> frozenset[str]:
+        """Return the parameters of several axes that the recipe exempts from weight decay."""
+        return self.config.not_decayed()
+
+    def _build_reconstruction(self, dim: int, dtype: DTypeLike | None) -> ProgressiveReconstruction | None:
+        """Return the reconstruction of features of ``dim`` channels; None if no token is reconstructed."""
+        if not self.config.is_reconstructed:
+            return None
+        return ProgressiveReconstruction(
+            dim,
+            self.config.grid,
+            self.config.reconstruction,  # type: ignore[arg-type]  # one of the choices
+            heads=RECONSTRUCTION_HEADS,
+            repeats=CONV_REPEATS,
+            dtype=dtype,
+        )
 
 
 @jax.tree_util.register_dataclass
 @dataclass
 class PixelOutput:
-    """What a forward pass of a method that predicts pixels gives.
+    """Output of a method that predicts pixels; a pytree.
 
     Parameters
     ----------
     loss
-        Scalar, float32 or wider: what to minimise.
+        Scalar to minimise, float32 or wider.
     loss_decoded, loss_thrown
-        Scalars: its means over decoded and over thrown tokens; 0 where there are none (or none that are supervised).
+        Scalars: the mean loss of decoded and of thrown tokens; 0 if no such token is supervised.
     predicted
-        (batch, supervised, prod(patch) * C): predictions for the supervised tokens, in plan order (decoded, then
-        thrown; only decoded for variant ``"none"``), in the units of the target.
+        (batch, supervised, prod(patch) * C): predictions for the supervised tokens (decoded, then reconstructed), in
+        plan order, in the units of the target.
     plan
         The plan of the batch.
-
-    Notes
-    -----
-    A pytree.
     """
 
     loss: Array
@@ -237,85 +168,111 @@ class PixelOutput:
 class PixelMethod(Method):
     """A method that predicts the pixels of masked tokens."""
 
-    predicts = "pixels"
     losses = ("loss", "loss_decoded", "loss_thrown")
 
-    norm_pix: bool
-    thrown_weight: float
+    config: PixelConfig
+    reconstruct: ProgressiveReconstruction | None
 
     def rebuilt_pixels(self, images: Array, output: PixelOutput) -> Array:
-        """Turn predictions into pixels, for pictures.
+        """Return images with their predicted pixels, for pictures.
 
         Parameters
         ----------
         images
-            uint8 (batch, image_size..., channels), those that ``output`` is for.
+            uint8 (batch, image_size..., channels), the input of ``output``.
         output
-            What a call of the method gave for them.
+            The output of a call of the method.
 
         Returns
         -------
         jax.Array
-            (batch, N, prod(patch) * C), in raster order, in units of [0, 1]: the input's own pixels where visible; the
-            prediction, patch normalisation undone with the statistics of the true patch, where supervised; else NaN.
+            (batch, N, prod(patch) * C), in raster order, in units of [0, 1]. Visible patches are the input's own.
+            Supervised patches are the predictions; patch normalisation is undone with the statistics of the true
+            patch. All other patches are NaN.
         """
-        patches = self._patches(images)
-        order, num_visible = output.plan.order, self.counts.visible
-        visible, supervised = order[:, :num_visible], order[:, num_visible : num_visible + output.predicted.shape[1]]
+        patches, plan = self._patches(images), output.plan
+        supervised = self._supervised(plan)
         truth = self._normalize(take_tokens(patches, supervised))
         predicted = output.predicted.astype(truth.dtype)
-        predicted = denormalize_patches(predicted, truth) if self.norm_pix else predicted
+        if self.config.norm_pix:
+            predicted = denormalize_patches(predicted, truth)
         scale, shift = self._scale_and_shift()
         pixels = (self._by_channel(predicted) - shift) / (255 * scale)
         known = jnp.concatenate(
-            [take_tokens(patches, visible).astype(truth.dtype) / 255, pixels.reshape(predicted.shape)], axis=1
+            [take_tokens(patches, plan.visible).astype(truth.dtype) / 255, pixels.reshape(predicted.shape)], axis=1
         )
-        rows = jnp.arange(len(order))[:, None]
-        return jnp.full(patches.shape, jnp.nan, known.dtype).at[rows, order[:, : known.shape[1]]].set(known)
+        places = jnp.concatenate([plan.visible, supervised], axis=1)
+        rows = jnp.arange(len(places))[:, None]
+        return jnp.full(patches.shape, jnp.nan, known.dtype).at[rows, places].set(known)
+
+    def _supervised(self, plan: Plan) -> Array:
+        """Return the tokens whose pixels are predicted: int (batch, supervised)."""
+        return plan.decoded if self.reconstruct is None else plan.masked
 
     def _output(self, per_token: Array, predicted: Array, plan: Plan, eps: float = 0.0) -> PixelOutput:
-        """Average the losses of the supervised tokens, (batch, supervised), in plan order.
+        """Average the losses (batch, supervised) of the supervised tokens, in plan order.
 
-        A thrown token weighs ``thrown_weight``, a decoded one 1; ``eps`` is added to the sum of an image's weights.
+        Thrown tokens have the weight ``thrown_weight``, decoded ones 1; ``eps`` is added to an image's sum of weights.
         """
-        batch, num_decoded = per_token.shape[0], self.counts.decoded
+        batch, num_decoded = per_token.shape[0], plan.schedule.counts.decoded
         num_thrown = per_token.shape[1] - num_decoded
         loss_decoded = per_token[:, :num_decoded].sum() / (max(num_decoded, 1) * batch)
         loss_thrown = per_token[:, num_decoded:].sum() / (max(num_thrown, 1) * batch)
-        weight_thrown = self.thrown_weight * num_thrown
+        weight_thrown = self.config.thrown_weight * num_thrown
         loss = (num_decoded * loss_decoded + weight_thrown * loss_thrown) / (num_decoded + weight_thrown + eps)
         return PixelOutput(loss, loss_decoded, loss_thrown, predicted, plan)
 
 
 class FeatureMethod(Method):
-    """A method that predicts what a teacher makes of the whole image."""
-
-    predicts = "features"
+    """A method that predicts a teacher's features of the whole image."""
 
     def compared_features(self, images: Array, output: Any) -> tuple[Array, Array]:
-        """Put predictions beside their targets, for pictures.
+        """Return predicted and target features, for pictures.
 
         Parameters
         ----------
         images
-            uint8 (batch, image_size..., channels), those that ``output`` is for.
+            uint8 (batch, image_size..., channels), the input of ``output``.
         output
-            What a call of the method gave for them.
+            The output of a call of the method.
 
         Returns
         -------
         tuple of jax.Array
-            Student's and teacher's features (batch, N, teacher_dim) of the last aligned layer, in raster order; the
-            student's are NaN where nothing is predicted.
+            The student's and the teacher's features (batch, N, teacher_dim) of the last aligned layer, in raster order;
+            the student's are NaN where nothing is predicted.
         """
         raise NotImplementedError
 
 
-def initial_rngs(init_seed: int, rngs: nnx.Rngs | None) -> nnx.Rngs:
-    """Return the source of a method's initial weights: ``rngs``, or one of the seed."""
-    if type(init_seed) is not int:
-        raise TypeError(f"init_seed: expected an integer, got {init_seed!r}")
-    return nnx.Rngs(init_seed) if rngs is None else rngs
+def build_encoder(
+    config: MethodConfig,
+    *,
+    learned_positions: bool = False,
+    mask_token: bool = False,
+    final_norm: bool = True,
+    dtype: DTypeLike | None = None,
+    rngs: nnx.Rngs,
+) -> Encoder:
+    """Return the encoder of a method; see :class:`prmim_jax.vit.Encoder` for the keyword arguments."""
+    size = config.encoder_size
+    return Encoder(
+        config.grid.shape,
+        config.patch_size,
+        config.channels,
+        dim=size.dim,
+        depth=size.depth,
+        num_heads=size.heads,
+        position=config.position,  # type: ignore[arg-type]  # one of the choices
+        learned_positions=learned_positions,
+        layer_scale=config.layer_scale,
+        mask_token=mask_token,
+        final_norm=final_norm,
+        recompute=config.recompute_blocks,
+        scan=config.scan_blocks,
+        dtype=dtype,
+        rngs=rngs,
+    )
 
 
 def check_images(images: Array | NDArray[np.uint8], shape: Sequence[int]) -> None:

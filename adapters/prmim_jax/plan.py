@@ -1,4 +1,4 @@
-"""The core's plan, to be made inside ``jax.jit``."""
+"""The core's plan for JAX arrays, also inside ``jax.jit``."""
 
 import jax.numpy as jnp
 from jax import Array
@@ -8,28 +8,28 @@ from prmim_core import Plan, Schedule
 
 
 def make_plan(schedule: Schedule, noise: Array, visible: Array | None = None, weights: Array | None = None) -> Plan:
-    """Make the plan of a batch; ``prmim_core.make_plan`` for JAX, its arguments checked.
+    """Return the plan of a batch; ``prmim_core.make_plan``, for noise of an integer dtype only.
 
     Parameters
     ----------
     schedule
-        The static part of the plan; hashable, so a jitted function may have it as a static argument.
+        The static part of the plan; hashable, so it can be a static argument of a jitted function.
     noise
-        int (batch, N), for instance from ``prmim_core.counter_noise``. The plan is a pure function of it.
+        int (batch, N), for example from ``prmim_core.counter_noise``. The plan is a pure function of it.
     visible
-        int (batch, V): the visible tokens, if another rule than "those of lowest noise" chose them.
+        int (batch, V): the visible tokens; None: the tokens of lowest noise, in units if the schedule has a unit.
     weights
-        float (batch, N), for schedules that throw by weight.
+        float (batch, N), for ``throwing="weighted"``.
 
     Returns
     -------
     Plan
-        A pytree. Its ``order`` is int32 (batch, N), or int64 where 64-bit types are enabled.
+        A pytree. ``order`` is int32 (batch, N), or int64 if 64-bit types are enabled.
 
     Raises
     ------
     TypeError
-        If ``noise`` does not hold integers.
+        If ``noise`` is not of an integer dtype.
     ValueError
         If a shape does not fit the schedule.
 
@@ -42,17 +42,6 @@ def make_plan(schedule: Schedule, noise: Array, visible: Array | None = None, we
     >>> plan.visible.tolist()
     [[3, 1]]
     """
-    _check(schedule, noise, visible, weights)
-    return prmim_core.make_plan(schedule, noise, visible=visible, weights=weights)
-
-
-def _check(schedule: Schedule, noise: Array, visible: Array | None, weights: Array | None) -> None:
-    num_tokens, num_visible = schedule.counts.num_tokens, schedule.counts.visible
     if not jnp.issubdtype(noise.dtype, jnp.integer):
         raise TypeError(f"noise: expected integers, got {noise.dtype}")
-    if noise.ndim != 2 or noise.shape[1] != num_tokens:
-        raise ValueError(f"noise: expected shape (batch, {num_tokens}), got {tuple(noise.shape)}")
-    if visible is not None and tuple(visible.shape) != (noise.shape[0], num_visible):
-        raise ValueError(f"visible: expected shape {(noise.shape[0], num_visible)}, got {tuple(visible.shape)}")
-    if weights is not None and tuple(weights.shape) != tuple(noise.shape):
-        raise ValueError(f"weights: expected shape {tuple(noise.shape)}, got {tuple(weights.shape)}")
+    return prmim_core.make_plan(schedule, noise, visible=visible, weights=weights)

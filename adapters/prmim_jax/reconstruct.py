@@ -1,7 +1,6 @@
 """Progressive reconstruction: features of thrown tokens, stage by stage, from the features of known ones."""
 
 from itertools import product
-from math import prod
 from typing import Literal, get_args
 
 import jax
@@ -9,52 +8,55 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import Array, lax
+from jax.typing import DTypeLike
 
-from prmim_core import Plan, Schedule, offset_index, offset_squared_distances, take_tokens
+from prmim_core import Grid, Plan, offset_index, offset_squared_distances, reconstruct_stages, take_tokens
 from prmim_jax.vit import LayerNorm, constant, precision, wide
 
-Variant = Literal["kernel", "interpolate", "conv"]
-VARIANTS: tuple[str, ...] = get_args(Variant)
+ReconstructionKind = Literal["kernel", "interpolate", "conv"]
+RECONSTRUCTIONS: tuple[str, ...] = get_args(ReconstructionKind)
 
 
 class ProgressiveReconstruction(nnx.Module):
-    """Rebuild the features of thrown tokens from those of their neighbours, for almost nothing.
+    """Reconstruct the features of thrown tokens from those of their neighbours, at almost no cost.
 
-    In stage s every thrown token of that stage becomes a weighted mean of the features of all tokens known before it
-    (visible, decoded, and thrown ones of earlier stages), then a layer norm (shared by the stages, eps 1e-6).
+    In stage s, each thrown token of that stage becomes a weighted mean of the features of all tokens known before the
+    stage (visible, decoded, and thrown tokens of earlier stages). A layer norm follows, shared by the stages, eps 1e-6.
 
     Parameters
     ----------
     dim
         Channels of the features.
-    schedule
-        The static part of the plans that will come.
-    variant
-        How the weights come about:
+    grid
+        The grid of the tokens.
+    reconstruction
+        How the weights are computed:
 
         ``"kernel"``
-            a softmax, over the known tokens, of a learned function of the offset between the two tokens alone: a table
-            with one entry per offset and group of channels, starting at minus the squared distance.
+            a softmax over the known tokens, of a learned function of the offset between the two tokens: a table with
+            one entry per offset and group of channels, initially minus the squared distance.
         ``"interpolate"``
-            inverse squared distances, normalised. No parameters; the norm has none either.
+            normalised inverse squared distances. No parameters; the norm has none either.
         ``"conv"``
-            a learned depthwise 3x3 (3, 3x3x3) kernel over the grid, starting at ones, divided by the number of known
-            tokens that it sees. Repeated, so that each turn fills the unknown tokens next to filled ones; what it
-            fills of later stages is dropped at the end of the stage. A token that no turn reaches is 0 before the norm.
+            a learned depthwise 3x3 (3, 3x3x3) convolution over the grid, initially ones, divided by the number of
+            known tokens that it sees. It is repeated: each repeat fills the unknown tokens next to filled ones. Values
+            of tokens of later stages are dropped at the end of the stage. A token out of reach is 0 before the norm.
     heads
-        Groups of channels with weights of their own (``"kernel"`` only); divides ``dim``.
+        Groups of channels with their own weights (``"kernel"`` only); divides ``dim``.
     repeats
-        Turns per stage (``"conv"`` only).
+        Convolutions per stage (``"conv"`` only).
+    dtype
+        Dtype of the matrix products; None: that of the parameters.
 
     Raises
     ------
     ValueError
-        If the variant is not known, ``heads`` does not divide ``dim``, or no token is known at the start.
+        If the reconstruction is unknown, or ``heads`` does not divide ``dim``.
 
     Notes
     -----
     Multiply-accumulates per image: ``kernel`` and ``interpolate`` dim x (tokens of a stage) x (tokens known before it),
-    summed over stages; ``conv`` dim x N x 3^axes per turn.
+    summed over stages; ``conv`` dim x N x 3^axes per repeat.
 
     Examples
     --------
@@ -63,129 +65,122 @@ class ProgressiveReconstruction(nnx.Module):
     >>> from prmim_jax import ProgressiveReconstruction, make_plan
     >>> schedule = Schedule(Grid((4, 4)), TokenCounts(visible=4, decoded=4, thrown=8))
     >>> plan = make_plan(schedule, jnp.arange(32).reshape(2, 16))
-    >>> rebuild = ProgressiveReconstruction(8, schedule)
-    >>> rebuild(jnp.ones((2, 8, 8)), plan).shape
+    >>> reconstruct = ProgressiveReconstruction(8, schedule.grid)
+    >>> reconstruct(jnp.ones((2, 8, 8)), plan).shape
     (2, 16, 8)
     """
 
     def __init__(
-        self, dim: int, schedule: Schedule, variant: Variant = "kernel", heads: int = 4, repeats: int = 3
+        self,
+        dim: int,
+        grid: Grid,
+        reconstruction: ReconstructionKind = "kernel",
+        heads: int = 4,
+        repeats: int = 3,
+        *,
+        dtype: DTypeLike | None = None,
     ) -> None:
-        if variant not in VARIANTS:
-            raise ValueError(f"variant: expected one of {', '.join(VARIANTS)}, got {variant!r}")
+        if reconstruction not in RECONSTRUCTIONS:
+            raise ValueError(f"reconstruction: expected one of {', '.join(RECONSTRUCTIONS)}, got {reconstruction!r}")
         if dim < 1:
             raise ValueError(f"dim: expected at least 1, got {dim}")
-        if variant == "kernel" and (heads < 1 or dim % heads):
+        if reconstruction == "kernel" and (heads < 1 or dim % heads):
             raise ValueError(f"heads: expected a divisor of dim={dim}, got {heads}")
-        if variant == "conv" and repeats < 1:
+        if reconstruction == "conv" and repeats < 1:
             raise ValueError(f"repeats: expected at least 1, got {repeats}")
-        if schedule.counts.visible + schedule.counts.decoded == 0:
-            raise ValueError("schedule: expected at least one visible or decoded token, got none")
         self.dim = dim
-        self.schedule = schedule
-        self.variant = variant
+        self.grid = grid
+        self.reconstruction = reconstruction
         self.heads = heads
         self.repeats = repeats
-        self.compute_dtype: np.dtype | None = None
-        self.norm = LayerNorm(dim, elementwise_affine=variant != "interpolate")
-        if variant == "kernel":
-            start = -offset_squared_distances(schedule.grid)
+        self.dtype = dtype
+        self.norm = LayerNorm(dim, elementwise_affine=reconstruction != "interpolate")
+        if reconstruction == "kernel":
+            start = -offset_squared_distances(grid)
             self.table = nnx.Param(jnp.asarray(np.tile(start.astype(np.float32), (heads, 1))))
-        elif variant == "conv":
-            self.kernel = nnx.Param(constant(1.0, dim, *(3,) * schedule.grid.axes))
+        elif reconstruction == "conv":
+            self.kernel = nnx.Param(constant(1.0, dim, *(3,) * grid.axes))
 
     def __call__(self, features: Array, plan: Plan) -> Array:
-        """Rebuild the thrown tokens.
+        """Reconstruct the thrown tokens.
 
         Parameters
         ----------
         features
             (batch, V + M, dim): features of the visible, then of the decoded tokens, in plan order.
         plan
-            The plan of the batch, of this module's schedule.
+            The plan of the batch, on the grid of this module.
 
         Returns
         -------
         jax.Array
-            (batch, N, dim): the features of all tokens, in plan order; the given ones are passed on.
+            (batch, N, dim): the features of all tokens, in plan order; the given ones are unchanged.
 
         Raises
         ------
         ValueError
-            If the shapes do not fit the schedule.
+            If ``features`` do not fit the plan, the plan is on another grid, or no token is known.
         """
-        num_known = self.schedule.num_known(1)
-        if features.ndim != 3 or tuple(features.shape[1:]) != (num_known, self.dim):
-            raise ValueError(f"features: expected shape (batch, {num_known}, {self.dim}), got {tuple(features.shape)}")
-        expected = (features.shape[0], self.schedule.counts.num_tokens)
-        if tuple(plan.order.shape) != expected:
-            raise ValueError(f"plan: expected an order of shape {expected}, got {tuple(plan.order.shape)}")
-        # Mixed in the precision of the parameters; where there are none, in float32 at least.
+        if plan.schedule.grid != self.grid:
+            raise ValueError(f"plan: expected one on {self.grid}, got {plan.schedule.grid}")
+        if features.shape[-1] != self.dim:
+            raise ValueError(f"features: expected {self.dim} channels, got shape {tuple(features.shape)}")
+        # Mixed in the precision of the parameters; without parameters, in float32 or wider.
         dtype = wide(features.dtype) if self.norm.weight is None else self.norm.weight.dtype
-        for size in self.schedule.stage_sizes:
-            if size:
-                mixed = self._mix(features.astype(dtype), plan.order, size)
-                rebuilt = self.norm(mixed.astype(dtype)).astype(features.dtype)
-                features = jnp.concatenate([features, rebuilt], axis=1)
-        return features
 
-    def _mix(self, known: Array, order: Array, size: int) -> Array:
-        """Weighted means (batch, size, dim) of the known features, for the next ``size`` tokens of the order."""
-        if self.variant == "kernel":
-            return self._mix_by_kernel(known, order, size)
-        if self.variant == "interpolate":
-            return self._mix_by_distance(known, order, size)
-        return self._mix_by_conv(known, order, size)
+        def mix(features: Array, known: Array, thrown: Array) -> Array:
+            mixed = self._mix(features.astype(dtype), known, thrown)
+            return self.norm(mixed.astype(dtype)).astype(features.dtype)
 
-    def _mix_by_kernel(self, known: Array, order: Array, size: int) -> Array:
-        logits = self.table[...].T[self._column(known, order, size)]  # batch, size, num_known, heads
+        return reconstruct_stages(features, plan, mix)
+
+    def _mix(self, features: Array, known: Array, thrown: Array) -> Array:
+        """Return weighted means (batch, n, dim) of the known features, for the thrown tokens (batch, n)."""
+        if self.reconstruction == "kernel":
+            return self._mix_by_kernel(features, known, thrown)
+        if self.reconstruction == "interpolate":
+            return self._mix_by_distance(features, known, thrown)
+        return self._mix_by_conv(features, known, thrown)
+
+    def _mix_by_kernel(self, features: Array, known: Array, thrown: Array) -> Array:
+        logits = self.table[...].T[offset_index(self.grid, thrown, known)]  # batch, n, num_known, heads
         weights = jax.nn.softmax(logits, axis=2)
-        batch, num_known, dim = known.shape
-        groups = known.reshape(batch, num_known, self.heads, dim // self.heads)
-        return self._product("bskh,bkhd->bshd", weights, groups).reshape(batch, size, dim)
+        groups = features.reshape(*features.shape[:2], self.heads, self.dim // self.heads)
+        return self._product("bskh,bkhd->bshd", weights, groups).reshape(*thrown.shape, self.dim)
 
-    def _mix_by_distance(self, known: Array, order: Array, size: int) -> Array:
-        # The distance of a token to itself is 0, and never looked up.
-        inverse = 1 / np.maximum(offset_squared_distances(self.schedule.grid), 1)
-        weights = jnp.asarray(inverse, known.dtype)[self._column(known, order, size)]  # batch, size, num_known
-        return self._product("bsk,bkd->bsd", weights / weights.sum(-1, keepdims=True), known)
+    def _mix_by_distance(self, features: Array, known: Array, thrown: Array) -> Array:
+        # The clamp avoids a division by the distance 0 of a token to itself, which is never looked up.
+        inverse = 1 / np.maximum(offset_squared_distances(self.grid), 1)
+        weights = jnp.asarray(inverse, features.dtype)[offset_index(self.grid, thrown, known)]  # batch, n, num_known
+        return self._product("bsk,bkd->bsd", weights / weights.sum(-1, keepdims=True), features)
 
-    def _product(self, subscripts: str, weights: Array, known: Array) -> Array:
-        dtype = known.dtype if self.compute_dtype is None else self.compute_dtype
-        return jnp.einsum(subscripts, weights.astype(dtype), known.astype(dtype), precision=precision(dtype))
+    def _product(self, subscripts: str, weights: Array, features: Array) -> Array:
+        dtype = features.dtype if self.dtype is None else self.dtype
+        return jnp.einsum(subscripts, weights.astype(dtype), features.astype(dtype), precision=precision(dtype))
 
-    def _column(self, known: Array, order: Array, size: int) -> Array:
-        """Look up the columns of the offsets from known tokens to the next ones: int (batch, size, num_known)."""
-        num_known = known.shape[1]
-        columns: Array = offset_index(self.schedule.grid, order[:, num_known : num_known + size], order[:, :num_known])
-        return columns
-
-    def _mix_by_conv(self, known: Array, order: Array, size: int) -> Array:
-        batch, num_known, dim = known.shape
-        shape = self.schedule.grid.shape
-        rows = jnp.arange(batch)[:, None]
-        place = order[:, :num_known]
-        values = jnp.zeros((batch, prod(shape), dim), known.dtype).at[rows, place].set(known, unique_indices=True)
-        is_filled = jnp.zeros((batch, prod(shape), 1), bool).at[rows, place].set(True, unique_indices=True)
-        values = values.reshape(batch, *shape, dim)
-        is_filled = is_filled.reshape(batch, *shape, 1)
-        # Looped over, since each turn is many small operations to compile.
+    def _mix_by_conv(self, features: Array, known: Array, thrown: Array) -> Array:
+        batch, _, dim = features.shape
+        shape, rows = self.grid.shape, jnp.arange(batch)[:, None]
+        num_tokens = self.grid.num_tokens
+        values = jnp.zeros((batch, num_tokens, dim), features.dtype).at[rows, known].set(features, unique_indices=True)
+        is_filled = jnp.zeros((batch, num_tokens, 1), bool).at[rows, known].set(True, unique_indices=True)
+        values, is_filled = values.reshape(batch, *shape, dim), is_filled.reshape(batch, *shape, 1)
+        # A loop, since each repeat is many small operations to compile.
         (values, _), _ = lax.scan(lambda turn, _: (self._fill(*turn), None), (values, is_filled), length=self.repeats)
-        rebuilt: Array = take_tokens(values.reshape(batch, prod(shape), dim), order[:, num_known : num_known + size])
-        return rebuilt
+        return take_tokens(values.reshape(batch, num_tokens, dim), thrown)
 
     def _fill(self, values: Array, is_filled: Array) -> tuple[Array, Array]:
         """Fill the unknown tokens next to filled ones; unknown values are 0."""
         seen = jnp.sum(jnp.stack(_shifts(is_filled)), axis=0)
         kernel = jnp.moveaxis(self.kernel[...].reshape(self.dim, -1), 0, 1).astype(values.dtype)
-        # Nine products and sums, which XLA fuses: a depthwise convolution of so small a map is slow on most devices.
+        # Nine products and sums, which XLA fuses: depthwise convolutions of so small a map are slow on most devices.
         total = sum(weight * shifted for weight, shifted in zip(kernel, _shifts(values), strict=True))
-        # Where nothing is seen the sum is 0, as it must be.
+        # Where nothing is seen, the sum is the wanted 0.
         return jnp.where(is_filled, values, (total / jnp.maximum(seen, 1)).astype(values.dtype)), seen > 0
 
 
 def _shifts(x: Array) -> list[Array]:
-    """Return what each place of a window of 3 along every axis sees: x (batch, *axes, channels), zeros around it."""
+    """Return x (batch, *axes, channels) shifted by -1, 0 and 1 along every axis, filled with zeros."""
     axes = x.shape[1:-1]
     padded = jnp.pad(x, ((0, 0), *((1, 1) for _ in axes), (0, 0)))
     starts = product(range(3), repeat=len(axes))

@@ -1,4 +1,4 @@
-"""Teachers: frozen vision transformers of others, whose features a student learns to predict."""
+"""Teachers: published vision transformers, frozen, whose features a student learns to predict."""
 
 import re
 from collections.abc import Sequence
@@ -15,18 +15,21 @@ from jax import Array, lax
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
-from prmim_core import patchify, resize_images, resize_table
-from prmim_core.files import one_line
-from prmim_core.options import positive_integers
-from prmim_core.teacher import (
-    TeacherConfig,
-    check_layers,
-    check_teacher,
-    find_teacher,
-    read_json,
-    read_teacher,
+from prmim_core import patchify
+from prmim_jax.vit import (
+    Block,
+    LayerNorm,
+    Linear,
+    block_outputs,
+    precision,
+    project,
+    run_blocks,
+    stack_blocks,
+    wide,
 )
-from prmim_jax.vit import Block, LayerNorm, Linear, block_outputs, precision, project, run_blocks, wide
+from prmim_methods.resize import resize_images, resize_table
+from prmim_methods.teacher import TeacherConfig, check_images, find_teacher, read_json, read_teacher
+from prmim_methods.weight_files import one_line
 
 TeacherDtype = Literal["float32", "bfloat16"]
 Tensors = dict[str, NDArray[Any]]
@@ -53,30 +56,26 @@ RENAMED = tuple(
         (r"\.lambda1$", ".gamma"),
     )
 )
-"""What tensors are called in files, of old and new releases of transformers, and here; to be applied one by one."""
+"""Names of tensors in files, of old and new releases of transformers, and here; applied one after the other."""
 
 
 class Frozen(nnx.Variable[Array]):
-    """An array that is neither learned nor written to files."""
+    """An array that is neither trained nor part of weight files."""
 
 
 @jax.tree_util.register_dataclass
 @dataclass
 class TeacherOutput:
-    """What a :class:`Teacher` makes of whole images.
+    """Output of :class:`Teacher` for whole images; a pytree.
 
     Parameters
     ----------
     hidden
-        float32 or wider (k, batch, 1 + N, dim): outputs of the last k blocks, before any final norm; the cls token
-        first, then all tokens in raster order.
+        float32 or wider (k, batch, 1 + N, dim): outputs of the last k blocks, before any final norm; class token first,
+        then all tokens in raster order.
     attention
-        float32 or wider (batch, N): what the cls token looks at in the last block, mean over heads. The share of the
-        cls token itself is left out, so the sum is below 1.
-
-    Notes
-    -----
-    A pytree.
+        float32 or wider (batch, N): attention of the class token to each token in the last block, averaged over heads.
+        The attention to the class token itself is left out, so the sum is below 1.
     """
 
     hidden: Array
@@ -84,54 +83,52 @@ class TeacherOutput:
 
 
 class Teacher(nnx.Module):
-    """A frozen vision transformer, from the files of ``transformers``: CLIP, DINO (or any plain ViT), DINOv2.
+    """A frozen vision transformer, from the files of ``transformers``: CLIP, DINO (or any plain ViT), or DINOv2.
 
     Parameters
     ----------
     source
-        A folder with ``config.json`` and ``.safetensors`` files, as ``save_pretrained`` writes it, or the name of such
-        a model on the Hugging Face hub (for that, ``huggingface_hub`` has to be installed).
+        Folder with ``config.json`` and ``.safetensors`` files, as written by ``save_pretrained``, or the name of such
+        a model on the Hugging Face hub (needs ``huggingface_hub``).
     grid_shape
-        Tokens of the student along both axes; the teacher is shown images of as many patches.
+        Tokens of the student along both axes; the teacher sees images of the same grid.
     channels
-        Channels of the images: as many as the teacher's, or 1, which is repeated.
+        Channels of the images: the teacher's, or 1, which is repeated.
     layers
-        How many of the last blocks to return the outputs of; None: all.
+        Number of last blocks whose outputs are returned; None: all.
     dtype
-        Of the weights of its linear layers: ``"float32"``, or ``"bfloat16"``, in which the products are computed then,
-        as after :func:`prmim_jax.vit.set_compute_dtype`. All else is in float32.
+        Dtype of the weights of the linear layers, and of their products: ``"float32"`` or ``"bfloat16"``. Everything
+        else is float32.
+    scan
+        See :func:`prmim_jax.vit.run_blocks`.
 
     Attributes
     ----------
     dim, depth, num_heads
-        Width, number of blocks, attention heads; ``size`` has them together.
+        Width, number of blocks, attention heads; also together, as ``size``.
     patch_size
         Pixels of a patch along both axes.
     num_parameters
-        Numbers that are in use: not those of poolers, final norms and text models.
+        Number of parameters in use, without poolers, final norms and text models.
     description
-        What it is, in words.
-    scan
-        Whether compiled programs hold one block and loop over it; see :func:`prmim_jax.vit.run_blocks`.
+        The model in words.
 
     Raises
     ------
     ImportError
-        If a model is to be downloaded and ``huggingface_hub`` is not installed.
-    TypeError
-        If an option is of the wrong type.
+        If a model must be downloaded and ``huggingface_hub`` is not installed.
     ValueError
-        If there is no such model, it is damaged or of another kind, or does not fit the images; one line.
+        If there is no such model, it is corrupt or of another kind, or it does not fit the images; one line.
 
     Notes
     -----
-    Images are resized bicubically to the size that the grid has in patches of the teacher, where they differ, and so is
-    the table of positions of a teacher that was made for another grid. Pixels are normalised by the ``image_mean`` and
-    ``image_std`` of ``preprocessor_config.json``, or else by CLIP's own (CLIP) or ImageNet's.
+    If their sizes differ, images are resized bicubically to the size of the grid in patches of the teacher, and the
+    teacher's position table to the grid. Pixels are normalised with ``image_mean`` and ``image_std`` of
+    ``preprocessor_config.json``, or else with CLIP's own (CLIP) or ImageNet's.
 
-    No gradient goes through, and nothing is drawn at random. The weights are of type :class:`Frozen`.
+    The teacher passes no gradient and draws nothing at random. Its weights are of type :class:`Frozen`.
 
-    Only ``.safetensors`` files are read, and neither PyTorch nor transformers is needed.
+    Only ``.safetensors`` files are read; neither PyTorch nor transformers is needed.
     """
 
     def __init__(
@@ -142,21 +139,23 @@ class Teacher(nnx.Module):
         *,
         layers: int | None = None,
         dtype: TeacherDtype = "float32",
+        scan: bool = False,
     ) -> None:
-        self.grid_shape = positive_integers("grid_shape", grid_shape)
+        self.grid_shape = tuple(grid_shape)
         if dtype not in get_args(TeacherDtype):
             raise ValueError(f"dtype: expected 'float32' or 'bfloat16', got {dtype!r}")
         config = read_teacher(find_teacher(source))
-        check_teacher(config, self.grid_shape, channels)
+        check_images(config, self.grid_shape, channels)
         self.size, self.patch_size, self.channels = config.size, config.patch_size, config.channels
         self.dim, self.depth, self.num_heads = config.size.dim, config.size.depth, config.size.heads
-        self.layers = check_layers(layers, self.depth)
+        self.layers = self.depth if layers is None else layers
+        if not 1 <= self.layers <= self.depth:
+            raise ValueError(f"teacher_layers: expected 1 to {self.depth}, the teacher's depth, got {layers}")
         self.description = f"{config.title}, from {source}"
-        # Plain numbers, not arrays: they are part of the program, and no part of the state.
+        # Plain numbers: they are constants of the compiled program, not state.
         self._pixel_scale = tuple(1 / (255 * deviation) for deviation in config.std)
         self._pixel_shift = tuple(-m / s for m, s in zip(config.mean, config.std, strict=True))
-        self.scan = False
-        self.compute_dtype: np.dtype | None = None
+        self.scan = scan
         self._build(_read_tensors(config.folder, _shapes(config)), config)
         self.num_parameters = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(self)))
         if dtype == "bfloat16":
@@ -165,7 +164,7 @@ class Teacher(nnx.Module):
                     part.weight.set_value(part.weight[...].astype(jnp.bfloat16))
 
     def _build(self, tensors: Tensors, config: TeacherConfig) -> None:
-        """Put what was read into place."""
+        """Create the parts from the tensors of the files."""
         weight = np.moveaxis(tensors["patch_embed.proj.weight"], 1, -1).reshape(self.dim, -1)
         table = resize_table(tensors["pos_embed"].reshape(1, -1, self.dim), config.grid_shape, self.grid_shape)
         bias = tensors.get("patch_embed.proj.bias")
@@ -187,13 +186,14 @@ class Teacher(nnx.Module):
                 rngs=nnx.Rngs(0),
             )
 
-        # Shapes alone: no weight is drawn that a file will replace.
-        self.blocks = nnx.List(
-            [_frozen(nnx.eval_shape(block), tensors, f"blocks.{number}") for number in range(self.depth)]
-        )
+        # Shapes only: no weight is drawn that a file replaces.
+        blocks = [_frozen(nnx.eval_shape(block), tensors, f"blocks.{number}") for number in range(self.depth)]
+        first = self.depth - self.layers
+        self.first_blocks = stack_blocks(blocks[:first]) if first else None
+        self.last_blocks = stack_blocks(blocks[first:])
 
     def __call__(self, images: Array) -> TeacherOutput:
-        """Look at whole images.
+        """Compute the features and the attention of whole images.
 
         Parameters
         ----------
@@ -204,35 +204,35 @@ class Teacher(nnx.Module):
         -------
         TeacherOutput
         """
-        first = self.depth - self.layers
-        x = run_blocks(self.blocks[:first], self._embed(images), scan=self.scan)
-        states = [x, *block_outputs(self.blocks[first:], x, scan=self.scan)]
-        hidden, attention = jnp.stack(states[1:]), self._cls_attention(states[-2])
+        x = self._embed(images)
+        if self.first_blocks is not None:
+            x = run_blocks(self.first_blocks, x, scan=self.scan)
+        hidden = block_outputs(self.last_blocks, x, scan=self.scan)
+        attention = self._cls_attention(x if self.layers == 1 else hidden[-2])
         return TeacherOutput(lax.stop_gradient(hidden), lax.stop_gradient(attention))
 
     def _embed(self, images: Array) -> Array:
-        """Turn uint8 images into what the first block sees: (batch, 1 + N, dim), the cls token first."""
+        """Turn uint8 images into the input of the first block: (batch, 1 + N, dim), class token first."""
         dtype = self.table.dtype
         shape = tuple(tokens * size for tokens, size in zip(self.grid_shape, self.patch_size, strict=True))
         scale, shift = (jnp.asarray(values, dtype) for values in (self._pixel_scale, self._pixel_shift))
         with jax.default_matmul_precision("highest"):
             pixels = resize_images(images.astype(dtype), shape)
-        patches = patchify(pixels * scale + shift, self.patch_size)  # one channel becomes several here
+        # A single channel is broadcast to all channels here.
+        patches = patchify(pixels * scale + shift, self.patch_size)
         bias = jnp.zeros(self.dim, dtype) if self.bias is None else self.bias[...]
-        tokens = project(patches, self.weight[...], bias, self.compute_dtype) + self.table[:, 1:]
+        tokens = project(patches, self.weight[...], bias, dtype) + self.table[:, 1:]
         cls_token = jnp.broadcast_to(self.cls_token[...] + self.table[:, :1], (len(images), 1, self.dim))
         x = jnp.concatenate([cls_token, tokens], axis=1)
         return x if self.norm is None else self.norm(x)
 
     def _cls_attention(self, x: Array) -> Array:
-        """Return what the cls token looks at in the last block, which sees (batch, 1 + N, dim): (batch, N)."""
-        block = self.blocks[-1]
+        """Return the attention (batch, N) of the class token in the last block, whose input is (batch, 1 + N, dim)."""
+        block = jax.tree.map(lambda array: array[-1], self.last_blocks)
         x, qkv = block.norm1(x), block.attn.qkv
         weights, biases = (jnp.split(variable[...], 3)[:2] for variable in (qkv.weight, qkv.bias))
         q, k = (
-            project(seen, weight, bias, qkv.compute_dtype).reshape(
-                len(x), -1, self.num_heads, self.dim // self.num_heads
-            )
+            project(seen, weight, bias, qkv.dtype).reshape(len(x), -1, self.num_heads, self.dim // self.num_heads)
             for seen, weight, bias in zip((x[:, :1], x), weights, biases, strict=True)
         )
         scores = jnp.einsum("bqhd,bkhd->bhqk", q, k, precision=precision(q.dtype), preferred_element_type=wide(q.dtype))
@@ -240,7 +240,7 @@ class Teacher(nnx.Module):
 
 
 def _shapes(config: TeacherConfig) -> dict[str, tuple[int, ...]]:
-    """Return the tensors that a model needs: shapes by name, for names as in this adapter, but q, k and v apart."""
+    """Return the shapes of the tensors of a model by name: the names of this adapter, but q, k and v apart."""
     dim, hidden = config.size.dim, config.size.mlp_ratio * config.size.dim
     rows = 1 + prod(config.grid_shape)
     is_clip = config.family == "clip"
@@ -268,7 +268,7 @@ def _shapes(config: TeacherConfig) -> dict[str, tuple[int, ...]]:
 
 
 def _read_tensors(folder: Path, shapes: dict[str, tuple[int, ...]]) -> Tensors:
-    """Read tensors, float32, from all ``.safetensors`` files of a folder; q, k and v of attention become one."""
+    """Read tensors as float32 from all ``.safetensors`` files of a folder; ``shapes``: the expected ones."""
     tensors: Tensors = {}
     for path in _weight_files(folder):
         try:
@@ -290,7 +290,7 @@ def _read_tensors(folder: Path, shapes: dict[str, tuple[int, ...]]) -> Tensors:
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    """Return the files that hold the weights of a model: one, or several that an index lists."""
+    """Return the weight files of a model: one, or several that an index lists."""
     single = folder / "model.safetensors"
     if single.is_file():
         return [single]
@@ -307,7 +307,7 @@ def _renamed(key: str) -> str:
 
 
 def _frozen(module: Any, tensors: Tensors, prefix: str) -> Any:
-    """Fill a module: every parameter becomes a frozen one, with the numbers that were read for it."""
+    """Return a module with its parameters replaced by frozen tensors."""
     for path, variable in list(nnx.iter_graph(module)):
         if isinstance(variable, nnx.Param):
             holder = module
@@ -318,7 +318,7 @@ def _frozen(module: Any, tensors: Tensors, prefix: str) -> Any:
 
 
 def _tensor(tensors: Tensors, name: str) -> NDArray[Any]:
-    """Look up a tensor; queries, keys and values, which files hold apart, in one, with biases of 0 for none."""
+    """Return a tensor by its name here: q, k and v are concatenated, and missing biases are 0."""
     if ".attn.qkv." not in name:
         return tensors[name]
     parts = [tensors.get(name.replace(".qkv.", f".{part}.")) for part in "qkv"]

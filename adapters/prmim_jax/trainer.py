@@ -1,14 +1,13 @@
-"""What every training has in common: one step, its measurements and what is saved, whatever is trained."""
+"""The trainer behind every engine: training steps, measurements and checkpoints, whatever is trained."""
 
 import logging
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import cache, partial
-from itertools import count, takewhile
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, cast, get_args
+from typing import Any, Generic, NamedTuple, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -20,45 +19,53 @@ from jax import Array, lax
 from numpy.typing import NDArray
 
 from prmim_core import counter_noise
-from prmim_core.files import dump_architecture
-from prmim_core.training import Decay, check_training, learning_rate_at
-from prmim_jax.distributed import ROWS, WHOLE, Layout, Parallel, Processes, choose_devices
-from prmim_jax.interop import named_variables, read_weights, write_weights
-from prmim_jax.method import Method, check_images
+from prmim_jax.distributed import ROWS, WHOLE, Layout, Processes, choose_devices
+from prmim_jax.interop import (
+    file_names,
+    is_stacked,
+    named_variables,
+    named_weights,
+    put_weights,
+    read_weights,
+    write_weights,
+)
+from prmim_jax.method import ImageModule, check_images
 from prmim_jax.reconstruct import ProgressiveReconstruction
-from prmim_jax.vit import Statistic, set_compute_dtype, stack_blocks, unstack_blocks
+from prmim_jax.vit import Statistic
+from prmim_methods import TrainingConfig
+from prmim_methods.weight_files import dump_architecture
 
-Precision = Literal["float32", "bfloat16"]
+Module = TypeVar("Module", bound=ImageModule)
+Loss = Callable[..., Sequence[Array]]
+"""Called as ``loss(module, images, noise, *more)``; returns the scalars named in ``losses`` of the module."""
 State = nnx.State[Any, Any]
 Arrays = dict[str, Array]
-"""Arrays by the name of the parameter."""
+"""Arrays by the name of the parameter, as in ``prmim_jax.interop.named_variables``."""
 
 WEIGHTS_FILE = "weights.safetensors"
 STATE_FOLDER = "training_state"
-STACKED = ".blocks.block."
-"""What names of stacked blocks have where files have ``.blocks.0.`` and so on, see ``prmim_jax.vit.stack_blocks``."""
 
 
 class TrainingState(NamedTuple):
-    """What a training step takes, and gives back changed; its memory is handed on from step to step.
+    """State that a training step replaces; the new state reuses the memory of the old one.
 
     Parameters
     ----------
     parameters
-        float32, by name; of blocks that are scanned over, all blocks in one array.
+        float32, by name.
     average
-        The running means of the parameters, by name; empty if there are none.
+        Exponential moving averages of the parameters, by name; empty if there are none.
     moments
-        State of the optimiser.
+        State of the optimizer.
     statistics
         Buffers that forward passes change.
     sums
-        float32: sums of the losses and of the norm of the gradient over the finite steps since the last reading, then
-        the number of those.
+        float32: sums of the losses and of the gradient norm over the finite steps since the last reading, then the
+        number of those steps.
     nonfinite_step
-        int32: the first step (counted from 1) that was not finite, or -1.
+        int32: the first nonfinite step, counted from 1; -1 if there was none.
     skipped
-        int32 (2,): steps that were not finite: since the last reading, and the latest ones in a row.
+        int32 (2,): number of nonfinite steps: since the last reading, and in a row up to now.
     """
 
     parameters: Arrays
@@ -70,75 +77,71 @@ class TrainingState(NamedTuple):
     skipped: Array
 
 
-class Trainer:
-    """A module with its optimiser, on all devices of a platform, of one process or of several.
+class Trainer(Generic[Module]):
+    """Trains a module on all devices of a platform, of one process or of several.
 
-    A subclass says what is trained and what is minimised. The arguments, and what holds of every step, are those of
-    :class:`prmim_jax.Engine`.
+    Parameters
+    ----------
+    make_module
+        Returns the module; called when processes are connected, with the device set. The module has ``losses``,
+        ``architecture()`` and ``not_decayed()``.
+    training
+        The options; ``training.compile`` has no effect, since JAX always compiles the step.
+    loss
+        See :data:`Loss`; the first scalar is minimised.
+    make_optimizer
+        Returns the optimizer of a module, for learning rate 1. It gets gradients by name, as in
+        :data:`Arrays`; only one part of a chain may have a state.
+    rate_scale
+        Returns the factor of a parameter's learning rate, by its name in files; None: all 1.
+    ema_decay
+        Decay, per step, of an exponential moving average of the weights; None: no average.
+
+    Notes
+    -----
+    Several processes (see :class:`prmim_jax.distributed.Processes`) make one run. Each must call the same methods in
+    the same order. A step equals the step of a single device on the rows of all devices, up to rounding: losses and
+    gradients are means over all rows, and so are the measurements. Devices communicate once per step.
+
+    A training step is one compiled program, from uint8 images and their sample numbers to the updated weights. It never
+    waits for the device (several devices of one CPU take one step at a time), and is compiled again only if the size of
+    the batch changes. A step whose loss or gradient norm is not finite changes no weights, optimizer state, average or
+    statistics. :attr:`step` and the learning rate advance nevertheless.
     """
-
-    _num_inputs: int = 2
-    """Arrays of a batch: images, their numbers, and what else the losses are of."""
-    _ema_decay: float | None = None
-    """Decay, per step, of a running mean of the weights; None: there is none."""
 
     def __init__(
         self,
-        method_options: Mapping[str, Any],
+        make_module: Callable[[], Module],
+        training: TrainingConfig,
+        loss: Loss,
+        make_optimizer: Callable[[Module], optax.GradientTransformation],
         *,
-        seed: int,
-        total_steps: int,
-        warmup_steps: int,
-        learning_rate: float,
-        min_learning_rate: float = 0.0,
-        decay: Decay = "cosine",
-        weight_decay: float = 0.05,
-        betas: tuple[float, float] = (0.9, 0.95),
-        clip_grad: float | None = None,
-        accumulate: int = 1,
-        precision: Precision = "float32",
-        compile: bool = False,
-        device: str = "auto",
-        parallel: Parallel = "ddp",
-        timeout: float = 45.0,
+        rate_scale: Callable[[str], float] | None = None,
+        ema_decay: float | None = None,
     ) -> None:
-        check_training(seed, total_steps, warmup_steps, learning_rate, min_learning_rate, clip_grad, accumulate, decay)
-        if precision not in ("float32", "bfloat16"):
-            raise ValueError(f"precision: expected 'float32' or 'bfloat16', got {precision!r}")
-        if parallel not in get_args(Parallel):
-            raise ValueError(f"parallel: expected 'ddp' or 'fsdp', got {parallel!r}")
-        if not 0 < timeout < float("inf"):
-            raise ValueError(f"timeout: expected a positive number of seconds, got {timeout}")
-        self._processes = Processes(timeout)
-        self._layout = Layout(choose_devices(device), parallel)
+        self._training = training
+        self._loss = loss
+        self._ema_decay = ema_decay
+        self._processes = Processes(training.timeout)
+        self._layout = Layout(choose_devices(training.device), training.parallel)  # type: ignore[arg-type]
         with jax.default_device(self._layout.local_device):
-            module = self._create(method_options, seed)
-            is_decayed = decay_mask(module)
-            stack_blocks(module)
+            module = make_module()
+            self._optimizer = make_optimizer(module)
         self._measured = (*module.losses, "grad_norm")
-        self._num_tokens = module.grid.num_tokens
-        self._image_shape = (*module.image_size, module.channels)
-        set_compute_dtype(module, jnp.bfloat16 if precision == "bfloat16" else None)
+        self._num_tokens = module.num_tokens
+        self._image_shape = module.image_shape
         self._graph, parameters, statistics, buffers = split(module)
         self._buffers = self._layout.put(buffers)
         leaves, self._tree = jax.tree.flatten(parameters)
-        # Names in the order of the leaves: both come from one walk over the same module.
+        # Names in the order of the leaves: both come from the same walk over the module.
         self._names = _names_of(parameters)
         arrays = dict(zip(self._names, leaves, strict=True))
-        mask = {name: is_decayed[name.replace(STACKED, ".blocks.0.")] for name in self._names}
-        self._optimizer = self._create_optimizer(weight_decay, betas, mask)
-        self._rate_scales = {name: self._rate_scales_of(name, array) for name, array in arrays.items()}
-        self._seed = seed
-        self._rates = (total_steps, warmup_steps, learning_rate, min_learning_rate, decay)
-        self._clip_grad = clip_grad
-        self._accumulate = accumulate
-        self._precision = precision
+        self._rate_scales = {} if rate_scale is None else _rate_scales(rate_scale, arrays)
         self._step = 0
         self._background = ThreadPoolExecutor(1, "save")
         self._saving: Future[None] | None = None
-        average = {} if self._ema_decay is None else _copies(arrays)
+        average = {} if ema_decay is None else _copies(arrays)
         moments = jax.eval_shape(self._optimizer.init, arrays)
-        # Of the same form as the state: how each of its arrays is cut.
         specs = self._layout.specs
         cut: Any = (specs(arrays), specs(average), specs(moments), WHOLE, WHOLE, WHOLE, WHOLE)
         self._specs: Any = TrainingState(*cut)
@@ -151,41 +154,14 @@ class Trainer:
             self._layout.put(np.full((), -1, np.int32)),
             self._zeros(2, np.int32),
         )
-        batch = [ROWS] * self._num_inputs
         self._train = self._layout.compile(
-            self._train_program, (self._specs, WHOLE, *batch, WHOLE, WHOLE), self._specs, donate=(0,)
+            self._train_program, (self._specs, WHOLE, ROWS, WHOLE, WHOLE), self._specs, donate=(0,)
         )
         self._evaluations: dict[Callable[..., Any], Callable[..., Any]] = {}
 
-    def _create(self, method_options: Mapping[str, Any], seed: int) -> Method:
-        """Build what is trained, on one device."""
-        raise NotImplementedError
-
-    def _create_optimizer(
-        self, weight_decay: float, betas: tuple[float, float], is_decayed: dict[str, bool]
-    ) -> optax.GradientTransformation:
-        """Return what makes updates of gradients, for learning rate 1; of all its parts one has a state."""
-        return optax.chain(
-            optax.scale_by_adam(*betas, eps=1e-8), optax.add_decayed_weights(weight_decay, mask=is_decayed)
-        )
-
-    def _rate_scale(self, name: str) -> float:
-        """Return what the learning rate of a parameter, named as in files, is multiplied with."""
-        return 1.0
-
-    def _rate_scales_of(self, name: str, array: Array) -> float | NDArray[np.float32]:
-        if STACKED not in name:
-            return self._rate_scale(name)
-        scales = [self._rate_scale(name.replace(STACKED, f".blocks.{number}.")) for number in range(len(array))]
-        return np.array(scales, np.float32).reshape(-1, *[1] * (array.ndim - 1))
-
-    def _losses(self, module: Any, images: Array, noise: Array, *more: Array) -> Sequence[Array]:
-        """Return the scalars of a part of a batch that the module names as its losses; the first is minimised."""
-        raise NotImplementedError
-
     @property
     def rank(self) -> int:
-        """Number of this process, from 0."""
+        """Rank of this process, from 0."""
         return self._processes.rank
 
     @property
@@ -195,17 +171,17 @@ class Trainer:
 
     @property
     def step(self) -> int:
-        """Optimiser steps completed, those before a resume among them."""
+        """Completed optimizer steps, including those before a resume."""
         return self._step
 
     @property
     def num_parameters(self) -> int:
-        """Learned numbers."""
+        """Number of trained parameters."""
         return sum(array.size for array in self._state.parameters.values())
 
     @property
     def device(self) -> str:
-        """The device, or the devices of this process, in words."""
+        """Description of the device, or of the devices of this process."""
         device, number = self._layout.local_device, self._layout.num_local
         name = "cuda" if device.platform == "gpu" else device.platform
         kind = device.device_kind if device.platform == "gpu" else f"{os.cpu_count()} cores"
@@ -214,29 +190,29 @@ class Trainer:
         return f"{one if number == 1 else f'{number} x {name}'} ({kind}){others}"
 
     @property
-    def module(self) -> Method:
-        """What is trained, with the weights of now, on one device; the next training step takes its arrays away.
+    def module(self) -> Module:
+        """The module with the current weights, on one device; the next training step invalidates its arrays.
 
-        All processes have to ask for it.
+        All processes must ask for it.
         """
         parameters = self._layout.whole(self._state.parameters, self._specs.parameters)
-        module = self._merge(*map(self._layout.local, (parameters, self._state.statistics, self._buffers)))
-        unstack_blocks(module)
-        return module
+        return self._merge(*map(self._layout.local, (parameters, self._state.statistics, self._buffers)))
 
     def _take_step(self, images: NDArray[np.uint8], sample: NDArray[np.int64], *more: NDArray[Any]) -> None:
-        """Take one optimiser step on images, their numbers, and what else the losses are of."""
+        """Take one optimizer step on images, their sample numbers, and further inputs of the loss."""
         self._check_batch(len(images))
-        learning_rate = learning_rate_at(self._step, *self._rates)
-        inputs = [self._layout.put_rows(array) for array in self._inputs(images, sample, *more)]
+        learning_rate = self._training.learning_rate_at(self._step)
+        batch = tuple(map(self._layout.put_rows, self._inputs(images, sample, *more)))
         if self._layout.in_turn:
             self._state.sums.block_until_ready()
-        self._state = self._train(self._state, self._buffers, *inputs, self._step, learning_rate)
+        self._state = self._train(self._state, self._buffers, batch, self._step, learning_rate)
         self._step += 1
 
-    def _train_program(self, state: TrainingState, buffers: State, *inputs: Array) -> TrainingState:
-        """Map a state to the next one; compiled, and run by each device on its rows and its parts of the weights."""
-        images, sample, *more, step, learning_rate = inputs
+    def _train_program(
+        self, state: TrainingState, buffers: State, batch: tuple[Array, ...], step: Array, learning_rate: Array
+    ) -> TrainingState:
+        """Return the next state; compiled, and run by each device on its rows and its parts of the weights."""
+        images, sample, *more = batch
         cut = self._specs.parameters
         gradients, losses, statistics = self._gradients(
             self._layout.gather(state.parameters, cut),
@@ -249,12 +225,12 @@ class Trainer:
         losses = self._layout.mean(losses)
         gradients, norm = self._layout.mean_gradients(gradients, cut)
         is_bad = ~(jnp.isfinite(losses[0]) & jnp.isfinite(norm))
-        if self._clip_grad is not None:
-            scale = jnp.maximum((norm + 1e-6) / self._clip_grad, 1.0)
+        if self._training.clip_grad is not None:
+            scale = jnp.maximum((norm + 1e-6) / self._training.clip_grad, 1.0)
             gradients = jax.tree.map(lambda gradient: gradient / scale, gradients)
         updates, moments = self._optimizer.update(gradients, state.moments, state.parameters)
         rates = {
-            name: learning_rate * self._layout.part(scales, cut[name]) for name, scales in self._rate_scales.items()
+            name: learning_rate * self._layout.part(self._rate_scales.get(name, 1.0), cut[name]) for name in self._names
         }
         parameters = jax.tree.map(lambda value, rate, update: value - rate * update, state.parameters, rates, updates)
         follow = 1 - (self._ema_decay or 0.0)
@@ -268,26 +244,27 @@ class Trainer:
             keep(state.statistics, statistics),
             state.sums + jnp.where(is_bad, 0.0, measured),
             jnp.where(is_bad & (state.nonfinite_step < 0), step + 1, state.nonfinite_step),
-            # The first is a count since the last reading, the second one since the last finite step.
+            # The first number counts since the last reading, the second since the last finite step.
             jnp.where(is_bad, state.skipped + 1, state.skipped * jnp.array([1, 0], jnp.int32)),
         )
 
     def _gradients(
         self, parameters: Arrays, statistics: State, buffers: State, *batch: Array
     ) -> tuple[Arrays, Array, State]:
-        """Return the gradient of the first loss, all losses, and the statistics after it.
+        """Return the gradient of the first loss, all losses, and the new statistics.
 
-        Gradient and losses are means over the parts of a device's rows, of which each sees the statistics that the one
-        before has left.
+        Gradient and losses are means over the parts of a device's rows. Each part gets the statistics that the part
+        before it left.
         """
 
         def losses_of(parameters: Arrays, statistics: State, *part: Array) -> tuple[Array, tuple[Array, State]]:
             module = self._merge(parameters, statistics, buffers)
-            losses = self._losses(module, *part)
+            losses = self._loss(module, *part)
             return losses[0], (jnp.stack(losses), nnx.state(module, Statistic))
 
         differentiate = jax.grad(losses_of, has_aux=True)
-        if self._accumulate == 1:
+        parts = self._training.accumulate
+        if parts == 1:
             gradients, (losses, statistics) = differentiate(parameters, statistics, *batch)
             return gradients, losses, statistics
 
@@ -296,23 +273,22 @@ class Trainer:
             gradients, (losses, statistics) = differentiate(parameters, statistics, *part)
             return (jax.tree.map(jnp.add, total, (gradients, losses)), statistics), None
 
-        parts = [array.reshape(self._accumulate, -1, *array.shape[1:]) for array in batch]
+        chunks = tuple(array.reshape(parts, -1, *array.shape[1:]) for array in batch)
         zeros: Any = (jax.tree.map(jnp.zeros_like, parameters), jnp.zeros(len(self._measured) - 1, jnp.float32))
-        (total, statistics), _ = lax.scan(add, (zeros, statistics), tuple(parts))
-        gradients, losses = jax.tree.map(lambda value: value / self._accumulate, total)
+        (total, statistics), _ = lax.scan(add, (zeros, statistics), chunks)
+        gradients, losses = jax.tree.map(lambda value: value / parts, total)
         return gradients, losses, statistics
 
     def read_metrics(self) -> dict[str, Any]:
-        """Wait for the steps taken, and return what they measured since the last reading.
+        """Wait for all steps, and return the measurements since the last reading; the same in all processes.
 
         Returns
         -------
         dict
-            The ``losses`` of what is trained and ``grad_norm`` (before clipping): means over the steps that were
-            finite, NaN if there was none. ``learning_rate``: of the last step taken. ``nonfinite_step``: the first step
-            (counted from 1) whose loss or gradient was not finite, of the whole run; None if there was none.
-            ``skipped``: the number of such steps since the last reading; ``skipped_in_a_row``: that of the latest ones,
-            0 if the last step was finite. The same in all processes.
+            The ``losses`` of the module and ``grad_norm`` (before clipping): means over the finite steps, NaN if there
+            was none. ``learning_rate``: of the last step. ``nonfinite_step``: the first step of the run, counted from
+            1, whose loss or gradient was not finite; None if there was none. ``skipped``: number of such steps since
+            the last reading. ``skipped_in_a_row``: number of consecutive such steps up to now.
         """
         *sums, steps = np.asarray(self._state.sums).tolist()
         nonfinite_step = int(self._state.nonfinite_step)
@@ -325,48 +301,47 @@ class Trainer:
             **{
                 name: total / steps if steps else float("nan") for name, total in zip(self._measured, sums, strict=True)
             },
-            "learning_rate": learning_rate_at(max(self._step - 1, 0), *self._rates),
+            "learning_rate": self._training.learning_rate_at(max(self._step - 1, 0)),
             "nonfinite_step": None if nonfinite_step < 0 else nonfinite_step,
             "skipped": skipped,
             "skipped_in_a_row": skipped_in_a_row,
         }
 
     def save(self, directory: str | os.PathLike[str]) -> None:
-        """Write ``weights.safetensors`` and a folder ``training_state`` into an existing one, each whole or not at all.
+        """Write ``weights.safetensors`` and the folder ``training_state`` into an existing folder, each atomically.
 
-        The training state is a checkpoint of orbax. All processes have to call it, with a folder that all of them see;
-        it returns when all have written.
+        The training state is an orbax checkpoint. All processes must call it, with a folder on a shared file system. It
+        returns when all have written.
 
         Raises
         ------
         OSError
-            If something could not be written.
+            If a file cannot be written.
         """
         self.async_save(directory).result()
 
     def async_save(self, directory: str | os.PathLike[str]) -> Future[None]:
-        """Begin what :meth:`save` does, and return while a copy of the state is written in the background.
+        """Start :meth:`save` in the background, with a copy of the current state.
 
         Returns
         -------
         Future
-            Done when all processes have written; its result raises what :meth:`save` raises. A further save waits for
+            Done when all processes have written; its result raises the errors of :meth:`save`. The next save waits for
             it.
 
         Raises
         ------
         FileNotFoundError
-            If there is no such folder.
+            If the folder does not exist.
         """
         directory = Path(directory).absolute()
         if not directory.is_dir():
-            raise FileNotFoundError(f"directory: expected a folder that is there, got {directory}")
+            raise FileNotFoundError(f"directory: expected an existing folder, got {directory}")
         if self._saving is not None:
             wait([self._saving])
         module = self.module
-        metadata, weights = dump_architecture(module), {}
-        if self.rank == 0:
-            weights = {name: np.array(variable[...]) for name, variable in named_variables(module).items()}
+        metadata = dump_architecture(module)
+        weights = named_weights(module) if self.rank == 0 else {}
         state = self._saved_state()
         _silence_orbax()
 
@@ -380,19 +355,19 @@ class Trainer:
         return self._saving
 
     def _saved_state(self) -> dict[str, Any]:
-        """Return a copy of the training state, less the weights, as nested dictionaries of arrays, named as in files.
+        """Return a copy of the training state besides the weights, as nested dictionaries of arrays.
 
-        They are of NumPy, but for those that devices share out: each process writes what it holds of these.
+        The arrays are NumPy's, except those that devices share: of these, each process writes its part.
         """
         arrays = self._by_parameter()
         if self._layout.cuts(self._specs.parameters):
-            copies = self._layout.convert(arrays, _copies_apart)
+            copies = self._layout.convert(arrays, partial(jax.tree.map, jnp.copy))
         else:
-            copies = _moments_apart(jax.tree.map(np.array, self._layout.local(arrays)))
+            copies = jax.tree.map(np.array, self._layout.local(arrays))
         return {**self._host_state(), **copies}
 
     def _host_state(self) -> dict[str, Any]:
-        """Return a copy of what is there once, whatever the number of parameters, in NumPy."""
+        """Return a copy of the part of the training state that does not depend on the parameters, in NumPy."""
         state = {
             "step": self._step,
             "sums": self._state.sums,
@@ -403,35 +378,31 @@ class Trainer:
         return {name: np.array(value) for name, value in state.items()}
 
     def _by_parameter(self) -> dict[str, Arrays]:
-        """Return what is kept for each parameter besides its value: the optimiser's moments, and a running mean."""
+        """Return the arrays of each parameter besides its value: the moments of the optimizer, and the average."""
         moments = {name: value for name, value in _kept(self._state.moments).items() if isinstance(value, dict)}
         return {**moments, "average": self._state.average} if self._state.average else moments
 
     def restore(self, directory: str | os.PathLike[str]) -> None:
-        """Read what :meth:`save` wrote, of an engine of the same architecture.
+        """Restore a state that :meth:`save` wrote; all processes must call it.
 
-        It may have been saved by other devices, by more or fewer of them, and shared among them in another way. All
-        processes have to call it. Learning rate, weight decay and the like stay those of this engine. With the same
-        options it goes on as the saved one would have; bit for bit on as many devices, as far as kernels are
-        deterministic.
+        The devices, their number and ``parallel`` may differ from those of the saved run. Learning rate, weight decay
+        and other options are those of this engine. With the same options and the same number of devices, the run
+        continues bit-identically if all kernels are deterministic.
 
         Raises
         ------
         FileNotFoundError
             If a file is missing.
         ValueError
-            If a file is damaged, or of another architecture. The engine is unchanged then.
+            If a file is corrupt or of another architecture. The engine is unchanged then.
         """
         directory = Path(directory).absolute()
         weights = self._read_weights(directory / WEIGHTS_FILE)
-        like = {**self._host_state(), **jax.eval_shape(_moments_apart, self._by_parameter())}
+        like = {**self._host_state(), **self._by_parameter()}
         state = self._processes.together(lambda: _read_state(directory / STATE_FOLDER, like))
-        self._take_weights(weights)
+        self._put_weights(weights)
         specs = {**_kept(self._specs.moments), "average": self._specs.average}
-        arrays = {
-            name: self._layout.put(_put_together(state[name], self._names), specs[name])
-            for name in self._by_parameter()
-        }
+        arrays = {name: self._layout.put(state[name], specs[name]) for name in self._by_parameter()}
         numbers = {name: self._layout.put(state[name]) for name in self._host_state()}
         self._state = self._state._replace(
             moments=tuple(_refilled(part, {**numbers, **arrays}) for part in self._state.moments),
@@ -441,18 +412,16 @@ class Trainer:
         self._step = int(state["step"])
 
     def load_weights(self, path: str | os.PathLike[str]) -> None:
-        """Take weights alone from a ``.safetensors`` file; all processes have to."""
-        self._take_weights(self._read_weights(path))
+        """Load weights from a ``.safetensors`` file, without a training state; all processes must call it."""
+        self._put_weights(self._read_weights(path))
 
     def _read_weights(self, path: str | os.PathLike[str]) -> dict[str, NDArray[Any]]:
         module = self.module
         return self._processes.together(lambda: read_weights(module, path))
 
-    def _take_weights(self, weights: dict[str, NDArray[Any]]) -> None:
+    def _put_weights(self, weights: dict[str, NDArray[Any]]) -> None:
         module = self.module
-        for name, variable in named_variables(module).items():
-            variable.set_value(jax.device_put(weights[name].astype(variable.dtype), self._layout.local_device))
-        stack_blocks(module)
+        put_weights(module, weights)
         _, parameters, statistics, buffers = split(module)
         arrays = dict(zip(self._names, jax.tree.leaves(parameters), strict=True))
         self._buffers = self._layout.put(buffers)
@@ -464,24 +433,23 @@ class Trainer:
         )
 
     def any(self, flag: bool) -> bool:
-        """Return whether any process says True; it returns when all have asked, and needs no device."""
+        """Return whether the flag of any process is True. Waits for all processes; does not use the device."""
         return self._processes.any(flag)
 
     def close(self) -> None:
-        """Leave the other processes, if there are any; the last thing to do, and to do after an exception too."""
+        """Shut down, disconnecting from the other processes; call it last, also after an exception."""
         self._background.shutdown(wait=sys.exc_info()[0] is None)
         self._processes.close()
 
-    def _merge(self, parameters: Arrays, statistics: State, buffers: State) -> Method:
+    def _merge(self, parameters: Arrays, statistics: State, buffers: State) -> Module:
         state = jax.tree.unflatten(self._tree, [parameters[name] for name in self._names])
-        # Copied, since a forward pass may change variables of the trace that it is in, and of no other.
-        return cast(Method, nnx.merge(self._graph, state, statistics, buffers, copy=True))
+        # Copied, since a forward pass may only change variables of its own trace.
+        return cast(Module, nnx.merge(self._graph, state, statistics, buffers, copy=True))
 
     def _evaluate(self, function: Callable[..., Any], *inputs: NDArray[Any]) -> Any:
-        """Call a function of the module, in evaluation mode, and of arrays, which are the same in all processes.
+        """Call ``function(module, *inputs)`` in evaluation mode; all processes must pass the same inputs.
 
-        The module has the running means of the weights, where there are any. Each function is compiled, once for each
-        set of shapes.
+        The module has the average of the weights, if there is one. Each function is compiled once per set of shapes.
         """
         if function not in self._evaluations:
             weights = (self._specs.parameters, WHOLE, WHOLE)
@@ -501,11 +469,10 @@ class Trainer:
         return function(module, *inputs)
 
     def _noise(self, sample: Array, step: int | Array) -> Array:
-        noise: Array = counter_noise(self._seed, step, sample, self._num_tokens)
-        return noise
+        return counter_noise(self._training.seed, step, sample, self._num_tokens)
 
     def _check_batch(self, batch: int) -> None:
-        devices, parts = self._layout.num_local, self._accumulate
+        devices, parts = self._layout.num_local, self._training.accumulate
         if batch % (devices * parts):
             shared = f"accumulate={parts} divides" if devices == 1 else f"{devices} devices x accumulate={parts} divide"
             raise ValueError(f"images: expected a batch that {shared}, got {batch}")
@@ -513,33 +480,41 @@ class Trainer:
     def _inputs(
         self, images: NDArray[np.uint8], sample: NDArray[np.int64], *more: NDArray[Any]
     ) -> tuple[NDArray[Any], ...]:
-        """Check and copy images, their numbers, and what else the losses are of."""
+        """Validate and copy images, their sample numbers, and further inputs of the loss."""
         check_images(images, self._image_shape)
         if tuple(sample.shape) != (len(images),):
             raise ValueError(f"sample: expected shape {(len(images),)}, got {tuple(sample.shape)}")
         if not np.issubdtype(sample.dtype, np.integer):
             raise TypeError(f"sample: expected integers, got {sample.dtype}")
-        # A copy, since on a CPU JAX reads the batch itself, and later, when its memory may hold another one.
+        # A copy, since JAX on a CPU reads the batch in place, later, when its memory may hold another batch.
         return np.array(images), sample.astype(np.int32), *map(np.array, more)
 
     def _zeros(self, size: int, dtype: type) -> Array:
-        return cast(Array, self._layout.put(np.zeros(size, dtype)))
+        return self._layout.put(np.zeros(size, dtype))
 
 
 def split(module: nnx.Module) -> tuple[nnx.GraphDef[Any], State, State, State]:
-    """Return what is static of a module, its parameters, its statistics, and all else: buffers, and what is frozen."""
+    """Return the graph definition, the parameters, the statistics, and all other variables of a module."""
     graph, parameters, statistics, buffers = nnx.split(  # type: ignore[misc]  # flax's annotation
         module, nnx.Param, Statistic, ...
     )
     return graph, parameters, statistics, buffers
 
 
-def decay_mask(module: nnx.Module) -> dict[str, bool]:
-    """Say which parameters weight decay draws towards 0, by name.
+def adamw(module: nnx.Module, training: TrainingConfig) -> optax.GradientTransformation:
+    """Return AdamW for learning rate 1, with the weight decay of :func:`decay_mask`."""
+    return optax.chain(
+        optax.scale_by_adam(*training.betas, eps=1e-8),
+        optax.add_decayed_weights(training.weight_decay, mask=decay_mask(module)),
+    )
 
-    Spared are parameters of one axis (biases, norms), those that a :class:`Method` names in ``not_decayed``, and those
-    of :class:`prmim_jax.ProgressiveReconstruction`, since a table drawn towards 0 would weigh near and far tokens
-    alike (this is ours).
+
+def decay_mask(module: nnx.Module) -> dict[str, bool]:
+    """Return whether each parameter has weight decay, by name.
+
+    Exempt from weight decay are parameters of one axis (biases, norms), those in ``module.not_decayed()``, and those of
+    :class:`prmim_jax.ProgressiveReconstruction`. The last exemption is ours: decay towards 0 would give near and far
+    tokens the same weight.
 
     Examples
     --------
@@ -547,18 +522,28 @@ def decay_mask(module: nnx.Module) -> dict[str, bool]:
     >>> decay_mask(nnx.Linear(2, 2, rngs=nnx.Rngs(0)))
     {'bias': False, 'kernel': True}
     """
-    named = module.not_decayed() if isinstance(module, Method) else frozenset()
-    rebuilding = {
+    named: frozenset[str] = getattr(module, "not_decayed", frozenset)()
+    reconstruction = {
         id(variable)
         for _, part in nnx.iter_modules(module)
         if isinstance(part, ProgressiveReconstruction)
         for variable in named_variables(part).values()
     }
     return {
-        name: variable.ndim > 1 and name not in named and id(variable) not in rebuilding
+        name: variable.ndim - is_stacked(name) > 1 and name not in named and id(variable) not in reconstruction
         for name, variable in named_variables(module).items()
         if isinstance(variable, nnx.Param)
     }
+
+
+def _rate_scales(rate_scale: Callable[[str], float], arrays: Arrays) -> dict[str, float | NDArray[np.float32]]:
+    """Return the factors of the learning rates of parameters: a number, or one per block of a stack."""
+    scales: dict[str, float | NDArray[np.float32]] = {}
+    for name, array in arrays.items():
+        factors = [rate_scale(part) for part in file_names(name, array.shape)]
+        shape = (-1, *[1] * (array.ndim - 1))
+        scales[name] = np.array(factors, np.float32).reshape(shape) if is_stacked(name) else factors[0]
+    return scales
 
 
 def _names_of(parameters: State) -> list[str]:
@@ -569,10 +554,9 @@ def _names_of(parameters: State) -> list[str]:
 
 @cache
 def _silence_orbax() -> None:
-    """Keep orbax from printing tracebacks of errors that it raises as well.
+    """Suppress tracebacks that orbax prints for errors that it also raises.
 
-    Of all files that a full disk has no room for, it raises the error of the first and logs that; of the others Python
-    says that nobody listens any more.
+    If a disk is full, orbax raises and logs the error of the first file; Python reports the others as unraisable.
     """
     print_unraisable = sys.unraisablehook
 
@@ -590,81 +574,50 @@ def _lacks(text: str, record: logging.LogRecord) -> bool:
 
 
 def _kept(moments: Any) -> dict[str, Any]:
-    """Return the fields of that part of an optimiser's state that holds anything."""
+    """Return the fields of the only part of an optimizer's state that is not empty."""
     (kept,) = (part for part in moments if jax.tree.leaves(part))
     fields: dict[str, Any] = kept._asdict()
     return fields
 
 
 def _refilled(part: Any, values: dict[str, Any]) -> Any:
-    """Return a part of an optimiser's state with other values, if it holds any."""
+    """Return a part of an optimizer's state with new values, unless it is empty."""
     return part._replace(**{name: values[name] for name in part._fields}) if jax.tree.leaves(part) else part
 
 
 def _copies(arrays: Arrays) -> dict[str, NDArray[Any]]:
-    """Copy arrays to the host, since no memory may be handed on twice from step to step."""
+    """Copy arrays to the host, since a step can reuse the same memory only once."""
     return {name: np.array(array) for name, array in arrays.items()}
 
 
 def _checkpointer() -> ocp.Checkpointer:
-    """Return orbax's checkpointer of trees, in whose methods all processes meet.
+    """Return orbax's checkpointer of trees, which synchronises the processes.
 
-    Where they are named, they meet without their devices. These are at work on steps while a thread saves, and would
-    wait for each other for ever where two processes ask them for two things in different order.
+    With ``active_processes``, it synchronises them without their devices. Devices are busy with steps while a thread
+    saves; they would deadlock if two processes queued steps and synchronisation in different order.
     """
     options = ocp.options.MultiprocessingOptions(active_processes=set(range(jax.process_count())))
     handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=options)
     return ocp.Checkpointer(handler, multiprocessing_options=options)
 
 
-def _moments_apart(moments: dict[str, Any]) -> dict[str, Any]:
-    return {name: _take_apart(arrays) for name, arrays in moments.items()}
-
-
-def _copies_apart(moments: dict[str, Any]) -> dict[str, Any]:
-    """Take moments apart on the devices, in memory of their own."""
-    copies: dict[str, Any] = jax.tree.map(jnp.copy, _moments_apart(moments))
-    return copies
-
-
-def _take_apart(arrays: dict[str, Any]) -> dict[str, Any]:
-    """Give every block arrays of its own, under the names of files."""
-    apart = {}
-    for name, array in arrays.items():
-        parts = enumerate(array) if STACKED in name else [(0, array)]
-        apart.update({name.replace(STACKED, f".blocks.{number}."): part for number, part in parts})
-    return apart
-
-
-def _put_together(arrays: dict[str, NDArray[Any]], names: list[str]) -> dict[str, NDArray[Any]]:
-    """Undo :func:`_take_apart`; ``names`` are those to come out."""
-
-    def together(name: str) -> NDArray[Any]:
-        if STACKED not in name:
-            return arrays[name]
-        of_blocks = (name.replace(STACKED, f".blocks.{number}.") for number in count())
-        return np.stack([arrays[part] for part in takewhile(arrays.__contains__, of_blocks)])
-
-    return {name: together(name) for name in names}
-
-
 def _zeros_like(tree: Any) -> Any:
-    """Return the zeros with which optimisers start, made by NumPy: JAX would compile a program for every shape."""
+    """Return the initial state of an optimizer, made by NumPy: JAX would compile one program per shape."""
     return jax.tree.map(lambda array: np.zeros(array.shape, array.dtype), tree)
 
 
 def _read_state(path: Path, like: dict[str, Any]) -> dict[str, Any]:
-    """Read a training state, and check that it has the parts and shapes of another."""
+    """Read a training state, and validate its parts and shapes."""
     if not path.exists():
-        raise FileNotFoundError(f"directory: expected a training state, there is none at {path}")
+        raise FileNotFoundError(f"directory: expected a training state, got none at {path}")
     as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), like)
     try:
         with _checkpointer() as checkpointer:
             state: dict[str, Any] = checkpointer.restore(path, restore_args=as_numpy)
         shapes, expected = _shapes(state), _shapes(like)
-    except Exception:  # whatever orbax makes of files that are no training state
+    except Exception:  # orbax raises many types for corrupt files
         raise ValueError(
-            f"directory: expected a training state, got {path}, which is damaged or something else"
+            f"directory: expected a training state, got {path}, which is corrupt or of another kind"
         ) from None
     if shapes != expected:
         number, got = (sum(len(tree) for tree in trees.values() if isinstance(tree, dict)) for trees in (like, state))

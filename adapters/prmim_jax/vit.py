@@ -1,12 +1,15 @@
-"""The parts of a vision transformer: patch embedding, position table, attention, blocks, encoder, decoder.
+"""Parts of a vision transformer: patch embedding, position table, attention, blocks, encoder, decoder.
 
-Parameter names follow timm's ViT, and weights are laid out as in PyTorch, (out, in), so that files fit both adapters.
-Initialisation is MAE's. Nothing here knows about masking strategies: the encoder and the decoder take tokens and the
-indices of their places.
+Parameter names follow timm's ViT, and weights have the layout of PyTorch, (out, in), so that both adapters read the
+same files. The initialisation is MAE's. Masking strategies live elsewhere: the encoder and the decoder take tokens and
+the indices of their positions.
+
+Modules take ``dtype``, the dtype in which matrix products are computed and returned, for example
+``jax.numpy.bfloat16``; None: that of the parameters. Residual stream, norms and softmax are never narrower than the
+parameters.
 """
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from math import prod, sqrt
 from typing import Any, Literal, get_args
 
@@ -27,15 +30,23 @@ Activation = Literal["gelu", "quick_gelu"]
 
 
 class Buffer(nnx.Variable[Array]):
-    """An array that goes into files with the parameters, but is not learned."""
+    """An array that is part of weight files, but not trained."""
 
 
 class Statistic(Buffer):
     """A buffer that forward passes in training mode change."""
 
 
+def freeze(module: nnx.Module) -> None:
+    """Turn the parameters of a module into buffers, in place."""
+    for _, part in nnx.iter_modules(module):
+        for name, variable in list(vars(part).items()):
+            if isinstance(variable, nnx.Param):
+                setattr(part, name, Buffer(variable[...]))
+
+
 def sincos_table(shape: Sequence[int], dim: int) -> Array:
-    """Return the fixed sine-cosine position table of a grid of tokens, with a row of zeros first for the cls token.
+    """Return the fixed sine-cosine position table of a grid; its first row, zeros, belongs to the class token.
 
     Parameters
     ----------
@@ -78,36 +89,20 @@ def sincos_table(shape: Sequence[int], dim: int) -> Array:
     return jnp.asarray(np.concatenate([np.zeros((1, dim)), table])[None].astype(np.float32))
 
 
-def set_compute_dtype(module: nnx.Module, dtype: DTypeLike | None) -> None:
-    """Let the matrix products of a module and its parts take and give another dtype than the parameters have.
-
-    Parameters
-    ----------
-    module
-        Any module of this adapter.
-    dtype
-        For instance ``jax.numpy.bfloat16``; None: that of the parameters. Residual stream, norms, softmax and loss stay
-        in the dtype of the parameters. It is part of what ``nnx.split`` calls the graph, so a change compiles anew.
-    """
-    for _, part in nnx.iter_modules(module):
-        if hasattr(part, "compute_dtype"):
-            part.compute_dtype = None if dtype is None else jnp.dtype(dtype)
-
-
 def wide(dtype: DTypeLike) -> np.dtype:
-    """Return float32, or ``dtype`` if it holds more."""
+    """Return float32, or ``dtype`` if it is wider."""
     return jnp.promote_types(dtype, jnp.float32)
 
 
 def project(x: Array, weight: Array, bias: Array, dtype: DTypeLike | None) -> Array:
-    """Return ``x @ weight.T + bias``, computed and given in ``dtype`` (None: that of the weight)."""
+    """Return ``x @ weight.T + bias``, computed in ``dtype`` (None: that of the weight)."""
     dtype = weight.dtype if dtype is None else dtype
     x, weight, bias = (array.astype(dtype) for array in (x, weight, bias))
     return jnp.einsum("...i,oi->...o", x, weight, precision=precision(dtype)) + bias
 
 
 def precision(dtype: DTypeLike) -> lax.Precision | None:
-    """Return how exact a product of this dtype has to be: float32 means float32, on accelerators as well."""
+    """Return the precision of products: full for float32 and wider, which accelerators would otherwise round."""
     return None if jnp.dtype(dtype).itemsize < 4 else lax.Precision.HIGHEST
 
 
@@ -122,10 +117,10 @@ def _normal_block(key: Array) -> Array:
 
 
 def draw(block: Callable[[Array], Array], rngs: nnx.Rngs, shape: Sequence[int], scale: float) -> Array:
-    """Draw a float32 array from blocks of one size, times ``scale``.
+    """Draw a float32 array in blocks of equal size, times ``scale``.
 
-    JAX compiles a program for every shape that is drawn, which for a small model takes longer than all the rest; so
-    there is one program, and shapes are cut from what it gives. Inside a traced function the values are the same.
+    JAX compiles one program per shape, which takes longer than everything else for a small model. Equal blocks need a
+    single program. Inside a traced function, the values are the same.
     """
     key, size = rngs.params(), prod(shape)
     numbers = range(-(-size // BLOCK))
@@ -137,12 +132,12 @@ def draw(block: Callable[[Array], Array], rngs: nnx.Rngs, shape: Sequence[int], 
 
 
 def uniform(rngs: nnx.Rngs, shape: Sequence[int], bound: float) -> Array:
-    """Draw float32 values evenly from (-bound, bound)."""
+    """Draw uniform float32 values in (-bound, bound)."""
     return draw(_uniform_block, rngs, shape, bound)
 
 
 def normal(rngs: nnx.Rngs, shape: Sequence[int], std: float) -> Array:
-    """Draw float32 values from the normal distribution around 0."""
+    """Draw normal float32 values with mean 0."""
     return draw(_normal_block, rngs, shape, std)
 
 
@@ -152,21 +147,21 @@ def xavier_uniform(rngs: nnx.Rngs, shape: Sequence[int]) -> Array:
 
 
 def constant(value: float, *shape: int) -> Array:
-    """Return a float32 array; made by NumPy, since JAX would compile a program for every shape."""
+    """Return a constant float32 array, made by NumPy: JAX would compile one program per shape."""
     return jnp.asarray(np.full(shape, value, np.float32))
 
 
 class Linear(nnx.Module):
     """A linear layer with MAE's initialisation: Xavier-uniform weight (a fused qkv matrix counts as one), zero bias."""
 
-    def __init__(self, in_features: int, out_features: int, *, rngs: nnx.Rngs) -> None:
+    def __init__(self, in_features: int, out_features: int, *, dtype: DTypeLike | None = None, rngs: nnx.Rngs) -> None:
+        self.dtype = dtype
         self.weight = nnx.Param(xavier_uniform(rngs, (out_features, in_features)))
         self.bias = nnx.Param(constant(0.0, out_features))
-        self.compute_dtype: np.dtype | None = None
 
     def __call__(self, x: Array) -> Array:
         """Map (..., in_features) to (..., out_features)."""
-        return project(x, self.weight[...], self.bias[...], self.compute_dtype)
+        return project(x, self.weight[...], self.bias[...], self.dtype)
 
 
 class LayerNorm(nnx.Module):
@@ -188,7 +183,7 @@ class LayerNorm(nnx.Module):
 
 
 class PatchProjection(nnx.Module):
-    """The weights of a patch convolution, stored as one, applied to patches that are already cut out.
+    """A patch convolution, applied to patches that are already cut out.
 
     Parameters
     ----------
@@ -198,33 +193,51 @@ class PatchProjection(nnx.Module):
         Channels of the image, C.
     patch_size
         Pixels of a patch along each axis.
+    dtype
+        Dtype of the product.
     rngs
-        Source of the initial weights: Xavier-uniform as a matrix; the bias as convolutions have it in PyTorch, uniform
-        within 1/sqrt(fan in).
+        Source of the initial weights: Xavier-uniform as a matrix; the bias is a convolution's of PyTorch, uniform in
+        1/sqrt(fan in).
 
     Notes
     -----
-    The weight is stored as a convolution's, channels before pixels, so that files match other ViTs. Patches hold their
-    channels last; the small weight is permuted to fit, never the data.
+    The weight has the layout of a convolution, channels before pixels, so that files match other ViTs. Patches hold
+    their channels last; the small weight is permuted to fit, never the data.
     """
 
-    def __init__(self, dim: int, channels: int, patch_size: Sequence[int], *, rngs: nnx.Rngs) -> None:
+    def __init__(
+        self,
+        dim: int,
+        channels: int,
+        patch_size: Sequence[int],
+        *,
+        dtype: DTypeLike | None = None,
+        rngs: nnx.Rngs,
+    ) -> None:
+        self.dtype = dtype
         bound = 1 / sqrt(channels * prod(patch_size))
         self.weight = nnx.Param(xavier_uniform(rngs, (dim, channels, *patch_size)))
         self.bias = nnx.Param(uniform(rngs, (dim,), bound))
-        self.compute_dtype: np.dtype | None = None
 
     def __call__(self, patches: Array) -> Array:
         """Project patches (..., prod(patch) * C) to (..., D)."""
         weight = jnp.moveaxis(self.weight[...], 1, -1)
-        return project(patches, weight.reshape(len(weight), -1), self.bias[...], self.compute_dtype)
+        return project(patches, weight.reshape(len(weight), -1), self.bias[...], self.dtype)
 
 
 class PatchEmbed(nnx.Module):
-    """Holds the projection under the name that ViT files use, ``patch_embed.proj``."""
+    """Holds the projection under its name in ViT files, ``patch_embed.proj``."""
 
-    def __init__(self, dim: int, channels: int, patch_size: Sequence[int], *, rngs: nnx.Rngs) -> None:
-        self.proj = PatchProjection(dim, channels, patch_size, rngs=rngs)
+    def __init__(
+        self,
+        dim: int,
+        channels: int,
+        patch_size: Sequence[int],
+        *,
+        dtype: DTypeLike | None = None,
+        rngs: nnx.Rngs,
+    ) -> None:
+        self.proj = PatchProjection(dim, channels, patch_size, dtype=dtype, rngs=rngs)
 
     def __call__(self, patches: Array) -> Array:
         """Project patches (batch, length, prod(patch) * C) to (batch, length, dim)."""
@@ -236,23 +249,21 @@ class Attention(nnx.Module):
 
     Notes
     -----
-    Queries, keys and values have a bias each. BEiT and SimMIM leave out that of the keys, which is the same: it adds
-    one number to all scores of a query, which the softmax does not notice, and its gradient is 0.
+    Queries, keys and values have biases. Models without a bias for the keys (BEiT, SimMIM) compute the same function:
+    a bias of the keys adds one number to all scores of a query, which the softmax ignores. Its gradient is 0.
     """
 
-    def __init__(self, dim: int, num_heads: int, *, rngs: nnx.Rngs) -> None:
+    def __init__(self, dim: int, num_heads: int, *, dtype: DTypeLike | None = None, rngs: nnx.Rngs) -> None:
         self.num_heads = num_heads
-        self.qkv = Linear(dim, 3 * dim, rngs=rngs)
-        self.proj = Linear(dim, dim, rngs=rngs)
+        self.qkv = Linear(dim, 3 * dim, dtype=dtype, rngs=rngs)
+        self.proj = Linear(dim, dim, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Array, bias: Array | None = None) -> Array:
-        """Map (batch, length, dim) to the same shape.
-
-        ``bias``, ([batch,] heads, length, length), is added to the scores of queries (rows) and keys.
-        """
+        """Map (batch, length, dim) to the same shape; ``bias`` ([batch,] heads, length, length) goes to the scores."""
         batch, length, dim = x.shape
         qkv = self.qkv(x).reshape(batch, length, 3, self.num_heads, dim // self.num_heads)
         q, k, v = (qkv[:, :, part] for part in range(3))  # batch, length, heads, head_dim
+        # jax.nn.dot_product_attention is slower on CPUs, and its softmax is float32 for float64 input.
         exact = precision(q.dtype)
         scores = jnp.einsum("bqhd,bkhd->bhqk", q, k, precision=exact, preferred_element_type=wide(q.dtype))
         scores = scores / sqrt(q.shape[-1])
@@ -264,12 +275,20 @@ class Attention(nnx.Module):
 class Mlp(nnx.Module):
     """Two linear layers with an activation between them: the exact (erf) GELU, or CLIP's ``"quick_gelu"``."""
 
-    def __init__(self, dim: int, hidden_dim: int, *, activation: Activation = "gelu", rngs: nnx.Rngs) -> None:
+    def __init__(
+        self,
+        dim: int,
+        hidden_dim: int,
+        *,
+        activation: Activation = "gelu",
+        dtype: DTypeLike | None = None,
+        rngs: nnx.Rngs,
+    ) -> None:
         if activation not in get_args(Activation):
             raise ValueError(f"activation: expected 'gelu' or 'quick_gelu', got {activation!r}")
         self.activation = activation
-        self.fc1 = Linear(dim, hidden_dim, rngs=rngs)
-        self.fc2 = Linear(hidden_dim, dim, rngs=rngs)
+        self.fc1 = Linear(dim, hidden_dim, dtype=dtype, rngs=rngs)
+        self.fc2 = Linear(hidden_dim, dim, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Array) -> Array:
         """Map (batch, length, dim) to the same shape."""
@@ -283,13 +302,13 @@ class Mlp(nnx.Module):
 
 
 class LayerScale(nnx.Module):
-    """A learned factor per channel, the same for all channels at first."""
+    """A learned per-channel factor, initially ``value``."""
 
     def __init__(self, dim: int, value: float) -> None:
         self.gamma = nnx.Param(constant(value, dim))
 
     def __call__(self, x: Array) -> Array:
-        """Map (..., dim) to the same shape."""
+        """Scale (..., dim)."""
         return x * self.gamma[...]
 
 
@@ -298,18 +317,18 @@ class Block(nnx.Module):
 
     Parameters
     ----------
-    dim, num_heads
-        Width and attention heads.
-    mlp_ratio
-        Width of the hidden layer over ``dim``.
+    dim, num_heads, mlp_ratio
+        Width, attention heads, width of the hidden layer over ``dim``.
     layer_scale
-        First value of a learned factor per channel after each of the two branches; None: no such factors.
+        Initial value of LayerScale on both branches; None: no LayerScale.
     activation
-        ``"gelu"``, or ``"quick_gelu"`` as teachers of CLIP have it.
+        Of the MLP: ``"gelu"``, or CLIP's ``"quick_gelu"``.
     eps
         Of both norms.
     recompute
-        Whether the backward pass computes anew what it needs of the block, from its input, which alone is kept.
+        Whether to save only the input and recompute the block in the backward pass (activation checkpointing).
+    dtype
+        Dtype of the matrix products.
     rngs
         Source of the initial weights.
     """
@@ -324,43 +343,39 @@ class Block(nnx.Module):
         activation: Activation = "gelu",
         eps: float = LAYER_NORM_EPS,
         recompute: bool = False,
+        dtype: DTypeLike | None = None,
         rngs: nnx.Rngs,
     ) -> None:
         self.recompute = recompute
         self.norm1 = LayerNorm(dim, eps=eps)
-        self.attn = Attention(dim, num_heads, rngs=rngs)
+        self.attn = Attention(dim, num_heads, dtype=dtype, rngs=rngs)
         self.ls1 = None if layer_scale is None else LayerScale(dim, layer_scale)
         self.norm2 = LayerNorm(dim, eps=eps)
-        self.mlp = Mlp(dim, mlp_ratio * dim, activation=activation, rngs=rngs)
+        self.mlp = Mlp(dim, mlp_ratio * dim, activation=activation, dtype=dtype, rngs=rngs)
         self.ls2 = None if layer_scale is None else LayerScale(dim, layer_scale)
 
     def __call__(self, x: Array, bias: Array | None = None, scales: Array | None = None) -> Array:
-        """Add attention, then the MLP, to the residual stream.
+        """Apply the block.
 
         Parameters
         ----------
         x
             (batch, length, dim).
         bias
-            ([batch,] heads, length, length), added to the scores of the attention, or None.
+            ([batch,] heads, length, length), added to the attention scores.
         scales
-            (batch, 2): factors of the attention and of the MLP of every image, for drop path; None: 1.
+            (batch, 2): factor of each image's attention branch and MLP branch (drop path).
 
         Returns
         -------
         jax.Array
             (batch, length, dim).
         """
-        if not self.recompute:
-            return self._add(x, bias, scales)
-        graph, weights = nnx.split(self)
-        # As a function of the weights, since a module may not cross the border of a transformation.
-        out: Array = jax.checkpoint(lambda weights, *inputs: nnx.merge(graph, weights)._add(*inputs))(
-            weights, x, bias, scales
-        )
-        return out
+        add = jax.checkpoint(Block._add) if self.recompute else Block._add
+        return add(self, x, bias, scales)
 
     def _add(self, x: Array, bias: Array | None, scales: Array | None) -> Array:
+        """Add both branches to the residual stream."""
         x = _add(x, self.attn(self.norm1(x), bias), self.ls1, None if scales is None else scales[:, 0])
         return _add(x, self.mlp(self.norm2(x)), self.ls2, None if scales is None else scales[:, 1])
 
@@ -370,130 +385,59 @@ def _add(x: Array, branch: Array, layer_scale: LayerScale | None, scale: Array |
     return x + (branch if scale is None else branch * scale[:, None, None])
 
 
-class BlockStack(nnx.Module):
-    """Blocks that are equal but for their weights, as one whose variables have an axis more in front.
-
-    Parameters
-    ----------
-    blocks
-        One block at least.
-
-    Notes
-    -----
-    For ``jax.lax.scan``: a program then holds a single block, however many there are.
-    """
-
-    def __init__(self, blocks: Sequence[Block]) -> None:
-        self.depth = len(blocks)
-        self.block: Block = nnx.merge(nnx.graphdef(blocks[0]), _stack([nnx.state(block) for block in blocks]))
-
-    def blocks(self) -> list[Block]:
-        """Take the blocks apart."""
-        graph, weights = nnx.split(self.block)
-        return [nnx.merge(graph, part) for part in _unstack(weights, self.depth)]
-
-    def __call__(self, x: Array, bias: Array | None = None, scales: Array | None = None) -> Array:
-        """Apply the blocks as :func:`run_blocks` does."""
-        last: Array = self._scan(x, bias, scales, keep=False)[0]
-        return last
-
-    def outputs(self, x: Array, bias: Array | None = None, scales: Array | None = None) -> list[Array]:
-        """Apply the blocks as :func:`block_outputs` does."""
-        return list(self._scan(x, bias, scales, keep=True)[1])
-
-    def _scan(self, x: Array, bias: Array | None, scales: Array | None, *, keep: bool) -> tuple[Array, Any]:
-        graph, weights = nnx.split(self.block)
-
-        def step(x: Array, of_block: tuple[Any, Array | None]) -> tuple[Array, Array | None]:
-            weights, scales = of_block
-            x = nnx.merge(graph, weights)(x, bias, scales)
-            return x, x if keep else None
-
-        by_block = None if scales is None else jnp.moveaxis(scales, 1, 0)
-        last, outputs = lax.scan(step, x, (weights, by_block))
-        return last, outputs
-
-
-# Compiled, since outside of compiled functions they would be a program for every shape.
+# Compiled, since JAX would otherwise compile one program per shape.
 @jax.jit
-def _stack(trees: list[Any]) -> Any:
-    return jax.tree.map(lambda *each: jnp.stack(each), *trees)
-
-
-@partial(jax.jit, static_argnums=1)
-def _unstack(tree: Any, depth: int) -> list[Any]:
-    return [jax.tree.map(lambda each, number=number: each[number], tree) for number in range(depth)]
-
-
-Blocks = Sequence[Block] | BlockStack
+def stack_blocks(blocks: Sequence[Block]) -> Block:
+    """Return blocks as one module, whose variables have a leading axis of length depth."""
+    return jax.tree.map(lambda *arrays: jnp.stack(arrays), *blocks)
 
 
 def run_blocks(
-    blocks: Blocks, x: Array, bias: Array | None = None, scales: Array | None = None, *, scan: bool = False
+    blocks: Block, x: Array, bias: Array | None = None, scales: Array | None = None, *, scan: bool = False
 ) -> Array:
-    """Apply blocks one after the other.
+    """Apply stacked blocks one after the other.
 
     Parameters
     ----------
     blocks
-        A list of them, or their stack.
+        From :func:`stack_blocks`.
     x
         (batch, length, dim).
     bias
-        ([batch,] heads, length, length), for the attention of every block, or None.
+        ([batch,] heads, length, length), added to the attention scores of every block.
     scales
-        (batch, depth, 2), for the two branches of every block, or None.
+        (batch, depth, 2): factors of the two branches of every block.
     scan
-        Whether to stack a list, at the price of a copy of the weights, and loop over the stack. The same numbers.
+        Whether the compiled program loops over a single block; else it holds all blocks.
 
     Returns
     -------
     jax.Array
         (batch, length, dim): the output of the last block.
     """
-    if isinstance(blocks, BlockStack) or (scan and blocks):
-        return _as_stack(blocks)(x, bias, scales)
-    for number, block in enumerate(blocks):
-        x = block(x, bias, None if scales is None else scales[:, number])
-    return x
+    return _scan(blocks, x, bias, scales, scan=scan, keep=False)[0]
 
 
 def block_outputs(
-    blocks: Blocks, x: Array, bias: Array | None = None, scales: Array | None = None, *, scan: bool = False
-) -> list[Array]:
-    """Apply blocks as :func:`run_blocks` does, and return the output of each, (batch, length, dim)."""
-    if isinstance(blocks, BlockStack) or (scan and blocks):
-        return _as_stack(blocks).outputs(x, bias, scales)
-    outputs = []
-    for number, block in enumerate(blocks):
-        x = block(x, bias, None if scales is None else scales[:, number])
-        outputs.append(x)
-    return outputs
+    blocks: Block, x: Array, bias: Array | None = None, scales: Array | None = None, *, scan: bool = False
+) -> Array:
+    """Apply blocks as :func:`run_blocks` does; return the outputs of all, (depth, batch, length, dim)."""
+    return _scan(blocks, x, bias, scales, scan=scan, keep=True)[1]
 
 
-def _as_stack(blocks: Blocks) -> BlockStack:
-    return blocks if isinstance(blocks, BlockStack) else BlockStack(blocks)
+def _scan(
+    blocks: Block, x: Array, bias: Array | None, scales: Array | None, *, scan: bool, keep: bool
+) -> tuple[Array, Any]:
+    def step(x: Array, of_block: tuple[Block, Array | None]) -> tuple[Array, Array | None]:
+        block, scales = of_block
+        x = block(x, bias, scales)
+        return x, x if keep else None
 
-
-def stack_blocks(module: nnx.Module) -> None:
-    """Stack the blocks of all parts that scan over theirs, in place; names of parameters change with that.
-
-    Who keeps the weights like this from step to step spares the copy, and an optimiser has fewer, larger arrays.
-    """
-    for _, part in nnx.iter_modules(module):
-        if isinstance(part, Encoder | Decoder) and part.scan and part.blocks:
-            part.blocks = _as_stack(part.blocks)
-
-
-def unstack_blocks(module: nnx.Module) -> None:
-    """Undo :func:`stack_blocks`, in place."""
-    for _, part in nnx.iter_modules(module):
-        if isinstance(part, Encoder | Decoder) and isinstance(part.blocks, BlockStack):
-            part.blocks = nnx.List(part.blocks.blocks())
+    return lax.scan(step, x, (blocks, None if scales is None else jnp.moveaxis(scales, 1, 0)), unroll=not scan)
 
 
 class RelativePositionBias(nnx.Module):
-    """A learned number per head and offset between two tokens, for the scores of an attention.
+    """Bias of attention scores by the offset between two tokens: one learned number per offset and head.
 
     Parameters
     ----------
@@ -504,8 +448,8 @@ class RelativePositionBias(nnx.Module):
 
     Notes
     -----
-    As in BEiT and SimMIM. The table has a row for every offset of a query from a key, in raster order, then one for the
-    cls token as query, one for it as key, and one for both. It starts at 0.
+    As in BEiT and SimMIM. The table starts at zero. It has one row per offset (query minus key, in raster order), then
+    three rows for the class token: as query, as key, and with itself.
     """
 
     def __init__(self, grid_shape: Sequence[int], num_heads: int) -> None:
@@ -513,32 +457,24 @@ class RelativePositionBias(nnx.Module):
         self.relative_position_bias_table = nnx.Param(constant(0.0, num_offsets(self.grid) + 3, num_heads))
 
     def __call__(self, index: Array | None = None) -> Array:
-        """Look up the numbers of tokens, the cls token put before them.
+        """Look up the bias of all pairs of the class token and the given tokens.
 
         Parameters
         ----------
         index
-            int (batch, n): tokens; None: all N, in raster order.
+            int (batch, length): the tokens; None: all N, in raster order.
 
         Returns
         -------
         jax.Array
-            (batch, heads, 1 + n, 1 + n), queries along the last axis but one; (heads, 1 + N, 1 + N) for all.
+            (batch, heads, 1 + length, 1 + length), queries before keys, class token first; no batch axis for None.
         """
         tokens = jnp.arange(self.grid.num_tokens)[None] if index is None else index
         rows = num_offsets(self.grid)
         row = jnp.pad(offset_index(self.grid, tokens, tokens), ((0, 0), (1, 0), (1, 0)), constant_values=rows)
         row = row.at[:, 1:, 0].set(rows + 1).at[:, 0, 0].set(rows + 2)
-        bias: Array = jnp.moveaxis(self.relative_position_bias_table[...][row], -1, 1)
+        bias = jnp.moveaxis(self.relative_position_bias_table[...][row], -1, 1)
         return bias[0] if index is None else bias
-
-
-def check_width(name: str, dim: int, num_heads: int, axes: int | None) -> None:
-    """Raise ValueError unless ``dim`` can be shared out among heads, and (unless None) among the axes of the grid."""
-    if num_heads < 1 or dim < 1 or dim % num_heads:
-        raise ValueError(f"{name}: expected a positive multiple of the number of heads, got {dim} for {num_heads}")
-    if axes is not None and dim % (2 * axes):
-        raise ValueError(f"{name}: expected a multiple of {2 * axes} for a grid of {axes} axes, got {dim}")
 
 
 def _token(rngs: nnx.Rngs, dim: int) -> nnx.Param[Array]:
@@ -559,23 +495,31 @@ class Encoder(nnx.Module):
     dim, depth, num_heads
         Width, number of blocks, attention heads.
     position
-        How it knows where tokens are: ``"absolute"``, a fixed sine-cosine table added to them; or ``"relative"``, one
-        :class:`RelativePositionBias` for all blocks.
+        ``"absolute"``: a sine-cosine table, added to the tokens; ``"relative"``: a learned bias on the attention
+        scores, shared by the blocks.
+    learned_positions
+        Whether the table of ``"absolute"`` is a parameter; else it is fixed.
     layer_scale, recompute
         See :class:`Block`.
+    mask_token
+        Whether there is a mask token, ``mask_token``. It starts at zero, and :meth:`encode` does not use it.
+    final_norm
+        Whether a layer norm follows the last block.
     scan
         See :func:`run_blocks`.
+    dtype
+        Dtype of the matrix products.
     rngs
         Source of the initial weights.
 
     Raises
     ------
     ValueError
-        If ``dim`` does not fit the heads or, for the absolute table, the axes; or ``position`` is not known.
+        If ``dim`` cannot be divided among the axes or the position is unknown.
     """
 
     mask_token: nnx.Param[Array]
-    """(1, 1, dim): stands for masked tokens; only there if a method that gives such to the encoder has set it."""
+    pos_embed: nnx.Variable[Array]
 
     def __init__(
         self,
@@ -587,23 +531,34 @@ class Encoder(nnx.Module):
         depth: int,
         num_heads: int,
         position: Position = "absolute",
+        learned_positions: bool = False,
         layer_scale: float | None = None,
+        mask_token: bool = False,
+        final_norm: bool = True,
         recompute: bool = False,
         scan: bool = False,
+        dtype: DTypeLike | None = None,
         rngs: nnx.Rngs,
     ) -> None:
         if position not in get_args(Position):
             raise ValueError(f"position: expected 'absolute' or 'relative', got {position!r}")
-        is_absolute = position == "absolute"
-        check_width("embed_dim", dim, num_heads, len(grid_shape) if is_absolute else None)
+        self.position = position
         self.scan = scan
-        self.patch_embed = PatchEmbed(dim, channels, patch_size, rngs=rngs)
+        self.patch_embed = PatchEmbed(dim, channels, patch_size, dtype=dtype, rngs=rngs)
         self.cls_token = _token(rngs, dim)
-        self.pos_embed = Buffer(sincos_table(grid_shape, dim)) if is_absolute else None
-        self.rel_pos_bias = None if is_absolute else RelativePositionBias(grid_shape, num_heads)
-        blocks = [Block(dim, num_heads, layer_scale=layer_scale, recompute=recompute, rngs=rngs) for _ in range(depth)]
-        self.blocks: Blocks = nnx.List(blocks)
-        self.norm = LayerNorm(dim)
+        if mask_token:
+            self.mask_token = nnx.Param(constant(0.0, 1, 1, dim))
+        if position == "relative":
+            self.rel_pos_bias = RelativePositionBias(grid_shape, num_heads)
+        else:
+            self.pos_embed = (nnx.Param if learned_positions else Buffer)(sincos_table(grid_shape, dim))
+        self.blocks = stack_blocks(
+            [
+                Block(dim, num_heads, layer_scale=layer_scale, recompute=recompute, dtype=dtype, rngs=rngs)
+                for _ in range(depth)
+            ]
+        )
+        self.norm = LayerNorm(dim) if final_norm else None
 
     def __call__(self, patches: Array, index: Array | None = None) -> Array:
         """Encode patches.
@@ -613,71 +568,64 @@ class Encoder(nnx.Module):
         patches
             (batch, length, prod(patch) * C), normalised pixels.
         index
-            int (batch, length): the token that each patch is; None: the patches are all N of them, in raster order.
+            int (batch, length): the token of each patch; None: the patches are all N tokens, in raster order.
 
         Returns
         -------
         jax.Array
-            (batch, 1 + length, dim), the cls token first, the final norm applied.
+            (batch, 1 + length, dim), class token first.
         """
         return self.encode(self.place(self.patch_embed(patches), index), index)
 
     def place(self, tokens: Array, index: Array | None = None) -> Array:
-        """Add to embedded tokens ([batch,] length, dim) the absolute positions of ``index``, if the encoder has any."""
-        if self.pos_embed is None:
+        """Add the position table at ``index``, if there is one, to embedded tokens ([batch,] length, dim)."""
+        if self.position == "relative":
             return tokens
         table = self.pos_embed[0, 1:]
         return tokens + (table if index is None else table[index])
 
     def encode(self, tokens: Array, index: Array | None = None, scales: Array | None = None) -> Array:
-        """Run the blocks and the final norm on tokens that are embedded and placed.
+        """Run the blocks and the final norm on embedded and placed tokens.
 
         Parameters
         ----------
         tokens
             (batch, length, dim).
         index
-            int (batch, length): the token that each one is; None: all N, in raster order.
+            int (batch, length): the token of each row; None: all N, in raster order.
         scales
-            (batch, depth, 2): what branches are multiplied with, see ``prmim_core.drop_path_scales``; None: nothing.
+            (batch, depth, 2): factors of the branches, see ``prmim_core.drop_path_scales``; None: all 1.
 
         Returns
         -------
         jax.Array
-            (batch, 1 + length, dim), the cls token first.
+            (batch, 1 + length, dim), class token first.
         """
-        return self.norm(run_blocks(self.blocks, self._with_cls(tokens), self._bias(index), scales, scan=self.scan))
+        x = run_blocks(self.blocks, self._with_cls(tokens), self._bias(index), scales, scan=self.scan)
+        return x if self.norm is None else self.norm(x)
 
-    def hidden_states(
-        self, tokens: Array, index: Array | None = None, scales: Array | None = None, *, last: int | None = None
-    ) -> list[Array]:
-        """Run the blocks on tokens that are embedded and placed; see :meth:`encode` for the arguments.
-
-        Parameters
-        ----------
-        last
-            How many blocks, counted from the last one, to return the outputs of; None: all.
+    def hidden_states(self, tokens: Array, index: Array | None = None, scales: Array | None = None) -> Array:
+        """Run the blocks on embedded and placed tokens; see :meth:`encode` for the arguments.
 
         Returns
         -------
-        list of jax.Array
-            Outputs (batch, 1 + length, dim) of blocks, the cls token first, before the final norm.
+        jax.Array
+            (depth, batch, 1 + length, dim): the outputs of the blocks, class token first, before the final norm.
         """
-        outputs = block_outputs(self.blocks, self._with_cls(tokens), self._bias(index), scales, scan=self.scan)
-        return outputs if last is None else outputs[len(outputs) - last :]
+        return block_outputs(self.blocks, self._with_cls(tokens), self._bias(index), scales, scan=self.scan)
 
     def _with_cls(self, tokens: Array) -> Array:
         cls_token = self.cls_token[...]
-        if self.pos_embed is not None:
+        if self.position == "absolute":
             cls_token = cls_token + self.pos_embed[:, :1]
         return jnp.concatenate([jnp.broadcast_to(cls_token, (len(tokens), *cls_token.shape[1:])), tokens], axis=1)
 
     def _bias(self, index: Array | None) -> Array | None:
-        return None if self.rel_pos_bias is None else self.rel_pos_bias(index)
+        return self.rel_pos_bias(index) if self.position == "relative" else None
 
 
 class Decoder(nnx.Module):
-    """A narrow transformer over the encoded tokens and mask tokens at the places that are to be decoded.
+    """A narrow transformer over the encoded tokens and mask tokens at the positions to decode.
 
     Parameters
     ----------
@@ -693,13 +641,15 @@ class Decoder(nnx.Module):
         See :class:`Block`.
     scan
         See :func:`run_blocks`.
+    dtype
+        Dtype of the matrix products.
     rngs
         Source of the initial weights.
 
     Raises
     ------
     ValueError
-        If ``dim`` does not fit the heads or the axes.
+        If ``dim`` cannot be divided among the axes.
     """
 
     def __init__(
@@ -713,32 +663,33 @@ class Decoder(nnx.Module):
         num_heads: int,
         recompute: bool = False,
         scan: bool = False,
+        dtype: DTypeLike | None = None,
         rngs: nnx.Rngs,
     ) -> None:
-        check_width("decoder_dim", dim, num_heads, len(grid_shape))
         self.scan = scan
-        self.embed = Linear(encoder_dim, dim, rngs=rngs)
+        self.embed = Linear(encoder_dim, dim, dtype=dtype, rngs=rngs)
         self.mask_token = _token(rngs, dim)
         self.pos_embed = Buffer(sincos_table(grid_shape, dim))
-        self.blocks: Blocks = nnx.List([Block(dim, num_heads, recompute=recompute, rngs=rngs) for _ in range(depth)])
+        self.blocks = stack_blocks(
+            [Block(dim, num_heads, recompute=recompute, dtype=dtype, rngs=rngs) for _ in range(depth)]
+        )
         self.norm = LayerNorm(dim)
-        self.pred = Linear(dim, output_dim, rngs=rngs)
+        self.pred = Linear(dim, output_dim, dtype=dtype, rngs=rngs)
 
     def __call__(self, encoded: Array, index: Array) -> Array:
-        """Decode; the prediction head ``pred`` is left to the caller, who knows which tokens need it.
+        """Decode, without the prediction head ``pred``: the caller applies it to the tokens that need it.
 
         Parameters
         ----------
         encoded
-            (batch, 1 + V, encoder_dim), the cls token first.
+            (batch, 1 + V, encoder_dim), class token first.
         index
-            int (batch, V + M): the places of the visible tokens, in the order of ``encoded``, then of the tokens to
-            decode.
+            int (batch, V + M): the visible tokens, in the order of ``encoded``, then the tokens to decode.
 
         Returns
         -------
         jax.Array
-            (batch, V + M, dim): the features of the tokens at ``index``, the final norm applied, without cls.
+            (batch, V + M, dim): normalised features of the tokens at ``index``, without the class token.
         """
         places = self.pos_embed[0, 1:][index]
         seen = self.embed(encoded)  # batch, 1 + V, dim

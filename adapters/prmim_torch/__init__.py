@@ -1,4 +1,4 @@
-"""Cheap masked image modelling in PyTorch: methods to train, and their parts for trainers of one's own."""
+"""Masked image modelling in PyTorch: methods, engines that train them, and parts for other trainers."""
 
 from prmim_torch.classifier import Classifier, ClassifierEngine
 from prmim_torch.engine import Comparison, Engine, Reconstruction

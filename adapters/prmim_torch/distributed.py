@@ -1,7 +1,7 @@
-"""Several processes that train one method: how they agree, what each of them holds, and what they write together.
+"""Distributed training: agreement between processes, sharing of weights, and checkpoints.
 
-``torchrun`` starts them, and the sharing is PyTorch's own: DistributedDataParallel or FSDP2. One process alone needs
-none of it.
+``torchrun`` starts the processes. PyTorch's DistributedDataParallel or FSDP2 shares the weights. In a single process,
+all functions work without a process group.
 """
 
 import inspect
@@ -38,52 +38,53 @@ Parallel = Literal["ddp", "fsdp"]
 Result = TypeVar("Result")
 
 LAUNCH_TIMEOUT = timedelta(minutes=5)
-"""How long a process waits for the others to appear."""
+"""How long a process waits for the others to join."""
 HOST_TIMEOUT = timedelta(minutes=10)
-"""How long processes wait for each other between training steps, when one of them may have files to write."""
+"""How long processes wait for one another between training steps, for example while one writes files."""
 
 ALONE = "torch.distributed is disabled, unavailable or uninitialized"
-"""What torch.distributed.checkpoint warns of where there is one process alone."""
+"""Warning of torch.distributed.checkpoint in a single process."""
 
 _NUMBERS = itertools.count()
-"""Of the process groups that are made here, one after the other; the same in all processes."""
+"""Numbers of the process groups created here; the same in all processes."""
 
 ERRORS: dict[str, type[Exception]] = {
     kind.__name__: kind
     for kind in (ValueError, TypeError, OSError, FileNotFoundError, NotADirectoryError, PermissionError)
 }
-"""What an error of one process becomes in the others, by name; all else becomes a RuntimeError."""
+"""Types in which an error of one process is raised in the others, by name; any other type becomes a RuntimeError."""
 
 
 class Processes:
-    """The processes that train together: those that ``torchrun`` started, or this one alone.
+    """The processes of a run: those that ``torchrun`` started, or a single one.
 
     Parameters
     ----------
     device
-        The device of this one. They talk through NCCL on ``cuda``, else through gloo.
+        The device of this process. Processes communicate through NCCL on ``cuda``, else through gloo.
     timeout
-        Seconds that one waits for the others in a training step before it gives up.
+        Seconds that a process waits for the others in a training step before it fails.
 
     Attributes
     ----------
     rank, world_size
-        Number of this process, from 0, and of all of them.
+        Rank of this process, from 0, and number of processes.
 
     Raises
     ------
     ValueError
-        If the environment is not such as ``torchrun`` makes.
+        If the environment variables of ``torchrun`` are incomplete or invalid.
     ConnectionError
-        If the other processes do not appear.
+        If the other processes do not join.
 
     Notes
     -----
-    A process group that is there already is used, and left open by :meth:`close`.
+    An existing process group is used, and left open by :meth:`close`.
 
-    There is a second group, on the host and with more patience, for what one process may keep the others waiting for: a
-    first batch, compilation, files to read. And a third one for files that a thread writes in the background, so that
-    what it says to the others is not mixed up. That a process died is noticed at once by each, that it hangs is not.
+    A second group, on the host and with a longer timeout, synchronises slow work of single processes: a first batch,
+    compilation, reading files. A third group belongs to the thread that writes files in the background, so that its
+    messages do not mix with those of the main thread. All processes notice at once that one died; they notice that one
+    hangs only after the timeout.
     """
 
     def __init__(self, device: torch.device, timeout: float) -> None:
@@ -96,7 +97,7 @@ class Processes:
             store, rank, world_size = _meet()
             dist.init_process_group(
                 "nccl" if on_gpu else "gloo",
-                # A group must not find the addresses that an earlier one left, where there was one.
+                # A group must not find the addresses of an earlier one.
                 store=PrefixStore(f"prmim/{next(_NUMBERS)}", store),
                 rank=rank,
                 world_size=world_size,
@@ -111,27 +112,27 @@ class Processes:
             self._files = dist.new_group(backend="gloo", timeout=patience)
 
     def any(self, flag: bool) -> bool:
-        """Return whether any process says True. It returns when all have asked, and needs no device."""
+        """Return whether the flag of any process is True. Waits for all processes; does not use the device."""
         if self._host is None:
             return flag
-        said = torch.tensor(int(flag))
-        dist.all_reduce(said, dist.ReduceOp.MAX, group=self._host)
-        return bool(said)
+        flags = torch.tensor(int(flag))
+        dist.all_reduce(flags, dist.ReduceOp.MAX, group=self._host)
+        return bool(flags)
 
     def together(self, call: Callable[[], Result], *, in_background: bool = False) -> Result:
-        """Call something in every process; if it fails in one, raise in all, so that none waits for one that left.
+        """Call a function in every process; if it fails in one, raise in all, so that no process waits forever.
 
         Parameters
         ----------
         call
-            What to call.
+            The function.
         in_background
-            Whether it is the thread that writes files which asks.
+            Whether the caller is the thread that writes files.
 
         Raises
         ------
         Exception
-            What the call raised here, or else in the first process where it did.
+            The error of the call here, or else that of the first process in which it failed.
         """
         if self._host is None:
             return call()
@@ -150,34 +151,32 @@ class Processes:
         return result
 
     def total(self, values: Tensor) -> Tensor:
-        """Add up a tensor over the processes, in place and on its device; the host does not wait."""
+        """Sum a tensor over the processes, in-place and on its device; the host does not wait."""
         if self._host is not None:
             dist.all_reduce(values)
         return values
 
     def async_write(self, state: dict[str, Tensor], folder: Path) -> Callable[[], None]:
-        """Begin to write tensors, each process a part of them, into a folder, which appears when all is in it.
-
-        What is written are their values of now.
+        """Start an atomic write of the current values of tensors into a folder, each process a part of them.
 
         Parameters
         ----------
         state
-            Tensors by name, the same names everywhere: sharded ones (DTensor), and whole ones of the same values
-            everywhere.
+            Tensors by name, the same names in all processes: sharded (DTensor), or whole with the same values in all
+            processes.
         folder
-            What to write, in a place that all processes see; replaced if it is there. It will hold a
-            ``.safetensors`` file per process, in the layout of ``torch.distributed.checkpoint``.
+            The folder, on a shared file system; replaced if it exists. It will hold a ``.safetensors`` file per
+            process, in the layout of ``torch.distributed.checkpoint``.
 
         Returns
         -------
         callable
-            What ends it, for the thread that writes files to call in every process. It raises OSError, in all of them,
-            if one could not write.
+            Finishes the write; the thread that writes files must call it in every process. If a process cannot write,
+            it raises OSError in all processes.
         """
         beside = folder.with_name(f".{folder.name}")
         self.together(lambda: self._remove(beside))
-        # It is said in a thread, where nothing can be done about it.
+        # Warned in another thread, so that a context manager here would not catch it.
         warnings.filterwarnings("ignore", ALONE, UserWarning)
         writing = cast(
             Future[Any],
@@ -205,22 +204,22 @@ class Processes:
             shutil.rmtree(folder)
 
     def close(self) -> None:
-        """Leave the others; nothing is waited for while an exception is on its way."""
+        """Leave the process group; without waiting, if an exception is being handled."""
         if self._host is None or not is_connected():
             return
         if not self._is_ours:
             dist.destroy_process_group(self._host)
             dist.destroy_process_group(self._files)
         elif sys.exc_info()[0] is not None and dist.get_backend() == "nccl":
-            # A regular end waits for what is in flight, perhaps with one who is gone.
-            dist.group.WORLD.abort()  # type: ignore[union-attr]  # it is connected
+            # destroy_process_group waits for pending communication, perhaps with a process that died.
+            dist.group.WORLD.abort()  # type: ignore[union-attr]  # connected
         else:
             dist.destroy_process_group()
         self._host = self._files = None
 
 
 def _meet() -> tuple[Any, int, int]:
-    """Return a store that all processes share, the number of this one, and how many there are."""
+    """Return a store that all processes share, the rank of this process, and the number of processes."""
     try:
         store, rank, world_size = next(rendezvous("env://", timeout=LAUNCH_TIMEOUT))
         return store, rank, world_size
@@ -228,42 +227,42 @@ def _meet() -> tuple[Any, int, int]:
         place = ":".join(os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT"))
         seconds = LAUNCH_TIMEOUT.total_seconds()
         raise ConnectionError(
-            f"MASTER_ADDR: expected {num_processes()} processes to meet at {place}, but not all came in {seconds:.0f} s"
+            f"MASTER_ADDR: expected {num_processes()} processes to join at {place}, but not all did in {seconds:.0f} s"
         ) from None
 
 
 def num_processes() -> int:
-    """Return how many processes the environment speaks of: ``WORLD_SIZE``, which ``torchrun`` sets, or 1."""
+    """Return the number of processes from the environment: ``WORLD_SIZE``, which ``torchrun`` sets, or 1."""
     text = os.environ.get("WORLD_SIZE", "1")
     if not text.isdecimal() or int(text) < 1:
         raise ValueError(f"WORLD_SIZE: expected a positive integer in the environment, got {text!r}")
     if int(text) > 1 and not dist.is_available():
-        raise ValueError(f"WORLD_SIZE: expected 1, as this PyTorch was built without torch.distributed, got {text}")
+        raise ValueError(f"WORLD_SIZE: expected 1, since PyTorch was built without torch.distributed, got {text}")
     return int(text)
 
 
 def is_connected() -> bool:
-    """Return whether there is a process group."""
+    """Return whether a process group exists."""
     return dist.is_available() and dist.is_initialized()
 
 
 def replicate(module: nn.Module) -> DistributedDataParallel:
-    """Wrap a module that every process holds whole, so that a backward pass leaves the mean of all gradients.
+    """Wrap a module in DistributedDataParallel: every process holds all weights and gets the mean of all gradients.
 
-    Parameters without gradients are left alone, and so are buffers, which are constants.
+    Frozen parameters and buffers are not synchronised.
     """
     parameters = inspect.signature(DistributedDataParallel).parameters
     option = "forward_sync_buffers" if "forward_sync_buffers" in parameters else "broadcast_buffers"  # its older name
-    return DistributedDataParallel(module, **{option: False})  # type: ignore[arg-type]  # it is a flag
+    return DistributedDataParallel(module, **{option: False})  # type: ignore[arg-type]  # a flag
 
 
 def shard(
     method: nn.Module, device_type: str, compiled: Callable[[Callable[..., Any]], Callable[..., Any]] | None = None
 ) -> None:
-    """Leave each process a part of every learned parameter of a method; all of a block's are fetched when it runs.
+    """Shard the trained parameters of a method with FSDP2, one group per block.
 
-    A backward pass leaves each process its part of the mean of all gradients. Parameters without gradients stay whole.
-    The computation of each block goes through ``compiled``, unless it is None; communication cannot.
+    Each process gets its part of the mean of all gradients. Frozen parameters stay whole. ``compiled``, unless None,
+    compiles the computation of each block; communication cannot be compiled.
     """
     mesh = init_device_mesh(device_type, (dist.get_world_size(),))
     frozen = {parameter for parameter in method.parameters() if not parameter.requires_grad}
@@ -271,21 +270,22 @@ def shard(
     if compiled is not None:
         for block in blocks:
             block.forward = compiled(block.forward)  # type: ignore[method-assign]
-    # FSDP follows all that a forward pass returns, and warns of views, which predictions may be.
+    # FSDP hooks all outputs of a forward pass and warns about views, which predictions can be.
     method.register_forward_hook(_detach_predictions)
     for part in (*blocks, method):
         fully_shard(part, mesh=mesh, ignored_params=frozen)
-    register_fsdp_forward_method(method, "features")
+    if hasattr(method, "features"):
+        register_fsdp_forward_method(method, "features")
 
 
 def _detach_predictions(method: nn.Module, arguments: Any, output: Any) -> None:
-    if not isinstance(output, Tensor):  # logits are what the loss is of
+    if not isinstance(output, Tensor):  # the loss is computed from logits
         output.predicted = output.predicted.detach()
 
 
 @contextmanager
 def gradients_shared(module: Any, wanted: bool) -> Iterator[None]:
-    """Let forward and backward passes inside talk about gradients or, unless ``wanted``, let them pile up here."""
+    """Synchronise the gradients of backward passes inside if ``wanted``; else accumulate them in each process."""
     if isinstance(module, FSDPModule):
         module.set_requires_gradient_sync(wanted)
     if isinstance(module, DistributedDataParallel) and not wanted:
@@ -296,47 +296,47 @@ def gradients_shared(module: Any, wanted: bool) -> Iterator[None]:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """Return the part of a tensor that is here."""
+    """Return this process's part of a tensor."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """Return all of a tensor; all processes have to ask for it."""
+    """Return the whole tensor; all processes must call it."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def spread(tensor: Tensor, like: Tensor) -> Tensor:
-    """Cut a whole tensor, the same in all processes, as another one is cut."""
+    """Shard a whole tensor, the same in all processes, like another one."""
     if not isinstance(like, DTensor):
         return tensor
     return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
 
 
 def read_state(state: dict[str, Tensor], folder: Path) -> None:
-    """Fill tensors with what :meth:`Processes.write` wrote, by however many processes, and however it was sharded.
+    """Fill tensors from a folder that :meth:`Processes.async_write` wrote, for any number of processes and sharding.
 
     Parameters
     ----------
     state
         Tensors by name, whole or sharded.
     folder
-        What was written.
+        The folder.
 
     Raises
     ------
     FileNotFoundError
-        If there is no such folder.
+        If the folder does not exist.
     ValueError
-        If the folder holds something else, or tensors of other names, shapes or dtypes; one line. Some of the tensors
-        may be filled then.
+        If the folder is corrupt or of another kind, or the tensors have other names, shapes or dtypes; one line. Some
+        tensors can be filled then.
     """
-    damaged = ValueError(f"directory: expected a training state, got {folder}, which is damaged or something else")
+    corrupt = ValueError(f"directory: expected a training state, got {folder}, which is corrupt or of another kind")
     try:
         found = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
     except FileNotFoundError:
         raise
-    except Exception:  # whatever becomes of bytes that are no such file
-        raise damaged from None
+    except Exception:  # of any type, for arbitrary bytes
+        raise corrupt from None
     for name, tensor in state.items():
         _check_pieces(name, tensor, found.get(name), folder)
     for name in found:
@@ -346,28 +346,28 @@ def read_state(state: dict[str, Tensor], folder: Path) -> None:
         with _quiet():
             load(state, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)
     except CheckpointException:
-        raise damaged from None
+        raise corrupt from None
 
 
 def _check_pieces(name: str, tensor: Tensor, found: Any, folder: Path) -> None:
-    """Raise ValueError unless files hold all of a tensor."""
+    """Raise ValueError unless the files hold the whole tensor."""
     if not isinstance(found, TensorStorageMetadata):
         raise ValueError(f"directory: expected a tensor {name!r}, got none in {folder}")
     if found.properties.dtype != tensor.dtype:
         raise ValueError(f"directory: {name}: expected {tensor.dtype}, got {found.properties.dtype} in {folder}")
-    if not _make_up(found.chunks, tuple(tensor.shape)):
+    if not _covers(found.chunks, tuple(tensor.shape)):
         raise ValueError(
-            f"directory: {name}: expected shape {tuple(tensor.shape)}, got another, or not all of it, in {folder}"
+            f"directory: {name}: expected shape {tuple(tensor.shape)}, got another one or only parts in {folder}"
         )
 
 
-def _make_up(pieces: list[ChunkStorageMetadata], shape: tuple[int, ...]) -> bool:
-    """Return whether pieces, cut along the first axis, are a tensor of a shape, each row once."""
+def _covers(pieces: list[ChunkStorageMetadata], shape: tuple[int, ...]) -> bool:
+    """Return whether pieces along the first axis make up a tensor of a shape, each row once."""
     if not shape:
         return [tuple(piece.sizes) for piece in pieces] == [()]
     rows = 0
     for piece in sorted(pieces, key=lambda piece: tuple(piece.offsets)):
-        if 0 in piece.sizes:  # of a process that no rows were left for
+        if 0 in piece.sizes:  # of a process without rows
             continue
         if tuple(piece.offsets) != (rows, *(0 for _ in shape[1:])) or tuple(piece.sizes[1:]) != shape[1:]:
             return False
@@ -376,14 +376,14 @@ def _make_up(pieces: list[ChunkStorageMetadata], shape: tuple[int, ...]) -> bool
 
 
 def _cause(error: CheckpointException) -> BaseException:
-    """Return what made a process fail to write, an OSError if there is one."""
+    """Return the error of a process that could not write; an OSError if there is one."""
     causes = [cause for cause, _ in error.failures.values()]
     return next((cause for cause in causes if isinstance(cause, OSError)), causes[0])
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence the remark that there is one process alone."""
+    """Silence the warning about a single process."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ALONE, UserWarning)
         yield

@@ -1,20 +1,23 @@
-"""The PyTorch engine: a method, its optimiser and its device, behind the calls that a training loop makes."""
+"""The PyTorch engine: a method with its optimizer and device, as used by the training loop."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from prmim_core import CostReport, Schedule
-from prmim_torch.method import FeatureMethod, Method, PixelMethod, Predicts
-from prmim_torch.methods import create_method
-from prmim_torch.trainer import Trainer
+from prmim_core import Schedule
+from prmim_methods import MethodConfig, TrainingConfig
+from prmim_methods.method import Predicts
+from prmim_torch.method import FeatureMethod, Method, PixelMethod
+from prmim_torch.methods import METHODS
+from prmim_torch.trainer import Trainer, parameter_groups
 
 
 class Reconstruction(NamedTuple):
-    """What a method made of a batch of images, in NumPy.
+    """Predicted pixels of a batch of images, in NumPy.
 
     Parameters
     ----------
@@ -23,7 +26,7 @@ class Reconstruction(NamedTuple):
     schedule
         The static boundaries inside ``order``.
     patches
-        float32 (batch, N, prod(patch) * C), in raster order, pixels in [0, 1] (predictions may pass the ends): the
+        float32 (batch, N, prod(patch) * C), in raster order, pixels in [0, 1] (predictions can lie outside): the
         input's own where visible, NaN where nothing is predicted.
     """
 
@@ -42,8 +45,8 @@ class Comparison(NamedTuple):
     schedule
         The static boundaries inside ``order``.
     student, teacher
-        float32 (batch, N, teacher_dim), in raster order, of the last aligned layer: what the student predicts, NaN
-        where it predicts nothing, and the target.
+        float32 (batch, N, teacher_dim), in raster order, of the last aligned layer: the student's predictions, NaN
+        where nothing is predicted, and the targets.
     """
 
     order: NDArray[np.int64]
@@ -52,90 +55,75 @@ class Comparison(NamedTuple):
     teacher: NDArray[np.float32]
 
 
-class Engine(Trainer):
-    """A method with AdamW, on one device or, in every process that ``torchrun`` starts, on one each.
+class Engine(Trainer[Method]):
+    """Pre-training of a method with AdamW; see :class:`prmim_torch.trainer.Trainer`.
 
     Parameters
     ----------
-    method_options
-        Arguments of :func:`prmim_torch.create_method`, ``name`` among them. Without ``init_seed``, ``seed``
-        seeds the initial weights too.
-    seed
-        Seed of the noise, in [0, 2**32).
-    total_steps, warmup_steps
-        Length of the run, and of the linear rise of the learning rate from 0, in optimiser steps.
-    learning_rate, min_learning_rate
-        Peak and end of the learning rate, as used (already scaled by the batch).
-    decay
-        How the learning rate falls after the warm-up: see :func:`prmim_core.training.learning_rate_at`.
-    weight_decay
-        AdamW's; see :func:`prmim_torch.trainer.parameter_groups` for what is spared.
-    betas
-        AdamW's.
-    clip_grad
-        Largest norm of the whole gradient; None: not clipped.
-    accumulate
-        Parts into which a batch is cut, one after the other, to save memory; divides the batch.
-    precision
-        ``"float32"``, or ``"bfloat16"``: matrix products in bfloat16 by autocast; weights, residual stream, norms, loss
-        and optimiser in float32.
-    compile
-        Whether the forward pass goes through ``torch.compile``, as one graph.
-    device
-        ``"auto"`` (cuda if there is one), or any name that ``torch.device`` takes. Of several processes, each takes
-        the device of its number on its machine, unless the name has a number.
-    parallel
-        How several processes share the work: ``"ddp"``, each holds all weights; ``"fsdp"``, each holds a part of
-        weights, gradients and optimiser state. One process alone: either is the same.
-    timeout
-        Seconds that processes wait for each other in a training step before they give up.
+    config
+        The method. ``config.init_seed`` is the seed of its initial weights.
+    training
+        The options of the training. ``training.seed`` is the seed of the noise.
 
     Raises
     ------
-    TypeError, ValueError
-        If an option is wrong; one line that names it.
+    ImportError
+        If the method needs a package that is not installed.
+    ValueError
+        If the device is not available, or the teacher does not fit the method.
 
     Notes
     -----
-    Several processes make one run: each is to call the same methods in the same order. A step is that of one process on
-    all their rows together, up to rounding: losses and gradients are means over all rows, and so is what is measured.
+    With ``precision="bfloat16"``, matrix products are computed in bfloat16 by autocast; weights, residual stream,
+    norms, loss and optimizer state are float32.
 
-    A training step never waits for the device. Images go to it as uint8; noise, plan and normalisation are made there.
-    A step whose loss or gradient norm is not finite changes neither weights nor optimiser state: AdamW's fused kernel
-    reads the verdict on the device (the mechanism made for loss scaling). :attr:`step` and the learning rate move on
-    all the same.
+    With ``parallel="ddp"``, each process holds all weights; with ``"fsdp"``, each holds a part of weights, gradients
+    and optimizer state. With several processes, each uses the CUDA device of its local rank, unless ``device`` names
+    a device number.
+
+    Examples
+    --------
+    >>> from prmim_methods import MAEConfig
+    >>> config = MAEConfig(image_size=(16, 16), patch_size=(4, 4), embed_dim=16, depth=1, num_heads=2, decoder_dim=8,
+    ...                    decoder_depth=1, decoder_heads=2)
+    >>> engine = Engine(config, TrainingConfig(total_steps=2, device="cpu"))
+    >>> engine.train_step(np.zeros((4, 16, 16, 3), np.uint8), np.arange(4))
+    >>> sorted(engine.read_metrics())[:4]
+    ['grad_norm', 'learning_rate', 'loss', 'loss_decoded']
     """
 
-    def _create(self, method_options: Mapping[str, Any], seed: int) -> Method:
-        return create_method(**{"init_seed": seed, **method_options})
+    def __init__(self, config: MethodConfig, training: TrainingConfig) -> None:
+        def make_optimizer(method: Method) -> torch.optim.Optimizer:
+            groups = parameter_groups(method, training.weight_decay)
+            return torch.optim.AdamW(groups, lr=0.0, betas=training.betas, fused=True)
 
-    def _losses(self, pixels: Tensor, noise: Tensor, *more: Tensor) -> Sequence[Tensor]:
-        output = self._forward(pixels, noise)
-        return [getattr(output, name) for name in self.method.losses]
+        method = METHODS[config.name](config)
+
+        def loss(forward: Callable[..., Any], images: Tensor, noise: Tensor) -> Sequence[Tensor]:
+            output = forward(images, noise)
+            return [getattr(output, name) for name in method.losses]
+
+        super().__init__(method, training, loss, make_optimizer)
 
     @property
     def method(self) -> Method:
-        """The method; with the parts of weights that are here, where processes share them."""
+        """The method; with FSDP, each process holds its part of the parameters."""
         return self.module
 
     @property
     def predicts(self) -> Predicts:
-        """What the method predicts: ``"pixels"`` can be rebuilt, ``"features"`` compared."""
-        return self.method.predicts
-
-    def cost(self) -> CostReport:
-        """Return what a forward pass costs per image, by formula."""
-        return self.method.cost(2 if self._precision == "bfloat16" else 4)
+        """What the method predicts: ``"pixels"`` (see :meth:`reconstruct`) or ``"features"`` (see :meth:`compare`)."""
+        return self.method.config.predicts
 
     def train_step(self, images: NDArray[np.uint8], sample: NDArray[np.int64]) -> None:
-        """Take one optimiser step, without waiting for it to end.
+        """Take one optimizer step, without waiting for the device.
 
         Parameters
         ----------
         images
-            uint8 (batch, image_size..., channels). Of several processes, each brings as many images of its own.
+            uint8 (batch, image_size..., channels): this process's share of the batch, the same size in all processes.
         sample
-            int64 (batch,): which image of the data set each one is. Seed, step and this number give its mask.
+            int64 (batch,): index of each image in the data set. Seed, step and this index determine its mask.
 
         Raises
         ------
@@ -147,62 +135,56 @@ class Engine(Trainer):
     def features(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Return the mean patch feature of whole images, nothing masked: float32 (batch, dim).
 
-        Several processes are to bring the same images, here and to :meth:`reconstruct` and :meth:`compare`.
+        All processes must pass the same images, here and in :meth:`reconstruct` and :meth:`compare`.
         """
         with self._evaluation():
             features = self.method.features(self._upload(images))
         return features.float().cpu().numpy()
 
     def reconstruct(self, images: NDArray[np.uint8], sample: NDArray[np.int64]) -> Reconstruction:
-        """Mask images as step 0 would, and rebuild them.
+        """Mask images as in step 0, and predict their pixels.
 
         Parameters
         ----------
         images
             uint8 (batch, image_size..., channels).
         sample
-            int64 (batch,).
-
-        Returns
-        -------
-        Reconstruction
+            int64 (batch,): index of each image in the data set.
 
         Raises
         ------
         TypeError
             If the method predicts features.
         """
-        if not isinstance(self.method, PixelMethod):
-            raise TypeError("method: expected one that predicts pixels to rebuild images, got one of features")
+        method = self.method
+        if not isinstance(method, PixelMethod):
+            raise TypeError("method: expected one that predicts pixels, got one that predicts features")
         pixels, noise = self._to_device(images, sample, 0)
         with self._evaluation():
-            output = self.method(pixels, noise)
-            patches = self.method.rebuilt_pixels(pixels, output)
-        return Reconstruction(output.plan.order.cpu().numpy(), self.method.schedule, patches.float().cpu().numpy())
+            output = method(pixels, noise)
+            patches = method.rebuilt_pixels(pixels, output)
+        return Reconstruction(output.plan.order.cpu().numpy(), output.plan.schedule, patches.float().cpu().numpy())
 
     def compare(self, images: NDArray[np.uint8], sample: NDArray[np.int64]) -> Comparison:
-        """Mask images as step 0 would, and put the student's features beside the teacher's.
+        """Mask images as in step 0, and return predicted and target features.
 
         Parameters
         ----------
         images
             uint8 (batch, image_size..., channels).
         sample
-            int64 (batch,).
-
-        Returns
-        -------
-        Comparison
+            int64 (batch,): index of each image in the data set.
 
         Raises
         ------
         TypeError
             If the method predicts pixels.
         """
-        if not isinstance(self.method, FeatureMethod):
-            raise TypeError("method: expected one that predicts features to compare them, got one of pixels")
+        method = self.method
+        if not isinstance(method, FeatureMethod):
+            raise TypeError("method: expected one that predicts features, got one that predicts pixels")
         pixels, noise = self._to_device(images, sample, 0)
         with self._evaluation():
-            output = self.method(pixels, noise)
-            student, teacher = (part.float().cpu().numpy() for part in self.method.compared_features(pixels, output))
-        return Comparison(output.plan.order.cpu().numpy(), self.method.schedule, student, teacher)
+            output = method(pixels, noise)
+            student, teacher = (part.float().cpu().numpy() for part in method.compared_features(pixels, output))
+        return Comparison(output.plan.order.cpu().numpy(), output.plan.schedule, student, teacher)

@@ -1,11 +1,12 @@
-"""Furthest point sampling on a GPU, as one Triton kernel: a program per image, its whole loop in registers.
+"""Furthest point sampling on a GPU as one Triton kernel: one program per image, with the whole loop in registers.
 
-The file needs Triton, which CUDA builds of PyTorch bring along; :mod:`prmim_torch.plan` imports it where it is used.
+Importing this module needs Triton, which comes with CUDA builds of PyTorch; :mod:`prmim_torch.plan` imports it on use.
 """
 
 import torch
 import triton
 import triton.language as tl
+from array_api_compat import torch as xp
 from torch import Tensor
 
 import prmim_core
@@ -14,33 +15,32 @@ from prmim_core.sampling import key_fits_int32, starting_distance
 
 
 def furthest_point_sampling(
-    grid: Grid, num_samples: int, noise: Tensor, known: Tensor | None = None, candidates: Tensor | None = None
+    grid: Grid, num_samples: int, noise: Tensor, is_known: Tensor | None = None, is_candidate: Tensor | None = None
 ) -> Tensor:
-    """Pick tokens one after the other, each the furthest from all that are known or picked already.
+    """Pick tokens one by one, each the furthest from all known and picked tokens.
 
     Parameters
     ----------
     grid
         The grid of the tokens.
     num_samples
-        How many tokens to pick, at most the number of candidates in every image.
+        Number of tokens to pick; at most the number of candidates of every image.
     noise
         (batch, N), any real dtype, on a CUDA device.
-    known
+    is_known
         bool (batch, N), tokens known from the start; None: none.
-    candidates
+    is_candidate
         bool (batch, N), tokens that may be picked, known ones excepted; None: all.
 
     Returns
     -------
     Tensor
-        int64 (batch, num_samples): what :func:`prmim_core.furthest_point_sampling` returns, which also does the work
-        where distance and rank do not fit into one int32 key.
+        int64 (batch, num_samples), equal to :func:`prmim_core.furthest_point_sampling`, which is called instead if
+        distance and rank do not fit into one int32 key.
     """
     if num_samples == 0 or not key_fits_int32(grid):
-        as_core: Tensor = prmim_core.furthest_point_sampling(grid, num_samples, noise, known, candidates)
-        return as_core
-    distance, rank = starting_distance(grid, noise, known, candidates)
+        return prmim_core.furthest_point_sampling(grid, num_samples, noise, is_known, is_candidate)
+    distance, rank = starting_distance(xp, grid, noise, is_known, is_candidate)
     batch, length = noise.shape
     picks = torch.empty(batch, num_samples, dtype=torch.int64, device=noise.device)
     _, height, width = (1, 1, *grid.shape)[-3:]
@@ -58,13 +58,13 @@ def furthest_point_sampling(
             length,
             block,
             num_warps=min(16, max(1, block // 256)),
-            enable_fp_fusion=True,  # no floats here, but Triton 3.9 warns where nothing is said
+            enable_fp_fusion=True,  # no floats here, but Triton 3.9 warns without this option
         )
     return picks
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def pick_tokens(  # type: ignore[no-untyped-def]  # the types are Triton's
+def pick_tokens(  # type: ignore[no-untyped-def]  # Triton's types
     key_of,
     rank_of,
     picks,
@@ -77,11 +77,11 @@ def pick_tokens(  # type: ignore[no-untyped-def]  # the types are Triton's
     length: tl.constexpr,
     block: tl.constexpr,
 ):
-    """Pick ``num_samples`` tokens of the image of this program, on a grid of three axes."""
+    """Pick ``num_samples`` tokens of this program's image, on a grid of three axes."""
     image = tl.program_id(0).to(tl.int64)
     token = tl.arange(0, block)
     is_token = token < length
-    # What fills the block up is never the largest.
+    # Padding is never the largest.
     key = tl.load(key_of + image * length + token, mask=is_token, other=-(2**31))
     rank = tl.load(rank_of + image * length + token, mask=is_token, other=0)
     for turn in range(num_samples):

@@ -1,4 +1,4 @@
-"""The core's plan as one opaque operator, so that a compiled step holds it whole."""
+"""The core's plan as one opaque operator, which ``torch.compile`` does not unroll."""
 
 import importlib.util
 from collections.abc import Sequence
@@ -12,39 +12,39 @@ from prmim_core.sampling import Sampler
 
 
 def make_plan(schedule: Schedule, noise: Tensor, visible: Tensor | None = None, weights: Tensor | None = None) -> Plan:
-    """Make the plan of a batch; ``prmim_core.make_plan`` for torch, to be called inside ``torch.compile`` as well.
+    """Make the plan of a batch; ``prmim_core.make_plan`` for torch, which also works inside ``torch.compile``.
 
     Parameters
     ----------
     schedule
         The static part of the plan.
     noise
-        int (batch, N), for instance from ``prmim_core.counter_noise``. The plan is a pure function of it.
+        int (batch, N), for example from ``prmim_core.counter_noise``. The plan is a pure function of it.
     visible
-        int (batch, V): the visible tokens, if another rule than "those of lowest noise" chose them.
+        int (batch, V): the visible tokens; None: the tokens of lowest noise, in units if the schedule has a unit.
     weights
-        float (batch, N), for schedules that throw by weight; taken as float32.
+        float (batch, N), for ``throwing="weighted"``; cast to float32.
 
     Returns
     -------
     Plan
-        Its ``order`` is int64 (batch, N), on the device of ``noise``.
+        ``order`` is int64 (batch, N), on the device of ``noise``.
 
     Raises
     ------
     TypeError
-        If ``noise`` does not hold integers.
+        If ``noise`` is not of an integer dtype.
     ValueError
         If a shape does not fit the schedule.
 
     Notes
     -----
-    The operator ``torch.ops.prmim.plan_order`` does the work. Furthest sampling is a loop of a few small operations per
-    pick; traced into a compiled graph it would be unrolled, which takes long and gains nothing.
+    The plan is computed by the operator ``torch.ops.prmim.plan_order``. Furthest sampling is a loop of a few small
+    operations per pick; ``torch.compile`` would unroll it, which takes long and gains nothing.
 
-    The same integers come from the core everywhere. On a CPU it works on NumPy views of the tensors, which takes less
-    than half the time of PyTorch's own operations. On CUDA the loop is the kernel of :mod:`prmim_torch.furthest` where
-    Triton is installed, which CUDA builds of PyTorch bring along, and the core's own loop where it is not.
+    All devices give the same integers. On a CPU, the core works on NumPy views of the tensors, in less than half the
+    time of PyTorch's operations. On CUDA, the loop is the kernel in :mod:`prmim_torch.furthest` if Triton is installed
+    (it comes with CUDA builds of PyTorch), else the core's.
 
     Examples
     --------
@@ -57,7 +57,7 @@ def make_plan(schedule: Schedule, noise: Tensor, visible: Tensor | None = None, 
     """
     _check(schedule, noise, visible, weights)
     counts = schedule.counts
-    order: Tensor = torch.ops.prmim.plan_order(
+    order = torch.ops.prmim.plan_order(
         noise.detach(),
         None if visible is None else visible.detach(),
         None if weights is None else weights.detach().float(),
@@ -66,18 +66,18 @@ def make_plan(schedule: Schedule, noise: Tensor, visible: Tensor | None = None, 
         (counts.visible, counts.decoded, counts.thrown),
         schedule.stages,
         schedule.throwing,
-        schedule.seed,
+        schedule.furthest_from,
         schedule.unit or (),
     )
     return Plan(order, schedule)
 
 
-# The schema is written out, and not inferred from annotations, because inference differs between releases of torch.
+# An explicit schema, since inference from annotations differs between releases of torch.
 @torch.library.custom_op(
     "prmim::plan_order",
     mutates_args=(),
     schema="(Tensor noise, Tensor? visible, Tensor? weights, int[] shape, int[] spacing, int[] counts, int stages, "
-    "str throwing, str seed, int[] unit=[]) -> Tensor",
+    "str throwing, str furthest_from, int[] unit=[]) -> Tensor",
 )
 def _plan_order(
     noise: Tensor,
@@ -88,7 +88,7 @@ def _plan_order(
     counts: Sequence[int],
     stages: int,
     throwing: str,
-    seed: str,
+    furthest_from: str,
     unit: Sequence[int] = (),
 ) -> Tensor:
     schedule = Schedule(
@@ -96,18 +96,20 @@ def _plan_order(
         TokenCounts(*counts),
         stages=stages,
         throwing=throwing,  # type: ignore[arg-type]  # an operator takes any string; Schedule checks it
-        seed=seed,  # type: ignore[arg-type]
+        furthest_from=furthest_from,  # type: ignore[arg-type]
         unit=tuple(unit) or None,
     )
     if noise.device.type == "cpu":
-        views = [None if tensor is None else tensor.numpy() for tensor in (noise, visible, weights)]
-        return torch.from_numpy(prmim_core.make_plan(schedule, *views).order)
-    order: Tensor = prmim_core.make_plan(schedule, noise, visible, weights, sampler=_sampler(noise)).order
-    return order.contiguous()
+        of_noise, of_visible, of_weights = (
+            None if tensor is None else tensor.numpy() for tensor in (noise, visible, weights)
+        )
+        return torch.from_numpy(prmim_core.make_plan(schedule, of_noise, of_visible, weights=of_weights).order)
+    plan = prmim_core.make_plan(schedule, noise, visible, weights=weights, sampler=_sampler(noise))
+    return plan.order.contiguous()
 
 
 def _sampler(noise: Tensor) -> Sampler:
-    """Return the kernel where it can run, else the core's loop."""
+    """Return the Triton kernel if it can run, else the core's loop."""
     if noise.is_cuda and importlib.util.find_spec("triton") is not None:
         from prmim_torch.furthest import furthest_point_sampling
 
@@ -125,7 +127,7 @@ def _plan_order_fake(
     counts: Sequence[int],
     stages: int,
     throwing: str,
-    seed: str,
+    furthest_from: str,
     unit: Sequence[int] = (),
 ) -> Tensor:
     return torch.empty(noise.shape, dtype=torch.int64, device=noise.device)

@@ -7,52 +7,52 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from prmim_core import Plan, Schedule, num_offsets, offset_squared_distances, take_tokens
+from prmim_core import Grid, Plan, num_offsets, offset_squared_distances, reconstruct_stages, take_tokens
 from prmim_torch.vit import LayerNorm, offset_code
 
-Variant = Literal["kernel", "interpolate", "conv"]
-VARIANTS: tuple[str, ...] = get_args(Variant)
+ReconstructionKind = Literal["kernel", "interpolate", "conv"]
+RECONSTRUCTIONS: tuple[str, ...] = get_args(ReconstructionKind)
 
 
 class ProgressiveReconstruction(nn.Module):
-    """Rebuild the features of thrown tokens from those of their neighbours, for almost nothing.
+    """Reconstruct the features of thrown tokens from those of their neighbours, at almost no cost.
 
-    In stage s every thrown token of that stage becomes a weighted mean of the features of all tokens known before it
-    (visible, decoded, and thrown ones of earlier stages), then a layer norm (shared by the stages, eps 1e-6).
+    In stage s, each thrown token of that stage becomes a weighted mean of the features of all tokens known before the
+    stage (visible, decoded, and thrown tokens of earlier stages). A layer norm follows, shared by the stages, eps 1e-6.
 
     Parameters
     ----------
     dim
         Channels of the features.
-    schedule
-        The static part of the plans that will come.
-    variant
-        How the weights come about:
+    grid
+        The grid of the tokens.
+    reconstruction
+        How the weights are computed:
 
         ``"kernel"``
-            a softmax, over the known tokens, of a learned function of the offset between the two tokens alone: a table
-            with one entry per offset and group of channels, starting at minus the squared distance.
+            a softmax over the known tokens, of a learned function of the offset between the two tokens: a table with
+            one entry per offset and group of channels, initially minus the squared distance.
         ``"interpolate"``
-            inverse squared distances, normalised. No parameters; the norm has none either.
+            normalised inverse squared distances. No parameters; the norm has none either.
         ``"conv"``
-            a learned depthwise 3x3 (3, 3x3x3) kernel over the grid, starting at ones, divided by the number of known
-            tokens that it sees. Repeated, so that each turn fills the unknown tokens next to filled ones; what it
-            fills of later stages is dropped at the end of the stage. A token that no turn reaches is 0 before the norm.
+            a learned depthwise 3x3 (3, 3x3x3) convolution over the grid, initially ones, divided by the number of
+            known tokens that it sees. It is repeated: each repeat fills the unknown tokens next to filled ones. Values
+            of tokens of later stages are dropped at the end of the stage. A token out of reach is 0 before the norm.
     heads
-        Groups of channels with weights of their own (``"kernel"`` only); divides ``dim``.
+        Groups of channels with their own weights (``"kernel"`` only); divides ``dim``.
     repeats
-        Turns per stage (``"conv"`` only).
+        Convolutions per stage (``"conv"`` only).
 
     Raises
     ------
     ValueError
-        If the variant is not known, ``heads`` does not divide ``dim``, or no token is known at the start.
+        If the reconstruction is unknown, or ``heads`` does not divide ``dim``.
 
     Notes
     -----
     Multiply-accumulates per image: ``kernel`` and ``interpolate`` dim x (tokens of a stage) x (tokens known before it),
     summed over stages (6.2 M for ViT-B/16 with half of the patches thrown, against 321 M for a decoder block);
-    ``conv`` dim x N x 3^axes per turn.
+    ``conv`` dim x N x 3^axes per repeat.
 
     Examples
     --------
@@ -61,8 +61,8 @@ class ProgressiveReconstruction(nn.Module):
     >>> from prmim_torch import ProgressiveReconstruction, make_plan
     >>> schedule = Schedule(Grid((4, 4)), TokenCounts(visible=4, decoded=4, thrown=8))
     >>> plan = make_plan(schedule, torch.arange(32).reshape(2, 16))
-    >>> rebuild = ProgressiveReconstruction(8, schedule)
-    >>> rebuild(torch.randn(2, 8, 8), plan).shape
+    >>> reconstruct = ProgressiveReconstruction(8, schedule.grid)
+    >>> reconstruct(torch.randn(2, 8, 8), plan).shape
     torch.Size([2, 16, 8])
     """
 
@@ -70,119 +70,114 @@ class ProgressiveReconstruction(nn.Module):
     _inverse: Tensor
 
     def __init__(
-        self, dim: int, schedule: Schedule, variant: Variant = "kernel", heads: int = 4, repeats: int = 3
+        self,
+        dim: int,
+        grid: Grid,
+        reconstruction: ReconstructionKind = "kernel",
+        heads: int = 4,
+        repeats: int = 3,
     ) -> None:
         super().__init__()
-        if variant not in VARIANTS:
-            raise ValueError(f"variant: expected one of {', '.join(VARIANTS)}, got {variant!r}")
+        if reconstruction not in RECONSTRUCTIONS:
+            raise ValueError(f"reconstruction: expected one of {', '.join(RECONSTRUCTIONS)}, got {reconstruction!r}")
         if dim < 1:
             raise ValueError(f"dim: expected at least 1, got {dim}")
-        if variant == "kernel" and (heads < 1 or dim % heads):
+        if reconstruction == "kernel" and (heads < 1 or dim % heads):
             raise ValueError(f"heads: expected a divisor of dim={dim}, got {heads}")
-        if variant == "conv" and repeats < 1:
+        if reconstruction == "conv" and repeats < 1:
             raise ValueError(f"repeats: expected at least 1, got {repeats}")
-        if schedule.counts.visible + schedule.counts.decoded == 0:
-            raise ValueError("schedule: expected at least one visible or decoded token, got none")
         self.dim = dim
-        self.schedule = schedule
-        self.variant = variant
+        self.grid = grid
+        self.reconstruction = reconstruction
         self.heads = heads
         self.repeats = repeats
-        grid = schedule.grid
-        squared_distances = torch.from_numpy(offset_squared_distances(grid))
-        if variant != "conv":
-            self.register_buffer("_code", offset_code(grid), persistent=False)
-        self._middle = num_offsets(grid) // 2  # the offset of a token to itself
-        self.norm = LayerNorm(dim, elementwise_affine=variant != "interpolate")
-        if variant == "kernel":
-            self.table = nn.Parameter(-squared_distances.float().repeat(heads, 1))
-        elif variant == "interpolate":
-            # The distance of a token to itself is 0, and never looked up.
-            self.register_buffer("_inverse", squared_distances.clamp(min=1).double().reciprocal(), persistent=False)
-        else:
+        self.norm = LayerNorm(dim, elementwise_affine=reconstruction != "interpolate")
+        if reconstruction == "conv":
             self.kernel = nn.Parameter(torch.ones(dim, *(3,) * grid.axes))
+            return
+        self.register_buffer("_code", offset_code(grid), persistent=False)
+        self._middle = num_offsets(grid) // 2  # the offset of a token to itself
+        squared_distances = torch.from_numpy(offset_squared_distances(grid))
+        if reconstruction == "kernel":
+            self.table = nn.Parameter(-squared_distances.float().repeat(heads, 1))
+        else:
+            # The clamp avoids a division by the distance 0 of a token to itself, which is never looked up.
+            self.register_buffer("_inverse", squared_distances.clamp(min=1).double().reciprocal(), persistent=False)
 
     def forward(self, features: Tensor, plan: Plan) -> Tensor:
-        """Rebuild the thrown tokens.
+        """Reconstruct the thrown tokens.
 
         Parameters
         ----------
         features
             (batch, V + M, dim): features of the visible, then of the decoded tokens, in plan order.
         plan
-            The plan of the batch, of this module's schedule.
+            The plan of the batch, on the grid of this module.
 
         Returns
         -------
         Tensor
-            (batch, N, dim): the features of all tokens, in plan order; the given ones are passed on.
+            (batch, N, dim): the features of all tokens, in plan order; the given ones are unchanged.
 
         Raises
         ------
         ValueError
-            If the shapes do not fit the schedule.
+            If ``features`` do not fit the plan, the plan is on another grid, or no token is known.
         """
-        num_known = self.schedule.num_known(1)
-        if features.ndim != 3 or tuple(features.shape[1:]) != (num_known, self.dim):
-            raise ValueError(f"features: expected shape (batch, {num_known}, {self.dim}), got {tuple(features.shape)}")
-        if tuple(plan.order.shape) != (features.shape[0], self.schedule.counts.num_tokens):
-            raise ValueError(
-                f"plan: expected an order of shape {(features.shape[0], self.schedule.counts.num_tokens)}, "
-                f"got {tuple(plan.order.shape)}"
-            )
-        # In the precision of the parameters, whatever that of the host is; autocast still has its say in products.
-        learned = self.norm.elementwise_affine
-        dtype = self.norm.weight.dtype if learned else torch.promote_types(features.dtype, torch.float32)
-        for size in self.schedule.stage_sizes:
-            if size:
-                mixed = self._mix(features.to(dtype), plan.order, size)
-                features = torch.cat([features, self.norm(mixed.to(dtype)).to(features.dtype)], dim=1)
-        return features
+        if plan.schedule.grid != self.grid:
+            raise ValueError(f"plan: expected one on {self.grid}, got {plan.schedule.grid}")
+        if features.shape[-1] != self.dim:
+            raise ValueError(f"features: expected {self.dim} channels, got shape {tuple(features.shape)}")
+        # In the precision of the parameters, whatever that of the features; autocast still applies to the products.
+        is_learned = self.norm.elementwise_affine
+        dtype = self.norm.weight.dtype if is_learned else torch.promote_types(features.dtype, torch.float32)
 
-    def _mix(self, known: Tensor, order: Tensor, size: int) -> Tensor:
-        """Weighted means (batch, size, dim) of the known features, for the next ``size`` tokens of the order."""
-        if self.variant == "kernel":
-            return self._mix_by_kernel(known, order, size)
-        if self.variant == "interpolate":
-            return self._mix_by_distance(known, order, size)
-        return self._mix_by_conv(known, order, size)
+        def mix(features: Tensor, known: Tensor, thrown: Tensor) -> Tensor:
+            mixed = self._mix(features.to(dtype), known, thrown)
+            return self.norm(mixed.to(dtype)).to(features.dtype)
 
-    def _mix_by_kernel(self, known: Tensor, order: Tensor, size: int) -> Tensor:
-        column = self._column(known, order, size)
+        return reconstruct_stages(features, plan, mix)
+
+    def _mix(self, features: Tensor, known: Tensor, thrown: Tensor) -> Tensor:
+        """Return weighted means (batch, n, dim) of the known features, for the thrown tokens (batch, n)."""
+        if self.reconstruction == "kernel":
+            return self._mix_by_kernel(features, known, thrown)
+        if self.reconstruction == "interpolate":
+            return self._mix_by_distance(features, known, thrown)
+        return self._mix_by_conv(features, known, thrown)
+
+    def _mix_by_kernel(self, features: Tensor, known: Tensor, thrown: Tensor) -> Tensor:
+        column = self._column(known, thrown)
         logits = self.table.gather(1, column.reshape(1, -1).expand(self.heads, -1))
-        weights = logits.view(-1, *column.shape).softmax(-1)  # heads, batch, size, num_known
-        batch, num_known, _ = known.shape
-        groups = known.reshape(batch, num_known, self.heads, -1).permute(2, 0, 1, 3)
+        weights = logits.view(-1, *column.shape).softmax(-1)  # heads, batch, n, num_known
+        batch, num_known, _ = features.shape
+        groups = features.reshape(batch, num_known, self.heads, -1).permute(2, 0, 1, 3)
         return (weights @ groups).permute(1, 2, 0, 3).flatten(2)
 
-    def _mix_by_distance(self, known: Tensor, order: Tensor, size: int) -> Tensor:
-        weights = self._inverse.to(known.dtype)[self._column(known, order, size)]  # batch, size, num_known
-        return weights / weights.sum(-1, keepdim=True) @ known
+    def _mix_by_distance(self, features: Tensor, known: Tensor, thrown: Tensor) -> Tensor:
+        weights = self._inverse.to(features.dtype)[self._column(known, thrown)]  # batch, n, num_known
+        return weights / weights.sum(-1, keepdim=True) @ features
 
-    def _column(self, known: Tensor, order: Tensor, size: int) -> Tensor:
-        """Look up the columns of the offsets from known tokens to the next ones: int64 (batch, size, num_known)."""
-        num_known = known.shape[1]
-        code = self._code[order[:, : num_known + size]]
-        return code[:, num_known:, None] - code[:, None, :num_known] + self._middle
+    def _column(self, known: Tensor, thrown: Tensor) -> Tensor:
+        """Return the columns of the offsets from known to thrown tokens: int64 (batch, n, num_known)."""
+        return self._code[thrown][:, :, None] - self._code[known][:, None, :] + self._middle
 
-    def _mix_by_conv(self, known: Tensor, order: Tensor, size: int) -> Tensor:
-        batch, num_known, dim = known.shape
-        shape = self.schedule.grid.shape
-        place = order[:, :num_known, None]
-        raster = known.new_zeros(batch, prod(shape), dim).scatter(1, place.expand(-1, -1, dim), known)
-        filled = known.new_zeros(batch, prod(shape), 1).scatter(1, place, 1.0)
+    def _mix_by_conv(self, features: Tensor, known: Tensor, thrown: Tensor) -> Tensor:
+        batch, _, dim = features.shape
+        shape, place = self.grid.shape, known[:, :, None]
+        raster = features.new_zeros(batch, prod(shape), dim).scatter(1, place.expand(-1, -1, dim), features)
+        filled = features.new_zeros(batch, prod(shape), 1).scatter(1, place, 1.0)
         values = raster.mT.reshape(batch, dim, *shape)  # batch, dim, *axes
         is_filled = filled.view(batch, 1, *shape)
         for _ in range(self.repeats):
             values, is_filled = self._fill(values, is_filled)
-        rebuilt: Tensor = take_tokens(values.flatten(2).mT, order[:, num_known : num_known + size])
-        return rebuilt
+        return take_tokens(values.flatten(2).mT, thrown)
 
     def _fill(self, values: Tensor, is_filled: Tensor) -> tuple[Tensor, Tensor]:
         """Fill the unknown tokens next to filled ones; ``is_filled`` holds ones and zeros, unknown values are 0."""
         convolution = (F.conv1d, F.conv2d, F.conv3d)[self.kernel.ndim - 2]
         seen = convolution(is_filled, torch.ones_like(self.kernel[:1, None]), padding=1)
         mean = convolution(values, self.kernel[:, None], padding=1, groups=self.dim) / seen.clamp(min=1)
-        # Where nothing is seen the convolution gives 0, as it must.
+        # Where nothing is seen, the convolution of zeros gives the wanted 0.
         values = torch.where(is_filled > 0, values, mean.to(values.dtype))
         return values, (seen > 0).to(is_filled.dtype)

@@ -1,4 +1,4 @@
-"""Teachers: frozen vision transformers of others, whose features a student learns to predict."""
+"""Teachers: published vision transformers, frozen, whose features a student learns to predict."""
 
 import importlib
 from collections.abc import Callable, Iterator, Sequence
@@ -13,23 +13,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from prmim_core import patchify, resize_images, resize_table
-from prmim_core.files import one_line
-from prmim_core.options import positive_integers
-from prmim_core.teacher import (
-    Family,
-    TeacherConfig,
-    check_layers,
-    check_teacher,
-    find_teacher,
-    read_teacher,
-)
+from prmim_core import patchify
+from prmim_methods.resize import resize_images, resize_table
+from prmim_methods.teacher import Family, TeacherConfig, check_images, find_teacher, read_teacher
+from prmim_methods.weight_files import one_line
 
 TeacherDtype = Literal["float32", "bfloat16"]
 
 
 class _Names(NamedTuple):
-    """Where transformers keeps what is needed of a family's models."""
+    """Names of the parts of a family's models in transformers."""
 
     model: str
     blocks: str
@@ -43,21 +36,21 @@ NAMES: dict[Family, _Names] = {
     "dinov2": _Names("Dinov2Model", "encoder.layer", "norm1", "attention"),
 }
 NOT_NEEDED = ("post_layernorm.", "layernorm.", "embeddings.mask_token")
-"""How names begin of tensors that may be missing: nothing looks at them."""
+"""Prefixes of tensors that may be missing, since they are not used."""
 
 
 @dataclass
 class TeacherOutput:
-    """What a :class:`Teacher` makes of whole images.
+    """Output of :class:`Teacher` for whole images.
 
     Parameters
     ----------
     hidden
-        float32 or wider (k, batch, 1 + N, dim): outputs of the last k blocks, before any final norm; the cls token
-        first, then all tokens in raster order.
+        float32 or wider (k, batch, 1 + N, dim): outputs of the last k blocks, before any final norm; class token first,
+        then all tokens in raster order.
     attention
-        float32 or wider (batch, N): what the cls token looks at in the last block, mean over heads. The share of the
-        cls token itself is left out, so the sum is below 1.
+        float32 or wider (batch, N): attention of the class token to each token in the last block, averaged over heads.
+        The attention to the class token itself is left out, so the sum is below 1.
     """
 
     hidden: Tensor
@@ -65,51 +58,49 @@ class TeacherOutput:
 
 
 class Teacher(nn.Module):
-    """A frozen vision transformer, loaded by ``transformers``: CLIP, DINO (or any plain ViT), DINOv2.
+    """A frozen vision transformer, loaded by ``transformers``: CLIP, DINO (or any plain ViT), or DINOv2.
 
     Parameters
     ----------
     source
-        A folder with ``config.json`` and ``.safetensors`` files, as ``save_pretrained`` writes it, or the name of such
+        Folder with ``config.json`` and ``.safetensors`` files, as written by ``save_pretrained``, or the name of such
         a model on the Hugging Face hub.
     grid_shape
-        Tokens of the student along both axes; the teacher is shown images of as many patches.
+        Tokens of the student along both axes; the teacher sees images of the same grid.
     channels
-        Channels of the images: as many as the teacher's, or 1, which is repeated.
+        Channels of the images: the teacher's, or 1, which is repeated.
     layers
-        How many of the last blocks to return the outputs of; None: all.
+        Number of last blocks whose outputs are returned; None: all.
     dtype
-        Of the weights of its linear layers: ``"float32"``, or ``"bfloat16"``, in which the products are computed then,
-        as within ``torch.autocast``. All else is in float32.
+        Dtype of the weights of the linear layers. ``"bfloat16"`` also computes their products in bfloat16, as under
+        ``torch.autocast``. Everything else is float32.
 
     Attributes
     ----------
     dim, depth, num_heads
-        Width, number of blocks, attention heads; ``size`` has them together.
+        Width, number of blocks, attention heads; also together, as ``size``.
     patch_size
         Pixels of a patch along both axes.
     num_parameters
-        Numbers that are in use: not those of poolers, final norms and text models.
+        Number of parameters in use, without poolers, final norms and text models.
     description
-        What it is, in words.
+        The model in words.
 
     Raises
     ------
     ImportError
         If ``transformers`` is not installed.
-    TypeError
-        If an option is of the wrong type.
     ValueError
-        If there is no such model, it is damaged or of another kind, or does not fit the images; one line.
+        If there is no such model, it is corrupt or of another kind, or it does not fit the images; one line.
 
     Notes
     -----
-    Images are resized bicubically to the size that the grid has in patches of the teacher, where they differ, and so is
-    the table of positions of a teacher that was made for another grid. Pixels are normalised by the ``image_mean`` and
-    ``image_std`` of ``preprocessor_config.json``, or else by CLIP's own (CLIP) or ImageNet's.
+    If their sizes differ, images are resized bicubically to the size of the grid in patches of the teacher, and the
+    teacher's position table to the grid. Pixels are normalised with ``image_mean`` and ``image_std`` of
+    ``preprocessor_config.json``, or else with CLIP's own (CLIP) or ImageNet's.
 
-    No gradient goes through, and nothing is drawn at random. The module adds nothing to parameters and state dicts, but
-    its weights move along with the module that it is a part of.
+    The teacher passes no gradient and draws nothing at random. It adds nothing to the parameters and the state dict of
+    the module that holds it, but its weights move with that module to another device or dtype.
 
     Only ``.safetensors`` files are read.
     """
@@ -127,14 +118,16 @@ class Teacher(nn.Module):
         dtype: TeacherDtype = "float32",
     ) -> None:
         super().__init__()
-        self.grid_shape = positive_integers("grid_shape", grid_shape)
+        self.grid_shape = tuple(grid_shape)
         if dtype not in get_args(TeacherDtype):
             raise ValueError(f"dtype: expected 'float32' or 'bfloat16', got {dtype!r}")
         config = read_teacher(find_teacher(source))
-        check_teacher(config, self.grid_shape, channels)
+        check_images(config, self.grid_shape, channels)
         self.size, self.patch_size, self.channels = config.size, config.patch_size, config.channels
         self.dim, self.depth, self.num_heads = config.size.dim, config.size.depth, config.size.heads
-        self.layers = check_layers(layers, self.depth)
+        self.layers = self.depth if layers is None else layers
+        if not 1 <= self.layers <= self.depth:
+            raise ValueError(f"teacher_layers: expected 1 to {self.depth}, the teacher's depth, got {layers}")
         self.description = f"{config.title}, from {source}"
         self._register_constant("_pixel_scale", [1 / (255 * deviation) for deviation in config.std])
         self._register_constant("_pixel_shift", [-m / s for m, s in zip(config.mean, config.std, strict=True)])
@@ -144,7 +137,7 @@ class Teacher(nn.Module):
             for part in parts.blocks.modules():
                 if isinstance(part, nn.Linear):
                     part.bfloat16()
-        # In a tuple torch does not find it: a teacher is nothing to learn, to save, or to switch to training mode.
+        # In a tuple, torch does not find the parts: they are not trained, saved, or switched to training mode.
         self._held = (parts,)
         self._dtype = dtype
 
@@ -159,7 +152,7 @@ class Teacher(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> TeacherOutput:
-        """Look at whole images.
+        """Compute the features and the attention of whole images.
 
         Parameters
         ----------
@@ -172,12 +165,12 @@ class Teacher(nn.Module):
         """
         (parts,) = self._held
         device = images.device.type
-        with _full_precision(device):  # or pixels would be resized in bfloat16
+        with _full_precision(device):  # autocast would resize pixels in bfloat16
             patches = self._patches(images, parts.table.dtype)
         with self._precision(device):
             states = [parts.embed(patches)]
             for block in parts.blocks:
-                # Of the last block the input is wanted, too.
+                # One more than asked for: the attention is computed from the input of the last block.
                 states = [*states[-self.layers :], block(states[-1], None)]
             return TeacherOutput(torch.stack(states[-self.layers :]), parts.cls_attention(states[-2]))
 
@@ -190,15 +183,15 @@ class Teacher(nn.Module):
         """Turn uint8 images into normalised patches (batch, N, prod(patch) * channels) of the teacher's size."""
         shape = tuple(tokens * size for tokens, size in zip(self.grid_shape, self.patch_size, strict=True))
         pixels = resize_images(images.to(dtype), shape)
-        # One channel becomes several here.
-        patches: Tensor = patchify(pixels * self._pixel_scale.to(dtype) + self._pixel_shift.to(dtype), self.patch_size)
-        return patches
+        # A single channel is broadcast to all channels here.
+        return patchify(pixels * self._pixel_scale.to(dtype) + self._pixel_shift.to(dtype), self.patch_size)
 
 
 class _Parts(nn.Module):
-    """What is used of a model of transformers, under the same names for all families.
+    """The parts of a model of transformers that are used, under the same names for all families.
 
-    Its own forward pass gives no attention weights where attention is fused, and resizes position tables in every call.
+    The model's own forward pass returns no attention weights from fused attention, and resizes the position table in
+    every call.
     """
 
     weight: Tensor
@@ -225,14 +218,13 @@ class _Parts(nn.Module):
         self.requires_grad_(False).eval()
 
     def embed(self, patches: Tensor) -> Tensor:
-        """Turn normalised patches into what the first block sees: (batch, 1 + N, dim), the cls token first."""
+        """Return the input of the first block, (batch, 1 + N, dim), class token first, from normalised patches."""
         tokens = F.linear(patches, self.weight, self.bias) + self.table[:, 1:]
         cls_token = (self.cls_token + self.table[:, :1]).expand(patches.shape[0], -1, -1)
-        x: Tensor = self.norm(torch.cat([cls_token, tokens], dim=1))
-        return x
+        return self.norm(torch.cat([cls_token, tokens], dim=1))
 
     def cls_attention(self, x: Tensor) -> Tensor:
-        """Return what the cls token looks at in the last block, which sees (batch, 1 + N, dim): (batch, N)."""
+        """Return the class token's attention (batch, N) in the last block, from its input (batch, 1 + N, dim)."""
         norm, attention = (getattr(self.blocks[-1], name) for name in self._names)
         x = norm(x)
         q, k = (
@@ -240,17 +232,16 @@ class _Parts(nn.Module):
             for projected in (attention.q_proj(x[:, :1]), attention.k_proj(x))
         )
         scores = (q @ k.mT).to(x.dtype) * q.shape[-1] ** -0.5
-        looks_at: Tensor = scores.softmax(-1)[:, :, 0, 1:].mean(1)
-        return looks_at
+        return scores.softmax(-1)[:, :, 0, 1:].mean(1)
 
 
 def _load_model(config: TeacherConfig) -> Any:
-    """Load a model in float32 by transformers; raise ValueError unless all of it is there."""
+    """Load a model in float32 with transformers; raise ValueError if a tensor is missing or has the wrong shape."""
     try:
         transformers = importlib.import_module("transformers")
     except ImportError:
         raise ImportError(
-            "teacher: expected transformers, which loads it, to be installed, got no such package; "
+            "teacher: expected transformers to be installed, which loads it, got no such package; "
             "pip install 'prmim[teachers]'"
         ) from None
     folder = config.folder
@@ -267,11 +258,11 @@ def _load_model(config: TeacherConfig) -> Any:
                 output_loading_info=True,
                 **options,
             )
-        except Exception as error:  # whatever transformers and safetensors make of the files
+        except Exception as error:  # of any type, from transformers or safetensors
             raise ValueError(
                 f"teacher: expected weights in .safetensors files in {folder}, got {one_line(error)}"
             ) from None
-    # What is missing or does not fit gets random numbers, and a warning at most.
+    # transformers fills these tensors with random numbers, with a warning at most.
     for name, got, expected in sorted(report["mismatched_keys"]):
         raise ValueError(f"teacher: {name}: expected shape {tuple(expected)}, got {tuple(got)} in {folder}")
     missing = sorted(name for name in report["missing_keys"] if not name.startswith(NOT_NEEDED))
@@ -282,7 +273,7 @@ def _load_model(config: TeacherConfig) -> Any:
 
 @contextmanager
 def _quiet(transformers: ModuleType) -> Iterator[None]:
-    """Keep progress bars and reports of transformers off the screen."""
+    """Silence the progress bars and reports of transformers."""
     logging = transformers.utils.logging
     verbosity, had_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
@@ -296,7 +287,7 @@ def _quiet(transformers: ModuleType) -> Iterator[None]:
 
 
 def _full_precision(device: str) -> AbstractContextManager[Any]:
-    """Let products be computed in the precision of what is given, whatever autocast is around."""
+    """Disable autocast inside, if the device has it."""
     if torch.amp.is_autocast_available(device):
         return torch.autocast(device, enabled=False)
     return nullcontext()

@@ -1,4 +1,4 @@
-"""What every training has in common: one step, its measurements and what is saved, whatever is trained."""
+"""The trainer behind every engine: training steps, measurements and checkpoints, whatever is trained."""
 
 import os
 import sys
@@ -7,7 +7,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
@@ -16,10 +16,9 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from prmim_core import counter_noise
-from prmim_core.files import dump_architecture
-from prmim_core.training import Decay, check_training, learning_rate_at
+from prmim_methods import TrainingConfig
+from prmim_methods.weight_files import dump_architecture
 from prmim_torch.distributed import (
-    Parallel,
     Processes,
     gradients_shared,
     local,
@@ -31,77 +30,80 @@ from prmim_torch.distributed import (
     whole,
 )
 from prmim_torch.interop import named_weights, put_weights, read_weights, write_weights
-from prmim_torch.method import Method
+from prmim_torch.method import ImageModule
 from prmim_torch.reconstruct import ProgressiveReconstruction
 
-Precision = Literal["float32", "bfloat16"]
+Module = TypeVar("Module", bound=ImageModule)
+Loss = Callable[..., Sequence[Tensor]]
+"""Called as ``loss(forward, images, noise, *more)``; returns the scalars named in ``losses`` of the module."""
 
 WEIGHTS_FILE = "weights.safetensors"
 STATE_FOLDER = "training_state"
 
 
-class Trainer:
-    """A module with its optimiser, on one device or, in every process that ``torchrun`` starts, on one each.
+class Trainer(Generic[Module]):
+    """Trains a module on one device, or on one device per process that ``torchrun`` starts.
 
-    A subclass says what is trained and what is minimised. The arguments, and what holds of every step, are those of
-    :class:`prmim_torch.Engine`.
+    Parameters
+    ----------
+    module
+        The module, on the CPU. It has ``losses``, ``architecture()`` and ``not_decayed()``.
+    training
+        The options; ``training.compile`` compiles the forward pass with ``torch.compile``, as one graph.
+    loss
+        See :data:`Loss`; the first scalar is minimised.
+    make_optimizer
+        Returns the optimizer of a module. The optimizer must obey ``grad_scale`` and ``found_inf``, the attributes
+        that a gradient scaler sets on fused optimizers.
+    moments
+        Names of the tensors that the optimizer keeps for each parameter, besides the number of updates.
+    ema_decay
+        Decay, per step, of an exponential moving average of the weights; None: no average.
+    statistics
+        Part of the module whose buffers a forward pass in training mode changes; None: there is none.
 
     Attributes
     ----------
     module
-        What is trained; with the parts of weights that are here, where processes share them.
-    """
+        The module. With FSDP, each process holds its part of the parameters.
 
-    _moments: tuple[str, ...] = ("exp_avg", "exp_avg_sq")
-    """What the optimiser keeps for each parameter, besides the number of updates, which is the same for all."""
-    _ema_decay: float | None = None
-    """Decay, per step, of a running mean of the weights; None: there is none."""
+    Notes
+    -----
+    Several processes make one run. Each must call the same methods in the same order. A step equals the step of a
+    single process on the rows of all processes, up to rounding: losses and gradients are means over all rows, and so
+    are the measurements.
+
+    A training step never waits for the device. Images are uploaded as uint8; noise, plan and normalisation are computed
+    on the device. A step whose loss or gradient norm is not finite changes no weights, optimizer state, average or
+    statistics: the optimizer reads a flag on the device. :attr:`step` and the learning rate advance nevertheless.
+    """
 
     def __init__(
         self,
-        method_options: Mapping[str, Any],
+        module: Module,
+        training: TrainingConfig,
+        loss: Loss,
+        make_optimizer: Callable[[Module], torch.optim.Optimizer],
         *,
-        seed: int,
-        total_steps: int,
-        warmup_steps: int,
-        learning_rate: float,
-        min_learning_rate: float = 0.0,
-        decay: Decay = "cosine",
-        weight_decay: float = 0.05,
-        betas: tuple[float, float] = (0.9, 0.95),
-        clip_grad: float | None = None,
-        accumulate: int = 1,
-        precision: Precision = "float32",
-        compile: bool = False,
-        device: str = "auto",
-        parallel: Parallel = "ddp",
-        timeout: float = 45.0,
+        moments: Sequence[str] = ("exp_avg", "exp_avg_sq"),
+        ema_decay: float | None = None,
+        statistics: nn.Module | None = None,
     ) -> None:
-        check_training(seed, total_steps, warmup_steps, learning_rate, min_learning_rate, clip_grad, accumulate, decay)
-        if precision not in ("float32", "bfloat16"):
-            raise ValueError(f"precision: expected 'float32' or 'bfloat16', got {precision!r}")
-        if parallel not in get_args(Parallel):
-            raise ValueError(f"parallel: expected 'ddp' or 'fsdp', got {parallel!r}")
-        if not 0 < timeout < float("inf"):
-            raise ValueError(f"timeout: expected a positive number of seconds, got {timeout}")
-        self._device = _choose_device(device)
-        self.module: Method = self._create(method_options, seed).to(self._device)
-        self.module.train()
-        self._processes = Processes(self._device, timeout)
-        self._is_sharded = parallel == "fsdp" and self.world_size > 1
-        self._forward = self._share(compile)
+        self._training = training
+        self._loss = loss
+        self._moments = moments
+        self._ema_decay = ema_decay
+        self._device = _choose_device(training.device)
+        self.module: Module = module.to(self._device).train()
+        self._processes = Processes(self._device, training.timeout)
+        self._is_sharded = training.parallel == "fsdp" and self.world_size > 1
+        self._forward = self._share(training.compile)
         self._has_started = self.world_size == 1
-        self._optimizer = self._create_optimizer(weight_decay, betas)
+        self._optimizer = make_optimizer(self.module)
         self._learned = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
-        averaged = {} if self._ema_decay is None else self._learned
+        averaged = {} if ema_decay is None else self._learned
         self._average = {name: parameter.detach().clone() for name, parameter in averaged.items()}
-        # Buffers that forward passes in training mode change.
-        self._statistics: list[Tensor] = []
-        self._seed = seed
-        self._rates = (total_steps, warmup_steps, learning_rate, min_learning_rate, decay)
-        self._clip_grad = clip_grad
-        self._accumulate = accumulate
-        self._precision = precision
+        self._statistics = [] if statistics is None else list(statistics.buffers())
         self._step = 0
         self._background = ThreadPoolExecutor(1, "save")
         self._saving: Future[None] | None = None
@@ -109,23 +111,11 @@ class Trainer:
         # Their sums over the finite steps since the last reading, then the number of those steps.
         self._sums = torch.zeros(len(self._measured) + 1, dtype=torch.float64, device=self._device)
         self._nonfinite_step = torch.full((), -1, dtype=torch.int64, device=self._device)
-        # Steps that were not finite: since the last reading, and the latest ones in a row.
+        # Number of nonfinite steps: since the last reading, and in a row up to now.
         self._skipped = torch.zeros(2, dtype=torch.int64, device=self._device)
 
-    def _create(self, method_options: Mapping[str, Any], seed: int) -> Method:
-        """Build what is trained, on the host."""
-        raise NotImplementedError
-
-    def _create_optimizer(self, weight_decay: float, betas: tuple[float, float]) -> torch.optim.Optimizer:
-        """Return an optimiser that honours what a gradient scaler hands over: see :meth:`_update`."""
-        return torch.optim.AdamW(parameter_groups(self.module, weight_decay), lr=0.0, betas=betas, fused=True)
-
-    def _losses(self, pixels: Tensor, noise: Tensor, *more: Tensor) -> Sequence[Tensor]:
-        """Return the scalars of a part of a batch that the module names as its losses; the first is minimised."""
-        raise NotImplementedError
-
     def _share(self, compile: bool) -> Callable[..., Any]:
-        """Return what to call for the forward pass of a training step, the work shared with the other processes."""
+        """Return the forward pass of a training step, with the work shared among the processes."""
         compiled: Callable[..., Any] = partial(torch.compile, fullgraph=True, dynamic=False)
         if self._is_sharded:
             shard(self.module, self._device.type, compiled if compile else None)
@@ -135,7 +125,7 @@ class Trainer:
 
     @property
     def rank(self) -> int:
-        """Number of this process, from 0."""
+        """Rank of this process, from 0."""
         return self._processes.rank
 
     @property
@@ -145,55 +135,55 @@ class Trainer:
 
     @property
     def step(self) -> int:
-        """Optimiser steps completed, those before a resume among them."""
+        """Completed optimizer steps, including those before a resume."""
         return self._step
 
     @property
     def num_parameters(self) -> int:
-        """Learned numbers."""
+        """Number of trained parameters."""
         return sum(parameter.numel() for parameter in self._learned.values())
 
     @property
     def device(self) -> str:
-        """The device, in words."""
+        """Description of the device."""
         others = f", one of {self.world_size} processes" if self.world_size > 1 else ""
         if self._device.type == "cuda":
             return f"{self._device} ({torch.cuda.get_device_name(self._device)}){others}"
         return f"{self._device} ({torch.get_num_threads()} threads){others}"
 
     def _take_step(self, images: NDArray[np.uint8], sample: NDArray[np.int64], *more: NDArray[Any]) -> None:
-        """Take one optimiser step on images, their numbers, and what else the losses are of."""
-        batch = len(images)
-        if batch % self._accumulate:
-            raise ValueError(f"images: expected a batch that accumulate={self._accumulate} divides, got {batch}")
-        learning_rate = learning_rate_at(self._step, *self._rates)
+        """Take one optimizer step on images, their sample numbers, and further inputs of the loss."""
+        batch, parts = len(images), self._training.accumulate
+        if batch % parts:
+            raise ValueError(f"images: expected a batch that accumulate={parts} divides, got {batch}")
         inputs = (*self._to_device(images, sample, self._step), *map(self._upload, more))
-        parts = list(zip(*(array.chunk(self._accumulate) for array in inputs), strict=True))
+        chunks = list(zip(*(array.chunk(parts) for array in inputs), strict=True))
         if not self._has_started:
-            self._start(*parts[0])
+            self._start(*chunks[0])
         statistics = [values.clone() for values in self._statistics]
         losses = torch.zeros(len(self.module.losses), device=self._device)
-        for number, part in enumerate(parts, start=1):
-            with gradients_shared(self._forward, number == len(parts)):
-                losses += self._backward(*part)
-        is_bad = self._update(losses, learning_rate)
+        for number, chunk in enumerate(chunks, start=1):
+            with gradients_shared(self._forward, number == parts):
+                losses += self._backward(*chunk)
+        is_bad = self._update(losses, self._training.learning_rate_at(self._step))
         for values, before in zip(self._statistics, statistics, strict=True):
             values.copy_(torch.where(is_bad, before, values))
         self._step += 1
 
-    def _backward(self, *part: Tensor) -> Tensor:
-        """Add a part of a batch to the gradients; return what it adds to the losses."""
+    def _backward(self, *chunk: Tensor) -> Tensor:
+        """Add the gradients of a part of a batch; return its share of the losses."""
         with self._autocast():
-            losses = self._losses(*part)
-        torch.autograd.backward(losses[0] / self._accumulate)
-        return torch.stack([loss.detach() for loss in losses]) / self._accumulate
+            losses = self._loss(self._forward, *chunk)
+        parts = self._training.accumulate
+        torch.autograd.backward(losses[0] / parts)
+        return torch.stack([loss.detach() for loss in losses]) / parts
 
-    def _start(self, *part: Tensor) -> None:
-        """Go through what only a first step does, whose gradients are not used.
+    def _start(self, *chunk: Tensor) -> None:
+        """Warm up before the first step; discards the gradients.
 
-        Data and compiled code may come to some processes late, so they wait for each other, with more patience than in
-        a step. And DistributedDataParallel lays out its buffers anew after its first pass: sums over more than two
-        processes depend on the layout, so that a resumed run would not be the same bit for bit.
+        Data loading and compilation can delay some processes, so all wait for one another, longer than in a step. Also,
+        DistributedDataParallel rebuilds its buckets after its first pass. Sums over more than two processes depend on
+        the buckets, so without this a resumed run would not be bit-identical.
         """
         if self._is_sharded:
             self._processes.any(False)
@@ -201,7 +191,7 @@ class Trainer:
             statistics = [values.clone() for values in self._statistics]
             for wanted in (False, True):
                 with gradients_shared(self._forward, wanted):
-                    self._backward(*part)
+                    self._backward(*chunk)
                 self._processes.any(False)
             self._optimizer.zero_grad(set_to_none=True)
             for values, before in zip(self._statistics, statistics, strict=True):
@@ -209,9 +199,9 @@ class Trainer:
         self._has_started = True
 
     def _update(self, losses: Tensor, learning_rate: float) -> Tensor:
-        """Let the optimiser use the gradients, unless something is not finite; return whether that is so.
+        """Apply the gradients unless they or the loss are not finite; return whether that is so.
 
-        Never reads a value off the device.
+        Never reads a value from the device.
         """
         optimizer = self._optimizer
         gradients = [local(parameter.grad) for parameter in self._learned.values() if parameter.grad is not None]
@@ -221,14 +211,14 @@ class Trainer:
         is_bad = ~(losses[0].isfinite() & norm.isfinite())
         for group in optimizer.param_groups:
             group["lr"] = learning_rate * group.get("rate_scale", 1.0)
-        # What a gradient scaler hands to fused optimisers: a verdict, and a number that gradients are divided by.
-        handed_over = {"found_inf": is_bad.float()}
-        if self._clip_grad is not None:
-            handed_over["grad_scale"] = ((norm + 1e-6) / self._clip_grad).clamp(min=1.0).float()
-        for name, value in handed_over.items():
+        # The interface of gradient scalers and fused optimizers: a flag that skips the update, a divisor of gradients.
+        scaling = {"found_inf": is_bad.float()}
+        if self._training.clip_grad is not None:
+            scaling["grad_scale"] = ((norm + 1e-6) / self._training.clip_grad).clamp(min=1.0).float()
+        for name, value in scaling.items():
             setattr(optimizer, name, value)
         optimizer.step()
-        for name in handed_over:
+        for name in scaling:
             delattr(optimizer, name)
         optimizer.zero_grad(set_to_none=True)
         self._update_average(is_bad)
@@ -247,22 +237,21 @@ class Trainer:
                 local(average).lerp_(local(self._learned[name]).detach(), weight)
 
     def _agree(self, losses: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:
-        """Turn losses and gradient norm of this process into those of the whole batch, the same everywhere."""
+        """Return losses and gradient norm of the whole batch, the same in all processes, from those of this one."""
         sums = self._processes.total(torch.cat([losses / self.world_size, norm.square()[None]]))
-        # Where each process has all gradients, they are equal, and so are their norms.
+        # If each process holds all gradients, the gradients are equal, and so are their norms.
         return sums[:-1], sums[-1].sqrt() if self._is_sharded else norm
 
     def read_metrics(self) -> dict[str, Any]:
-        """Wait for the steps taken, and return what they measured since the last reading.
+        """Wait for all steps, and return the measurements since the last reading; the same in all processes.
 
         Returns
         -------
         dict
-            The ``losses`` of what is trained and ``grad_norm`` (before clipping): means over the steps that were
-            finite, NaN if there was none. ``learning_rate``: of the last step taken. ``nonfinite_step``: the first step
-            (counted from 1) whose loss or gradient was not finite, of the whole run; None if there was none.
-            ``skipped``: the number of such steps since the last reading; ``skipped_in_a_row``: that of the latest ones,
-            0 if the last step was finite. The same in all processes.
+            The ``losses`` of the module and ``grad_norm`` (before clipping): means over the finite steps, NaN if there
+            was none. ``learning_rate``: of the last step. ``nonfinite_step``: the first step of the run, counted from
+            1, whose loss or gradient was not finite; None if there was none. ``skipped``: number of such steps since
+            the last reading. ``skipped_in_a_row``: number of consecutive such steps up to now.
         """
         *sums, steps = self._sums.tolist()
         self._sums.zero_()
@@ -273,41 +262,41 @@ class Trainer:
             **{
                 name: total / steps if steps else float("nan") for name, total in zip(self._measured, sums, strict=True)
             },
-            "learning_rate": learning_rate_at(max(self._step - 1, 0), *self._rates),
+            "learning_rate": self._training.learning_rate_at(max(self._step - 1, 0)),
             "nonfinite_step": None if nonfinite_step < 0 else nonfinite_step,
             "skipped": skipped,
             "skipped_in_a_row": skipped_in_a_row,
         }
 
     def save(self, directory: str | os.PathLike[str]) -> None:
-        """Write ``weights.safetensors`` and a folder ``training_state`` into an existing one, each whole or not at all.
+        """Write ``weights.safetensors`` and the folder ``training_state`` into an existing folder, each atomically.
 
-        All processes have to call it, with a folder that all of them see; it returns when all have written.
+        All processes must call it, with a folder on a shared file system. It returns when all have written.
 
         Raises
         ------
         OSError
-            If something could not be written.
+            If a file cannot be written.
         """
         self.async_save(directory).result()
 
     def async_save(self, directory: str | os.PathLike[str]) -> Future[None]:
-        """Begin what :meth:`save` does, and return while a copy of the state is written in the background.
+        """Start :meth:`save` in the background, with a copy of the current state.
 
         Returns
         -------
         Future
-            Done when all processes have written; its result raises what :meth:`save` raises. A further save waits for
+            Done when all processes have written; its result raises the errors of :meth:`save`. The next save waits for
             it.
 
         Raises
         ------
         FileNotFoundError
-            If there is no such folder.
+            If the folder does not exist.
         """
         directory = Path(directory)
         if not directory.is_dir():
-            raise FileNotFoundError(f"directory: expected a folder that is there, got {directory}")
+            raise FileNotFoundError(f"directory: expected an existing folder, got {directory}")
         if self._saving is not None:
             wait([self._saving])
         metadata, weights = dump_architecture(self.module), {}
@@ -328,7 +317,7 @@ class Trainer:
         return self._saving
 
     def _state(self, *, new: bool = False) -> dict[str, Tensor]:
-        """Return what a resumed run needs besides the weights, by name; ``new``: tensors of that kind, to be filled."""
+        """Return the training state besides the weights, by name; ``new``: tensors of its shapes, to be filled."""
         held: Mapping[Tensor, Mapping[str, Tensor]] = {} if new else self._optimizer.state
         updates = [moments["step"] for moments in held.values() if "step" in moments]
         return {
@@ -349,18 +338,18 @@ class Trainer:
         }
 
     def restore(self, directory: str | os.PathLike[str]) -> None:
-        """Read what :meth:`save` wrote, of an engine of the same architecture.
+        """Restore a state that :meth:`save` wrote; all processes must call it.
 
-        It may have been saved by another number of processes, and shared among them in another way. All processes have
-        to call it. Learning rate, weight decay and the like stay those of this engine. With the same options it goes on
-        as the saved one would have; bit for bit on as many devices, as far as kernels are deterministic.
+        The number of processes and ``parallel`` may differ from those of the saved run. Learning rate, weight decay and
+        other options are those of this engine. With the same options and the same number of devices, the run continues
+        bit-identically if all kernels are deterministic.
 
         Raises
         ------
         FileNotFoundError
             If a file is missing.
         ValueError
-            If a file is damaged, or of another architecture. The engine is unchanged then.
+            If a file is corrupt or of another architecture. The engine is unchanged then.
         """
         directory = Path(directory)
         weights = self._processes.together(lambda: read_weights(self.module, directory / WEIGHTS_FILE))
@@ -380,7 +369,7 @@ class Trainer:
         self._skipped.copy_(state["skipped"])
 
     def load_weights(self, path: str | os.PathLike[str]) -> None:
-        """Take weights alone from a ``.safetensors`` file; all processes have to."""
+        """Load weights from a ``.safetensors`` file, without a training state; all processes must call it."""
         self._put_weights(self._processes.together(lambda: read_weights(self.module, path)))
 
     def _put_weights(self, weights: dict[str, Tensor]) -> None:
@@ -390,19 +379,19 @@ class Trainer:
             average.copy_(self._learned[name].detach())
 
     def any(self, flag: bool) -> bool:
-        """Return whether any process says True; it returns when all have asked, and needs no device."""
+        """Return whether the flag of any process is True. Waits for all processes; does not use the device."""
         return self._processes.any(flag)
 
     def close(self) -> None:
-        """Leave the other processes, if there are any; the last thing to do, and to do after an exception too."""
+        """Shut down, leaving the process group; call it last, also after an exception."""
         self._background.shutdown(wait=sys.exc_info()[0] is None)
         self._processes.close()
 
     @contextmanager
     def _evaluation(self) -> Iterator[None]:
-        """Look at what is trained: with the running mean of the weights, where there is one, and without gradients."""
+        """Set evaluation mode inside: no gradients, and the average of the weights, if there is one."""
         self.module.eval()
-        # Weights that FSDP gathers in inference mode could not be trained any more.
+        # Weights that FSDP gathers in inference mode cannot be trained afterwards.
         no_gradients = torch.no_grad() if self._is_sharded else torch.inference_mode()
         self._swap_average()
         try:
@@ -414,78 +403,77 @@ class Trainer:
 
     @torch.no_grad()
     def _swap_average(self) -> None:
-        """Let weights and their running mean, if there is one, change places."""
+        """Swap the weights and their average, if there is one."""
         for name, average in self._average.items():
             held, mean = local(self._learned[name]), local(average)
             before = held.clone()
             held.copy_(mean)
             mean.copy_(before)
         if self._average and isinstance(self.module, FSDPModule):
-            self.module.reshard()  # or what was gathered before would be used
+            self.module.reshard()  # discards weights that were gathered before the swap
 
     def _autocast(self) -> AbstractContextManager[None]:
-        enabled = self._precision == "bfloat16"
+        enabled = self._training.precision == "bfloat16"
         return torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=enabled)
 
     def _to_device(self, images: NDArray[np.uint8], sample: NDArray[np.int64], step: int) -> tuple[Tensor, Tensor]:
-        """Copy images and their numbers, and make the noise of a step from the latter."""
+        """Upload images, and compute the noise of a step from their sample numbers."""
         if tuple(sample.shape) != (len(images),):
             raise ValueError(f"sample: expected shape {(len(images),)}, got {tuple(sample.shape)}")
-        noise = counter_noise(self._seed, step, self._upload(sample), self.module.grid.num_tokens)
+        noise = counter_noise(self._training.seed, step, self._upload(sample), self.module.num_tokens)
         return self._upload(images), noise
 
     def _upload(self, array: NDArray[Any]) -> Tensor:
         tensor = torch.from_numpy(np.ascontiguousarray(array))
         if self._device.type == "cuda":
-            # Only a copy from pinned memory leaves the host free to go on.
+            # Only copies from pinned memory are asynchronous.
             return tensor.pin_memory().to(self._device, non_blocking=True)
         return tensor.to(self._device)
 
 
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Split the learned parameters into one group with and one without weight decay, for an optimiser of torch.
+    """Split the trained parameters into two groups of an optimizer: with and without weight decay.
 
-    Spared are parameters of one axis (biases, norms), those that a :class:`Method` names in ``not_decayed``, and those
-    of :class:`prmim_torch.ProgressiveReconstruction`, since a table drawn towards 0 would weigh near and far tokens
-    alike (this is ours).
+    Exempt from weight decay are parameters of one axis (biases, norms), those in ``module.not_decayed()``, and those of
+    :class:`prmim_torch.ProgressiveReconstruction`. The last exemption is ours: decay towards 0 would give near and far
+    tokens the same weight.
 
     Examples
     --------
     >>> [len(group["params"]) for group in parameter_groups(nn.Linear(2, 2), 0.05)]
     [1, 1]
     """
-    named = module.not_decayed() if isinstance(module, Method) else frozenset()
-    rebuilding = {
+    named: frozenset[str] = getattr(module, "not_decayed", frozenset)()
+    reconstruction = {
         id(parameter)
         for part in module.modules()
         if isinstance(part, ProgressiveReconstruction)
         for parameter in part.parameters()
     }
     decayed: list[nn.Parameter] = []
-    spared: list[nn.Parameter] = []
+    exempt: list[nn.Parameter] = []
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
-            is_spared = parameter.ndim <= 1 or name in named or id(parameter) in rebuilding
-            (spared if is_spared else decayed).append(parameter)
-    return [{"params": decayed, "weight_decay": weight_decay}, {"params": spared, "weight_decay": 0.0}]
+            is_exempt = parameter.ndim <= 1 or name in named or id(parameter) in reconstruction
+            (exempt if is_exempt else decayed).append(parameter)
+    return [{"params": decayed, "weight_decay": weight_decay}, {"params": exempt, "weight_decay": 0.0}]
 
 
 def _choose_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ValueError(f"device: expected 'auto', 'cpu' or 'cuda', got {name!r}") from None
+    device = torch.device(name)
     if device.type != "cuda":
         return device
     if not torch.cuda.is_available():
-        raise ValueError(f"device: expected one that is there, got {name!r}, but torch finds no CUDA device")
+        raise ValueError(f"device: expected an available device, got {name!r}, but torch finds no CUDA device")
     if num_processes() == 1:
         return device
     if device.index is None:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     if device.index >= torch.cuda.device_count():
-        raise ValueError(f"device: expected one for each process, got '{device}' where {torch.cuda.device_count()} are")
-    torch.cuda.set_device(device)  # where NCCL and FSDP look for it
+        raise ValueError(
+            f"device: expected a device for each process, got '{device}', but there are {torch.cuda.device_count()}"
+        )
+    torch.cuda.set_device(device)  # NCCL and FSDP use the current device
     return device

@@ -1,22 +1,22 @@
-"""The program `prmim`, also as `python -m prmim_train`: what must happen before anything heavy is imported."""
+"""Entry point of `prmim` and `python -m prmim_train`. Sets environment variables before heavy imports."""
 
 import os
 import sys
 
 
 def main() -> int:
-    """Run the command line; say in one line what is missing where its packages are not installed.
+    """Run the command line, or name the missing package in one line.
 
     Returns
     -------
     int
-        The exit code; see :func:`prmim_train.cli.main`.
+        Exit code; see :func:`prmim_train.cli.commands.main`.
     """
-    # GNU OpenMP's threads spin for milliseconds when they wait, on a core that somebody else may need: with a second
-    # process on the same two cores a step of the digits took 1.9 s in place of 0.03 s. A short spin is free.
+    # GNU OpenMP threads spin for milliseconds while they wait, and block the core. With a second process on the same
+    # two cores, a step on the digits took 1.9 s instead of 0.03 s. A short spin costs nothing.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     try:
-        from prmim_train.cli import main as run
+        from prmim_train.cli.commands import main as run
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("prmim"):
             raise

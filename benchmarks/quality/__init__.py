@@ -1,1 +1,1 @@
-"""What throwing tokens does to the representation: arms of one training, evaluated alike, with several seeds."""
+"""Study of accuracy: arms trained with several seeds, their records and tables."""

@@ -1,37 +1,37 @@
-"""Train and evaluate the arms of a study, as far as the time allows, and print what is known so far.
+"""Train and evaluate the arms of a study for a given time, then print the tables.
 
-Run it again to go on: what is done is skipped, and what was stopped goes on from its checkpoint.
+The command is idempotent: it skips finished trainings and resumes interrupted ones.
 """
 
 import sys
 import time
 from pathlib import Path
 
-from benchmarks.quality import data, tables
+from benchmarks.quality import data, records, tables
 from benchmarks.quality.arms import STUDIES
 from benchmarks.quality.runs import Run, carry_out
 from benchmarks.quality.speed import time_steps
 from benchmarks.report import Report, argument_parser
 
 RESULTS = Path(__file__).parent / "results"
-"""Results that are kept with the code."""
+"""Records that are kept with the code."""
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Go on with a study; return 1 if something failed."""
+    """Continue a study and print its tables; return 1 if a training failed."""
     start = time.monotonic()
     parser = argument_parser(__doc__)
-    parser.add_argument("--study", choices=tuple(STUDIES), default="confirm", help="which one")
-    parser.add_argument("--minutes", type=float, default=0.0, help="time for training; 0: print what is known alone")
-    parser.add_argument("--arms", nargs="+", metavar="ARM", help="those alone, of the arms of the study")
-    parser.add_argument("--seeds", type=int, help="in place of the study's number")
-    parser.add_argument("--data", type=Path, default=Path("../shared/data"), metavar="FOLDER", help="of the images")
-    parser.add_argument("--runs", type=Path, default=Path("runs/quality"), metavar="FOLDER", help="of the trainings")
-    parser.add_argument("--results", type=Path, default=RESULTS, metavar="FOLDER", help="one JSON file for each run")
-    parser.add_argument("--jobs", type=int, default=2, help="trainings at a time, each on its share of cores")
-    parser.add_argument("--backend", choices=("torch", "jax"), default="torch")
-    parser.add_argument("--time", type=int, default=0, metavar="TURNS", help="time training steps too, in turns")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="where to draw accuracy against throw ratio")
+    parser.add_argument("--study", choices=tuple(STUDIES), default="confirm", help="name of the study")
+    parser.add_argument("--minutes", type=float, default=0.0, help="minutes of training; 0: only print the tables")
+    parser.add_argument("--arms", nargs="+", metavar="ARM", help="train only these arms of the study")
+    parser.add_argument("--seeds", type=int, help="number of seeds per arm (default: the study's)")
+    parser.add_argument("--data", type=Path, default=Path("../shared/data"), metavar="FOLDER", help="data sets")
+    parser.add_argument("--runs", type=Path, default=Path("runs/quality"), metavar="FOLDER", help="trainings")
+    parser.add_argument("--results", type=Path, default=RESULTS, metavar="FOLDER", help="records, one file per study")
+    parser.add_argument("--jobs", type=int, default=2, help="trainings at a time; they share the CPU cores equally")
+    parser.add_argument("--backend", choices=("torch", "jax"), default="torch", help="framework that trains")
+    parser.add_argument("--time", type=int, default=0, metavar="TURNS", help="also time this many steps of each arm")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw accuracy against throw ratio to this file")
     options = parser.parse_args(arguments)
     study = STUDIES[options.study]
     unknown = set(options.arms or ()) - set(study.arms)
@@ -46,20 +46,20 @@ def main(arguments: list[str] | None = None) -> int:
                 for seed in range(options.seeds or study.seeds)
                 for arm in options.arms or study.arms
             ]
-            left = [run for run in runs if not run.is_done(options.results)]
+            done = records.load(study, options.results)
+            left = [run for run in runs if run.seed not in done[run.arm]]
             print(f"{study.name}: {len(runs) - len(left)} of {len(runs)} runs are done")
             carry_out(left, options.results, jobs=options.jobs, deadline=start + 60 * options.minutes)
         except (FileNotFoundError, RuntimeError) as error:
             failure = str(error)
-    results = tables.load(study, options.results)
     settings = {"study": study.name, "epochs": study.epochs}
     report = Report(f"quality-{study.name}", settings, options.json)
-    tables.show(results, report)
+    tables.show(records.load(study, options.results), report)
     if options.time:
         time_steps(study, options.arms or list(study.arms), options.time, options.backend, report)
     if options.plot is not None:
         caption = f"{study.world.data}, {study.epochs} epochs. Bars: standard errors over seeds; no bar: one seed."
-        tables.draw(tables.load_alike(study, options.results), options.plot, caption)
+        tables.draw(records.load_alike(study, options.results), options.plot, caption)
     if failure:
         print(failure, file=sys.stderr)
     return bool(failure)

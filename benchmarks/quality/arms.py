@@ -1,4 +1,4 @@
-"""What is trained and compared: arms, the worlds that they are trained in, and the studies made of both."""
+"""Arms, worlds (data and common options), and studies (arms in one world)."""
 
 import json
 from collections.abc import Mapping
@@ -6,24 +6,23 @@ from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
-Options = Mapping[str, Any]
-"""Options of the command line by name."""
+from benchmarks.quality.config import Options, config_of
 
 DENSE, PARTIAL, DEFAULT = "dense", "partial, random", "visible, kernel, 2"
 
 
 @dataclass(frozen=True)
 class Arm:
-    """What differs from one training to another.
+    """One row of a table.
 
     Parameters
     ----------
     options
-        Options of ``prmim pretrain``, above those of the world.
+        Options of ``prmim pretrain``, on top of the world's.
     detached
-        Whether the loss on thrown tokens stops at the features that they are rebuilt from: :mod:`.detached`.
+        Detach the loss on thrown tokens from the features that rebuild them; see :mod:`.detached`.
     equal_compute
-        Whether it trains for as many multiply-accumulates as the dense arm, and so for more epochs.
+        Train for as many multiply-accumulates as the dense arm, that is, for more epochs.
     """
 
     options: Options
@@ -33,16 +32,16 @@ class Arm:
 
 @dataclass(frozen=True)
 class World:
-    """What arms of a study have in common.
+    """Data and options shared by all arms of a study.
 
     Parameters
     ----------
     data
-        Name of the images: see :func:`benchmarks.quality.data.find`.
+        Name of the data set; see :func:`benchmarks.quality.data.find`.
     pretrain, finetune
         Options of ``prmim pretrain`` and of ``prmim evaluate --protocol finetune``.
     minutes
-        Between two checkpoints.
+        Minutes between two checkpoints.
     """
 
     data: str
@@ -53,22 +52,22 @@ class World:
 
 @dataclass(frozen=True)
 class Study:
-    """A table.
+    """Arms trained in one world with several seeds.
 
     Parameters
     ----------
     name
-        Its name.
+        Name of the study and of its file of records.
     world
-        Where it takes place.
+        Data and common options.
     arms
-        Names of arms, in the order of its rows.
+        Names of the arms, in the order of table rows.
     epochs
-        Of pre-training.
+        Epochs of pre-training.
     seeds
-        How many trainings of every arm there are.
+        Number of trainings per arm.
     finetuned
-        Whether classifiers are fine-tuned too, which takes longest.
+        Also fine-tune classifiers, which takes longest.
     """
 
     name: str
@@ -78,56 +77,61 @@ class Study:
     seeds: int
     finetuned: bool = True
 
-    def has(self, result: Mapping[str, Any]) -> bool:
-        """Say whether a result is of the options that the study has now, and not of earlier ones."""
-        if result["arm"] not in self.arms:
-            return False
-        arm = ARMS[result["arm"]]
-        told = {**self.world.pretrain, **arm.options}
-        told = {name: value for name, value in told.items() if name != "holdout"}  # which depends on the images given
-        found = {name: result["options"].get(name) for name in told}
+    def options(self, arm: str) -> dict[str, Any]:
+        """Return the options of ``prmim pretrain`` that define an arm of the study."""
+        return {**self.world.pretrain, **ARMS[arm].options}
+
+    def has(self, record: Mapping[str, Any]) -> bool:
+        """Return whether a record was trained with the current options of the study.
+
+        Whole configurations are compared: an omitted option equals its default, and an option that only the record has
+        counts too. Raises ValueError or TypeError if the record's options are not valid options of ``prmim pretrain``.
+        """
+        arm = record["arm"]
         return (
-            _is_same(told, found)
-            and (arm.equal_compute or result["epochs"] == self.epochs)
-            and (not self.finetuned or _is_same(self.world.finetune, result["finetune_options"]))
+            arm in self.arms
+            and _comparable(self.options(arm)) == _comparable(record["options"])
+            and (ARMS[arm].equal_compute or record["epochs"] == self.epochs)
+            and (not self.finetuned or json.loads(json.dumps(self.world.finetune)) == record.get("finetune_options"))
         )
 
 
-def _is_same(options: Options, others: Options) -> bool:
-    """Compare options as JSON tells them."""
-    return bool(json.loads(json.dumps(options)) == others)
+def _comparable(options: Options) -> object:
+    # Epochs depend on the arm's compute, the held-out share on the images at hand; any backend may train an arm.
+    ignored = ("epochs", "holdout", "backend")
+    return config_of({name: value for name, value in options.items() if name not in ignored})
 
 
 FACTORS = {
     "furthest_from": ("visible", "none"),
-    "variant": ("kernel", "interpolate", "conv"),
+    "reconstruction": ("kernel", "interpolate", "conv"),
     "stages": (1, 2, 4),
 }
-"""Choices that the paper leaves open: what sampling keeps away from, how features are mixed, in how many steps."""
+"""Choices that the paper leaves open: start of furthest sampling, reconstruction, number of stages."""
 
 GRID = {
     ", ".join(map(str, choice)): Arm(dict(zip(FACTORS, choice, strict=True))) for choice in product(*FACTORS.values())
 }
-"""PR-MIM at 0.5 with every combination of those choices."""
+"""PR-MIM at 0.5 with every combination of these choices."""
 
 ARMS: dict[str, Arm] = {
-    DENSE: Arm({"throwing": "none"}),
-    PARTIAL: Arm({"throwing": "random", "variant": "none"}),
-    "partial, furthest": Arm({"variant": "none"}),
+    DENSE: Arm({"throw_ratio": 0.0}),
+    PARTIAL: Arm({"throwing": "random", "reconstruction": "none"}),
+    "partial, furthest": Arm({"reconstruction": "none"}),
     **GRID,
     "PR-MIM 0.25": Arm({"throw_ratio": 0.25}),
     "PR-MIM 0.65": Arm({"throw_ratio": 0.65}),
-    "partial 0.25, random": Arm({"throwing": "random", "variant": "none", "throw_ratio": 0.25}),
-    "partial 0.65, random": Arm({"throwing": "random", "variant": "none", "throw_ratio": 0.65}),
+    "partial 0.25, random": Arm({"throwing": "random", "reconstruction": "none", "throw_ratio": 0.25}),
+    "partial 0.65, random": Arm({"throwing": "random", "reconstruction": "none", "throw_ratio": 0.65}),
     "PR-MIM, detached": Arm({}, detached=True),
     "PR-MIM, equal compute": Arm({}, equal_compute=True),
     "PR-MIM, thrown weight 0.5": Arm({"thrown_weight": 0.5}),
     "PR-MIM, random": Arm({"throwing": "random"}),
 }
-"""All arms by name. What an arm does not say is the default of ``prmim pretrain``, PR-MIM at 0.5."""
+"""All arms by name. Omitted options have the defaults of ``prmim pretrain``: PR-MIM at 0.5."""
 
 DIGITS = World(data="digits", pretrain={}, finetune={})
-"""For a look at whether everything works."""
+"""A quick check that everything works."""
 
 CIFAR = World(
     data="cifar10",
@@ -147,7 +151,7 @@ CIFAR = World(
         "precision": "bfloat16",
     },
     finetune={
-        # Too short for the regularisation of the published recipe.
+        # Fine-tuning is too short for the regularization of the published recipe.
         "crop_scale": (0.2, 1.0),
         "rand_augment": 0.0,
         "erasing": 0.0,
@@ -161,10 +165,10 @@ CIFAR = World(
         "epochs": 3,
     },
 )
-"""For two CPU cores: 8 x 8 tokens, an encoder of width 128."""
+"""Two CPU cores: 8 x 8 tokens, encoder width 128."""
 
 CIFAR_GRID16 = replace(CIFAR, pretrain={**CIFAR.pretrain, "patch_size": 2})
-"""The same images on 16 x 16 tokens, for 4.7 times the multiply-accumulates."""
+"""The same images with 16 x 16 tokens: 4.7 times the multiply-accumulates."""
 
 IMAGENETTE = World(
     data="imagenette",
@@ -185,7 +189,7 @@ IMAGENETTE = World(
     },
     finetune={"batch_size": 256, "epochs": 50, "workers": 8},
 )
-"""For a GPU: 14 x 14 tokens, ViT-Ti, as wide a decoder; of the training images a fifth is held out."""
+"""One GPU: 14 x 14 tokens, ViT-Ti, decoder of the same width; a fifth of the training images is held out."""
 
 OTHER_ARMS = (
     *("PR-MIM 0.25", "PR-MIM 0.65", "partial 0.25, random", "partial 0.65, random"),
@@ -193,12 +197,12 @@ OTHER_ARMS = (
 )
 MAIN_ARMS = (DENSE, PARTIAL, "partial, furthest", DEFAULT, *OTHER_ARMS)
 BEST_SCREENED_ARMS = ("none, conv, 2", "none, kernel, 2")
-"""What was ahead of the default on linear accuracy, with as many stages: worth more seeds."""
+"""Ahead of the default on linear accuracy in ``screen`` with the same number of stages: worth more seeds."""
 MILDER_ARMS = ("PR-MIM, random", "PR-MIM, thrown weight 0.5")
-"""Between the default and plain partial reconstruction: rebuilt, but thrown at random; thrown at half the weight."""
+"""Between the default and plain partial reconstruction: random throwing; half the weight on thrown tokens."""
 SCREENED_ARMS = (DENSE, PARTIAL, "partial, furthest", *GRID, *OTHER_ARMS, "PR-MIM, thrown weight 0.5")
 DIGITS_ARMS = (DENSE, PARTIAL, "partial, furthest", DEFAULT, "PR-MIM, random", "PR-MIM, detached")
-"""Sampling and reconstruction, each with and without the other."""
+"""Furthest sampling and reconstruction, each with and without the other."""
 
 STUDIES = {
     study.name: study
@@ -212,4 +216,4 @@ STUDIES = {
         Study("imagenette", IMAGENETTE, MAIN_ARMS, epochs=200, seeds=3),
     )
 }
-"""By name. A screening picks what is worth the time of a confirmation."""
+"""All studies by name. ``screen`` selects the arms that ``confirm`` trains with several seeds."""

@@ -1,4 +1,4 @@
-"""The images of the studies, as ``prmim`` reads them."""
+"""Images of the studies, in formats that ``prmim`` reads."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -13,14 +13,14 @@ CIFAR_CLASSES = (
 
 
 class Images(NamedTuple):
-    """Where images are.
+    """Paths of training and test images.
 
     Parameters
     ----------
     train
-        What to give to ``--data``.
+        Value of ``--data``.
     test
-        What to give to ``--test_data``; None: images held out from the former.
+        Value of ``--test_data``. None: test on held-out training images.
     """
 
     train: str
@@ -28,24 +28,23 @@ class Images(NamedTuple):
 
 
 def find(name: str, folder: Path, prepared: Path) -> Images:
-    """Return where the images of a world are.
+    """Find a data set, and convert it if necessary.
 
     Parameters
     ----------
     name
-        ``"digits"``, which are embedded; ``"cifar10"``, of which the folder holds ``cifar10_train.npz`` and
-        ``cifar10_test.npz`` or the binary version that its authors publish, ``cifar-10-batches-bin``; or
-        ``"imagenette"``: a tar file ``imagenette128_train.tar``, or a folder ``imagenette/train``, of which a part is
-        held out where ``imagenette128_val.tar`` or ``imagenette/val`` is missing.
+        ``"digits"`` (embedded), ``"cifar10"`` or ``"imagenette"``.
     folder
-        Where to look.
+        Folder of the data sets. CIFAR-10: ``cifar10_train.npz`` and ``cifar10_test.npz``, or the published binary
+        version ``cifar-10-batches-bin``. Imagenette: ``imagenette128_train.tar`` and ``imagenette128_val.tar``, or
+        ``imagenette/train`` and ``imagenette/val``; without validation images, part of the training images is held out.
     prepared
-        Folder for what has to be converted first.
+        Folder for converted files.
 
     Raises
     ------
     FileNotFoundError
-        If there are none; the message says what is expected.
+        If the data set is missing. The message names the expected files.
     """
     if name == "digits":
         return Images("digits", None)
@@ -80,7 +79,7 @@ def _read_cifar(folder: Path, part: str) -> tuple[NDArray[np.uint8], NDArray[np.
             if "residuals" not in archive:
                 return archive["images"], archive["labels"]
             labels, images = archive["labels"], archive["residuals"]
-        # Differences between neighbours along both axes, and of red and blue to green; all modulo 256.
+        # Stored modulo 256: differences between neighbouring pixels along both axes, and of red and blue to green.
         for axis in (1, 2):
             images = np.cumsum(images, axis=axis, dtype=np.uint8)
         images[..., ::2] += images[..., 1:2]

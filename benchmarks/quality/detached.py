@@ -1,7 +1,7 @@
-"""``prmim``, but that the loss on thrown tokens stops at the features that they are rebuilt from (PyTorch only).
+"""``prmim`` with detached loss on thrown tokens (PyTorch only).
 
-What the tokens of a stage are mixed from counts as given then: their loss teaches the mixing and the head, and neither
-the decoder nor the encoder.
+The loss does not flow back to the features that rebuild thrown tokens: it trains the reconstruction and the head, but
+neither decoder nor encoder.
 """
 
 import sys
@@ -9,15 +9,15 @@ import sys
 from torch import Tensor
 
 from prmim_torch import ProgressiveReconstruction
-from prmim_train.cli import main
+from prmim_train.cli.commands import main
 
 
 def detach() -> None:
-    """Cut the gradient in all modules that are built or have been."""
+    """Stop the gradient of thrown tokens in all existing and future modules."""
     mix = ProgressiveReconstruction._mix
 
-    def mix_detached(self: ProgressiveReconstruction, known: Tensor, order: Tensor, size: int) -> Tensor:
-        return mix(self, known.detach(), order, size)
+    def mix_detached(self: ProgressiveReconstruction, features: Tensor, known: Tensor, thrown: Tensor) -> Tensor:
+        return mix(self, features.detach(), known, thrown)
 
     ProgressiveReconstruction._mix = mix_detached  # type: ignore[method-assign]
 

@@ -1,4 +1,4 @@
-"""Trainings of a study, in pieces: each is a few commands of ``prmim`` that go on where they were stopped."""
+"""Trainings of a study, as sequences of resumable ``prmim`` commands."""
 
 import json
 import os
@@ -11,34 +11,32 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.quality.arms import ARMS, Arm, Options, Study
+from benchmarks.quality import records
+from benchmarks.quality.arms import ARMS, Study
+from benchmarks.quality.config import config_of, cost_ratio, stored_config
 from benchmarks.quality.data import Images
 from benchmarks.report import environment
-from prmim_train.config import PretrainConfig
-from prmim_train.cost import cost_reports
-from prmim_train.prepare import read_run_config
-from prmim_train.run_directory import RunDirectory
 
 PATIENCE = 120.0
-"""Seconds that a training that was told to stop has for its checkpoint."""
+"""Seconds that an interrupted training has to write its checkpoint."""
 
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """One training of an arm, with what it is evaluated by.
+    """One training of an arm and its evaluation.
 
     Parameters
     ----------
     study
         The study.
     arm
-        The name of the arm.
+        Name of the arm.
     seed
-        The seed.
+        Random seed.
     images
-        Where the images are.
+        Paths of the images.
     folder
-        Folder of the runs of all studies.
+        Parent folder of all trainings.
     backend
         ``"torch"`` or ``"jax"``.
     """
@@ -52,12 +50,12 @@ class Run:
 
     @property
     def title(self) -> str:
-        """What to call it."""
+        """Name in messages."""
         return f"{self.arm}, seed {self.seed}"
 
     @property
     def label(self) -> str:
-        """Its name in paths."""
+        """Name in paths."""
         return f"{self.arm}-{self.seed}".replace(", ", "-").replace(" ", "-")
 
     @property
@@ -65,80 +63,63 @@ class Run:
         """Folder of the training."""
         return self.folder / self.study.name / self.label
 
-    def result_path(self, results: Path) -> Path:
-        """Return where its result is written."""
-        return results / self.study.name / f"{self.label}.json"
-
-    def is_done(self, results: Path) -> bool:
-        """Say whether there is a result of the options that the study has now."""
-        path = self.result_path(results)
-        return path.exists() and self.study.has(read(path))
+    @property
+    def log(self) -> Path:
+        """File with the output of all commands."""
+        return self.path.with_name(f"{self.label}.log")
 
     def options(self) -> dict[str, Any]:
-        """Return the options of ``prmim pretrain`` that say what is trained."""
-        world, arm = self.study.world, ARMS[self.arm]
-        options = {"data": self.images.train, "epochs": self.study.epochs, **world.pretrain, **arm.options}
-        if arm.equal_compute:
-            options["epochs"] = round(self.study.epochs / cost_ratio(world.pretrain, arm))
+        """Return the options of ``prmim pretrain``, without those of saving and reporting."""
+        options = {"data": self.images.train, "epochs": self.study.epochs, **self.study.options(self.arm)}
+        if ARMS[self.arm].equal_compute:
+            options["epochs"] = round(self.study.epochs / cost_ratio(config_of(self.study.options(self.arm))))
         holdout = {} if self.images.test is None else {"holdout": 0.0}
         return {**options, **holdout, "seed": self.seed, "backend": self.backend}
 
     def commands(self) -> Iterator[list[str]]:
-        """Yield the commands, each of which goes on if it was stopped, and does nothing if it is done."""
-        world, program = self.study.world, "prmim_train"
-        if ARMS[self.arm].detached:
-            program = "benchmarks.quality.detached"
-        saving = {"resume": True, "checkpoint_minutes": world.minutes, "keep_checkpoints": 1}
+        """Yield the commands in order; each resumes, and is a no-op if it is done."""
+        program = "benchmarks.quality.detached" if ARMS[self.arm].detached else "prmim_train"
+        saving = {"resume": True, "checkpoint_minutes": self.study.world.minutes, "keep_checkpoints": 1}
         quiet = {"eval_limit": 0, "pictures": 0}
         yield command("pretrain", {**self.options(), **saving, **quiet, "out": self.path}, program)
         test = {"run": self.path} | ({} if self.images.test is None else {"test_data": self.images.test})
         if not (self.path / "evaluation.json").exists():
             yield command("evaluate", {**test, "eval_limit": 10**6, "baselines": False})
         if self.study.finetuned:
-            finetune = {"protocol": "finetune", **test, **world.finetune, **saving, "seed": self.seed}
+            finetune = {"protocol": "finetune", **test, **self.study.world.finetune, **saving, "seed": self.seed}
             yield command("evaluate", {**finetune, "test_every": 10**6})
 
-    def result(self) -> dict[str, Any]:
-        """Put together what the commands have left."""
+    def record(self) -> records.Record:
+        """Return the record of a finished training; losses are means over the last epoch."""
         lines = [json.loads(line) for line in (self.path / "metrics.jsonl").read_text().splitlines()]
         last = [line for line in lines if line["epoch"] > lines[-1]["epoch"] - 1]
         losses = [name for name in lines[-1] if name.startswith("loss")]
-        features = read(self.path / "evaluation.json")
-        config = read_run_config(RunDirectory(self.path))
-        ours, dense = _costs(config)
-        found = {
+        features = _read(self.path / "evaluation.json")
+        config = stored_config(self.path)
+        finetune, finetune_options = {}, {}
+        if self.study.finetuned:
+            finetune = {"finetune": _read(self.path / "finetune" / "evaluation.json")["accuracy"]}
+            finetune_options = {"finetune_options": dict(self.study.world.finetune)}
+        return {
             "study": self.study.name,
             "arm": self.arm,
             "seed": self.seed,
-            "steps": lines[-1]["step"],
+            **{name: features["protocols"][name]["accuracy"] for name in ("linear", "knn")},
+            **finetune,
+            "macs_to_dense": cost_ratio(config),
             "epochs": config.epochs,
-            "macs_to_dense": ours / dense,
+            "steps": lines[-1]["step"],
             "seconds": lines[-1]["seconds"],
             **{name: sum(line[name] for line in last) / len(last) for name in losses},
-            **{name: features["protocols"][name]["accuracy"] for name in ("linear", "knn")},
             "test_images": features["test_images"],
+            "options": {name: value for name, value in self.options().items() if name not in ("data", "seed")},
+            **finetune_options,
+            **environment(),
         }
-        if self.study.finetuned:
-            found["finetune"] = read(self.path / "finetune" / "evaluation.json")["accuracy"]
-            found["finetune_options"] = dict(self.study.world.finetune)
-        shown = {name: value for name, value in self.options().items() if name not in ("data", "seed")}
-        return {**found, "options": shown, **environment()}
-
-
-def cost_ratio(world: Options, arm: Arm) -> float:
-    """Return the multiply-accumulates of an arm over those of the dense one."""
-    ours, dense = _costs(PretrainConfig(**{**world, **arm.options}))
-    return ours / dense
-
-
-def _costs(config: PretrainConfig) -> tuple[int, int]:
-    reports = cost_reports(config)
-    assert reports is not None  # there is no teacher whose size would have to be known
-    return reports[0].macs, reports[1].macs
 
 
 def command(name: str, options: Mapping[str, Any], program: str = "prmim_train") -> list[str]:
-    """Write a command of ``prmim``.
+    """Return a ``prmim`` command as a list of words.
 
     Examples
     --------
@@ -147,41 +128,31 @@ def command(name: str, options: Mapping[str, Any], program: str = "prmim_train")
     """
     words = [sys.executable, "-m", program, name]
     for option, value in options.items():
-        words += [f"--{option}", json.dumps(value, separators=(",", ":")) if _is_json(value) else str(value)]
+        is_json = value is None or isinstance(value, bool | tuple | list)
+        words += [f"--{option}", json.dumps(value, separators=(",", ":")) if is_json else str(value)]
     return words
 
 
-def _is_json(value: Any) -> bool:
-    return value is None or isinstance(value, bool | tuple | list)
-
-
-def read(path: Path) -> dict[str, Any]:
-    """Return what a JSON file holds."""
-    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return content
-
-
 def carry_out(runs: list[Run], results: Path, *, jobs: int, deadline: float) -> None:
-    """Go on with runs until all are done or the time is over, some at a time.
+    """Run trainings in order, several at a time, until all are done or time is over.
 
     Parameters
     ----------
     runs
-        Those without results, the ones to do first in front.
+        Trainings without records.
     results
-        Where the result of each is written, as soon as it is there.
+        Folder of the records; each is saved as soon as its training is done.
     jobs
-        How many are at work at a time, each on its share of the cores.
+        Number of trainings at a time; each gets an equal share of the CPU cores.
     deadline
-        When to stop, as ``time.monotonic`` tells it. What is not done then has left a checkpoint.
+        Stop time on the clock of ``time.monotonic``. Unfinished trainings leave a checkpoint.
 
     Raises
     ------
     RuntimeError
-        If a command fails; its output is in the file ``log.txt`` beside the folder of the run.
+        If a command fails. The message names the log file.
     """
-    threads = str(max(1, (os.cpu_count() or 1) // jobs))
-    environment = {**os.environ, "OMP_NUM_THREADS": threads}
+    threads = max(1, (os.cpu_count() or 1) // jobs)
     waiting = list(runs)
     working: dict[Run, tuple[Iterator[list[str]], subprocess.Popen[bytes]]] = {}
     try:
@@ -190,37 +161,34 @@ def carry_out(runs: list[Run], results: Path, *, jobs: int, deadline: float) -> 
                 run = waiting.pop(0)
                 print(f"{run.title} ...", flush=True)
                 commands = run.commands()
-                working[run] = (commands, _start(run, next(commands), environment))
+                working[run] = (commands, _start(run, next(commands), threads))
             time.sleep(0.2)
             for run, (commands, process) in list(working.items()):
                 if process.poll() is None:
                     continue
                 del working[run]
                 if process.returncode:
-                    raise RuntimeError(f"{run.title}: {' '.join(map(str, process.args))} failed: see {_log(run)}")
+                    raise RuntimeError(f"{run.title}: {' '.join(map(str, process.args))} failed: see {run.log}")
                 following = next(commands, None)
                 if following is not None:
-                    working[run] = (commands, _start(run, following, environment))
+                    working[run] = (commands, _start(run, following, threads))
                 else:
-                    _write(run.result() | {"threads": int(threads)}, run.result_path(results))
+                    records.save(run.record() | {"threads": threads}, run.study, results)
             if time.monotonic() >= deadline:
                 break
     finally:
         _stop([process for _, process in working.values()])
 
 
-def _log(run: Run) -> Path:
-    return run.path.with_name(f"{run.label}.log")
-
-
-def _start(run: Run, words: list[str], environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
+def _start(run: Run, words: list[str], threads: int) -> subprocess.Popen[bytes]:
     run.path.parent.mkdir(parents=True, exist_ok=True)
-    with _log(run).open("ab") as log:
-        return subprocess.Popen(words, env=environment, stdout=log, stderr=subprocess.STDOUT)
+    with run.log.open("ab") as log:
+        variables = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+        return subprocess.Popen(words, env=variables, stdout=log, stderr=subprocess.STDOUT)
 
 
 def _stop(processes: list[subprocess.Popen[bytes]]) -> None:
-    """Let trainings save, and end."""
+    """Interrupt trainings and wait for their checkpoints."""
     for process in processes:
         process.send_signal(signal.SIGTERM)
     for process in processes:
@@ -231,8 +199,6 @@ def _stop(processes: list[subprocess.Popen[bytes]]) -> None:
             process.wait()
 
 
-def _write(result: Mapping[str, Any], path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    partial.rename(path)
+def _read(path: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return content

@@ -1,4 +1,7 @@
-"""What a training step of the arms takes, in turns in one process: trainings of a study disturb each other's times."""
+"""Step times of a study's arms.
+
+Trainings that run at the same time slow each other down, so arms are timed in turns in one process.
+"""
 
 import statistics
 from contextlib import ExitStack, closing
@@ -7,22 +10,20 @@ from functools import partial
 import numpy as np
 
 from benchmarks.quality.arms import ARMS, DENSE, Study
-from benchmarks.quality.runs import cost_ratio
+from benchmarks.quality.config import config_of, cost_ratio
 from benchmarks.report import Report, ratio, take_turns
-from prmim_train.budget import training_budget
-from prmim_train.config import PretrainConfig
-from prmim_train.engine import Engine, create_engine
+from prmim_train.run.budget import training_budget
+from prmim_train.run.engine import Engine, create_engine
 
 WARM_UP = 2
 
 
 def time_steps(study: Study, arms: list[str], repeats: int, backend: str, report: Report) -> None:
-    """Time steps of arms that differ in what they compute, and print them beside the dense one's."""
+    """Print step times relative to dense, for arms with distinct training steps."""
     timed = [DENSE, *(arm for arm in arms if arm != DENSE and not (ARMS[arm].detached or ARMS[arm].equal_compute))]
-    world = study.world.pretrain
-    configs = {arm: PretrainConfig(**{**world, **ARMS[arm].options, "backend": backend}) for arm in timed}
+    configs = {arm: config_of({**study.options(arm), "backend": backend}) for arm in timed}
     batch = configs[DENSE].batch_size
-    shape = (batch, *configs[DENSE].image_plane, configs[DENSE].channels)
+    shape = (batch, *configs[DENSE].image_plane, configs[DENSE].method.channels)
     images = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
 
     def step(engine: Engine) -> None:
@@ -36,11 +37,7 @@ def time_steps(study: Study, arms: list[str], repeats: int, backend: str, report
         }
         times = take_turns({arm: partial(step, engine) for arm, engine in engines.items()}, repeats, warm_up=WARM_UP)
     rows = {
-        arm: (
-            1e3 * statistics.median(seconds) / batch,
-            ratio(seconds, times[DENSE]),
-            cost_ratio(world, ARMS[arm]),
-        )
+        arm: (1e3 * statistics.median(seconds) / batch, ratio(seconds, times[DENSE]), cost_ratio(configs[arm]))
         for arm, seconds in times.items()
     }
     report.table("training step", {"ms per image": ".3f", "to dense": ".2f", "MACs to dense": ".3f"}, rows)

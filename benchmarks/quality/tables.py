@@ -1,4 +1,4 @@
-"""What results say: means and standard errors over seeds, differences to the dense arm seed by seed, and a picture."""
+"""Tables and figure: means, standard errors, and paired differences to dense."""
 
 import math
 import statistics
@@ -6,13 +6,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.quality.arms import DEFAULT, DENSE, FACTORS, GRID, PARTIAL, STUDIES, Study
-from benchmarks.quality.runs import read
+from benchmarks.quality.arms import DEFAULT, DENSE, FACTORS, GRID, PARTIAL
+from benchmarks.quality.records import Results
 from benchmarks.report import Report
-from prmim_train.figures import new_figure, save_figure, write_caption
-
-Results = Mapping[str, Mapping[int, Mapping[str, Any]]]
-"""What runs have left, by arm and seed."""
+from prmim_train.report.figures import new_figure, save_figure, write_caption
 
 ACCURACIES = {"linear": "linear", "finetune": "fine-tuned", "knn": "neighbours"}
 LINES = {
@@ -23,31 +20,12 @@ LINES = {
     ),
     "PR-MIM, compute of dense": ("#6a4c93", {0.5: "PR-MIM, equal compute"}),
 }
-"""What is drawn: a colour, and arms by the share of patches that they throw."""
+"""Lines of the figure: colour, and arms by throw ratio."""
 LOSSES = {"loss_decoded": "loss, decoded", "loss_thrown": "loss, thrown"}
 
 
-def load(study: Study, folder: Path) -> dict[str, dict[int, dict[str, Any]]]:
-    """Read the results of a study, by arm and seed."""
-    found = [result for path in sorted((folder / study.name).glob("*.json")) if study.has(result := read(path))]
-    return {
-        arm: {result["seed"]: result for result in found if result["arm"] == arm and result["seed"] < study.seeds}
-        for arm in study.arms
-    }
-
-
-def load_alike(study: Study, folder: Path) -> dict[str, dict[int, dict[str, Any]]]:
-    """Read the results of all studies whose trainings are those of this one, whose own come first."""
-    alike = [other for other in STUDIES.values() if (other.world, other.epochs) == (study.world, study.epochs)]
-    found: dict[str, dict[int, dict[str, Any]]] = {}
-    for other in sorted(alike, key=lambda other: other.name != study.name):
-        for arm, runs in load(other, folder).items():
-            found[arm] = {**runs, **found.get(arm, {})}
-    return found
-
-
 def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
-    """Return mean and standard error of some values; the latter is NaN of one value.
+    """Return the mean and its standard error, which is NaN for a single value.
 
     Examples
     --------
@@ -60,7 +38,7 @@ def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
 
 
 def differences(results: Results, arm: str, other: str, value: str) -> list[float]:
-    """Return by how much an arm is above another one, for every seed that both have.
+    """Return the differences of an arm to another one, for each seed that both have.
 
     Examples
     --------
@@ -73,10 +51,10 @@ def differences(results: Results, arm: str, other: str, value: str) -> list[floa
 
 
 def main_effects(results: Results, value: str) -> dict[str, list[float]]:
-    """Return, for every choice of the grid, by how much trainings with it are above the mean over all choices.
+    """Return main effects of the grid: differences to the mean of a factor's choices.
 
-    Compared are trainings that are alike in all else, the seed included; what not all choices have is left out. The
-    fewer choices depend on each other, the more this says: each is seen in all trainings of the grid.
+    Each difference is within a group of trainings that agree in seed and in all other factors. Incomplete groups are
+    left out. Every choice occurs in all groups, so the means are informative if factors hardly interact.
 
     Examples
     --------
@@ -103,7 +81,7 @@ def main_effects(results: Results, value: str) -> dict[str, list[float]]:
 
 
 def show(results: Results, report: Report) -> None:
-    """Print accuracies, their differences to dense, and what an arm costs."""
+    """Print accuracies, differences to dense, main effects of the grid, and costs."""
     present = {arm: runs for arm, runs in results.items() if runs}
     measured = [name for name in ACCURACIES if any(name in run for runs in present.values() for run in runs.values())]
     report.table(
@@ -136,7 +114,7 @@ def show(results: Results, report: Report) -> None:
 
 
 def values(runs: Mapping[int, Mapping[str, Any]], name: str) -> list[float]:
-    """Return a value of all seeds that have it."""
+    """Return a value of each seed that has it."""
     return [run[name] for run in runs.values() if run.get(name) is not None]
 
 
@@ -153,13 +131,13 @@ def _costs(runs: Mapping[int, Mapping[str, Any]]) -> tuple[Any, ...]:
     return (
         run["epochs"],
         run["macs_to_dense"],
-        # A loss that is 0 is of no tokens.
+        # A loss of exactly 0 means that no tokens contribute.
         *(f"{statistics.mean(found):.4f}" if any(found) else None for found in losses),
     )
 
 
 def draw(results: Results, path: Path, caption: str) -> None:
-    """Draw accuracy against the share of patches thrown, with standard errors where there are several seeds."""
+    """Draw accuracy against throw ratio; error bars are standard errors over seeds."""
     shown = [name for name in ACCURACIES if any(values(runs, name) for runs in results.values())]
     figure = new_figure(3.4 * len(shown), 3.0)
     for axes, name in zip(figure.subplots(1, len(shown), sharex=True, squeeze=False)[0], shown, strict=True):

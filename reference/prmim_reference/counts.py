@@ -1,4 +1,4 @@
-"""How many tokens are visible, decoded and thrown: ratios become integers, exactly."""
+"""Token counts: exact conversion of ratios to integers."""
 
 import math
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from fractions import Fraction
 
 @dataclass(frozen=True)
 class TokenCounts:
-    """The three counts of a plan; they add up to the number of tokens."""
+    """Numbers of visible, decoded and thrown tokens of an image."""
 
     visible: int
     decoded: int
@@ -15,12 +15,12 @@ class TokenCounts:
 
     @property
     def num_tokens(self) -> int:
-        """All tokens of an image."""
+        """Number of tokens, N."""
         return self.visible + self.decoded + self.thrown
 
     @property
     def masked(self) -> int:
-        """Decoded and thrown tokens."""
+        """Number of masked tokens."""
         return self.decoded + self.thrown
 
 
@@ -33,33 +33,31 @@ def count_tokens(
     mask_unit: int = 1,
     throw_unit: int = 1,
 ) -> TokenCounts:
-    """Turn the two ratios into counts.
+    """Convert ratios to token counts.
 
-    A ratio is read as the decimal number that it prints as, so 0.7 is seven tenths and not the binary fraction next
-    to it.
+    A ratio stands for the decimal number that it prints as: 0.7 is exactly 7/10.
 
     Parameters
     ----------
     num_tokens : int
-        N, the tokens of one image.
+        N, tokens per image.
     mask_ratio, throw_ratio : float
         Fractions of **all** tokens, in [0, 1].
     rounding : {"mae", "amt"}
         "mae": the visible count is floor(N (1 - mask_ratio)). "amt": the masked count is floor(N mask_ratio).
     mask_unit, throw_unit : int
-        Tokens that are masked or thrown as a whole. Visible and thrown units are counted by the rules above, with the
-        number of units in place of N.
+        Numbers of tokens that are masked or thrown together. The rules above then count units instead of tokens.
 
     Returns
     -------
     TokenCounts
-        thrown is floor(N throw_ratio), at most the masked tokens; decoded is the rest.
+        The thrown count is floor(N throw_ratio), but at most the masked count. The decoded count is the rest.
 
     Raises
     ------
     ValueError
-        If a ratio lies outside [0, 1], the rounding has no such name, the mask unit does not divide the tokens or the
-        throw unit not the mask unit.
+        If a ratio lies outside [0, 1], the rounding is unknown, the mask unit does not divide N or the throw unit does
+        not divide the mask unit.
 
     Examples
     --------

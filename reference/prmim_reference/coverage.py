@@ -1,4 +1,4 @@
-"""How well a set of known tokens covers the grid."""
+"""Distances from tokens to known tokens."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -6,11 +6,11 @@ from collections.abc import Iterable, Sequence
 Position = Sequence[int]
 
 NOTHING_KNOWN = 2**31 - 1
-"""What stands for an infinite squared distance where integers are asked for."""
+"""Squared distance of a token if no token is known."""
 
 
 def squared_distance(first: Position, second: Position) -> int:
-    """Return the squared Euclidean distance of two positions.
+    """Return the squared Euclidean distance between two positions.
 
     Examples
     --------
@@ -24,7 +24,7 @@ def squared_distance(first: Position, second: Position) -> int:
 
 
 def nearest_squared_distance(position: Position, others: Iterable[Position]) -> int:
-    """Return the squared distance from a position to the nearest of some others (at least one).
+    """Return the squared distance from a position to the nearest of at least one other.
 
     Examples
     --------
@@ -35,12 +35,12 @@ def nearest_squared_distance(position: Position, others: Iterable[Position]) -> 
 
 
 def nearest_squared_distances(positions: Sequence[Position], known: Sequence[int]) -> list[int]:
-    """Return, for every token, the squared distance to its nearest known token: 0 for the known ones themselves.
+    """Return the squared distance from every token to its nearest known token.
 
     Parameters
     ----------
-    positions : N positions.
-    known : raster numbers of the known tokens. If there are none, every distance is `NOTHING_KNOWN`.
+    positions : N positions
+    known : raster numbers of the known tokens; without any, every distance is `NOTHING_KNOWN`
 
     Examples
     --------
@@ -54,7 +54,7 @@ def nearest_squared_distances(positions: Sequence[Position], known: Sequence[int
 
 
 def covering_radius(positions: Sequence[Position], known: Sequence[int]) -> float:
-    """Return the largest distance from any token to its nearest known one (Euclidean; infinite if none is known).
+    """Return the largest Euclidean distance from a token to its nearest known token; infinite if none is known.
 
     Examples
     --------
@@ -64,18 +64,3 @@ def covering_radius(positions: Sequence[Position], known: Sequence[int]) -> floa
     if len(known) == 0:
         return math.inf
     return math.sqrt(max(nearest_squared_distances(positions, known)))
-
-
-def separation(positions: Sequence[Position], known: Sequence[int]) -> float:
-    """Return the smallest distance between two different known tokens (Euclidean; infinite below two of them).
-
-    Examples
-    --------
-    >>> separation([(0,), (1,), (2,), (3,)], known=[0, 2, 3])
-    1.0
-    """
-    smallest = math.inf
-    for place, first in enumerate(known):
-        for second in known[place + 1 :]:
-            smallest = min(smallest, math.sqrt(squared_distance(positions[first], positions[second])))
-    return smallest

@@ -1,4 +1,4 @@
-"""Stochastic depth: which branches of a transformer an image skips."""
+"""Stochastic depth: random removal of transformer branches per image."""
 
 from collections.abc import Sequence
 
@@ -11,7 +11,7 @@ STREAM = 0x64726F70
 
 
 def drop_rate(block: int, depth: int, rate: float) -> float:
-    """Return the probability that a branch of a block is dropped: 0 at block 0, rising linearly to ``rate``.
+    """Return the drop probability of a block: linear from 0 at block 0 to ``rate`` at the last block.
 
     Examples
     --------
@@ -21,20 +21,20 @@ def drop_rate(block: int, depth: int, rate: float) -> float:
     return rate * block / max(depth - 1, 1)
 
 
-def drop_path_scales(noise: Sequence[int], depth: int, rate: float) -> list[list[float]]:
+def drop_path_scales(depth: int, rate: float, noise: Sequence[int]) -> list[list[float]]:
     """Return the factors of the attention and the MLP branch of every block of one image.
 
-    A factor is 0 where the branch is dropped and 1 / (1 - its rate) otherwise; factors, and the rates that decide, are
-    rounded to float32. The draws are a pure function of the first and the last noise: the state takes in the word of
-    the stream and these two, and the state after one more word, the number of the branch, says whether it is dropped.
+    A factor is 0 if the branch is dropped, else 1 / (1 - its rate). Factors and rates are rounded to float32. A state
+    absorbs the word of the stream, the first noise and the last noise. The state after absorbing the number of a branch
+    decides whether it is dropped.
 
     Parameters
     ----------
-    noise : sequence of int, N values of 32 bits, signed
     depth : int
         Number of blocks.
     rate : float
-        Probability for the branches of the last block, in [0, 1).
+        Drop probability of the last block, in [0, 1).
+    noise : sequence of int, N signed 32-bit values
 
     Returns
     -------
@@ -46,7 +46,7 @@ def drop_path_scales(noise: Sequence[int], depth: int, rate: float) -> list[list
 
     Examples
     --------
-    >>> drop_path_scales([7, 3, 9, 1], depth=2, rate=0.5)
+    >>> drop_path_scales(2, 0.5, noise=[7, 3, 9, 1])
     [[1.0, 1.0], [0.0, 0.0]]
     """
     if not 0 <= rate < 1:

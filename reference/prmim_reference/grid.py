@@ -1,4 +1,4 @@
-"""The tokens of an image, a clip or a volume, and where they lie."""
+"""Grids: token positions in an image, a clip or a volume."""
 
 import itertools
 from collections.abc import Sequence
@@ -26,7 +26,7 @@ def positions(shape: Sequence[int], spacing: Sequence[int] | None = None) -> lis
     shape : sequence of int
         Number of tokens along each axis.
     spacing : sequence of int, optional
-        Distance between neighbouring tokens along each axis; 1 everywhere by default, which gives grid cells.
+        Distance between neighbouring tokens along each axis; 1 everywhere by default.
 
     Returns
     -------

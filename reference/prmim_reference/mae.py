@@ -9,8 +9,8 @@ from numpy.typing import ArrayLike, NDArray
 
 from prmim_reference import grid
 from prmim_reference.counts import TokenCounts, count_tokens
-from prmim_reference.method import as_weights, check_variant, encode_tokens, image_patches, mean_or_zero, rebuild
-from prmim_reference.method import encode as encode  # of whole images, the same for all methods
+from prmim_reference.method import as_weights, check_reconstruction, encode_tokens, image_patches, mean_or_zero, rebuild
+from prmim_reference.method import encode as encode  # re-exported: the same for all methods
 from prmim_reference.schedule import make_order
 from prmim_reference.targets import grid_shape, normalize_patches
 from prmim_reference.vit import Weights, linear, transformer
@@ -20,16 +20,16 @@ Array = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class MAEOutput:
-    """What the forward pass of a batch gives.
+    """Output of a forward pass.
 
     Attributes
     ----------
     loss : float
         The training loss.
     loss_decoded, loss_thrown : float
-        Mean loss of the decoded and of the thrown tokens alone, before any weighting; 0 where there are none.
+        Mean unweighted loss of the decoded and of the thrown tokens; 0 if there are none.
     predicted : float64 (batch, supervised, patch_dim)
-        Predictions for the supervised tokens, in plan order: decoded, then (unless the variant is "none") thrown.
+        Predictions for the supervised tokens, in plan order: decoded, then thrown (unless reconstruction is "none").
     order : int64 (batch, N)
         The plan.
     """
@@ -44,7 +44,7 @@ class MAEOutput:
 def decode_tokens(
     encoded: Array, visible: Sequence[int], decoded: Sequence[int], weights: Weights, num_heads: int
 ) -> Array:
-    """Run the decoder on the class token, the visible and the decoded tokens: features (V + M, dim), no class token."""
+    """Run the decoder on class token, visible and decoded tokens; return (V + M, dim) without class token."""
     table = weights["decoder.pos_embed"][0]
     embedded = linear(encoded, weights, "decoder.embed")
     sequence = [embedded[0] + table[0]]
@@ -65,19 +65,19 @@ def predict_image(
     num_heads: int,
     decoder_heads: int,
     stages: int,
-    variant: str,
+    reconstruction: str,
 ) -> Array:
-    """Return the predictions for the supervised tokens of one image, in plan order."""
+    """Predict the supervised tokens of one image, in plan order."""
     visible = order[: counts.visible]
     decoded = order[counts.visible : counts.visible + counts.decoded]
     encoded = encode_tokens(patches, visible, shape, weights, num_heads)
     features = decode_tokens(encoded, visible, decoded, weights, decoder_heads)
-    features = rebuild(features, order, counts, shape, weights, stages=stages, variant=variant)
+    features = rebuild(features, order, counts, shape, weights, stages=stages, reconstruction=reconstruction)
     return linear(features[counts.visible :], weights, "decoder.pred")
 
 
 def token_losses(predicted: Array, target: Array) -> list[float]:
-    """Return the squared error of every token, mean over its patch vector."""
+    """Return the mean squared error of every token."""
     return [float(((p - t) ** 2).sum() / p.size) for p, t in zip(predicted, target, strict=True)]
 
 
@@ -92,9 +92,9 @@ def forward(
     mask_ratio: float = 0.75,
     throw_ratio: float = 0.5,
     throwing: str = "furthest",
-    seed: str = "visible",
+    furthest_from: str = "visible",
     stages: int = 2,
-    variant: str = "kernel",
+    reconstruction: str = "kernel",
     thrown_weight: float = 1.0,
     norm_pix: bool = True,
     mean: Sequence[float] | None = None,
@@ -102,12 +102,12 @@ def forward(
     visible: ArrayLike | None = None,
     draw_weights: ArrayLike | None = None,
 ) -> MAEOutput:
-    """Return the loss and the predictions of a batch.
+    """Compute the loss and the predictions of a batch.
 
     Parameters
     ----------
     weights : mapping of str to array, or a path
-        The arrays of a saved method, or the ``.safetensors`` file. Position tables are taken from there as they are.
+        The arrays of a saved method, or a ``.safetensors`` file. Position tables are not recomputed.
     images : uint8 (batch, axes..., channels)
     noise : int (batch, N)
     patch_size : pixels of a patch along each axis
@@ -115,18 +115,18 @@ def forward(
     mask_ratio, throw_ratio : float
         Fractions of all tokens.
     throwing : {"furthest", "random", "weighted", "cell", "none"}
-        "none" throws nothing (throw_ratio 0). Wherever nothing is thrown the masked tokens come in the order of
-        "random", since their order has no influence then.
-    seed : {"visible", "none"}
+        "none" throws nothing (throw_ratio 0). If no token is thrown, masked tokens are in the order of "random"; their
+        order has no effect then.
+    furthest_from : {"visible", "none"}
     stages : int
-    variant : {"kernel", "interpolate", "conv", "none"}
+    reconstruction : {"kernel", "interpolate", "conv", "none"}
         "none": thrown tokens are neither rebuilt nor supervised.
     thrown_weight : float
         Weight of a thrown token in the loss; a decoded one has 1.
     norm_pix : bool
-        Compare with patches normalised by their own statistics.
+        Normalise target patches by their own statistics.
     mean, std : numbers per channel
-        ImageNet's by default for three channels, else 0.5.
+        Defaults: ImageNet's for three channels, else 0.5.
     visible : int (batch, V), optional
         The visible tokens; by default those of lowest noise.
     draw_weights : float (batch, N), optional
@@ -136,7 +136,7 @@ def forward(
     -------
     MAEOutput
     """
-    check_variant(variant)
+    check_reconstruction(reconstruction)
     weights = as_weights(weights)
     images, noise = np.asarray(images), np.asarray(noise)
     shape = grid_shape(images.shape[1:-1], patch_size)
@@ -153,7 +153,7 @@ def forward(
             counts,
             noise[number].tolist(),
             throwing=throwing,
-            seed=seed,
+            furthest_from=furthest_from,
             visible=None if visible is None else np.asarray(visible)[number].tolist(),
             weights=None if draw_weights is None else np.asarray(draw_weights)[number].tolist(),
         )
@@ -167,7 +167,7 @@ def forward(
             num_heads=num_heads,
             decoder_heads=decoder_heads,
             stages=stages,
-            variant=variant,
+            reconstruction=reconstruction,
         )
         supervised = order[counts.visible : counts.visible + len(predicted)]
         target = patches[supervised]

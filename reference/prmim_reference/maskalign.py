@@ -1,6 +1,6 @@
-"""PR-MIM on MaskAlign: the student's complete forward pass in float64, and the loss against a teacher's outputs.
+"""PR-MIM on MaskAlign: the student's complete forward pass in float64, and the loss.
 
-The teacher is no part of it: what it makes of the whole images is an argument.
+The outputs of the teacher for whole images are an argument.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,14 +15,14 @@ from prmim_reference.counts import TokenCounts, count_tokens
 from prmim_reference.masking import random_visible, weighted_visible
 from prmim_reference.method import (
     as_weights,
-    check_variant,
+    check_reconstruction,
     encoder_scales,
     encoder_states,
     image_patches,
     mean_or_zero,
     rebuild,
 )
-from prmim_reference.method import encode as encode  # of whole images, the same for all methods
+from prmim_reference.method import encode as encode  # re-exported: the same for all methods
 from prmim_reference.schedule import make_order
 from prmim_reference.targets import grid_shape
 from prmim_reference.vit import Weights, attention_maps, layer_norm, linear
@@ -34,7 +34,7 @@ WHITENING_EPS = 1e-5
 
 @dataclass(frozen=True)
 class MaskAlignOutput:
-    """What the forward pass of a batch gives.
+    """Output of a forward pass.
 
     Attributes
     ----------
@@ -43,12 +43,12 @@ class MaskAlignOutput:
     loss_visible : float
         Mean loss of the class token and the visible tokens.
     loss_thrown : float
-        Mean loss of the thrown tokens, before any weighting; 0 where there are none, or none are supervised.
+        Mean unweighted loss of the thrown tokens; 0 if none are supervised.
     predicted : float64 (k, batch, 1 + supervised, teacher_dim)
-        Predictions for every aligned layer of the teacher: of the class token, then of the supervised tokens in plan
-        order: visible, then (unless the variant is "none" or their weight 0) thrown.
+        Predictions for every aligned layer of the teacher: class token, visible tokens, then thrown tokens (unless the
+        reconstruction is "none" or their weight 0), in plan order.
     target : float64 (k, batch, 1 + supervised, teacher_dim)
-        What they are compared with: the teacher's whitened outputs.
+        Targets: the whitened outputs of the teacher.
     order : int64 (batch, N)
         The plan.
     """
@@ -62,19 +62,19 @@ class MaskAlignOutput:
 
 
 def cls_attention(x: Array, weights: Weights, name: str, num_heads: int) -> Array:
-    """Return how much the class token looks at every patch: the mean over heads of its row of `vit.attention_maps`.
+    """Return the attention of the class token to every patch, averaged over the heads of `vit.attention_maps`.
 
     Parameters
     ----------
     x : array (1 + N, dim)
-        What the attention layer sees (its norm applied), the class token first.
+        Input of the attention layer (after the norm), class token first.
     weights, name : the layer ``{name}.qkv``
     num_heads : int
 
     Returns
     -------
     array (N,)
-        The share of the class token itself is left out, so the sum is below 1.
+        The sum is below 1, because the attention of the class token to itself is left out.
     """
     shares = np.zeros(len(x) - 1)
     for looks_at in attention_maps(x, weights, name, num_heads):
@@ -83,14 +83,14 @@ def cls_attention(x: Array, weights: Weights, name: str, num_heads: int) -> Arra
 
 
 def initial_fusion(fusion: str, teacher_layers: int, teacher_depth: int, student_depth: int) -> Array:
-    """Return the matrix that learning starts from: how much of each student layer each aligned teacher layer gets.
+    """Return the initial fusion matrix: weights of the student's layers for every aligned teacher layer.
 
     Parameters
     ----------
     fusion : {"linear", "sum"}
-        "linear": the student's layer of the same number, and 0.01 of all; needs equal depths. "sum": 1 / depth of all.
+        "linear": the identity plus 0.01, for equal depths only. "sum": 1 / depth everywhere.
     teacher_layers : int
-        How many of the teacher's last layers are aligned.
+        Number of aligned layers, the last ones of the teacher.
     teacher_depth, student_depth : int
 
     Returns
@@ -123,7 +123,7 @@ def initial_fusion(fusion: str, teacher_layers: int, teacher_depth: int, student
 
 
 def fuse(states: Sequence[Array], fusion: Array) -> list[Array]:
-    """Return a weighted sum of the student's layers for every row of the matrix (teacher_layers, student_depth)."""
+    """Return a weighted sum of the student's layers for every row of the fusion matrix."""
     if fusion.shape[1] != len(states):
         raise ValueError(f"fusion: expected a column for each of {len(states)} blocks, got {fusion.shape[1]}")
     fused = []
@@ -136,12 +136,12 @@ def fuse(states: Sequence[Array], fusion: Array) -> list[Array]:
 
 
 def whiten(x: Array) -> Array:
-    """Normalise every token over its channels: a layer norm (eps 1e-5) without weight and bias."""
+    """Apply a layer norm (eps 1e-5) without weight and bias."""
     return layer_norm(x, eps=WHITENING_EPS)
 
 
 def smooth_l1(difference: float) -> float:
-    """Return half the square of a difference up to 1, and its absolute value minus one half beyond.
+    """Return half the square of a difference up to 1, else its absolute value minus one half.
 
     Examples
     --------
@@ -168,18 +168,17 @@ def predict_image(
     *,
     num_heads: int,
     stages: int,
-    variant: str,
+    reconstruction: str,
     scales: Array | None,
 ) -> list[Array]:
-    """Return the predictions of one image for every aligned layer: the class token, then tokens in plan order.
+    """Predict every aligned layer for one image: class token, then tokens in plan order.
 
-    The student sees the visible tokens alone. Its fused layers are rebuilt at the thrown tokens, each on its own by
-    the same weights; with the variant "none" they are not.
+    The student encodes visible tokens only. Thrown tokens of each fused layer are reconstructed with shared weights.
     """
     states = encoder_states(patches, order[: counts.visible], shape, weights, num_heads, scales=scales)
     predictions = []
     for layer, fused in enumerate(fuse(states, weights["fusion"])):
-        features = rebuild(fused[1:], order, counts, shape, weights, stages=stages, variant=variant)
+        features = rebuild(fused[1:], order, counts, shape, weights, stages=stages, reconstruction=reconstruction)
         predictions.append(linear(np.concatenate([fused[:1], features]), weights, f"heads.{layer}"))
     return predictions
 
@@ -189,16 +188,16 @@ def choose_visible(
 ) -> list[int]:
     """Return the visible tokens of one image.
 
-    "attention": drawn without replacement in proportion to the teacher's attention, so salient tokens tend to be
-    visible. "random": those of lowest noise.
+    "attention": drawn without replacement in proportion to the teacher's attention. "random": the tokens of lowest
+    noise.
     """
     if masking == "random":
-        return random_visible(noise, num_visible)
+        return random_visible(num_visible, noise)
     if masking != "attention":
         raise ValueError(f'masking: expected "attention" or "random", got {masking!r}')
     if attention is None:
         raise ValueError('teacher_attention: expected one number per token for masking="attention", got None')
-    return weighted_visible(noise, attention, num_visible)
+    return weighted_visible(num_visible, noise, attention)
 
 
 def forward(
@@ -213,41 +212,41 @@ def forward(
     mask_ratio: float = 0.7,
     masking: str = "attention",
     stages: int = 2,
-    variant: str = "kernel",
+    reconstruction: str = "kernel",
     thrown_weight: float = 1.0,
     drop_path: float = 0.0,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
 ) -> MaskAlignOutput:
-    """Return the loss and the predictions of a batch.
+    """Compute the loss and the predictions of a batch.
 
-    All masked tokens are thrown. The losses are means over the aligned layers, the batch, tokens and channels; the
-    training loss is the mean of both over tokens, where the class token and a visible one weigh 1.
+    All masked tokens are thrown. Losses are means over aligned layers, batch, tokens and channels. The class token and
+    visible tokens have weight 1 in the training loss.
 
     Parameters
     ----------
     weights : mapping of str to array, or a path
-        The arrays of a saved method, or the ``.safetensors`` file.
+        The arrays of a saved method, or a ``.safetensors`` file.
     images : uint8 (batch, axes..., channels)
     noise : int (batch, N)
     teacher_hidden : float (k, batch, 1 + N, teacher_dim)
-        The outputs of the teacher's last k blocks for the whole images, before any final norm; class token first, then
-        all tokens in raster order.
+        Outputs of the teacher's last k blocks for whole images, before any final norm: class token, then all tokens in
+        raster order.
     teacher_attention : float (batch, N), optional
-        What the teacher's class token looks at (`cls_attention` of the last block); for ``masking="attention"``.
+        `cls_attention` of the teacher's last block, for ``masking="attention"``.
     patch_size : pixels of a patch along each axis
     num_heads : int
     mask_ratio : float
     masking : {"attention", "random"}
     stages : int
-    variant : {"kernel", "interpolate", "conv", "none"}
+    reconstruction : {"kernel", "interpolate", "conv", "none"}
         "none": thrown tokens are neither rebuilt nor supervised, which is plain MaskAlign.
     thrown_weight : float
         Weight of a thrown token in the loss; 0 is plain MaskAlign too.
     drop_path : float
         Rate of the last block in training; 0 is evaluation.
     mean, std : numbers per channel
-        ImageNet's by default for three channels, else 0.5.
+        Defaults: ImageNet's for three channels, else 0.5.
 
     Returns
     -------
@@ -256,15 +255,15 @@ def forward(
     Raises
     ------
     ValueError
-        If a name is unknown, or what came from the teacher does not fit the images and weights.
+        If a name is unknown, or the teacher's outputs do not fit the images or weights.
 
     References
     ----------
     H. Xue et al., "Stare at What You See: Masked Image Modeling without Reconstruction", arXiv 2211.08887.
     """
-    check_variant(variant)
+    check_reconstruction(reconstruction)
     if thrown_weight == 0:
-        variant = "none"
+        reconstruction = "none"
     weights = as_weights(weights)
     images, noise = np.asarray(images), np.asarray(noise)
     shape = grid_shape(images.shape[1:-1], patch_size)
@@ -284,7 +283,7 @@ def forward(
             shape,
             counts,
             image_noise,
-            throwing="random",  # without a say: no token is decoded
+            throwing="random",  # has no effect: no token is decoded
             visible=choose_visible(masking, image_noise, looks_at, counts.visible),
         )
         predicted = predict_image(
@@ -295,7 +294,7 @@ def forward(
             weights,
             num_heads=num_heads,
             stages=stages,
-            variant=variant,
+            reconstruction=reconstruction,
             scales=encoder_scales(image_noise, weights, drop_path),
         )
         for layer in range(layers):
@@ -324,7 +323,7 @@ def forward(
 def teacher_outputs(
     teacher_hidden: ArrayLike, teacher_attention: ArrayLike | None, weights: Weights, batch: int, num_tokens: int
 ) -> tuple[Array, Array | None]:
-    """Return what came from the teacher as float64; raise ValueError if it does not fit."""
+    """Return the teacher's outputs as float64; raise ValueError if a shape does not fit."""
     hidden = np.asarray(teacher_hidden, np.float64)
     expected = (len(weights["fusion"]), batch, 1 + num_tokens, len(weights["heads.0.bias"]))
     if hidden.shape != expected:

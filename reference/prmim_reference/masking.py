@@ -1,4 +1,4 @@
-"""Which tokens are visible."""
+"""Masking strategies: the choice of visible tokens."""
 
 import itertools
 import math
@@ -8,18 +8,18 @@ from prmim_reference import grid
 from prmim_reference.noise import by_noise, uniform
 
 
-def random_visible(noise: Sequence[int], num_visible: int) -> list[int]:
+def random_visible(num_visible: int, noise: Sequence[int]) -> list[int]:
     """Return the tokens of lowest noise, in ascending order of noise (MAE).
 
     Parameters
     ----------
-    noise : sequence of int, N values
     num_visible : int
         V, between 0 and N.
+    noise : sequence of int, N values
 
     Examples
     --------
-    >>> random_visible([30, 10, 40, 20], 2)
+    >>> random_visible(2, [30, 10, 40, 20])
     [1, 3]
     """
     if not 0 <= num_visible <= len(noise):
@@ -27,34 +27,34 @@ def random_visible(noise: Sequence[int], num_visible: int) -> list[int]:
     return by_noise(noise, range(len(noise)))[:num_visible]
 
 
-def block_visible(noise: Sequence[int], shape: Sequence[int], unit: Sequence[int], num_visible_units: int) -> list[int]:
-    """Return the tokens of the visible units: blocks of tokens that are masked together (SimMIM).
+def block_visible(shape: Sequence[int], unit: Sequence[int], num_visible_units: int, noise: Sequence[int]) -> list[int]:
+    """Return the tokens of the visible units, blocks of tokens that are masked together (SimMIM).
 
-    The noise of a unit is the noise of its first token. The units of lowest noise are visible, in ascending order of
-    noise; units of equal noise come in raster order. Inside a unit the tokens come in raster order.
+    A unit takes the noise of its first token. The units of lowest noise are visible, in ascending order of noise; units
+    of equal noise keep raster order. The tokens of a unit are in raster order.
 
     Parameters
     ----------
-    noise : sequence of int, N values
     shape : lengths of the grid
-    unit : tokens of a unit along each axis; each divides the grid's length
+    unit : tokens per unit along each axis; divisors of the lengths
     num_visible_units : int
+    noise : sequence of int, N values
 
     Examples
     --------
-    >>> block_visible([5, 0, 3, 0, 0, 0, 0, 0], (2, 4), (2, 2), 1)
+    >>> block_visible((2, 4), (2, 2), 1, [5, 0, 3, 0, 0, 0, 0, 0])
     [2, 3, 6, 7]
     """
     tokens_of_units = unit_tokens(shape, unit)
     unit_noise = [noise[tokens[0]] for tokens in tokens_of_units]
     visible = []
-    for unit_number in random_visible(unit_noise, num_visible_units):
+    for unit_number in random_visible(num_visible_units, unit_noise):
         visible.extend(tokens_of_units[unit_number])
     return visible
 
 
 def unit_tokens(shape: Sequence[int], unit: Sequence[int]) -> list[list[int]]:
-    """Return the tokens of every unit; units and the tokens of each are in raster order.
+    """Return the tokens of every unit; units and their tokens are in raster order.
 
     Examples
     --------
@@ -74,18 +74,17 @@ def unit_tokens(shape: Sequence[int], unit: Sequence[int]) -> list[list[int]]:
 
 
 def weighted_draw(
-    noise: Sequence[int], weights: Sequence[float], candidates: Sequence[int], num_drawn: int
+    num_drawn: int, noise: Sequence[int], weights: Sequence[float], candidates: Sequence[int]
 ) -> list[int]:
-    """Draw candidates without replacement, with probability proportional to their weights; in order of drawing.
+    """Draw candidates without replacement, in proportion to their weights; return them in drawing order.
 
-    An exponential race: token i arrives at the time -log(u_i) / w_i, where u_i is its noise as a number in (0, 1)
-    (`noise.uniform`), and the first to arrive are drawn. A token of weight 0 never arrives in finite time, and is drawn
-    only after all others. Equal times are settled by the lower token number. Positive weights below 2^-100 count as
-    2^-100, so that all times are finite in float32.
+    An exponential race: token i arrives at time -log(u_i) / w_i, where u_i in (0, 1) is the `noise.uniform` of its
+    noise. The first arrivals are drawn. Tokens of weight 0 arrive at infinity, after all others. Of equal times, the
+    lower raster number comes first. Positive weights below 2^-100 count as 2^-100, so all times are finite in float32.
 
     Examples
     --------
-    >>> weighted_draw([0, 0, 0, 0], [1.0, 3.0, 2.0, 0.0], candidates=[0, 1, 2, 3], num_drawn=4)
+    >>> weighted_draw(4, [0, 0, 0, 0], [1.0, 3.0, 2.0, 0.0], candidates=[0, 1, 2, 3])
     [1, 2, 0, 3]
     """
     if not 0 <= num_drawn <= len(candidates):
@@ -97,45 +96,45 @@ def weighted_draw(
     return sorted(candidates, key=lambda token: (arrival[token], token))[:num_drawn]
 
 
-def weighted_visible(noise: Sequence[int], weights: Sequence[float], num_visible: int) -> list[int]:
-    """Draw the visible tokens without replacement, with probability proportional to ``weights`` (MaskAlign, AMT).
+def weighted_visible(num_visible: int, noise: Sequence[int], weights: Sequence[float]) -> list[int]:
+    """Draw visible tokens without replacement, in proportion to ``weights`` (MaskAlign, AMT).
 
     Parameters
     ----------
-    noise : sequence of int, N values of 32 bits, signed
-    weights : sequence of float, N values, not negative
     num_visible : int
+    noise : sequence of int, N signed 32-bit values
+    weights : sequence of float, N non-negative values
 
     Examples
     --------
-    >>> weighted_visible([0, 0, 0], [1.0, 3.0, 2.0], 2)
+    >>> weighted_visible(2, [0, 0, 0], [1.0, 3.0, 2.0])
     [1, 2]
     """
-    return weighted_draw(noise, weights, range(len(noise)), num_visible)
+    return weighted_draw(num_visible, noise, weights, range(len(noise)))
 
 
-def tube_visible(noise: Sequence[int], shape: Sequence[int], num_visible: int) -> list[int]:
-    """Return one frame's random visible tokens, repeated at every time (VideoMAE); axis 0 is time.
+def tube_visible(shape: Sequence[int], num_visible: int, noise: Sequence[int]) -> list[int]:
+    """Draw the visible tokens of one frame and repeat them in every frame (VideoMAE).
 
-    The mask of a frame follows the noise of the first frame; tokens come frame by frame.
+    The noise of the first frame decides. Tokens are in order of frames.
 
     Parameters
     ----------
-    noise : sequence of int, N values
     shape : lengths of the grid, time first
     num_visible : int
-        Visible tokens of the whole clip: a multiple of the number of frames.
+        Visible tokens of the whole clip, a multiple of the number of frames.
+    noise : sequence of int, N values
 
     Examples
     --------
-    >>> tube_visible([9, 3, 0, 0], (2, 2), 2)
+    >>> tube_visible((2, 2), 2, [9, 3, 0, 0])
     [1, 3]
     """
     frames = shape[0]
     frame_tokens = grid.num_tokens(shape) // frames
     if num_visible % frames:
         raise ValueError(f"num_visible: expected a multiple of {frames} frames, got {num_visible}")
-    in_frame = random_visible(noise[:frame_tokens], num_visible // frames)
+    in_frame = random_visible(num_visible // frames, noise[:frame_tokens])
     visible = []
     for frame in range(frames):
         for token in in_frame:

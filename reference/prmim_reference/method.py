@@ -1,4 +1,4 @@
-"""What all methods share: pixels in, the encoder, and the way from known to thrown tokens."""
+"""Parts that all methods share: normalisation of pixels, the encoder, and reconstruction."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -29,7 +29,7 @@ RELATIVE_TABLE = "encoder.rel_pos_bias.relative_position_bias_table"
 
 
 def as_weights(weights: Mapping[str, ArrayLike] | str | Path) -> dict[str, Array]:
-    """Return weights as float64; of a path, those in the ``.safetensors`` file there."""
+    """Return weights as float64; a path is read as a ``.safetensors`` file."""
     if isinstance(weights, str | Path):
         from safetensors.numpy import load_file
 
@@ -38,7 +38,7 @@ def as_weights(weights: Mapping[str, ArrayLike] | str | Path) -> dict[str, Array
 
 
 def channel_statistics(channels: int, mean: Sequence[float] | None, std: Sequence[float] | None) -> tuple[Array, Array]:
-    """Return mean and deviation per channel; by default ImageNet's for three channels, else 0.5.
+    """Return mean and deviation per channel; the defaults are ImageNet's for three channels, else 0.5.
 
     Examples
     --------
@@ -58,7 +58,7 @@ def channel_statistics(channels: int, mean: Sequence[float] | None, std: Sequenc
 def image_patches(
     image: Array, patch_size: Sequence[int], mean: Sequence[float] | None, std: Sequence[float] | None
 ) -> Array:
-    """Normalise an image of values 0 .. 255 by its channels' statistics and cut it into patches (N, patch_dim)."""
+    """Normalise an image of values 0 .. 255 per channel and cut it into patches (N, patch_dim)."""
     channel_mean, channel_std = channel_statistics(image.shape[-1], mean, std)
     return patchify((image / 255 - channel_mean) / channel_std, patch_size)
 
@@ -75,17 +75,17 @@ def encoder_states(
 ) -> list[Array]:
     """Run the encoder's blocks on some tokens of an image.
 
-    Where the tokens lie is told by a row of ``encoder.pos_embed`` that is added to each of them, or by a bias on the
-    attention scores (``encoder.rel_pos_bias``): by whichever the weights hold.
+    Positions are absolute (``encoder.pos_embed``, added to the tokens) or relative (``encoder.rel_pos_bias``, a bias on
+    attention scores), depending on the weights.
 
     Parameters
     ----------
     patches : array (N, patch_dim)
-    tokens : n raster numbers of tokens whose patches the encoder sees
+    tokens : n raster numbers of visible tokens
     shape : the grid
     weights : the layers under ``encoder``
     num_heads : int
-    mask_tokens : m raster numbers of tokens of which it sees no more than ``encoder.mask_token`` and the place
+    mask_tokens : m raster numbers of tokens that are replaced by ``encoder.mask_token``
     scales : (depth, 2), optional
         See `vit.hidden_states`.
 
@@ -120,22 +120,22 @@ def encode_tokens(
     mask_tokens: Sequence[int] = (),
     scales: Sequence[Sequence[float]] | Array | None = None,
 ) -> Array:
-    """Encode some tokens of an image, with the final norm: (1 + n + m, dim); see `encoder_states`."""
+    """Encode some tokens of an image and apply the final norm: (1 + n + m, dim); see `encoder_states`."""
     states = encoder_states(patches, tokens, shape, weights, num_heads, mask_tokens=mask_tokens, scales=scales)
     return norm(states[-1], weights, "encoder.norm")
 
 
 def encoder_scales(noise: Sequence[int], weights: Weights, drop_path: float) -> Array | None:
-    """Return the factors of the encoder's branches for the image of this noise; None for a rate of 0 (evaluation)."""
+    """Return the drop-path factors of the encoder's branches for one image; None for a rate of 0 (evaluation)."""
     if drop_path == 0:
         return None
-    return np.array(drop_path_scales(noise, depth(weights, "encoder"), drop_path), np.float64)
+    return np.array(drop_path_scales(depth(weights, "encoder"), drop_path, noise), np.float64)
 
 
-def check_variant(variant: str) -> None:
-    """Raise ValueError unless it is the name of a variant."""
-    if variant not in ("kernel", "interpolate", "conv", "none"):
-        raise ValueError(f'variant: expected "kernel", "interpolate", "conv" or "none", got {variant!r}')
+def check_reconstruction(reconstruction: str) -> None:
+    """Raise ValueError if the reconstruction is unknown."""
+    if reconstruction not in ("kernel", "interpolate", "conv", "none"):
+        raise ValueError(f'reconstruction: expected "kernel", "interpolate", "conv" or "none", got {reconstruction!r}')
 
 
 def rebuild(
@@ -146,20 +146,22 @@ def rebuild(
     weights: Weights,
     *,
     stages: int,
-    variant: str,
+    reconstruction: str,
 ) -> Array:
-    """Append the features of the thrown tokens (V + M, dim) -> (N, dim), by the weights under ``reconstruct``.
+    """Append the features of thrown tokens, (V + M, dim) -> (N, dim), with the weights under ``reconstruct``.
 
-    For the variant "none" the features are returned as they are.
+    A no-op for the reconstruction "none".
     """
-    if variant == "none":
+    if reconstruction == "none":
         return features
     own = {name.removeprefix("reconstruct."): w for name, w in weights.items() if name.startswith("reconstruct.")}
-    return progressive_reconstruction(features, order, counts, shape, stages=stages, variant=variant, parameters=own)
+    return progressive_reconstruction(
+        features, order, counts, shape, stages=stages, reconstruction=reconstruction, parameters=own
+    )
 
 
 def mean_or_zero(total: float, weight: float) -> float:
-    """Return total / weight, and 0 for a mean over nothing."""
+    """Return total / weight, or 0 if the weight is 0."""
     return total / weight if weight else 0.0
 
 
@@ -172,7 +174,7 @@ def encode(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
 ) -> Array:
-    """Encode whole images, nothing masked or dropped: float64 (batch, 1 + N, dim), the class token first.
+    """Encode whole images without masking or drop path: float64 (batch, 1 + N, dim), class token first.
 
     Parameters
     ----------
@@ -182,7 +184,7 @@ def encode(
     patch_size : pixels of a patch along each axis
     num_heads : int
     mean, std : numbers per channel
-        ImageNet's by default for three channels, else 0.5.
+        Defaults: ImageNet's for three channels, else 0.5.
     """
     weights, images = as_weights(weights), np.asarray(images)
     shape = grid_shape(images.shape[1:-1], patch_size)

@@ -1,4 +1,4 @@
-"""Noise from a counter, and the order that it puts tokens in."""
+"""Counter-based noise, and orders of tokens by noise."""
 
 from collections.abc import Iterable, Sequence
 
@@ -6,9 +6,9 @@ WORD = 2**32
 
 
 def mix(x: int) -> int:
-    """Scramble a 32-bit word; different words stay different.
+    """Scramble a 32-bit word (a bijection).
 
-    Shifts fill with zeros, products are modulo 2**32. Constants: C. Wellons, "hash-prospector", public domain.
+    Shifts are logical, products are modulo 2**32. Constants: C. Wellons, "hash-prospector", public domain.
 
     Examples
     --------
@@ -23,15 +23,14 @@ def mix(x: int) -> int:
 
 
 def absorb(state: int, word: int) -> int:
-    """Return the state after taking in one more word."""
+    """Return the state after absorbing one more word."""
     return mix(state ^ mix((word + 0x9E3779B9) % WORD))
 
 
 def counter_noise(seed: int, step: int, sample: int, num_tokens: int) -> list[int]:
-    """Return the noise of one image: N different integers in [-2**31, 2**31).
+    """Return the noise of one image: N distinct integers in [-2**31, 2**31).
 
-    Each is a pure function of four words, taken in one after another: the seed, the step, the number of the image in
-    its data set, and the token.
+    The noise of a token absorbs four words: the seed, the step, the dataset index of the image, and the token.
 
     Parameters
     ----------
@@ -57,10 +56,9 @@ def counter_noise(seed: int, step: int, sample: int, num_tokens: int) -> list[in
 
 
 def uniform(noise: int) -> float:
-    """Return 32-bit noise as a number in (0, 1): the middle of one of 2**23 equal intervals.
+    """Map signed 32-bit noise to (0, 1): the midpoint of one of 2**23 equal intervals.
 
-    The upper 23 bits of the word (a negative number stands for itself plus 2**32) number the interval; a float32 holds
-    these middles exactly.
+    The upper 23 bits of the word select the interval. Float32 represents the midpoints exactly.
 
     Examples
     --------
@@ -71,7 +69,7 @@ def uniform(noise: int) -> float:
 
 
 def by_noise(noise: Sequence[int], tokens: Iterable[int]) -> list[int]:
-    """Sort tokens by their noise, lowest first; equal noise keeps raster order.
+    """Sort tokens by noise, lowest first; equal noise keeps raster order.
 
     Examples
     --------
@@ -82,7 +80,7 @@ def by_noise(noise: Sequence[int], tokens: Iterable[int]) -> list[int]:
 
 
 def noise_rank(noise: Sequence[int]) -> list[int]:
-    """Return the place of every token when all are sorted by noise, lowest first.
+    """Return the rank of every token in order of noise, lowest first.
 
     Examples
     --------

@@ -1,4 +1,4 @@
-"""Progressive reconstruction: features of thrown tokens from those of known ones, stage by stage."""
+"""Progressive reconstruction: features of thrown tokens from features of known tokens, stage by stage."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -18,7 +18,7 @@ CONV_REPEATS = 3
 
 
 def offset_column(target: int, source: int, shape: Sequence[int]) -> int:
-    """Return the column of the offset table that belongs to a pair of tokens.
+    """Return the column of the offset table for a pair of tokens.
 
     The offset is counted in grid cells, target minus source. Along an axis of length n it runs from -(n-1) to n-1;
     shifted to 0 .. 2n-2 it indexes a table of shape (2n-1, ...) in raster order.
@@ -36,7 +36,7 @@ def offset_column(target: int, source: int, shape: Sequence[int]) -> int:
 
 
 def initial_table(shape: Sequence[int], heads: int, spacing: Sequence[int] | None = None) -> Array:
-    """Return the offset table that learning starts from: minus the squared distance (spaced), for every head.
+    """Return the initial offset table: minus the squared distance (spacing applied), for every head.
 
     Examples
     --------
@@ -51,14 +51,14 @@ def initial_table(shape: Sequence[int], heads: int, spacing: Sequence[int] | Non
 
 
 def kernel_weights(target: int, known: Sequence[int], shape: Sequence[int], row: Array) -> Array:
-    """Return the weight of every known token for one target: the softmax of the table's row at their offsets."""
+    """Return the weights of the known tokens for one target: a softmax of the table's row at their offsets."""
     return softmax(np.array([row[offset_column(target, source, shape)] for source in known]))
 
 
 def kernel(target: int, known: Sequence[int], features: Array, shape: Sequence[int], table: Array) -> Array:
-    """Mix the features of known tokens for one target token, with weights that depend on the offsets alone.
+    """Mix the features of known tokens for one target, with weights that depend on offsets only.
 
-    Channels are split in as many consecutive groups as the table has rows (heads); a group follows its own row.
+    Every row of the table (head) applies to its own group of consecutive channels.
 
     Parameters
     ----------
@@ -88,7 +88,7 @@ def kernel(target: int, known: Sequence[int], features: Array, shape: Sequence[i
 def interpolation_weights(
     target: int, known: Sequence[int], shape: Sequence[int], spacing: Sequence[int] | None = None
 ) -> list[float]:
-    """Return the weight of every known token for one target: inverse squared distances, divided by their sum.
+    """Return the weights of the known tokens for one target: normalised inverse squared distances.
 
     Examples
     --------
@@ -107,7 +107,7 @@ def interpolate(
     shape: Sequence[int],
     spacing: Sequence[int] | None = None,
 ) -> Array:
-    """Mix the features of known tokens for one target token, by inverse squared distance (spaced).
+    """Mix the features of known tokens for one target by inverse squared distance (spacing applied).
 
     Parameters
     ----------
@@ -127,7 +127,7 @@ def interpolate(
 
 
 def neighbours(token: int, shape: Sequence[int]) -> list[tuple[int, tuple[int, ...]]]:
-    """Return the tokens of the window of 3 cells per axis around a token, itself among them, with their window cell.
+    """Return the tokens in a window of 3 cells per axis around a token (inclusive), with their cell in the window.
 
     Examples
     --------
@@ -144,24 +144,23 @@ def neighbours(token: int, shape: Sequence[int]) -> list[tuple[int, tuple[int, .
 
 
 def convolve(known: Sequence[int], features: Array, shape: Sequence[int], kernel: Array) -> Array:
-    """Fill the map around the known tokens by repeated depthwise convolution.
+    """Fill the map around the known tokens by three rounds of depthwise convolution.
 
-    Each of three rounds looks at the map that the last one left. A token that is not filled yet takes the sum of
-    kernel times feature over its window, divided by the number of filled tokens there, and is filled from then on; if
-    there is none it stays unfilled, and zero. Known tokens are filled from the start and, like all filled ones, keep
-    their value.
+    Known tokens are filled from the start. In each round, an unfilled token becomes the sum of kernel times feature
+    over the filled tokens of its window, divided by their number. It stays unfilled, and zero, if there are none.
+    Filled tokens keep their value.
 
     Parameters
     ----------
     known : K raster numbers
     features : array (K, dim)
     shape : the grid
-    kernel : array (dim, 3, ...), one axis of 3 for each axis of the grid; a cross-correlation, as in torch
+    kernel : array (dim, 3, ...), one axis of length 3 per axis of the grid; a cross-correlation, as in torch
 
     Returns
     -------
     array (N, dim)
-        The whole map in raster order.
+        The map in raster order.
     """
     filled = dict(zip(known, features, strict=True))
     for _ in range(CONV_REPEATS):
@@ -187,24 +186,24 @@ def progressive_reconstruction(
     shape: Sequence[int],
     *,
     stages: int,
-    variant: str,
+    reconstruction: str,
     parameters: Mapping[str, Array],
     spacing: Sequence[int] | None = None,
 ) -> Array:
     """Rebuild the features of all thrown tokens of one image.
 
-    A stage rebuilds its tokens from everything known before it: the visible, the decoded, and the tokens of earlier
-    stages. What it makes of them is layer-normalised (eps 1e-6) and is known from then on.
+    A stage rebuilds its tokens from visible tokens, decoded tokens and tokens of earlier stages. Its output passes a
+    layer norm (eps 1e-6).
 
     Parameters
     ----------
     features : array (V + M, dim)
-        Of the visible and decoded tokens, in plan order.
+        Features of visible and decoded tokens, in plan order.
     order : the plan (see `schedule.make_order`)
     counts : TokenCounts
     shape, spacing : the grid
     stages : int
-    variant : {"kernel", "interpolate", "conv"}
+    reconstruction : {"kernel", "interpolate", "conv"}
     parameters : mapping of str to array
         kernel: ``table``, ``norm.weight``, ``norm.bias``; conv: ``kernel``, ``norm.weight``, ``norm.bias``;
         interpolate: none.
@@ -216,24 +215,24 @@ def progressive_reconstruction(
     Raises
     ------
     ValueError
-        If the variant is unknown, or there are thrown tokens and nothing is known to rebuild them from.
+        If the reconstruction is unknown, or tokens are thrown and none is known.
     """
     if counts.thrown and not len(features):
-        raise ValueError("features: expected at least one known token to rebuild thrown ones from, got none")
+        raise ValueError("features: expected at least one known token to rebuild others from, got none")
     for stage, size in enumerate(stage_sizes(counts.thrown, stages), start=1):
         if size == 0:
             continue
         start = num_known(counts, stages, stage)
         known, targets = order[:start], order[start : start + size]
-        if variant == "kernel":
+        if reconstruction == "kernel":
             mixed = [kernel(target, known, features, shape, parameters["table"]) for target in targets]
-        elif variant == "interpolate":
+        elif reconstruction == "interpolate":
             mixed = [interpolate(target, known, features, shape, spacing) for target in targets]
-        elif variant == "conv":
+        elif reconstruction == "conv":
             image = convolve(known, features, shape, parameters["kernel"])
             mixed = [image[target] for target in targets]
         else:
-            raise ValueError(f'variant: expected "kernel", "interpolate" or "conv", got {variant!r}')
+            raise ValueError(f'reconstruction: expected "kernel", "interpolate" or "conv", got {reconstruction!r}')
         new = layer_norm(np.array(mixed), parameters.get("norm.weight"), parameters.get("norm.bias"))
         features = np.concatenate([features, new])
     return features

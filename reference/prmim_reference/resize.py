@@ -11,7 +11,7 @@ SHARPNESS = -0.75
 
 
 def cubic(distance: float) -> float:
-    """Return the weight of a pixel at a distance: cubic convolution (Keys, 1981) with a = -0.75.
+    """Return the weight of a pixel at this distance: cubic convolution (Keys, 1981) with a = -0.75.
 
     Examples
     --------
@@ -27,10 +27,10 @@ def cubic(distance: float) -> float:
 
 
 def taps(pixel: int, source: int, target: int) -> list[tuple[int, float]]:
-    """Return the four pixels that a pixel of the target is made of along one axis, with their weights.
+    """Return the four source pixels of a target pixel along one axis, with their weights.
 
-    Pixels are as wide as their axis is long over their number, and meet at their centres; a pixel beyond the border
-    stands for the one at the border.
+    Source and target span the same length, and positions are those of pixel centres. Pixels beyond the border are
+    replaced by the border pixel.
 
     Examples
     --------
@@ -46,7 +46,7 @@ def taps(pixel: int, source: int, target: int) -> list[tuple[int, float]]:
 
 
 def resize_image(image: ArrayLike, shape: Sequence[int]) -> NDArray[np.float64]:
-    """Resize an image by the weighted sum over 4 pixels along each axis, as PyTorch's bicubic without antialiasing.
+    """Resize an image by bicubic interpolation, as PyTorch does without antialiasing.
 
     Parameters
     ----------
@@ -75,7 +75,7 @@ def resize_image(image: ArrayLike, shape: Sequence[int]) -> NDArray[np.float64]:
 
 
 def resize_table(table: ArrayLike, from_shape: Sequence[int], to_shape: Sequence[int]) -> NDArray[np.float64]:
-    """Resize a table of positions (1 + N, dim), whose first row is for the class token and stays as it is.
+    """Resize a position table (1 + N, dim); the first row (class token) is kept.
 
     Examples
     --------

@@ -13,10 +13,10 @@ def furthest_point_sampling(
     known: Sequence[int] = (),
     candidates: Sequence[int] | None = None,
 ) -> list[int]:
-    """Pick tokens one by one, each as far as possible from all that are known or picked already.
+    """Repeatedly pick the token furthest from all known and picked tokens.
 
-    The next pick is the candidate with the largest squared distance to its nearest known or picked token; among equals
-    the one of highest noise rank. While nothing is known or picked all candidates are equal.
+    The next pick is the candidate with the largest squared distance to its nearest known or picked token. Among equals
+    it is the one of highest noise rank. Without known or picked tokens, all candidates are equal.
 
     Parameters
     ----------
@@ -25,17 +25,17 @@ def furthest_point_sampling(
         Number of picks, at most the number of candidates that are not known.
     noise : sequence of int, N values
     known : raster numbers; none by default
-    candidates : raster numbers; by default all that are not known. A known token is never picked.
+    candidates : raster numbers; all by default. Known tokens are never picked.
 
     Returns
     -------
     list of int
-        Distinct raster numbers, in order of picking.
+        Distinct raster numbers, in picking order.
 
     References
     ----------
     T. F. Gonzalez, "Clustering to minimize the maximum intercluster distance", 1985: the covering radius of k picks is
-    at most twice the smallest that any k tokens reach.
+    at most twice the optimum for k tokens.
 
     Examples
     --------

@@ -1,4 +1,4 @@
-"""The plan of an image: one permutation of its tokens, cut into visible, decoded and stages."""
+"""Plans: one permutation of an image's tokens, cut into visible, decoded and stages."""
 
 from collections.abc import Sequence
 
@@ -11,7 +11,7 @@ from prmim_reference.throwing import choose_decoded, choose_decoded_units
 
 
 def stage_sizes(num_thrown: int, stages: int) -> tuple[int, ...]:
-    """Cut the thrown tokens into stages whose sizes differ by at most one, the larger first.
+    """Return the sizes of the stages: they differ by at most one, larger first.
 
     Examples
     --------
@@ -29,7 +29,7 @@ def stage_sizes(num_thrown: int, stages: int) -> tuple[int, ...]:
 
 
 def num_known(counts: TokenCounts, stages: int, stage: int) -> int:
-    """Return how many tokens are known before a stage (stages count from 1).
+    """Return the number of known tokens before a stage (stages count from 1).
 
     Examples
     --------
@@ -42,9 +42,9 @@ def num_known(counts: TokenCounts, stages: int, stage: int) -> int:
 def thrown_order(
     shape: Sequence[int], noise: Sequence[int], known: Sequence[int], *, spacing: Sequence[int] | None = None
 ) -> list[int]:
-    """Sort the tokens that are not known by squared distance to the nearest known one, then by noise rank.
+    """Sort unknown tokens by squared distance to the nearest known token, then by noise rank.
 
-    If nothing is known the noise rank alone decides.
+    Without known tokens, the noise rank alone decides.
 
     Examples
     --------
@@ -69,24 +69,24 @@ def make_order(
     *,
     spacing: Sequence[int] | None = None,
     throwing: str = "furthest",
-    seed: str = "visible",
+    furthest_from: str = "visible",
     visible: Sequence[int] | None = None,
     weights: Sequence[float] | None = None,
     unit: Sequence[int] | None = None,
 ) -> list[int]:
-    """Return the plan of one image: its visible, then its decoded, then its thrown tokens.
+    """Return the plan of one image: visible, then decoded, then thrown tokens.
 
-    The stages are consecutive pieces of the thrown tokens (`stage_sizes`), so their number does not change the order.
+    Stages are consecutive slices of the thrown tokens (`stage_sizes`), so their number does not change the order.
 
     Parameters
     ----------
     shape, spacing : the grid
     counts : TokenCounts
     noise : sequence of int, N values
-    throwing, seed, weights : see `throwing.choose_decoded`
-    visible : raster numbers of the visible tokens; by default the V of lowest noise, or the units of lowest noise
-    unit : tokens along each axis of what is decoded or thrown as a whole (`throwing.choose_decoded_units`); by default
-        single tokens. The thrown tokens are sorted one by one all the same.
+    throwing, furthest_from, weights : see `throwing.choose_decoded`
+    visible : raster numbers of the visible tokens; by default the tokens (or units) of lowest noise
+    unit : tokens along each axis of the blocks that are decoded or thrown together (`throwing.choose_decoded_units`);
+        single tokens by default. Thrown tokens are sorted one by one in either case.
 
     Returns
     -------
@@ -105,18 +105,33 @@ def make_order(
         )
     if visible is None:
         if unit is None:
-            visible = random_visible(noise, counts.visible)
+            visible = random_visible(counts.visible, noise)
         else:
-            visible = block_visible(noise, shape, unit, counts.visible // grid.num_tokens(unit))
+            visible = block_visible(shape, unit, counts.visible // grid.num_tokens(unit), noise)
     if len(visible) != counts.visible:
         raise ValueError(f"visible: expected {counts.visible} tokens, got {len(visible)}")
     if unit is None:
         decoded = choose_decoded(
-            throwing, shape, noise, visible, counts.decoded, seed=seed, spacing=spacing, weights=weights
+            throwing,
+            shape,
+            counts.decoded,
+            noise,
+            visible,
+            furthest_from=furthest_from,
+            spacing=spacing,
+            weights=weights,
         )
     else:
         decoded = choose_decoded_units(
-            throwing, shape, unit, noise, visible, counts.decoded, seed=seed, spacing=spacing, weights=weights
+            throwing,
+            shape,
+            unit,
+            counts.decoded,
+            noise,
+            visible,
+            furthest_from=furthest_from,
+            spacing=spacing,
+            weights=weights,
         )
     known = [*visible, *decoded]
     return known + thrown_order(shape, noise, known, spacing=spacing)

@@ -12,14 +12,14 @@ from prmim_reference.counts import TokenCounts, count_tokens
 from prmim_reference.masking import block_visible
 from prmim_reference.method import (
     as_weights,
-    check_variant,
+    check_reconstruction,
     encode_tokens,
     encoder_scales,
     image_patches,
     mean_or_zero,
     rebuild,
 )
-from prmim_reference.method import encode as encode  # of whole images, the same for all methods
+from prmim_reference.method import encode as encode  # re-exported: the same for all methods
 from prmim_reference.schedule import make_order
 from prmim_reference.targets import grid_shape
 from prmim_reference.vit import Weights, linear
@@ -29,16 +29,16 @@ Array = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class SimMIMOutput:
-    """What the forward pass of a batch gives.
+    """Output of a forward pass.
 
     Attributes
     ----------
     loss : float
         The training loss.
     loss_decoded, loss_thrown : float
-        Mean absolute error of the decoded and of the thrown tokens alone, before any weighting; 0 where there are none.
+        Mean unweighted absolute error of the decoded and of the thrown tokens; 0 if there are none.
     predicted : float64 (batch, supervised, patch_dim)
-        Predictions for the supervised tokens, in plan order: decoded, then (unless the variant is "none") thrown.
+        Predictions for the supervised tokens, in plan order: decoded, then thrown (unless reconstruction is "none").
     order : int64 (batch, N)
         The plan.
     """
@@ -51,7 +51,7 @@ class SimMIMOutput:
 
 
 def unit_shape(shape: Sequence[int], mask_unit: int) -> tuple[int, ...]:
-    """Return the tokens of a unit along each axis of the grid: as many along each.
+    """Return the number of tokens of a unit along each axis of the grid.
 
     Examples
     --------
@@ -66,7 +66,7 @@ def unit_shape(shape: Sequence[int], mask_unit: int) -> tuple[int, ...]:
 def unit_counts(
     shape: Sequence[int], unit: Sequence[int], mask_ratio: float, throw_ratio: float, throw_by: str
 ) -> TokenCounts:
-    """Return the counts where whole units are masked, and single tokens or whole units thrown.
+    """Return the counts if whole units are masked, and single tokens or whole units thrown.
 
     Examples
     --------
@@ -96,23 +96,23 @@ def predict_image(
     *,
     num_heads: int,
     stages: int,
-    variant: str,
+    reconstruction: str,
     scales: Array | None,
 ) -> Array:
-    """Return the predictions for the supervised tokens of one image, in plan order.
+    """Predict the supervised tokens of one image, in plan order.
 
-    There is no decoder: the encoder sees the visible patches and a mask token for every decoded one, the thrown never
-    enter it, and one linear layer turns features into pixels.
+    There is no decoder: the encoder runs on visible patches and a mask token per decoded token, and one linear layer
+    maps features to pixels.
     """
     visible = order[: counts.visible]
     decoded = order[counts.visible : counts.visible + counts.decoded]
     encoded = encode_tokens(patches, visible, shape, weights, num_heads, mask_tokens=decoded, scales=scales)
-    features = rebuild(encoded[1:], order, counts, shape, weights, stages=stages, variant=variant)
+    features = rebuild(encoded[1:], order, counts, shape, weights, stages=stages, reconstruction=reconstruction)
     return linear(features[counts.visible :], weights, "head")
 
 
 def token_errors(predicted: Array, target: Array) -> list[float]:
-    """Return the absolute error of every token, summed over its patch vector."""
+    """Return the sum of absolute errors of every token."""
     return [float(np.abs(p - t).sum()) for p, t in zip(predicted, target, strict=True)]
 
 
@@ -126,9 +126,9 @@ def forward(
     mask_ratio: float = 0.6,
     throw_ratio: float = 0.25,
     throwing: str = "furthest",
-    seed: str = "visible",
+    furthest_from: str = "visible",
     stages: int = 2,
-    variant: str = "kernel",
+    reconstruction: str = "kernel",
     thrown_weight: float = 1.0,
     mask_unit: int = 2,
     throw_by: str = "token",
@@ -136,17 +136,17 @@ def forward(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
 ) -> SimMIMOutput:
-    """Return the loss and the predictions of a batch.
+    """Compute the loss and the predictions of a batch.
 
-    The target are the pixels, normalised per channel and not per patch. The loss is the sum of the supervised tokens'
-    absolute errors, a thrown token's times ``thrown_weight``, divided by the number of their pixels (weighted alike,
-    plus 1e-5) and by the number of channels.
+    The target is the pixels, normalised per channel. The loss is the sum of absolute errors of supervised tokens,
+    divided by their number of pixels plus 1e-5 and by the number of channels. ``thrown_weight`` multiplies both the
+    errors and the pixels of thrown tokens.
 
     Parameters
     ----------
     weights : mapping of str to array, or a path
-        The arrays of a saved method, or the ``.safetensors`` file. Whether positions are absolute or relative, and
-        whether there is LayerScale, is told by what they hold.
+        The arrays of a saved method, or a ``.safetensors`` file. They determine the kind of positions and whether there
+        is LayerScale.
     images : uint8 (batch, axes..., channels)
     noise : int (batch, N)
     patch_size : pixels of a patch along each axis
@@ -154,22 +154,22 @@ def forward(
     mask_ratio, throw_ratio : float
         Fractions of all tokens.
     throwing : {"furthest", "random", "cell", "none"}
-        "none" throws nothing (throw_ratio 0). Wherever nothing is thrown the masked tokens come one by one in the order
-        of "random", since their order has no influence then.
-    seed : {"visible", "none"}
+        "none" throws nothing (throw_ratio 0). If no token is thrown, masked tokens are in the order of "random"; their
+        order has no effect then.
+    furthest_from : {"visible", "none"}
     stages : int
-    variant : {"kernel", "interpolate", "conv", "none"}
+    reconstruction : {"kernel", "interpolate", "conv", "none"}
         "none": thrown tokens are neither rebuilt nor supervised.
     thrown_weight : float
         Weight of a thrown token in the loss; a decoded one has 1.
     mask_unit : int
-        Tokens along each axis of what is masked as a whole; divides the grid.
+        Tokens per masked unit along each axis; divides the grid.
     throw_by : {"token", "unit"}
-        Whether single tokens or whole units are thrown.
+        Throw single tokens or whole units.
     drop_path : float
         Rate of the last block in training; 0 is evaluation.
     mean, std : numbers per channel
-        ImageNet's by default for three channels, else 0.5.
+        Defaults: ImageNet's for three channels, else 0.5.
 
     Returns
     -------
@@ -178,13 +178,13 @@ def forward(
     Raises
     ------
     ValueError
-        If a name is unknown, the unit does not divide the grid, or the weights tell no position or two.
+        If a name is unknown, the unit does not divide the grid, or the weights have no or both kinds of positions.
 
     References
     ----------
     Z. Xie et al., "SimMIM: A Simple Framework for Masked Image Modeling", arXiv 2111.09886.
     """
-    check_variant(variant)
+    check_reconstruction(reconstruction)
     weights = as_weights(weights)
     images, noise = np.asarray(images), np.asarray(noise)
     shape = grid_shape(images.shape[1:-1], patch_size)
@@ -203,8 +203,8 @@ def forward(
             counts,
             image_noise,
             throwing=throwing,
-            seed=seed,
-            visible=block_visible(image_noise, shape, unit, counts.visible // grid.num_tokens(unit)),
+            furthest_from=furthest_from,
+            visible=block_visible(shape, unit, counts.visible // grid.num_tokens(unit), image_noise),
             unit=unit if throw_by == "unit" else None,
         )
         patches = image_patches(image, patch_size, mean, std)
@@ -216,7 +216,7 @@ def forward(
             weights,
             num_heads=num_heads,
             stages=stages,
-            variant=variant,
+            reconstruction=reconstruction,
             scales=encoder_scales(image_noise, weights, drop_path),
         )
         errors = token_errors(predicted, patches[order[counts.visible : counts.visible + len(predicted)]])

@@ -1,4 +1,4 @@
-"""What the prediction is compared with: patches of the image, and their normalisation."""
+"""Prediction targets: patches of an image and their normalisation."""
 
 import itertools
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ Array = NDArray[np.float64]
 
 
 def grid_shape(image_shape: Sequence[int], patch_size: Sequence[int]) -> tuple[int, ...]:
-    """Return the token grid of an image of these lengths (without channels).
+    """Return the shape of the token grid of an image (lengths without channels).
 
     Examples
     --------
@@ -38,7 +38,7 @@ def patchify(image: Array, patch_size: Sequence[int]) -> Array:
     Returns
     -------
     array (N, pixels of a patch * channels)
-        Tokens in raster order; inside a token the pixels in raster order, and the channels of a pixel together.
+        Tokens in raster order. A token holds its pixels in raster order, channels fastest.
 
     Examples
     --------
@@ -57,7 +57,7 @@ def patchify(image: Array, patch_size: Sequence[int]) -> Array:
 
 
 def unpatchify(tokens: Array, patch_size: Sequence[int], shape: Sequence[int]) -> Array:
-    """Put patches together again: the inverse of `patchify`.
+    """Assemble patches to an image: the inverse of `patchify`.
 
     Parameters
     ----------
@@ -85,7 +85,7 @@ def unpatchify(tokens: Array, patch_size: Sequence[int], shape: Sequence[int]) -
 
 
 def patch_statistics(patch: Array, eps: float = 1e-6) -> tuple[float, float]:
-    """Return the mean and the deviation sqrt(variance + eps) of one patch; the variance divides by n - 1.
+    """Return the mean and sqrt(variance + eps) of one patch, with unbiased variance.
 
     Examples
     --------
@@ -101,7 +101,7 @@ def patch_statistics(patch: Array, eps: float = 1e-6) -> tuple[float, float]:
 
 
 def normalize_patches(patches: Array, eps: float = 1e-6) -> Array:
-    """Normalise every patch by its own mean and deviation (MAE's normalised-pixel target).
+    """Normalise every patch by its own mean and deviation (MAE's target).
 
     Examples
     --------
@@ -116,7 +116,7 @@ def normalize_patches(patches: Array, eps: float = 1e-6) -> Array:
 
 
 def denormalize_patches(normalized: Array, patches: Array, eps: float = 1e-6) -> Array:
-    """Undo `normalize_patches` with the true statistics of ``patches``.
+    """Invert `normalize_patches` with the statistics of ``patches``.
 
     Examples
     --------

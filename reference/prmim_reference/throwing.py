@@ -1,4 +1,4 @@
-"""Which masked tokens are decoded; the others are thrown."""
+"""Throwing strategies: the choice of decoded tokens among the masked. The others are thrown."""
 
 from collections.abc import Sequence
 
@@ -9,7 +9,7 @@ from prmim_reference.sampling import furthest_point_sampling
 
 
 def masked_tokens(num_tokens: int, visible: Sequence[int]) -> list[int]:
-    """Return the tokens that are not visible, in raster order.
+    """Return the masked tokens in raster order.
 
     Examples
     --------
@@ -21,53 +21,53 @@ def masked_tokens(num_tokens: int, visible: Sequence[int]) -> list[int]:
 
 def furthest_decoded(
     shape: Sequence[int],
+    num_decoded: int,
     noise: Sequence[int],
     visible: Sequence[int],
-    num_decoded: int,
     *,
-    seed: str = "visible",
+    furthest_from: str = "visible",
     spacing: Sequence[int] | None = None,
 ) -> list[int]:
-    """Pick the decoded tokens by furthest point sampling, in order of picking.
+    """Pick masked tokens by furthest point sampling; return them in picking order.
 
-    ``seed="visible"``: the visible tokens are known from the start. ``seed="none"``: nothing is, and the first pick is
-    the masked token of highest noise rank.
+    ``furthest_from="visible"``: visible tokens are known from the start. ``furthest_from="none"``: no token is known,
+    so the first pick is the masked token of highest noise rank.
     """
-    if seed not in ("visible", "none"):
-        raise ValueError(f'seed: expected "visible" or "none", got {seed!r}')
+    if furthest_from not in ("visible", "none"):
+        raise ValueError(f'furthest_from: expected "visible" or "none", got {furthest_from!r}')
     positions = grid.positions(shape, spacing)
     return furthest_point_sampling(
         positions,
         num_decoded,
         noise,
-        known=visible if seed == "visible" else (),
+        known=visible if furthest_from == "visible" else (),
         candidates=masked_tokens(len(positions), visible),
     )
 
 
-def random_decoded(noise: Sequence[int], visible: Sequence[int], num_decoded: int) -> list[int]:
-    """Take the masked tokens of lowest noise rank, ascending.
+def random_decoded(num_decoded: int, noise: Sequence[int], visible: Sequence[int]) -> list[int]:
+    """Take the masked tokens of lowest noise, in ascending order of noise.
 
     Examples
     --------
-    >>> random_decoded([4, 3, 2, 1], visible=[3], num_decoded=2)
+    >>> random_decoded(2, [4, 3, 2, 1], visible=[3])
     [2, 1]
     """
     return by_noise(noise, masked_tokens(len(noise), visible))[:num_decoded]
 
 
 def weighted_decoded(
-    noise: Sequence[int], visible: Sequence[int], num_decoded: int, weights: Sequence[float]
+    num_decoded: int, noise: Sequence[int], visible: Sequence[int], weights: Sequence[float]
 ) -> list[int]:
-    """Draw masked tokens without replacement, with probability proportional to their weights; in order of drawing."""
-    return weighted_draw(noise, weights, masked_tokens(len(noise), visible), num_decoded)
+    """Draw masked tokens without replacement, in proportion to their weights; return them in drawing order."""
+    return weighted_draw(num_decoded, noise, weights, masked_tokens(len(noise), visible))
 
 
 def cell_phase(index: Sequence[int], offset: int) -> int:
     """Return the phase 0 .. 3 of a grid cell in the running-cell pattern (VideoMAE V2).
 
-    Cells of 2x2 tokens over the last two axes hold the phases 0, 1 / 2, 3; every time step (axis 0 of three) moves them
-    on by one, and ``offset`` moves them all. With a single axis the cell is four tokens long.
+    A cell of 2x2 tokens over the last two axes has the phases 0, 1 / 2, 3. Every time step (axis 0 of three) advances
+    them by one, and ``offset`` advances all. On a single axis, a cell is four tokens long.
 
     Examples
     --------
@@ -81,14 +81,14 @@ def cell_phase(index: Sequence[int], offset: int) -> int:
     return (row % 2 * 2 + column % 2 + time + offset) % 4
 
 
-def cell_decoded(shape: Sequence[int], noise: Sequence[int], visible: Sequence[int], num_decoded: int) -> list[int]:
-    """Take the masked tokens of the lowest phases, inside a phase those of lowest noise rank.
+def cell_decoded(shape: Sequence[int], num_decoded: int, noise: Sequence[int], visible: Sequence[int]) -> list[int]:
+    """Take the masked tokens of lowest phase; within a phase, those of lowest noise rank.
 
-    The offset of the pattern is the noise of token 0 modulo 4 (not negative).
+    The offset of the pattern is the noise of token 0 modulo 4 (non-negative).
 
     Examples
     --------
-    >>> cell_decoded((2, 4), noise=[4, 7, 6, 5, 4, 3, 2, 1], visible=[0], num_decoded=3)
+    >>> cell_decoded((2, 4), 3, noise=[4, 7, 6, 5, 4, 3, 2, 1], visible=[0])
     [2, 3, 1]
     """
     offset = noise[0] % 4
@@ -101,51 +101,51 @@ def cell_decoded(shape: Sequence[int], noise: Sequence[int], visible: Sequence[i
 def choose_decoded(
     throwing: str,
     shape: Sequence[int],
+    num_decoded: int,
     noise: Sequence[int],
     visible: Sequence[int],
-    num_decoded: int,
     *,
-    seed: str = "visible",
+    furthest_from: str = "visible",
     spacing: Sequence[int] | None = None,
     weights: Sequence[float] | None = None,
 ) -> list[int]:
-    """Return the decoded tokens under a throwing strategy by name.
+    """Choose the decoded tokens by the throwing strategy of this name.
 
     Parameters
     ----------
     throwing : {"furthest", "random", "weighted", "cell"}
     shape, spacing : the grid
+    num_decoded : int
+        M, at most the number of masked tokens.
     noise : sequence of int, N values
     visible : raster numbers
-    num_decoded : int
-        M, at most the masked tokens.
-    seed : {"visible", "none"}
-        For "furthest" alone.
+    furthest_from : {"visible", "none"}
+        For "furthest" only.
     weights : sequence of float, N values
-        For "weighted" alone, and needed there.
+        Required for "weighted", ignored otherwise.
 
     Raises
     ------
     ValueError
-        If a name is unknown, the weights are missing, or there are not that many masked tokens.
+        If a name is unknown, weights are missing or M exceeds the number of masked tokens.
 
     Examples
     --------
-    >>> choose_decoded("furthest", (1, 5), noise=[0, 1, 2, 3, 4], visible=[0], num_decoded=2)
+    >>> choose_decoded("furthest", (1, 5), 2, noise=[0, 1, 2, 3, 4], visible=[0])
     [4, 2]
     """
     if not 0 <= num_decoded <= len(noise) - len(visible):
         raise ValueError(f"num_decoded: expected 0 to {len(noise) - len(visible)}, got {num_decoded}")
     if throwing == "furthest":
-        return furthest_decoded(shape, noise, visible, num_decoded, seed=seed, spacing=spacing)
+        return furthest_decoded(shape, num_decoded, noise, visible, furthest_from=furthest_from, spacing=spacing)
     if throwing == "random":
-        return random_decoded(noise, visible, num_decoded)
+        return random_decoded(num_decoded, noise, visible)
     if throwing == "cell":
-        return cell_decoded(shape, noise, visible, num_decoded)
+        return cell_decoded(shape, num_decoded, noise, visible)
     if throwing == "weighted":
         if weights is None:
             raise ValueError('weights: expected one weight per token for throwing="weighted", got None')
-        return weighted_decoded(noise, visible, num_decoded, weights)
+        return weighted_decoded(num_decoded, noise, visible, weights)
     raise ValueError(f'throwing: expected "furthest", "random", "weighted" or "cell", got {throwing!r}')
 
 
@@ -153,31 +153,30 @@ def choose_decoded_units(
     throwing: str,
     shape: Sequence[int],
     unit: Sequence[int],
+    num_decoded: int,
     noise: Sequence[int],
     visible: Sequence[int],
-    num_decoded: int,
     *,
-    seed: str = "visible",
+    furthest_from: str = "visible",
     spacing: Sequence[int] | None = None,
     weights: Sequence[float] | None = None,
 ) -> list[int]:
-    """Return the decoded tokens where whole units are decoded or thrown.
+    """Choose the decoded tokens if whole units are decoded or thrown.
 
-    Units are chosen as tokens are, on the grid of units, whose spacing is as much wider as a unit is longer. The noise
-    of a unit is that of its first token, its weight the sum of their weights. Units come in the order of choice, the
-    tokens of each in raster order.
+    Units are chosen like tokens, on the grid of units, with the spacing of the units. A unit takes the noise of its
+    first token and the sum of its weights. Units are in order of choice, the tokens of a unit in raster order.
 
     Parameters
     ----------
-    throwing, shape, noise, seed, spacing, weights : see `choose_decoded`
-    unit : tokens of a unit along each axis; each divides the grid's length
-    visible : raster numbers; whole units
+    throwing, shape, noise, furthest_from, spacing, weights : see `choose_decoded`
+    unit : tokens per unit along each axis; divisors of the lengths
     num_decoded : int
-        M in tokens; whole units.
+        M in tokens, a multiple of the tokens per unit.
+    visible : raster numbers of whole units
 
     Examples
     --------
-    >>> choose_decoded_units("furthest", (1, 8), (1, 2), noise=[0, 1, 2, 3, 4, 5, 6, 7], visible=[0, 1], num_decoded=2)
+    >>> choose_decoded_units("furthest", (1, 8), (1, 2), 2, noise=[0, 1, 2, 3, 4, 5, 6, 7], visible=[0, 1])
     [6, 7]
     """
     units = unit_tokens(shape, unit)
@@ -195,10 +194,10 @@ def choose_decoded_units(
     chosen = choose_decoded(
         throwing,
         [length // side for length, side in zip(shape, unit, strict=True)],
+        num_decoded // len(units[0]),
         [noise[tokens[0]] for tokens in units],
         visible_units,
-        num_decoded // len(units[0]),
-        seed=seed,
+        furthest_from=furthest_from,
         spacing=[step * side for step, side in zip(spacing, unit, strict=True)],
         weights=None if weights is None else [sum(weights[token] for token in tokens) for tokens in units],
     )

@@ -1,6 +1,6 @@
-"""The vision transformer in float64: one image at a time, tokens in rows.
+"""The vision transformer in float64, for one image (tokens, channels).
 
-Weights are a mapping from names to arrays, with timm's names; a linear layer's weight is (out, in), as in torch.
+Weights map timm's names to arrays. The weight of a linear layer is (out, in), as in torch.
 """
 
 import math
@@ -25,7 +25,7 @@ def linear(x: Array, weights: Weights, name: str) -> Array:
 
 
 def layer_norm(x: Array, weight: Array | None = None, bias: Array | None = None, eps: float = LAYER_NORM_EPS) -> Array:
-    """Normalise every row to mean 0 and variance 1 (biased, plus eps), then scale and shift it if told to.
+    """Normalise every row to mean 0 and variance 1 (biased, plus eps), then apply weight and bias if given.
 
     Examples
     --------
@@ -45,7 +45,7 @@ def layer_norm(x: Array, weight: Array | None = None, bias: Array | None = None,
 
 
 def gelu(x: Array) -> Array:
-    """Return x times the normal distribution's probability below x: the exact form, by the error function.
+    """Return x times the standard normal CDF at x (the exact form of GELU).
 
     Examples
     --------
@@ -63,16 +63,16 @@ def softmax(x: Array) -> Array:
     >>> softmax(np.log(np.array([1.0, 3.0])))
     array([0.25, 0.75])
     """
-    # The largest exponent is taken out first, which changes nothing but keeps exp finite.
+    # Subtracting the maximum keeps exp finite.
     exponential = np.exp(x - x.max(axis=-1, keepdims=True))
     return np.asarray(exponential / exponential.sum(axis=-1, keepdims=True), np.float64)
 
 
 def attention_maps(x: Array, weights: Weights, name: str, num_heads: int, bias: Array | None = None) -> Array:
-    """Return how much every token looks at every other: softmaxes (heads, n, n), queries before keys.
+    """Return the attention maps (heads, n, n), queries before keys.
 
-    The first two thirds of the fused layer ``qkv`` give queries and keys, each of them head by head. A head's scores
-    are scaled by head_dim^-0.5; then the bias is added.
+    The first two thirds of the fused layer ``qkv`` are queries and keys, each head by head. Scores are scaled by
+    head_dim^-0.5 before the bias is added.
 
     Parameters
     ----------
@@ -99,10 +99,9 @@ def attention_maps(x: Array, weights: Weights, name: str, num_heads: int, bias: 
 
 
 def attention(x: Array, weights: Weights, name: str, num_heads: int, bias: Array | None = None) -> Array:
-    """Let every token look at all tokens of its image.
+    """Apply multi-head self-attention.
 
-    The last third of the fused layer ``qkv`` gives the values. A head mixes its channels of them by its
-    `attention_maps`.
+    The last third of the fused layer ``qkv`` are the values. Each head mixes its channels by its `attention_maps`.
 
     Parameters
     ----------
@@ -132,7 +131,7 @@ def norm(x: Array, weights: Weights, name: str) -> Array:
 
 
 def layer_scale(x: Array, weights: Weights, name: str) -> Array:
-    """Multiply every channel by its own factor ``{name}.gamma``, if the weights hold one.
+    """Multiply channels by ``{name}.gamma``, if the weights contain it.
 
     Examples
     --------
@@ -150,10 +149,10 @@ def block(
     bias: Array | None = None,
     scales: Sequence[float] | Array = (1.0, 1.0),
 ) -> Array:
-    """Apply one pre-norm transformer block: attention, then the MLP, each added to what came in.
+    """Apply one pre-norm transformer block: a residual attention branch, then a residual MLP branch.
 
-    What the two branches add is multiplied by LayerScale's factors per channel, if the weights hold any
-    (``{name}.ls1.gamma``, ``{name}.ls2.gamma``), and by one of the two scales (drop path: 0 where a branch is dropped).
+    Each branch is multiplied by its LayerScale (``{name}.ls1.gamma``, ``{name}.ls2.gamma``), if the weights contain it,
+    and by its drop-path factor from ``scales``.
     """
     attended = attention(norm(x, weights, f"{name}.norm1"), weights, f"{name}.attn", num_heads, bias)
     x = x + scales[0] * layer_scale(attended, weights, f"{name}.ls1")
@@ -162,7 +161,7 @@ def block(
 
 
 def depth(weights: Weights, name: str) -> int:
-    """Return how many blocks the weights hold under ``{name}.blocks``."""
+    """Return the number of blocks under ``{name}.blocks``."""
     number = 0
     while f"{name}.blocks.{number}.norm1.weight" in weights:
         number += 1
@@ -177,7 +176,7 @@ def hidden_states(
     bias: Array | None = None,
     scales: Sequence[Sequence[float]] | Array | None = None,
 ) -> list[Array]:
-    """Apply all blocks of ``name``, one after another: the output of each of them, before any final norm.
+    """Apply all blocks of ``name``; return the output of each, before any final norm.
 
     Parameters
     ----------
@@ -185,7 +184,7 @@ def hidden_states(
     weights, name : the blocks ``{name}.blocks.0``, ``{name}.blocks.1``, ...
     num_heads : int
     bias : array (heads, n, n), optional
-        The same for all blocks.
+        Shared by all blocks.
     scales : (depth, 2), optional
         Factors of the attention and of the MLP branch of every block; 1 by default.
     """
@@ -215,11 +214,11 @@ def transformer(
 
 
 def relative_position_row(query: Sequence[int] | None, key: Sequence[int] | None, shape: Sequence[int]) -> int:
-    """Return the row of the relative position table that belongs to the cells of a query and a key.
+    """Return the row of the relative position table for the cells of a query and a key.
 
     The offset between two tokens is counted in grid cells, query minus key. Along an axis of length n it runs from
-    -(n-1) to n-1; shifted to 0 .. 2n-2 it numbers the rows in raster order. The class token has no cell, but None.
-    Three rows follow for it: it looks at a token, a token looks at it, and it looks at itself.
+    -(n-1) to n-1; shifted to 0 .. 2n-2 it numbers the rows in raster order. The cell of the class token is None. It has
+    the last three rows: class token to token, token to class token, and class token to itself.
 
     Examples
     --------
@@ -239,7 +238,7 @@ def relative_position_row(query: Sequence[int] | None, key: Sequence[int] | None
 
 
 def relative_position_bias(tokens: Sequence[int], shape: Sequence[int], table: Array) -> Array:
-    """Look up the attention bias of the class token and some tokens of an image, in this order.
+    """Return the attention bias of the class token and some tokens of an image.
 
     Parameters
     ----------
@@ -249,7 +248,7 @@ def relative_position_bias(tokens: Sequence[int], shape: Sequence[int], table: A
 
     Returns
     -------
-    array (heads, 1 + n, 1 + n), queries before keys
+    array (heads, 1 + n, 1 + n), queries before keys, class token first
 
     References
     ----------
@@ -268,9 +267,9 @@ def relative_position_bias(tokens: Sequence[int], shape: Sequence[int], table: A
 
 
 def patch_embedding(patches: Array, weights: Weights, name: str) -> Array:
-    """Embed patches (n, pixels * channels) by the convolution weight (dim, channels, patch axes...).
+    """Embed patches (n, pixels * channels) with a convolution weight (dim, channels, patch axes...).
 
-    A patch vector holds the channels of a pixel together; the convolution's weight has them first.
+    Channels come last in a patch and first in the weight.
     """
     weight = weights[f"{name}.weight"]
     rows = np.array([np.moveaxis(kernel, 0, -1).reshape(-1) for kernel in weight], np.float64)
@@ -278,11 +277,10 @@ def patch_embedding(patches: Array, weights: Weights, name: str) -> Array:
 
 
 def sin_cos_table(shape: Sequence[int], dim: int) -> Array:
-    """Return the frozen position table: a row of zeros for the class token, then one row per token.
+    """Return the frozen position table: zeros for the class token, then one row per token.
 
-    The channels are split in equal parts, one per axis, the **last** axis first (for images: column, then row). The
-    part of an axis, w channels wide, holds the sines, then the cosines, of the token's index along it times
-    10000^(-k / (w / 2)), k = 0 .. w/2 - 1.
+    Channels are split equally among the axes, **last** axis first (for images: column, then row). The w channels of an
+    axis are the sines, then the cosines, of the token's index times 10000^(-k / (w / 2)), k = 0 .. w/2 - 1.
 
     Parameters
     ----------

@@ -143,7 +143,7 @@ def test_units_are_checked(units, error, message):
 @pytest.mark.parametrize(
     ("value", "error", "message"),
     [
-        (-1, ValueError, "expected a count of at least 0, got -1"),
+        (-1, ValueError, "expected at least 0, got -1"),
         (1.0, TypeError, "expected an integer, got 1.0"),
         (True, TypeError, "expected an integer, got True"),
     ],

@@ -17,7 +17,8 @@ from prmim_core import (
     offset_squared_distances,
     reconstruct_stages,
 )
-from prmim_core.reconstruct import inverse_distance_weights, pair_squared_distances, standardize
+from prmim_core._arrays import array_namespace
+from prmim_core.reconstruct import _inverse_distance_weights, _pair_squared_distances, _standardize
 
 GRIDS = [Grid((9,), (3,)), Grid((4, 6)), Grid((5, 4), (3, 1)), Grid((3, 4, 2), (4, 1, 1))]
 
@@ -39,7 +40,7 @@ def expected_features(schedule, order, features):
                 schedule.counts,
                 schedule.grid.shape,
                 stages=schedule.stages,
-                variant="interpolate",
+                reconstruction="interpolate",
                 parameters={},
                 spacing=schedule.grid.spacing,
             )
@@ -103,7 +104,8 @@ def test_every_stage_sees_all_that_is_known_before_it():
 def test_the_norm_of_the_stages(xp):
     x = np.random.default_rng(0).normal(3, 2, (2, 3, 8)).astype(np.float32)
     expected = np.stack([reference.vit.layer_norm(rows.astype(float)) for rows in x])
-    xp.assert_close(xp.run(standardize, x), expected, rtol=1e-4, atol=1e-5, dtype="float32")
+    actual = xp.run(lambda x: _standardize(array_namespace(x), x, 1e-6), x)
+    xp.assert_close(actual, expected, rtol=1e-4, atol=1e-5, dtype="float32")
 
 
 # --- gradients -----------------------------------------------------------------------------------------------------
@@ -175,7 +177,8 @@ def test_offsets_and_weights_match_the_reference(library, grid):
     thrown, known = pairs(grid)
 
     def lookups(thrown, known):
-        return offset_index(grid, thrown, known), pair_squared_distances(grid, thrown, known)
+        squared = _pair_squared_distances(array_namespace(thrown), grid, thrown, known)
+        return offset_index(grid, thrown, known), squared
 
     index, squared = library.run(lookups, thrown, known)
     positions = reference.grid.positions(grid.shape, grid.spacing)
@@ -204,7 +207,8 @@ def test_the_index_finds_the_distance_in_the_table(grid, data):
     index = offset_index(grid, thrown, known)
     assert index.min() >= 0
     assert index.max() < num_offsets(grid)
-    np.testing.assert_array_equal(offset_squared_distances(grid)[index], pair_squared_distances(grid, thrown, known))
+    squared = _pair_squared_distances(np, grid, thrown, known)
+    np.testing.assert_array_equal(offset_squared_distances(grid)[index], squared)
     # Equal offsets have equal numbers, and opposite ones are mirrored.
     np.testing.assert_array_equal(offset_index(grid, known, thrown), num_offsets(grid) - 1 - np.swapaxes(index, 1, 2))
 
@@ -222,7 +226,7 @@ def test_weights_match_the_reference(xp):
     grid = GRIDS[2]
     order = make_plan(Schedule(grid, TokenCounts(4, 4, 12)), counter_noise(0, 0, np.arange(2), 20)).order
     known, thrown = order[:, :8], order[:, 8:]
-    weights = xp.run(lambda thrown, known: inverse_distance_weights(grid, thrown, known), thrown, known)
+    weights = xp.run(lambda *a: _inverse_distance_weights(array_namespace(*a), grid, *a), thrown, known)
     expected = [
         [reference.reconstruct.interpolation_weights(i, k, grid.shape, grid.spacing) for i in t]
         for t, k in zip(thrown.tolist(), known.tolist(), strict=True)

@@ -7,10 +7,11 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 import prmim_reference as reference
-from prmim_core import Grid, counter_noise, furthest_point_sampling, nearest_known_distance, noise_rank, sampling
+from prmim_core import Grid, counter_noise, furthest_point_sampling, nearest_known_distance, sampling
 from prmim_core._arrays import array_namespace
-from prmim_core.coverage import squared_distances
+from prmim_core.coverage import _squared_distances
 from prmim_core.grid import INT32_MAX
+from prmim_core.noise import _noise_rank
 
 GRIDS = [Grid((7,), (3,)), Grid((4, 6)), Grid((5, 4), (3, 1)), Grid((3, 4, 2), (4, 1, 1))]
 
@@ -23,15 +24,15 @@ def tokens(mask):
     return np.flatnonzero(mask).tolist()
 
 
-def expected_picks(grid, num_samples, noise, known=None, candidates=None):
+def expected_picks(grid, num_samples, noise, is_known=None, is_candidate=None):
     positions = reference.grid.positions(grid.shape, grid.spacing)
     picks = [
         reference.sampling.furthest_point_sampling(
             positions,
             num_samples,
             row,
-            known=() if known is None else tokens(known[image]),
-            candidates=None if candidates is None else tokens(candidates[image]),
+            known=() if is_known is None else tokens(is_known[image]),
+            candidates=None if is_candidate is None else tokens(is_candidate[image]),
         )
         for image, row in enumerate(noise.tolist())
     ]
@@ -39,12 +40,12 @@ def expected_picks(grid, num_samples, noise, known=None, candidates=None):
 
 
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
-@pytest.mark.parametrize("masks", ["none", "known", "both"])
+@pytest.mark.parametrize("masks", ["none", "known", "candidates", "both"])
 def test_picks_match_the_reference(library, grid, masks):
     noise = counter_noise(0, 0, np.arange(3), grid.num_tokens)
-    known = some(grid.num_tokens, 0.2, 0) if masks in ("known", "both") else None
-    candidates = some(grid.num_tokens, 0.8, 1) if masks in ("candidates", "both") else None
-    arrays = [mask for mask in (known, candidates) if mask is not None]
+    is_known = some(grid.num_tokens, 0.2, 0) if masks in ("known", "both") else None
+    is_candidate = some(grid.num_tokens, 0.8, 1) if masks in ("candidates", "both") else None
+    arrays = [mask for mask in (is_known, is_candidate) if mask is not None]
 
     def pick(noise, *arrays):
         given = iter(arrays)
@@ -52,12 +53,12 @@ def test_picks_match_the_reference(library, grid, masks):
             grid,
             3,
             noise,
-            known=None if known is None else next(given),
-            candidates=None if candidates is None else next(given),
+            is_known=None if is_known is None else next(given),
+            is_candidate=None if is_candidate is None else next(given),
         )
 
     library.assert_equal(
-        library.run(pick, noise, *arrays), expected_picks(grid, 3, noise, known, candidates), dtype="index"
+        library.run(pick, noise, *arrays), expected_picks(grid, 3, noise, is_known, is_candidate), dtype="index"
     )
 
 
@@ -78,13 +79,13 @@ def test_equal_noise_ranks_by_token(library, noise):
 def test_grids_and_arrays_of_positions_give_the_same_picks(xp, masked, dtype):
     grid = GRIDS[3]
     noise = counter_noise(0, 0, np.arange(3), grid.num_tokens)
-    known = some(grid.num_tokens, 0.2 * masked, 0)
+    is_known = some(grid.num_tokens, 0.2 * masked, 0)
     positions = grid.positions.astype(dtype)
-    expected = expected_picks(grid, 8, noise, known)
+    expected = expected_picks(grid, 8, noise, is_known)
     # Of NumPy: its values bound the key. Of the library: nothing is read off it, and keys are not packed.
-    of_numpy = xp.run(lambda noise, known: furthest_point_sampling(positions, 8, noise, known=known), noise, known)
+    of_numpy = xp.run(lambda *a: furthest_point_sampling(positions, 8, *a), noise, is_known)
     xp.assert_equal(of_numpy, expected, dtype="index")
-    own = xp.run(lambda *a: furthest_point_sampling(a[0], 8, a[1], known=a[2]), positions, noise, known)
+    own = xp.run(lambda *a: furthest_point_sampling(a[0], 8, *a[1:]), positions, noise, is_known)
     xp.assert_equal(own, expected, dtype="index")
 
 
@@ -108,7 +109,7 @@ def test_positions_of_narrow_types_do_not_wrap(dtype):
 def both_ways(grid, num_samples, noise, is_known, may_pick):
     """Pick by the packed key and by distance then rank, whichever the public function would take."""
     xp, length = array_namespace(noise), grid.num_tokens
-    distance, rank = sampling.starting_distance(grid, noise, is_known, may_pick)
+    distance, rank = sampling.starting_distance(xp, grid, noise, is_known, may_pick)
     rows, scaled_rows = (sampling._distance_rows(xp, grid, scale, noise) for scale in (1, length))
     packed = sampling._pick_by_packed_key(xp, scaled_rows, distance * length + rank, rank, num_samples)
     return packed, sampling._pick_by_distance_then_rank(xp, rows, distance, rank, num_samples)
@@ -204,8 +205,8 @@ LARGE = [
 @pytest.mark.parametrize("num_known", [0, 3])
 def test_large_grids_match_64_bit_arithmetic(library, grid, way, num_known, way_taken):
     noise = counter_noise(0, 0, np.arange(2), grid.num_tokens)
-    is_known = noise_rank(noise[:, ::-1]) < num_known
-    picks = library.run(lambda noise, known: furthest_point_sampling(grid, 5, noise, known=known), noise, is_known)
+    is_known = _noise_rank(np, noise[:, ::-1]) < num_known
+    picks = library.run(lambda *a: furthest_point_sampling(grid, 5, *a), noise, is_known)
     library.assert_equal(picks, picks_in_int64(grid, 5, noise, is_known), dtype="index")
     if library.library == "numpy" and way == "_pick_by_packed_key" and grid.num_tokens < 2048:
         way = "_pick_in_place"
@@ -228,7 +229,7 @@ def test_rows_of_large_grids_are_those_of_the_table(library, grid, monkeypatch):
     def rows(picks, noise):
         return sampling._distance_rows(array_namespace(noise), grid, 5, noise)(picks)
 
-    expected = 5 * squared_distances(grid.positions, grid.positions)[picks]
+    expected = 5 * _squared_distances(np, grid.positions, grid.positions)[picks]
     library.assert_equal(library.run(rows, picks, noise), expected, dtype="int32")
     monkeypatch.setattr(sampling, "_TABLE_TOKENS", 0)
     library.assert_equal(library.run(rows, picks, noise), expected, dtype="int32")
@@ -248,7 +249,7 @@ def test_the_table_of_a_grid_is_made_once_and_cannot_be_written():
 @given(cases())
 def test_picks_are_distinct_candidates(case):
     grid, noise, is_known, may_pick, number = case
-    picks = furthest_point_sampling(grid, number, noise, known=is_known, candidates=may_pick)[0]
+    picks = furthest_point_sampling(grid, number, noise, is_known=is_known, is_candidate=may_pick)[0]
     assert picks.shape == (number,)
     assert np.unique(picks).size == number
     assert may_pick[0, picks].all()
@@ -257,16 +258,16 @@ def test_picks_are_distinct_candidates(case):
 @given(cases())
 def test_known_tokens_are_never_picked_even_as_candidates(case):
     grid, noise, is_known, may_pick, number = case
-    expected = furthest_point_sampling(grid, number, noise, known=is_known, candidates=may_pick)
+    expected = furthest_point_sampling(grid, number, noise, is_known=is_known, is_candidate=may_pick)
     np.testing.assert_array_equal(
-        furthest_point_sampling(grid, number, noise, known=is_known, candidates=may_pick | is_known), expected
+        furthest_point_sampling(grid, number, noise, is_known=is_known, is_candidate=may_pick | is_known), expected
     )
 
 
 @given(cases())
 def test_distances_of_picks_do_not_increase(case):
     grid, noise, is_known, may_pick, number = case
-    picks = furthest_point_sampling(grid, number, noise, known=is_known, candidates=may_pick)[0]
+    picks = furthest_point_sampling(grid, number, noise, is_known=is_known, is_candidate=may_pick)[0]
     covered, distances = is_known.copy(), []
     for pick in picks:
         distances.append(int(nearest_known_distance(grid, covered)[0, pick]))
@@ -278,8 +279,8 @@ def test_distances_of_picks_do_not_increase(case):
 def test_fewer_picks_are_the_first_of_more(case):
     grid, noise, is_known, may_pick, number = case
     if number:
-        more = furthest_point_sampling(grid, number, noise, known=is_known, candidates=may_pick)
-        fewer = furthest_point_sampling(grid, number - 1, noise, known=is_known, candidates=may_pick)
+        more = furthest_point_sampling(grid, number, noise, is_known=is_known, is_candidate=may_pick)
+        fewer = furthest_point_sampling(grid, number - 1, noise, is_known=is_known, is_candidate=may_pick)
         np.testing.assert_array_equal(fewer, more[:, :-1])
 
 
@@ -289,8 +290,8 @@ def test_covering_radius_is_at_most_twice_the_best(case, number):
     is_known = is_known & (np.arange(grid.num_tokens) < 2)
     free = tokens(~is_known[0])
     number = min(number, len(free))
-    picks = furthest_point_sampling(grid, number, noise, known=is_known)[0]
-    between = squared_distances(grid.positions, grid.positions)
+    picks = furthest_point_sampling(grid, number, noise, is_known=is_known)[0]
+    between = _squared_distances(np, grid.positions, grid.positions)
 
     def squared_radius(centres):
         return between[[*tokens(is_known[0]), *centres]].min(axis=0).max() if centres or is_known.any() else 0
@@ -314,10 +315,10 @@ NOBODY = np.zeros((2, 4), dtype=bool)
         ((Grid((4,)), 1, NOISE[0]), ValueError, r"noise: .* got \(4,\)"),
         ((np.arange(4), 1, NOISE), ValueError, r"positions: expected a Grid or shape \(N, axes\), got shape \(4,\)"),
         ((np.zeros((4, 2)), 1, NOISE), TypeError, "positions: expected integers, got float64"),
-        ((Grid((4,)), 1, NOISE, NOISE), TypeError, "known: expected bool, got int32"),
-        ((Grid((4,)), 1, NOISE, None, NOISE), TypeError, "candidates: expected bool, got int32"),
-        ((Grid((4,)), 1, NOISE, NOBODY[:1]), ValueError, r"known: expected the shape of noise, \(2, 4\), got \(1, 4\)"),
-        ((Grid((4,)), 1, NOISE, NOBODY, NOBODY[:, :2]), ValueError, r"candidates: .* got \(2, 2\)"),
+        ((Grid((4,)), 1, NOISE, NOISE), TypeError, "is_known: expected bool, got int32"),
+        ((Grid((4,)), 1, NOISE, None, NOISE), TypeError, "is_candidate: expected bool, got int32"),
+        ((Grid((4,)), 1, NOISE, NOBODY[:1]), ValueError, r"is_known: .* shape of noise, \(2, 4\), got \(1, 4\)"),
+        ((Grid((4,)), 1, NOISE, NOBODY, NOBODY[:, :2]), ValueError, r"is_candidate: .* got \(2, 2\)"),
     ],
 )
 def test_errors_name_the_argument(arguments, error, message):

@@ -11,17 +11,21 @@ from prmim_core import (
     Schedule,
     TokenCounts,
     block_visible,
+    cell_decoded,
     count_tokens,
     counter_noise,
+    furthest_decoded,
     is_member,
     make_plan,
     nearest_known_distance,
-    noise_rank,
+    random_decoded,
     take_tokens,
+    weighted_decoded,
 )
+from prmim_core.throwing import STRATEGIES, WEIGHTED
 
 GRIDS = [Grid((11,)), Grid((4, 6)), Grid((5, 4), (3, 1)), Grid((3, 4, 2), (4, 1, 1))]
-STRATEGIES = [("furthest", "visible"), ("furthest", "none"), ("random", "visible"), ("cell", "visible")]
+CHOICES = [("furthest", "none"), *((name, "visible") for name in STRATEGIES if name not in WEIGHTED)]
 
 
 def expected_order(schedule, noise, visible=None, weights=None):
@@ -32,7 +36,7 @@ def expected_order(schedule, noise, visible=None, weights=None):
             row,
             spacing=schedule.grid.spacing,
             throwing=schedule.throwing,
-            seed=schedule.seed,
+            furthest_from=schedule.furthest_from,
             visible=None if visible is None else visible[image].tolist(),
             weights=None if weights is None else weights[image].tolist(),
             unit=schedule.unit,
@@ -41,10 +45,10 @@ def expected_order(schedule, noise, visible=None, weights=None):
     ]
 
 
-@pytest.mark.parametrize(("throwing", "seed"), STRATEGIES)
+@pytest.mark.parametrize(("throwing", "furthest_from"), CHOICES)
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
-def test_plans_match_the_reference(library, grid, throwing, seed):
-    schedule = Schedule(grid, count_tokens(grid.num_tokens, 0.75, 0.4), throwing=throwing, seed=seed)
+def test_plans_match_the_reference(library, grid, throwing, furthest_from):
+    schedule = Schedule(grid, count_tokens(grid.num_tokens, 0.75, 0.4), throwing=throwing, furthest_from=furthest_from)
     noise = counter_noise(0, 0, np.arange(3), grid.num_tokens)
     plan = library.run(lambda noise: make_plan(schedule, noise), noise)
     assert isinstance(plan, Plan)
@@ -52,14 +56,31 @@ def test_plans_match_the_reference(library, grid, throwing, seed):
     library.assert_equal(plan.order, expected_order(schedule, noise), dtype="index")
 
 
-@pytest.mark.parametrize(("throwing", "seed"), STRATEGIES[::3])
-def test_plans_take_the_visible_tokens_they_are_given(library, throwing, seed):
+@pytest.mark.parametrize(("throwing", "furthest_from"), CHOICES[::3])
+def test_plans_take_the_visible_tokens_they_are_given(library, throwing, furthest_from):
     grid = GRIDS[1]
-    schedule = Schedule(grid, TokenCounts(8, 6, 10), throwing=throwing, seed=seed)
+    schedule = Schedule(grid, TokenCounts(8, 6, 10), throwing=throwing, furthest_from=furthest_from)
     noise = counter_noise(0, 0, np.arange(3), 24)
-    visible = block_visible(noise[:, ::-1], grid, (2, 2), 2)
+    visible = block_visible(grid, (2, 2), 2, noise[:, ::-1])
     plan = library.run(lambda noise, visible: make_plan(schedule, noise, visible), noise, visible)
     library.assert_equal(plan.order, expected_order(schedule, noise, visible), dtype="index")
+
+
+@pytest.mark.parametrize("throwing", ["furthest", "random", "cell", "weighted"])
+def test_plans_take_the_decoded_tokens_they_are_given(library, throwing):
+    counts, noise = TokenCounts(6, 8, 10), counter_noise(0, 0, np.arange(3), 24)
+    weights = np.random.default_rng(0).integers(1, 99, noise.shape).astype(np.float32)
+    schedule = Schedule(GRIDS[1], counts, throwing=throwing)
+    expected = make_plan(schedule, noise, weights=weights if throwing == "weighted" else None).order
+    is_visible = is_member(expected[:, :6], 24)
+    decoded = {
+        "furthest": lambda: furthest_decoded(GRIDS[1], 8, noise, is_visible),
+        "random": lambda: random_decoded(8, noise, is_visible),
+        "cell": lambda: cell_decoded(GRIDS[1], 8, noise, is_visible),
+        "weighted": lambda: weighted_decoded(8, noise, is_visible, weights),
+    }[throwing]()
+    plan = library.run(lambda noise, decoded: make_plan(schedule, noise, decoded=decoded), noise, decoded)
+    library.assert_equal(plan.order, expected, dtype="index")
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.int16])
@@ -112,17 +133,17 @@ UNITS = [  # grid, unit that is masked, unit that is decoded or thrown, visible 
 ]
 
 
-def unit_case(grid, mask_unit, unit, visible, decoded, throwing="furthest", seed="visible"):
+def unit_case(grid, mask_unit, unit, visible, decoded, throwing="furthest", furthest_from="visible"):
     counts = TokenCounts(visible, decoded, grid.num_tokens - visible - decoded)
-    schedule = Schedule(grid, counts, stages=3, throwing=throwing, seed=seed, unit=unit)
+    schedule = Schedule(grid, counts, stages=3, throwing=throwing, furthest_from=furthest_from, unit=unit)
     noise = counter_noise(5, 0, np.arange(3), grid.num_tokens)
-    return schedule, noise, block_visible(noise, grid, mask_unit, visible // int(np.prod(mask_unit)))
+    return schedule, noise, block_visible(grid, mask_unit, visible // int(np.prod(mask_unit)), noise)
 
 
-@pytest.mark.parametrize(("throwing", "seed"), STRATEGIES)
+@pytest.mark.parametrize(("throwing", "furthest_from"), CHOICES)
 @pytest.mark.parametrize("case", UNITS, ids=str)
-def test_plans_of_units_match_the_reference(case, throwing, seed):
-    schedule, noise, visible = unit_case(*case, throwing=throwing, seed=seed)
+def test_plans_of_units_match_the_reference(case, throwing, furthest_from):
+    schedule, noise, visible = unit_case(*case, throwing=throwing, furthest_from=furthest_from)
     assert make_plan(schedule, noise, visible).order.tolist() == expected_order(schedule, noise, visible)
 
 
@@ -138,7 +159,7 @@ def test_weighted_plans_of_units_match_the_reference(library, case):
     schedule, noise, visible = unit_case(*case, throwing="weighted")
     # Integers: sums of them are exact in any order, and no two times of arrival are close.
     weights = np.random.default_rng(0).integers(1, 99, noise.shape).astype(np.float32)
-    plan = library.run(lambda *a: make_plan(schedule, *a), noise, visible, weights)
+    plan = library.run(lambda *a: make_plan(schedule, *a[:2], weights=a[2]), noise, visible, weights)
     library.assert_equal(plan.order, expected_order(schedule, noise, visible, weights), dtype="index")
 
 
@@ -162,7 +183,7 @@ def test_units_stay_whole(case):
 def test_without_given_tokens_whole_units_are_visible(library):
     schedule, noise, _ = unit_case(*UNITS[0])
     plan = library.run(lambda noise: make_plan(schedule, noise), noise)
-    visible = block_visible(noise, schedule.grid, (2, 2), 2)
+    visible = block_visible(schedule.grid, (2, 2), 2, noise)
     library.assert_equal(plan.order, expected_order(schedule, noise, visible), dtype="index")
     library.assert_equal(plan.order, expected_order(schedule, noise), dtype="index")
 
@@ -227,8 +248,8 @@ def plans(draw):
     grid = Grid(shape, tuple(draw(st.lists(st.integers(1, 5), min_size=axes, max_size=axes))))
     cuts = sorted(draw(st.lists(st.integers(0, grid.num_tokens), min_size=2, max_size=2)))
     counts = TokenCounts(cuts[0], cuts[1] - cuts[0], grid.num_tokens - cuts[1])
-    throwing, seed = draw(st.sampled_from([*STRATEGIES, ("weighted", "visible")]))
-    schedule = Schedule(grid, counts, stages=draw(st.integers(1, 5)), throwing=throwing, seed=seed)
+    throwing, furthest_from = draw(st.sampled_from([*CHOICES, ("weighted", "visible")]))
+    schedule = Schedule(grid, counts, stages=draw(st.integers(1, 5)), throwing=throwing, furthest_from=furthest_from)
     noise = draw(hnp.arrays(np.int32, (2, grid.num_tokens), elements=st.integers(-9, 9)))
     elements = st.floats(0, 1, width=32)
     weights = draw(hnp.arrays(np.float32, noise.shape, elements=elements)) if throwing == "weighted" else None
@@ -243,6 +264,11 @@ def test_the_parts_of_a_plan_partition_the_tokens(case):
         assert sorted(token for part in parts for token in part[image].tolist()) == list(range(plan.order.shape[1]))
     np.testing.assert_array_equal(np.concatenate([plan.decoded, plan.thrown], axis=1), plan.masked)
     np.testing.assert_array_equal(np.concatenate([plan.visible, plan.masked], axis=1), plan.order)
+
+
+@given(plans())
+def test_plans_pass_their_own_check(case):
+    case[0].check()
 
 
 @given(plans())
@@ -274,7 +300,7 @@ def test_thrown_tokens_are_sorted_by_distance_then_noise(case):
     plan, noise = case
     is_known = is_member(plan.known(1), plan.order.shape[1])
     distance = take_tokens(nearest_known_distance(plan.schedule.grid, is_known), plan.thrown).tolist()
-    rank = take_tokens(noise_rank(noise), plan.thrown).tolist()
+    rank = take_tokens(np.argsort(np.argsort(noise, stable=True), stable=True), plan.thrown).tolist()
     for image in range(2):
         keys = list(zip(distance[image], rank[image], strict=True))
         assert keys == sorted(keys)
@@ -301,6 +327,69 @@ def test_furthest_sampling_leaves_thrown_tokens_nearer_to_known_ones_than_rivals
     assert beyond["furthest"].mean() < 0.7 * beyond["cell"].mean()
 
 
+# --- parts of a plan -----------------------------------------------------------------------------------------------
+
+
+def test_members_of_a_plan_are_equal_on_every_library(xp):
+    schedule = Schedule(GRIDS[1], TokenCounts(6, 8, 10))
+    order = make_plan(schedule, counter_noise(0, 0, np.arange(3), 24)).order
+
+    def members(order):
+        plan = Plan(order, schedule)
+        return plan.restore, plan.mask, plan.supervised(reconstructed=True), plan.represented(reconstructed=False)
+
+    restore, mask, supervised, represented = xp.run(members, order)
+    xp.assert_equal(restore, np.argsort(order, axis=1), dtype="index")
+    xp.assert_equal(mask, np.argsort(order, axis=1) >= 6, dtype="bool")
+    xp.assert_equal(supervised, order[:, 6:], dtype="index")
+    xp.assert_equal(represented, order[:, :14], dtype="index")
+
+
+@given(plans())
+def test_the_mask_hides_the_masked_tokens(case):
+    plan, _ = case
+    assert plan.mask.sum() == plan.masked.size
+    assert take_tokens(plan.mask, plan.masked).all()
+    assert not take_tokens(plan.mask, plan.visible).any()
+
+
+@given(plans(), st.booleans())
+def test_supervised_tokens_are_masked_tokens_with_a_feature(case, reconstructed):
+    plan, _ = case
+    supervised = plan.supervised(reconstructed=reconstructed)
+    represented = plan.represented(reconstructed=reconstructed)
+    np.testing.assert_array_equal(np.concatenate([plan.visible, supervised], axis=1), represented)
+    missing = plan.schedule.counts.thrown * (not reconstructed)
+    assert represented.shape[1] == plan.schedule.counts.num_tokens - missing
+
+
+def test_check_accepts_plans(library):
+    noise = counter_noise(0, 0, np.arange(3), 24)
+    for unit in (None, (2, 2)):
+        schedule = Schedule(GRIDS[1], TokenCounts(8, 8, 8), unit=unit)
+        Plan(library.from_numpy(make_plan(schedule, noise).order), schedule).check()
+        Plan(library.from_numpy(np.zeros((0, 24), dtype=int)), schedule).check()
+
+
+@pytest.mark.parametrize(
+    ("order", "unit", "error", "message"),
+    [
+        ([[0, 1, 2, 3], [0, 2, 2, 3]], None, ValueError, "order: expected a permutation of 0 to 3 .* invalid row 1"),
+        ([[0, 1, 2, 4]], None, ValueError, "order: expected a permutation .*, got an invalid row 0"),
+        ([[-1, 1, 2, 3]], None, ValueError, "order: expected a permutation .* row 0"),
+        ([[0, 1, 2]], None, ValueError, r"order: expected shape \(batch, 4\), got \(1, 3\)"),
+        ([0, 1, 2, 3], None, ValueError, r"order: expected shape \(batch, 4\), got \(4,\)"),
+        ([[0.0, 1.0, 2.0, 3.0]], None, TypeError, "order: expected integers, got .*float"),
+        ([[1, 0, 2, 3], [1, 2, 0, 3]], (2,), ValueError, r"order: .* in whole units \(2,\) in every row, .* row 1"),
+    ],
+)
+def test_check_refuses_other_orders(library, order, unit, error, message):
+    schedule = Schedule(Grid((4,)), TokenCounts(0, 2, 2), unit=unit)
+    plan = Plan(library.from_numpy(np.asarray(order)), schedule)
+    with pytest.raises(error, match=message):
+        plan.check()
+
+
 # --- membership and gathering --------------------------------------------------------------------------------------
 
 
@@ -310,6 +399,11 @@ def test_is_member_marks_the_tokens(library, number):
     expected = np.zeros((3, 9), dtype=bool)
     np.put_along_axis(expected, index, True, axis=1)
     library.assert_equal(library.run(lambda index: is_member(index, 9), index), expected, dtype="bool")
+
+
+def test_is_member_checks_the_shape():
+    with pytest.raises(ValueError, match=r"index: expected shape \(batch, n\), got \(3,\)"):
+        is_member(np.arange(3), 4)
 
 
 def test_is_member_takes_repeated_tokens(xp):
@@ -426,7 +520,7 @@ NOISE = counter_noise(0, 0, np.arange(2), 4)
         ({"stages": 1.0}, TypeError, "stages: expected an integer, got 1.0"),
         ({"stages": True}, TypeError, "stages: expected an integer, got True"),
         ({"throwing": "near"}, ValueError, "throwing: expected one of furthest, random, weighted, cell, got 'near'"),
-        ({"seed": "random"}, ValueError, "seed: expected one of visible, none, got 'random'"),
+        ({"furthest_from": "random"}, ValueError, "furthest_from: expected one of visible, none, got 'random'"),
         ({"unit": (3,)}, ValueError, r"unit: expected sizes that divide the grid \(4,\), got \(3,\)"),
         ({"unit": (2, 2)}, ValueError, r"unit: expected sizes that divide the grid \(4,\), got \(2, 2\)"),
         ({"unit": (0,)}, ValueError, r"unit: expected positive integers, got \(0,\)"),
@@ -461,6 +555,14 @@ def test_stages_count_from_one(stage):
         ("furthest", {"noise": NOISE[0]}, ValueError, r"noise: .* got \(4,\)"),
         ("furthest", {"visible": NOISE[:, :2]}, ValueError, r"visible: expected shape \(2, 1\), got \(2, 2\)"),
         ("furthest", {"visible": np.zeros((2, 1))}, TypeError, "visible: expected integers, got float64"),
+        ("furthest", {"decoded": NOISE[:, :2]}, ValueError, r"decoded: expected shape \(2, 1\), got \(2, 2\)"),
+        ("furthest", {"decoded": np.zeros((2, 1))}, TypeError, "decoded: expected integers, got float64"),
+        (
+            "weighted",
+            {"decoded": NOISE[:, :1], "weights": np.ones((2, 4))},
+            ValueError,
+            "weights: expected None where decoded tokens are given, got an array",
+        ),
         ("furthest", {"weights": np.ones((2, 4))}, ValueError, "weights: .* with throwing='weighted' only"),
         ("weighted", {}, ValueError, "weights: .* got None"),
         ("weighted", {"weights": np.ones((2, 1))}, ValueError, r"weights: .* \(2, 4\), got \(2, 1\)"),

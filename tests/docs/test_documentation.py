@@ -45,8 +45,8 @@ PRMIM_COMMANDS = [
 
 @pytest.mark.parametrize("command", PRMIM_COMMANDS)
 def test_prmim_commands_name_options_that_exist(command):
-    from prmim_train.cli import COMMANDS
-    from prmim_train.options import split_words
+    from prmim_train.cli.commands import COMMANDS
+    from prmim_train.cli.options import split_words
 
     _, verb, *words = shlex.split(command)
     split_words(words, COMMANDS[verb].options())

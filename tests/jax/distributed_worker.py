@@ -1,4 +1,4 @@
-"""What the processes of test_distributed.py do, as a script; the test imports it for one device alone."""
+"""Script of the processes of test_distributed.py; the test also imports it, for a single device."""
 
 import argparse
 import json
@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from prmim_jax import MAE, ClassifierEngine, Engine
+from prmim_methods import ClassifierConfig, TrainingConfig, create_config
 
 TINY = {"image_size": (16, 16), "patch_size": (4, 4), "embed_dim": 16, "depth": 2, "num_heads": 2}
 METHODS = {
@@ -24,13 +25,14 @@ OPTIONS = {
     "simmim": {"clip_grad": 1.0},
 }
 # 9 is a width that two devices cannot share: some of the arrays of stacked blocks are cut between the blocks.
-ODD = {"name": "simmim", **TINY, "embed_dim": 9, "num_heads": 3, "scan_blocks": True, "variant": "interpolate"}
+ODD = {"name": "simmim", **TINY, "embed_dim": 9, "num_heads": 3, "scan_blocks": True, "reconstruction": "interpolate"}
 CLASSIFIERS = {
-    "finetune": (ODD, {"drop_path": 0.3, "layer_decay": 0.7, "ema_decay": 0.8, "accumulate": 2, "clip_grad": 0.5}),
-    "probe": (
-        METHODS["mae"],
-        {"frozen": True, "norm": "batch", "pool": "cls", "optimizer": "lars", "learning_rate": 0.5},
+    "finetune": (
+        ODD,
+        {"drop_path": 0.3, "layer_decay": 0.7, "ema_decay": 0.8},
+        {"accumulate": 2, "clip_grad": 0.5},
     ),
+    "probe": (METHODS["mae"], {"protocol": "linear", "pool": "cls"}, {"learning_rate": 0.5}),
 }
 CLASSES = 5
 TRAINING = {"seed": 3, "total_steps": 8, "warmup_steps": 2, "learning_rate": 1e-3, "device": "cpu", "timeout": 10.0}
@@ -47,11 +49,12 @@ STEPS, STEP_SAVED, STEP_SPOILT = 6, 3, 4
 
 
 def make_engine(name, parallel="ddp", **training):
-    return Engine(METHODS[name], **{**TRAINING, **OPTIONS[name], **training}, parallel=parallel)
+    training = TrainingConfig(**{**TRAINING, **OPTIONS[name], **training}, parallel=parallel)
+    return Engine(create_config(**{"init_seed": 3, **METHODS[name]}), training)
 
 
 def let_black_images_spoil_a_step():
-    """Let the loss of an MAE not be finite if one of its images is black."""
+    """Make the loss of an MAE nonfinite if one of its images is black."""
     call = MAE.__call__
 
     def call_spoilt(self, images, noise):
@@ -145,8 +148,8 @@ def held(engine):
 
 def talk(engine):
     """Count what devices say to each other in a step, by kind, and how much of it they say in loops."""
-    inputs = [engine._layout.put_rows(array) for array in engine._inputs(*rows(engine))]
-    program = engine._train.lower(engine._state, engine._buffers, *inputs, 0, 0.0).compile().as_text()
+    batch = tuple(map(engine._layout.put_rows, engine._inputs(*rows(engine))))
+    program = engine._train.lower(engine._state, engine._buffers, batch, 0, 0.0).compile().as_text()
     lines = [line for line in program.splitlines() if re.search(COLLECTIVES, line)]
     kinds = Counter(re.search(COLLECTIVES, line).group(1) for line in lines)
     return {"talk": dict(kinds), "talk in loops": sum("while/body" in line for line in lines)}
@@ -162,8 +165,10 @@ def two_curves(shared, own):
 
 def classify(name, parallel, directory):
     """Train a classifier, and take it up again where it was saved on the way."""
-    method, options = CLASSIFIERS[name]
-    engine = ClassifierEngine(method, CLASSES, parallel=parallel, **{**TRAINING, **options})
+    method, options, training = CLASSIFIERS[name]
+    training = TrainingConfig(**{**TRAINING, "betas": (0.9, 0.999), **training}, parallel=parallel)
+    config = create_config(**{"init_seed": 3, **method})
+    engine = ClassifierEngine(config, ClassifierConfig(**options), CLASSES, training)
     curve = train_classifier(engine, STEP_SAVED)
     saving = save(engine, directory / name / parallel / "half")
     curve += train_classifier(engine, STEPS)

@@ -1,4 +1,4 @@
-"""Classifiers: what they see, what learns and how fast, what a probe leaves alone."""
+"""Classifiers: input of the head, trained parameters, optimizers, checkpoints."""
 
 import re
 
@@ -9,41 +9,74 @@ import pytest
 from flax import nnx
 
 from prmim_core import counter_noise
-from prmim_core.training import learning_rate_at
-from prmim_jax import Classifier, ClassifierEngine, create_method, load_weights, save_weights
-from prmim_jax.classifier import BatchNorm
-from prmim_jax.interop import named_variables
+from prmim_jax import METHODS, Classifier, ClassifierEngine, load_weights, save_weights
+from prmim_jax.classifier import BatchNorm, load_encoder
+from prmim_jax.interop import named_variables, named_weights, put_weights, write_weights
+from prmim_methods import ClassifierConfig, TrainingConfig, create_config
+from prmim_methods.record import options as options_of
+from prmim_methods.weight_files import dump_architecture
 
-TRAINING = {"seed": 3, "total_steps": 8, "warmup_steps": 2, "learning_rate": 1e-3, "device": "cpu"}
+TRAINING = {
+    "seed": 3,
+    "total_steps": 8,
+    "warmup_steps": 2,
+    "learning_rate": 1e-3,
+    "betas": (0.9, 0.999),
+    "device": "cpu",
+}
+PLAIN = {"drop_path": 0.0, "layer_decay": 1.0}
+INIT_SEED = 3
 SAMPLE = np.arange(8)
 CLASSES = 5
 
 FINETUNE = {"drop_path": 0.5, "layer_decay": 0.7, "ema_decay": 0.9, "clip_grad": 1.0}
-PROBE = {"frozen": True, "norm": "batch", "pool": "cls", "optimizer": "lars", "learning_rate": 0.5, "weight_decay": 0.0}
+PROBE = {"protocol": "linear", "pool": "cls", "learning_rate": 0.5, "weight_decay": 0.0}
 KINDS = {"finetune": FINETUNE, "probe": PROBE}
 STATISTICS = {"running_mean", "running_var", "num_batches_tracked"}
 
 
-@pytest.fixture
-def sizes(tiny, tiny_simmim):
-    return {"mae": tiny, "simmim": tiny_simmim}
+def make_options(**given):
+    """Return options of a classifier; by default, fine-tuning is plain."""
+    is_linear = given.get("protocol") == "linear"
+    return ClassifierConfig(**{**({} if is_linear else PLAIN), **given})
 
 
 @pytest.fixture
-def make_method(sizes):
+def make_config(tiny, tiny_simmim):
+    """Return a function from options to the record of a method."""
+
     def make(name="mae", **options):
-        return create_method(name, **{**sizes[name], **options})
+        return create_config(name, **{**{"mae": tiny, "simmim": tiny_simmim}[name], "init_seed": INIT_SEED, **options})
 
     return make
 
 
 @pytest.fixture
-def make_engine(sizes):
-    def make(name="mae", method_options=None, **training):
-        options = {"name": name, **sizes[name], **(method_options or {})}
-        return ClassifierEngine(options, CLASSES, **{**TRAINING, **training})
+def make_engine(make_config):
+    """Return a function from options of classifier and training to an engine; by default, drop path is off."""
+    names = {item.name for item in options_of(ClassifierConfig)}
+
+    def make(name="mae", method_options=None, weights=None, num_classes=CLASSES, **given):
+        options = {key: value for key, value in given.items() if key in names}
+        training = TrainingConfig(**{**TRAINING, **{key: value for key, value in given.items() if key not in names}})
+        config = make_config(name, **(method_options or {}))
+        return ClassifierEngine(config, make_options(**options), num_classes, training, weights)
 
     return make
+
+
+def make_classifier(config, num_classes=CLASSES, init_seed=0, **options):
+    return Classifier(config, make_options(**options), num_classes, init_seed)
+
+
+def make_pair(config, path, **options):
+    """Return a method and a classifier with its encoder, in evaluation mode."""
+    method, classifier = METHODS[config.name](config), make_classifier(config, **options)
+    save_weights(method, path)
+    load_encoder(classifier, path)
+    method.eval()
+    classifier.eval()
+    return method, classifier
 
 
 @pytest.fixture
@@ -53,7 +86,7 @@ def images(make_images):
 
 @pytest.fixture
 def targets():
-    """Soft ones, as mixup makes them."""
+    """Return soft targets, as from mixup."""
     return np.random.default_rng(1).dirichlet(np.ones(CLASSES), 8).astype(np.float32)
 
 
@@ -63,12 +96,8 @@ def train(engine, images, targets, steps):
     return engine
 
 
-def numbers(module):
-    return {name: np.array(variable[...]) for name, variable in named_variables(module).items()}
-
-
 def weights_of(engine):
-    return numbers(engine.module)
+    return named_weights(engine.module)
 
 
 def learned(module):
@@ -91,7 +120,7 @@ def assert_close(weights, others, rtol, atol):
 
 
 def spread_out(engine, path):
-    """Give an engine weights away from their first values, which leave the encoder hardly any gradient."""
+    """Perturb the weights of an engine; the initial ones give the encoder hardly any gradient."""
     module, rng = engine.module, np.random.default_rng(0)
     for variable in named_variables(module).values():
         if isinstance(variable, nnx.Param):
@@ -102,7 +131,7 @@ def spread_out(engine, path):
 
 
 def call(module, images, *noise):
-    """Call a module, compiled, and leave it as it was."""
+    """Call a module, compiled, without changing it."""
     graph, state = nnx.split(module)
     return np.asarray(jax.jit(lambda state, *inputs: nnx.merge(graph, state)(*inputs))(state, images, *noise))
 
@@ -112,75 +141,63 @@ def features(method, images, pool):
     return np.asarray(jax.jit(lambda state, images: nnx.merge(graph, state).features(images, pool))(state, images))
 
 
-# --- the module ----------------------------------------------------------------------------------------------------
+# --- module --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["mae", "simmim"])
 @pytest.mark.parametrize("pool", ["mean", "cls"])
-@pytest.mark.parametrize("options", [{}, {"frozen": True}, {"frozen": True, "norm": "batch"}], ids=str)
-def test_what_the_head_sees(make_method, images, name, pool, options):
-    method = make_method(name)
-    classifier = Classifier(method, CLASSES, pool=pool, **options)
-    classifier.eval()
+@pytest.mark.parametrize("protocol", ["finetune", "linear"])
+def test_what_the_head_sees(make_config, images, tmp_path, name, pool, protocol):
+    method, classifier = make_pair(make_config(name), tmp_path / "weights.safetensors", pool=pool, protocol=protocol)
     logits = call(classifier, images)
     assert logits.shape == (8, CLASSES)
     assert logits.dtype == np.float32
-    if "norm" in options:
+    if protocol == "linear":
         seen = features(method, images, pool) / np.sqrt(1 + 1e-6)
     elif pool == "cls":
         seen = features(method, images, pool)
     else:
-        method.encoder.norm = classifier.encoder.norm  # none
+        method.encoder.norm = nnx.data(None)
         seen = features(method, images, pool)
         seen = (seen - seen.mean(1, keepdims=True)) / np.sqrt(seen.var(1, keepdims=True) + 1e-6)
     np.testing.assert_allclose(logits, seen @ np.asarray(classifier.head.weight[...]).T, rtol=1e-4, atol=1e-7)
 
 
 @pytest.mark.parametrize("name", ["mae", "simmim"])
-def test_names_are_those_of_a_vision_transformer(make_method, name):
-    method = make_method(name)
-    names = {f"encoder.{key}" for key in named_variables(method.encoder)} - {"encoder.mask_token"}
+def test_names_are_those_of_a_vision_transformer(make_config, name):
+    config = make_config(name)
+    names = {f"encoder.{key}" for key in named_weights(METHODS[name](config).encoder)} - {"encoder.mask_token"}
     own_norm, head = {"encoder.norm.weight", "encoder.norm.bias"}, {"head.weight", "head.bias"}
-    assert set(numbers(Classifier(method, 2))) == (names - own_norm) | head | {"fc_norm.weight", "fc_norm.bias"}
-    assert set(numbers(Classifier(method, 2, pool="cls"))) == names | head
+    assert set(named_weights(make_classifier(config))) == (names - own_norm) | head | {"fc_norm.weight", "fc_norm.bias"}
+    assert set(named_weights(make_classifier(config, pool="cls"))) == names | head
     statistics = {f"fc_norm.{name}" for name in STATISTICS}
-    assert set(numbers(Classifier(method, 2, frozen=True, norm="batch"))) == names | head | statistics
+    assert set(named_weights(make_classifier(config, protocol="linear"))) == names | head | statistics
 
 
-@pytest.mark.parametrize(("frozen", "std"), [(False, 2e-5), (True, 0.01)])
-def test_the_head_starts_small_and_by_its_seed(make_method, frozen, std):
-    heads = [Classifier(make_method(), 400, frozen=frozen, init_seed=seed).head for seed in (1, 1, 2)]
-    one, same, other = (np.asarray(head.weight[...]) for head in heads)
+@pytest.mark.parametrize(("protocol", "std"), [("finetune", 2e-5), ("linear", 0.01)])
+def test_the_head_starts_small_and_by_its_seed(make_config, protocol, std):
+    weights = [named_weights(make_classifier(make_config(), 400, seed, protocol=protocol)) for seed in (1, 1, 2)]
+    one, same, other = (each["head.weight"] for each in weights)
     assert one.std() == pytest.approx(std, rel=0.05)
-    assert not heads[0].bias[...].any()
+    assert not weights[0]["head.bias"].any()
     assert (one == same).all()
     assert (one != other).any()
-
-
-def test_the_method_stays_as_it_is(make_method):
-    method = make_method("simmim")
-    before, types = numbers(method), {name: type(variable) for name, variable in named_variables(method).items()}
-    for frozen in (False, True):
-        classifier = Classifier(method, CLASSES, frozen=frozen)
-        for variable in named_variables(classifier).values():
-            variable.set_value(variable[...] + 1)
-    assert_same(numbers(method), before)
-    assert {name: type(variable) for name, variable in named_variables(method).items()} == types
+    assert (weights[0]["encoder.cls_token"] == weights[2]["encoder.cls_token"]).all()
 
 
 @pytest.mark.parametrize(
     ("name", "table"), [("mae", "pos_embed"), ("simmim", "rel_pos_bias.relative_position_bias_table")]
 )
-def test_position_tables_learn_and_are_not_decayed(make_method, name, table):
-    classifier = Classifier(make_method(name), CLASSES)
-    assert f"encoder.{table}" in learned(classifier) == set(numbers(classifier))
+def test_position_tables_learn_and_are_not_decayed(make_config, name, table):
+    classifier = make_classifier(make_config(name))
+    assert f"encoder.{table}" in learned(classifier) == set(named_variables(classifier))
     assert {f"encoder.{table}", "encoder.cls_token"} <= classifier.not_decayed()
-    assert learned(Classifier(make_method(name), 2, frozen=True, norm="batch")) == {"head.weight", "head.bias"}
+    assert learned(make_classifier(make_config(name), protocol="linear")) == {"head.weight", "head.bias"}
 
 
-def test_branches_are_dropped_by_the_noise_and_in_training_alone(make_method, images):
+def test_branches_are_dropped_by_the_noise_and_in_training_alone(make_config, images):
     noise = [counter_noise(0, step, jnp.arange(8), 16) for step in (0, 1)]
-    classifier = Classifier(make_method(depth=2), CLASSES, drop_path=0.9)
+    classifier = make_classifier(make_config(depth=2), drop_path=0.9)
     one, again, other = (call(classifier, images, draw) for draw in (noise[0], noise[0], noise[1]))
     assert (one == again).all()
     assert (one != other).any()
@@ -220,20 +237,7 @@ def test_one_row_is_a_batch_too():
     assert np.isfinite(norm.running_var[...]).all()
 
 
-@pytest.mark.parametrize(
-    ("options", "error", "message"),
-    [
-        ({"pool": "max"}, ValueError, "pool: expected 'mean' or 'cls', got 'max'"),
-        ({"norm": "batch"}, ValueError, "norm: expected 'layer' for an encoder that is not frozen, got 'batch'"),
-        ({"init_seed": 0.5}, TypeError, "init_seed: expected an integer, got 0.5"),
-    ],
-)
-def test_wrong_options_of_a_classifier(make_method, options, error, message):
-    with pytest.raises(error, match=f"^{re.escape(message)}$"):
-        Classifier(make_method(), 2, **options)
-
-
-# --- its training --------------------------------------------------------------------------------------------------
+# --- training ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["mae", "simmim-scan"])
@@ -266,24 +270,22 @@ def test_what_is_measured(make_engine, images, targets, tmp_path):
     assert metrics["grad_norm"] > 0
 
 
-@pytest.mark.parametrize("norm", ["layer", "batch"])
 @pytest.mark.parametrize("scan", [False, True])
-def test_a_frozen_encoder_stays_as_it_is(make_engine, images, targets, norm, scan):
-    engine = make_engine("mae", {"scan_blocks": scan}, frozen=True, norm=norm)
+def test_a_frozen_encoder_stays_as_it_is(make_engine, images, targets, scan):
+    engine = make_engine("mae", {"scan_blocks": scan}, **PROBE)
     before = weights_of(engine)
     train(engine, images, targets, 3)
     engine.predict(images)
     after = weights_of(engine)
-    norms = {"layer": {"weight", "bias"}, "batch": STATISTICS}[norm]
     changed = {name for name in after if (after[name] != before[name]).any()}
-    assert changed == {"head.weight", "head.bias", *(f"fc_norm.{name}" for name in norms)}
-    assert engine.num_parameters == 17 * CLASSES + (32 if norm == "layer" else 0)
+    assert changed == {"head.weight", "head.bias", *(f"fc_norm.{name}" for name in STATISTICS)}
+    assert engine.num_parameters == 17 * CLASSES
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_running_statistics_follow_the_batches(make_engine, make_method, images, targets, accumulate):
+def test_running_statistics_follow_the_batches(make_engine, make_config, images, targets, accumulate):
     engine = train(make_engine(**{**PROBE, "accumulate": accumulate}), images, targets, 2)
-    seen = features(make_method(init_seed=TRAINING["seed"]), images, "cls")
+    seen = features(METHODS["mae"](make_config()), images, "cls")
     after = weights_of(engine)
     parts = np.split(seen, accumulate)
     expected = {"mean": np.mean([p.mean(0) for p in parts], 0), "var": np.mean([p.var(0, ddof=1) for p in parts], 0)}
@@ -292,9 +294,9 @@ def test_running_statistics_follow_the_batches(make_engine, make_method, images,
 
 
 def test_a_short_probe_predicts_what_it_has_learned(make_engine, images):
-    """The running statistics are not those with which a batch norm starts."""
+    """The running statistics do not depend on their initial values."""
     hard = np.eye(CLASSES, dtype=np.float32)[np.arange(8) % CLASSES]
-    engine = train(make_engine(**{**PROBE, "optimizer": "adamw", "learning_rate": 0.3}), images, hard, 8)
+    engine = train(make_engine(**{**PROBE, "trust": 3.0}), images, hard, 8)
     assert (engine.predict(images).argmax(1) == hard.argmax(1)).all()
 
 
@@ -317,7 +319,7 @@ def test_a_step_that_is_not_finite_changes_nothing(make_engine, images, targets,
 
 @pytest.mark.parametrize(("name", "scan"), [("mae", False), ("simmim", True)])
 def test_layer_decay(make_engine, images, targets, tmp_path, name, scan):
-    """The first step of AdamW is as long as the learning rate, whatever the gradient."""
+    """The first step of AdamW has the length of the learning rate, for any gradient."""
     options = {"layer_decay": 0.5, "warmup_steps": 0, "weight_decay": 0.0}
     engine = spread_out(
         make_engine(name, {"depth": 2, "scan_blocks": scan}, **options), tmp_path / "weights.safetensors"
@@ -344,14 +346,11 @@ def test_scanned_blocks_take_the_same_steps(make_engine, images, targets, tmp_pa
     np.testing.assert_allclose(scan.predict(images), loop.predict(images), rtol=1e-4, atol=1e-7)
 
 
-@pytest.mark.parametrize("norm", ["layer", "batch"])
-def test_lars_is_what_it_says(make_engine, make_method, images, targets, norm):
-    """Against the update written out in float64, on a head whose gradient is written out too."""
-    training = {**PROBE, "norm": norm, "weight_decay": 0.1, "trust": 0.02, "momentum": 0.8}
-    engine = make_engine(**training)
-    seen = features(make_method(init_seed=3), images, "cls").astype(np.float64)
-    if norm == "batch":
-        seen = (seen - seen.mean(0)) / np.sqrt(seen.var(0) + 1e-6)
+def test_lars_is_what_it_says(make_engine, make_config, images, targets):
+    """Compare with update and gradient of the head, written out in float64."""
+    engine = make_engine(**{**PROBE, "weight_decay": 0.1, "trust": 0.02, "momentum": 0.8})
+    seen = features(METHODS["mae"](make_config()), images, "cls").astype(np.float64)
+    seen = (seen - seen.mean(0)) / np.sqrt(seen.var(0) + 1e-6)
     weights = weights_of(engine)
     weight, bias = (weights[f"head.{name}"].astype(np.float64) for name in ("weight", "bias"))
     velocity = [np.zeros_like(weight), np.zeros_like(bias)]
@@ -362,7 +361,7 @@ def test_lars_is_what_it_says(make_engine, make_method, images, targets, norm):
         update = slope.T @ seen + 0.1 * weight
         update *= 0.02 * np.linalg.norm(weight) / np.linalg.norm(update)
         velocity = [0.8 * velocity[0] + update, 0.8 * velocity[1] + slope.sum(0)]
-        rate = learning_rate_at(step, 8, 2, 0.5, 0.0)
+        rate = TrainingConfig(**{**TRAINING, "learning_rate": 0.5}).learning_rate_at(step)
         weight, bias = weight - rate * velocity[0], bias - rate * velocity[1]
     after = weights_of(train(engine, images, targets, 6))
     np.testing.assert_allclose(after["head.weight"], weight, rtol=1e-3, atol=1e-6)
@@ -370,7 +369,6 @@ def test_lars_is_what_it_says(make_engine, make_method, images, targets, norm):
 
 
 def test_lars_takes_weights_of_zero(make_engine, images, targets, tmp_path):
-    """There is nothing to be relative to."""
     engine = make_engine(**PROBE)
     module = engine.module
     module.head.weight.set_value(jnp.zeros_like(module.head.weight[...]))
@@ -381,7 +379,7 @@ def test_lars_takes_weights_of_zero(make_engine, images, targets, tmp_path):
     assert engine.read_metrics()["nonfinite_step"] is None
 
 
-def test_predictions_are_of_the_running_mean(make_engine, make_method, images, targets):
+def test_predictions_are_of_the_running_mean(make_engine, make_config, images, targets):
     engine = make_engine(ema_decay=0.6, learning_rate=1e-2)
     expected = weights_of(engine)
     for _ in range(4):
@@ -389,11 +387,10 @@ def test_predictions_are_of_the_running_mean(make_engine, make_method, images, t
         expected = {name: 0.6 * expected[name] + 0.4 * now[name] for name in now}
     logits = engine.predict(images)
     assert_same(weights_of(engine), now)
-    twin = Classifier(make_method(), CLASSES)
+    twin = make_classifier(make_config())
     twin.eval()
     for weights, is_it in ((expected, True), (now, False)):
-        for name, variable in named_variables(twin).items():
-            variable.set_value(jnp.asarray(weights[name]))
+        put_weights(twin, weights)
         assert np.allclose(logits, call(twin, images), rtol=1e-3, atol=1e-5) is is_it
 
 
@@ -412,7 +409,7 @@ def test_predictions_do_not_depend_on_the_batch(make_engine, images, targets, ki
     assert whole.dtype == np.float32
     parts = [engine.predict(images[rows]) for rows in (slice(0, 2), slice(2, 8))]
     np.testing.assert_allclose(np.concatenate(parts), whole, rtol=1e-4, atol=1e-6)
-    # And looking leaves the training as it was.
+    # Predictions do not change the training.
     straight = train(make_engine(**options), images, targets, 4)
     assert_same(weights_of(train(engine, images, targets, 1)), weights_of(straight))
 
@@ -432,9 +429,9 @@ def test_a_resumed_run_goes_on_bit_for_bit(make_engine, images, targets, tmp_pat
     assert resumed._train._cache_size() == 1
 
 
-def test_another_training_is_not_taken_up(make_engine, sizes, tmp_path):
+def test_another_training_is_not_taken_up(make_engine, tmp_path):
     make_engine(ema_decay=0.9).save(tmp_path)
-    fewer_classes = ClassifierEngine({"name": "mae", **sizes["mae"]}, 4, **TRAINING)
+    fewer_classes = make_engine(num_classes=4)
     for other, message in (
         (make_engine(), "directory: expected a training state, got "),
         (make_engine(pool="cls"), "weights: pool: expected 'cls', got 'mean'"),
@@ -470,29 +467,34 @@ def test_a_step_never_waits_for_the_device_and_reuses_its_memory(make_engine, im
     assert all(array.is_deleted() for array in before)
 
 
-# --- where it starts -----------------------------------------------------------------------------------------------
+# --- initial weights -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["mae", "simmim"])
-def test_it_starts_from_the_weights_of_a_method(make_method, make_engine, images, tmp_path, name):
-    method = make_method(name, init_seed=9)
-    save_weights(method, tmp_path / "weights.safetensors")
-    engine = make_engine(name, weights=tmp_path / "weights.safetensors", pool="cls")
-    expected = Classifier(method, CLASSES, pool="cls", init_seed=TRAINING["seed"])
-    expected.eval()
+def test_it_starts_from_the_weights_of_a_method(make_config, make_engine, images, tmp_path, name):
+    path = tmp_path / "weights.safetensors"
+    method, expected = make_pair(make_config(name, init_seed=9), path, pool="cls", init_seed=TRAINING["seed"])
+    engine = make_engine(name, weights=path, pool="cls")
     np.testing.assert_allclose(engine.predict(images), call(expected, images), rtol=1e-4, atol=1e-8)
     assert_same(weights_of(engine)["encoder.cls_token"], np.asarray(method.encoder.cls_token[...]))
 
 
-def test_weights_of_another_model_are_refused(make_method, make_engine, tmp_path):
+@pytest.mark.parametrize("name", ["mae", "simmim"])
+def test_without_a_file_it_starts_as_a_new_method(make_config, make_engine, name):
+    weights = weights_of(make_engine(name, pool="cls"))
+    for key, array in named_weights(METHODS[name](make_config(name)).encoder).items():
+        assert key == "mask_token" or (weights[f"encoder.{key}"] == array).all(), key
+
+
+def test_weights_of_another_model_are_refused(make_config, make_engine, tmp_path):
     path = tmp_path / "weights.safetensors"
-    save_weights(make_method(decoder_depth=2), path)
+    save_weights(METHODS["mae"](make_config(decoder_depth=2)), path)
     with pytest.raises(ValueError, match=r"^weights: decoder_depth: expected 1, got 2$"):
         make_engine(weights=path)
-    save_weights(make_method("simmim"), path)
+    save_weights(METHODS["simmim"](make_config("simmim")), path)
     with pytest.raises(ValueError, match=r"^weights: method: expected 'mae', got 'simmim'$"):
         make_engine(weights=path)
-    save_weights(Classifier(make_method(), 2), path)
+    save_weights(make_classifier(make_config(), 2), path)
     with pytest.raises(ValueError, match=r"^weights: method: expected 'mae', got None$"):
         make_engine(weights=path)
     with pytest.raises(FileNotFoundError):
@@ -502,42 +504,39 @@ def test_weights_of_another_model_are_refused(make_method, make_engine, tmp_path
         make_engine(weights=path)
 
 
-def test_weights_of_a_classifier_go_there_and_back(make_method, make_engine, images, targets, tmp_path):
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda weights: weights.pop("encoder.norm.bias"),
+            "path: expected a tensor 'encoder.norm.bias', got none in .*",
+        ),
+        (
+            lambda weights: weights.update({"encoder.norm.bias": np.zeros(9)}),
+            r"path: encoder.norm.bias: expected shape \(16,\), got \(9,\) in .*",
+        ),
+    ],
+    ids=["missing", "shape"],
+)
+def test_a_file_must_have_the_tensors_of_the_encoder(make_config, tmp_path, change, message):
+    path, method = tmp_path / "weights.safetensors", METHODS["mae"](make_config())
+    weights = named_weights(method)
+    change(weights)
+    write_weights(weights, dump_architecture(method), path)
+    classifier = make_classifier(make_config(init_seed=4), pool="cls")
+    before = named_weights(classifier)
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        load_encoder(classifier, path)
+    assert_same(named_weights(classifier), before)
+
+
+def test_weights_of_a_classifier_go_there_and_back(make_config, make_engine, images, targets, tmp_path):
     engine = train(make_engine(**PROBE), images, targets, 3)
     engine.save(tmp_path)
-    classifier = Classifier(make_method(), CLASSES, frozen=True, norm="batch", pool="cls")
+    classifier = make_classifier(make_config(), protocol="linear", pool="cls")
     classifier.eval()
     load_weights(classifier, tmp_path / "weights.safetensors")
     np.testing.assert_allclose(engine.predict(images), call(classifier, images), rtol=1e-4, atol=1e-6)
-
-
-@pytest.mark.parametrize(
-    ("options", "error", "message"),
-    [
-        ({"pool": "max"}, ValueError, "pool: expected 'mean' or 'cls', got 'max'"),
-        ({"norm": "batch"}, ValueError, "norm: expected 'layer' for an encoder that is not frozen, got 'batch'"),
-        ({"frozen": "yes"}, TypeError, "frozen: expected True or False, got 'yes'"),
-        ({"drop_path": -0.1}, ValueError, "drop_path: expected a number in [0, 1), got -0.1"),
-        ({"optimizer": "sgd"}, ValueError, "optimizer: expected 'adamw' or 'lars', got 'sgd'"),
-        (
-            {"optimizer": "lars"},
-            ValueError,
-            "optimizer: expected 'adamw' for an encoder that is not frozen, got 'lars'",
-        ),
-        ({"layer_decay": 2.0}, ValueError, "layer_decay: expected a number in (0, 1], got 2.0"),
-        ({"momentum": -1.0}, ValueError, "momentum: expected a number in [0, 1), got -1.0"),
-        ({"trust": -1.0}, ValueError, "trust: expected a positive number, got -1.0"),
-        ({"ema_decay": 0.0}, ValueError, "ema_decay: expected a number in (0, 1) or None, got 0.0"),
-        ({"seed": -1}, ValueError, "seed: expected an integer in [0, 2**32), got -1"),
-        ({"clip_grad": 0.0}, ValueError, "clip_grad: expected a positive number or None, got 0.0"),
-        ({"parallel": "both", "frozen": True}, ValueError, "parallel: expected 'ddp' or 'fsdp', got 'both'"),
-        ({"precision": "float16"}, ValueError, "precision: expected 'float32' or 'bfloat16', got 'float16'"),
-    ],
-    ids=str,
-)
-def test_wrong_options(sizes, options, error, message):
-    with pytest.raises(error, match=f"^{re.escape(message)}$"):
-        ClassifierEngine({"name": "mae", **sizes["mae"]}, CLASSES, **{**TRAINING, **options})
 
 
 def test_wrong_batches(make_engine, images, targets):

@@ -1,6 +1,6 @@
-"""Several devices, of one process and of two: the same run as on one, agreement, and what becomes of faults.
+"""Several devices, of one process and of two: equality with one device, agreement, faults.
 
-Each launch costs seconds, so that each does a lot; the tests look at what it left behind.
+A launch takes seconds, so each launch runs many jobs, and the tests check their results.
 """
 
 import importlib.util

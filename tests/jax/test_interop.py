@@ -10,7 +10,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from prmim_jax import create_method, load_weights, save_weights
-from prmim_jax.interop import named_variables
+from prmim_jax.interop import named_variables, named_weights
 
 
 @pytest.fixture
@@ -18,12 +18,8 @@ def method(tiny):
     return create_method("mae", **tiny)
 
 
-def weights_of(method):
-    return {name: np.array(variable[...]) for name, variable in named_variables(method).items()}
-
-
 def assert_same(method, weights):
-    state = weights_of(method)
+    state = named_weights(method)
     assert set(state) == set(weights)
     for name, array in state.items():
         np.testing.assert_array_equal(array, weights[name], err_msg=name)
@@ -33,7 +29,7 @@ def test_weights_come_back(tiny, method, tmp_path):
     save_weights(method, tmp_path / "weights.safetensors")
     other = create_method("mae", **tiny, init_seed=1)
     load_weights(other, tmp_path / "weights.safetensors")
-    assert_same(other, weights_of(method))
+    assert_same(other, named_weights(method))
     assert [path.name for path in tmp_path.iterdir()] == ["weights.safetensors"]
 
 
@@ -47,7 +43,7 @@ def test_weights_fit_another_schedule(tiny, method, tmp_path):
     save_weights(method, tmp_path / "weights.safetensors")
     other = create_method("mae", **tiny, mask_ratio=0.5, throw_ratio=0.25, stages=1, throwing="random", init_seed=1)
     load_weights(other, tmp_path / "weights.safetensors")
-    assert_same(other, weights_of(method))
+    assert_same(other, named_weights(method))
 
 
 def test_dtype_stays_that_of_the_method(tiny, method, tmp_path):
@@ -69,7 +65,7 @@ def test_dtype_stays_that_of_the_method(tiny, method, tmp_path):
     ("options", "message"),
     [
         ({"depth": 2}, "weights: depth: expected 2, got 1"),
-        ({"variant": "conv"}, "weights: variant: expected 'conv', got 'kernel'"),
+        ({"reconstruction": "conv"}, "weights: reconstruction: expected 'conv', got 'kernel'"),
         ({"image_size": (16, 32)}, r"weights: image_size: expected \[16, 32\], got \[16, 16\]"),
         ({"channels": 1}, "weights: channels: expected 1, got 3"),
         ({"mean": (0.5, 0.5, 0.5)}, r"weights: mean: expected \[0.5, 0.5, 0.5\], got \[0.485, 0.456, 0.406\]"),
@@ -79,7 +75,7 @@ def test_dtype_stays_that_of_the_method(tiny, method, tmp_path):
 def test_the_first_field_that_differs_is_named(tiny, method, tmp_path, options, message):
     save_weights(method, tmp_path / "weights.safetensors")
     other = create_method("mae", **{**tiny, **options})
-    before = weights_of(other)
+    before = named_weights(other)
     with pytest.raises(ValueError, match=f"^{message}$"):
         load_weights(other, tmp_path / "weights.safetensors")
     assert_same(other, before)
@@ -112,7 +108,7 @@ def test_tensors_must_be_those_of_the_method(method, tmp_path, change, message):
     path = tmp_path / "weights.safetensors"
     save_weights(method, path)
     rewrite(path, change)
-    before = weights_of(method)
+    before = named_weights(method)
     with pytest.raises(ValueError, match=f"^{message}$"):
         load_weights(method, path)
     assert_same(method, before)

@@ -1,7 +1,8 @@
-"""MaskAlign: equal to the reference, and clear about wrong options; more numbers are compared in tests/parity."""
+"""MaskAlign: equal to the reference, and clear about wrong inputs; more numbers are compared in tests/parity."""
 
 import importlib.util
 import re
+import shutil
 from pathlib import Path
 
 import jax
@@ -13,8 +14,8 @@ from flax import nnx
 import prmim_jax
 from prmim_core import counter_noise
 from prmim_jax import MaskAlign, TeacherOutput
-from prmim_jax.interop import named_variables
-from prmim_jax.vit import set_compute_dtype
+from prmim_jax.interop import named_variables, named_weights
+from prmim_methods import MaskAlignConfig, TrainingConfig
 from prmim_reference import maskalign as reference
 
 spec = importlib.util.spec_from_file_location("teachers", Path(__file__).parents[1] / "teachers.py")
@@ -31,18 +32,20 @@ def teacher(tmp_path_factory):
 
 @pytest.fixture
 def make_case(make_images, teacher):
-    def make(batch=3, dtype=np.float32, train=False, **options):
-        method = MaskAlign(**{**SIZES, "teacher": teacher, **options})
+    def make(batch=3, dtype=np.float32, compute_dtype=None, train=False, **options):
+        method = MaskAlign(MaskAlignConfig(**{**SIZES, "teacher": teacher, **options}), dtype=compute_dtype)
         method.train() if train else method.eval()
         rng = np.random.default_rng(1)
         for _, variable in nnx.iter_graph(method):
             if isinstance(variable, nnx.Variable):
+                if variable.dtype == jnp.bfloat16:
+                    continue  # of the teacher
                 value = variable[...].astype(dtype)
-                is_learned = isinstance(variable, nnx.Param)  # away from the symmetries of the first values
+                is_learned = isinstance(variable, nnx.Param)  # break the symmetries of the initial weights
                 change = 0.1 * rng.normal(size=value.shape).astype(dtype) if is_learned else 0
                 variable.set_value(value + change)
-        images = jnp.asarray(make_images(batch, *method.image_size, method.channels))
-        return method, images, counter_noise(5, 0, jnp.arange(batch), method.grid.num_tokens)
+        images = jnp.asarray(make_images(batch, *method.image_shape))
+        return method, images, counter_noise(5, 0, jnp.arange(batch), method.num_tokens)
 
     return make
 
@@ -57,24 +60,20 @@ def run(method, images, noise):
     return jax.jit(lambda state, images, noise: nnx.merge(graph, state)(images, noise))(state, images, noise)
 
 
-def weights_of(method):
-    return {name: np.asarray(variable[...]) for name, variable in named_variables(method).items()}
-
-
 def reference_output(method, images, noise, drop_path=0.0):
-    seen = look(method.teacher, images)
+    seen, config = look(method.teacher, images), method.config
     return reference.forward(
-        weights_of(method),
+        named_weights(method),
         np.asarray(images),
         np.asarray(noise),
         teacher_hidden=np.asarray(seen.hidden),
         teacher_attention=np.asarray(seen.attention),
-        patch_size=method.patch_size,
-        num_heads=method.num_heads,
-        masking=method.masking,
-        stages=method.schedule.stages,
-        variant=method.variant,
-        thrown_weight=method.thrown_weight,
+        patch_size=config.patch_size,
+        num_heads=config.encoder_size.heads,
+        masking=config.masking,
+        stages=config.stages,
+        reconstruction=config.reconstruction_in_effect,
+        thrown_weight=config.thrown_weight,
         drop_path=drop_path,
     )
 
@@ -88,9 +87,9 @@ def assert_agrees(output, expected, rtol):
 
 CASES = [
     {"thrown_weight": 0.25, "stages": 3},
-    {"variant": "conv", "image_size": (8, 20), "patch_size": (2, 4)},
-    {"variant": "interpolate", "masking": "random", "channels": 1},
-    {"throwing": "none", "fusion": "sum", "depth": 2, "teacher_layers": 3},
+    {"reconstruction": "conv", "image_size": (8, 20), "patch_size": (2, 4)},
+    {"reconstruction": "interpolate", "masking": "random", "channels": 1},
+    {"thrown_weight": 0, "fusion": "sum", "depth": 2, "teacher_layers": 3},
 ]
 
 
@@ -121,7 +120,7 @@ def test_blocks_may_be_scanned(make_case):
 
 
 class Blind(nnx.Module):
-    """A teacher that always says the same."""
+    """A teacher with a fixed output."""
 
     def __init__(self, output):
         self.hidden, self.attention = (nnx.Variable(array) for array in (output.hidden, output.attention))
@@ -159,9 +158,9 @@ def test_the_student_sees_visible_tokens_alone(make_case):
         assert (after.loss == before.loss) == same
 
 
-@pytest.mark.parametrize("variant", ["kernel", "none"])
-def test_gradients_reach_every_parameter_and_nothing_else(make_case, variant):
-    method, images, noise = make_case(variant=variant)
+@pytest.mark.parametrize("reconstruction", ["kernel", "none"])
+def test_gradients_reach_every_parameter_and_nothing_else(make_case, reconstruction):
+    method, images, noise = make_case(reconstruction=reconstruction)
     graph, parameters, others = nnx.split(method, nnx.Param, ...)
     gradients = jax.jit(jax.grad(lambda parameters: nnx.merge(graph, parameters, others)(images, noise).loss))(
         parameters
@@ -173,20 +172,21 @@ def test_gradients_reach_every_parameter_and_nothing_else(make_case, variant):
     assert names == {"encoder.norm.weight", "encoder.norm.bias", "encoder.pos_embed"}
 
 
-@pytest.mark.parametrize("variant", ["kernel", "none"])
-def test_bfloat16_products_keep_the_loss_in_float32(make_case, variant):
-    method, images, noise = make_case(variant=variant, masking="random")
+@pytest.mark.parametrize("reconstruction", ["kernel", "none"])
+def test_bfloat16_products_keep_the_loss_in_float32(make_case, reconstruction):
+    method, images, noise = make_case(reconstruction=reconstruction, masking="random")
     exact = run(method, images, noise)
-    set_compute_dtype(method, jnp.bfloat16)
-    rough = run(method, images, noise)
+    lower, *_ = make_case(reconstruction=reconstruction, masking="random", compute_dtype=jnp.bfloat16)
+    assert lower.teacher.last_blocks.mlp.fc1.weight.dtype == jnp.bfloat16
+    rough = run(lower, images, noise)
     assert rough.loss.dtype == jnp.float32
     assert rough.predicted.dtype == jnp.bfloat16
     assert float(rough.loss) == pytest.approx(float(exact.loss), rel=0.02)
 
 
 def test_names_are_those_of_the_parts(teacher):
-    method = MaskAlign(**SIZES, teacher=teacher)
-    state = weights_of(method)
+    method = MaskAlign(MaskAlignConfig(**SIZES, teacher=teacher))
+    state = named_weights(method)
     assert state["fusion"].shape == (2, 3)
     assert state["heads.1.weight"].shape == (32, 24)
     part = r"(patch_embed\.proj|norm|blocks\.\d\.(norm1|attn\.qkv|attn\.proj|norm2|mlp\.fc1|mlp\.fc2))\.(weight|bias)"
@@ -194,7 +194,8 @@ def test_names_are_those_of_the_parts(teacher):
     assert not [name for name in state if not re.fullmatch(names, name)]
     assert method.not_decayed() == {"fusion"}
     np.testing.assert_allclose(state["fusion"], [[0.01, 1.01, 0.01], [0.01, 0.01, 1.01]])
-    np.testing.assert_allclose(MaskAlign(**SIZES, teacher=teacher, fusion="sum").fusion[...], 1 / 3, rtol=1e-6)
+    total = MaskAlign(MaskAlignConfig(**SIZES, teacher=teacher, fusion="sum"))
+    np.testing.assert_allclose(total.fusion[...], 1 / 3, rtol=1e-6)
 
 
 def test_weight_files_hold_the_student_alone(make_case, tmp_path):
@@ -206,24 +207,33 @@ def test_weight_files_hold_the_student_alone(make_case, tmp_path):
     assert float(run(other, images, noise).loss) == float(run(method, images, noise).loss)
 
 
-@pytest.mark.parametrize("variant", ["kernel", "none"])
-def test_features_are_compared_in_raster_order(make_case, variant):
-    method, images, noise = make_case(variant=variant)
+def test_weights_can_be_saved_without_the_files_of_the_teacher(make_case, teacher, tmp_path):
+    folder = shutil.copytree(teacher, tmp_path / "teacher")
+    method, *_ = make_case(teacher=folder)
+    architecture = method.architecture()
+    shutil.rmtree(folder)
+    prmim_jax.save_weights(method, tmp_path / "weights.safetensors")
+    assert method.architecture() == architecture == make_case()[0].config.architecture()
+
+
+@pytest.mark.parametrize("reconstruction", ["kernel", "none"])
+def test_features_are_compared_in_raster_order(make_case, reconstruction):
+    method, images, noise = make_case(reconstruction=reconstruction)
     output = run(method, images, noise)
     compared = jax.jit(lambda method, images, output: method.compared_features(images, output))
     student, target = (np.asarray(part) for part in compared(method, images, output))
     hidden = np.asarray(look(method.teacher, images).hidden[-1][:, 1:])
     expected = (hidden - hidden.mean(-1, keepdims=True)) / np.sqrt(hidden.var(-1, keepdims=True) + 1e-5)
     np.testing.assert_allclose(target, expected, rtol=1e-4, atol=1e-5)
-    for image, tokens in enumerate(np.asarray(output.plan.order)[:, : 4 if variant == "none" else 16]):
+    for image, tokens in enumerate(np.asarray(output.plan.order)[:, : 4 if reconstruction == "none" else 16]):
         np.testing.assert_array_equal(student[image, tokens], output.predicted[image, 1:])
         assert sorted(tokens) == np.flatnonzero(~np.isnan(student[image, :, 0])).tolist()
 
 
 def test_an_engine_trains_saves_and_resumes(teacher, make_images, tmp_path):
     def make_engine(scan_blocks):
-        options = {"name": "maskalign", "teacher": str(teacher), "scan_blocks": scan_blocks, **SIZES}
-        return prmim_jax.Engine(options, seed=0, total_steps=20, warmup_steps=0, learning_rate=3e-3, device="cpu")
+        training = TrainingConfig(total_steps=20, learning_rate=3e-3, device="cpu")
+        return prmim_jax.Engine(MaskAlignConfig(**SIZES, teacher=teacher, scan_blocks=scan_blocks), training)
 
     images, sample = make_images(8, 16, 16, 3), np.arange(8)
     engine, other = make_engine(False), make_engine(True)
@@ -245,27 +255,14 @@ def test_an_engine_trains_saves_and_resumes(teacher, make_images, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("options", "error", "message"),
+    ("options", "message"),
     [
-        ({"teacher": None}, ValueError, "teacher: expected a folder or a name on the hub, got None"),
-        ({"teacher": "nowhere"}, ValueError, "teacher: expected a folder, or a name on the hub .*, got 'nowhere'"),
-        ({"teacher_layers": 4}, ValueError, "teacher_layers: expected 1 to 3, the teacher's depth, got 4"),
-        ({"throw_ratio": 0.5}, ValueError, "throw_ratio: expected None, since all masked tokens are thrown, got 0.5"),
-        ({"throwing": "random"}, ValueError, "throwing: expected 'furthest' or 'none', got 'random'"),
-        ({"masking": "blocks"}, ValueError, "masking: expected 'attention' or 'random', got 'blocks'"),
-        ({"fusion": "mean"}, ValueError, "fusion: expected 'linear' or 'sum', got 'mean'"),
-        (
-            {"depth": 2},
-            ValueError,
-            "fusion: expected 'sum' where depths differ, got 'linear' for 3 blocks of the teacher and 2 of the student",
-        ),
-        ({"drop_path": 1.0}, ValueError, r"drop_path: expected a number in \[0, 1\), got 1.0"),
-        ({"image_size": (16,), "patch_size": (4,)}, ValueError, "teacher: expected images of 2 axes, got a grid of 1"),
-        ({"channels": 2}, ValueError, "teacher: expected images of 3 channels, or of 1 to repeat, got 2"),
-        ({"init_seed": "0"}, TypeError, "init_seed: expected an integer, got '0'"),
+        ({"teacher": "nowhere"}, "teacher: expected a folder, or a name on the hub .*, got 'nowhere'"),
+        ({"teacher_layers": 4}, "teacher_layers: expected 1 to 3, the teacher's depth, got 4"),
+        ({"depth": 2}, "fusion: expected 'sum' where depths differ, got 'linear' for 3 blocks of the teacher and 2 .*"),
     ],
     ids=str,
 )
-def test_wrong_options(teacher, options, error, message):
-    with pytest.raises(error, match=f"^{message}$"):
-        MaskAlign(**{**SIZES, "teacher": teacher, **options})
+def test_a_teacher_that_does_not_fit(teacher, options, message):
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        MaskAlign(MaskAlignConfig(**{**SIZES, "teacher": teacher, **options}))

@@ -8,11 +8,10 @@ import pytest
 from prmim_core import Grid, Schedule, TokenCounts, counter_noise
 from prmim_jax import ProgressiveReconstruction, make_plan
 from prmim_jax.interop import named_variables
-from prmim_jax.vit import set_compute_dtype
 from prmim_reference import counts as reference_counts
 from prmim_reference import reconstruct as reference
 
-VARIANTS = ["kernel", "interpolate", "conv"]
+RECONSTRUCTIONS = ["kernel", "interpolate", "conv"]
 GRIDS = [
     Grid((9,)),
     Grid((4, 5)),
@@ -21,24 +20,24 @@ GRIDS = [
 ]
 
 
-def make_case(grid, variant, stages=2, dtype=jnp.float32, dim=8):
+def make_case(grid, reconstruction, stages=2, dtype=jnp.float32, dim=8, compute_dtype=None):
     quarter = grid.num_tokens // 4
     counts = TokenCounts(quarter, quarter, grid.num_tokens - 2 * quarter)
     schedule = Schedule(grid, counts, stages=stages)
     plan = make_plan(schedule, counter_noise(0, 0, jnp.arange(2), grid.num_tokens))
     rng = np.random.default_rng(0)
-    module = ProgressiveReconstruction(dim, schedule, variant=variant)
+    module = ProgressiveReconstruction(dim, grid, reconstruction=reconstruction, dtype=compute_dtype)
     for variable in named_variables(module).values():
         variable.set_value(variable[...].astype(dtype) + 0.3 * rng.normal(size=variable.shape).astype(dtype))
     return module, jnp.asarray(rng.normal(size=(2, 2 * quarter, dim)), dtype), plan
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("reconstruction", RECONSTRUCTIONS)
 @pytest.mark.parametrize("grid", GRIDS[2:], ids=str)
-def test_features_are_the_reference_ones(grid, variant):
+def test_features_are_the_reference_ones(grid, reconstruction):
     stages = 1 if grid.axes == 3 else 3
     with jax.enable_x64(True):
-        module, features, plan = make_case(grid, variant, stages, dtype=np.float64)
+        module, features, plan = make_case(grid, reconstruction, stages, dtype=np.float64)
         rebuilt = np.asarray(jax.jit(lambda features, plan: module(features, plan))(features, plan))
     np.testing.assert_array_equal(rebuilt[:, : features.shape[1]], features)
     counts = plan.schedule.counts
@@ -49,7 +48,7 @@ def test_features_are_the_reference_ones(grid, variant):
             reference_counts.TokenCounts(counts.visible, counts.decoded, counts.thrown),
             grid.shape,
             stages=stages,
-            variant=variant,
+            reconstruction=reconstruction,
             parameters={name: np.asarray(v[...]) for name, v in named_variables(module).items()},
             spacing=grid.spacing,
         )
@@ -58,44 +57,47 @@ def test_features_are_the_reference_ones(grid, variant):
 
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
 def test_the_table_starts_at_minus_the_squared_distance(grid):
-    schedule = Schedule(grid, TokenCounts(grid.num_tokens, 0, 0))
-    table = ProgressiveReconstruction(8, schedule, heads=2).table[...]
+    table = ProgressiveReconstruction(8, grid, heads=2).table[...]
     assert table.tolist() == reference.initial_table(grid.shape, 2, grid.spacing).tolist()
 
 
 def test_parameters():
-    schedule = Schedule(Grid((4, 5)), TokenCounts(5, 5, 10))
+    grid = Grid((4, 5))
     names = {
-        v: {n: p.shape for n, p in named_variables(ProgressiveReconstruction(8, schedule, v)).items()} for v in VARIANTS
+        kind: {n: p.shape for n, p in named_variables(ProgressiveReconstruction(8, grid, kind)).items()}
+        for kind in RECONSTRUCTIONS
     }
     norm = {"norm.weight": (8,), "norm.bias": (8,)}
     assert names == {"kernel": {"table": (4, 63), **norm}, "interpolate": {}, "conv": {"kernel": (8, 3, 3), **norm}}
-    kernel = ProgressiveReconstruction(8, schedule, "conv").kernel[...]
+    kernel = ProgressiveReconstruction(8, grid, "conv").kernel[...]
     assert (kernel == 1).all()
 
 
 def test_lower_precision_stays_near():
     module, features, plan = make_case(Grid((4, 5)), "kernel")
-    expected = module(features, plan)
-    set_compute_dtype(module, jnp.bfloat16)
-    rough = module(features, plan)
+    lower, *_ = make_case(Grid((4, 5)), "kernel", dtype=jnp.float32, compute_dtype=jnp.bfloat16)
+    expected, rough = module(features, plan), lower(features, plan)
     assert rough.dtype == jnp.float32
+    assert (rough != expected).any()
     np.testing.assert_allclose(rough, expected, rtol=0.1, atol=0.1)
+    halved = module(features.astype(jnp.bfloat16), plan)
+    assert halved.dtype == jnp.bfloat16
+    np.testing.assert_allclose(halved.astype(jnp.float32), expected, rtol=0.1, atol=0.1)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_nothing_thrown_gives_nothing_new(variant):
+@pytest.mark.parametrize("reconstruction", RECONSTRUCTIONS)
+def test_nothing_thrown_gives_nothing_new(reconstruction):
     schedule = Schedule(Grid((2, 2)), TokenCounts(2, 2, 0))
     plan = make_plan(schedule, jnp.arange(4)[None])
     features = jnp.ones((1, 4, 8))
-    assert (ProgressiveReconstruction(8, schedule, variant)(features, plan) == features).all()
+    assert (ProgressiveReconstruction(8, schedule.grid, reconstruction)(features, plan) == features).all()
 
 
 def test_one_turn_of_the_convolution_reaches_one_token_far():
     schedule = Schedule(Grid((7,)), TokenCounts(1, 0, 6), stages=1)
     plan = make_plan(schedule, jnp.arange(7)[None])  # token 0 is known
     features = jnp.asarray(np.random.default_rng(0).normal(size=(1, 1, 8)), jnp.float32)
-    rebuilt = np.asarray(ProgressiveReconstruction(8, schedule, "conv", repeats=2)(features, plan)[0])
+    rebuilt = np.asarray(ProgressiveReconstruction(8, schedule.grid, "conv", repeats=2)(features, plan)[0])
     reached = np.asarray(plan.order[0]) <= 2
     assert (np.abs(rebuilt[reached]).sum(1) > 0).all()
     assert not rebuilt[~reached].any()
@@ -104,27 +106,38 @@ def test_one_turn_of_the_convolution_reaches_one_token_far():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"variant": "spline"}, "variant: expected one of kernel, interpolate, conv, got 'spline'"),
-        ({"variant": "none"}, "variant: expected one of kernel, interpolate, conv, got 'none'"),
+        ({"reconstruction": "spline"}, "reconstruction: expected one of kernel, interpolate, conv, got 'spline'"),
+        ({"reconstruction": "none"}, "reconstruction: expected one of kernel, interpolate, conv, got 'none'"),
         ({"heads": 3}, "heads: expected a divisor of dim=8, got 3"),
         ({"heads": 0}, "heads: expected a divisor of dim=8, got 0"),
         ({"dim": 0}, "dim: expected at least 1, got 0"),
-        ({"variant": "conv", "repeats": 0}, "repeats: expected at least 1, got 0"),
-        (
-            {"schedule": Schedule(Grid((4,)), TokenCounts(0, 0, 4))},
-            "schedule: expected at least one visible or decoded token, got none",
-        ),
+        ({"reconstruction": "conv", "repeats": 0}, "repeats: expected at least 1, got 0"),
     ],
 )
 def test_wrong_options(options, message):
-    schedule = Schedule(Grid((4,)), TokenCounts(1, 1, 2))
     with pytest.raises(ValueError, match=f"^{message}$"):
-        ProgressiveReconstruction(**{"dim": 8, "schedule": schedule, **options})
+        ProgressiveReconstruction(**{"dim": 8, "grid": Grid((4,)), **options})
+
+
+def test_one_module_takes_plans_of_any_counts():
+    module, features, plan = make_case(Grid((4, 5)), "kernel")
+    other = make_plan(Schedule(module.grid, TokenCounts(4, 0, 16), stages=4), plan.order)
+    assert module(features[:, :4], other).shape == (2, 20, 8)
 
 
 def test_wrong_inputs():
     module, features, plan = make_case(Grid((4, 5)), "kernel")
-    with pytest.raises(ValueError, match=r"^features: expected shape \(batch, 10, 8\), got \(2, 9, 8\)$"):
+    with pytest.raises(ValueError, match=r"^features: expected shape \(2, 10, dim\), got \(2, 9, 8\)$"):
         module(features[:, 1:], plan)
-    with pytest.raises(ValueError, match=r"^plan: expected an order of shape \(1, 20\), got \(2, 20\)$"):
+    with pytest.raises(ValueError, match=r"^features: expected shape \(2, 10, dim\), got \(1, 10, 8\)$"):
         module(features[:1], plan)
+    with pytest.raises(ValueError, match=r"^features: expected 8 channels, got shape \(2, 10, 4\)$"):
+        module(features[:, :, 4:], plan)
+    transposed = make_plan(Schedule(Grid((5, 4)), plan.schedule.counts), plan.order)
+    with pytest.raises(
+        ValueError, match=r"^plan: expected one on Grid\(shape=\(4, 5\), .*, got Grid\(shape=\(5, 4\), "
+    ):
+        module(features, transposed)
+    blind = make_plan(Schedule(module.grid, TokenCounts(0, 0, 20)), plan.order)
+    with pytest.raises(ValueError, match=r"^features: expected at least one visible or decoded token"):
+        module(features[:, :0], blind)

@@ -1,4 +1,4 @@
-"""Methods and their parts are pure functions: ``jax.vmap``, ``jax.grad`` and ``jax.checkpoint`` go through them."""
+"""Methods and their parts as pure functions, under ``jax.vmap``, ``jax.grad`` and ``jax.checkpoint``."""
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ def case(request, tiny, tiny_simmim, make_images):
     options = METHODS[request.param]
     method = create_method(**{**(tiny if options["name"] == "mae" else tiny_simmim), **options})
     rng = np.random.default_rng(1)
-    for variable in named_variables(method).values():  # away from the symmetries of the first values
+    for variable in named_variables(method).values():  # break the symmetries of the initial weights
         if isinstance(variable, nnx.Param):
             variable.set_value(variable[...] + 0.1 * rng.normal(size=variable.shape).astype(np.float32))
     graph, parameters, buffers = nnx.split(method, nnx.Param, ...)
@@ -95,11 +95,11 @@ def value_and_gradients(function, *inputs):
     return jax.jit(lambda *inputs: (function(*inputs), jax.grad(total, argnums=(0, 1))(*inputs)))(*inputs)
 
 
-@pytest.mark.parametrize("variant", ["kernel", "interpolate", "conv"])
-def test_reconstruction_alone(variant):
+@pytest.mark.parametrize("reconstruction", ["kernel", "interpolate", "conv"])
+def test_reconstruction_alone(reconstruction):
     """Three groups of two images, each group with noise and features of its own."""
     schedule = Schedule(Grid((4, 5)), TokenCounts(5, 5, 10))
-    graph, state = nnx.split(ProgressiveReconstruction(8, schedule, variant))
+    graph, state = nnx.split(ProgressiveReconstruction(8, schedule.grid, reconstruction))
     noise = counter_noise(0, 0, jnp.arange(6), 20).reshape(3, 2, 20)
     features = jax.random.normal(jax.random.key(0), (3, 2, 10, 8))
 

@@ -10,33 +10,32 @@ from flax import nnx
 import prmim_jax
 import prmim_torch
 from prmim_core import counter_noise
-from prmim_jax.interop import named_variables
-from prmim_jax.trainer import decay_mask
-from prmim_torch.trainer import parameter_groups
+from prmim_jax.interop import named_weights
+from prmim_methods import ClassifierConfig, MAEConfig, SimMIMConfig, TrainingConfig
 
 CLASSES = 7
 SIZES = {"image_size": (16, 16), "patch_size": (4, 4), "embed_dim": 24, "depth": 2, "num_heads": 2}
 METHODS = {
-    "mae": {"name": "mae", **SIZES, "decoder_dim": 12, "decoder_depth": 1, "decoder_heads": 3},
-    "simmim": {"name": "simmim", **SIZES},
+    "mae": MAEConfig(**SIZES, decoder_dim=12, decoder_depth=1, decoder_heads=3),
+    "simmim": SimMIMConfig(**SIZES),
 }
-FINETUNE = {"drop_path": 0.4, "layer_decay": 0.65, "learning_rate": 3e-3, "clip_grad": 1.0, "ema_decay": 0.9}
-PROBE = {"frozen": True, "norm": "batch", "optimizer": "lars", "trust": 0.02, "learning_rate": 1.0, "momentum": 0.9}
-CASES = {
-    "mae-mean": ("mae", FINETUNE),
-    "mae-cls": ("mae", {**FINETUNE, "pool": "cls", "accumulate": 2}),
-    "simmim-mean": ("simmim", FINETUNE),
-    "mae-probe": ("mae", {**PROBE, "pool": "cls", "weight_decay": 0.0}),
-    "simmim-probe": ("simmim", {**PROBE, "accumulate": 2, "weight_decay": 0.1}),
-    "mae-frozen": ("mae", {"frozen": True, "learning_rate": 3e-3}),
+FINETUNE = {"drop_path": 0.4, "layer_decay": 0.65, "ema_decay": 0.9}
+TUNED = {"learning_rate": 3e-3, "clip_grad": 1.0}
+PROBE = {"protocol": "linear", "trust": 0.02, "momentum": 0.9}
+CASES = {  # method, options of the classifier, options of the training
+    "mae-mean": ("mae", FINETUNE, TUNED),
+    "mae-cls": ("mae", {**FINETUNE, "pool": "cls"}, {**TUNED, "accumulate": 2}),
+    "simmim-mean": ("simmim", FINETUNE, TUNED),
+    "mae-probe": ("mae", {**PROBE, "pool": "cls"}, {"learning_rate": 1.0, "weight_decay": 0.0}),
+    "simmim-probe": ("simmim", PROBE, {"learning_rate": 1.0, "accumulate": 2, "weight_decay": 0.1}),
 }
-MODULE = ("pool", "frozen", "norm", "drop_path")
 
 
 def make_engines(case):
-    name, options = CASES[case]
-    training = {"seed": 3, "total_steps": 12, "warmup_steps": 3, "device": "cpu", **options}
-    return [package.ClassifierEngine(METHODS[name], CLASSES, **training) for package in (prmim_torch, prmim_jax)]
+    name, options, more = CASES[case]
+    training = TrainingConfig(seed=3, total_steps=12, warmup_steps=3, device="cpu", betas=(0.9, 0.999), **more)
+    config = ClassifierConfig(**options)
+    return [package.ClassifierEngine(METHODS[name], config, CLASSES, training) for package in (prmim_torch, prmim_jax)]
 
 
 def equal_weights(here, there, path):
@@ -59,7 +58,7 @@ def draw(step, batch=16):
 def learned(here, there):
     """Return the weights of both by name, without the bias of keys, which has no gradient but rounding errors."""
     ours = {name: tensor.numpy() for name, tensor in here.module.state_dict().items()}
-    theirs = {name: np.asarray(variable[...]) for name, variable in named_variables(there.module).items()}
+    theirs = named_weights(there.module)
     assert set(ours) == set(theirs)
     for name in ours:
         pair = (ours[name], theirs[name])
@@ -87,11 +86,11 @@ def test_logits_and_every_gradient(tmp_path, case):
 
     gradients, got = run(parameters)
     np.testing.assert_allclose(got, logits.detach(), rtol=1e-5, atol=1e-5)
-    gradients = named_variables(nnx.merge(graph, gradients, rest))
+    gradients = named_weights(nnx.merge(graph, gradients, rest))
     for name, parameter in here.module.named_parameters():
         if parameter.requires_grad and not name.endswith("qkv.bias"):
             wanted = parameter.grad.numpy()
-            assert np.abs(np.asarray(gradients[name][...]) - wanted).max() <= 1e-4 * np.abs(wanted).max(), name
+            assert np.abs(gradients[name] - wanted).max() <= 1e-4 * np.abs(wanted).max(), name
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -120,12 +119,9 @@ def test_ten_steps_agree_and_weights_go_both_ways(tmp_path, case):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_architecture_and_counts_are_the_same(case):
+def test_architecture_and_counts_are_the_same(case, assert_same_decay):
     here, there = make_engines(case)
     assert there.num_parameters == here.num_parameters
     assert there.module.architecture() == here.module.architecture()
     assert there.module.not_decayed() == here.module.not_decayed()
-    decayed = {id(parameter) for parameter in parameter_groups(here.module, 0.05)[0]["params"]}
-    assert decay_mask(there.module) == {
-        name: id(parameter) in decayed for name, parameter in here.module.named_parameters() if parameter.requires_grad
-    }
+    assert_same_decay(here.module, there.module)

@@ -12,19 +12,27 @@ import prmim_torch
 # What one of them has more, each because its framework asks for it.
 ONLY_JAX = {
     "create_method": {"rngs"},
-    "Method": {"scan_blocks"},
-    **{name: {"rngs", "scan_blocks"} for name in ("MAE", "SimMIM", "MaskAlign")},
-    **{name: {"rngs", "scan"} for name in ("Encoder", "Decoder")},
-    **{name: {"rngs"} for name in ("Linear", "PatchProjection", "PatchEmbed", "Attention")},
+    # PyTorch has autocast, and draws from a global random state.
+    **{name: {"rngs", "dtype"} for name in ("MAE", "SimMIM", "MaskAlign", "build_encoder")},
+    **{name: {"rngs", "dtype"} for name in ("Linear", "PatchProjection", "PatchEmbed", "Attention")},
+    **{name: {"rngs", "dtype", "scan"} for name in ("Encoder", "Decoder")},
+    **{name: {"dtype"} for name in ("Classifier", "ProgressiveReconstruction")},
+    "Teacher": {"scan"},
     # A teacher's blocks are those of transformers in PyTorch.
-    "Block": {"rngs", "activation", "eps"},
-    "Mlp": {"rngs", "activation"},
+    "Block": {"rngs", "dtype", "activation", "eps"},
+    "Mlp": {"rngs", "dtype", "activation"},
     "LayerNorm": {"eps"},
+    # A module is built on the device that the trainer chooses.
+    "Trainer": {"make_module", "rate_scale"},
 }
-# XLA makes a loop of JAX's one kernel by itself.
-ONLY_TORCH_FILES = {"furthest"}
-# The device of a process decides how processes talk; flax sets modes by attributes.
-ONLY_TORCH = {"Processes": {"device"}, "Classifier": {"train"}}
+# XLA chooses kernels, and makes a loop of JAX's one kernel by itself.
+ONLY_TORCH_FILES = {"furthest", "cpu_kernels"}
+# The device of a process decides how processes talk; flax sets modes by attributes; optimizers of optax have no state.
+ONLY_TORCH = {
+    "Processes": {"device"},
+    "Classifier": {"train"},
+    "Trainer": {"module", "moments", "statistics"},
+}
 MODULES = [module.name for module in pkgutil.iter_modules(prmim_jax.__path__)]
 CLASSES = ["Engine", "Method", "MAE", "SimMIM", "MaskAlign", "Teacher", "Classifier", "ClassifierEngine"]
 PARTS = [

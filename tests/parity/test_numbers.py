@@ -12,42 +12,66 @@ from flax import nnx
 import prmim_jax
 import prmim_torch
 from prmim_core import counter_noise
-from prmim_jax.interop import named_variables
-from prmim_jax.trainer import decay_mask
+from prmim_jax.interop import named_variables, named_weights
+from prmim_methods import METHODS, TrainingConfig, create_config
+from prmim_methods.record import options
 from prmim_reference import mae, simmim
-from prmim_torch.trainer import parameter_groups
 
 REFERENCES = {"mae": mae.forward, "simmim": simmim.forward}
 SIZES = {"embed_dim": 24, "depth": 2, "num_heads": 2}
 DECODER = {"decoder_dim": 12, "decoder_depth": 1, "decoder_heads": 3}
 SQUARE = {"image_size": (16, 16), "patch_size": (4, 4), "channels": 3}
 CLIP = {"image_size": (4, 8, 8), "patch_size": (2, 4, 2)}
-MAE = {"name": "mae", **SIZES, **DECODER, **SQUARE}
-SIMMIM = {"name": "simmim", **SIZES, **SQUARE}
+BASES = {"mae": {**SIZES, **DECODER, **SQUARE}, "simmim": {**SIZES, **SQUARE, "drop_path": 0.5}}
+HOW = {"model", "recompute_blocks", "scan_blocks"}
+"""Options that change no number, or other options than themselves."""
+
+
+def alternatives(item):
+    """Return the values of an option that are not its default: the other choices, or the other truth value."""
+    if item.is_flag:
+        return [not item.default]
+    return [choice for choice in item.rule.choices if choice != item.default]
+
+
 CASES = {
-    "mae": MAE,
-    "mae-conv": {**MAE, "variant": "conv"},
-    "mae-interpolate": {**MAE, "variant": "interpolate", "thrown_weight": 0.25},
-    "mae-none": {**MAE, "variant": "none", "norm_pix": False},
-    "mae-dense": {**MAE, "throwing": "none"},
-    "mae-clip": {**MAE, **CLIP, "throwing": "cell"},
-    "simmim": {**SIMMIM, "drop_path": 0.5},
-    "simmim-conv": {**SIMMIM, "variant": "conv", "throw_by": "unit"},
-    "simmim-interpolate": {**SIMMIM, "variant": "interpolate", "position": "absolute", "thrown_weight": 0.25},
-    "simmim-none": {**SIMMIM, "variant": "none", "mask_unit": 1, "mask_ratio": 0.75, "throw_ratio": 0.5},
-    "simmim-dense": {**SIMMIM, "throwing": "none", "drop_path": 0.5},
-    "simmim-clip": {**SIMMIM, **CLIP, "mask_ratio": 0.5, "throwing": "cell", "seed": "none", "stages": 1},
+    **{name: (name, {}) for name in BASES},
+    # Every choice of every option, so that a new one is compared as soon as it is declared.
+    **{
+        f"{name}-{item.name}-{value}": (name, {item.name: value})
+        for name in BASES
+        for item in options(METHODS[name])
+        if item.name not in HOW
+        for value in alternatives(item)
+    },
+    "mae-weight": ("mae", {"reconstruction": "interpolate", "thrown_weight": 0.25}),
+    "mae-dense": ("mae", {"throw_ratio": 0.0}),
+    "mae-plain": ("mae", {"reconstruction": "none", "norm_pix": False}),
+    "mae-clip": ("mae", {**CLIP, "throwing": "cell"}),
+    "simmim-units": ("simmim", {"reconstruction": "conv", "throw_by": "unit"}),
+    "simmim-weight": ("simmim", {"reconstruction": "interpolate", "position": "absolute", "thrown_weight": 0.25}),
+    "simmim-plain": ("simmim", {"reconstruction": "none", "mask_unit": 1, "mask_ratio": 0.75, "throw_ratio": 0.5}),
+    "simmim-dense": ("simmim", {"throw_ratio": 0.0}),
+    "simmim-clip": (
+        "simmim",
+        {**CLIP, "mask_ratio": 0.5, "throwing": "cell", "furthest_from": "none", "stages": 1, "drop_path": 0.0},
+    ),
 }
 
 
-def make_pair(path, options, dtype):
+def options_of(case):
+    name, changes = CASES[case]
+    return name, {**BASES[name], **changes}
+
+
+def make_pair(path, config, dtype):
     """Return one method on both frameworks, in training mode, with weights from one file."""
-    here = prmim_torch.create_method(**options).to(dtype)
+    here = prmim_torch.METHODS[config.name](config).to(dtype)
     generator = torch.Generator().manual_seed(1)
     for parameter in here.parameters():  # away from the symmetries of the first values
         parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator, dtype=dtype)
     prmim_torch.save_weights(here, path)
-    there = prmim_jax.create_method(**options)
+    there = prmim_jax.METHODS[config.name](config)
     for variable in named_variables(there).values():
         variable.set_value(variable[...].astype(str(dtype).removeprefix("torch.")))
     prmim_jax.load_weights(there, path)
@@ -66,7 +90,7 @@ def losses_and_gradients(method, images, noise):
         return jax.value_and_grad(loss, has_aux=True)(parameters)
 
     (_, output), gradients = run(parameters)
-    return output, named_variables(nnx.merge(graph, gradients, buffers))
+    return output, named_weights(nnx.merge(graph, gradients, buffers))
 
 
 def split_keys(name, array):
@@ -82,11 +106,12 @@ def split_keys(name, array):
 def test_loss_and_every_gradient(tmp_path, case, dtype, rtol):
     x64 = jax.enable_x64(True) if dtype == torch.float64 else contextlib.nullcontext()
     with x64:
-        options = CASES[case]
-        here, there = make_pair(tmp_path / "weights.safetensors", options, dtype)
+        name, given = options_of(case)
+        config = create_config(name, **given)
+        here, there = make_pair(tmp_path / "weights.safetensors", config, dtype)
         rng = np.random.default_rng(0)
-        images = rng.integers(0, 256, (3, *here.image_size, here.channels), dtype=np.uint8)
-        noise = counter_noise(5, 0, np.arange(3), here.grid.num_tokens)
+        images = rng.integers(0, 256, (3, *config.image_size, config.channels), dtype=np.uint8)
+        noise = counter_noise(5, 0, np.arange(3), config.grid.num_tokens)
 
         expected = here(torch.from_numpy(images), torch.from_numpy(noise))
         expected.loss.backward()
@@ -97,20 +122,18 @@ def test_loss_and_every_gradient(tmp_path, case, dtype, rtol):
             assert float(getattr(output, name)) == pytest.approx(getattr(expected, name).item(), rel=rtol), name
         for name, parameter in here.named_parameters():
             wanted = split_keys(name, parameter.grad.numpy())
-            got = split_keys(name, np.asarray(gradients[name][...]))
+            got = split_keys(name, gradients[name])
             assert got.dtype == wanted.dtype
             assert np.abs(got - wanted).max() <= rtol * np.abs(wanted).max(), name
 
-        specified = specify(options, tmp_path / "weights.safetensors", images, noise)
+        specified = specify(config.name, given, tmp_path / "weights.safetensors", images, noise)
         assert float(output.loss) == pytest.approx(specified.loss, rel=rtol)
 
 
-def specify(options, *inputs):
-    """Return what the reference says; it takes sizes from the weights."""
-    told = {"name", "image_size", "channels", "embed_dim", "depth", "decoder_dim", "decoder_depth", "position"}
-    of_recipe = {"drop_path": 0.1} if options["name"] == "simmim" else {}
-    kept = {key: value for key, value in options.items() if key not in told}
-    return REFERENCES[options["name"]](*inputs, **{**of_recipe, **kept})
+def specify(name, given, *inputs):
+    """Return what the reference computes; it takes sizes from the weights."""
+    told = {"image_size", "channels", "embed_dim", "depth", "decoder_dim", "decoder_depth", "position"}
+    return REFERENCES[name](*inputs, **{key: value for key, value in given.items() if key not in told})
 
 
 @pytest.fixture(scope="module")
@@ -119,17 +142,16 @@ def digits():
     return (images * 15).astype(np.uint8)[..., None]
 
 
-TRAINED = {
-    "mae": {"name": "mae", **DECODER},
-    "simmim": {"name": "simmim", "drop_path": 0.3},
-}
+TRAINED = {"mae": DECODER, "simmim": {"drop_path": 0.3}}
 
 
 def make_engines(kind, **changes):
-    options = {"image_size": (8, 8), "patch_size": (2, 2), "channels": 1, **SIZES, **TRAINED[kind], **changes}
-    training = {"seed": 3, "total_steps": 50, "warmup_steps": 5, "learning_rate": 2e-3, "clip_grad": 1.0}
-    training["decay"] = "step" if kind == "simmim" else "cosine"
-    return [package.Engine(options, **training, device="cpu") for package in (prmim_torch, prmim_jax)]
+    sizes = {"image_size": (8, 8), "patch_size": (2, 2), "channels": 1, **SIZES, **TRAINED[kind], **changes}
+    decay = "step" if kind == "simmim" else "cosine"
+    training = TrainingConfig(
+        seed=3, total_steps=50, warmup_steps=5, learning_rate=2e-3, clip_grad=1.0, decay=decay, device="cpu"
+    )
+    return [package.Engine(create_config(kind, **sizes), training) for package in (prmim_torch, prmim_jax)]
 
 
 @pytest.mark.parametrize("kind", TRAINED)
@@ -160,16 +182,10 @@ def test_fifty_steps_agree_and_weights_go_both_ways(digits, tmp_path, kind):
         assert taker.read_metrics()["nonfinite_step"] is None
 
 
+@pytest.mark.parametrize("reconstruction", ["kernel", "none"])
 @pytest.mark.parametrize("kind", TRAINED)
-def test_costs_and_counts_are_the_same(kind):
-    for variant in ("kernel", "none"):
-        here, there = make_engines(kind, variant=variant)
-        assert there.cost() == here.cost()
-        assert there.num_parameters == here.num_parameters
-        assert there.predicts == here.predicts
-        assert there.method.architecture() == here.method.architecture()
-        assert there.method.not_decayed() == here.method.not_decayed()
-        decayed = {id(parameter) for parameter in parameter_groups(here.method, 0.05)[0]["params"]}
-        assert decay_mask(there.method) == {
-            name: id(parameter) in decayed for name, parameter in here.method.named_parameters()
-        }
+def test_parameters_and_their_decay_are_the_same(kind, reconstruction, assert_same_decay):
+    here, there = make_engines(kind, reconstruction=reconstruction)
+    assert there.num_parameters == here.num_parameters
+    assert there.predicts == here.predicts
+    assert_same_decay(here.method, there.method)

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from scipy.ndimage import distance_transform_edt
 from scipy.spatial import cKDTree
-from scipy.spatial.distance import cdist, pdist
+from scipy.spatial.distance import cdist
 
-from prmim_reference.coverage import NOTHING_KNOWN, covering_radius, nearest_squared_distances, separation
+from prmim_reference.coverage import NOTHING_KNOWN, covering_radius, nearest_squared_distances
 from prmim_reference.grid import positions
 
 GRIDS = [((9,), None), ((5, 7), None), ((5, 7), (3, 2)), ((2, 3, 4), (4, 1, 1))]
@@ -32,16 +32,14 @@ def test_nearest_distances_agree_with_scipy_three_ways(shape, spacing, count):
 
 @pytest.mark.parametrize(("shape", "spacing"), GRIDS)
 @pytest.mark.parametrize("count", [2, 5])
-def test_radius_and_separation_agree_with_scipy(shape, spacing, count):
+def test_radius_agrees_with_scipy(shape, spacing, count):
     known = some_known(shape, count, seed=1)
     points = np.array(positions(shape, spacing))
     assert covering_radius(points.tolist(), known) == pytest.approx(cdist(points, points[known]).min(axis=1).max())
-    assert separation(points.tolist(), known) == pytest.approx(pdist(points[known]).min())
 
 
-def test_sets_too_small_to_measure():
+def test_nothing_and_everything_known():
     points = positions((2, 2))
     assert nearest_squared_distances(points, []) == [NOTHING_KNOWN] * 4
     assert covering_radius(points, []) == math.inf
-    assert separation(points, []) == separation(points, [2]) == math.inf
     assert covering_radius(points, [0, 1, 2, 3]) == 0.0

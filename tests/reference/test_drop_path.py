@@ -12,7 +12,7 @@ def test_the_rate_rises_linearly_from_nothing():
 
 
 def test_a_rate_of_zero_drops_nothing():
-    assert drop_path_scales([5, -7, 3], 4, 0.0) == [[1.0, 1.0]] * 4
+    assert drop_path_scales(4, 0.0, [5, -7, 3]) == [[1.0, 1.0]] * 4
 
 
 def test_scales_by_hand():
@@ -34,19 +34,19 @@ def test_scales_by_hand():
             [0.0 if chance[2 * block + branch] < rate else float(np.float32(1 / (1 - rate))) for branch in range(2)]
             for block, rate in enumerate((0.0, 0.375, 0.75))
         ]
-        assert drop_path_scales(noise, 3, 0.75) == expected
+        assert drop_path_scales(3, 0.75, noise) == expected
 
 
 def test_only_the_first_and_the_last_noise_count():
-    expected = drop_path_scales([1, 2, 3, 4], 9, 0.5)
-    assert drop_path_scales([1, 7, 8, 9, 4], 9, 0.5) == expected
-    assert drop_path_scales([2, 2, 3, 4], 9, 0.5) != expected
-    assert drop_path_scales([1, 2, 3, 5], 9, 0.5) != expected
+    expected = drop_path_scales(9, 0.5, [1, 2, 3, 4])
+    assert drop_path_scales(9, 0.5, [1, 7, 8, 9, 4]) == expected
+    assert drop_path_scales(9, 0.5, [2, 2, 3, 4]) != expected
+    assert drop_path_scales(9, 0.5, [1, 2, 3, 5]) != expected
 
 
 def test_branches_are_dropped_at_their_rates():
     images = 2000
-    scales = np.array([drop_path_scales(counter_noise(0, 0, image, 2), 3, 0.6) for image in range(images)])
+    scales = np.array([drop_path_scales(3, 0.6, counter_noise(0, 0, image, 2)) for image in range(images)])
     for block, rate in enumerate((0.0, 0.3, 0.6)):
         for branch in range(2):
             dropped = int((scales[:, block, branch] == 0).sum())
@@ -60,4 +60,4 @@ def test_branches_are_dropped_at_their_rates():
 )
 def test_bad_arguments_are_refused(depth, rate, message):
     with pytest.raises(ValueError, match=message):
-        drop_path_scales([1, 2], depth, rate)
+        drop_path_scales(depth, rate, [1, 2])

@@ -110,7 +110,7 @@ def test_where_nothing_is_thrown_tokens_come_in_order_of_noise(image_problem, th
 
 def test_plain_partial_reconstruction_supervises_decoded_tokens_only(problem, oracle):
     half = [0.5] * problem.channels
-    output = problem.forward(variant="none", throw_ratio=0.5, norm_pix=False, mean=half, std=half)
+    output = problem.forward(reconstruction="none", throw_ratio=0.5, norm_pix=False, mean=half, std=half)
     num_visible = problem.num_tokens // 4
     num_decoded = problem.num_tokens - num_visible - problem.num_tokens // 2
     patches = oracle.raster_patches(problem.images, problem.patch_size, half, half)
@@ -124,11 +124,11 @@ def test_plain_partial_reconstruction_supervises_decoded_tokens_only(problem, or
     assert output.loss_thrown == 0.0
 
 
-@pytest.mark.parametrize("variant", ["kernel", "interpolate", "conv"])
-@pytest.mark.parametrize("seed", ["visible", "none"])
-def test_thrown_tokens_are_rebuilt_from_decoder_features(problem, oracle, variant, seed):
-    output = problem.forward(variant=variant, seed=seed, stages=3)
-    plain = problem.forward(variant="none", seed=seed)
+@pytest.mark.parametrize("reconstruction", ["kernel", "interpolate", "conv"])
+@pytest.mark.parametrize("furthest_from", ["visible", "none"])
+def test_thrown_tokens_are_rebuilt_from_decoder_features(problem, oracle, reconstruction, furthest_from):
+    output = problem.forward(reconstruction=reconstruction, furthest_from=furthest_from, stages=3)
+    plain = problem.forward(reconstruction="none", furthest_from=furthest_from)
     num_decoded = plain.predicted.shape[1]
     assert np.array_equal(output.order, plain.order)
     assert np.allclose(output.predicted[:, :num_decoded], plain.predicted, atol=1e-12)
@@ -143,7 +143,7 @@ def test_thrown_tokens_are_rebuilt_from_decoder_features(problem, oracle, varian
     for image, order in enumerate(output.order):
         known = features[image, order[: counts.visible + counts.decoded]]
         rebuilt = reconstruct.progressive_reconstruction(
-            known, order.tolist(), counts, problem.shape, stages=3, variant=variant, parameters=own
+            known, order.tolist(), counts, problem.shape, stages=3, reconstruction=reconstruction, parameters=own
         )
         predicted = oracle.affine(rebuilt[-counts.thrown :], problem.weights, "decoder.pred")
         assert np.allclose(output.predicted[image, num_decoded:], predicted, atol=1e-10)
@@ -174,7 +174,7 @@ def test_a_silent_head_scores_the_variance_of_the_target(image_problem):
     assert not output.predicted.any()
 
 
-@pytest.mark.parametrize("options", [{}, {"throwing": "cell"}, {"variant": "conv"}])
+@pytest.mark.parametrize("options", [{}, {"throwing": "cell"}, {"reconstruction": "conv"}])
 def test_images_of_a_batch_do_not_see_each_other(image_problem, options):
     both = image_problem.forward(**options)
     losses = []
@@ -237,5 +237,5 @@ def test_encode_sees_the_whole_image(problem, oracle):
 
 
 def test_an_unknown_variant_is_refused(image_problem):
-    with pytest.raises(ValueError, match="variant: expected"):
-        image_problem.forward(variant="copy")
+    with pytest.raises(ValueError, match="reconstruction: expected"):
+        image_problem.forward(reconstruction="copy")

@@ -84,7 +84,7 @@ def rows_of(tokens):
     return np.concatenate([np.zeros((len(tokens), 1), int), 1 + tokens], axis=1)
 
 
-@pytest.mark.parametrize("options", [{"variant": "none"}, {"thrown_weight": 0.0}, {"thrown_weight": 0}])
+@pytest.mark.parametrize("options", [{"reconstruction": "none"}, {"thrown_weight": 0.0}, {"thrown_weight": 0}])
 @pytest.mark.parametrize("masking", ["attention", "random"])
 def test_without_thrown_tokens_it_is_maskalign(problem, oracle, masking, options):
     output = problem.forward(masking=masking, **options)
@@ -104,9 +104,12 @@ def test_without_thrown_tokens_it_is_maskalign(problem, oracle, masking, options
 
 
 @pytest.mark.parametrize("stages", [1, 2, 3])
-@pytest.mark.parametrize("variant", ["kernel", "interpolate", "conv"])
-def test_thrown_tokens_are_rebuilt_from_the_fused_layers(problem, oracle, variant, stages):
-    output, plain = problem.forward(variant=variant, stages=stages), problem.forward(variant="none")
+@pytest.mark.parametrize("reconstruction", ["kernel", "interpolate", "conv"])
+def test_thrown_tokens_are_rebuilt_from_the_fused_layers(problem, oracle, reconstruction, stages):
+    output, plain = (
+        problem.forward(reconstruction=reconstruction, stages=stages),
+        problem.forward(reconstruction="none"),
+    )
     counts = problem.counts
     assert (counts.decoded, counts.thrown) == (0, problem.num_tokens - problem.num_tokens * 3 // 10)
     assert np.array_equal(output.order, plain.order)
@@ -119,7 +122,13 @@ def test_thrown_tokens_are_rebuilt_from_the_fused_layers(problem, oracle, varian
         images = []
         for image, order in zip(layer, output.order, strict=True):
             rebuilt = reconstruct.progressive_reconstruction(
-                image[1:], order.tolist(), counts, problem.shape, stages=stages, variant=variant, parameters=own
+                image[1:],
+                order.tolist(),
+                counts,
+                problem.shape,
+                stages=stages,
+                reconstruction=reconstruction,
+                parameters=own,
             )
             images.append(np.concatenate([image[:1], rebuilt]))
         features.append(images)
@@ -210,7 +219,7 @@ def test_smooth_l1_agrees_with_huber():
     assert np.allclose(found, huber(1.0, differences), atol=1e-15)
 
 
-@pytest.mark.parametrize("options", [{}, {"variant": "none"}])
+@pytest.mark.parametrize("options", [{}, {"reconstruction": "none"}])
 def test_the_student_sees_visible_patches_only(image_problem, options):
     before = image_problem.forward(**options)
     masked = before.order[0, 6:]
@@ -238,7 +247,7 @@ def test_a_token_of_the_teacher_counts_where_it_belongs(image_problem, place, lo
     assert np.array_equal(after.predicted, before.predicted)
     for name in ("loss_visible", "loss_thrown"):
         assert (getattr(after, name) != getattr(before, name)) == (name == loss)
-    plain = image_problem.forward(teacher_hidden=hidden, variant="none")
+    plain = image_problem.forward(teacher_hidden=hidden, reconstruction="none")
     assert (plain.loss != before.loss_visible) == (loss == "loss_visible")
 
 
@@ -328,14 +337,14 @@ def test_cls_attention_without_queries_is_uniform():
 def test_drop_path_scales_the_branches_of_every_image(random_weights, oracle):
     problem = Problem(random_weights, batch=4)
     assert np.array_equal(problem.forward(drop_path=0.0).predicted, problem.forward().predicted)
-    output = problem.forward(drop_path=0.6, variant="none")
-    scales = np.array([drop_path_scales(noise.tolist(), DEPTH, 0.6) for noise in problem.noise])
+    output = problem.forward(drop_path=0.6, reconstruction="none")
+    scales = np.array([drop_path_scales(DEPTH, 0.6, noise.tolist()) for noise in problem.noise])
     assert set(np.unique(scales[:, 2].round(6))) == {0.0, 2.5}  # or this noise tests nothing
     fused = fused_layers(oracle, problem, output.order[:, :6], scales=scales)
     assert np.allclose(output.predicted, predictions(oracle, problem, fused), atol=1e-10)
 
 
-@pytest.mark.parametrize("options", [{}, {"masking": "random"}, {"variant": "conv"}, {"drop_path": 0.5}])
+@pytest.mark.parametrize("options", [{}, {"masking": "random"}, {"reconstruction": "conv"}, {"drop_path": 0.5}])
 def test_images_of_a_batch_do_not_see_each_other(image_problem, options):
     both = image_problem.forward(**options)
     losses = []
@@ -356,7 +365,7 @@ def test_images_of_a_batch_do_not_see_each_other(image_problem, options):
 
 def test_pixel_statistics_may_be_given(image_problem, oracle):
     mean, std = [0.1, 0.2, 0.3], [0.4, 0.5, 0.6]
-    output = image_problem.forward(variant="none", mean=mean, std=std)
+    output = image_problem.forward(reconstruction="none", mean=mean, std=std)
     fused = fused_layers(oracle, image_problem, output.order[:, :6], mean, std)
     assert np.allclose(output.predicted, predictions(oracle, image_problem, fused), atol=1e-10)
 
@@ -369,7 +378,7 @@ def test_where_nothing_is_masked_all_is_visible(image_problem):
 
 
 def test_where_all_is_masked_there_is_only_the_class_token(image_problem):
-    output = image_problem.forward(mask_ratio=1.0, variant="none")
+    output = image_problem.forward(mask_ratio=1.0, reconstruction="none")
     assert output.predicted.shape == (LAYERS, 2, 1, TEACHER_DIM)
     assert output.loss > 0
     with pytest.raises(ValueError, match="features: expected at least one known token"):
@@ -396,7 +405,7 @@ def test_weights_load_from_a_file(image_problem, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"variant": "copy"}, "variant: expected"),
+        ({"reconstruction": "copy"}, "reconstruction: expected"),
         ({"masking": "unit"}, 'masking: expected "attention" or "random", got \'unit\''),
         (
             {"teacher_hidden": np.zeros((3, 2, 21, 10))},

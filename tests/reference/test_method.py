@@ -58,8 +58,8 @@ def test_nothing_is_rebuilt_for_the_variant_none(random_weights):
     weights = random_weights()
     weights.reconstruct(SHAPE, DIM)
     features, order, counts = np.ones((4, DIM)), [0, 5, 2, 3, 1, 4], TokenCounts(2, 2, 2)
-    assert method.rebuild(features, order, counts, SHAPE, weights, stages=1, variant="none") is features
-    rebuilt = method.rebuild(features, order, counts, SHAPE, weights, stages=1, variant="kernel")
+    assert method.rebuild(features, order, counts, SHAPE, weights, stages=1, reconstruction="none") is features
+    rebuilt = method.rebuild(features, order, counts, SHAPE, weights, stages=1, reconstruction="kernel")
     assert rebuilt.shape == (6, DIM)
     # A weighted mean of ones is one, and its norm the bias.
     assert np.allclose(rebuilt[4:], weights["reconstruct.norm.bias"], atol=1e-12)

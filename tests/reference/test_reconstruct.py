@@ -68,7 +68,7 @@ def test_kernel_from_its_initial_table_is_a_softmax_of_distances(shape, spacing,
         "norm.bias": rng.normal(size=DIM),
     }
     found = reconstruct.progressive_reconstruction(
-        features, order, counts, shape, stages=stages, variant="kernel", parameters=parameters, spacing=spacing
+        features, order, counts, shape, stages=stages, reconstruction="kernel", parameters=parameters, spacing=spacing
     )
 
     def mix(targets, known, features):
@@ -89,7 +89,7 @@ def test_kernel_looks_offsets_up_in_its_table_by_head(shape):
     table = rng.normal(size=(heads, *offsets))
     parameters = {"table": table.reshape(heads, -1), "norm.weight": np.ones(DIM), "norm.bias": np.zeros(DIM)}
     found = reconstruct.progressive_reconstruction(
-        features, order, counts, shape, stages=2, variant="kernel", parameters=parameters
+        features, order, counts, shape, stages=2, reconstruction="kernel", parameters=parameters
     )
     cells = np.indices(shape).reshape(len(shape), -1)
 
@@ -113,7 +113,7 @@ def test_kernel_heads_divide_the_channels():
 def test_interpolation_weighs_by_inverse_squared_distance(shape, spacing, stages):
     counts, order, features = a_problem(shape)
     found = reconstruct.progressive_reconstruction(
-        features, order, counts, shape, stages=stages, variant="interpolate", parameters={}, spacing=spacing
+        features, order, counts, shape, stages=stages, reconstruction="interpolate", parameters={}, spacing=spacing
     )
 
     def mix(targets, known, features):
@@ -181,7 +181,7 @@ def test_conv_starts_every_stage_from_its_known_tokens(stages):
         "norm.bias": rng.normal(size=DIM),
     }
     found = reconstruct.progressive_reconstruction(
-        features, order, counts, shape, stages=stages, variant="conv", parameters=parameters
+        features, order, counts, shape, stages=stages, reconstruction="conv", parameters=parameters
     )
 
     def mix(targets, known, features):
@@ -196,22 +196,22 @@ def test_a_token_out_of_reach_becomes_the_bias():
     counts = TokenCounts(1, 0, 6)
     parameters = {"kernel": np.ones((DIM, 3)), "norm.weight": np.full(DIM, 2.0), "norm.bias": np.arange(DIM) * 1.0}
     found = reconstruct.progressive_reconstruction(
-        np.ones((1, DIM)), list(range(7)), counts, (7,), stages=1, variant="conv", parameters=parameters
+        np.ones((1, DIM)), list(range(7)), counts, (7,), stages=1, reconstruction="conv", parameters=parameters
     )
     assert np.array_equal(found[4:], np.tile(np.arange(DIM), (3, 1)))
 
 
-@pytest.mark.parametrize("variant", ["kernel", "interpolate", "conv"])
-def test_nothing_thrown_changes_nothing(variant):
+@pytest.mark.parametrize("reconstruction", ["kernel", "interpolate", "conv"])
+def test_nothing_thrown_changes_nothing(reconstruction):
     counts, order, features = a_problem((4, 5), throw_ratio=0.0)
     found = reconstruct.progressive_reconstruction(
-        features, order, counts, (4, 5), stages=2, variant=variant, parameters={}
+        features, order, counts, (4, 5), stages=2, reconstruction=reconstruction, parameters={}
     )
     assert np.array_equal(found, features)
 
 
-@pytest.mark.parametrize("variant", ["kernel", "interpolate", "conv"])
-def test_empty_stages_are_skipped(variant):
+@pytest.mark.parametrize("reconstruction", ["kernel", "interpolate", "conv"])
+def test_empty_stages_are_skipped(reconstruction):
     counts = TokenCounts(2, 2, 2)
     order = [0, 3, 5, 1, 2, 4]
     rng = np.random.default_rng(0)
@@ -220,8 +220,8 @@ def test_empty_stages_are_skipped(variant):
         "interpolate": {},
         "kernel": {"table": rng.normal(size=(2, 3 * 5))},
         "conv": {"kernel": rng.normal(size=(DIM, 3, 3))},
-    }[variant]
-    arguments = {"variant": variant, "parameters": parameters}
+    }[reconstruction]
+    arguments = {"reconstruction": reconstruction, "parameters": parameters}
     two = reconstruct.progressive_reconstruction(features, order, counts, (2, 3), stages=2, **arguments)
     five = reconstruct.progressive_reconstruction(features, order, counts, (2, 3), stages=5, **arguments)
     assert np.array_equal(two, five)
@@ -231,9 +231,9 @@ def test_bad_arguments_are_refused():
     counts = TokenCounts(0, 0, 4)
     with pytest.raises(ValueError, match="features: expected at least one known token"):
         reconstruct.progressive_reconstruction(
-            np.zeros((0, DIM)), [0, 1, 2, 3], counts, (4,), stages=1, variant="interpolate", parameters={}
+            np.zeros((0, DIM)), [0, 1, 2, 3], counts, (4,), stages=1, reconstruction="interpolate", parameters={}
         )
-    with pytest.raises(ValueError, match="variant: expected"):
+    with pytest.raises(ValueError, match="reconstruction: expected"):
         reconstruct.progressive_reconstruction(
-            np.zeros((1, DIM)), [0, 1], TokenCounts(1, 0, 1), (2,), stages=1, variant="mean", parameters={}
+            np.zeros((1, DIM)), [0, 1], TokenCounts(1, 0, 1), (2,), stages=1, reconstruction="mean", parameters={}
         )

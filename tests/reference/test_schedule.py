@@ -28,15 +28,17 @@ def test_stages_are_at_least_one():
 
 
 @pytest.mark.parametrize("throwing", STRATEGIES)
-@pytest.mark.parametrize("seed", ["visible", "none"])
+@pytest.mark.parametrize("furthest_from", ["visible", "none"])
 @pytest.mark.parametrize(("shape", "spacing"), GRIDS)
 @pytest.mark.parametrize("ratios", [(0.75, 0.5), (0.5, 0.0), (0.75, 1.0), (0.0, 0.5), (1.0, 0.4)])
-def test_the_plan_is_a_permutation_with_thrown_tokens_by_distance(throwing, seed, shape, spacing, ratios):
+def test_the_plan_is_a_permutation_with_thrown_tokens_by_distance(throwing, furthest_from, shape, spacing, ratios):
     num_tokens = int(np.prod(shape))
     counts = count_tokens(num_tokens, *ratios)
     noise = counter_noise(0, 0, 0, num_tokens)
     weights = np.random.default_rng(0).uniform(size=num_tokens).tolist()
-    order = make_order(shape, counts, noise, spacing=spacing, throwing=throwing, seed=seed, weights=weights)
+    order = make_order(
+        shape, counts, noise, spacing=spacing, throwing=throwing, furthest_from=furthest_from, weights=weights
+    )
     assert sorted(order) == list(range(num_tokens))
     assert order[: counts.visible] == np.argsort(noise)[: counts.visible].tolist()
     known, thrown = order[: num_tokens - counts.thrown], order[num_tokens - counts.thrown :]
@@ -58,7 +60,7 @@ def test_nothing_known_leaves_the_order_to_noise():
 
 def test_visible_tokens_may_be_given():
     noise = counter_noise(0, 0, 0, 32)
-    visible = tube_visible(noise, (2, 4, 4), 8)
+    visible = tube_visible((2, 4, 4), 8, noise)
     order = make_order((2, 4, 4), TokenCounts(8, 8, 16), noise, visible=visible)
     assert order[:8] == visible
     assert sorted(order) == list(range(32))
@@ -71,7 +73,7 @@ def test_units_are_decoded_or_thrown_as_a_whole(throwing):
     weights = np.random.default_rng(0).uniform(size=96).tolist()
     order = make_order((8, 12), counts, noise, throwing=throwing, weights=weights, unit=(2, 2))
     assert sorted(order) == list(range(96))
-    assert order[: counts.visible] == block_visible(noise, (8, 12), (2, 2), counts.visible // 4)
+    assert order[: counts.visible] == block_visible((8, 12), (2, 2), counts.visible // 4, noise)
     number = np.kron(np.arange(24).reshape(4, 6), np.ones((2, 2), int)).ravel()
     known = number[order[: 96 - counts.thrown]].reshape(-1, 4)
     assert (known == known[:, :1]).all()

@@ -123,7 +123,7 @@ def test_without_throwing_it_is_simmim(random_weights, oracle, position, layer_s
 def test_thrown_tokens_never_enter_the_encoder(random_weights, oracle, name, position, throw_by):
     problem = Problem(random_weights, name, position=position)
     half = [0.5] * problem.channels
-    output = problem.forward(variant="none", throw_ratio=0.35, throw_by=throw_by, mean=half, std=half)
+    output = problem.forward(reconstruction="none", throw_ratio=0.35, throw_by=throw_by, mean=half, std=half)
     num_visible = int((~problem.is_masked()[0]).sum())
     num_decoded = output.predicted.shape[1]
     assert 0 < num_decoded < problem.num_tokens - num_visible
@@ -140,11 +140,11 @@ def test_thrown_tokens_never_enter_the_encoder(random_weights, oracle, name, pos
 
 
 @pytest.mark.parametrize("throw_by", ["token", "unit"])
-@pytest.mark.parametrize("variant", ["kernel", "interpolate", "conv"])
-def test_thrown_tokens_are_rebuilt_from_encoder_features(problem, oracle, variant, throw_by):
+@pytest.mark.parametrize("reconstruction", ["kernel", "interpolate", "conv"])
+def test_thrown_tokens_are_rebuilt_from_encoder_features(problem, oracle, reconstruction, throw_by):
     options = {"throw_by": throw_by, "throw_ratio": 0.35, "stages": 3}
-    output = problem.forward(variant=variant, **options)
-    plain = problem.forward(variant="none", **options)
+    output = problem.forward(reconstruction=reconstruction, **options)
+    plain = problem.forward(reconstruction="none", **options)
     unit = (problem.mask_unit,) * len(problem.shape)
     counts = simmim.unit_counts(problem.shape, unit, 0.6, 0.35, throw_by)
     assert counts.thrown > 0
@@ -162,7 +162,13 @@ def test_thrown_tokens_are_rebuilt_from_encoder_features(problem, oracle, varian
     errors = []
     for image, order in enumerate(output.order):
         rebuilt = reconstruct.progressive_reconstruction(
-            features[image], order.tolist(), counts, problem.shape, stages=3, variant=variant, parameters=own
+            features[image],
+            order.tolist(),
+            counts,
+            problem.shape,
+            stages=3,
+            reconstruction=reconstruction,
+            parameters=own,
         )
         predicted = oracle.affine(rebuilt[-counts.thrown :], problem.weights, "head")
         assert np.allclose(output.predicted[image, counts.decoded :], predicted, atol=1e-9)
@@ -179,13 +185,13 @@ def test_thrown_weight_enters_sum_and_normaliser(image_problem, thrown_weight):
 
 
 def test_thrown_weight_of_zero_leaves_the_loss_of_plain_partial_reconstruction(image_problem):
-    ignored, plain = image_problem.forward(thrown_weight=0.0), image_problem.forward(variant="none")
+    ignored, plain = image_problem.forward(thrown_weight=0.0), image_problem.forward(reconstruction="none")
     assert ignored.loss == plain.loss
     assert ignored.loss_thrown > 0.0
     assert plain.loss_thrown == 0.0
 
 
-@pytest.mark.parametrize("options", [{}, {"throwing": "none"}, {"variant": "none"}])
+@pytest.mark.parametrize("options", [{}, {"throwing": "none"}, {"reconstruction": "none"}])
 def test_a_silent_head_scores_the_mean_absolute_pixel(image_problem, options):
     weights = dict(image_problem.weights)
     weights |= {"head.weight": np.zeros((18, DIM)), "head.bias": np.zeros(18)}
@@ -211,8 +217,8 @@ def test_the_target_is_not_normalised_per_patch(image_problem):
 
 
 @pytest.mark.parametrize("position", ["absolute", "relative"])
-@pytest.mark.parametrize("variant", ["kernel", "interpolate", "conv", "none"])
-def test_predictions_do_not_depend_on_the_order_of_known_tokens(random_weights, position, variant):
+@pytest.mark.parametrize("reconstruction", ["kernel", "interpolate", "conv", "none"])
+def test_predictions_do_not_depend_on_the_order_of_known_tokens(random_weights, position, reconstruction):
     """Nor does the loss: without throwing that is any order of the masked tokens."""
     problem = Problem(random_weights, position=position)
     patches = np.random.default_rng(0).normal(size=(24, 18))
@@ -236,7 +242,7 @@ def test_predictions_do_not_depend_on_the_order_of_known_tokens(random_weights, 
                 problem.weights,
                 num_heads=HEADS,
                 stages=2,
-                variant=variant,
+                reconstruction=reconstruction,
                 scales=None,
             )
             predicted.append(dict(zip(each[visible:], rows, strict=False)))
@@ -321,23 +327,24 @@ def test_units_are_masked_as_a_whole_and_thrown_as_told(throwing, throw_by, rand
 
 
 @pytest.mark.parametrize("throw_by", ["token", "unit"])
-@pytest.mark.parametrize("seed", ["visible", "none"])
-def test_the_order_is_that_of_the_plan(random_weights, seed, throw_by):
+@pytest.mark.parametrize("furthest_from", ["visible", "none"])
+def test_the_order_is_that_of_the_plan(random_weights, furthest_from, throw_by):
     problem = Problem(random_weights, "volume")
-    output = problem.forward(seed=seed, throw_by=throw_by)
+    output = problem.forward(furthest_from=furthest_from, throw_by=throw_by)
     unit = (2, 2, 2)
     counts = simmim.unit_counts(problem.shape, unit, 0.6, 0.25, throw_by)
     for order, noise in zip(output.order.tolist(), problem.noise.tolist(), strict=True):
-        visible = block_visible(noise, problem.shape, unit, 3)
+        visible = block_visible(problem.shape, unit, 3, noise)
         options = {"visible": visible, "unit": unit if throw_by == "unit" else None}
         expected = {
-            seed: make_order(problem.shape, counts, noise, seed=seed, **options) for seed in ("visible", "none")
+            furthest_from: make_order(problem.shape, counts, noise, furthest_from=furthest_from, **options)
+            for furthest_from in ("visible", "none")
         }
-        assert order == expected[seed]
+        assert order == expected[furthest_from]
         assert expected["visible"] != expected["none"]  # or this noise tests nothing
 
 
-@pytest.mark.parametrize("options", [{}, {"throwing": "cell"}, {"variant": "conv"}, {"drop_path": 0.5}])
+@pytest.mark.parametrize("options", [{}, {"throwing": "cell"}, {"reconstruction": "conv"}, {"drop_path": 0.5}])
 def test_images_of_a_batch_do_not_see_each_other(image_problem, options):
     both = image_problem.forward(**options)
     for image in range(2):
@@ -350,8 +357,8 @@ def test_images_of_a_batch_do_not_see_each_other(image_problem, options):
 def test_drop_path_scales_the_branches_of_every_image(random_weights, oracle):
     problem = Problem(random_weights, batch=4)
     assert np.array_equal(problem.forward(drop_path=0.0).predicted, problem.forward().predicted)
-    output = problem.forward(drop_path=0.6, variant="none")
-    scales = np.array([drop_path_scales(noise.tolist(), DEPTH, 0.6) for noise in problem.noise])
+    output = problem.forward(drop_path=0.6, reconstruction="none")
+    scales = np.array([drop_path_scales(DEPTH, 0.6, noise.tolist()) for noise in problem.noise])
     assert scales.shape == (4, DEPTH, 2)
     assert set(np.unique(scales[:, 1].round(6))) == {0.0, 2.5}  # or this noise tests nothing
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -398,7 +405,7 @@ def test_weights_load_from_a_file(image_problem, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"variant": "copy"}, "variant: expected"),
+        ({"reconstruction": "copy"}, "reconstruction: expected"),
         ({"throw_by": "row"}, 'throw_by: expected "token" or "unit", got \'row\''),
         ({"mask_unit": 4}, "mask_unit: expected a divisor of the grid 4x6, got 4"),
         ({"mask_unit": 0}, "mask_unit: expected a divisor of the grid 4x6, got 0"),

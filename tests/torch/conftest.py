@@ -1,4 +1,4 @@
-"""What the tests of the PyTorch adapter share."""
+"""Fixtures of the tests of the PyTorch adapter."""
 
 import importlib.util
 from collections.abc import Callable, Iterator
@@ -15,7 +15,7 @@ else:
 
 @pytest.fixture(autouse=True, scope="session")
 def single_thread() -> Iterator[None]:
-    """Sums are cut up by thread, so bits depend on their number; and small tensors are faster with one."""
+    """Use one thread: the bits of sums depend on the number of threads, and small tensors are faster with one."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -24,7 +24,7 @@ def single_thread() -> Iterator[None]:
 
 @pytest.fixture(params=["cpu", "gpu"])
 def device(request: pytest.FixtureRequest) -> Any:
-    """Each device in turn, as a torch.device."""
+    """Return each device in turn, as a torch.device."""
     if request.param == "gpu" and not torch.cuda.is_available():
         pytest.skip("PyTorch sees no GPU")
     return torch.device("cuda" if request.param == "gpu" else "cpu")
@@ -32,7 +32,7 @@ def device(request: pytest.FixtureRequest) -> Any:
 
 @pytest.fixture
 def tiny() -> dict[str, Any]:
-    """Options of an MAE that a step of takes milliseconds: 4x4 tokens, of which 4 visible, 4 decoded, 8 thrown."""
+    """Return the options of a small, fast MAE: 4x4 tokens, of which 4 visible, 4 decoded, 8 thrown."""
     return {
         "image_size": (16, 16),
         "patch_size": (4, 4),
@@ -47,7 +47,7 @@ def tiny() -> dict[str, Any]:
 
 @pytest.fixture
 def tiny_simmim() -> dict[str, Any]:
-    """Options of a SimMIM that a step of takes milliseconds: 4x4 tokens, units of 2x2, of which 1 visible."""
+    """Return the options of a small, fast SimMIM: 4x4 tokens in units of 2x2, of which 1 visible."""
     return {"image_size": (16, 16), "patch_size": (4, 4), "embed_dim": 16, "depth": 2, "num_heads": 2}
 
 

@@ -1,4 +1,4 @@
-"""What the processes of test_distributed.py do, as a script under torchrun; the test imports it for a process alone."""
+"""Jobs of the processes of test_distributed.py: a script for torchrun, and a module for a single process."""
 
 import argparse
 import functools
@@ -16,13 +16,13 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import prmim_torch.engine
-from prmim_torch import ClassifierEngine, Engine
+from prmim_methods import ClassifierConfig, TrainingConfig, create_config
+from prmim_torch import MAE, METHODS, ClassifierEngine, Engine
 
 TINY = {"image_size": (16, 16), "patch_size": (4, 4), "embed_dim": 16, "depth": 2, "num_heads": 2}
-METHODS = {
-    "mae": {"name": "mae", **TINY, "decoder_dim": 8, "decoder_depth": 1, "decoder_heads": 2},
-    "simmim": {"name": "simmim", **TINY, "drop_path": 0.3, "recompute_blocks": True},
+CONFIGS = {
+    "mae": create_config("mae", **TINY, decoder_dim=8, decoder_depth=1, decoder_heads=2, init_seed=3),
+    "simmim": create_config("simmim", **TINY, drop_path=0.3, recompute_blocks=True, init_seed=3),
 }
 TRAINING = {"seed": 3, "total_steps": 8, "warmup_steps": 2, "learning_rate": 1e-3, "device": "cpu", "timeout": 30.0}
 PARALLEL = ("ddp", "fsdp")
@@ -35,21 +35,25 @@ CURVES = {
     "simmim": ("simmim", {"accumulate": 2, "clip_grad": 1.0}),
     "spoilt": ("mae", {"clip_grad": 0.2}),
 }
-"""Runs that must not depend on the number of processes: methods, and options of the engine."""
+"""Runs that must not depend on the number of processes: methods, and options of the training."""
 
 CLASSIFIERS = {
-    "finetune": ("simmim", {"drop_path": 0.3, "layer_decay": 0.7, "ema_decay": 0.8, "accumulate": 2, "clip_grad": 0.5}),
-    "probe": ("mae", {"frozen": True, "norm": "batch", "pool": "cls", "optimizer": "lars", "learning_rate": 0.5}),
+    "finetune": (
+        "simmim",
+        ClassifierConfig(drop_path=0.3, layer_decay=0.7, ema_decay=0.8),
+        {"accumulate": 2, "clip_grad": 0.5, "betas": (0.9, 0.999)},
+    ),
+    "probe": ("mae", ClassifierConfig(protocol="linear", pool="cls"), {"learning_rate": 0.5}),
 }
 CLASSES = 5
 
 
 def make_engine(method, **training):
-    return Engine(METHODS[method], **{**TRAINING, **training})
+    return Engine(CONFIGS[method], TrainingConfig(**{**TRAINING, **training}))
 
 
 def train(engine, last, spoilt=None):
-    """Train up to a step, each process on its rows; return what is measured in each step.
+    """Train up to a step, each process on its rows; return the measurements of each step.
 
     In one step the loss of one process, the last, is not finite.
     """
@@ -73,10 +77,10 @@ def spoil(method, arguments, output):
 
 
 def save(engine, directory):
-    """Begin to save; training goes on meanwhile."""
+    """Start an asynchronous save; training continues."""
     if engine.rank == 0:
         directory.mkdir(parents=True)
-    engine.any(False)  # until it is there
+    engine.any(False)  # wait for the folder
     return engine.async_save(directory)
 
 
@@ -90,7 +94,7 @@ def spoilt_step(name):
 
 
 def draw(name, parallel, directory):
-    """Run one of CURVES, and save it on the way and at the end."""
+    """Run one of CURVES; save it halfway and at the end."""
     engine = start(name, parallel)
     curve = train(engine, STEP_SAVED, spoilt_step(name))
     saving = save(engine, directory / "half")
@@ -102,7 +106,7 @@ def draw(name, parallel, directory):
 
 
 def resume(name, parallel, directory):
-    """Take up one of CURVES where it was saved on the way."""
+    """Resume one of CURVES from halfway."""
     engine = start(name, parallel)
     engine.restore(directory / "half")
     curve = train(engine, STEPS, spoilt_step(name))
@@ -111,7 +115,7 @@ def resume(name, parallel, directory):
 
 
 def look(parallel, directory):
-    """Look at images before and after taking up a run, which must not notice."""
+    """Compute features before and after a restore; the run must not change."""
     images = np.random.default_rng(0).integers(0, 256, (4, 16, 16, 3), dtype=np.uint8)
     engine = start("mae", parallel)
     engine.features(images)
@@ -128,7 +132,7 @@ def look(parallel, directory):
 
 
 def curves(shared, own):
-    """Draw all curves; take them up again here, and those that one process or two have drawn."""
+    """Run all CURVES, resume them, and resume those of one process and of two."""
     every = [(name, parallel) for name in CURVES for parallel in PARALLEL]
     results = {f"{name} {parallel}": draw(name, parallel, own / name / parallel) for name, parallel in every}
     for name, parallel in every:
@@ -145,9 +149,10 @@ def looks(shared, own):
 
 
 def classify(name, parallel, directory):
-    """Train a classifier, and take it up again where it was saved on the way."""
-    method, options = CLASSIFIERS[name]
-    engine = ClassifierEngine(METHODS[method], CLASSES, parallel=parallel, **{**TRAINING, **options})
+    """Train a classifier, then resume it from halfway."""
+    method, config, training = CLASSIFIERS[name]
+    training = TrainingConfig(**{**TRAINING, **training}, parallel=parallel)
+    engine = ClassifierEngine(CONFIGS[method], config, CLASSES, training)
     curve = train_classifier(engine, STEP_SAVED)
     saving = save(engine, directory / "half")
     curve += train_classifier(engine, STEPS)
@@ -163,7 +168,7 @@ def classify(name, parallel, directory):
 
 
 def train_classifier(engine, last):
-    """Train up to a step, each process on its rows; in one step a target of the last process is not finite."""
+    """Train up to a step, each process on its rows; in one step, a target of the last process is not finite."""
     curve = []
     while engine.step < last:
         rng = np.random.default_rng(engine.step)
@@ -195,7 +200,7 @@ def message_of(call):
 
 
 def agreement(shared, own):
-    """Let one process know, miss or fail to write what the others do not."""
+    """Let one process disagree with the others: a flag, a missing file, a failed write."""
     engine = make_engine("mae", parallel="fsdp")
     results = {"device": engine.device, "any": [engine.any(engine.rank == 1), engine.any(False), engine.any(True)]}
     good, here = shared / "1" / "mae" / "ddp" / "half", own / "agreement"
@@ -218,7 +223,7 @@ def agreement(shared, own):
     results["full"] = message_of(lambda: engine.save(here / "full"))
     HuggingFaceStorageWriter.write_data = write_data
     results["left"] = sorted(path.name for path in (here / "full").rglob("*"))
-    engine.restore(here / "full")  # the state that was there is there still
+    engine.restore(here / "full")  # the old state is unchanged
     results["step again"] = engine.step
     engine.close()
     return results
@@ -229,10 +234,9 @@ def fail_to_write(writer, plan, planner):
 
 
 def holdings(shared, own):
-    """Count what is held here, beside a teacher that is not to be touched, and how often gradients travel."""
+    """Count what each process holds, beside a frozen teacher, and how often gradients are communicated."""
     results = {}
-    create_method = prmim_torch.engine.create_method
-    prmim_torch.engine.create_method = functools.partial(create_with_teacher, create_method)
+    METHODS["mae"] = create_with_teacher
     for parallel in PARALLEL:
         engine = make_engine("mae", parallel=parallel, accumulate=4)
         travels = []
@@ -255,12 +259,12 @@ def holdings(shared, own):
             "readings": [name for name in calls.called if any(part in name for part in READINGS)],
         }
         engine.close()
-    prmim_torch.engine.create_method = create_method
+    METHODS["mae"] = MAE
     return results
 
 
 class Calls(TorchDispatchMode):
-    """Note what processes say to each other, and what makes the host wait for values."""
+    """Record collective communication, and operators that make the host wait for values."""
 
     def __init__(self):
         super().__init__()
@@ -271,8 +275,8 @@ class Calls(TorchDispatchMode):
         return function(*arguments, **(kwargs or {}))
 
 
-def create_with_teacher(create_method, **options):
-    method = create_method(**options)
+def create_with_teacher(config):
+    method = MAE(config)
     method.encoder.norm.requires_grad_(False)
     method.teacher = torch.nn.Linear(5, 3).requires_grad_(False)
     return method
@@ -285,7 +289,7 @@ def count_and_reduce(travels, bucket):
 
 
 def compiled(shared, own):
-    """Train with compiled code. Generating it takes a minute, so a backend that does not takes its place."""
+    """Train with torch.compile; its backend generates no code, which would take a minute."""
     compile_, torch.compile = torch.compile, functools.partial(torch.compile, backend="aot_eager")
     results = {}
     for parallel in PARALLEL:
@@ -298,7 +302,7 @@ def compiled(shared, own):
 
 
 def hang(shared, own):
-    """Let the last process keep the others waiting."""
+    """Let the last process hang."""
     engine = make_engine("mae", timeout=2.0)
     train(engine, 2)
     if engine.rank == engine.world_size - 1:
@@ -336,7 +340,7 @@ def main():
     if arguments.jobs[0] in FAULTS:
         FAULTS[arguments.jobs[0]](shared, own)
         return
-    # The first engine makes the process group; those between use it, and leave it open.
+    # The first engine creates the process group; the engines of the jobs use it and leave it open.
     first = make_engine("mae")
     results = {job: JOBS[job](shared, own) for job in arguments.jobs}
     (own / f"rank_{first.rank}.json").write_text(json.dumps(results))

@@ -1,4 +1,4 @@
-"""Classifiers: what they see, what learns and how fast, what a probe leaves alone."""
+"""Classifiers: input of the head, trained parameters, optimizers, checkpoints."""
 
 import functools
 import re
@@ -10,35 +10,65 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from prmim_core import counter_noise
-from prmim_core.training import learning_rate_at
-from prmim_torch import Classifier, ClassifierEngine, create_method, load_weights, save_weights
-from prmim_torch.classifier import BatchNorm
+from prmim_methods import ClassifierConfig, TrainingConfig, create_config
+from prmim_methods.record import options as options_of
+from prmim_methods.weight_files import dump_architecture
+from prmim_torch import METHODS, Classifier, ClassifierEngine, load_weights, save_weights
+from prmim_torch.classifier import BatchNorm, load_encoder
+from prmim_torch.interop import named_weights, write_weights
 
-TRAINING = {"seed": 3, "total_steps": 8, "warmup_steps": 2, "learning_rate": 1e-3}
+TRAINING = {"seed": 3, "total_steps": 8, "warmup_steps": 2, "learning_rate": 1e-3, "betas": (0.9, 0.999)}
+PLAIN = {"drop_path": 0.0, "layer_decay": 1.0}
+INIT_SEED = 3
 SAMPLE = np.arange(8)
 CLASSES = 5
 
 FINETUNE = {"drop_path": 0.5, "layer_decay": 0.7, "ema_decay": 0.9, "clip_grad": 1.0}
-PROBE = {"frozen": True, "norm": "batch", "pool": "cls", "optimizer": "lars", "learning_rate": 0.5, "weight_decay": 0.0}
+PROBE = {"protocol": "linear", "pool": "cls", "learning_rate": 0.5, "weight_decay": 0.0}
 KINDS = {"finetune": FINETUNE, "probe": PROBE}
 STATISTICS = {"running_mean", "running_var", "num_batches_tracked"}
 
 
+def make_options(**given):
+    """Return options of a classifier; by default, fine-tuning is plain."""
+    is_linear = given.get("protocol") == "linear"
+    return ClassifierConfig(**{**({} if is_linear else PLAIN), **given})
+
+
 @pytest.fixture
-def make_method(tiny, tiny_simmim):
+def make_config(tiny, tiny_simmim):
+    """Return a function from options to the record of a method."""
+
     def make(name="mae", **options):
-        return create_method(name, **{**{"mae": tiny, "simmim": tiny_simmim}[name], **options})
+        return create_config(name, **{**{"mae": tiny, "simmim": tiny_simmim}[name], "init_seed": INIT_SEED, **options})
 
     return make
 
 
 @pytest.fixture
-def make_engine(tiny, tiny_simmim, device):
-    def make(name="mae", method_options=None, **training):
-        options = {"name": name, **{"mae": tiny, "simmim": tiny_simmim}[name], **(method_options or {})}
-        return ClassifierEngine(options, CLASSES, **{**TRAINING, "device": device.type, **training})
+def make_engine(make_config, device):
+    """Return a function from options of classifier and training to an engine; by default, drop path is off."""
+    names = {item.name for item in options_of(ClassifierConfig)}
+
+    def make(name="mae", weights=None, num_classes=CLASSES, **given):
+        options = {key: value for key, value in given.items() if key in names}
+        training = {key: value for key, value in given.items() if key not in names}
+        training = TrainingConfig(**{**TRAINING, "device": device.type, **training})
+        return ClassifierEngine(make_config(name), make_options(**options), num_classes, training, weights)
 
     return make
+
+
+def make_classifier(config, num_classes=CLASSES, init_seed=0, **options):
+    return Classifier(config, make_options(**options), num_classes, init_seed)
+
+
+def make_pair(config, path, **options):
+    """Return a method and a classifier with its encoder."""
+    method, classifier = METHODS[config.name](config), make_classifier(config, **options)
+    save_weights(method, path)
+    load_encoder(classifier, path)
+    return method.eval(), classifier
 
 
 @pytest.fixture
@@ -48,7 +78,7 @@ def images(make_images):
 
 @pytest.fixture
 def targets():
-    """Soft ones, as mixup makes them."""
+    """Return soft targets, as from mixup."""
     return np.random.default_rng(1).dirichlet(np.ones(CLASSES), 8).astype(np.float32)
 
 
@@ -68,7 +98,7 @@ def assert_same(weights, others):
 
 
 def spread_out(engine, path):
-    """Give an engine weights away from their first values, which leave the encoder hardly any gradient."""
+    """Perturb the weights of an engine; the initial ones give the encoder hardly any gradient."""
     module, generator = engine.module, torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in module.parameters():
@@ -78,78 +108,66 @@ def spread_out(engine, path):
     return engine
 
 
-# --- the module ----------------------------------------------------------------------------------------------------
+# --- module --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["mae", "simmim"])
 @pytest.mark.parametrize("pool", ["mean", "cls"])
-@pytest.mark.parametrize("options", [{}, {"frozen": True}, {"frozen": True, "norm": "batch"}], ids=str)
-def test_what_the_head_sees(make_method, images, name, pool, options):
-    method, pixels = make_method(name), torch.from_numpy(images)
-    classifier = Classifier(method, CLASSES, pool=pool, **options).eval()
-    logits = classifier(pixels)
+@pytest.mark.parametrize("protocol", ["finetune", "linear"])
+def test_what_the_head_sees(make_config, images, tmp_path, name, pool, protocol):
+    pixels = torch.from_numpy(images)
+    method, classifier = make_pair(make_config(name), tmp_path / "weights.safetensors", pool=pool, protocol=protocol)
+    logits = classifier.eval()(pixels)
     assert logits.shape == (8, CLASSES)
     assert logits.dtype == torch.float32
-    method.eval()
     seen = method.features(pixels, pool)
-    if "norm" in options:
+    if protocol == "linear":
         seen = seen / np.sqrt(1 + 1e-6)
     elif pool == "mean":
-        encoder = method.encoder
-        tokens = encoder.place(encoder.patch_embed(method._normalize(method._patches(pixels))))
-        seen = F.layer_norm(encoder.hidden_states(tokens, last=1)[0][:, 1:].mean(1), (16,), eps=1e-6)
+        method.encoder.norm = torch.nn.Identity()
+        seen = F.layer_norm(method.features(pixels), (16,), eps=1e-6)
     torch.testing.assert_close(logits, seen @ classifier.head.weight.T)
 
 
 @pytest.mark.parametrize("name", ["mae", "simmim"])
-def test_names_are_those_of_a_vision_transformer(make_method, name):
-    method = make_method(name)
-    names = {f"encoder.{key}" for key in method.encoder.state_dict()} - {"encoder.mask_token"}
+def test_names_are_those_of_a_vision_transformer(make_config, name):
+    config = make_config(name)
+    encoder = METHODS[name](config).encoder
+    names = {f"encoder.{key}" for key in encoder.state_dict()} - {"encoder.mask_token"}
     own_norm, head = {"encoder.norm.weight", "encoder.norm.bias"}, {"head.weight", "head.bias"}
-    assert set(Classifier(method, 2).state_dict()) == (names - own_norm) | head | {"fc_norm.weight", "fc_norm.bias"}
-    assert set(Classifier(method, 2, pool="cls").state_dict()) == names | head
+    assert set(make_classifier(config).state_dict()) == (names - own_norm) | head | {"fc_norm.weight", "fc_norm.bias"}
+    assert set(make_classifier(config, pool="cls").state_dict()) == names | head
     statistics = {f"fc_norm.{name}" for name in STATISTICS}
-    assert set(Classifier(method, 2, frozen=True, norm="batch").state_dict()) == names | head | statistics
+    assert set(make_classifier(config, protocol="linear").state_dict()) == names | head | statistics
 
 
-@pytest.mark.parametrize(("frozen", "std"), [(False, 2e-5), (True, 0.01)])
-def test_the_head_starts_small_and_by_its_seed(make_method, frozen, std):
+@pytest.mark.parametrize(("protocol", "std"), [("finetune", 2e-5), ("linear", 0.01)])
+def test_the_head_starts_small_and_by_its_seed(make_config, protocol, std):
     state = torch.get_rng_state()
-    one, same, other = (Classifier(make_method(), 400, frozen=frozen, init_seed=seed) for seed in (1, 1, 2))
+    one, same, other = (make_classifier(make_config(), 400, seed, protocol=protocol) for seed in (1, 1, 2))
     assert one.head.weight.std().item() == pytest.approx(std, rel=0.05)
     assert not one.head.bias.any()
     assert torch.equal(one.head.weight, same.head.weight)
     assert not torch.equal(one.head.weight, other.head.weight)
+    assert torch.equal(one.encoder.cls_token, other.encoder.cls_token)
     assert torch.equal(torch.get_rng_state(), state)
-
-
-def test_the_method_stays_as_it_is(make_method, images):
-    method = make_method("simmim")
-    before = {name: tensor.clone() for name, tensor in method.state_dict().items()}
-    classifier = Classifier(method, CLASSES)
-    with torch.no_grad():
-        for parameter in classifier.parameters():
-            parameter += 1
-    assert_same(method.state_dict(), before)
-    assert all(parameter.requires_grad for parameter in method.parameters())
 
 
 @pytest.mark.parametrize(
     ("name", "table"), [("mae", "pos_embed"), ("simmim", "rel_pos_bias.relative_position_bias_table")]
 )
-def test_position_tables_learn_and_are_not_decayed(make_method, name, table):
-    classifier = Classifier(make_method(name), CLASSES)
+def test_position_tables_learn_and_are_not_decayed(make_config, name, table):
+    classifier = make_classifier(make_config(name))
     assert dict(classifier.named_parameters())[f"encoder.{table}"].requires_grad
     assert {f"encoder.{table}", "encoder.cls_token"} <= classifier.not_decayed()
-    assert not any(
-        parameter.requires_grad for parameter in Classifier(make_method(name), 2, frozen=True).encoder.parameters()
-    )
+    frozen = make_classifier(make_config(name), protocol="linear")
+    assert not any(parameter.requires_grad for parameter in frozen.encoder.parameters())
 
 
-def test_branches_are_dropped_by_the_noise_and_in_training_alone(make_method, images):
+def test_branches_are_dropped_by_the_noise_and_in_training_alone(make_config, images):
     pixels = torch.from_numpy(images)
     noise = [counter_noise(0, step, torch.arange(8), 16) for step in (0, 1)]
-    classifier = Classifier(make_method(), CLASSES, drop_path=0.9)
+    classifier = make_classifier(make_config(), drop_path=0.9)
     with torch.no_grad():
         classifier.head.weight.normal_()
     one, again, other = (classifier(pixels, draw) for draw in (noise[0], noise[0], noise[1]))
@@ -191,20 +209,7 @@ def test_one_row_is_a_batch_too():
     assert torch.isfinite(norm.running_var).all()
 
 
-@pytest.mark.parametrize(
-    ("options", "error", "message"),
-    [
-        ({"pool": "max"}, ValueError, "pool: expected 'mean' or 'cls', got 'max'"),
-        ({"norm": "batch"}, ValueError, "norm: expected 'layer' for an encoder that is not frozen, got 'batch'"),
-        ({"init_seed": 0.5}, TypeError, "init_seed: expected an integer, got 0.5"),
-    ],
-)
-def test_wrong_options_of_a_classifier(make_method, options, error, message):
-    with pytest.raises(error, match=f"^{re.escape(message)}$"):
-        Classifier(make_method(), 2, **options)
-
-
-# --- its training --------------------------------------------------------------------------------------------------
+# --- training ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["mae", "simmim"])
@@ -231,9 +236,8 @@ def test_what_is_measured(make_engine, images, targets, tmp_path):
     assert metrics["grad_norm"] > 0
 
 
-@pytest.mark.parametrize("norm", ["layer", "batch"])
-def test_a_frozen_encoder_gets_no_gradient_and_stays_in_evaluation_mode(make_engine, images, targets, norm):
-    engine = make_engine(frozen=True, norm=norm)
+def test_a_frozen_encoder_gets_no_gradient_and_stays_in_evaluation_mode(make_engine, images, targets):
+    engine = make_engine(**PROBE)
     before = weights_of(engine)
     train(engine, images, targets, 3)
     engine.predict(images)
@@ -242,15 +246,14 @@ def test_a_frozen_encoder_gets_no_gradient_and_stays_in_evaluation_mode(make_eng
     assert all(parameter.grad is None for parameter in engine.module.encoder.parameters())
     after = weights_of(engine)
     changed = {name for name in after if not torch.equal(after[name], before[name])}
-    norms = {"layer": {"weight", "bias"}, "batch": STATISTICS}[norm]
-    assert changed == {"head.weight", "head.bias", *(f"fc_norm.{name}" for name in norms)}
-    assert engine.num_parameters == 17 * CLASSES + (32 if norm == "layer" else 0)
+    assert changed == {"head.weight", "head.bias", *(f"fc_norm.{name}" for name in STATISTICS)}
+    assert engine.num_parameters == 17 * CLASSES
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_running_statistics_follow_the_batches(make_engine, make_method, images, targets, accumulate):
-    engine = train(make_engine(**{**PROBE, "accumulate": accumulate}), images, targets, 2)
-    seen = make_method(init_seed=TRAINING["seed"]).features(torch.from_numpy(images), "cls").detach().numpy()
+def test_running_statistics_follow_the_batches(make_engine, make_config, images, targets, accumulate):
+    engine = train(make_engine(**PROBE, accumulate=accumulate), images, targets, 2)
+    seen = METHODS["mae"](make_config()).features(torch.from_numpy(images), "cls").detach().numpy()
     after = weights_of(engine)
     parts = np.split(seen, accumulate)
     expected = {"mean": np.mean([p.mean(0) for p in parts], 0), "var": np.mean([p.var(0, ddof=1) for p in parts], 0)}
@@ -259,9 +262,9 @@ def test_running_statistics_follow_the_batches(make_engine, make_method, images,
 
 
 def test_a_short_probe_predicts_what_it_has_learned(make_engine, images):
-    """The running statistics are not those with which a batch norm starts."""
+    """The running statistics do not depend on their initial values."""
     hard = np.eye(CLASSES, dtype=np.float32)[np.arange(8) % CLASSES]
-    engine = train(make_engine(**{**PROBE, "optimizer": "adamw", "learning_rate": 0.3}), images, hard, 8)
+    engine = train(make_engine(**{**PROBE, "trust": 3.0}), images, hard, 8)
     assert (engine.predict(images).argmax(1) == hard.argmax(1)).all()
 
 
@@ -282,7 +285,7 @@ def test_a_step_that_is_not_finite_changes_nothing(make_engine, images, targets,
 
 
 def test_layer_decay(make_engine, images, targets, tmp_path):
-    """The first step of AdamW is as long as the learning rate, whatever the gradient."""
+    """The first step of AdamW has the length of the learning rate, for any gradient."""
     options = {"layer_decay": 0.5, "warmup_steps": 0, "weight_decay": 0.0}
     for name in ("mae", "simmim"):
         engine = spread_out(make_engine(name, **options), tmp_path / "weights.safetensors")
@@ -296,10 +299,10 @@ def test_layer_decay(make_engine, images, targets, tmp_path):
             assert moved == pytest.approx(1e-3 * 0.5**power, rel=0.02), weight
 
 
-def test_steps_are_those_of_a_plain_loop(make_method, images, targets, make_engine, device):
-    """With decay for matrices alone, and the position tables and the cls token among the spared."""
+def test_steps_are_those_of_a_plain_loop(make_config, images, targets, make_engine, device):
+    """With decay for matrices alone: position tables and the class token have none."""
     engine = make_engine(layer_decay=0.5, weight_decay=0.3, drop_path=0.4, clip_grad=0.2, ema_decay=0.8)
-    model = Classifier(make_method(init_seed=3), CLASSES, drop_path=0.4, init_seed=3).to(device)
+    model = make_classifier(make_config(), init_seed=TRAINING["seed"], drop_path=0.4).to(device)
     groups = []
     for name, parameter in model.named_parameters():
         power = 0
@@ -313,7 +316,7 @@ def test_steps_are_those_of_a_plain_loop(make_method, images, targets, make_engi
     for step in range(5):
         engine.train_step(images, SAMPLE, targets)
         for group in optimizer.param_groups:
-            group["lr"] = group["scale"] * learning_rate_at(step, 8, 2, 1e-3, 0.0)
+            group["lr"] = group["scale"] * TrainingConfig(**TRAINING).learning_rate_at(step)
         logits = model(pixels, counter_noise(3, step, torch.from_numpy(SAMPLE), 16).to(device))
         optimizer.zero_grad()
         (-(wanted * logits.log_softmax(1)).sum(1).mean()).backward()
@@ -322,7 +325,7 @@ def test_steps_are_those_of_a_plain_loop(make_method, images, targets, make_engi
         for name, parameter in model.named_parameters():
             average[name] = 0.8 * average[name] + 0.2 * parameter.detach()
     for name, parameter in model.named_parameters():
-        if not name.endswith("qkv.bias"):  # of keys, it has no gradient but rounding errors
+        if not name.endswith("qkv.bias"):  # the gradient of the keys' bias is rounding error
             torch.testing.assert_close(
                 weights_of(engine)[name], parameter.detach().cpu(), rtol=1e-4, atol=2e-6, msg=name
             )
@@ -330,14 +333,12 @@ def test_steps_are_those_of_a_plain_loop(make_method, images, targets, make_engi
     np.testing.assert_allclose(engine.predict(images), model.eval()(pixels).detach().cpu(), rtol=1e-3, atol=1e-6)
 
 
-@pytest.mark.parametrize("norm", ["layer", "batch"])
-def test_lars_is_what_it_says(make_engine, make_method, images, targets, norm):
-    """Against the update written out in float64, on a head whose gradient is written out too."""
-    training = {**PROBE, "norm": norm, "weight_decay": 0.1, "trust": 0.02, "momentum": 0.8}
-    engine = make_engine(**training)
-    seen = make_method(init_seed=3).features(torch.from_numpy(images), "cls").detach().numpy().astype(np.float64)
-    if norm == "batch":
-        seen = (seen - seen.mean(0)) / np.sqrt(seen.var(0) + 1e-6)
+def test_lars_is_what_it_says(make_engine, make_config, images, targets):
+    """Compare with update and gradient of the head, written out in float64."""
+    engine = make_engine(**{**PROBE, "weight_decay": 0.1, "trust": 0.02, "momentum": 0.8})
+    method = METHODS["mae"](make_config())
+    seen = method.features(torch.from_numpy(images), "cls").detach().numpy().astype(np.float64)
+    seen = (seen - seen.mean(0)) / np.sqrt(seen.var(0) + 1e-6)
     weights = weights_of(engine)
     weight, bias = (weights[f"head.{name}"].numpy().astype(np.float64) for name in ("weight", "bias"))
     velocity = [np.zeros_like(weight), np.zeros_like(bias)]
@@ -348,15 +349,14 @@ def test_lars_is_what_it_says(make_engine, make_method, images, targets, norm):
         update = slope.T @ seen + 0.1 * weight
         update *= 0.02 * np.linalg.norm(weight) / np.linalg.norm(update)
         velocity = [0.8 * velocity[0] + update, 0.8 * velocity[1] + slope.sum(0)]
-        rate = learning_rate_at(step, 8, 2, 0.5, 0.0)
+        rate = TrainingConfig(**{**TRAINING, "learning_rate": 0.5}).learning_rate_at(step)
         weight, bias = weight - rate * velocity[0], bias - rate * velocity[1]
     after = weights_of(train(engine, images, targets, 6))
     np.testing.assert_allclose(after["head.weight"], weight, rtol=1e-3, atol=1e-6)
     np.testing.assert_allclose(after["head.bias"], bias, rtol=1e-3, atol=1e-6)
 
 
-def test_lars_takes_weights_of_zero(make_engine, images, targets, tmp_path):
-    """There is nothing to be relative to."""
+def test_lars_takes_weights_of_zero(make_engine, images, targets):
     engine = make_engine(**PROBE)
     with torch.no_grad():
         engine.module.head.weight.zero_()
@@ -365,7 +365,7 @@ def test_lars_takes_weights_of_zero(make_engine, images, targets, tmp_path):
     assert engine.read_metrics()["nonfinite_step"] is None
 
 
-def test_predictions_are_of_the_running_mean(make_engine, make_method, images, targets):
+def test_predictions_are_of_the_running_mean(make_engine, make_config, images, targets):
     engine = make_engine(ema_decay=0.6, learning_rate=1e-2)
     expected = weights_of(engine)
     for _ in range(4):
@@ -373,7 +373,7 @@ def test_predictions_are_of_the_running_mean(make_engine, make_method, images, t
         expected = {name: 0.6 * expected[name] + 0.4 * now[name] for name in now}
     logits = engine.predict(images)
     assert_same(weights_of(engine), now)
-    twin = Classifier(make_method(), CLASSES).eval()
+    twin = make_classifier(make_config()).eval()
     for weights, is_it in ((expected, True), (now, False)):
         twin.load_state_dict(weights)
         assert np.allclose(logits, twin(torch.from_numpy(images)).detach(), rtol=1e-3, atol=1e-5) is is_it
@@ -392,7 +392,7 @@ def test_predictions_do_not_depend_on_the_batch(make_engine, images, targets):
         assert whole.dtype == np.float32
         parts = [engine.predict(images[rows]) for rows in (slice(0, 1), slice(1, 4), slice(4, 8))]
         np.testing.assert_allclose(np.concatenate(parts), whole, rtol=1e-4, atol=1e-6)
-        # And looking leaves the training as it was.
+        # Predictions do not change the training.
         straight = train(make_engine(**options), images, targets, 4)
         assert_same(weights_of(train(engine, images, targets, 1)), weights_of(straight))
 
@@ -413,9 +413,9 @@ def test_a_resumed_run_goes_on_bit_for_bit(make_engine, images, targets, tmp_pat
     np.testing.assert_array_equal(resumed.predict(images), straight.predict(images))
 
 
-def test_another_training_is_not_taken_up(make_engine, tiny, images, targets, tmp_path):
+def test_another_training_is_not_taken_up(make_engine, images, targets, tmp_path):
     train(make_engine(ema_decay=0.9), images, targets, 1).save(tmp_path)
-    fewer_classes = ClassifierEngine({"name": "mae", **tiny}, 4, **TRAINING, device="cpu")
+    fewer_classes = make_engine(num_classes=4)
     for other, message in (
         (make_engine(), "directory: expected no tensor 'average."),
         (make_engine(pool="cls"), "weights: pool: expected 'cls', got 'mean'"),
@@ -454,7 +454,7 @@ def test_a_compiled_engine_takes_the_same_steps(make_engine, images, targets, de
 
 
 class NoReading(TorchDispatchMode):
-    """Refuse whatever makes the host wait for values."""
+    """Raise on operators that make the host wait for values."""
 
     def __torch_dispatch__(self, function, types, arguments=(), kwargs=None):
         name = function.name()
@@ -479,30 +479,35 @@ def test_a_step_never_waits_for_the_device(make_engine, images, targets, device,
         train(engine, images, targets, 2)
 
 
-# --- where it starts -----------------------------------------------------------------------------------------------
+# --- initial weights -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["mae", "simmim"])
-def test_it_starts_from_the_weights_of_a_method(make_method, make_engine, images, tmp_path, name):
-    method = make_method(name, init_seed=9)
-    save_weights(method, tmp_path / "weights.safetensors")
-    engine = make_engine(name, weights=tmp_path / "weights.safetensors", pool="cls")
-    expected = Classifier(method.eval(), CLASSES, pool="cls", init_seed=TRAINING["seed"]).eval()
-    np.testing.assert_allclose(
-        engine.predict(images), expected(torch.from_numpy(images)).detach(), rtol=1e-4, atol=1e-8
-    )
+def test_it_starts_from_the_weights_of_a_method(make_config, make_engine, images, tmp_path, name):
+    path = tmp_path / "weights.safetensors"
+    method, expected = make_pair(make_config(name, init_seed=9), path, pool="cls", init_seed=TRAINING["seed"])
+    engine = make_engine(name, weights=path, pool="cls")
+    logits = expected.eval()(torch.from_numpy(images)).detach()
+    np.testing.assert_allclose(engine.predict(images), logits, rtol=1e-4, atol=1e-8)
     assert torch.equal(weights_of(engine)["encoder.cls_token"], method.encoder.cls_token)
 
 
-def test_weights_of_another_model_are_refused(make_method, make_engine, tmp_path):
+@pytest.mark.parametrize("name", ["mae", "simmim"])
+def test_without_a_file_it_starts_as_a_new_method(make_config, make_engine, name):
+    weights = weights_of(make_engine(name, pool="cls"))
+    for key, tensor in METHODS[name](make_config(name)).encoder.state_dict().items():
+        assert key == "mask_token" or torch.equal(weights[f"encoder.{key}"], tensor), key
+
+
+def test_weights_of_another_model_are_refused(make_config, make_engine, tmp_path):
     path = tmp_path / "weights.safetensors"
-    save_weights(make_method(decoder_depth=2), path)
+    save_weights(METHODS["mae"](make_config(decoder_depth=2)), path)
     with pytest.raises(ValueError, match=r"^weights: decoder_depth: expected 1, got 2$"):
         make_engine(weights=path)
-    save_weights(make_method("simmim"), path)
+    save_weights(METHODS["simmim"](make_config("simmim")), path)
     with pytest.raises(ValueError, match=r"^weights: method: expected 'mae', got 'simmim'$"):
         make_engine(weights=path)
-    save_weights(Classifier(make_method(), 2), path)
+    save_weights(make_classifier(make_config(), 2), path)
     with pytest.raises(ValueError, match=r"^weights: method: expected 'mae', got None$"):
         make_engine(weights=path)
     with pytest.raises(FileNotFoundError):
@@ -512,43 +517,40 @@ def test_weights_of_another_model_are_refused(make_method, make_engine, tmp_path
         make_engine(weights=path)
 
 
-def test_weights_of_a_classifier_go_there_and_back(make_method, make_engine, images, targets, tmp_path):
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda weights: weights.pop("encoder.norm.bias"),
+            "path: expected a tensor 'encoder.norm.bias', got none in .*",
+        ),
+        (
+            lambda weights: weights.update({"encoder.norm.bias": torch.zeros(9)}),
+            r"path: encoder.norm.bias: expected shape \(16,\), got \(9,\) in .*",
+        ),
+    ],
+    ids=["missing", "shape"],
+)
+def test_a_file_must_have_the_tensors_of_the_encoder(make_config, tmp_path, change, message):
+    path, method = tmp_path / "weights.safetensors", METHODS["mae"](make_config())
+    weights = named_weights(method)
+    change(weights)
+    write_weights(weights, dump_architecture(method), path)
+    classifier = make_classifier(make_config(init_seed=4), pool="cls")
+    before = {name: tensor.clone() for name, tensor in classifier.state_dict().items()}
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        load_encoder(classifier, path)
+    assert_same(classifier.state_dict(), before)
+
+
+def test_weights_of_a_classifier_go_there_and_back(make_config, make_engine, images, targets, tmp_path):
     engine = train(make_engine(**PROBE), images, targets, 3)
     engine.save(tmp_path)
-    classifier = Classifier(make_method(), CLASSES, frozen=True, norm="batch", pool="cls").eval()
+    classifier = make_classifier(make_config(), protocol="linear", pool="cls").eval()
     load_weights(classifier, tmp_path / "weights.safetensors")
     np.testing.assert_allclose(
         engine.predict(images), classifier(torch.from_numpy(images)).detach(), rtol=1e-4, atol=1e-6
     )
-
-
-@pytest.mark.parametrize(
-    ("options", "error", "message"),
-    [
-        ({"pool": "max"}, ValueError, "pool: expected 'mean' or 'cls', got 'max'"),
-        ({"norm": "batch"}, ValueError, "norm: expected 'layer' for an encoder that is not frozen, got 'batch'"),
-        ({"frozen": "yes"}, TypeError, "frozen: expected True or False, got 'yes'"),
-        ({"drop_path": -0.1}, ValueError, "drop_path: expected a number in [0, 1), got -0.1"),
-        ({"optimizer": "sgd"}, ValueError, "optimizer: expected 'adamw' or 'lars', got 'sgd'"),
-        (
-            {"optimizer": "lars"},
-            ValueError,
-            "optimizer: expected 'adamw' for an encoder that is not frozen, got 'lars'",
-        ),
-        ({"layer_decay": 2.0}, ValueError, "layer_decay: expected a number in (0, 1], got 2.0"),
-        ({"momentum": -1.0}, ValueError, "momentum: expected a number in [0, 1), got -1.0"),
-        ({"trust": -1.0}, ValueError, "trust: expected a positive number, got -1.0"),
-        ({"ema_decay": 0.0}, ValueError, "ema_decay: expected a number in (0, 1) or None, got 0.0"),
-        ({"seed": -1}, ValueError, "seed: expected an integer in [0, 2**32), got -1"),
-        ({"clip_grad": 0.0}, ValueError, "clip_grad: expected a positive number or None, got 0.0"),
-        ({"parallel": "both", "frozen": True}, ValueError, "parallel: expected 'ddp' or 'fsdp', got 'both'"),
-        ({"precision": "float16"}, ValueError, "precision: expected 'float32' or 'bfloat16', got 'float16'"),
-    ],
-    ids=str,
-)
-def test_wrong_options(tiny, options, error, message):
-    with pytest.raises(error, match=f"^{re.escape(message)}$"):
-        ClassifierEngine({"name": "mae", **tiny}, CLASSES, **{**TRAINING, "device": "cpu", **options})
 
 
 def test_wrong_batches(make_engine, images, targets):

@@ -1,6 +1,6 @@
-"""Several processes under torchrun: the same run as one process, agreement, and what becomes of faults.
+"""Several processes under torchrun: the same run as one process, agreement, and faults.
 
-Each launch costs seconds, so that each does a lot; the tests look at what it left behind.
+A launch takes seconds, so each launch runs many jobs; the tests look at their results.
 """
 
 import importlib.util
@@ -19,7 +19,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from prmim_torch import Engine
 from prmim_torch.distributed import num_processes
 
 SCRIPT = Path(__file__).with_name("distributed_worker.py")
@@ -43,7 +42,7 @@ def shared(tmp_path_factory):
 
 
 def launch(processes, shared, *jobs):
-    """Run jobs of the script in several processes; return how it ended, and how long it took."""
+    """Run jobs in several processes; return exit status, output and seconds."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     started = time.perf_counter()
     run = subprocess.Popen(
@@ -71,7 +70,7 @@ def results_of(processes, shared, *jobs):
 
 @pytest.fixture(scope="module")
 def one(worker, shared):
-    """What one process does, without torchrun."""
+    """Return the results of a single process, without torchrun."""
     return {
         "curves": {
             f"{name} {parallel}": worker.draw(name, parallel, shared / "1" / name / parallel)
@@ -84,7 +83,7 @@ def one(worker, shared):
 
 @pytest.fixture(scope="module")
 def two(one, shared):
-    # Two have nothing else to take up than what one left, and what they did themselves just before.
+    # Two processes resume the runs of one, and their own.
     return results_of(2, shared, "curves", "classifiers", "looks", "agreement", "holdings", "compiled")
 
 
@@ -99,7 +98,7 @@ def several(request):
 
 
 def assert_same_run(curve, expected, losses=LOSSES):
-    """Compare what was measured, to rounding errors of float32."""
+    """Compare measurements up to rounding errors of float32."""
     for measured, wanted in zip(curve, expected[-len(curve) :], strict=True):
         for name in (*losses, "grad_norm"):
             assert measured[name] == pytest.approx(wanted[name], rel=1e-5, nan_ok=True)
@@ -118,7 +117,7 @@ def test_several_processes_make_the_run_of_one(one, several, shared, name, paral
         load_file(shared / str(number) / name / parallel / "end" / "weights.safetensors") for number in (processes, 1)
     )
     for weight in there:
-        if weight.endswith("qkv.bias"):  # of keys, a softmax does not notice it: its gradient is rounding error alone
+        if weight.endswith("qkv.bias"):  # the gradient of the keys' bias is rounding error
             here[weight], there[weight] = (torch.cat(part[weight].chunk(3)[::2]) for part in (here, there))
         torch.testing.assert_close(here[weight], there[weight], rtol=1e-4, atol=1e-6, msg=weight)
 
@@ -126,7 +125,7 @@ def test_several_processes_make_the_run_of_one(one, several, shared, name, paral
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 @pytest.mark.parametrize("name", ["finetune", "probe"])
 def test_two_processes_make_the_classifier_of_one(one, two, shared, name, parallel):
-    """Whose batch norm sees all rows, and of whose weights there may be a running mean."""
+    """Batch norm uses the rows of all processes; the average of the weights is the same."""
     expected, ranks = one["classifiers"][f"{name} ddp"], [rank["classifiers"][f"{name} {parallel}"] for rank in two]
     assert_same_run(ranks[0]["curve"], expected["curve"], ("loss", "accuracy"))
     assert [step["nonfinite_step"] for step in expected["curve"]] == [None, None, None, 4, 4, 4]
@@ -209,7 +208,7 @@ def test_processes_agree(two):
         assert result["device"] == "cpu (1 threads), one of 2 processes"
         assert result["any"] == [True, False, True]
         assert result["missing"].startswith("FileNotFoundError: No such file")
-        assert "torn/training_state, which is damaged or something else" in result["torn"]
+        assert "torn/training_state, which is corrupt or of another kind" in result["torn"]
         assert result["step"] == 0
         assert result["full"] == "OSError: [Errno 28] No space left on device"
         assert result["left"][-2:] == ["training_state", "weights.safetensors"]
@@ -228,8 +227,8 @@ def test_each_process_holds_its_share(two):
 def test_gradients_travel_once_a_step(two):
     for rank in two:
         assert rank["holdings"]["ddp"]["buckets"] == 1
-        assert rank["holdings"]["fsdp"]["reduce_scatters"] == 4  # of three blocks, and of what is outside of them
-        assert rank["holdings"]["fsdp"]["all_reduces"] == 1  # of losses and norm
+        assert rank["holdings"]["fsdp"]["reduce_scatters"] == 4  # three blocks, and the rest
+        assert rank["holdings"]["fsdp"]["all_reduces"] == 1  # losses and norm
 
 
 def test_a_step_of_several_processes_never_waits_for_the_device(two):
@@ -267,7 +266,7 @@ def test_torchrun_is_missed_if_only_half_of_its_environment_is_there(worker, mon
     for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
     with pytest.raises(ValueError, match="environment variable RANK expected, but not set"):
-        Engine(worker.METHODS["mae"], **worker.TRAINING)
+        worker.make_engine("mae")
 
 
 def test_others_that_do_not_appear_are_not_waited_for_for_ever(worker, monkeypatch):
@@ -278,7 +277,7 @@ def test_others_that_do_not_appear_are_not_waited_for_for_ever(worker, monkeypat
     place = {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "WORLD_SIZE": 2, "RANK": 0, "LOCAL_RANK": 0}
     for name, value in place.items():
         monkeypatch.setenv(name, str(value))
-    with pytest.raises(ConnectionError, match=r"^MASTER_ADDR: expected 2 processes to meet at localhost:\d+, but not "):
+    with pytest.raises(ConnectionError, match=r"^MASTER_ADDR: expected 2 processes to join at localhost:\d+, but not "):
         worker.make_engine("mae")
 
 

@@ -34,7 +34,7 @@ GRIDS = [
 
 @pytest.fixture(params=["interpreter" if IS_INTERPRETED else "gpu"])
 def device(request):
-    """Where the kernel runs."""
+    """Return the device of the kernel."""
     if request.param == "gpu" and not torch.cuda.is_available():
         pytest.skip("PyTorch sees no GPU")
     return torch.device("cuda" if request.param == "gpu" else "cpu")
@@ -51,7 +51,7 @@ def some(grid, share, seed):
     return np.random.default_rng(seed).random((3, grid.num_tokens)) < share
 
 
-@pytest.mark.skipif(IS_INTERPRETED, reason="it would start itself")
+@pytest.mark.skipif(IS_INTERPRETED, reason="this test starts the interpreter")
 def test_the_interpreter_agrees():
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "-p", "no:cacheprovider"]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
@@ -65,16 +65,17 @@ def test_the_interpreter_agrees():
 @pytest.mark.parametrize("masks", ["none", "known", "both"])
 def test_picks_are_those_of_the_core(device, sample, grid, masks):
     noise = counter_noise(0, 0, np.arange(3), grid.num_tokens)
-    known = some(grid, 0.2, 0) if masks != "none" else None
-    candidates = some(grid, 0.8, 1) if masks == "both" else None
-    may_pick = np.ones_like(noise, dtype=bool) if candidates is None else candidates
-    most = int((may_pick if known is None else may_pick & ~known).sum(1).min())
-    on_device = [None if array is None else torch.from_numpy(array).to(device) for array in (noise, known, candidates)]
+    is_known = some(grid, 0.2, 0) if masks != "none" else None
+    is_candidate = some(grid, 0.8, 1) if masks == "both" else None
+    may_pick = np.ones_like(noise, dtype=bool) if is_candidate is None else is_candidate
+    most = int((may_pick if is_known is None else may_pick & ~is_known).sum(1).min())
+    arrays = (noise, is_known, is_candidate)
+    on_device = [None if array is None else torch.from_numpy(array).to(device) for array in arrays]
     for number in (0, 1, min(most, 20)):
         picks = sample(grid, number, *on_device)
         assert picks.dtype == torch.int64
         assert picks.device.type == device.type
-        expected = prmim_core.furthest_point_sampling(grid, number, noise, known, candidates)
+        expected = prmim_core.furthest_point_sampling(grid, number, *arrays)
         np.testing.assert_array_equal(picks.cpu().numpy(), expected)
 
 
@@ -94,9 +95,9 @@ def test_equal_noise_and_an_empty_batch(device, sample):
 
 
 @pytest.mark.parametrize("unit", [None, (2, 2)])
-@pytest.mark.parametrize("seed", ["visible", "none"])
-def test_a_plan_is_that_of_the_core(device, sample, unit, seed):
-    schedule = Schedule(Grid((4, 6)), TokenCounts(8, 4, 12), seed=seed, unit=unit)
+@pytest.mark.parametrize("furthest_from", ["visible", "none"])
+def test_a_plan_is_that_of_the_core(device, sample, unit, furthest_from):
+    schedule = Schedule(Grid((4, 6)), TokenCounts(8, 4, 12), furthest_from=furthest_from, unit=unit)
     noise = counter_noise(0, 0, np.arange(3), 24)
     plan = prmim_core.make_plan(schedule, torch.from_numpy(noise).to(device), sampler=sample)
     np.testing.assert_array_equal(plan.order.cpu().numpy(), prmim_core.make_plan(schedule, noise).order)

@@ -62,7 +62,7 @@ def test_device_and_dtype_stay_those_of_the_method(tiny, method, tmp_path, devic
     ("options", "message"),
     [
         ({"depth": 1}, "weights: depth: expected 1, got 2"),
-        ({"variant": "conv"}, "weights: variant: expected 'conv', got 'kernel'"),
+        ({"reconstruction": "conv"}, "weights: reconstruction: expected 'conv', got 'kernel'"),
         ({"image_size": (16, 32)}, r"weights: image_size: expected \[16, 32\], got \[16, 16\]"),
         ({"channels": 1}, "weights: channels: expected 1, got 3"),
         ({"mean": (0.5, 0.5, 0.5)}, r"weights: mean: expected \[0.5, 0.5, 0.5\], got \[0.485, 0.456, 0.406\]"),

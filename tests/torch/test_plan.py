@@ -13,7 +13,7 @@ from prmim_torch import create_method, make_plan, plan
 
 SCHEDULES = [
     Schedule(Grid((4, 6)), TokenCounts(6, 6, 12)),
-    Schedule(Grid((4, 6)), TokenCounts(6, 6, 12), stages=3, seed="none"),
+    Schedule(Grid((4, 6)), TokenCounts(6, 6, 12), stages=3, furthest_from="none"),
     Schedule(Grid((4, 6), spacing=(3, 1)), TokenCounts(6, 6, 12)),
     Schedule(Grid((4, 6)), TokenCounts(6, 6, 12), throwing="random"),
     Schedule(Grid((2, 4, 4)), TokenCounts(4, 10, 18), throwing="cell"),
@@ -27,7 +27,7 @@ def noise_for(schedule, device="cpu", batch=3):
     return counter_noise(0, 0, torch.arange(batch, device=device), schedule.counts.num_tokens)
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda s: f"{s.throwing}-{s.seed}-{s.grid.axes}-{s.unit}")
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda s: f"{s.throwing}-{s.furthest_from}-{s.grid.axes}-{s.unit}")
 def test_plan_is_the_cores(schedule, device):
     noise = noise_for(schedule, device)
     made = make_plan(schedule, noise)
@@ -120,7 +120,7 @@ def test_a_compiled_step_holds_the_plan_whole():
     options = {"image_size": (16, 16), "patch_size": (2, 2), "embed_dim": 16, "depth": 1, "num_heads": 2}
     method = create_method("mae", **options, decoder_dim=8, decoder_depth=1, decoder_heads=2)
     images = torch.zeros(2, 16, 16, 3, dtype=torch.uint8)
-    (calls,) = calls_of_graphs(lambda *a: method(*a).loss, images, noise_for(method.schedule, batch=2))
+    (calls,) = calls_of_graphs(lambda *a: method(*a).loss, images, noise_for(method.config.schedule, batch=2))
     assert sum("plan_order" in call for call in calls) == 1
     assert not [call for call in calls if "argmax" in call or "minimum" in call]  # 16 picks would be 16 of each
 

@@ -9,7 +9,7 @@ from prmim_reference import counts as reference_counts
 from prmim_reference import reconstruct as reference
 from prmim_torch import ProgressiveReconstruction, make_plan
 
-VARIANTS = ["kernel", "interpolate", "conv"]
+RECONSTRUCTIONS = ["kernel", "interpolate", "conv"]
 GRIDS = [
     Grid((9,)),
     Grid((4, 5)),
@@ -18,13 +18,13 @@ GRIDS = [
 ]
 
 
-def make_case(grid, variant, stages=2, device="cpu", dtype=torch.float64, dim=8):
+def make_case(grid, reconstruction, stages=2, device="cpu", dtype=torch.float64, dim=8):
     quarter = grid.num_tokens // 4
     counts = TokenCounts(quarter, quarter, grid.num_tokens - 2 * quarter)
     schedule = Schedule(grid, counts, stages=stages)
     plan = make_plan(schedule, counter_noise(0, 0, torch.arange(2, device=device), grid.num_tokens))
     generator = torch.Generator().manual_seed(0)
-    module = ProgressiveReconstruction(dim, schedule, variant=variant)
+    module = ProgressiveReconstruction(dim, grid, reconstruction=reconstruction)
     for parameter in module.parameters():
         parameter.data += 0.3 * torch.randn(parameter.shape, generator=generator)
     features = torch.randn(2, 2 * quarter, dim, generator=generator, dtype=dtype)
@@ -32,10 +32,10 @@ def make_case(grid, variant, stages=2, device="cpu", dtype=torch.float64, dim=8)
 
 
 @pytest.mark.parametrize("stages", [1, 3])
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("reconstruction", RECONSTRUCTIONS)
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
-def test_features_are_the_reference_ones(grid, variant, stages):
-    module, features, plan = make_case(grid, variant, stages)
+def test_features_are_the_reference_ones(grid, reconstruction, stages):
+    module, features, plan = make_case(grid, reconstruction, stages)
     rebuilt = module(features, plan)
     assert torch.equal(rebuilt[:, : features.shape[1]], features)
     counts = plan.schedule.counts
@@ -46,16 +46,16 @@ def test_features_are_the_reference_ones(grid, variant, stages):
             reference_counts.TokenCounts(counts.visible, counts.decoded, counts.thrown),
             grid.shape,
             stages=stages,
-            variant=variant,
+            reconstruction=reconstruction,
             parameters={name: p.detach().numpy() for name, p in module.named_parameters()},
             spacing=grid.spacing,
         )
         np.testing.assert_allclose(rebuilt[image].detach().numpy(), expected, rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_gradients(variant):
-    module, features, plan = make_case(Grid((3, 4)), variant, dim=4)
+@pytest.mark.parametrize("reconstruction", RECONSTRUCTIONS)
+def test_gradients(reconstruction):
+    module, features, plan = make_case(Grid((3, 4)), reconstruction, dim=4)
     names = [name for name, _ in module.named_parameters()]
 
     def rebuild(features, *parameters):
@@ -67,63 +67,62 @@ def test_gradients(variant):
 
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
 def test_the_table_starts_at_minus_the_squared_distance(grid):
-    schedule = Schedule(grid, TokenCounts(grid.num_tokens, 0, 0))
-    table = ProgressiveReconstruction(8, schedule, heads=2).table
+    table = ProgressiveReconstruction(8, grid, heads=2).table
     assert table.tolist() == reference.initial_table(grid.shape, 2, grid.spacing).tolist()
 
 
 def test_parameters():
-    schedule = Schedule(Grid((4, 5)), TokenCounts(5, 5, 10))
+    grid = Grid((4, 5))
     names = {
-        v: {n: tuple(p.shape) for n, p in ProgressiveReconstruction(8, schedule, v).named_parameters()}
-        for v in VARIANTS
+        kind: {name: tuple(p.shape) for name, p in ProgressiveReconstruction(8, grid, kind).named_parameters()}
+        for kind in RECONSTRUCTIONS
     }
     norm = {"norm.weight": (8,), "norm.bias": (8,)}
     assert names == {"kernel": {"table": (4, 63), **norm}, "interpolate": {}, "conv": {"kernel": (8, 3, 3), **norm}}
-    for variant in VARIANTS:
-        module = ProgressiveReconstruction(8, schedule, variant)
-        assert set(module.state_dict()) == set(names[variant])
+    for reconstruction in RECONSTRUCTIONS:
+        module = ProgressiveReconstruction(8, grid, reconstruction)
+        assert set(module.state_dict()) == set(names[reconstruction])
     assert module.kernel.unique().tolist() == [1.0]
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_devices_agree(variant, device):
-    here, features, plan = make_case(Grid((4, 5)), variant, dtype=torch.float32)
+@pytest.mark.parametrize("reconstruction", RECONSTRUCTIONS)
+def test_devices_agree(reconstruction, device):
+    here, features, plan = make_case(Grid((4, 5)), reconstruction, dtype=torch.float32)
     expected = here(features, plan)
-    there, features, plan = make_case(Grid((4, 5)), variant, dtype=torch.float32, device=device)
+    there, features, plan = make_case(Grid((4, 5)), reconstruction, dtype=torch.float32, device=device)
     torch.testing.assert_close(there(features, plan).cpu(), expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_autocast_stays_near(variant, device):
-    module, features, plan = make_case(Grid((4, 5)), variant, dtype=torch.float32, device=device)
+@pytest.mark.parametrize("reconstruction", RECONSTRUCTIONS)
+def test_autocast_stays_near(reconstruction, device):
+    module, features, plan = make_case(Grid((4, 5)), reconstruction, dtype=torch.float32, device=device)
     with torch.autocast(device.type, dtype=torch.bfloat16):
         rough = module(features, plan)
     assert rough.dtype == torch.float32
     torch.testing.assert_close(rough, module(features, plan), rtol=0.1, atol=0.1)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_features_of_lower_precision_than_the_module(variant, device):
-    module, features, plan = make_case(Grid((4, 5)), variant, dtype=torch.float32, device=device)
+@pytest.mark.parametrize("reconstruction", RECONSTRUCTIONS)
+def test_features_of_lower_precision_than_the_module(reconstruction, device):
+    module, features, plan = make_case(Grid((4, 5)), reconstruction, dtype=torch.float32, device=device)
     rough = module(features.bfloat16(), plan)
     assert rough.dtype == torch.bfloat16
     torch.testing.assert_close(rough.float(), module(features, plan), rtol=0.1, atol=0.1)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_nothing_thrown_gives_nothing_new(variant):
+@pytest.mark.parametrize("reconstruction", RECONSTRUCTIONS)
+def test_nothing_thrown_gives_nothing_new(reconstruction):
     schedule = Schedule(Grid((2, 2)), TokenCounts(2, 2, 0))
     plan = make_plan(schedule, torch.arange(4)[None])
     features = torch.randn(1, 4, 8)
-    assert torch.equal(ProgressiveReconstruction(8, schedule, variant)(features, plan), features)
+    assert torch.equal(ProgressiveReconstruction(8, schedule.grid, reconstruction)(features, plan), features)
 
 
 def test_one_turn_of_the_convolution_reaches_one_token_far():
     schedule = Schedule(Grid((7,)), TokenCounts(1, 0, 6), stages=1)
     plan = make_plan(schedule, torch.arange(7)[None])  # token 0 is known
     features = torch.randn(1, 1, 8)
-    module = ProgressiveReconstruction(8, schedule, "conv", repeats=2)
+    module = ProgressiveReconstruction(8, schedule.grid, "conv", repeats=2)
     rebuilt = module(features, plan)[0]
     reached = plan.order[0] <= 2
     assert rebuilt[reached].abs().sum(1).gt(0).all()
@@ -133,27 +132,38 @@ def test_one_turn_of_the_convolution_reaches_one_token_far():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"variant": "spline"}, "variant: expected one of kernel, interpolate, conv, got 'spline'"),
-        ({"variant": "none"}, "variant: expected one of kernel, interpolate, conv, got 'none'"),
+        ({"reconstruction": "spline"}, "reconstruction: expected one of kernel, interpolate, conv, got 'spline'"),
+        ({"reconstruction": "none"}, "reconstruction: expected one of kernel, interpolate, conv, got 'none'"),
         ({"heads": 3}, "heads: expected a divisor of dim=8, got 3"),
         ({"heads": 0}, "heads: expected a divisor of dim=8, got 0"),
         ({"dim": 0}, "dim: expected at least 1, got 0"),
-        ({"variant": "conv", "repeats": 0}, "repeats: expected at least 1, got 0"),
-        (
-            {"schedule": Schedule(Grid((4,)), TokenCounts(0, 0, 4))},
-            "schedule: expected at least one visible or decoded token, got none",
-        ),
+        ({"reconstruction": "conv", "repeats": 0}, "repeats: expected at least 1, got 0"),
     ],
 )
 def test_wrong_options(options, message):
-    schedule = Schedule(Grid((4,)), TokenCounts(1, 1, 2))
     with pytest.raises(ValueError, match=f"^{message}$"):
-        ProgressiveReconstruction(**{"dim": 8, "schedule": schedule, **options})
+        ProgressiveReconstruction(**{"dim": 8, "grid": Grid((4,)), **options})
+
+
+def test_one_module_takes_plans_of_any_counts():
+    module, features, plan = make_case(Grid((4, 5)), "kernel")
+    other = make_plan(Schedule(module.grid, TokenCounts(4, 0, 16), stages=4), plan.order)
+    assert module(features[:, :4], other).shape == (2, 20, 8)
 
 
 def test_wrong_inputs():
     module, features, plan = make_case(Grid((4, 5)), "kernel")
-    with pytest.raises(ValueError, match=r"^features: expected shape \(batch, 10, 8\), got \(2, 9, 8\)$"):
+    with pytest.raises(ValueError, match=r"^features: expected shape \(2, 10, dim\), got \(2, 9, 8\)$"):
         module(features[:, 1:], plan)
-    with pytest.raises(ValueError, match=r"^plan: expected an order of shape \(1, 20\), got \(2, 20\)$"):
+    with pytest.raises(ValueError, match=r"^features: expected shape \(2, 10, dim\), got \(1, 10, 8\)$"):
         module(features[:1], plan)
+    with pytest.raises(ValueError, match=r"^features: expected 8 channels, got shape \(2, 10, 4\)$"):
+        module(features[:, :, 4:], plan)
+    transposed = make_plan(Schedule(Grid((5, 4)), plan.schedule.counts), plan.order)
+    with pytest.raises(
+        ValueError, match=r"^plan: expected one on Grid\(shape=\(4, 5\), .*, got Grid\(shape=\(5, 4\), "
+    ):
+        module(features, transposed)
+    blind = make_plan(Schedule(module.grid, TokenCounts(0, 0, 20)), plan.order)
+    with pytest.raises(ValueError, match=r"^features: expected at least one visible or decoded token"):
+        module(features[:, :0], blind)

@@ -1,4 +1,4 @@
-"""Parts of the vision transformer: position table, initialisation, embedding."""
+"""Parts of the vision transformer: position table, initialisation, embedding, encoder."""
 
 from math import cos, sin, sqrt
 
@@ -6,11 +6,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.utils.flop_counter import FlopCounterMode
 
 from prmim_reference import vit as reference
-from prmim_torch import vit
-from prmim_torch.vit import Attention, Decoder, Encoder, Linear, PatchProjection, attend, linear, sincos_table
+from prmim_torch.vit import Attention, Decoder, Encoder, Linear, PatchProjection, sincos_table
 
 
 def test_position_table_starts_with_zeros_and_encodes_the_column_first():
@@ -66,57 +64,6 @@ def test_patch_projection_is_the_convolution(patch_size):
     torch.testing.assert_close(projection(patches.flatten(1)), expected)
 
 
-@pytest.mark.parametrize("rows", [slice(None), slice(1, 4)], ids=["all", "some"])
-def test_a_product_as_a_convolution_is_the_same(monkeypatch, rows):
-    monkeypatch.setattr(vit, "ONEDNN", True)
-    monkeypatch.setattr(vit, "SMALL_PRODUCT", 0)
-    inputs = torch.randn(16, 5, 8), torch.randn(6, 8), torch.randn(6)
-    ours, theirs = ([part.clone().requires_grad_() for part in inputs] for _ in range(2))
-    with FlopCounterMode(display=False) as counter:
-        out = linear(ours[0][:, rows], *ours[1:])
-    assert list(counter.get_flop_counts()["Global"]) == [torch.ops.aten.convolution]
-    expected = F.linear(theirs[0][:, rows], *theirs[1:])
-    torch.testing.assert_close(out, expected)
-    assert out.stride() == expected.stride()
-    gradient = torch.randn_like(expected)
-    out.backward(gradient)
-    expected.backward(gradient)
-    for one, other in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(one.grad, other.grad)
-
-
-@pytest.mark.parametrize("case", ["small", "float64", "autocast", "two axes"])
-def test_other_products_are_products(monkeypatch, case):
-    monkeypatch.setattr(vit, "ONEDNN", True)
-    monkeypatch.setattr(vit, "SMALL_PRODUCT", 16 * 5 * 8 * 6 + (case == "small"))
-    dtype = torch.float64 if case == "float64" else torch.float32
-    x, weight, bias = (torch.randn(*shape, dtype=dtype) for shape in ((16, 5, 8), (6, 8), (6,)))
-    x = x.flatten(0, 1) if case == "two axes" else x
-    with FlopCounterMode(display=False) as counter, torch.autocast("cpu", torch.bfloat16, enabled=case == "autocast"):
-        assert torch.equal(linear(x, weight, bias), F.linear(x, weight, bias))
-    assert list(counter.get_flop_counts()["Global"]) == [torch.ops.aten.addmm]
-
-
-@pytest.mark.parametrize("has_bias", [False, True], ids=["plain", "bias"])
-@pytest.mark.parametrize("length", [9, 300], ids=["short", "long"])
-def test_attention_in_bfloat16_is_that_of_float32_and_keeps_no_scores(length, has_bias):
-    values = torch.randn(3, 2, 4, length, 8).bfloat16()
-    bias = torch.randn(4, length, length).bfloat16() if has_bias else None
-    ours, theirs = (list(values.clone().to(dtype).requires_grad_()) for dtype in (torch.bfloat16, torch.float32))
-    kept = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
-        out = attend(*ours, bias)
-    if length <= vit.SHORT_SEQUENCE:
-        assert all(tensor.numel() <= values[0].numel() or tensor is bias for tensor in kept)
-    expected = F.scaled_dot_product_attention(*theirs, attn_mask=None if bias is None else bias.float())
-    assert out.dtype == torch.bfloat16
-    torch.testing.assert_close(out.float(), expected, atol=0.02, rtol=0.02)
-    both = ((out, ours), (expected, theirs))
-    gradients, wanted = (torch.autograd.grad(x.float().square().sum(), of) for x, of in both)
-    for one, other in zip(gradients, wanted, strict=True):
-        torch.testing.assert_close(one.float(), other, atol=0.1, rtol=0.1)
-
-
 def test_learned_tokens_start_with_deviation_002():
     encoder = Encoder((2, 2), (2, 2), 3, dim=1024, depth=0, num_heads=1)
     decoder = Decoder((2, 2), 1024, 12, dim=1024, depth=0, num_heads=1)
@@ -134,12 +81,21 @@ def test_encoder_of_a_subset_in_any_order_gives_its_tokens():
     torch.testing.assert_close(shuffled[:, 0], whole[:, 0])
 
 
-def test_heads_divide_the_width():
-    with pytest.raises(
-        ValueError, match=r"embed_dim: expected a positive multiple of the number of heads, got 8 for 3"
-    ):
-        Encoder((2, 2), (2, 2), 3, dim=8, depth=1, num_heads=3)
-    with pytest.raises(
-        ValueError, match=r"decoder_dim: expected a positive multiple of the number of heads, got 8 for 5"
-    ):
-        Decoder((2, 2), 8, 12, dim=8, depth=1, num_heads=5)
+def test_parts_of_an_encoder_are_chosen_by_arguments():
+    sizes = {"dim": 8, "depth": 1, "num_heads": 2}
+    patches = torch.randn(2, 4, 12)
+    torch.manual_seed(0)
+    plain = Encoder((2, 2), (2, 2), 3, **sizes)
+    torch.manual_seed(0)
+    other = Encoder((2, 2), (2, 2), 3, **sizes, learned_positions=True, mask_token=True, final_norm=False)
+    assert set(dict(other.named_parameters())) - set(dict(plain.named_parameters())) == {"pos_embed", "mask_token"}
+    assert set(plain.state_dict()) - set(other.state_dict()) == {"norm.weight", "norm.bias"}
+    torch.testing.assert_close(plain(patches), F.layer_norm(other(patches), (8,), eps=1e-6))
+    assert not other.mask_token.any()
+    other(patches).square().sum().backward()
+    assert other.pos_embed.grad.any()
+
+
+def test_unknown_positions_are_refused():
+    with pytest.raises(ValueError, match=r"^position: expected 'absolute' or 'relative', got 'both'$"):
+        Encoder((2, 2), (2, 2), 3, dim=8, depth=1, num_heads=2, position="both")

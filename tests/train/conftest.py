@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from prmim_train.config import PretrainConfig
+from prmim_train.config.pretrain import PretrainConfig, pretrain_config
 
 HERE = Path(__file__).parent
 
@@ -54,19 +54,19 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
 @pytest.fixture
 def tiny(fake: Any, tmp_path: Path) -> Callable[..., PretrainConfig]:
-    """Make a configuration of a run of 12 steps into `tmp_path / "run"`, some options changed."""
+    """Make the configuration of a run of 12 steps in `tmp_path / "run"`, with some options changed."""
 
     def make(**changes: Any) -> PretrainConfig:
         options = {**TINY, "out": str(tmp_path / "run")}
         if changes.get("method", "mae") != "mae":
             options = {name: value for name, value in options.items() if name not in MAE_ONLY}
-        return PretrainConfig(**{**options, **changes})
+        return pretrain_config(**{**options, **changes})
 
     return make
 
 
 def _load(name: str, path: Path) -> ModuleType:
-    """Import a file of the tests, which are no package."""
+    """Import a file of the tests, which are not a package."""
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None
     assert spec.loader is not None
@@ -83,7 +83,7 @@ def teachers() -> ModuleType:
 
 @pytest.fixture
 def teacher(tmp_path: Path) -> Path:
-    """A folder that says how large a teacher is, and holds no weights: enough for everything but an engine."""
+    """Folder of a teacher without weights, which is enough for everything but an engine."""
     folder = tmp_path / "teacher"
     folder.mkdir()
     sizes = {"hidden_size": 64, "num_hidden_layers": 6, "num_attention_heads": 4, "intermediate_size": 256}

@@ -15,7 +15,8 @@ from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
-from prmim_core import Grid, Schedule, block_visible, count_tokens, counter_noise, make_plan, patchify
+from prmim_core import Schedule, block_visible, counter_noise, make_plan, patchify
+from prmim_methods import ClassifierConfig, MethodConfig, TrainingConfig
 
 DIM = 32
 TEACHER_DIM = 24
@@ -45,25 +46,15 @@ class Engine:
     save_error: ClassVar[Exception | None] = None
     made: ClassVar[list["Engine"]] = []
 
-    def __init__(self, method_options: dict[str, Any], *, seed: int, total_steps: int, warmup_steps: int,
-                 learning_rate: float, min_learning_rate: float = 0.0, decay: str = "cosine",
-                 weight_decay: float = 0.05, betas: tuple[float, float] = (0.9, 0.95), clip_grad: float | None = None,
-                 accumulate: int = 1, precision: str = "float32", compile: bool = False,
-                 device: str = "auto", parallel: str = "ddp") -> None:  # fmt: skip
-        self.options = options = method_options
-        self.losses = LOSSES[options["name"]]
-        self.predicts = "features" if options["name"] == "maskalign" else "pixels"
-        self.patch_size = options["patch_size"]
-        self.schedule = _schedule(options)
-        self.variant = "none" if options["throwing"] == "none" else options["variant"]
-        self.seed, self.total_steps, self.warmup_steps = seed, total_steps, warmup_steps
-        self.learning_rate = learning_rate
-        self.decay = decay
-        self.parallel = parallel
+    def __init__(self, config: MethodConfig, training: TrainingConfig) -> None:
+        self.config, self.training = config, training
+        self.losses = LOSSES[config.name]
+        self.predicts = config.predicts
+        self.schedule = config.schedule
         self.rank, self.world_size = 0, 1
         self.is_closed = False
-        size = math.prod(options["image_size"]) * options["channels"]
-        rng = np.random.default_rng(options["init_seed"])
+        size = math.prod(config.image_size) * config.channels
+        rng = np.random.default_rng(config.init_seed)
         self.encoder = rng.normal(0, size**-0.5, (size, DIM))
         self.decoder = rng.normal(0, DIM**-0.5, (DIM, size))
         self.momentum = [np.zeros_like(self.encoder), np.zeros_like(self.decoder)]
@@ -85,9 +76,9 @@ class Engine:
 
     def _plan(self, sample: np.ndarray, step: int) -> Any:
         grid = self.schedule.grid
-        noise = counter_noise(self.seed, step, sample, grid.num_tokens)
-        unit = (self.options.get("mask_unit", 1),) * grid.axes
-        visible = block_visible(noise, grid, unit, self.schedule.counts.visible // math.prod(unit))
+        noise = counter_noise(self.training.seed, step, sample, grid.num_tokens)
+        unit = getattr(self.config, "mask_shape", (1,) * grid.axes)
+        visible = block_visible(grid, unit, self.schedule.counts.visible // math.prod(unit), noise)
         return make_plan(self.schedule, noise, visible=visible)
 
     def _masks(self, plan: Any) -> tuple[np.ndarray, np.ndarray]:
@@ -101,7 +92,7 @@ class Engine:
 
     def _flat(self, images: np.ndarray) -> np.ndarray:
         assert images.dtype == np.uint8
-        return patchify(images / 255.0, self.patch_size).reshape(len(images), -1)
+        return patchify(images / 255.0, self.config.patch_size).reshape(len(images), -1)
 
     def train_step(self, images: np.ndarray, sample: np.ndarray) -> None:
         time.sleep(self.delay)
@@ -131,7 +122,7 @@ class Engine:
             self.skipped_in_a_row += 1
             return False
         self.skipped_in_a_row = 0
-        rate = self.learning_rate * min(1, self.step / max(1, self.warmup_steps))
+        rate = self.training.learning_rate * min(1, self.step / max(1, self.training.warmup_steps))
         for weights, momentum, gradient in zip((self.encoder, self.decoder), self.momentum, gradients, strict=True):
             momentum *= 0.9
             momentum += gradient
@@ -141,7 +132,7 @@ class Engine:
     def read_metrics(self) -> dict[str, Any]:
         means = np.mean(self.sums, axis=0) if self.sums else [math.nan] * (len(self.losses) + 1)
         metrics: dict[str, Any] = dict(zip((*self.losses, "grad_norm"), map(float, means), strict=True))
-        metrics |= {"learning_rate": self.learning_rate, "nonfinite_step": None if self.bad < 0 else self.bad}
+        metrics |= {"learning_rate": self.training.learning_rate, "nonfinite_step": None if self.bad < 0 else self.bad}
         metrics |= {"skipped": self.skipped, "skipped_in_a_row": self.skipped_in_a_row}
         self._forget()
         return metrics
@@ -155,7 +146,7 @@ class Engine:
         pixels = self._flat(images)
         is_decoded, is_thrown = self._masks(plan)
         predicted = np.where(is_decoded | is_thrown, 0, pixels) @ self.encoder @ self.decoder
-        if self.variant == "none":
+        if not self.config.is_reconstructed:
             predicted = np.where(is_thrown, np.nan, predicted)
         patches = np.where(is_decoded | is_thrown, predicted, pixels).reshape(*plan.order.shape, -1)
         return Reconstruction(plan.order, self.schedule, patches.astype(np.float32))
@@ -163,11 +154,11 @@ class Engine:
     def compare(self, images: np.ndarray, sample: np.ndarray) -> Comparison:
         assert self.predicts == "features"
         plan = self._plan(sample, 0)
-        patches = patchify(images / 255.0, self.patch_size)
+        patches = patchify(images / 255.0, self.config.patch_size)
         rng = np.random.default_rng(0)
         teacher = patches @ rng.normal(size=(patches.shape[-1], TEACHER_DIM)) + rng.normal(size=TEACHER_DIM)
         student = teacher + 0.3 * rng.normal(size=teacher.shape)
-        if self.variant == "none":
+        if not self.config.is_reconstructed:
             np.put_along_axis(student, plan.thrown[..., None], np.nan, axis=1)
         return Comparison(plan.order, self.schedule, student.astype(np.float32), teacher.astype(np.float32))
 
@@ -214,14 +205,10 @@ class Engine:
 class ClassifierEngine(Engine):
     """Softmax regression on the linear encoder, which learns too unless it is frozen; its head is the `decoder`."""
 
-    def __init__(self, method_options: dict[str, Any], num_classes: int, *, weights: Path | None = None,
-                 pool: str = "mean", frozen: bool = False, norm: str = "layer", drop_path: float = 0.0,
-                 optimizer: str = "adamw", layer_decay: float = 1.0, momentum: float = 0.9, trust: float = 0.001,
-                 ema_decay: float | None = None, **training: Any) -> None:  # fmt: skip
-        super().__init__(method_options, **training)
-        self.given = {"pool": pool, "frozen": frozen, "norm": norm, "drop_path": drop_path, "optimizer": optimizer}
-        self.given |= {"layer_decay": layer_decay, "momentum": momentum, "trust": trust, "ema_decay": ema_decay}
-        self.frozen = frozen
+    def __init__(self, config: MethodConfig, classifier: ClassifierConfig, num_classes: int, training: TrainingConfig,
+                 weights: Path | None = None) -> None:  # fmt: skip
+        super().__init__(config, training)
+        self.classifier = classifier
         self.losses = ("loss", "accuracy")
         if weights is not None:
             self.load_weights(weights)
@@ -241,25 +228,10 @@ class ClassifierEngine(Engine):
         chances /= chances.sum(1, keepdims=True)
         loss = float(-np.mean(np.sum(targets * np.log(chances), axis=1)))
         slope = (chances - targets) / len(images)
-        gradients = [pixels.T @ (slope @ self.decoder.T) * (not self.frozen), encoded.T @ slope]
+        gradients = [pixels.T @ (slope @ self.decoder.T) * (not self.classifier.is_frozen), encoded.T @ slope]
         norm = math.sqrt(sum(float(np.sum(g**2)) for g in gradients))
         if self._update(gradients):
             self.sums.append((loss, float(np.mean(logits.argmax(1) == targets.argmax(1))), norm))
 
     def predict(self, images: np.ndarray) -> np.ndarray:
         return (self.features(images) @ self.decoder).astype(np.float32)
-
-
-def _schedule(options: dict[str, Any]) -> Schedule:
-    shape = tuple(s // p for s, p in zip(options["image_size"], options["patch_size"], strict=True))
-    is_dense = options["throwing"] == "none"
-    throw_ratio = options["throw_ratio"]
-    if throw_ratio is None:
-        assert options["name"] == "maskalign"
-        throw_ratio, is_dense = 1.0, True
-    unit = options.get("mask_unit", 1) ** len(shape)
-    thrown_as = unit if options.get("throw_by") == "unit" else 1
-    counts = count_tokens(math.prod(shape), options["mask_ratio"], throw_ratio, mask_unit=unit, throw_unit=thrown_as)
-    throwing = "random" if is_dense else options["throwing"]
-    whole = (options["mask_unit"],) * len(shape) if thrown_as > 1 else None
-    return Schedule(Grid(shape), counts, stages=options["stages"], throwing=throwing, unit=whole)

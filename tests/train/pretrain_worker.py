@@ -13,8 +13,8 @@ import sys
 from pathlib import Path
 
 import prmim_torch
-from prmim_train import run_directory
-from prmim_train.cli import main
+from prmim_train.cli.commands import main
+from prmim_train.run import directory
 
 WORDS = {
     **{"backend": "torch", "channels": 1, "image_size": 16, "patch_size": 4, "embed_dim": 16, "depth": 1},
@@ -60,14 +60,14 @@ def stopped(step, rank, engine=prmim_torch.Engine):
 @contextlib.contextmanager
 def full_disk():
     """Let the main process fail, and it alone, when it writes what only it writes."""
-    write = run_directory._write_manifest
+    write = directory._write_manifest
 
     def fail(directory):
         raise OSError("No space left on device")
 
-    run_directory._write_manifest = fail
+    directory._write_manifest = fail
     yield
-    run_directory._write_manifest = write
+    directory._write_manifest = write
 
 
 def run(words, setting):

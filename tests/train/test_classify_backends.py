@@ -8,11 +8,11 @@ import sys
 import numpy as np
 import pytest
 
-from prmim_train.classify import Classification, predict
-from prmim_train.classify_config import classify_config
-from prmim_train.cli import main
-from prmim_train.prepare import read_run_config
-from prmim_train.run_directory import RunDirectory
+from prmim_train.cli.commands import main
+from prmim_train.config.classify import classify_config
+from prmim_train.evaluate.classifier import Classification, predict
+from prmim_train.run.directory import RunDirectory
+from prmim_train.run.prepare import read_run_config
 
 pytest.importorskip("torch")
 pytest.importorskip("flax")
@@ -188,7 +188,7 @@ def test_every_method_has_an_encoder_to_fine_tune(backend, run, tmp_path, teache
     [
         ("depth: 2", "depth: 1", "depth"),
         ("embed_dim: 32", "embed_dim: 16", "embed_dim"),
-        ("patch_size: 4", "patch_size: 8", "patch_size"),
+        ("patch_size: [4, 4]", "patch_size: [8, 8]", "patch_size"),
     ],
 )
 def test_weights_of_another_model_are_told_in_one_line(old, new, named, backend, run, tmp_path, capsys):
@@ -212,5 +212,5 @@ def test_a_classifier_does_not_go_on_with_the_other_backend(backend, run, tmp_pa
     capsys.readouterr()
     evaluate(run(backend), "finetune", {"epochs": 2, "backend": other}, "--out", tmp_path / "run", "--resume", code=2)
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"prmim: error: backend: expected {backend}, with which the run in {tmp_path / 'run'} was")
-    assert line.endswith("begin another one with --out ANOTHER")
+    assert line.startswith(f"prmim: error: backend: expected {backend}, as in the run in {tmp_path / 'run'}")
+    assert line.endswith("start another classifier with --out ANOTHER")

@@ -14,12 +14,12 @@ jax = pytest.importorskip("jax")
 pytest.importorskip("flax")
 torch = pytest.importorskip("torch")
 
-from prmim_train.cli import main  # noqa: E402
-from prmim_train.data import evaluation_batches  # noqa: E402
-from prmim_train.engine import create_engine  # noqa: E402
-from prmim_train.evaluate import evaluate_run  # noqa: E402
-from prmim_train.prepare import open_data, read_run_config, restore_engine  # noqa: E402
-from prmim_train.run_directory import RunDirectory  # noqa: E402
+from prmim_train.cli.commands import main  # noqa: E402
+from prmim_train.data.batches import evaluation_batches  # noqa: E402
+from prmim_train.evaluate.features import evaluate_run  # noqa: E402
+from prmim_train.run.directory import RunDirectory  # noqa: E402
+from prmim_train.run.engine import create_engine  # noqa: E402
+from prmim_train.run.prepare import open_data, read_run_config, restore_engine  # noqa: E402
 
 SMALL = {
     "image_size": 16,
@@ -132,7 +132,10 @@ def test_a_resume_on_the_other_backend_says_what_is_wrong(copied, capsys):
 
 
 def test_a_torch_run_loads_nothing_of_the_jax_adapter(tmp_path):
-    code = "import sys; from prmim_train.cli import main; code = main(sys.argv[1:]); print(code, *sorted(sys.modules))"
+    code = (
+        "import sys; from prmim_train.cli.commands import main; code = main(sys.argv[1:]); "
+        "print(code, *sorted(sys.modules))"
+    )
     words = [*WORDS, "--pictures", "2", "--eval_limit", "60", "--out", str(tmp_path / "run"), "--backend", "torch"]
     command = [sys.executable, "-c", code, "pretrain", *words]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

@@ -14,8 +14,8 @@ from PIL import Image
 
 torch = pytest.importorskip("torch")
 
-from prmim_train.cli import main  # noqa: E402
-from prmim_train.run_directory import RunDirectory, damage  # noqa: E402
+from prmim_train.cli.commands import main  # noqa: E402
+from prmim_train.run.directory import RunDirectory, damage  # noqa: E402
 
 SCRIPT = Path(__file__).with_name("pretrain_worker.py")
 TIMES = ("images_per_second", "waiting", "seconds")
@@ -117,7 +117,7 @@ def test_a_run_of_two_processes_goes_on_in_one(two, one, shared, command):
 def test_a_signal_to_one_process_stops_all_at_the_next_line(two, shared):
     main_process, other = (results["stopped"] for results in two)
     assert main_process["code"] == other["code"] == 128 + signal.SIGTERM
-    assert "prmim: Stopped after step 6 of 12; a checkpoint is written. Go on with: " in main_process["err"]
+    assert "prmim: Stopped after step 6 of 12 and saved a checkpoint. Resume with: " in main_process["err"]
     assert "prmim: " not in other["err"]
 
 
@@ -132,9 +132,9 @@ def test_the_main_process_alone_prints(two):
     for results in two[1:]:
         assert {name for name, result in results.items() if result["out"]} == set()
     out = two[0]["resumed"]["out"]
-    for text in ("Run directory: ", "going on after step 6", "Trained 12 steps", "trained encoder", "Picture: "):
+    for text in ("Run directory: ", "resuming after step 6", "Trained 12 steps", "trained encoder", "Picture: "):
         assert text in out
-    assert "is finished: nothing is left to do" in two[0]["finished"]["out"]
+    assert "is finished" in two[0]["finished"]["out"]
 
 
 @pytest.mark.parametrize(
@@ -196,7 +196,8 @@ def test_the_main_process_alone_reports(two, shared):
     assert stopped["code"] == other["code"] == 128 + signal.SIGTERM
     assert "prmim: Stopped after step 6 of 12" in stopped["err"]
     assert "prmim: " not in other["err"]
-    for name, text in [("tuned", "% of 359 test images right"), ("linear", "% of 359"), ("frozen", "Trained encoder")]:
+    told = {"tuned": "% of 359 test images correct", "linear": "% of 359", "frozen": "Trained encoder"}
+    for name, text in told.items():
         assert two[0][name]["code"] == two[1][name]["code"] == 0
         assert text in two[0][name]["out"]
         assert two[1][name]["out"] == ""

@@ -24,12 +24,12 @@ import pytest
 from hypothesis import given, settings
 from PIL import Image
 
-from prmim_train import image_files
-from prmim_train.config import PretrainConfig
-from prmim_train.image_files import UnreadableImageError, decode_crop, decode_image
-from prmim_train.layers import parse_options
-from prmim_train.sources import open_source
-from prmim_train.transforms import center_crop, random_resized_crop
+from prmim_train.config.layers import parse_options
+from prmim_train.config.pretrain import pretrain_config
+from prmim_train.data import image_files
+from prmim_train.data.image_files import UnreadableImageError, decode_crop, decode_image
+from prmim_train.data.sources import ArraySource, open_source
+from prmim_train.data.transforms import center_crop, random_crop_box
 
 MAX_PIXELS = 2**20
 MAX_SECONDS = 10.0  # for one example, on a busy machine
@@ -249,8 +249,10 @@ def test_bytes_that_are_no_image(content, start):
 )
 def test_crops_of_any_shape(shape, size, channels, seed):
     image = np.full((*shape, channels), 200, np.uint8)
+    source = ArraySource(image[None], "one image")
     with expecting():
-        for crop in (center_crop(image, size), random_resized_crop(image, size, np.random.default_rng(seed))):
+        box = random_crop_box(shape, np.random.default_rng(seed))
+        for crop in (center_crop(image, size), source.read_crop(0, size, lambda shape: box)):
             assert crop.shape == (*size, channels)
             assert (crop == 200).all()
 
@@ -524,7 +526,7 @@ def test_a_value_that_grows_without_end_is_not_shown_whole():
     lists = ["&a0 [x, x, x, x, x, x, x, x, x]"]
     lists += [f"&a{k} [{', '.join([f'*a{k - 1}'] * 9)}]" for k in range(1, 5)]
     with expecting(ValueError, TypeError):
-        PretrainConfig(**parse_options(f"epochs: [{', '.join(lists)}]", "f.yaml"))
+        pretrain_config(**parse_options(f"epochs: [{', '.join(lists)}]", "f.yaml"))
 
 
 @pytest.mark.parametrize(

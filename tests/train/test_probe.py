@@ -1,19 +1,23 @@
-"""Probes of frozen features while a run goes on: they are logged and drawn, and change nothing."""
+"""Online probes of frozen features: logged and drawn, without effect on the run."""
+
+import signal
+import time
 
 import numpy as np
 import pytest
 
-from prmim_train.log import loss_text
-from prmim_train.loop import pretrain
-from prmim_train.pictures import draw_loss
-from prmim_train.run_directory import RunDirectory
+from prmim_train.pretrain import pretrain
+from prmim_train.report.pictures import draw_loss
+from prmim_train.run.directory import RunDirectory
+from prmim_train.run.log import loss_text
+from prmim_train.run.loop import Interrupted
 
 TIMES = ("images_per_second", "waiting", "seconds")
 PROBES = ("probe_knn", "probe_linear")
 
 
 def untimed(config, *others):
-    """Return the lines of the metrics without some fields."""
+    """Return the metrics without time and other fields."""
     lines = RunDirectory(config.run_path).read_metrics()
     return [{name: value for name, value in line.items() if name not in (*TIMES, *others)} for line in lines]
 
@@ -63,22 +67,14 @@ def test_a_probe_makes_a_line_of_its_own(tiny):
 
 
 def test_the_time_of_a_probe_is_no_training_time(tiny, monkeypatch):
-    import time
-
-    from prmim_train import loop
-
-    monkeypatch.setattr(loop, "probe_run", lambda *given: time.sleep(1) or {"probe_knn": 0.5})
+    monkeypatch.setattr("prmim_train.pretrain.probe_run", lambda *given: time.sleep(1) or {"probe_knn": 0.5})
     config = tiny(epochs=3, log_every=3, eval_limit=100, probe_every=1)
     summary = pretrain(config)
-    assert summary["seconds"] < 3  # of which the three probes alone would take 3
+    assert summary["seconds"] < 3  # the three probes alone take 3
     assert summary["images_per_second"] > 36 * 120 / 3
 
 
 def test_resuming_probes_at_the_same_steps(tiny, tmp_path, monkeypatch, fake):
-    import signal
-
-    from prmim_train.loop import Interrupted
-
     options = {"epochs": 3, "eval_limit": 100, "probe_every": 1}
     whole = tiny(out=str(tmp_path / "whole"), **options)
     pretrain(whole)

@@ -1,4 +1,4 @@
-"""Fixtures of the fault tests: the harness, and one undisturbed run per backend."""
+"""Fixtures of the fault tests: the module `soak`, and one undisturbed run per backend."""
 
 import importlib.util
 import sys
@@ -10,24 +10,24 @@ from typing import Any
 import pytest
 
 EPOCHS = 14
-"""50 steps: 12 checkpoints and one at the end."""
+"""50 steps: 12 checkpoints, and one at the end."""
 
 
 @pytest.fixture(scope="session")
 def soak() -> ModuleType:
-    """The file `soak.py` beside this one, which is a command as well."""
+    """The module `soak.py` in this folder, which is also a command."""
     spec = importlib.util.spec_from_file_location("soak", Path(__file__).with_name("soak.py"))
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules["soak"] = module  # dataclasses look there
+    sys.modules["soak"] = module  # needed by dataclasses
     spec.loader.exec_module(module)
     return module
 
 
 @pytest.fixture(scope="session")
 def undisturbed(soak: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
-    """Return a function from a backend to a folder, an undisturbed run in it, and its pace; each made once."""
+    """Return a function from a backend to a folder, an undisturbed run in it, and its pace. Cached."""
     made: dict[tuple[str, int], Any] = {}
 
     def run(backend: str, processes: int = 1) -> Any:

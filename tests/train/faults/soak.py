@@ -1,22 +1,23 @@
-"""Kill real runs at random moments, start them again, and compare what they leave with an undisturbed run.
+"""Kill real runs at random moments, restart them, and compare the results with an undisturbed run.
 
     .venv/bin/python tests/train/faults/soak.py --backend both --kills 20 --seed 0
 
-One run of ``prmim pretrain`` on the embedded digits is left alone.  The same command with ``--resume`` is then started
-in another folder, hurt, and started again until it ends.  A run that ends before it was hurt often enough is followed
-by another one.  In the end these must be equal, bit for bit: ``metrics.jsonl`` but for the two fields of time, the
-weights, the training state, the names of the checkpoints, ``config.yaml`` and ``summary.json``; nothing half written
-may be left.
+The undisturbed run is one ``prmim pretrain`` on the embedded digits. The same command with ``--resume`` is started in
+another folder, hurt, and restarted until it finishes; further runs follow until processes were hurt often enough. Each
+run must then equal the undisturbed run bit for bit: ``metrics.jsonl`` except time fields, weights, training state,
+names of the checkpoints, ``config.yaml`` and ``summary.json``. No incomplete files may be left.
 
-Faults: ``sigkill`` at a random moment (while the process starts, while it trains, aimed at the writing of a checkpoint
-and at that of a line of metrics); ``sigterm``, on which a run has to save and leave by itself; ``truncate``: killed,
-and then a file of the newest checkpoint is cut, or a byte of it changed, or the file deleted, or the last line of the
-metrics torn.
+Faults:
 
-With ``--processes 2`` every run is one of several processes.  Either all of them are hurt at once, or one, and then the
-others have to end too, within a minute.
+- ``sigkill`` at a random moment: during start-up, during training, while a checkpoint or a line of metrics is written;
+- ``sigterm``: the run must save and exit by itself;
+- ``truncate``: after SIGKILL, a file of the newest checkpoint is cut, changed by a byte or deleted, or the last line of
+  the metrics is cut.
 
-The same seed draws the same moments; what a process is doing then depends on the machine.
+With ``--processes 2``, every run has several processes. Either all are hurt at once, or one of them; then the others
+must exit within a minute.
+
+The same seed draws the same moments. What a process is doing at that moment depends on the machine.
 """
 
 import argparse
@@ -65,36 +66,36 @@ OPTIONS = {
     "eval_limit": 0,
     "pictures": 0,
 }
-"""1,438 training images: an epoch is 3.6 steps. A checkpoint is written every 4 and a line every 3, so that
-checkpoints fall inside epochs and between two lines."""
+"""1,438 training images: an epoch has 3.6 steps. Checkpoints every 4 steps and lines every 3 steps, so that checkpoints
+fall inside epochs and between lines."""
 
 CHECKPOINT_STEPS, LOG_STEPS = 4, 3
 STEPS_PER_EPOCH = 1438 / 400
 TIMES = ("images_per_second", "waiting", "seconds")
 PATIENCE = 300.0
-"""Seconds without any progress after which a process counts as hanging."""
+"""Seconds without progress after which a process counts as hanging."""
 PATIENCE_WITH_OTHERS = 60.0
-"""Seconds after which a process has to have ended, since one of those that it trained with did."""
+"""Seconds within which a process must exit after another process of its run was hurt."""
 
 
-class Failure(AssertionError):  # noqa: N818  # a thing that happened, not an error of this program
-    """What must not happen, with how to make it happen again."""
+class Failure(AssertionError):  # noqa: N818  # an observation, not an error of this program
+    """A run violated its guarantees. The message says how to reproduce it."""
 
 
 @dataclass
 class Report:
-    """What happened to the runs of a soak.
+    """Statistics of a soak.
 
     Parameters
     ----------
     hurt
         How often a process was hurt.
     moments
-        How often each thing was going on then; more than one may have been.
+        Activity to how often a process was hurt during it. Activities can overlap.
     runs
-        How many runs were brought to their end and compared.
+        Number of runs finished and compared.
     seconds
-        How long it all took.
+        Duration.
     """
 
     hurt: int = 0
@@ -105,29 +106,29 @@ class Report:
 
 @dataclass(frozen=True)
 class Pace:
-    """How fast an undisturbed run is: seconds from the start to the first step, and from checkpoint to checkpoint."""
+    """Speed of an undisturbed run: seconds to the first step, and between checkpoints."""
 
     start: float
     checkpoint: float
 
 
 class Process:
-    """A started ``prmim pretrain``, of one process or of several.
+    """A running ``prmim pretrain``, with one process or several.
 
     Parameters
     ----------
     backend
-        A name out of `BACKENDS`.
+        One of `BACKENDS`.
     folder
-        That of the run.
+        Folder of the run.
     log
-        The file that its output is added to.
+        File for the output.
     programs
-        A folder in which JAX keeps what it compiled.
+        Compilation cache of JAX.
     epochs
         Length of the run.
     number
-        Of processes.
+        Number of processes.
     """
 
     def __init__(self, backend: str, folder: Path, log: Path, programs: Path, epochs: int, number: int) -> None:
@@ -147,19 +148,19 @@ class Process:
             ]
 
     def is_over(self) -> bool:
-        """Whether all have ended."""
+        """Whether all processes have exited."""
         return all(process.poll() is not None for process in self.processes)
 
     def codes(self) -> list[int]:
-        """Return the exit codes, when all have ended."""
+        """Return the exit codes, once all processes have exited."""
         return [process.returncode for process in self.processes]
 
     def has_succeeded(self) -> bool:
-        """Whether all have come to their end by themselves."""
+        """Whether all processes exited with code 0."""
         return not any(self.codes())
 
     def until(self, happened: Callable[[], bool]) -> bool:
-        """Wait for something; False where the process ended first."""
+        """Wait for an event. Returns False if the processes exited first."""
         deadline = time.monotonic() + PATIENCE
         while not happened():
             if self.is_over():
@@ -171,27 +172,27 @@ class Process:
         return True
 
     def sleep(self, seconds: float) -> bool:
-        """Wait for some time; False where the process ended before."""
+        """Wait for some time. Returns False if the processes exited first."""
         end = time.monotonic() + seconds
         return self.until(lambda: time.monotonic() >= end)
 
     def new_checkpoints(self) -> set[str]:
-        """Return the names of the whole checkpoints that it wrote and that are still there."""
+        """Return the names of the complete checkpoints that this process wrote and that still exist."""
         return set(checkpoints(self.folder)) - self.old_checkpoints
 
     def is_writing(self) -> bool:
-        """Whether a checkpoint is half written, once it has stepped: what was left there before is deleted then."""
+        """Whether a checkpoint is incomplete. Valid once it has stepped: earlier leftovers are deleted by then."""
         newest = max(map(step_of, checkpoints(self.folder)), default=0)
         return any(step_of(name) > newest for name in partials(self.folder))
 
     def has_stepped(self) -> bool:
-        """Whether it has written a line of metrics or a checkpoint, so that it is training for sure."""
+        """Whether it has written a line of metrics or a checkpoint, hence is training."""
         now = size(self.folder / "metrics.jsonl")
-        self.old_size = min(self.old_size, now)  # lines beyond the last checkpoint are cut off on resume
+        self.old_size = min(self.old_size, now)  # resuming drops the lines after the last checkpoint
         return now > self.old_size or bool(self.new_checkpoints())
 
     def hurt(self, number: int, rank: int | None = None) -> None:
-        """Send a signal to all processes, or to one of them, and wait for the end of all."""
+        """Send a signal to all processes, or to one of them, and wait until all have exited."""
         chosen = self.processes if rank is None else [self.processes[rank]]
         for process in chosen:
             with suppress(ProcessLookupError):
@@ -207,25 +208,25 @@ class Process:
             time.sleep(0.01)
 
     def output(self) -> str:
-        """Return what it printed."""
+        """Return the output."""
         return self.log.read_text(errors="replace")
 
     def tail(self) -> str:
-        """Return the end of what it printed."""
+        """Return the end of the output."""
         return f"its output ({self.log}):\n" + "\n".join(self.output().splitlines()[-15:])
 
 
 def command(backend: str, folder: Path, epochs: int) -> list[str]:
-    """Return the command line of a run, the same at the start and at every resume."""
+    """Return the command line of a run, the same for the start and every resume."""
     options = {"backend": backend, **OPTIONS, "epochs": epochs, "out": folder}
     words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
     return [sys.executable, "-m", "prmim_train", "pretrain", *words, "--resume"]
 
 
 def environment(programs: Path) -> dict[str, str]:
-    """Return the environment of a run: one thread, nothing held back in a buffer, JAX's programs kept.
+    """Return the environment of a run: one thread, unbuffered output, a compilation cache for JAX.
 
-    JAX compiles as it does for users, whatever the tests around it do.
+    Resets `XLA_FLAGS`, so that JAX compiles as for users.
     """
     return {
         **os.environ,
@@ -240,7 +241,7 @@ def environment(programs: Path) -> dict[str, str]:
 
 
 def place(backend: str, rank: int, number: int, port: int) -> dict[str, str]:
-    """Return what tells a process which of several it is."""
+    """Return the environment variables that tell a process its rank."""
     if number == 1:
         return {}
     names = {"JAX_COORDINATOR_ADDRESS": f"localhost:{port}", "JAX_NUM_PROCESSES": number, "JAX_PROCESS_ID": rank}
@@ -251,7 +252,7 @@ def place(backend: str, rank: int, number: int, port: int) -> dict[str, str]:
 
 
 def free_port() -> int:
-    """Return the number of a port that nobody listens to."""
+    """Return an unused port."""
     with socket.socket() as listener:
         listener.bind(("localhost", 0))
         port: int = listener.getsockname()[1]
@@ -259,27 +260,27 @@ def free_port() -> int:
 
 
 def checkpoints(folder: Path) -> list[str]:
-    """Return the names of the whole checkpoints of a run, oldest first."""
+    """Return the names of the complete checkpoints of a run, oldest first."""
     return sorted(name for name in _names(folder / "checkpoints") if name.startswith("step_"))
 
 
 def partials(folder: Path) -> list[str]:
-    """Return the names of checkpoints that are half written, or half deleted."""
+    """Return the names of incomplete checkpoints, half written or half deleted."""
     return [name for name in _names(folder / "checkpoints") if ".partial" in name]
 
 
 def step_of(name: str) -> int:
-    """Return the step in the name of a checkpoint, whole or not."""
+    """Return the step in the name of a checkpoint, complete or not."""
     return int(name.split("step_")[1].partition(".")[0])
 
 
 def leftovers(folder: Path) -> list[str]:
-    """Return the names of everything half written below the folder of a run."""
+    """Return the names of all incomplete files and folders of a run."""
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if ".partial" in path.name)
 
 
 def size(path: Path) -> int:
-    """Return the size of a file in bytes, 0 where there is none."""
+    """Return the size of a file in bytes; 0 if it does not exist."""
     try:
         return path.stat().st_size
     except FileNotFoundError:
@@ -288,13 +289,13 @@ def size(path: Path) -> int:
 
 def _names(folder: Path) -> list[str]:
     try:
-        return os.listdir(folder)  # noqa: PTH208  # a name may vanish between two looks, and this is polled
+        return os.listdir(folder)  # noqa: PTH208  # polled; names are enough
     except FileNotFoundError:
         return []
 
 
 def lines(folder: Path) -> list[dict[str, Any]]:
-    """Return the whole lines of a run's metrics, without the fields that measure time."""
+    """Return the complete lines of the metrics, without time fields."""
     path = folder / "metrics.jsonl"
     whole, _, _ = path.read_bytes().rpartition(b"\n") if path.exists() else (b"", b"", b"")
     records = [json.loads(line) for line in whole.splitlines()]
@@ -302,9 +303,9 @@ def lines(folder: Path) -> list[dict[str, Any]]:
 
 
 def read_weights(folder: Path) -> tuple[Any, bytes]:
-    """Return what the header of a checkpoint's weights says, and all bytes behind it.
+    """Return the parsed header of a weight file, and all bytes after it.
 
-    The library writes the entries of the header's metadata in an order that changes from process to process.
+    The header is parsed because safetensors writes its metadata in an order that differs between processes.
     """
     content = (folder / "weights.safetensors").read_bytes()
     end = 8 + int.from_bytes(content[:8], "little")
@@ -312,7 +313,7 @@ def read_weights(folder: Path) -> tuple[Any, bytes]:
 
 
 def read_state(folder: Path) -> dict[str, np.ndarray]:
-    """Return the arrays of a training state, of either backend, by name."""
+    """Return the arrays of a training state by name, for either backend."""
     shards = sorted(folder.glob("*.safetensors"))
     if shards:
         from safetensors.numpy import load_file
@@ -329,16 +330,16 @@ def read_state(folder: Path) -> dict[str, np.ndarray]:
 
 
 def compare(expected: Path, actual: Path, *, asked_to_stop: bool = False) -> None:
-    """Raise Failure unless two runs left the same.
+    """Raise Failure unless the results of two runs are equal.
 
     Parameters
     ----------
     expected
-        The folder of the undisturbed run.
+        Folder of the undisturbed run.
     actual
-        That of the run that was hurt.
+        Folder of the run that was hurt.
     asked_to_stop
-        Whether it wrote checkpoints of other steps too, so that the last one alone is the same.
+        Whether the run wrote checkpoints on request. Then only the last checkpoint is compared.
     """
     left = leftovers(actual)
     if left:
@@ -353,18 +354,18 @@ def compare(expected: Path, actual: Path, *, asked_to_stop: bool = False) -> Non
     if names != other_names:
         raise Failure(f"checkpoints: expected {other_names}, got {names}")
     if (actual / "config.yaml").read_bytes() != (expected / "config.yaml").read_bytes():
-        raise Failure("config.yaml: not byte for byte that of the undisturbed run")
+        raise Failure("config.yaml: not byte for byte equal to the undisturbed run")
     last = checkpoints(expected)[-1]
     weights, other_weights = (read_weights(folder / "checkpoints" / last) for folder in (actual, expected))
     if weights != other_weights:
-        raise Failure("weights.safetensors: not byte for byte those of the undisturbed run")
+        raise Failure("weights.safetensors: not byte for byte equal to the undisturbed run")
     state, other_state = (read_state(folder / "checkpoints" / last / "training_state") for folder in (actual, expected))
     if state.keys() != other_state.keys():
         raise Failure(f"training_state: expected the names {sorted(other_state)}, got {sorted(state)}")
     for name, value in other_state.items():
         own = state[name]
         if (own.dtype, own.shape, own.tobytes()) != (value.dtype, value.shape, value.tobytes()):
-            raise Failure(f"training_state, {name}: not bit for bit that of the undisturbed run")
+            raise Failure(f"training_state, {name}: not bit for bit equal to the undisturbed run")
     summaries = [json.loads((folder / "summary.json").read_text()) for folder in (actual, expected)]
     for summary in summaries:
         for name in TIMES:
@@ -374,24 +375,24 @@ def compare(expected: Path, actual: Path, *, asked_to_stop: bool = False) -> Non
 
 
 class Soak:
-    """Runs on one backend that are hurt in one way, and the run that they are compared with.
+    """Runs on one backend, hurt by one kind of fault.
 
     Parameters
     ----------
     backend, fault
-        Names out of `BACKENDS` and `FAULTS`.
+        One of `BACKENDS`, and one of `FAULTS`.
     kills
-        How often a process is to be hurt.
+        How often to hurt a process.
     seed
         Seed of the moments.
     folder
-        Where runs and outputs go.
+        Folder for runs and outputs.
     epochs
-        Length of a run; 3.6 steps each.
+        Length of a run, 3.6 steps per epoch.
     say
         Called with lines of progress.
     processes
-        Of which a run is made.
+        Number of processes of a run.
     """
 
     def __init__(
@@ -417,7 +418,7 @@ class Soak:
         self.report = Report()
 
     def run(self, undisturbed: Path, pace: Pace) -> Report:
-        """Hurt as many runs as it takes, compare each with the undisturbed one."""
+        """Hurt runs until `kills` is reached, and compare each with the undisturbed run."""
         start = time.monotonic()
         while self.report.hurt < self.kills:
             run = self.folder / f"{self.backend}-{self.fault}-{self.report.runs}"
@@ -435,7 +436,7 @@ class Soak:
         return self.report
 
     def _live(self, run: Path, pace: Pace) -> bool:
-        """Start a process, and hurt it; True where it came to its end by itself."""
+        """Start a process and hurt it. Returns True if the run finished."""
         self.lives += 1
         process = Process(
             self.backend,
@@ -454,7 +455,7 @@ class Soak:
                 self._check_warning(process, is_over=True)
                 return True
             stepped = process.has_stepped()
-            # Before they have met, the others would wait for one that is gone as long as a launch may take.
+            # Before the first step, the processes may not be connected yet, and would wait long for a killed one.
             rank = self._draw_rank() if stepped else None
             process.hurt(signal.SIGTERM if self.fault == "sigterm" else signal.SIGKILL, rank)
         finally:
@@ -469,7 +470,7 @@ class Soak:
         return process.has_succeeded()
 
     def _draw_rank(self) -> int | None:
-        """Draw the process to hurt; None: all."""
+        """Draw the process to hurt. None: all."""
         if self.processes == 1:
             return None
         rank = self.random.choice([None, *range(self.processes)])
@@ -477,11 +478,11 @@ class Soak:
         return rank
 
     def _aim(self, pace: Pace) -> Callable[[Process], bool]:
-        """Draw a moment: a function that waits for it, and says whether the process got there."""
+        """Draw a moment. Returns a function that waits for it, and returns False if the process exited first."""
         draw = self.random
         kind = draw.choices(["start", "train", "checkpoint", "line"], [1, 2, 4, 2])[0]
         self.aimed = kind
-        # On average the kills of a soak are spread over most of one run.
+        # On average, the kills of a soak cover most of one run.
         checkpoints_of_run = self.epochs * STEPS_PER_EPOCH / CHECKPOINT_STEPS
         span = draw.uniform(0, 1.4 * checkpoints_of_run / self.kills) * pace.checkpoint
         early, late = draw.uniform(0, 1.2 * pace.start), draw.uniform(0, pace.checkpoint)
@@ -502,7 +503,7 @@ class Soak:
         return wait
 
     def _look(self, process: Process, run: Path, stepped: bool) -> None:
-        """Count what was going on when the process was hurt."""
+        """Count the activities during which the process was hurt."""
         report = self.report
         report.hurt += 1
         found = []
@@ -526,7 +527,7 @@ class Soak:
 
     def _check_left_by_itself(self, process: Process, run: Path, stepped: bool) -> None:
         codes = process.codes()
-        if not stepped and -signal.SIGTERM in codes:  # nothing was there to save
+        if not stepped and -signal.SIGTERM in codes:  # there was nothing to save
             return
         if process.has_succeeded():  # it was taking its last step
             return
@@ -539,11 +540,11 @@ class Soak:
         self.report.moments["left by itself with a checkpoint"] += 1
 
     def _damage(self, run: Path) -> None:
-        """Damage a file of the newest checkpoint, if there is one before it that is good; or tear a line."""
-        if (run / "summary.json").exists():  # nothing will be read again
+        """Damage a file of the newest checkpoint, if an earlier one is good; or cut the last line of the metrics."""
+        if (run / "summary.json").exists():  # a finished run reads nothing again
             return
         metrics = run / "metrics.jsonl"
-        # Lines up to a checkpoint are on the disk before it bears its name.
+        # Lines up to a checkpoint are flushed before the checkpoint gets its name: only later ones can be incomplete.
         is_last_line_new = [line["step"] for line in lines(run)][-1:] > list(map(step_of, checkpoints(run)))[-1:]
         if self.random.random() < 0.2 and is_last_line_new and size(metrics) > 40:
             os.truncate(metrics, size(metrics) - self.random.randint(1, 39))
@@ -561,7 +562,7 @@ class Soak:
         self.say(f"    {file.relative_to(run)}: {what}")
 
     def _check_warning(self, process: Process, *, is_over: bool) -> None:
-        """See that the next process told of what was damaged."""
+        """Check that the next process warned about the damaged checkpoint."""
         name = self.expected_warning
         if name is None:
             return
@@ -573,7 +574,7 @@ class Soak:
 
 
 def damage(file: Path, draw: random.Random) -> str:
-    """Cut a file, change one of its bytes or delete it; return what was done."""
+    """Cut a file, change one of its bytes, or delete it. Returns what was done."""
     what = draw.choice(["a file cut", "a byte changed", "a file deleted"])
     content = bytearray(file.read_bytes())
     if what == "a file deleted" or not content:
@@ -593,7 +594,7 @@ def _inode(run: Path, name: str) -> int:
 
 
 def run_undisturbed(backend: str, folder: Path, epochs: int, processes: int = 1) -> tuple[Path, Pace]:
-    """Run once from start to end, and measure the pace; JAX compiles here, and finds its programs again later."""
+    """Run once without faults, and measure the pace. Fills JAX's compilation cache."""
     run = folder / f"{backend}-undisturbed"
     start = time.monotonic()
     process = Process(backend, run, folder / f"{run.name}.log", folder / "programs", epochs, processes)
@@ -620,12 +621,12 @@ def soak(
     say: Callable[[str], None],
     processes: int = 1,
 ) -> dict[str, Report]:
-    """Hurt runs on one backend in some ways, each as often as `kills`; return a report for each way.
+    """Hurt runs on one backend by several faults, `kills` times each. Returns a report per fault.
 
     Raises
     ------
     Failure
-        If a run was not what the undisturbed one was; with the seed, and the first line that differs.
+        If a run differs from the undisturbed run. The message has the seed and the first difference.
     """
     say(f"{backend}: the undisturbed run ...")
     undisturbed, pace = run_undisturbed(backend, folder, epochs, processes)
@@ -640,15 +641,15 @@ def soak(
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command; 0 where every run was equal to the undisturbed one."""
+    """Run the command. Returns 0 if every run equals the undisturbed run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backend", choices=(*BACKENDS, "both"), default="both")
     parser.add_argument("--fault", choices=(*FAULTS, "all"), default="sigkill")
-    parser.add_argument("--kills", type=int, default=20, help="how often to hurt, for each backend and fault")
+    parser.add_argument("--kills", type=int, default=20, help="how often to hurt a process, per backend and fault")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--epochs", type=int, default=84, help="length of a run, 3.6 steps each")
-    parser.add_argument("--processes", type=int, default=1, help="of which a run is made")
-    parser.add_argument("--folder", type=Path, help="where to leave runs and outputs; by default they are deleted")
+    parser.add_argument("--epochs", type=int, default=84, help="length of a run, 3.6 steps per epoch")
+    parser.add_argument("--processes", type=int, default=1, help="number of processes of a run")
+    parser.add_argument("--folder", type=Path, help="folder to keep runs and outputs in (default: deleted)")
     options = parser.parse_args(arguments)
     backends = BACKENDS if options.backend == "both" else (options.backend,)
     faults = list(FAULTS) if options.fault == "all" else [options.fault]
@@ -685,12 +686,12 @@ def _folder(wanted: Path | None) -> Iterator[Path]:
         with tempfile.TemporaryDirectory() as name:
             yield Path(name)
     else:
-        wanted.mkdir(parents=True)  # runs of an earlier soak would be gone on with
+        wanted.mkdir(parents=True)  # must be new: runs of an earlier soak would be resumed
         yield wanted.absolute()
 
 
 def _say(line: str) -> None:
-    print(line, flush=True)  # noqa: T201  # it is a command
+    print(line, flush=True)  # noqa: T201  # a command prints
 
 
 if __name__ == "__main__":

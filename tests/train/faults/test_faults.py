@@ -1,4 +1,4 @@
-"""Full disks, folders that may not be written to or are gone, images that vanish."""
+"""Full disks, read-only and deleted folders, images that vanish."""
 
 import ctypes
 import json
@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from prmim_train.cli import main
-from prmim_train.loop import pretrain
+from prmim_train.cli.commands import main
+from prmim_train.pretrain import pretrain
 
-# What a child does in the middle of a run, before the step after `STEP`.
+# Program of a child process: does something in the middle of a run, after step `step`.
 HURT = """
 import ctypes, os, resource, sys
 from pathlib import Path
-from prmim_train.cli import main
+from prmim_train.cli.commands import main
 import prmim_{backend} as package
 
 take = package.Engine.train_step
@@ -33,18 +33,18 @@ package.Engine.train_step = train_step
 sys.exit(main(sys.argv[1:]))
 """
 LIMIT = "resource.setrlimit(resource.RLIMIT_FSIZE, ({bytes}, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))"
-# The administrator may write anywhere, but not without this right.
+# Drops the capabilities by which root ignores file permissions.
 OBEY = 'os.geteuid() or ctypes.CDLL(None).capset(b"\\x22\\x05\\x08\\x20" + bytes(4), bytes(24))'
 
 needs_rights = pytest.mark.skipif(
     os.name == "nt" or (os.geteuid() == 0 and not hasattr(ctypes.CDLL(None), "capset")),
-    reason="the administrator's rights cannot be laid down here",
+    reason="root's capabilities cannot be dropped here",
 )
 
 
 @pytest.fixture
 def hurt(soak, undisturbed, tmp_path):
-    """Return a function that runs with something done in the middle, and one that resumes and compares."""
+    """Return a function that runs with a disturbance, and one that resumes and compares."""
 
     def start(backend, step, deed="pass", before="pass"):
         folder, _, _ = undisturbed(backend)
@@ -76,7 +76,7 @@ def hurt(soak, undisturbed, tmp_path):
 
 
 def told(result):
-    """Return the one line with which a command ended."""
+    """Return the error line of a command."""
     line = result.stderr.splitlines()[-1]
     assert line.startswith("prmim: error: "), result.stderr
     assert "Traceback" not in result.stderr
@@ -89,7 +89,7 @@ def test_a_disk_that_is_full_when_a_checkpoint_is_written(backend, hurt, tmp_pat
     result = start(backend, 10, LIMIT.format(bytes=16_384))
     assert result.returncode == 1
     line = told(result)
-    # That of step 8 may still have been written in the background.
+    # The checkpoint of step 8 may still be pending.
     failed = re.search(r"checkpoint: could not write \S*/step_0{6}(08|12): ", line)
     assert failed, line
     assert "too large" in line.lower()
@@ -136,7 +136,7 @@ def test_a_folder_that_may_no_longer_be_written_to(hurt, tmp_path):
 
 
 def act_at(monkeypatch, fake, step, deed):
-    """Do something before the step after the given one."""
+    """Do something after a step."""
     take = fake.train_step
 
     def train_step(self, images, sample):
@@ -147,14 +147,14 @@ def act_at(monkeypatch, fake, step, deed):
     monkeypatch.setattr(fake, "train_step", train_step)
 
 
-@pytest.mark.parametrize("step", [3, 11])  # a line, or a checkpoint, is what is written next
+@pytest.mark.parametrize("step", [3, 11])  # next, the run writes a line (3) or a checkpoint (11)
 def test_a_run_directory_that_is_deleted_under_the_run(step, tiny, fake, monkeypatch, tmp_path):
     config = tiny(batch_size=240, checkpoint_every=1, epochs=3, log_every=3 if step == 3 else 100)
     with monkeypatch.context() as patch:
         act_at(patch, fake, step, lambda: shutil.rmtree(config.run_path))
         with pytest.raises(OSError, match="run"):
             pretrain(config)
-    assert not config.run_path.exists()  # half a run would be worse than none
+    assert not config.run_path.exists()  # an incomplete run directory would be worse than none
     assert pretrain(config)["steps"] == 18
 
 

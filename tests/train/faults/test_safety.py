@@ -1,4 +1,4 @@
-"""Runs, options and checkpoints from elsewhere: nothing in them is executed, nothing is written outside."""
+"""Untrusted runs, options and checkpoints: no code is executed, nothing is written outside of the run."""
 
 import hashlib
 import io
@@ -10,15 +10,15 @@ import zipfile
 import numpy as np
 import pytest
 
-from prmim_train.budget import training_budget
-from prmim_train.cli import main
-from prmim_train.config import PretrainConfig
-from prmim_train.engine import create_engine
-from prmim_train.layers import parse_options
+from prmim_train.cli.commands import main
+from prmim_train.config.layers import parse_options
+from prmim_train.config.pretrain import pretrain_config
+from prmim_train.run.budget import training_budget
+from prmim_train.run.engine import create_engine
 
 
 class Bomb:
-    """What makes a folder when it is unpickled."""
+    """Creates a folder when it is unpickled."""
 
     def __init__(self, marker):
         self.marker = marker
@@ -32,7 +32,7 @@ def plain(bomb):
 
 
 def zipped(bomb):
-    """As `torch.save` packs what it pickles."""
+    """Pack a pickle as `torch.save` does."""
     file = io.BytesIO()
     with zipfile.ZipFile(file, "w") as archive:
         archive.writestr("archive/data.pkl", pickle.dumps(bomb))
@@ -41,7 +41,7 @@ def zipped(bomb):
 
 
 def array(bomb):
-    """As NumPy packs arrays of objects."""
+    """Pack a pickle as NumPy does for object arrays."""
     file = io.BytesIO()
     np.save(file, np.array([bomb], dtype=object), allow_pickle=True)
     return file.getvalue()
@@ -53,7 +53,7 @@ PLANTED = (
     *("training_state/.metadata", "training_state/__0_0.distcp", "training_state/__0_0.pt"),
     *("training_state/checkpoint", "training_state/state.pickle", "training_state/state.npy"),
 )
-"""Names under which libraries, past ones among them, look for something to unpickle."""
+"""File names that current and former libraries unpickle."""
 
 
 @pytest.mark.parametrize("packing", PACKINGS)
@@ -72,7 +72,7 @@ def test_the_bomb_goes_off_where_something_unpickles(packing, tmp_path):
 
 @pytest.fixture(params=["torch", "jax"])
 def trained(request, tiny):
-    """A run of a real backend with two checkpoints."""
+    """A saved engine of a real backend."""
     pytest.importorskip("torch" if request.param == "torch" else "flax")
     options = {"backend": request.param, "batch_size": 240, "epochs": 2, "checkpoint_every": 1}
     config = tiny(**options)
@@ -99,12 +99,12 @@ def test_a_pickle_beside_the_training_state_is_not_looked_at(trained, packing, t
         (place / name).write_bytes(PACKINGS[packing](Bomb(marker)))
     try:
         assert restore(config, budget, place).step == 1
-    except ValueError as error:  # files that do not belong there may be refused
+    except ValueError as error:  # unknown files may be refused
         assert "\n" not in str(error)  # noqa: PT017
     assert not marker.exists()
 
 
-# Where orbax cannot read something it leaves an event loop behind that complains when it is collected.
+# If orbax fails to read, it leaves an event loop behind that warns when it is collected.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_pickle_in_place_of_any_file_is_not_executed(trained, tmp_path):
     config, budget, place = trained
@@ -230,4 +230,4 @@ def test_a_checksum_of_a_file_elsewhere_is_not_taken(tiny_words, tmp_path, capsy
 def test_the_options_of_a_run_are_those_that_were_given(tiny_words, tmp_path):
     assert main(["pretrain", *tiny_words]) == 0
     read = parse_options((tmp_path / "run" / "config.yaml").read_text(), "config.yaml")
-    assert PretrainConfig(**read).epochs == 1
+    assert pretrain_config(**read).epochs == 1

@@ -1,4 +1,4 @@
-"""Runs that are killed, stopped and damaged end as if nothing had happened; the long form is `soak.py`."""
+"""Killed, stopped and damaged runs end like undisturbed ones. `soak.py` runs the long form."""
 
 import json
 import random

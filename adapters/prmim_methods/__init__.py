@@ -1,0 +1,28 @@
+"""The framework-neutral definition of each method: options, sizes, costs, learning rates and weight files."""
+
+from prmim_methods.classifier import ClassifierConfig
+from prmim_methods.cost import Accounting, CostReport, PartCost
+from prmim_methods.mae import MAEConfig
+from prmim_methods.maskalign import MaskAlignConfig
+from prmim_methods.method import MethodConfig, PixelConfig
+from prmim_methods.methods import METHODS, create_config
+from prmim_methods.simmim import SimMIMConfig
+from prmim_methods.sizes import Transformer, vit_size
+from prmim_methods.training import TrainingConfig
+
+__all__ = [
+    "METHODS",
+    "Accounting",
+    "ClassifierConfig",
+    "CostReport",
+    "MAEConfig",
+    "MaskAlignConfig",
+    "MethodConfig",
+    "PartCost",
+    "PixelConfig",
+    "SimMIMConfig",
+    "TrainingConfig",
+    "Transformer",
+    "create_config",
+    "vit_size",
+]

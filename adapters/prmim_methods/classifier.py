@@ -1,0 +1,155 @@
+"""Classifiers on a trained encoder: fine-tuning, and the linear probe."""
+
+from collections.abc import Collection
+from typing import Any, ClassVar
+
+import numpy as np
+
+from prmim_methods.method import MethodConfig, drop_path_option
+from prmim_methods.record import Record, find_option, option, record
+
+BATCH_NORM_EPS = 1e-6
+BATCH_NORM_MOMENTUM = 0.1
+"""Smallest share of a batch's statistics in the running ones, which start as the mean of all batches."""
+
+FOREIGN = {"finetune": ("momentum", "trust"), "linear": ("drop_path", "layer_decay")}
+"""Options without effect, by protocol."""
+
+
+@record
+class ClassifierConfig(Record):
+    """Options of a classifier: an encoder with a linear head.
+
+    ``finetune`` trains the encoder and the head with AdamW. ``linear`` trains the head alone with LARS, on frozen
+    features that pass through a batch norm without learned factors.
+
+    References
+    ----------
+    He et al., "Masked Autoencoders Are Scalable Vision Learners", arXiv 2111.06377, appendix A.
+
+    Examples
+    --------
+    >>> ClassifierConfig(protocol="linear", layer_decay=0.5)
+    Traceback (most recent call last):
+    ...
+    ValueError: layer_decay: protocol linear has no such option
+    """
+
+    group: ClassVar[str] = "Classifier"
+    losses: ClassVar[tuple[str, ...]] = ("loss", "accuracy")
+
+    protocol: str = option(
+        "What is trained.", default="finetune", choices={"finetune": "encoder and head", "linear": "the head alone"}
+    )
+    pool: str = option(
+        "Input of the head.",
+        default="mean",
+        choices={"mean": "the mean of the patch tokens, normalised", "cls": "the class token"},
+    )
+    drop_path: float = drop_path_option()
+    layer_decay: float = option(
+        "Factor of the learning rate from each block to the one before it.", default=0.65, above=0, at_most=1
+    )
+    momentum: float = option("Momentum of LARS.", default=0.9, at_least=0, below=1)
+    trust: float = option("Trust coefficient of LARS.", default=0.001, above=0)
+    ema_decay: float | None = option(
+        "Decay of the exponential moving average of the weights, which is tested in their place. Null: none.",
+        default=None,
+        above=0,
+        below=1,
+    )
+
+    def check(self) -> None:
+        """Validate options that depend on one another."""
+        super().check()
+        for name in self.foreign_options:
+            if getattr(self, name) != find_option(type(self), name).default:
+                raise ValueError(f"{name}: protocol {self.protocol} has no such option")
+
+    @property
+    def foreign_options(self) -> Collection[str]:
+        """Options that have no effect in the protocol."""
+        return FOREIGN[self.protocol]
+
+    @property
+    def is_frozen(self) -> bool:
+        """Whether the encoder is frozen."""
+        return self.protocol == "linear"
+
+    @property
+    def drop_rate(self) -> float:
+        """The rate at which branches of the last block are dropped in training; 0 for a frozen encoder."""
+        return 0.0 if self.is_frozen else self.drop_path
+
+    @property
+    def head_std(self) -> float:
+        """Standard deviation of the head's initial weights."""
+        return 0.01 if self.is_frozen else 2e-5
+
+    @property
+    def norm(self) -> str:
+        """The norm before the head: ``"batch"`` for a frozen encoder, else ``"layer"``."""
+        return "batch" if self.is_frozen else "layer"
+
+    def architecture(self, method: MethodConfig, num_classes: int) -> dict[str, Any]:
+        """Return what the weights mean; see :meth:`MethodConfig.architecture`.
+
+        Parameters
+        ----------
+        method
+            The method whose encoder the classifier takes.
+        num_classes
+            Number of classes.
+        """
+        return {
+            "kind": "classifier",
+            **method.encoder_architecture(),
+            "position": method.position,
+            "num_classes": num_classes,
+            "pool": self.pool,
+            "norm": self.norm,
+        }
+
+    def not_decayed(self) -> frozenset[str]:
+        """Return the parameters of several axes that the recipes exempt from weight decay."""
+        return frozenset(
+            {"encoder.cls_token", "encoder.pos_embed", "encoder.rel_pos_bias.relative_position_bias_table"}
+        )
+
+    def rate_scale(self, name: str, depth: int) -> float:
+        """Return the factor of a parameter's learning rate: layer-wise decay, ``layer_decay ** (depth + 1 - group)``.
+
+        Group 0 holds the patch embedding, the class token and the position tables; group i + 1 is block i; group
+        ``depth + 1`` is the rest: the final norm and the head.
+
+        Parameters
+        ----------
+        name
+            Name of the parameter, as in files.
+        depth
+            Number of blocks.
+
+        References
+        ----------
+        Bao et al., "BEiT: BERT Pre-Training of Image Transformers", arXiv 2106.08254.
+
+        Examples
+        --------
+        >>> config = ClassifierConfig(layer_decay=0.5)
+        >>> [config.rate_scale(name, 2) for name in ("encoder.cls_token", "encoder.blocks.1.norm1.bias", "head.weight")]
+        [0.125, 0.5, 1.0]
+        """
+        group = depth + 1
+        if name.startswith("encoder.blocks."):
+            group = 1 + int(name.split(".")[2])
+        elif name.startswith("encoder.") and not name.startswith("encoder.norm."):
+            group = 0
+        return float(self.layer_decay ** (depth + 1 - group))
+
+
+def check_targets(targets: Any, batch: int, num_classes: int) -> None:
+    """Raise TypeError or ValueError unless targets are float32 (batch, num_classes)."""
+    if targets.dtype != np.float32:
+        raise TypeError(f"targets: expected float32, got {targets.dtype}")
+    if tuple(targets.shape) != (batch, num_classes):
+        raise ValueError(f"targets: expected shape {(batch, num_classes)}, got {tuple(targets.shape)}")

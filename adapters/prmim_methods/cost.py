@@ -1,0 +1,163 @@
+"""Cost formulas: multiply-accumulates (MACs) and bytes of saved activations, per image.
+
+One MAC is one unit, which is what the papers call a FLOP. A training step takes about three times the forward MACs.
+Biases, norms, softmax and GELU are not counted. The records of the methods put these parts together.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from itertools import accumulate
+
+from prmim_core import Schedule
+from prmim_methods.record import Record, option, record
+from prmim_methods.sizes import Transformer
+
+RECONSTRUCTION_HEADS = 4
+"""Groups of channels with their own weights, for reconstruction ``"kernel"``."""
+CONV_REPEATS = 3
+"""Convolutions per stage, for reconstruction ``"conv"``."""
+
+
+@dataclass(frozen=True)
+class PartCost:
+    """The cost of one part of a model, per image.
+
+    Parameters
+    ----------
+    macs
+        Forward multiply-accumulates.
+    activation_bytes
+        Bytes saved for the backward pass.
+    recomputed_bytes
+        Bytes that the backward pass recomputes and holds at a time: those of one block, if blocks are recomputed.
+    """
+
+    macs: int
+    activation_bytes: int
+    recomputed_bytes: int = 0
+
+    def times(self, number: int) -> "PartCost":
+        """Return the cost of several such parts; one at a time is recomputed."""
+        return replace(self, macs=number * self.macs, activation_bytes=number * self.activation_bytes)
+
+
+@dataclass(frozen=True)
+class CostReport:
+    """The cost of a model, per image and part.
+
+    Parameters
+    ----------
+    parts
+        Costs by the name of the part, in the order of the forward pass.
+    """
+
+    parts: Mapping[str, PartCost]
+
+    @property
+    def macs(self) -> int:
+        """Forward multiply-accumulates of all parts."""
+        return sum(part.macs for part in self.parts.values())
+
+    @property
+    def activation_bytes(self) -> int:
+        """Bytes that all parts save for the backward pass."""
+        return sum(part.activation_bytes for part in self.parts.values())
+
+    @property
+    def peak_activation_bytes(self) -> int:
+        """Most bytes of activations at a time: all saved ones, and those that one part recomputes.
+
+        The backward pass runs from the last part to the first and frees what each part saved.
+        """
+        saved = accumulate(part.activation_bytes for part in self.parts.values())
+        return max(kept + part.recomputed_bytes for kept, part in zip(saved, self.parts.values(), strict=True))
+
+
+@record
+class Accounting(Record):
+    """How costs are counted."""
+
+    compute_bytes: int = option(
+        "Bytes per value in matrix products: 4 for float32, 2 for bfloat16 autocast.", default=4, at_least=1
+    )
+    attention: str = option(
+        "What attention saves for the backward pass.",
+        default="fused",
+        choices={"fused": "one number per head and token", "explicit": "its n * n matrix"},
+    )
+    bookkeeping: str = option(
+        "Which code is counted.",
+        default="prmim",
+        choices={
+            "prmim": "ours",
+            "official": "the original code, which also embeds masked patches and predicts unsupervised tokens; thrown "
+            "tokens cost nothing",
+        },
+    )
+
+    @property
+    def is_official(self) -> bool:
+        """Whether the original code is counted."""
+        return self.bookkeeping == "official"
+
+    def linear(self, length: int, inputs: int, outputs: int) -> PartCost:
+        """Return the cost of a linear layer on ``length`` tokens."""
+        return PartCost(length * inputs * outputs, length * inputs * self.compute_bytes)
+
+    def head(self, length: int, inputs: int, outputs: int) -> PartCost:
+        """Return the cost of a linear layer and its loss, which saves the float32 error."""
+        prediction = self.linear(length, inputs, outputs)
+        return PartCost(prediction.macs, prediction.activation_bytes + length * outputs * 4)
+
+    def blocks(
+        self,
+        size: Transformer,
+        length: int,
+        *,
+        recompute: bool,
+        final_norm: bool = True,
+        more_bytes: int = 0,
+    ) -> PartCost:
+        """Return the cost of transformer blocks and the norm after them.
+
+        Parameters
+        ----------
+        size
+            The blocks.
+        length
+            Tokens of the sequence.
+        recompute
+            Whether a block saves its input only.
+        final_norm
+            Whether a norm follows.
+        more_bytes
+            What a block saves in addition.
+        """
+        inside = size.activation_bytes(length, compute_bytes=self.compute_bytes, attention=self.attention)
+        inside += size.depth * more_bytes
+        norm = final_norm * length * (4 * size.dim + 2 * 4)
+        if not recompute:
+            return PartCost(size.macs(length), inside + norm)
+        # The residual stream before each block.
+        return PartCost(size.macs(length), size.depth * length * size.dim * 4 + norm, inside // size.depth)
+
+    def stages(self, schedule: Schedule, dim: int, reconstruction: str) -> PartCost:
+        """Return the cost of progressive reconstruction of features of width ``dim``."""
+        macs = saved = 0
+        for stage, size in enumerate(schedule.stage_sizes, start=1):
+            if reconstruction == "none" or not size:
+                continue
+            known = schedule.num_known(stage)
+            norm = size * (4 * dim + 2 * 4)
+            if reconstruction == "conv":
+                grid = schedule.grid
+                # A map of the features, and one of a single channel for their number.
+                macs += CONV_REPEATS * 3**grid.axes * grid.num_tokens * (dim + 1)
+                saved += CONV_REPEATS * 2 * grid.num_tokens * dim * self.compute_bytes + norm
+            else:
+                is_learned = reconstruction == "kernel"
+                weights = size * known * (RECONSTRUCTION_HEADS if is_learned else 1)
+                macs += size * known * dim
+                # Learned weights also save one 8-byte table index per pair of tokens.
+                saved += (weights + known * dim) * self.compute_bytes + is_learned * size * known * 8 + norm
+        return PartCost(macs, saved)

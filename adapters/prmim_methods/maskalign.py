@@ -1,0 +1,199 @@
+"""MaskAlign: a student that sees the visible tokens predicts a teacher's features of the whole image."""
+
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+from prmim_core import TokenCounts, count_tokens
+from prmim_methods.cost import Accounting, CostReport, PartCost
+from prmim_methods.method import MethodConfig, Predicts, Rows, drop_path_option, times
+from prmim_methods.record import find_option, option, record
+from prmim_methods.teacher import TeacherConfig, check_images, local_teacher, read_teacher
+
+UNKNOWN = "unknown until the teacher is downloaded"
+
+
+@record
+class MaskAlignConfig(MethodConfig):
+    """MaskAlign whose student also predicts the teacher's features of masked tokens.
+
+    The student's encoder sees the visible tokens. Learned mixtures of its layers are aligned with the last layers of a
+    frozen teacher, which sees the whole image. The student's features of masked tokens are reconstructed. All masked
+    tokens are thrown: none is decoded.
+
+    Notes
+    -----
+    Targets are the outputs of the teacher's blocks, normalised over their channels (a layer norm without weights, eps
+    1e-5). The loss is twice the smooth L1 distance (beta 1), averaged over channels and layers; over tokens it is a
+    mean with the weights 1 and ``thrown_weight``. Supervising masked tokens is ours: MaskAlign leaves them out.
+
+    References
+    ----------
+    Xue et al., "Stare at What You See: Masked Image Modeling without Reconstruction", arXiv 2211.08887.
+    """
+
+    name: ClassVar[str] = "maskalign"
+    title: ClassVar[str] = "MaskAlign"
+    predicts: ClassVar[Predicts] = "features"
+    baseline_name: ClassVar[str] = "plain"
+
+    mask_ratio: float = 0.7
+    teacher: str | None = option(
+        "Folder of a CLIP, DINO or DINOv2 vision transformer in the format of transformers, or its name on the hub.",
+        default=None,
+    )
+    teacher_layers: int = option("Number of the teacher's last layers to align with.", default=5, at_least=1)
+    masking: str = option(
+        "How the visible tokens are drawn.",
+        default="attention",
+        choices={"attention": "in proportion to the teacher's attention", "random": "uniformly"},
+    )
+    fusion: str = option(
+        "Initial mixture of the student's layers for each aligned layer.",
+        default="linear",
+        choices={
+            "linear": "the layer of the same depth, so both must be equally deep",
+            "sum": "the mean of all layers",
+        },
+    )
+    drop_path: float = drop_path_option()
+
+    def check(self) -> None:
+        """Validate options that depend on one another."""
+        if self.teacher is None:
+            raise ValueError("teacher: expected the folder of a vision transformer, or its name on the hub, got null")
+        super().check()
+
+    @property
+    def drop_rate(self) -> float:
+        """The rate at which branches of the last block are dropped in training."""
+        return self.drop_path
+
+    @cached_property
+    def counts(self) -> TokenCounts:
+        """Number of visible and thrown tokens; none is decoded."""
+        return count_tokens(self.grid.num_tokens, self.mask_ratio, 1)
+
+    @property
+    def teacher_config(self) -> TeacherConfig | None:
+        """The teacher; None until it is downloaded."""
+        folder = local_teacher(str(self.teacher))
+        return None if folder is None else self.read_teacher(folder)
+
+    def read_teacher(self, folder: Path) -> TeacherConfig:
+        """Return the teacher in a folder.
+
+        Raises
+        ------
+        ValueError
+            If the folder holds no usable teacher, or the teacher does not fit the options.
+        """
+        teacher = read_teacher(folder)
+        check_images(teacher, self.grid.shape, self.channels)
+        depth, teacher_depth = self.encoder_size.depth, teacher.size.depth
+        if self.teacher_layers > teacher_depth:
+            raise ValueError(
+                f"teacher_layers: expected 1 to {teacher_depth}, the teacher's depth, got {self.teacher_layers}"
+            )
+        if self.fusion == "linear" and depth != teacher_depth:
+            raise ValueError(
+                f"fusion: expected 'sum' where depths differ, got 'linear' for {teacher_depth} blocks of the teacher "
+                f"and {depth} of the student"
+            )
+        return teacher
+
+    def baseline(self) -> Self:
+        """Return the published method: masked tokens are left out."""
+        return replace(self, reconstruction="none")
+
+    def cost(self, accounting: Accounting = Accounting()) -> CostReport | None:  # noqa: B008  # frozen
+        """Return the cost of a forward pass per image; None until the teacher is downloaded."""
+        teacher = self.teacher_config
+        if teacher is None:
+            return None
+        encoder, length = self.encoder_size, self.encoder_length
+        embedded, fused, predicted = self.counts.visible, self.teacher_layers, self.teacher_layers
+        reconstruction = self.reconstruction_in_effect
+        if accounting.is_official:
+            embedded, fused, predicted, reconstruction = self.counts.num_tokens, 0, teacher.size.depth, "none"
+        aligned = length if reconstruction == "none" else length + self.counts.thrown
+        tokens = self.counts.num_tokens
+        return CostReport(
+            {
+                "patch_embed": accounting.linear(embedded, self.patch_dim, encoder.dim),
+                "encoder": accounting.blocks(encoder, length, recompute=self.recompute_blocks, final_norm=False),
+                # The outputs of all blocks, stacked in float32.
+                "fusion": PartCost(
+                    fused * encoder.depth * length * encoder.dim,
+                    encoder.depth * length * encoder.dim * 4 if fused else 0,
+                ),
+                "stages": accounting.stages(self.schedule, encoder.dim, reconstruction).times(fused),
+                "heads": accounting.head(aligned, encoder.dim, teacher.size.dim).times(predicted),
+                # The teacher saves nothing for a backward pass.
+                "teacher": PartCost(tokens * teacher.patch_dim * teacher.size.dim + teacher.size.macs(tokens + 1), 0),
+            }
+        )
+
+    def not_decayed(self) -> frozenset[str]:
+        """Return the fusion matrix, which MaskAlign exempts from weight decay."""
+        return frozenset({"fusion"})
+
+    def architecture(self) -> dict[str, Any]:
+        """Return what the weights mean; see :meth:`MethodConfig.architecture`.
+
+        Raises
+        ------
+        ValueError
+            If the teacher is not downloaded yet.
+        """
+        teacher = self.teacher_config
+        if teacher is None:
+            raise ValueError(f"teacher: expected a local model, got {self.teacher!r}, which is not downloaded")
+        return {
+            **super().architecture(),
+            "teacher_dim": teacher.size.dim,
+            "teacher_layers": self.teacher_layers,
+            "reconstruction": self.reconstruction_in_effect,
+        }
+
+    def describe(self) -> Rows:
+        """Return the tokens of an image, for ``prmim inspect``."""
+        counts = self.counts
+        drawn = find_option(type(self), "masking").rule.choices[self.masking]
+        supervised = f"class token and {counts.visible} visible tokens"
+        if self.is_reconstructed:
+            supervised = f"class token, {counts.visible} visible and {counts.masked} reconstructed tokens"
+        return [
+            *super().describe(),
+            ("visible", f"{counts.visible}, drawn {drawn}"),
+            ("masked", f"{counts.masked}, not seen by the student"),
+            *self._describe_stages(),
+            ("encoder sequence", f"{self.encoder_length}, with the class token"),
+            ("teacher", self._teacher_text()),
+            ("aligned layers", self._layer_text()),
+            ("supervised", supervised),
+        ]
+
+    def _teacher_text(self) -> str:
+        teacher = self.teacher_config
+        if teacher is None:
+            return f"{self.teacher}: size {UNKNOWN}"
+        seen = tuple(length * patch for length, patch in zip(self.grid.shape, teacher.patch_size, strict=True))
+        tokens = self.counts.num_tokens + 1
+        return f"{teacher.title}, {teacher.size.heads} heads; sees the image at {times(seen)} pixels, {tokens} tokens"
+
+    def _layer_text(self) -> str:
+        how = {"linear": "a learned mix", "sum": "a learned mix, initially the mean,"}[self.fusion]
+        mixed = f"each with {how} of the student's {self.encoder_size.depth}"
+        teacher = self.teacher_config
+        if teacher is None:
+            return f"the teacher's last {self.teacher_layers}, {mixed}"
+        depth = teacher.size.depth
+        return f"the teacher's {depth - self.teacher_layers + 1} to {depth}, {mixed}"
+
+    def summary(self) -> str:
+        """Return the tokens of an image in one line, for the start of a run."""
+        counts = self.counts
+        masked = f"reconstructed {self._stage_text()}" if self.is_reconstructed else "left out"
+        return f"{counts.visible} visible, {counts.masked} masked, {masked}; encoder sequence {self.encoder_length}"

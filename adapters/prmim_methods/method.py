@@ -1,0 +1,407 @@
+"""Options that all methods share, and what follows from them."""
+
+from abc import ABC, abstractmethod
+from dataclasses import replace
+from functools import cached_property
+from math import prod
+from typing import Any, ClassVar, Literal, Self
+
+from prmim_core import Grid, Schedule, TokenCounts, count_tokens, patch_grid
+from prmim_core.throwing import STRATEGIES, WEIGHTED
+from prmim_methods.cost import RECONSTRUCTION_HEADS, Accounting, CostReport
+from prmim_methods.record import Record, find_option, option, record
+from prmim_methods.sizes import VIT_SIZES, Transformer, vit_size
+
+Predicts = Literal["pixels", "features"]
+Rows = list[tuple[str, str]]
+"""Lines of a report: label and text."""
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+def drop_path_option() -> Any:
+    """Declare the option ``drop_path`` of a record whose recipe has it."""
+    return option(
+        "Rate at which branches of the last block are dropped; it rises linearly from 0 at the first.",
+        default=0.1,
+        at_least=0,
+        below=1,
+    )
+
+
+NO_SUPERVISION = "neither reconstructed nor supervised"
+
+
+@record
+class MethodConfig(Record, ABC):
+    """Options of every method.
+
+    A subclass is the whole framework-neutral definition of a method: its options, and what follows from them.
+    """
+
+    name: ClassVar[str]
+    """Name of the method on the command line."""
+    title: ClassVar[str]
+    """Name of the method in text."""
+    predicts: ClassVar[Predicts]
+    """What masked tokens predict; decides which pictures a run draws."""
+    baseline_name: ClassVar[str] = "dense"
+    """What :meth:`baseline` is called."""
+
+    model: str = option(
+        "Size of the encoder.",
+        default="vit_base",
+        choices={name: f"width {size.dim}, {size.depth} blocks" for name, size in VIT_SIZES.items()},
+    )
+    embed_dim: int | None = option("Width of the encoder, in place of the model's.", default=None, at_least=1)
+    depth: int | None = option("Number of encoder blocks, in place of the model's.", default=None, at_least=1)
+    num_heads: int | None = option("Attention heads of the encoder, in place of the model's.", default=None, at_least=1)
+    image_size: tuple[int, ...] = option(
+        "Size of the images in pixels: one number for both sides, or height,width.", default=(224, 224), at_least=1
+    )
+    patch_size: tuple[int, ...] = option(
+        "Size of a patch in pixels: one number for both sides, or height,width.", default=(16, 16), at_least=1
+    )
+    channels: int = option("Channels of an image; images with another number are converted.", default=3, at_least=1)
+    mean: tuple[float, ...] | None = option(
+        "Mean of each channel, for pixels in [0, 1]. Null: ImageNet's for three channels, else 0.5.", default=None
+    )
+    std: tuple[float, ...] | None = option(
+        "Standard deviation of each channel. Null: ImageNet's for three channels, else 0.5.", default=None, above=0
+    )
+    mask_ratio: float = option("Fraction of all tokens that is masked.", default=0.75, above=0, below=1)
+    stages: int = option("Number of stages of progressive reconstruction, nearest tokens first.", default=2, at_least=1)
+    reconstruction: str = option(
+        "How a thrown token is reconstructed from its neighbours.",
+        default="kernel",
+        choices={
+            "kernel": "learned weights over offsets",
+            "interpolate": "inverse squared distance",
+            "conv": "depthwise 3x3 convolutions",
+            "none": NO_SUPERVISION,
+        },
+    )
+    thrown_weight: float = option(
+        "Weight of a thrown token in the loss; any other supervised token weighs 1.", default=1.0, at_least=0
+    )
+    recompute_blocks: bool = option(
+        "Save only the inputs of blocks and recompute the rest in the backward pass (activation checkpointing).",
+        default=False,
+    )
+    scan_blocks: bool = option(
+        "Compile one block and loop over it, which shortens compilation. For the backend jax only.", default=False
+    )
+    init_seed: int = option("Seed of the initial weights.", default=0, at_least=0, at_most=2**32 - 1)
+
+    def check(self) -> None:
+        """Validate options that depend on one another."""
+        self._check_grid()
+        for name in ("mean", "std"):
+            values = getattr(self, name)
+            if values is not None and len(values) != self.channels:
+                raise ValueError(
+                    f"{name}: expected one number for each of the {self.channels} channels, got {list(values)}"
+                )
+        self._check_width("embed_dim", "num_heads", self.encoder_size, has_position_table=self.has_position_table)
+        counts = self.counts
+        if counts.visible == 0:
+            raise ValueError(
+                f"mask_ratio: expected a ratio that leaves a visible token of {counts.num_tokens}, "
+                f"got {self.mask_ratio}"
+            )
+        _ = self.schedule
+        if self.is_reconstructed and self.reconstruction == "kernel":
+            name, width = self._reconstructed_width
+            if width % RECONSTRUCTION_HEADS:
+                raise ValueError(
+                    f"{name}: expected a multiple of {RECONSTRUCTION_HEADS} for reconstruction 'kernel', got {width}"
+                )
+
+    def _check_grid(self) -> None:
+        if len(self.patch_size) != len(self.image_size):
+            raise ValueError(
+                f"patch_size: expected one number for each of the {len(self.image_size)} axes, got {self.patch_size}"
+            )
+        _ = self.grid
+
+    def _check_width(self, name: str, heads_name: str, size: Transformer, *, has_position_table: bool) -> None:
+        if size.dim % size.heads:
+            raise ValueError(f"{name}: expected a multiple of {heads_name} {size.heads}, got {size.dim}")
+        axes = len(self.image_size)
+        if has_position_table and size.dim % (2 * axes):
+            raise ValueError(f"{name}: expected a multiple of {2 * axes} for images of {axes} axes, got {size.dim}")
+
+    @cached_property
+    def grid(self) -> Grid:
+        """The grid of the tokens."""
+        return patch_grid(self.image_size, self.patch_size)
+
+    @property
+    def patch_dim(self) -> int:
+        """Values in a patch."""
+        return prod(self.patch_size) * self.channels
+
+    @property
+    def pixel_mean(self) -> tuple[float, ...]:
+        """Mean of each channel in effect."""
+        return self._statistics(self.mean, IMAGENET_MEAN)
+
+    @property
+    def pixel_std(self) -> tuple[float, ...]:
+        """Standard deviation of each channel in effect."""
+        return self._statistics(self.std, IMAGENET_STD)
+
+    def _statistics(self, given: tuple[float, ...] | None, of_imagenet: tuple[float, ...]) -> tuple[float, ...]:
+        if given is not None:
+            return given
+        return of_imagenet if self.channels == 3 else (0.5,) * self.channels
+
+    @property
+    def encoder_size(self) -> Transformer:
+        """The size of the encoder."""
+        return vit_size(self.model, self.embed_dim, self.depth, self.num_heads)
+
+    @property
+    def position(self) -> str:
+        """How the encoder represents positions: ``"absolute"`` (a table) or ``"relative"`` (an attention bias)."""
+        return "absolute"
+
+    @property
+    def layer_scale(self) -> float | None:
+        """Initial value of LayerScale in the encoder's blocks; None: no LayerScale."""
+        return None
+
+    @property
+    def has_position_table(self) -> bool:
+        """Whether the encoder adds a position table to its tokens."""
+        return self.position == "absolute"
+
+    @property
+    def drop_rate(self) -> float:
+        """The rate at which branches of the last block are dropped in training."""
+        return 0.0
+
+    @cached_property
+    @abstractmethod
+    def counts(self) -> TokenCounts:
+        """Number of visible, decoded and thrown tokens."""
+
+    @cached_property
+    def schedule(self) -> Schedule:
+        """The static part of the plans."""
+        return Schedule(self.grid, self.counts, stages=self.stages, throwing="random")
+
+    @property
+    def is_reconstructed(self) -> bool:
+        """Whether thrown tokens are reconstructed and supervised."""
+        return self.counts.thrown > 0 and self.reconstruction != "none" and self.thrown_weight > 0
+
+    @property
+    def _reconstructed_width(self) -> tuple[str, int]:
+        """Name and value of the option that sets the width of the reconstructed features."""
+        return "embed_dim", self.encoder_size.dim
+
+    @property
+    def reconstruction_in_effect(self) -> str:
+        """The option ``reconstruction``, or ``"none"`` if no token is reconstructed."""
+        return self.reconstruction if self.is_reconstructed else "none"
+
+    @property
+    def encoder_length(self) -> int:
+        """Tokens of the encoder's sequence, with the class token."""
+        return self.counts.visible + 1
+
+    @abstractmethod
+    def baseline(self) -> Self:
+        """Return the published method, without throwing and reconstruction."""
+
+    @abstractmethod
+    def cost(self, accounting: Accounting = Accounting()) -> CostReport | None:  # noqa: B008  # frozen
+        """Return the cost of a forward pass per image; None if it depends on a model that is not here yet."""
+
+    def architecture(self) -> dict[str, Any]:
+        """Return what the weights mean, as plain values: weights fit another model only if all of these are equal.
+
+        Ratios and sampling are not part of it: training may continue with other ones.
+        """
+        return {"method": self.name, **self.encoder_architecture()}
+
+    def encoder_architecture(self) -> dict[str, Any]:
+        """Return the part of :meth:`architecture` that describes the images and the encoder."""
+        size = self.encoder_size
+        return {
+            "image_size": list(self.image_size),
+            "patch_size": list(self.patch_size),
+            "channels": self.channels,
+            "mean": list(self.pixel_mean),
+            "std": list(self.pixel_std),
+            "embed_dim": size.dim,
+            "depth": size.depth,
+            "num_heads": size.heads,
+        }
+
+    def not_decayed(self) -> frozenset[str]:
+        """Return the parameters of several axes that the recipe exempts from weight decay."""
+        return frozenset()
+
+    def describe(self) -> Rows:
+        """Return the tokens of an image, for ``prmim inspect``."""
+        return [
+            ("grid", f"{times(self.grid.shape)} = {self.counts.num_tokens} patches of {times(self.patch_size)} pixels")
+        ]
+
+    def _describe_stages(self) -> Rows:
+        if not self.is_reconstructed:
+            return []
+        schedule = self.schedule
+        return [
+            (f"  stage {stage}", f"{size} from {schedule.num_known(stage)} known, {self.reconstruction}")
+            for stage, size in enumerate(schedule.stage_sizes, start=1)
+            if size
+        ]
+
+    @abstractmethod
+    def summary(self) -> str:
+        """Return the tokens of an image in one line, for the start of a run."""
+
+    def _stage_text(self) -> str:
+        return f"in stages of {' + '.join(str(size) for size in self.schedule.stage_sizes)}"
+
+
+@record
+class PixelConfig(MethodConfig):
+    """Options of the methods that predict pixels: of decoded and of thrown tokens."""
+
+    predicts: ClassVar[Predicts] = "pixels"
+
+    throw_ratio: float = option(
+        "Fraction of all tokens (not of the masked ones) that is thrown; 0 is the dense method.",
+        default=0.5,
+        at_least=0,
+        below=1,
+    )
+    throwing: str = option(
+        "How the decoded tokens are chosen (the other masked tokens are thrown).",
+        default="furthest",
+        choices={name: how for name, how in STRATEGIES.items() if name not in WEIGHTED},
+    )
+    furthest_from: str = option(
+        "What furthest sampling keeps its distance from at the start.",
+        default="visible",
+        choices={"visible": "the visible tokens", "none": "nothing: the first decoded token is random"},
+    )
+
+    def check(self) -> None:
+        """Validate options that depend on one another."""
+        if self.throw_ratio > self.mask_ratio:
+            raise ValueError(f"throw_ratio: expected at most mask_ratio {self.mask_ratio}, got {self.throw_ratio}")
+        super().check()
+        if self.num_supervised == 0:
+            raise ValueError(
+                f"throw_ratio: expected at least one supervised token, got none ({self.counts}, "
+                f"reconstruction {self.reconstruction!r}, thrown_weight {self.thrown_weight:g})"
+            )
+
+    @property
+    def norm_pix(self) -> bool:
+        """Whether target patches are normalised."""
+        return False
+
+    @property
+    def mask_shape(self) -> tuple[int, ...]:
+        """Tokens along each axis that are masked together."""
+        return (1,) * self.grid.axes
+
+    @property
+    def throw_shape(self) -> tuple[int, ...] | None:
+        """Tokens along each axis that are thrown together; None: single tokens."""
+        return None
+
+    @cached_property
+    def counts(self) -> TokenCounts:
+        """Number of visible, decoded and thrown tokens."""
+        return count_tokens(
+            self.grid.num_tokens,
+            self.mask_ratio,
+            self.throw_ratio,
+            mask_unit=prod(self.mask_shape),
+            throw_unit=prod(self.throw_shape or ()),
+        )
+
+    @cached_property
+    def schedule(self) -> Schedule:
+        """The static part of the plans."""
+        if self.counts.thrown == 0 or self.counts.decoded == 0:
+            return super().schedule  # nothing is chosen, and this is the cheapest way to do so
+        return Schedule(
+            self.grid,
+            self.counts,
+            stages=self.stages,
+            throwing=self.throwing,  # type: ignore[arg-type]  # one of the choices
+            furthest_from=self.furthest_from,  # type: ignore[arg-type]
+            unit=self.throw_shape,
+        )
+
+    @property
+    def num_supervised(self) -> int:
+        """Number of tokens whose pixels are predicted."""
+        return self.counts.masked if self.is_reconstructed else self.counts.decoded
+
+    def baseline(self) -> Self:
+        """Return the published method: nothing is thrown."""
+        return replace(self, throw_ratio=0.0)
+
+    def architecture(self) -> dict[str, Any]:
+        """Return what the weights mean; see :meth:`MethodConfig.architecture`."""
+        return {**super().architecture(), "reconstruction": self.reconstruction_in_effect}
+
+    def describe(self) -> Rows:
+        """Return the tokens of an image, for ``prmim inspect``."""
+        counts = self.counts
+        return [
+            *super().describe(),
+            *self._describe_masking(),
+            ("visible", f"{counts.visible}"),
+            ("decoded", f"{counts.decoded}, {self._choice_text()}"),
+            ("thrown", f"{counts.thrown} ({100 * counts.thrown / counts.num_tokens:.1f} % of all)"),
+            *self._describe_stages(),
+            *self._describe_sequences(f"dense: {counts.num_tokens + 1}"),
+            ("supervised", f"{self.num_supervised} of {counts.masked} masked"),
+        ]
+
+    def _describe_masking(self) -> Rows:
+        return []
+
+    @abstractmethod
+    def _describe_sequences(self, dense: str) -> Rows:
+        """Return the lengths of the sequences, for ``prmim inspect``."""
+
+    def _choice_text(self) -> str:
+        if not self.counts.thrown:
+            return "all masked tokens: nothing is thrown"
+        how = find_option(type(self), "throwing").rule.choices[self.throwing]
+        if self.throwing == "furthest" and self.furthest_from == "visible":
+            how += ", away from the visible ones"
+        return f"whole units chosen by {how}" if self.throw_shape else f"chosen by {how}"
+
+    def summary(self) -> str:
+        """Return the tokens of an image in one line, for the start of a run."""
+        counts = self.counts
+        thrown = f"{counts.thrown} thrown" + (f", reconstructed {self._stage_text()}" if self.is_reconstructed else "")
+        return f"{counts.visible} visible, {counts.decoded} decoded, {thrown}; {self._sequence_text()}"
+
+    @abstractmethod
+    def _sequence_text(self) -> str:
+        """Return the length of the longest sequence in words."""
+
+
+def times(shape: tuple[int, ...]) -> str:
+    """Return sizes in words.
+
+    Examples
+    --------
+    >>> times((14, 14))
+    '14 x 14'
+    """
+    return " x ".join(map(str, shape))

@@ -1,0 +1,314 @@
+"""Records: frozen dataclasses that declare every option once and validate themselves.
+
+A field made by :func:`option` states its type, default, allowed values and one sentence of documentation. Validation,
+the class docstring, the command line and its help all come from that declaration.
+"""
+
+import dataclasses
+import functools
+import inspect
+import math
+import os
+import re
+import types
+import typing
+from collections.abc import Callable, Mapping
+from itertools import pairwise
+from typing import Any, TypeVar, dataclass_transform
+
+T = TypeVar("T", bound=type)
+
+WORDS: dict[Any, str] = {
+    bool: "true or false",
+    int: "a whole number{}",
+    float: "a number{}",
+    str: "text",
+    tuple[float, float]: "two numbers{}",
+    tuple[float, ...]: "one number{} for each channel",
+    tuple[int, ...]: "a whole number{}, or one for each axis",
+}
+"""The types of options in words, with a place for the bounds."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rule:
+    """What :func:`option` declares of a field: documentation and allowed values.
+
+    Parameters
+    ----------
+    help
+        One sentence.
+    choices
+        Allowed values and what each means; empty: all.
+    above, below, at_least, at_most
+        Bounds of a number, or of each number of a tuple.
+    rising
+        Whether the numbers of a tuple must not fall.
+    shows_choices
+        Whether the documentation lists the choices after the sentence.
+    """
+
+    help: str
+    choices: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    above: float | None = None
+    below: float | None = None
+    at_least: float | None = None
+    at_most: float | None = None
+    rising: bool = False
+    shows_choices: bool = True
+
+    def range_words(self) -> str:
+        """Return the bounds in words, for example ``" in (0, 1]"``; empty without bounds."""
+        lower = self.above if self.at_least is None else self.at_least
+        upper = self.below if self.at_most is None else self.at_most
+        if lower is not None and upper is not None:
+            return f" in {'[' if self.above is None else '('}{lower}, {upper}{']' if self.below is None else ')'}"
+        if lower is not None:
+            return f" above {lower}" if self.at_least is None else f" of at least {lower}"
+        return "" if upper is None else f" of at most {upper}"
+
+    def admits(self, number: float) -> bool:
+        """Return whether a number is finite and within the bounds."""
+        return (
+            math.isfinite(number)
+            and (self.above is None or number > self.above)
+            and (self.below is None or number < self.below)
+            and (self.at_least is None or number >= self.at_least)
+            and (self.at_most is None or number <= self.at_most)
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Option:
+    """One option of a record or of a command.
+
+    Parameters
+    ----------
+    name
+        Name of the field, and of the option on the command line and in files.
+    type
+        A key of :data:`WORDS`, or such a type or None.
+    default
+        Value if the option is not given.
+    rule
+        Its documentation and allowed values.
+    """
+
+    name: str
+    type: Any
+    default: Any
+    rule: Rule
+
+    @property
+    def kind(self) -> Any:
+        """The type without None."""
+        if not self.is_optional:
+            return self.type
+        (kind,) = (kind for kind in typing.get_args(self.type) if kind is not types.NoneType)
+        return kind
+
+    @property
+    def is_optional(self) -> bool:
+        """Whether None is a value."""
+        return types.NoneType in typing.get_args(self.type)
+
+    @property
+    def is_flag(self) -> bool:
+        """Whether the option is either true or false."""
+        return self.type is bool
+
+    @property
+    def expected(self) -> str:
+        """The allowed values in words, for messages."""
+        words = WORDS[self.kind].format(self.rule.range_words())
+        if self.rule.choices:
+            words = f"one of {', '.join(self.rule.choices)}"
+        if self.rule.rising:
+            words = words.replace("numbers", "rising numbers")
+        return words + (", or null" if self.is_optional else "")
+
+    @property
+    def help(self) -> str:
+        """The documentation: the sentence, then the meaning of each choice."""
+        if not self.rule.choices or not self.rule.shows_choices:
+            return self.rule.help
+        meanings = [f"{choice} ({meaning})" if meaning else choice for choice, meaning in self.rule.choices.items()]
+        return f"{self.rule.help.removesuffix('.')}: {', '.join(meanings)}."
+
+    def check(self, value: Any) -> Any:
+        """Return a value in its canonical form: lists as tuples, numbers as floats where the type is float.
+
+        Raises
+        ------
+        TypeError
+            If the value has another type.
+        ValueError
+            If the value is not allowed. Both messages are one line: name, expected, got.
+        """
+        if value is None and self.is_optional:
+            return None
+        try:
+            checked = _CONVERTERS[self.kind](value)
+            is_allowed = self._allows(checked)
+        except TypeError:
+            raise TypeError(f"{self.name}: expected {self.expected}, got {value!r}") from None
+        except OverflowError:  # an integer beyond the range of floats
+            is_allowed = False
+        if not is_allowed:
+            raise ValueError(f"{self.name}: expected {self.expected}, got {value!r}")
+        return checked
+
+    def _allows(self, value: Any) -> bool:
+        if self.rule.choices:
+            return value in self.rule.choices
+        if isinstance(value, bool):
+            return True
+        if isinstance(value, str):
+            return value != ""
+        numbers = value if isinstance(value, tuple) else (value,)
+        is_rising = not self.rule.rising or all(a <= b for a, b in pairwise(numbers))
+        return is_rising and len(numbers) > 0 and all(self.rule.admits(number) for number in numbers)
+
+
+def _flag(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError
+    return value
+
+
+def _whole_number(value: Any) -> int:
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError
+    return int(value.__index__())
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, bool | str) or not hasattr(value, "__float__"):
+        raise TypeError
+    return float(value)
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str | os.PathLike):
+        raise TypeError
+    return os.fsdecode(value)
+
+
+def _tuple(convert: Callable[[Any], Any], length: int | None = None) -> Callable[[Any], tuple[Any, ...]]:
+    def convert_all(value: Any) -> tuple[Any, ...]:
+        if not isinstance(value, tuple | list) or (length is not None and len(value) != length):
+            raise TypeError
+        return tuple(map(convert, value))
+
+    return convert_all
+
+
+def _size(value: Any) -> tuple[int, ...]:
+    """Convert one number for each axis; a single number stands for two equal sides."""
+    return _tuple(_whole_number)(value if isinstance(value, tuple | list) else (value, value))
+
+
+_CONVERTERS: dict[Any, Callable[[Any], Any]] = {
+    bool: _flag,
+    int: _whole_number,
+    float: _number,
+    str: _text,
+    tuple[float, float]: _tuple(_number, 2),
+    tuple[float, ...]: _tuple(_number),
+    tuple[int, ...]: _size,
+}
+
+
+def option(
+    help: str,
+    *,
+    default: Any,
+    choices: Mapping[str, str] | None = None,
+    above: float | None = None,
+    below: float | None = None,
+    at_least: float | None = None,
+    at_most: float | None = None,
+    rising: bool = False,
+) -> Any:
+    """Declare a field of a record; see :class:`Rule` for the other arguments."""
+    rule = Rule(
+        help=help,
+        choices={} if choices is None else choices,
+        above=above,
+        below=below,
+        at_least=at_least,
+        at_most=at_most,
+        rising=rising,
+    )
+    return dataclasses.field(default=default, metadata={"rule": rule})
+
+
+@dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(option,))
+def record(cls: T) -> T:
+    """Make a class a frozen, keyword-only dataclass whose docstring lists its options.
+
+    A subclass changes the default of an inherited option by assigning the new default; the declaration stays.
+
+    Examples
+    --------
+    >>> @record
+    ... class Crop(Record):
+    ...     '''A random crop.'''
+    ...
+    ...     scale: float = option("Smallest share of the area.", default=0.2, above=0, at_most=1)
+    >>> Crop(scale=2)
+    Traceback (most recent call last):
+    ...
+    ValueError: scale: expected a number in (0, 1], got 2
+    """
+    bases = [base for base in cls.__mro__[:0:-1] if dataclasses.is_dataclass(base)]
+    inherited = {item.name: item for base in bases for item in dataclasses.fields(base)}
+    for name in inspect.get_annotations(cls):
+        if name in inherited and name in vars(cls) and not isinstance(vars(cls)[name], dataclasses.Field):
+            setattr(cls, name, dataclasses.field(default=vars(cls)[name], metadata=inherited[name].metadata))
+    dataclasses.dataclass(frozen=True, kw_only=True)(cls)  # in place
+    cls.__doc__ = _document(cls)
+    return cls
+
+
+def _document(cls: type) -> str:
+    """Return the docstring of a record with a section *Parameters*."""
+    text = inspect.cleandoc(cls.__doc__ or "")
+    lines = ["Parameters", "----------"]
+    for item in options(cls):
+        lines += [item.name, f"    {item.help} Default: {item.default!r}."]
+    head, heading, tail = re.split(r"(\n\n(?:\w+\n-+\n)|\Z)", text, maxsplit=1)
+    return f"{head}\n\n" + "\n".join(lines) + heading + tail
+
+
+def options(cls: type) -> tuple[Option, ...]:
+    """Return the options of a record class, in the order of declaration."""
+    return _options(cls)
+
+
+@functools.cache  # resolving type hints takes longer than validating all values
+def _options(cls: type) -> tuple[Option, ...]:
+    hints = typing.get_type_hints(cls)
+    return tuple(
+        Option(item.name, hints[item.name], item.default, item.metadata["rule"])
+        for item in dataclasses.fields(cls)
+        if "rule" in item.metadata
+    )
+
+
+def find_option(cls: type, name: str) -> Option:
+    """Return an option of a record class by name; KeyError if there is none."""
+    return {item.name: item for item in options(cls)}[name]
+
+
+class Record:
+    """Base of all records: validates each option when it is made, then calls :meth:`check`."""
+
+    def __post_init__(self) -> None:
+        """Validate, and bring the values into their canonical form."""
+        for item in options(type(self)):
+            object.__setattr__(self, item.name, item.check(getattr(self, item.name)))
+        self.check()
+
+    def check(self) -> None:
+        """Validate options that depend on one another; raise ValueError with one line."""

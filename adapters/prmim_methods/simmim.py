@@ -1,0 +1,133 @@
+"""SimMIM: mask tokens in the encoder and one linear layer after it; dense, partial or PR-MIM."""
+
+from dataclasses import replace
+from math import prod
+from typing import Any, ClassVar
+
+from prmim_methods.cost import Accounting, CostReport
+from prmim_methods.method import PixelConfig, Rows, drop_path_option, times
+from prmim_methods.record import option, record
+
+
+@record
+class SimMIMConfig(PixelConfig):
+    """SimMIM with partial and progressive reconstruction.
+
+    The encoder sees the visible patches and a mask token for each decoded one. The features of the thrown tokens are
+    reconstructed from the encoder's output. One linear layer predicts the pixels of all supervised tokens.
+
+    Notes
+    -----
+    The loss is the absolute error, divided by the number of supervised pixels + 1e-5 and by the channels. Thrown tokens
+    never enter the encoder; this is ours, since the published text of PR-MIM does not mention SimMIM.
+
+    References
+    ----------
+    Xie et al., "SimMIM: A Simple Framework for Masked Image Modeling", arXiv 2111.09886.
+
+    Examples
+    --------
+    >>> SimMIMConfig().counts
+    TokenCounts(visible=76, decoded=71, thrown=49)
+    """
+
+    name: ClassVar[str] = "simmim"
+    title: ClassVar[str] = "SimMIM"
+    norm_pix: ClassVar[bool] = False
+
+    mask_ratio: float = 0.6
+    throw_ratio: float = 0.25
+    mask_unit: int = option(
+        "Tokens along each side that are masked together: 2 with patches of 16 masks squares of 32.",
+        default=2,
+        at_least=1,
+    )
+    throw_by: str = option(
+        "What is thrown together.", default="token", choices={"token": "single tokens", "unit": "units of mask_unit"}
+    )
+    position: str = option(
+        "How the encoder represents positions.",
+        default="relative",
+        choices={"relative": "a learned bias on the attention scores", "absolute": "a fixed sine-cosine table"},
+    )
+    layer_scale: float = option("Initial value of LayerScale on each branch of a block.", default=0.1, above=0, below=1)
+    drop_path: float = drop_path_option()
+
+    def _check_grid(self) -> None:
+        super()._check_grid()
+        shape = self.grid.shape
+        if any(length % self.mask_unit for length in shape):
+            raise ValueError(f"mask_unit: expected a divisor of the grid {times(shape)}, got {self.mask_unit}")
+
+    @property
+    def drop_rate(self) -> float:
+        """The rate at which branches of the last block are dropped in training."""
+        return self.drop_path
+
+    @property
+    def mask_shape(self) -> tuple[int, ...]:
+        """Tokens along each axis that are masked together."""
+        return (self.mask_unit,) * self.grid.axes
+
+    @property
+    def throw_shape(self) -> tuple[int, ...] | None:
+        """Tokens along each axis that are thrown together; None: single tokens."""
+        return self.mask_shape if self.throw_by == "unit" else None
+
+    @property
+    def encoder_length(self) -> int:
+        """Tokens of the encoder's sequence: visible and mask tokens, with the class token."""
+        return self.counts.visible + self.counts.decoded + 1
+
+    def cost(self, accounting: Accounting = Accounting()) -> CostReport:  # noqa: B008  # frozen
+        """Return the cost of a forward pass per image.
+
+        Examples
+        --------
+        >>> official = SimMIMConfig().baseline().cost(Accounting(bookkeeping="official")).macs
+        >>> ours = SimMIMConfig().cost().macs
+        >>> round(official / 1e9, 3), round(ours / 1e9, 3), round(1 - ours / official, 3)
+        (17.679, 13.096, 0.259)
+        """
+        encoder, length = self.encoder_size, self.encoder_length
+        embedded, predicted = self.counts.visible, self.num_supervised
+        if accounting.is_official:
+            embedded, predicted = self.counts.num_tokens, length - 1
+        reconstruction = "none" if accounting.is_official else self.reconstruction_in_effect
+        # LayerScale saves the outputs of both branches.
+        scaled_bytes = 2 * length * encoder.dim * accounting.compute_bytes
+        blocks = accounting.blocks(encoder, length, recompute=self.recompute_blocks, more_bytes=scaled_bytes)
+        # The bias of every head and an 8-byte table index per pair of tokens. If nothing is thrown, all images of a
+        # batch share one bias.
+        has_bias = self.position == "relative" and self.counts.thrown > 0
+        bias_bytes = has_bias * length**2 * (encoder.heads * accounting.compute_bytes + 8)
+        return CostReport(
+            {
+                "patch_embed": accounting.linear(embedded, self.patch_dim, encoder.dim),
+                "encoder": replace(blocks, activation_bytes=blocks.activation_bytes + bias_bytes),
+                "stages": accounting.stages(self.schedule, encoder.dim, reconstruction),
+                "head": accounting.head(predicted, encoder.dim, self.patch_dim),
+            }
+        )
+
+    def not_decayed(self) -> frozenset[str]:
+        """Return the class token, which SimMIM exempts; the mask token and the bias table are decayed."""
+        return frozenset({"encoder.cls_token"})
+
+    def architecture(self) -> dict[str, Any]:
+        """Return what the weights mean; see :meth:`MethodConfig.architecture`."""
+        return {**super().architecture(), "position": self.position}
+
+    def _describe_masking(self) -> Rows:
+        unit = self.mask_shape
+        units = self.grid.units(unit).shape
+        pixels = tuple(size * patch for size, patch in zip(unit, self.patch_size, strict=True))
+        masked = self.counts.masked // prod(unit)
+        text = f"{masked} of {times(units)} = {prod(units)} units of {times(unit)} tokens, {times(pixels)} pixels"
+        return [("masked", text)]
+
+    def _describe_sequences(self, dense: str) -> Rows:
+        return [("encoder sequence", f"{self.encoder_length}, with mask tokens and class token ({dense})")]
+
+    def _sequence_text(self) -> str:
+        return f"encoder sequence {self.encoder_length}"

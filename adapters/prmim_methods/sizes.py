@@ -1,0 +1,75 @@
+"""Sizes of vision transformers."""
+
+from dataclasses import dataclass, replace
+
+
+@dataclass(frozen=True)
+class Transformer:
+    """The size of a stack of transformer blocks.
+
+    Parameters
+    ----------
+    dim
+        Width.
+    depth
+        Number of blocks.
+    heads
+        Attention heads.
+    mlp_ratio
+        Width of the hidden layer over ``dim``.
+    """
+
+    dim: int
+    depth: int
+    heads: int
+    mlp_ratio: int = 4
+
+    def macs(self, length: int) -> int:
+        """Return the MACs of all blocks on a sequence: depth * ((4 + 2 mlp_ratio) n d**2 + 2 n**2 d)."""
+        linear = (4 + 2 * self.mlp_ratio) * length * self.dim**2
+        attention = 2 * length**2 * self.dim
+        return self.depth * (linear + attention)
+
+    def activation_bytes(self, length: int, *, compute_bytes: int, attention: str) -> int:
+        """Return the bytes that all blocks save for the backward pass, with a float32 residual stream.
+
+        Per token and block: two norm inputs in float32 with two statistics each; the inputs of the four linear layers
+        and of GELU, and q, k, v. Fused attention adds one float32 per head and token; explicit attention adds its n * n
+        softmax in float32 and, where that differs, in the compute type.
+        """
+        norms = 2 * length * (4 * self.dim + 2 * 4)
+        linear = (1 + 3 + 1 + 1 + 2 * self.mlp_ratio) * length * self.dim * compute_bytes
+        softmax_bytes = 4 if compute_bytes == 4 else 4 + compute_bytes
+        scores = self.heads * length * (4 if attention == "fused" else length * softmax_bytes)
+        return self.depth * (norms + linear + scores)
+
+
+VIT_SIZES = {
+    "vit_tiny": Transformer(192, 12, 3),
+    "vit_small": Transformer(384, 12, 6),
+    "vit_base": Transformer(768, 12, 12),
+    "vit_large": Transformer(1024, 24, 16),
+    "vit_huge": Transformer(1280, 32, 16),
+}
+"""Vision transformers by name."""
+
+
+def vit_size(
+    model: str, embed_dim: int | None = None, depth: int | None = None, num_heads: int | None = None
+) -> Transformer:
+    """Return the size of a named vision transformer, with parts replaced.
+
+    Parameters
+    ----------
+    model
+        A key of :data:`VIT_SIZES`.
+    embed_dim, depth, num_heads
+        Width, number of blocks and heads in place of the named ones; None keeps those.
+
+    Examples
+    --------
+    >>> vit_size("vit_base", depth=6)
+    Transformer(dim=768, depth=6, heads=12, mlp_ratio=4)
+    """
+    changes = {"dim": embed_dim, "depth": depth, "heads": num_heads}
+    return replace(VIT_SIZES[model], **{name: size for name, size in changes.items() if size is not None})

@@ -1,0 +1,291 @@
+"""Teachers: published vision transformers, found by folder or name and read from their ``config.json``.
+
+Only JSON is read here; the adapters read the weights.
+"""
+
+import importlib
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from math import prod
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, get_args
+
+from prmim_methods.method import IMAGENET_MEAN, IMAGENET_STD
+from prmim_methods.sizes import Transformer
+from prmim_methods.weight_files import one_line
+
+Family = Literal["clip", "vit", "dinov2"]
+Activation = Literal["gelu", "quick_gelu"]
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+CONFIG_FILE = "config.json"
+DOWNLOADED = (CONFIG_FILE, "preprocessor_config.json", "*.safetensors", "*.safetensors.index.json")
+
+
+class _Kind(NamedTuple):
+    """A family of models: title, pixel statistics, and the defaults of its configuration."""
+
+    title: str
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    defaults: dict[str, Any]
+
+
+_COMMON = {
+    "hidden_size": 768,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "num_channels": 3,
+    "image_size": 224,
+    "hidden_act": "gelu",
+    "qkv_bias": True,
+}
+_CLIP_OWN = {"intermediate_size": 3072, "patch_size": 32, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5}
+_VIT_OWN = {"intermediate_size": 3072, "patch_size": 16, "layer_norm_eps": 1e-12}
+_DINOV2_OWN = {"mlp_ratio": 4, "patch_size": 14, "layer_norm_eps": 1e-6}
+_KINDS: dict[Family, _Kind] = {
+    "clip": _Kind("CLIP", CLIP_MEAN, CLIP_STD, _COMMON | _CLIP_OWN),
+    "vit": _Kind("ViT", IMAGENET_MEAN, IMAGENET_STD, _COMMON | _VIT_OWN),
+    "dinov2": _Kind("DINOv2", IMAGENET_MEAN, IMAGENET_STD, _COMMON | _DINOV2_OWN),
+}
+MODEL_TYPES: dict[str, Family] = {"clip": "clip", "clip_vision_model": "clip", "vit": "vit", "dinov2": "dinov2"}
+"""Families by the ``model_type`` of a configuration."""
+
+
+@dataclass(frozen=True)
+class TeacherConfig:
+    """Architecture and preprocessing of a teacher.
+
+    Parameters
+    ----------
+    folder
+        Folder of its files.
+    family
+        ``"clip"``, ``"vit"`` (plain ones, such as DINO) or ``"dinov2"``.
+    size
+        Size of its blocks.
+    patch_size
+        Pixels of a patch along both axes.
+    channels
+        Channels of its images.
+    grid_shape
+        Tokens along both axes of the images that it was trained on.
+    activation
+        ``"gelu"`` or ``"quick_gelu"``.
+    eps
+        Epsilon of its layer norms.
+    qkv_bias
+        Whether queries, keys and values have biases.
+    mean, std
+        Per-channel statistics of pixels in [0, 1] that it was trained with.
+    """
+
+    folder: Path
+    family: Family
+    size: Transformer
+    patch_size: tuple[int, ...]
+    channels: int
+    grid_shape: tuple[int, ...]
+    activation: Activation
+    eps: float
+    qkv_bias: bool
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    @property
+    def patch_dim(self) -> int:
+        """Values in a patch."""
+        return prod(self.patch_size) * self.channels
+
+    @property
+    def title(self) -> str:
+        """The teacher in words."""
+        patch = "x".join(map(str, self.patch_size))
+        return (
+            f"{_KINDS[self.family].title}, {self.size.depth} blocks of width {self.size.dim}, patches of {patch} pixels"
+        )
+
+
+def local_teacher(source: str) -> Path | None:
+    """Return the folder of a teacher without network access; None if it is not on this machine.
+
+    Parameters
+    ----------
+    source
+        A folder, or a name on the Hugging Face hub.
+
+    Raises
+    ------
+    ValueError
+        If there is no such folder and the text is no name.
+    """
+    if Path(source).is_dir():
+        return Path(source)
+    _check_hub_name(source)
+    if find_spec("huggingface_hub") is None:  # then nothing was downloaded either
+        return None
+    found = importlib.import_module("huggingface_hub").try_to_load_from_cache(source, CONFIG_FILE)
+    return Path(found).parent if isinstance(found, str) else None
+
+
+def _check_hub_name(source: str) -> None:
+    if not HUB_NAME.fullmatch(source):
+        raise ValueError(f"teacher: expected a folder, or a name on the hub (owner/name), got {source!r}")
+
+
+def find_teacher(source: str | Path) -> Path:
+    """Return the folder of a teacher; download it if ``source`` is a name on the Hugging Face hub.
+
+    Parameters
+    ----------
+    source
+        A folder, or ``owner/name``; the latter needs ``huggingface_hub``, which caches the download.
+
+    Raises
+    ------
+    ImportError
+        If ``huggingface_hub`` is needed and not installed.
+    ValueError
+        If there is no such folder, or the model cannot be downloaded.
+    """
+    if Path(source).is_dir():
+        return Path(source)
+    _check_hub_name(str(source))
+    try:
+        hub = importlib.import_module("huggingface_hub")
+    except ImportError:
+        raise ImportError(
+            f"teacher: expected a folder, or huggingface_hub installed to download a model, got {str(source)!r}"
+        ) from None
+    try:
+        return Path(hub.snapshot_download(str(source), allow_patterns=list(DOWNLOADED)))
+    except Exception as error:  # whatever the client and the network come up with
+        raise ValueError(
+            f"teacher: expected a folder, or a model that can be downloaded, got {str(source)!r} ({one_line(error)})"
+        ) from None
+
+
+def read_teacher(folder: Path) -> TeacherConfig:
+    """Read a teacher from the ``config.json`` and ``preprocessor_config.json`` of its folder.
+
+    Parameters
+    ----------
+    folder
+        In the format of ``save_pretrained`` of ``transformers``. Without ``preprocessor_config.json``, the pixel
+        statistics are CLIP's (CLIP) or ImageNet's.
+
+    Returns
+    -------
+    TeacherConfig
+
+    Raises
+    ------
+    ValueError
+        If the configuration is missing, corrupt, or of an unsupported model.
+
+    Examples
+    --------
+    >>> import json, tempfile
+    >>> folder = Path(tempfile.mkdtemp())
+    >>> _ = (folder / CONFIG_FILE).write_text(json.dumps({"model_type": "clip_vision_model", "patch_size": 16}))
+    >>> teacher = read_teacher(folder)
+    >>> teacher.title, teacher.grid_shape, teacher.mean[0]
+    ('CLIP, 12 blocks of width 768, patches of 16x16 pixels', (14, 14), 0.48145466)
+    """
+    config = read_json(folder / "config.json")
+    if config is None:
+        raise ValueError(f"teacher: expected a folder with a config.json, got {folder}, which has none")
+    model_type = config.get("model_type")
+    if model_type not in MODEL_TYPES:
+        raise ValueError(f"teacher: expected a model of type {', '.join(MODEL_TYPES)}, got {model_type!r} in {folder}")
+    if config.get("use_swiglu_ffn"):
+        raise ValueError(f"teacher: expected a DINOv2 model without SwiGLU layers, got one with them in {folder}")
+    family = MODEL_TYPES[model_type]
+    # Both towers of CLIP may be there: images are seen by one of them.
+    options = _KINDS[family].defaults | config.get("vision_config", config)
+    patch_size, image_size = (_pair(options, name, folder) for name in ("patch_size", "image_size"))
+    if options["hidden_act"] not in get_args(Activation):
+        expected = " or ".join(get_args(Activation))
+        raise ValueError(f"teacher: expected the activation {expected}, got {options['hidden_act']!r} in {folder}")
+    channels = _positive(options, "num_channels", folder)
+    mean, std = _read_statistics(folder, family, channels)
+    return TeacherConfig(
+        folder=folder,
+        family=family,
+        size=_read_size(options, folder),
+        patch_size=patch_size,
+        channels=channels,
+        grid_shape=tuple(side // patch for side, patch in zip(image_size, patch_size, strict=True)),
+        activation=options["hidden_act"],
+        eps=float(options["layer_norm_eps"]),
+        qkv_bias=bool(options["qkv_bias"]),
+        mean=mean,
+        std=std,
+    )
+
+
+def check_images(teacher: TeacherConfig, grid_shape: Sequence[int], channels: int) -> None:
+    """Raise ValueError unless a teacher can process images with this grid and these channels."""
+    if len(grid_shape) != 2:
+        raise ValueError(f"teacher: expected images of 2 axes, got a grid of {len(grid_shape)}")
+    if channels not in (1, teacher.channels):
+        raise ValueError(f"teacher: expected images of {teacher.channels} channels, or of 1 to repeat, got {channels}")
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """Read a JSON object; None if there is no such file."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise ValueError(f"teacher: expected JSON in {path}, got {one_line(error)}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"teacher: expected a JSON object in {path}, got {type(content).__name__}")
+    return content
+
+
+def _read_size(options: dict[str, Any], folder: Path) -> Transformer:
+    dim, depth, heads = (
+        _positive(options, name, folder) for name in ("hidden_size", "num_hidden_layers", "num_attention_heads")
+    )
+    hidden = int(dim * options["mlp_ratio"] if "mlp_ratio" in options else options["intermediate_size"])
+    if dim % heads:
+        raise ValueError(f"teacher: expected a divisor of the width {dim} as heads, got {heads} in {folder}")
+    if hidden % dim:
+        raise ValueError(f"teacher: expected hidden layers of a multiple of the width {dim}, got {hidden} in {folder}")
+    return Transformer(dim, depth, heads, hidden // dim)
+
+
+def _read_statistics(folder: Path, family: Family, channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    preprocessing = read_json(folder / "preprocessor_config.json") or {}
+    kind = _KINDS[family]
+    mean = tuple(preprocessing.get("image_mean") or kind.mean)
+    std = tuple(preprocessing.get("image_std") or kind.std)
+    if len(mean) != channels or len(std) != channels:
+        raise ValueError(
+            f"teacher: expected image_mean and image_std of {channels} channels, got {len(mean)} and {len(std)} in "
+            f"{folder}"
+        )
+    return mean, std
+
+
+def _positive(options: dict[str, Any], name: str, folder: Path) -> int:
+    value = options[name]
+    if type(value) is not int or value < 1:
+        raise ValueError(f"teacher: expected a positive integer {name}, got {value!r} in {folder}")
+    return value
+
+
+def _pair(options: dict[str, Any], name: str, folder: Path) -> tuple[int, ...]:
+    sizes = options[name]
+    sizes = tuple(sizes) if isinstance(sizes, list) else (sizes, sizes)
+    if len(sizes) != 2 or not all(type(size) is int and size > 0 for size in sizes):
+        raise ValueError(f"teacher: expected one or two positive integers {name}, got {options[name]!r} in {folder}")
+    return sizes

@@ -1,0 +1,92 @@
+"""Options of a training engine, for methods and classifiers alike."""
+
+import re
+from typing import ClassVar
+
+from prmim_methods.learning_rate import DECAYS, learning_rate_at
+from prmim_methods.record import Record, option, record
+
+
+@record
+class EngineOptions(Record):
+    """Options that an engine takes from the command line as they are."""
+
+    group: ClassVar[str] = "Optimisation"
+
+    seed: int = option(
+        "Seed of the weights, the held-out split, the order of the images, the crops and the masks.",
+        default=0,
+        at_least=0,
+        at_most=2**31 - 1,
+    )
+    min_learning_rate: float = option("Lowest learning rate after the warm-up.", default=0.0, at_least=0)
+    decay: str = option("How the learning rate falls after the warm-up.", default="cosine", choices=DECAYS)
+    weight_decay: float = option("Weight decay; biases and norms have none.", default=0.05, at_least=0)
+    betas: tuple[float, float] = option("Decay rates of AdamW.", default=(0.9, 0.95), at_least=0, below=1)
+    clip_grad: float | None = option(
+        "Largest norm of the gradient; longer ones are scaled down. Null: no clipping.", default=None, above=0
+    )
+    accumulate: int = option(
+        "Number of parts that a batch is split into, one after the other, to save memory.", default=1, at_least=1
+    )
+    precision: str = option(
+        "Number format of the forward and backward pass (weights are float32).",
+        default="float32",
+        choices={"float32": "", "bfloat16": ""},
+    )
+    compile: bool = option(
+        "Compile the training step, if the backend leaves the choice: takes minutes once, then steps are faster.",
+        default=False,
+    )
+    device: str = option("Where to compute: auto (a GPU if there is one), cpu, cuda or cuda:N.", default="auto")
+    parallel: str = option(
+        "How several processes or devices share the work.",
+        default="ddp",
+        choices={
+            "ddp": "each holds all weights",
+            "fsdp": "each holds a part of weights, gradients and optimizer state",
+        },
+    )
+
+    def check(self) -> None:
+        """Validate options that depend on one another."""
+        super().check()
+        if not re.fullmatch(r"auto|(cpu|cuda)(:\d+)?", self.device):
+            raise ValueError(f"device: expected auto, cpu, cuda or cuda:N, got {self.device!r}")
+
+
+@record
+class TrainingConfig(EngineOptions):
+    """Everything that an engine must know of a training run.
+
+    Examples
+    --------
+    >>> TrainingConfig(total_steps=10, warmup_steps=11, learning_rate=1e-3)
+    Traceback (most recent call last):
+    ...
+    ValueError: warmup_steps: expected at most total_steps 10, got 11
+    """
+
+    total_steps: int = option("Optimizer steps of the run.", default=1, at_least=1)
+    warmup_steps: int = option("Steps of linear warm-up from 0.", default=0, at_least=0)
+    learning_rate: float = option("Peak learning rate.", default=1e-3, at_least=0)
+    timeout: float = option("Seconds that processes wait for one another in a training step.", default=45.0, above=0)
+
+    def check(self) -> None:
+        """Validate options that depend on one another."""
+        super().check()
+        if self.warmup_steps > self.total_steps:
+            raise ValueError(f"warmup_steps: expected at most total_steps {self.total_steps}, got {self.warmup_steps}")
+        check_peak(self.min_learning_rate, self.learning_rate)
+
+    def learning_rate_at(self, step: int) -> float:
+        """Return the learning rate of a step, counted from 0."""
+        return learning_rate_at(
+            step, self.total_steps, self.warmup_steps, self.learning_rate, self.min_learning_rate, self.decay
+        )
+
+
+def check_peak(minimum: float, peak: float) -> None:
+    """Raise ValueError if the lowest learning rate is above the peak."""
+    if minimum > peak:
+        raise ValueError(f"min_learning_rate: expected at most the peak learning rate {peak:g}, got {minimum:g}")

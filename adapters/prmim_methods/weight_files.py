@@ -1,0 +1,109 @@
+"""What files of weights have in common, whichever framework writes and reads them."""
+
+import json
+import os
+import uuid
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+METADATA_KEY = "prmim_architecture"
+"""Where a file's metadata holds the JSON of the method's ``architecture()``."""
+
+
+RENAMED_FIELDS = {"variant": "reconstruction"}
+"""Fields of files that earlier versions wrote, by their names of today."""
+
+
+def architecture_of(method: object) -> dict[str, Any]:
+    """Return what the weights of a method mean, as it says itself; TypeError if it is no method."""
+    architecture = getattr(method, "architecture", None)
+    if not callable(architecture):
+        raise TypeError(f"method: expected a module with architecture(), got {type(method).__name__}")
+    values: dict[str, Any] = architecture()
+    return values
+
+
+def dump_architecture(method: object) -> dict[str, str]:
+    """Return the metadata of the file of a method."""
+    # Tensors are laid out as PyTorch has them, and readers for PyTorch ask for this word.
+    return {"format": "pt", METADATA_KEY: json.dumps(architecture_of(method))}
+
+
+def check_metadata(method: object, metadata: Mapping[str, str] | None, path: str | os.PathLike[str]) -> None:
+    """Raise ValueError, naming the first field that differs, unless a file holds weights of the method's architecture.
+
+    Parameters
+    ----------
+    method
+        What the weights are for.
+    metadata
+        That of the file.
+    path
+        The file, for messages.
+    """
+    try:
+        got = json.loads((metadata or {})[METADATA_KEY])
+        got = {RENAMED_FIELDS.get(field, field): value for field, value in got.items()}
+    except (AttributeError, KeyError, ValueError, RecursionError):
+        got = None
+    if not isinstance(got, dict):
+        raise ValueError(f"path: expected weights written by prmim, got {os.fspath(path)}, whose metadata has none")
+    expected = architecture_of(method)
+    for field in (*expected, *got):
+        ours, theirs = expected.get(field), got.get(field)
+        if ours != theirs:
+            raise ValueError(f"weights: {field}: expected {ours!r}, got {theirs!r}")
+
+
+def check_tensors(
+    expected: Mapping[str, tuple[int, ...]],
+    got: Mapping[str, tuple[tuple[int, ...], str, bool]],
+    path: str | os.PathLike[str],
+) -> None:
+    """Raise ValueError unless a file holds exactly the tensors that are expected.
+
+    Parameters
+    ----------
+    expected
+        Shapes by name.
+    got
+        Shape, name of the dtype, and whether that is one of floating-point numbers, by name.
+    path
+        The file, for messages.
+    """
+    place = os.fspath(path)
+    for name, shape in expected.items():
+        if name not in got:
+            raise ValueError(f"path: expected a tensor {name!r}, got none in {place}")
+        got_shape, dtype, is_floating = got[name]
+        if got_shape != shape:
+            raise ValueError(f"path: {name}: expected shape {shape}, got {got_shape} in {place}")
+        if not is_floating:
+            raise ValueError(f"path: {name}: expected floating-point values, got {dtype} in {place}")
+    for name in got:
+        if name not in expected:
+            raise ValueError(f"path: expected no tensor {name!r}, got one in {place}")
+
+
+def write_atomically(path: str | os.PathLike[str], write: Callable[[BinaryIO], object]) -> None:
+    """Write a file atomically: ``write`` fills a temporary file, which is flushed to disk and then renamed.
+
+    A killed process can leave the temporary file behind, in the same folder. Its name has the form
+    ``.NAME.partial-XXXXXXXX``.
+    """
+    path = Path(path)
+    beside = path.with_name(f".{path.name}.partial-{uuid.uuid4().hex[:8]}")
+    try:
+        with beside.open("wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def one_line(error: Exception) -> str:
+    """Return an error's message in one line."""
+    return " ".join(str(error).split()) or type(error).__name__

@@ -1,0 +1,56 @@
+"""Selection of CPU kernels for matrix products and attention. On other devices, PyTorch's own are used."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+# With AVX-512, oneDNN multiplies float32 matrices faster than MKL on CPUs that are not Intel's.
+ONEDNN: bool = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512"  # type: ignore[no-untyped-call]
+SMALL_PRODUCT = 2**22
+"""Multiply-accumulates below which a convolution's setup costs more than it saves."""
+SHORT_SEQUENCE = 256
+"""Most tokens for which bfloat16 matrix products on a CPU beat the fused attention kernel; at 577 the kernel wins."""
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Return ``x @ weight.T + bias``; drop-in for ``torch.nn.functional.linear``.
+
+    Notes
+    -----
+    On CPUs with AVX-512, a large float32 product runs as a convolution of kernel size 1. PyTorch multiplies matrices
+    with MKL, which uses AVX-512 on Intel's CPUs only; it convolves with oneDNN, which always uses it. Channels may come
+    last in a convolution, so nothing is copied.
+    """
+    is_large = x.ndim == 3 and x.numel() * len(weight) >= SMALL_PRODUCT
+    is_float32 = x.dtype == weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+    # PyTorch's condition for running a convolution of kernel size 1 in oneDNN.
+    goes_to_onednn = len(x) >= 16 or _num_threads() > 1
+    if ONEDNN and x.device.type == "cpu" and is_large and is_float32 and goes_to_onednn:
+        return F.conv2d(x.mT.unsqueeze(2), weight[:, :, None, None], bias).squeeze(2).mT
+    return F.linear(x, weight, bias)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _num_threads() -> int:
+    return torch.get_num_threads()
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+    """Return scaled dot-product attention; all inputs are (..., length, head_dim).
+
+    Notes
+    -----
+    Short bfloat16 sequences on a CPU use plain matrix products, recomputed in the backward pass to save memory:
+    PyTorch's fused kernel has a backward pass that is up to ten times as slow.
+    """
+    if q.device.type != "cpu" or q.dtype != torch.bfloat16 or q.shape[-2] > SHORT_SEQUENCE:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+    if not torch.is_grad_enabled():
+        return _attend_plainly(q, k, v, bias)
+    return checkpoint(_attend_plainly, q, k, v, bias, use_reentrant=False, preserve_rng_state=False)
+
+
+def _attend_plainly(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+    scores = q * q.shape[-1] ** -0.5 @ k.mT
+    return (scores if bias is None else scores + bias).softmax(-1) @ v

@@ -1,0 +1,1 @@
+"""The commands of `prmim`, their options and their messages."""

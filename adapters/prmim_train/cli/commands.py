@@ -1,0 +1,302 @@
+"""The commands of `prmim`: their options, what they run, and how errors are reported."""
+
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from typing import Any
+
+from jsonargparse import ArgumentParser
+
+from prmim_methods.record import Option
+from prmim_train.cli.options import (
+    build_parser,
+    classify_options,
+    command_option,
+    convert,
+    pretrain_options,
+    read_config,
+    split_words,
+    suggest,
+)
+from prmim_train.config.layers import recipe_names
+from prmim_train.run.processes import FailedElsewhereError, is_main, launched, say
+
+EXIT_USAGE = 2
+EXIT_FAILURE = 1
+EXIT_SIGNAL = 128  # plus the signal's number, as shells count
+
+
+@dataclass(frozen=True)
+class Command:
+    """One command.
+
+    Parameters
+    ----------
+    summary, description
+        Help in a phrase, and in a few sentences.
+    groups
+        Returns its options by title of the group.
+    run
+        Carries it out, with the command, its name and the texts of the given options.
+    """
+
+    summary: str
+    description: str
+    groups: Callable[[], dict[str, list[Option]]]
+    run: Callable[["Command", str, dict[str, str]], None]
+
+    def options(self) -> list[Option]:
+        """Return its options."""
+        return [item for items in self.groups().values() for item in items]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Parameters
+    ----------
+    arguments
+        The words after `prmim`; None: those of the process.
+
+    Returns
+    -------
+    int
+        The exit code: 0; 1 if a run failed; 2 if the options or the data are wrong; 130 after Ctrl-C.
+        An error is reported in one line. `--traceback`, or the environment variable `PRMIM_TRACEBACK=1`, adds the
+        traceback.
+    """
+    from prmim_train.run.loop import Interrupted, NonFiniteLoss
+
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    wants_traceback = os.environ.get("PRMIM_TRACEBACK", "0") not in ("", "0")
+    if "--traceback" in words:
+        words.remove("--traceback")
+        wants_traceback = True
+    try:
+        _dispatch(words)
+    except Interrupted as stop:
+        if is_main():
+            print(f"prmim: {stop}", file=sys.stderr)
+        return EXIT_SIGNAL + stop.signal_number
+    except KeyboardInterrupt:
+        print("prmim: interrupted", file=sys.stderr)
+        return EXIT_SIGNAL + signal.SIGINT
+    except BrokenPipeError:  # the reader of our output closed it, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_FAILURE
+    except Exception as error:
+        if wants_traceback:
+            traceback.print_exc()
+        if is_main() or not isinstance(error, NonFiniteLoss | FailedElsewhereError):  # the main process reports those
+            print(_one_line(error), file=sys.stderr)
+        return EXIT_USAGE if isinstance(error, ValueError | TypeError | ImportError | _FILE_ERRORS) else EXIT_FAILURE
+    return 0
+
+
+# A missing or unexpected file is a user error; a full disk is a failure.
+_FILE_ERRORS = FileNotFoundError | FileExistsError | NotADirectoryError | IsADirectoryError | PermissionError
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split()) or "no further message"
+    if not isinstance(error, ValueError | TypeError | OSError | ImportError | ArithmeticError):
+        text = f"{type(error).__name__}: {text} (PRMIM_TRACEBACK=1 shows where)"
+    who = "" if is_main() else f" process {launched().rank}:"
+    return f"prmim:{who} error: {text}"
+
+
+def _dispatch(words: list[str]) -> None:
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(_overview())
+        return
+    if words[0] == "--version":
+        print(f"prmim {metadata.version('prmim')}")
+        return
+    name, *rest = words
+    if name not in COMMANDS:
+        raise ValueError(f"command: expected {', '.join(COMMANDS)}, got {name!r}{suggest(name, COMMANDS)}")
+    command = COMMANDS[name]
+    if name not in SHARED_COMMANDS and launched().world_size > 1:
+        raise ValueError(
+            f"command: expected one process for {name}, got {launched().world_size}; only "
+            f"{' and '.join(SHARED_COMMANDS)} take more"
+        )
+    if "-h" in rest or "--help" in rest:
+        _parser(command, name).print_help()
+        return
+    command.run(command, name, split_words(rest, command.options()))
+
+
+def _overview() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [
+        "usage: prmim COMMAND [--option VALUE] ...",
+        "",
+        "Cheap masked image modelling: the decoder reconstructs only part of the masked patches.",
+        "",
+        "commands:",
+        *(f"  {name:<{width}}  {command.summary}" for name, command in COMMANDS.items()),
+        "",
+        "options:",
+        "  --help       this text; after a command, its options",
+        "  --version    the version of prmim",
+        "  --traceback  after an error, show the traceback",
+        "",
+        "first steps:",
+        "  prmim pretrain                                   train on the embedded digits",
+        "  prmim inspect --data FOLDER --config photos_vit_tiny",
+        "  prmim pretrain --data FOLDER --config photos_vit_tiny",
+    ]
+    return "\n".join(lines)
+
+
+def _pretrain_groups() -> dict[str, list[Option]]:
+    recipes = ", ".join(recipe_names())
+    config = command_option(
+        "config", str | None, f"A YAML file of options, or the name of a packaged recipe: {recipes}."
+    )
+    return {"": [config], **pretrain_options()}
+
+
+def _pretrain(command: Command, name: str, given: dict[str, str]) -> None:
+    from prmim_train.pretrain import pretrain
+
+    options = command.options()
+    pretrain(read_config(given, _parser(command, name), options, say))
+
+
+def _inspect(command: Command, name: str, given: dict[str, str]) -> None:
+    from prmim_train.report.inspect import inspect_run
+
+    options = command.options()
+    given = {option: text for option, text in given.items() if option != "resume"}
+    print(inspect_run(read_config(given, _parser(command, name), options, say)))
+
+
+RUN_OPTION = command_option("run", str, "Folder of the run.")
+
+
+def _evaluate_groups() -> dict[str, list[Option]]:
+    limit = "Most images to learn from, and to classify. Not given: as in the run. For knn, and linear by lbfgs, only."
+    others = "Also classify by an untrained encoder and by raw pixels. For knn, and linear by lbfgs, only."
+    groups = classify_options()
+    named = {item.name: item for items in groups.values() for item in items}
+    frozen = [named[name] for name in ("data", "holdout", "test_data", "device", "checkpoint")]
+    own = {
+        f"For finetune, and linear by lars: {title.lower()}": [item for item in items if item not in frozen]
+        for title, items in groups.items()
+    }
+    return {
+        "": [
+            RUN_OPTION,
+            command_option("protocol", str | None, "knn, linear or finetune. Null: knn, and linear by lbfgs."),
+            command_option(
+                "solver", str | None, "For linear: lbfgs (fast, the default) or lars (MAE's published probe)."
+            ),
+            *frozen,
+            command_option("eval_limit", int | None, limit),
+            command_option("baselines", bool, others, True),
+        ],
+        **own,
+    }
+
+
+def _evaluate(command: Command, name: str, given: dict[str, str]) -> None:
+    arguments = _run_arguments(command, name, given)
+    protocol, solver = arguments.get("protocol"), arguments.pop("solver", None)
+    for option, value, known in (("protocol", protocol, EVALUATIONS), ("solver", solver, SOLVERS)):
+        if value is not None and value not in known:
+            raise ValueError(f"{option}: expected one of {', '.join(known)}, got {value!r}")
+    if solver is not None and protocol != "linear":
+        raise ValueError(f"solver: expected --protocol linear with it, got {protocol or 'no protocol'}")
+    is_trained = protocol == "finetune" or solver == "lars"
+    trained = {item.name for items in classify_options().values() for item in items}
+    own = trained if is_trained else FROZEN_OPTIONS
+    for option in arguments:
+        if option not in {"run", "protocol", *own}:
+            wanted = "knn, or linear by lbfgs" if is_trained else "finetune, or linear --solver lars"
+            got = " ".join(word for word in (protocol, solver) if word) or "no protocol"
+            raise ValueError(f"{option}: expected --protocol {wanted} with it, got {got}")
+    if is_trained:
+        from prmim_train.evaluate.classifier import classify_command
+
+        classify_command(**arguments)
+    else:
+        from prmim_train.evaluate.features import evaluate_command
+
+        evaluate_command(**arguments)
+
+
+def _picture_groups() -> dict[str, list[Option]]:
+    kinds = "reconstructions (similarity for maskalign), schedule or loss. Null: all of them."
+    return {
+        "": [
+            RUN_OPTION,
+            command_option("data", str | None, "Other images than those of the run: see prmim pretrain --help."),
+            command_option("holdout", float | None, "Another held-out share than that of the run."),
+            command_option("device", str | None, "Another device than that of the run: auto, cpu or cuda."),
+            command_option("kind", str | None, kinds),
+            command_option("pictures", int | None, "Number of images shown."),
+        ]
+    }
+
+
+def _picture(command: Command, name: str, given: dict[str, str]) -> None:
+    from prmim_train.report.pictures import picture_command
+
+    picture_command(**_run_arguments(command, name, given))
+
+
+def _run_arguments(command: Command, name: str, given: dict[str, str]) -> dict[str, Any]:
+    options = command.options()
+    if "run" not in given:
+        raise ValueError("run: expected the folder of a run, as in --run runs/mae-digits, got nothing")
+    return convert(_parser(command, name), options, given)
+
+
+def _parser(command: Command, name: str) -> ArgumentParser:
+    return build_parser(name, command.description, command.groups())
+
+
+SHARED_COMMANDS = ("pretrain", "evaluate")
+"""Commands that may run in several processes."""
+
+EVALUATIONS = ("knn", "linear", "finetune")
+SOLVERS = ("lbfgs", "lars")
+FROZEN_OPTIONS = {"data", "holdout", "test_data", "device", "checkpoint", "eval_limit", "baselines"}
+
+COMMANDS = {
+    "pretrain": Command(
+        "train on your images, or on the embedded digits",
+        "Pre-train, evaluate the frozen features, and draw pictures. Defaults are the published recipe of MAE; for the "
+        "embedded digits, the packaged recipe 'digits'. The published recipes of all methods are packaged: for example "
+        "--config simmim_vit_base.",
+        _pretrain_groups,
+        _pretrain,
+    ),
+    "inspect": Command(
+        "show what a run would do and cost; trains nothing",
+        "Show what pretrain would do with the same options: data found, tokens per stage, computation, memory, "
+        "learning rate. Trains nothing and writes nothing.",
+        _pretrain_groups,
+        _inspect,
+    ),
+    "evaluate": Command(
+        "classify held-out images with frozen features, a linear probe or fine-tuning",
+        "Classify held-out images with the frozen features of a run's last checkpoint (knn, linear), compared with an "
+        "untrained encoder and raw pixels. Or train a classifier on the encoder: finetune, or linear with --solver "
+        "lars. Defaults are the published recipes of MAE; for the embedded digits, smaller ones.",
+        _evaluate_groups,
+        _evaluate,
+    ),
+    "picture": Command(
+        "draw the reconstructions, the sampling and the loss of a run",
+        "Draw pictures of a run's last checkpoint into its folder.",
+        _picture_groups,
+        _picture,
+    ),
+}

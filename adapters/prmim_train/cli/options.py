@@ -1,0 +1,287 @@
+"""From the words of the command line to a validated configuration.
+
+The records declare the options; jsonargparse writes the help and converts the values.
+"""
+
+import dataclasses
+import difflib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import ArgumentError, ArgumentParser
+
+from prmim_methods import METHODS, MethodConfig
+from prmim_methods.methods import METHOD_OPTION
+from prmim_methods.record import Option, Rule, options
+from prmim_train.config.classify import FOREIGN, INHERITED, RECIPES, ClassifyConfig
+from prmim_train.config.layers import merge_layers, parse_options, read_options
+from prmim_train.config.pretrain import PretrainConfig, pretrain_config, special_option_names
+from prmim_train.config.training import DIGITS
+from prmim_train.run.directory import RunDirectory
+
+TRUE_WORDS = ("true", "yes", "on", "1")
+FALSE_WORDS = ("false", "no", "off", "0")
+
+
+def command_option(name: str, type: Any, help: str, default: Any = None) -> Option:
+    """Return an option that belongs to a command and to no record."""
+    return Option(name, type, default, Rule(help=help))
+
+
+def pretrain_options() -> dict[str, list[Option]]:
+    """Return the options of a pre-training run by group, from the records of the run and of all methods."""
+    grouped = _grouped(PretrainConfig)
+    special = special_option_names()
+    shared = [item for item in options(MethodConfig) if item.name not in {*special, "init_seed"}]
+    of_methods = {
+        "Method": [METHOD_OPTION, *shared],
+        "Options that differ between methods": [_special_option(name) for name in _ordered(special)],
+    }
+    return {"Data": grouped.pop("Data"), **of_methods, **grouped}
+
+
+def _ordered(names: Iterable[str]) -> list[str]:
+    """Return names of method options in the order of their declaration."""
+    wanted, found = set(names), dict[str, None]()
+    for method in METHODS.values():
+        found |= dict.fromkeys(item.name for item in options(method) if item.name in wanted)
+    return list(found)
+
+
+def _special_option(name: str) -> Option:
+    """Return an option that not all methods have, or not with the same default; its help says so."""
+    owners = {method: item for method, record in METHODS.items() for item in options(record) if item.name == name}
+    item = next(iter(owners.values()))
+    text = item.help
+    if len(owners) < len(METHODS):
+        text += f" For {' and '.join(owners)} only."
+    defaults = {method: owner.default for method, owner in owners.items()}
+    if len(set(defaults.values())) > 1:
+        text += f" Default: {', '.join(f'{value} for {method}' for method, value in defaults.items())}."
+        item = dataclasses.replace(item, default=None)
+    return dataclasses.replace(item, rule=_with_help(item.rule, text))
+
+
+def _with_help(rule: Rule, text: str) -> Rule:
+    """Return a rule whose documentation is a text that already names the choices."""
+    return dataclasses.replace(rule, help=text, shows_choices=False)
+
+
+def classify_options() -> dict[str, list[Option]]:
+    """Return the options of a classifier's training by group, without the protocol.
+
+    The help says where an option has no effect, and what its default depends on.
+    """
+
+    def complete(item: Option) -> Option:
+        if item.name in INHERITED:
+            text = f"{item.help} Not given: as in the run."
+            return dataclasses.replace(item, default=None, rule=_with_help(item.rule, text))
+        owners = [name for name, foreign in FOREIGN.items() if item.name not in foreign]
+        text = item.help + (f" For {owners[0]} only." if len(owners) == 1 else "")
+        if item.name in RECIPES["linear"]:
+            text += f" Default for linear: {RECIPES['linear'][item.name]}."
+        return dataclasses.replace(item, rule=_with_help(item.rule, text))
+
+    grouped = _grouped(ClassifyConfig)
+    return {group: [complete(item) for item in items if item.name != "protocol"] for group, items in grouped.items()}
+
+
+def _grouped(record: type) -> dict[str, list[Option]]:
+    """Return the options of a record by the title of the class that declares them."""
+    groups: dict[str, list[Option]] = {}
+    for item in options(record):
+        owner = next(cls for cls in reversed(record.__mro__) if item.name in vars(cls).get("__annotations__", {}))
+        groups.setdefault(owner.group, []).append(item)  # type: ignore[attr-defined]  # each record of a run has one
+    return groups
+
+
+def build_parser(command: str, description: str, groups: Mapping[str, Sequence[Option]]) -> ArgumentParser:
+    """Return the parser of a command: its types and its help.
+
+    Parameters
+    ----------
+    command
+        Name of the command.
+    description
+        What it does.
+    groups
+        Its options by title of the group; an empty title for those without a group.
+    """
+    parser = ArgumentParser(
+        prog=f"prmim {command}",
+        usage=f"prmim {command} [--option VALUE] ...",
+        description=description,
+        exit_on_error=False,
+        allow_abbrev=False,
+    )
+    for title, items in groups.items():
+        group: Any = parser.add_argument_group(title) if title else parser
+        for item in items:
+            text = item.help.replace("%", "%%") + (f" Off: --no_{item.name}." if item.is_flag else "")
+            metavar = "" if item.is_flag else "VALUE"
+            kind = int | item.type if item.kind == tuple[int, ...] else item.type
+            group.add_argument(f"--{item.name}", type=kind, default=item.default, help=text, metavar=metavar)
+    return parser
+
+
+def split_words(words: Sequence[str], items: Sequence[Option]) -> dict[str, str]:
+    """Split the words after a command into options and their texts.
+
+    Parameters
+    ----------
+    words
+        `--name value`, `--name=value`, `--flag`, or `--no_flag`; hyphens inside a name count as underscores.
+    items
+        The options of the command.
+
+    Returns
+    -------
+    dict
+        Name to text; the last one of an option that is given twice.
+
+    Raises
+    ------
+    ValueError
+        If an option is unknown or has no value, or a word belongs to no option.
+
+    Examples
+    --------
+    >>> items = [command_option("epochs", int, ""), command_option("flip", bool, "")]
+    >>> split_words(["--epochs", "3", "--no-flip"], items)
+    {'epochs': '3', 'flip': 'false'}
+    >>> split_words(["--epoch", "3"], items)
+    Traceback (most recent call last):
+    ...
+    ValueError: --epoch: unknown option; did you mean --epochs?
+    """
+    known = {item.name: item for item in items}
+    given: dict[str, str] = {}
+    rest = list(words)
+    while rest:
+        word = rest.pop(0)
+        if not word.startswith("--"):
+            raise ValueError(f"{word}: expected an option, as in --{items[0].name} VALUE, got {word!r}")
+        name, has_value, text = word[2:].partition("=")
+        name = name.replace("-", "_")
+        if name.startswith("no_") and name[3:] in known and known[name[3:]].is_flag and not has_value:
+            given[name[3:]] = "false"
+            continue
+        if name not in known:
+            raise ValueError(f"--{name}: unknown option{suggest(name, known, '--')}")
+        if not has_value:
+            is_alone = not rest or rest[0].startswith("--")
+            if known[name].is_flag:
+                is_alone = is_alone or rest[0].lower() not in TRUE_WORDS + FALSE_WORDS
+            if is_alone and not known[name].is_flag:
+                raise ValueError(f"{name}: expected {known[name].expected}, got nothing")
+            text = "true" if is_alone else rest.pop(0)
+        given[name] = text
+    return given
+
+
+def convert(parser: ArgumentParser, items: Sequence[Option], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Convert texts, or values from YAML, to the types of their options.
+
+    Parameters
+    ----------
+    parser
+        The parser of the command.
+    items
+        Its options.
+    given
+        Name to text or value; every name is that of an option.
+
+    Returns
+    -------
+    dict
+        Name to value.
+
+    Raises
+    ------
+    ValueError
+        If a value is not of its option's type.
+    """
+    known = {item.name: item for item in items}
+    values: dict[str, Any] = {}
+    for name, value in given.items():
+        item = known[name]
+        try:
+            values[name] = getattr(parser.parse_object({name: _prepare(item, value)}, defaults=False), name)
+        except (ArgumentError, ValueError, TypeError) as error:
+            raise ValueError(f"{name}: expected {item.expected}, got {value!r}") from error
+    return values
+
+
+def _prepare(item: Option, value: Any) -> Any:
+    """Rewrite common spellings that YAML does not know."""
+    if item.is_flag and isinstance(value, str):
+        if value.lower() not in TRUE_WORDS + FALSE_WORDS:
+            raise ValueError(value)
+        return value.lower() in TRUE_WORDS
+    if item.type is not str and isinstance(value, str) and "," in value and not value.startswith(("[", "(")):
+        return f"[{value}]"
+    return value
+
+
+def suggest(name: str, known: Iterable[str], prefix: str = "") -> str:
+    """Return a hint at the known name closest to an unknown one; empty if none is close."""
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    return f"; did you mean {prefix}{close[0]}?" if close else ""
+
+
+def read_config(
+    given: Mapping[str, str], parser: ArgumentParser, items: Sequence[Option], say: Callable[[str], None]
+) -> PretrainConfig:
+    """Merge the layers of options and return the validated configuration.
+
+    Parameters
+    ----------
+    given
+        The texts of the command line, including `config`.
+    parser
+        The parser of the command.
+    items
+        Its options.
+    say
+        Called with a line for the user when options come from a source that was not named.
+    """
+    line = convert(parser, items, given)
+    config_file = line.pop("config", None)
+    layers = [line]
+    if config_file is not None:
+        layers.insert(0, _convert_file(read_options(config_file), config_file, parser, items))
+    config = _with_recipe(layers)
+    if config.resume and RunDirectory.holds_run(config.run_path):
+        run = RunDirectory(config.run_path)
+        own = _convert_file(parse_options(run.read_config(), str(run.path)), str(run.path), parser, items)
+        out = {"out": str(run.path), "resume": True}
+        return pretrain_config(**merge_layers(own, *layers, out))
+    if config.resume:
+        # Schedulers restart the same command: it starts the run the first time.
+        say(f"No run in {config.run_path} yet: starting a new one.")
+    if config.data == DIGITS:
+        which = "No --data given" if "data" not in merge_layers(*layers) else "Data"
+        say(
+            f"{which}: the embedded digits, with the packaged recipe '{DIGITS}'. Your own images: --data FOLDER "
+            "(see prmim pretrain --help)."
+        )
+    return config
+
+
+def _with_recipe(layers: Sequence[Mapping[str, Any]]) -> PretrainConfig:
+    merged = merge_layers(*layers)
+    if merged.get("data", DIGITS) != DIGITS:
+        return pretrain_config(**merged)
+    return pretrain_config(**merge_layers(read_options(DIGITS), *layers))
+
+
+def _convert_file(
+    found: Mapping[str, Any], name: str | Path, parser: ArgumentParser, items: Sequence[Option]
+) -> dict[str, Any]:
+    known = {item.name for item in items} - {"config", "traceback"}
+    for key in found:
+        if key not in known:
+            raise ValueError(f"{key}: unknown option in {name}{suggest(key, known)}")
+    return convert(parser, items, found)

@@ -1,0 +1,166 @@
+"""The options of a classifier's training.
+
+Options that are not given come from the run whose encoder is used (`INHERITED`), then from the recipe of the protocol
+(`RECIPES`), then from the defaults below.
+"""
+
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+from prmim_methods import ClassifierConfig, classifier
+from prmim_methods.record import Record, find_option, option, record
+from prmim_train.config.pretrain import PretrainConfig
+from prmim_train.config.training import DIGITS, TrainingOptions
+
+INHERITED = ("data", "holdout", "flip", "workers", "precision", "device", "parallel", "seed", "backend")
+"""Options of the run whose encoder is used, unless given."""
+
+RECIPES: dict[str, dict[str, Any]] = {
+    "finetune": {},
+    "linear": {
+        "pool": "cls",
+        "rand_augment": 0.0,
+        "erasing": 0.0,
+        "mixup": 0.0,
+        "cutmix": 0.0,
+        "label_smoothing": 0.0,
+        "epochs": 90,
+        "batch_size": 16384,
+        "base_learning_rate": 0.1,
+        "min_learning_rate": 0.0,
+        "weight_decay": 0.0,
+    },
+}
+"""Differences from the defaults, by protocol."""
+
+DIGITS_RECIPES: dict[str, dict[str, Any]] = {
+    "finetune": {
+        "crop_scale": (0.8, 1.0),
+        "rand_augment": 0.0,
+        "erasing": 0.0,
+        "test_crop": 1.0,
+        "epochs": 20,
+        "batch_size": 64,
+        "base_learning_rate": 2e-3,
+    },
+    "linear": {
+        "crop_scale": (0.8, 1.0),
+        "test_crop": 1.0,
+        "epochs": 30,
+        "batch_size": 64,
+        "base_learning_rate": 50.0,  # few steps must go as far as many: see `Classification.describe`
+    },
+}
+"""Differences for the embedded digits, which are few and small."""
+
+FOREIGN = {**classifier.FOREIGN, "linear": (*classifier.FOREIGN["linear"], "betas")}
+"""Options without effect, by protocol."""
+WARMUP = {"finetune": 1 / 20, "linear": 1 / 9}
+
+
+@record
+class AugmentOptions(Record):
+    """Augmentation of classifier training."""
+
+    group: ClassVar[str] = "Augmentation"
+
+    rand_augment: float = option(
+        "Mean strength of RandAugment's operations. 0: no RandAugment.", default=9.0, at_least=0, at_most=10
+    )
+    rand_augment_operations: int = option(
+        "Number of RandAugment operations for an image, each applied with probability one half.", default=2, at_least=1
+    )
+    rand_augment_spread: float = option("Standard deviation of that strength.", default=0.5, at_least=0)
+    erasing: float = option(
+        "Share of the images in which a random box is replaced by noise.", default=0.25, at_least=0, at_most=1
+    )
+    mixup: float = option("Parameter of mixup's beta distribution. 0: no mixup.", default=0.8, at_least=0)
+    cutmix: float = option("Parameter of cutmix's beta distribution. 0: no cutmix.", default=1.0, at_least=0)
+    mix_switch: float = option(
+        "With mixup and cutmix: share of the batches that get cutmix.", default=0.5, at_least=0, at_most=1
+    )
+    label_smoothing: float = option(
+        "Share of each target that is spread evenly over all classes.", default=0.1, at_least=0, below=1
+    )
+    test_data: str | None = option(
+        "Other labelled images to test on, with the same class names. Null: the held-out images.", default=None
+    )
+    test_crop: float = option(
+        "Side of the central crop of a test image, relative to the largest such crop.",
+        default=0.875,
+        above=0,
+        at_most=1,
+    )
+
+
+@record
+class ClassifyConfig(AugmentOptions, TrainingOptions, ClassifierConfig):
+    """The options of a classifier's training.
+
+    The defaults are the published recipe of MAE for fine-tuning ViT-B/16 on ImageNet.
+    """
+
+    group: ClassVar[str] = "Run"
+
+    crop_scale: tuple[float, float] = (0.08, 1.0)
+    epochs: int = 100
+    batch_size: int = 1024
+    base_learning_rate: float = 5e-4
+    min_learning_rate: float = 1e-6
+    betas: tuple[float, float] = (0.9, 0.999)
+    precision: str = "bfloat16"
+    out: str | None = option(
+        "Folder of the classifier. Null: a folder named after the protocol, in that of the run.", default=None
+    )
+    checkpoint_every: int = 5
+    checkpoint: int | None = option(
+        "Step of the run's checkpoint to take the encoder from. Null: the last one.", default=None, at_least=0
+    )
+    test_every: int = option("Epochs between two tests. The test after the last step counts.", default=5, at_least=1)
+
+    @property
+    def run_path(self) -> Path:
+        """The folder of the classifier: `out`, which `classify_config` always sets."""
+        return Path(self.protocol if self.out is None else self.out)
+
+    @property
+    def foreign_options(self) -> Collection[str]:
+        """Options that have no effect in the protocol."""
+        return FOREIGN[self.protocol]
+
+    @property
+    def warmup_share(self) -> float:
+        """Share of the epochs that is warm-up if `warmup_epochs` is None."""
+        return WARMUP[self.protocol]
+
+
+def classify_config(base: PretrainConfig, given: Mapping[str, Any]) -> ClassifyConfig:
+    """Return the configuration of a classifier: given options above those of the run and of the recipe.
+
+    Parameters
+    ----------
+    base
+        The options of the run whose encoder is used.
+    given
+        Options given by the user, including `protocol`.
+
+    Raises
+    ------
+    ValueError, TypeError
+        If an option is unknown, not allowed, or contradicts another one.
+
+    Examples
+    --------
+    >>> from prmim_train.config.pretrain import pretrain_config
+    >>> base = pretrain_config(data="photos", seed=3)
+    >>> config = classify_config(base, {"protocol": "linear", "epochs": 50})
+    >>> config.seed, config.batch_size, config.base_learning_rate, config.epochs
+    (3, 16384, 0.1, 50)
+    """
+    protocol = find_option(ClassifyConfig, "protocol").check(given["protocol"])
+    inherited = {name: getattr(base, name) for name in INHERITED}
+    layers = {**inherited, **RECIPES[protocol]}
+    if given.get("data", base.data) == DIGITS:
+        layers |= DIGITS_RECIPES[protocol]
+    return ClassifyConfig(**{**layers, "out": str(base.run_path / protocol), **given})

@@ -1,0 +1,122 @@
+"""Layers of options: packaged recipes, YAML files and the command line, merged and written back."""
+
+from collections.abc import Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from prmim_methods.methods import METHOD_OPTION
+from prmim_train.config.pretrain import special_option_names
+from prmim_train.config.training import TrainingOptions
+
+DEPENDENT_OPTIONS = {"model": ("embed_dim", "depth", "num_heads"), "channels": ("mean", "std")}
+"""Options that belong to another one: a layer that sets the key drops them from lower layers. A recipe's width must not
+survive ``--model vit_small``."""
+
+NOT_STORED = ("out", "resume")
+"""Options that are no property of a run."""
+
+LONGEST_REASON = 200
+"""Most characters of a parser's message that are shown."""
+SCALARS = (str, int, float, bool, type(None))
+
+
+def merge_layers(*layers: Mapping[str, Any]) -> dict[str, Any]:
+    """Merge dictionaries of options; later ones override earlier ones.
+
+    A layer that sets an option drops the options that belong to it (`DEPENDENT_OPTIONS`) from the layers below. A layer
+    that changes the method drops the options that differ between methods.
+
+    Examples
+    --------
+    >>> merge_layers({"model": "vit_tiny", "depth": 4, "epochs": 10}, {"model": "vit_small"})
+    {'model': 'vit_small', 'epochs': 10}
+    >>> merge_layers({"mask_ratio": 0.8, "norm_pix": False, "stages": 3}, {"method": "simmim"})
+    {'stages': 3, 'method': 'simmim'}
+    """
+    special = special_option_names()
+    merged: dict[str, Any] = {}
+    for layer in layers:
+        dropped = {field for name, fields in DEPENDENT_OPTIONS.items() if name in layer for field in fields}
+        method = merged.get("method", METHOD_OPTION.default)
+        if layer.get("method", method) != method:
+            dropped |= special
+        merged = {name: value for name, value in merged.items() if name not in dropped} | dict(layer)
+    return merged
+
+
+def recipe_names() -> list[str]:
+    """Return the names of the packaged recipes, sorted."""
+    folder = resources.files("prmim_train.config") / "recipes"
+    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+
+
+def read_options(name_or_path: str | Path) -> dict[str, Any]:
+    """Read the options of a packaged recipe or of a YAML file.
+
+    Parameters
+    ----------
+    name_or_path
+        The name of a packaged recipe (`recipe_names`), else the path of a file.
+
+    Returns
+    -------
+    dict
+        Option name to value, as YAML gave it; names and values are not checked here.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is neither a recipe nor a file of that name.
+    ValueError
+        If the file is not YAML, or not a list of `name: value`.
+    """
+    text = str(name_or_path)
+    if text in recipe_names():
+        content = (resources.files("prmim_train.config") / "recipes" / f"{text}.yaml").read_text(encoding="utf-8")
+    else:
+        path = Path(name_or_path)
+        if not path.is_file():
+            known = ", ".join(recipe_names())
+            raise FileNotFoundError(f"config: expected a YAML file or one of the recipes {known}, got {text!r}")
+        content = path.read_text(encoding="utf-8")
+    return parse_options(content, text)
+
+
+def parse_options(content: str, name: str) -> dict[str, Any]:
+    """Parse the text of a YAML file of options; see `read_options`."""
+    try:
+        options = yaml.safe_load(content)
+    except Exception as error:  # of YAML's own, and whatever its constructors make of odd numbers, dates and depths
+        mark = getattr(error, "problem_mark", None)
+        where = f" line {mark.line + 1}" if mark is not None else ""
+        reason = getattr(error, "problem", None) or f"{type(error).__name__} {error}"
+        raise ValueError(
+            f"config: expected YAML, got an error in {name}{where}: {' '.join(reason.split())[:LONGEST_REASON]}"
+        ) from error
+    if options is None:
+        return {}
+    if not isinstance(options, dict) or not all(isinstance(key, str) for key in options):
+        raise ValueError(f"config: expected lines of the form 'option: value' in {name}, got {type(options).__name__}")
+    for option, value in options.items():
+        # Nothing deeper is an option's value, and a few lines of nested aliases can unfold to gigabytes.
+        if not all(isinstance(part, SCALARS) for part in (value if isinstance(value, list) else [value])):
+            raise ValueError(f"config: expected a value or a list of values for {option[:LONGEST_REASON]} in {name}")
+    return options
+
+
+def dump_options(config: TrainingOptions) -> str:
+    """Return the options of a run as YAML, without those that have no effect in it.
+
+    Examples
+    --------
+    >>> from prmim_train.config.pretrain import pretrain_config
+    >>> config = pretrain_config(image_size=(32, 64), warmup_epochs=2)
+    >>> pretrain_config(**parse_options(dump_options(config), "copy")) == config
+    True
+    """
+    kept = {name: value for name, value in config.flat().items() if name not in {*NOT_STORED, *config.foreign_options}}
+    plain = {name: list(value) if isinstance(value, tuple) else value for name, value in kept.items()}
+    return yaml.safe_dump(plain, sort_keys=False, default_flow_style=None)

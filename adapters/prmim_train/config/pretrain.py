@@ -1,0 +1,126 @@
+"""The options of a pre-training run: the trainer's own, and the record of the method.
+
+Files and the command line have all of them in one flat list: :func:`pretrain_config` reads it,
+:meth:`PretrainConfig.flat` returns it.
+"""
+
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+from prmim_methods import METHODS, MAEConfig, MethodConfig, create_config
+from prmim_methods.methods import METHOD_OPTION
+from prmim_methods.record import option, options, record
+from prmim_train.config.training import DIGITS, TrainingOptions
+
+
+@record
+class PretrainConfig(TrainingOptions):
+    """The options of a pre-training run.
+
+    The defaults are the published recipe of MAE for ViT-B/16 at 224 pixels. ``method`` is the record of the method.
+    """
+
+    group: ClassVar[str] = "Run"
+
+    method: MethodConfig = MAEConfig()  # frozen
+
+    precision: str = "bfloat16"
+    init_weights: str | None = option("A .safetensors file of initial weights. Null: random weights.", default=None)
+    eval_limit: int = option(
+        "Most images for the evaluation of frozen features at the end. 0: no evaluation.", default=5000, at_least=0
+    )
+    probe_every: int | None = option(
+        "Epochs between two evaluations of frozen features during training (needs labels). Null: none.",
+        default=None,
+        at_least=1,
+    )
+    pictures: int = option("Held-out images in the pictures drawn at the end. 0: no pictures.", default=6, at_least=0)
+
+    def check(self) -> None:
+        """Validate options that depend on one another."""
+        super().check()
+        if len(self.method.image_size) != 2:
+            raise ValueError(f"image_size: expected one number or height,width, got {self.method.image_size}")
+        if self.method.scan_blocks and self.backend != "jax":
+            raise ValueError(f"scan_blocks: backend {self.backend} has no such option, only jax")
+        if self.probe_every is not None and self.eval_limit == 0:
+            raise ValueError(f"probe_every: expected null, since eval_limit is 0, got {self.probe_every}")
+
+    def flat(self) -> dict[str, Any]:
+        """Return all options by name, those of the method included; :func:`pretrain_config` reverses it.
+
+        Examples
+        --------
+        >>> config = pretrain_config(image_size=(32, 64), warmup_epochs=2)
+        >>> pretrain_config(**config.flat()) == config
+        True
+        """
+        method = {item.name: getattr(self.method, item.name) for item in options(type(self.method))}
+        del method["init_seed"]  # follows from the seed
+        return {"method": self.method.name, **method, **super().flat()}
+
+    @property
+    def image_plane(self) -> tuple[int, int]:
+        """Height and width of the training images."""
+        height, width = self.method.image_size
+        return height, width
+
+    @property
+    def run_path(self) -> Path:
+        """The folder of the run."""
+        if self.out is not None:
+            return Path(self.out)
+        name = re.sub(r"[^A-Za-z0-9_.-]+", "-", Path(self.data).resolve().stem if self.data != DIGITS else DIGITS)
+        return Path("runs") / f"{self.method.name}-{name}"
+
+
+def pretrain_config(**given: Any) -> PretrainConfig:
+    """Return the configuration of a flat list of options, as files and the command line have them.
+
+    Parameters
+    ----------
+    **given
+        ``method``, the name of the method, its options, and those of :class:`PretrainConfig`. ``seed`` also seeds the
+        initial weights.
+
+    Raises
+    ------
+    ValueError, TypeError
+        If an option is unknown, not allowed, or contradicts another one.
+
+    Examples
+    --------
+    >>> config = pretrain_config(method="simmim", throw_ratio=0.5, epochs=100)
+    >>> config.method.counts, config.epochs
+    (TokenCounts(visible=76, decoded=22, thrown=98), 100)
+    >>> pretrain_config(throw_ratio=0.8)
+    Traceback (most recent call last):
+    ...
+    ValueError: throw_ratio: expected at most mask_ratio 0.75, got 0.8
+    """
+    name = given.pop("method", METHOD_OPTION.default)
+    own = {item.name for item in options(PretrainConfig)}
+    config = PretrainConfig(**{name: value for name, value in given.items() if name in own})  # validates the seed
+    of_method = {name: value for name, value in given.items() if name not in own}
+    return replace(config, method=create_config(name, init_seed=config.seed, **of_method))
+
+
+def change(config: PretrainConfig, **changes: Any) -> PretrainConfig:
+    """Return a configuration with some of its flat options replaced."""
+    return pretrain_config(**{**config.flat(), **changes})
+
+
+def pretrain_option_names() -> set[str]:
+    """Return the names of all flat options, of every method."""
+    of_methods = {item.name for method in METHODS.values() for item in options(method)}
+    return {"method", *of_methods, *(item.name for item in options(PretrainConfig))} - {"init_seed"}
+
+
+def special_option_names() -> set[str]:
+    """Return the names of the options that not all methods have, or not with the same default."""
+    records = [{item.name: item for item in options(method)} for method in METHODS.values()]
+    defaults = [{name: item.default for name, item in known.items()} for known in records]
+    shared = {name for name, value in defaults[0].items() if all(name in d and d[name] == value for d in defaults)}
+    return {name for known in defaults for name in known} - shared

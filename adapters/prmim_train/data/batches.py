@@ -1,0 +1,617 @@
+"""Training and evaluation batches, prefetched by threads or worker processes.
+
+The training stream depends on its arguments only. Each epoch is a permutation of the images; the sequence of epochs is
+cut into full batches, which may span two epochs. Any step can be computed without the steps before it, so a resumed run
+sees the same batches as an uninterrupted one. The number of threads, of worker processes and of distributed processes
+does not change the global batches.
+"""
+
+import os
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from types import TracebackType
+from typing import Any, Generic, NamedTuple, Self, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from prmim_train.data.image_files import ignore_pillow_warnings
+from prmim_train.data.sources import ImageSource, UnreadableImageError
+from prmim_train.data.transforms import center_crop, check_crop_options, random_crop_box, random_flip
+from prmim_train.data.workers import WorkerPool
+
+__all__ = [
+    "Batch",
+    "BatchIterator",
+    "EvaluationBatch",
+    "UnreadableImages",
+    "evaluation_batches",
+    "split_indices",
+    "train_batches",
+]
+
+ImageArray = NDArray[np.uint8]
+IndexArray = NDArray[np.int64]
+TargetArray = NDArray[np.float32]
+Failures = tuple[tuple[int, str], ...]  # (record, reason)
+Augment = Callable[[ImageArray, np.random.Generator], ImageArray]
+Mix = Callable[[int, ImageArray, IndexArray], tuple[ImageArray, TargetArray]]
+_Rest = tuple[IndexArray, Failures, TargetArray | None]  # a batch without its images
+Places = list[tuple[int, int]]  # (position in the stream, index into the records in use)
+
+_NUM_NAMED = 20
+_MAX_THREADS = 8
+_RECORDS_AHEAD = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Training batch.
+
+    Attributes
+    ----------
+    images : uint8 array (batch, height, width, channels)
+    index : int64 array (batch,)
+        Record of the source of each image.
+    unreadable : tuple of (int, str)
+        Records that could not be read for this batch, and the reasons.
+    targets : float32 array (batch, classes) or None
+        Soft labels; None without `mix`.
+    """
+
+    images: ImageArray
+    index: IndexArray
+    unreadable: Failures
+    targets: TargetArray | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class EvaluationBatch:
+    """Evaluation batch.
+
+    Attributes
+    ----------
+    images : uint8 array (batch, height, width, channels)
+    labels : int64 array (batch,) or None
+        None if the source has no labels.
+    index : int64 array (batch,)
+        Record of the source of each image.
+    """
+
+    images: ImageArray
+    labels: IndexArray | None
+    index: IndexArray
+
+
+class UnreadableImages:
+    """Images that could not be read. Each image counts once.
+
+    Parameters
+    ----------
+    source : ImageSource
+        Provides the names of the images.
+    num_images : int
+        Number of images in use.
+    tolerance : float, optional
+        Fraction of `num_images` above which `check` raises.
+
+    Examples
+    --------
+    >>> from prmim_train.data.sources import open_source
+    >>> unreadable = UnreadableImages(open_source("digits", channels=1), num_images=1797)
+    >>> unreadable.add([(3, "empty file"), (3, "empty file")])
+    >>> unreadable.check()
+    >>> unreadable.report()
+    '1 of 1,797 images could not be read and was left out: image 3 (empty file)'
+    """
+
+    def __init__(self, source: ImageSource, num_images: int, *, tolerance: float = 0.01) -> None:
+        self._source = source
+        self._num_images = num_images
+        self._tolerance = tolerance
+        self._reasons: dict[int, str] = {}
+
+    def __len__(self) -> int:
+        """Return the number of unreadable images."""
+        return len(self._reasons)
+
+    @property
+    def is_all(self) -> bool:
+        """Whether all images are unreadable."""
+        return len(self) >= self._num_images
+
+    @property
+    def reasons(self) -> dict[str, str]:
+        """Reason by image name, in the order of the source."""
+        return {self._source.name(record): self._reasons[record] for record in sorted(self._reasons)}
+
+    def add(self, failures: Iterable[tuple[int, str]]) -> None:
+        """Add records that could not be read, and the reasons."""
+        for record, reason in failures:
+            self._reasons.setdefault(record, reason)
+
+    def check(self) -> None:
+        """Raise if too many images are unreadable.
+
+        Raises
+        ------
+        ValueError
+            If the fraction of unreadable images exceeds `tolerance`. The message names the first 20.
+        """
+        if len(self) > self._tolerance * self._num_images:
+            raise ValueError(
+                f"data: {len(self):,} of {self._num_images:,} images cannot be read so far, more than the "
+                f"{self._tolerance:.0%} that is tolerated; repair or remove them: {self._names()}"
+            )
+
+    def report(self) -> str:
+        """Return one line that names the first 20 unreadable images; empty if there are none."""
+        if not self._reasons:
+            return ""
+        was = "was" if len(self) == 1 else "were"
+        return f"{len(self):,} of {self._num_images:,} images could not be read and {was} left out: {self._names()}"
+
+    def _names(self) -> str:
+        named = [
+            f"{self._source.name(record)} ({self._reasons[record]})" for record in sorted(self._reasons)[:_NUM_NAMED]
+        ]
+        rest = len(self) - len(named)
+        return ", ".join(named) + (f", and {rest:,} more" if rest else "")
+
+
+T = TypeVar("T")
+
+
+class _Reader(Generic[T]):
+    """The part of a `BatchIterator` that its finalizer closes, and which must not refer to the iterator."""
+
+    def __init__(self, stream: Any, batches: Iterator[T]) -> None:
+        self.stream = stream
+        self.batches = batches
+
+    def close(self) -> None:
+        self.stream.close()
+        # Drop the stream now: grain warns about iterators that live until the interpreter exits.
+        self.stream, self.batches = None, iter(())
+
+
+class BatchIterator(Iterator[T], Generic[T]):
+    """Iterator over prefetched batches. Use it in a `with` block, or close it.
+
+    Created by `train_batches` and `evaluation_batches`. The prefetching threads or processes end when the iterator is
+    closed, exhausted or raises an error, and at the end of the program.
+
+    Attributes
+    ----------
+    unreadable : UnreadableImages
+        Images that could not be read, up to the last returned batch.
+    """
+
+    def __init__(self, stream: Any, batches: Iterator[T], unreadable: UnreadableImages) -> None:
+        self.unreadable = unreadable
+        self._reader = _Reader(stream, batches)
+        self._close = weakref.finalize(self, self._reader.close)  # runs once, at the latest at program exit
+
+    def __next__(self) -> T:
+        """Return the next batch."""
+        try:
+            return next(self._reader.batches)
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Stop prefetching; `next` then raises StopIteration. Idempotent."""
+        self._close()
+
+    def __enter__(self) -> Self:
+        """Return the iterator."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Close the iterator."""
+        self.close()
+
+
+def train_batches(
+    source: ImageSource,
+    *,
+    indices: IndexArray | None = None,
+    batch_size: int,
+    image_size: tuple[int, int],
+    seed: int,
+    start_step: int = 0,
+    total_steps: int,
+    crop_scale: tuple[float, float] = (0.2, 1.0),
+    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3),
+    flip: bool = True,
+    augment: Augment | None = None,
+    mix: Mix | None = None,
+    workers: int = 0,
+    threads: int | None = None,
+    rank: int = 0,
+    world_size: int = 1,
+) -> BatchIterator[Batch]:
+    """Return the batches of a training run, from `start_step` on.
+
+    Parameters
+    ----------
+    source : ImageSource
+    indices : int array (number of images,), optional
+        Records of the source to train on. Default: all.
+    batch_size : int
+        Images per global batch, over all distributed processes. All batches are full. A batch can be larger than an
+        epoch.
+    image_size : (height, width)
+        In pixels.
+    seed : int
+        From 0 to 2**32 - 1. Determines the order of the images and their augmentation.
+    start_step : int, optional
+        Number of steps already taken.
+    total_steps : int
+        Step at which the stream ends, counted from the beginning of the run.
+    crop_scale, crop_ratio : tuple of two floats, optional
+        See `prmim_train.data.transforms.random_crop_box`.
+    flip : bool, optional
+        Mirror images left to right with probability 0.5.
+    augment : callable, optional
+        Further augmentation of an image, after crop and flip. Takes the image and the generator that crop and flip
+        were drawn from. Picklable; see `prmim_train.data.augment`.
+    mix : callable, optional
+        Returns images and targets of a batch, given the step (from 0), the images and their records. Picklable; see
+        `prmim_train.data.mixing`.
+    workers : int, optional
+        Number of worker processes that prefetch batches. They take one or two seconds to start. 0 uses threads of this
+        process, which is enough if reading is mostly decoding or waiting for a disk. With workers, a script needs
+        ``if __name__ == "__main__":``.
+    threads : int, optional
+        Number of threads that prefetch a batch each, without workers. 0 reads on demand. Default: one per available
+        core, at most 8. Memory holds about `threads` + 1 batches.
+    rank, world_size : int, optional
+        Rank of this process, and number of distributed processes. A process gets the rows ``rank::world_size`` of every
+        global batch, `batch_size` / `world_size` images.
+
+    Returns
+    -------
+    BatchIterator of Batch
+        `total_steps` - `start_step` batches. Its `unreadable` lists the images that this process could not read.
+
+    Raises
+    ------
+    ValueError
+        If an argument is invalid; while iterating, if more than 1 % of the images cannot be read.
+    ChildProcessError
+        While iterating, if a worker process died. The message names the cause and the image that the worker was
+        reading.
+
+    Notes
+    -----
+    Augmentation is drawn from a generator seeded with (seed, epoch, record), so it does not depend on the process or
+    worker that reads the image. An unreadable image is replaced by the next readable one in the order of `indices`.
+    Pillow's warnings are silenced.
+
+    Examples
+    --------
+    >>> from prmim_train.data.sources import open_source
+    >>> digits = open_source("digits", channels=1)
+    >>> with train_batches(digits, batch_size=4, image_size=(8, 8), seed=0, total_steps=2) as batches:
+    ...     shapes = [batch.images.shape for batch in batches]
+    >>> shapes
+    [(4, 8, 8, 1), (4, 8, 8, 1)]
+    """
+    grain = _import_grain()
+    records = _check_indices(indices, len(source))
+    _check_at_least("batch_size", batch_size, 1)
+    _check_at_least("start_step", start_step, 0)
+    _check_at_least("total_steps", total_steps, start_step)
+    _check_at_least("workers", workers, 0)
+    _check_image_size(image_size)
+    check_crop_options(crop_scale, crop_ratio)
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"seed: expected 0 to 2**32 - 1, got {seed}")
+    _check_processes(rank, world_size, batch_size)
+
+    num_epochs = max(1, -(-total_steps * batch_size // len(records)))
+    places = (
+        grain.MapDataset.range(len(records))
+        .seed(seed)
+        .shuffle()  # differently in each epoch
+        .repeat(num_epochs)
+        .map_with_index(_place)[start_step * batch_size + rank : total_steps * batch_size : world_size]
+        .batch(batch_size // world_size, drop_remainder=True, batch_fn=list)
+    )
+    # Threads and workers get whole batches, so the content of a batch does not depend on their number.
+    make = _TrainingBatch(source, records, image_size, seed, crop_scale, crop_ratio, flip, augment, mix, batch_size)
+    ignore_pillow_warnings()
+    if workers > 0:
+        tasks = (places[step] for step in range(len(places)))
+        stream: Any = WorkerPool(make, tasks, workers=workers, describe=source.name, prepare=ignore_pillow_warnings)
+    else:
+        stream = iter(places.map(make).to_iter_dataset(_read_options(threads)))
+    unreadable = UnreadableImages(source, len(records))
+    return BatchIterator(stream, _checked(stream, unreadable), unreadable)
+
+
+def evaluation_batches(
+    source: ImageSource,
+    indices: IndexArray | None = None,
+    *,
+    batch_size: int,
+    image_size: tuple[int, int],
+    share: float = 1.0,
+    threads: int | None = None,
+) -> BatchIterator[EvaluationBatch]:
+    """Return the centre crops of images in order, once, without augmentation.
+
+    Parameters
+    ----------
+    source : ImageSource
+    indices : int array (number of images,), optional
+        Records of the source, in this order. Default: all.
+    batch_size : int
+        Images per batch. The last batch can have fewer.
+    image_size : (height, width)
+        In pixels.
+    share : float, optional
+        See `prmim_train.data.transforms.center_crop`.
+    threads : int, optional
+        Number of prefetching threads. 0 reads on demand. Default: one per available core, at most 8.
+
+    Returns
+    -------
+    BatchIterator of EvaluationBatch
+        Unreadable images are skipped and listed in its `unreadable`. The caller decides how many are too many;
+        `unreadable.check` raises above 1 %.
+
+    Raises
+    ------
+    ValueError
+        If an argument is invalid; while iterating, if no image can be read.
+
+    Examples
+    --------
+    >>> from prmim_train.data.sources import open_source
+    >>> digits = open_source("digits", channels=1)
+    >>> with evaluation_batches(digits, np.arange(5), batch_size=3, image_size=(8, 8)) as batches:
+    ...     [batch.labels.tolist() for batch in batches]
+    [[0, 1, 2], [3, 4]]
+    """
+    grain = _import_grain()
+    records = _check_indices(indices, len(source))
+    _check_at_least("batch_size", batch_size, 1)
+    _check_image_size(image_size)
+    ignore_pillow_warnings()
+    dataset = grain.MapDataset.source(records).map(_EvaluationRecord(source, image_size, share))
+    stream = dataset.to_iter_dataset(_read_options(threads, ahead=_RECORDS_AHEAD))
+    iterator, unreadable = iter(stream), UnreadableImages(source, len(records))
+    return BatchIterator(iterator, _regrouped(iterator, unreadable, batch_size, source.labels), unreadable)
+
+
+def split_indices(
+    labels_or_number: NDArray[np.integer[Any]] | int, *, holdout: float, seed: int
+) -> tuple[IndexArray, IndexArray]:
+    """Split the records of a source at random into training and held-out records.
+
+    Parameters
+    ----------
+    labels_or_number : int array (number of images,), or int
+        Labels, or number of images. With labels, the split is stratified: each class contributes its share of held-out
+        images, to within one.
+    holdout : float
+        Fraction to hold out, in [0, 1); rounded to whole images.
+    seed : int
+        Determines the split.
+
+    Returns
+    -------
+    train, held_out : int64 arrays
+        Sorted, disjoint, and together all records.
+
+    Raises
+    ------
+    ValueError
+        If `holdout` is out of bounds.
+
+    Examples
+    --------
+    >>> train, held_out = split_indices(np.array([0, 0, 0, 0, 1, 1, 1, 1]), holdout=0.25, seed=0)
+    >>> len(train), len(held_out)
+    (6, 2)
+    """
+    if not 0 <= holdout < 1:
+        raise ValueError(f"holdout: expected a number in [0, 1), got {holdout}")
+    number = labels_or_number if isinstance(labels_or_number, int) else len(labels_or_number)
+    shuffled = np.random.default_rng(seed).permutation(number)
+    if not isinstance(labels_or_number, int):
+        shuffled = shuffled[np.argsort(labels_or_number[shuffled], kind="stable")]
+    num_held_out = round(number * holdout)
+    # Hold out exactly num_held_out evenly spaced records. Each class is a run of the shuffled records, and so
+    # contributes its share.
+    place = np.arange(number, dtype=np.int64)
+    is_held_out = (place + 1) * num_held_out // max(1, number) > place * num_held_out // max(1, number)
+    return np.sort(shuffled[~is_held_out]).astype(np.int64), np.sort(shuffled[is_held_out]).astype(np.int64)
+
+
+# ------------------------------------------------------------------------------------------------- single records
+
+
+def _place(position: int, choice: int) -> tuple[int, int]:
+    return position, int(choice)
+
+
+class _TrainingBatch:
+    """Makes the training batch of given places in the stream. Pickled for worker processes."""
+
+    def __init__(
+        self,
+        source: ImageSource,
+        records: IndexArray,
+        image_size: tuple[int, int],
+        seed: int,
+        crop_scale: tuple[float, float],
+        crop_ratio: tuple[float, float],
+        flip: bool,
+        augment: Augment | None,
+        mix: Mix | None,
+        global_batch: int,
+    ) -> None:
+        self.source, self.records, self.image_size, self.seed = source, records, image_size, seed
+        self.crop_scale, self.crop_ratio, self.flip = crop_scale, crop_ratio, flip
+        self.augment, self.mix, self.global_batch = augment, mix, global_batch
+        self.failed: dict[int, str] = {}  # this process does not try them again
+
+    def __call__(self, places: Places, note: Callable[[int], None] = lambda record: None) -> tuple[ImageArray, _Rest]:
+        parts: list[ImageArray] = []
+        records: list[int] = []
+        failures: list[tuple[int, str]] = []
+        for position, choice in places:
+            image, record = self._read(position // len(self.records), choice, failures, note)
+            parts.append(image)
+            records.append(record)
+        images, index, targets = np.stack(parts), np.array(records, np.int64), None
+        if self.mix is not None:
+            images, targets = self.mix(places[0][0] // self.global_batch, images, index)
+        return images, (index, tuple(failures), targets)
+
+    def _read(
+        self, epoch: int, choice: int, failures: list[tuple[int, str]], note: Callable[[int], None]
+    ) -> tuple[ImageArray, int]:
+        """Read the chosen record, or else the next readable one; append unreadable records to `failures`."""
+        unreadable = UnreadableImages(self.source, len(self.records))
+        while True:
+            record = int(self.records[choice])
+            if record not in self.failed:
+                note(record)
+                try:
+                    return self._augmented(epoch, record), record
+                except UnreadableImageError as error:
+                    self.failed[record] = error.reason
+            failures.append((record, self.failed[record]))
+            unreadable.add(failures[-1:])
+            unreadable.check()  # ends the search after at most 1 % of the records
+            choice = (choice + 1) % len(self.records)
+
+    def _augmented(self, epoch: int, record: int) -> ImageArray:
+        # The order of the draws (crop, flip, augment) is fixed: workers and resumed runs must draw the same values.
+        rng = np.random.default_rng((self.seed, epoch, record))
+        choose = partial(random_crop_box, rng=rng, scale=self.crop_scale, ratio=self.crop_ratio)
+        image = self.source.read_crop(record, self.image_size, choose)
+        image = random_flip(image, rng) if self.flip else image
+        return image if self.augment is None else self.augment(image, rng)
+
+
+class _Example(NamedTuple):
+    image: ImageArray | None  # None: unreadable
+    record: int
+    unreadable: Failures
+
+
+class _EvaluationRecord:
+    def __init__(self, source: ImageSource, image_size: tuple[int, int], share: float) -> None:
+        self.source, self.image_size, self.share = source, image_size, share
+
+    def __call__(self, record: Any) -> _Example:
+        record = int(record)
+        try:
+            image = center_crop(self.source.read(record), self.image_size, share=self.share)
+        except UnreadableImageError as error:
+            return _Example(None, record, ((record, error.reason),))
+        return _Example(image, record, ())
+
+
+# -------------------------------------------------------------------------------------------------------- batches
+
+
+def _checked(stream: Iterator[tuple[ImageArray, _Rest]], unreadable: UnreadableImages) -> Iterator[Batch]:
+    for images, (index, failures, targets) in stream:
+        unreadable.add(failures)
+        unreadable.check()
+        yield Batch(images, index, failures, targets)
+
+
+def _regrouped(
+    stream: Iterator[_Example], unreadable: UnreadableImages, batch_size: int, labels: IndexArray | None
+) -> Iterator[EvaluationBatch]:
+    images: list[ImageArray] = []
+    records: list[int] = []
+    for example in stream:
+        unreadable.add(example.unreadable)
+        if example.image is not None:
+            images.append(example.image)
+            records.append(example.record)
+        if len(images) == batch_size:
+            yield _evaluation_batch(images, records, labels)
+            images, records = [], []
+    if images:
+        yield _evaluation_batch(images, records, labels)
+    elif unreadable.is_all:
+        raise ValueError(f"data: none of the images can be read: {unreadable.report()}")
+
+
+def _evaluation_batch(images: list[ImageArray], records: list[int], labels: IndexArray | None) -> EvaluationBatch:
+    index = np.array(records, np.int64)
+    return EvaluationBatch(np.stack(images), None if labels is None else labels[index], index)
+
+
+# --------------------------------------------------------------------------------------------------------- threads
+
+
+def _import_grain() -> Any:
+    """Import grain on demand: it takes a second, imports jax if that is installed, and otherwise warns."""
+    from absl import logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity(logging.ERROR)
+    try:
+        import grain
+    finally:
+        logging.set_verbosity(verbosity)
+    return grain
+
+
+def _read_options(threads: int | None, ahead: int = 1) -> Any:
+    if threads is None:
+        threads = min(_MAX_THREADS, _available_cores())
+    _check_at_least("threads", threads, 0)
+    return _import_grain().ReadOptions(num_threads=threads, prefetch_buffer_size=threads and threads + ahead)
+
+
+def _available_cores() -> int:
+    # Where available, the cores that this process may use: containers often get fewer than the machine has.
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+# --------------------------------------------------------------------------------------------------------- checks
+
+
+def _check_at_least(name: str, value: int, least: int) -> None:
+    if value < least:
+        raise ValueError(f"{name}: expected at least {least}, got {value}")
+
+
+def _check_processes(rank: int, world_size: int, batch_size: int) -> None:
+    _check_at_least("world_size", world_size, 1)
+    if not 0 <= rank < world_size:
+        raise ValueError(f"rank: expected 0 to {world_size - 1}, got {rank}")
+    if batch_size % world_size:
+        raise ValueError(f"batch_size: expected a multiple of the {world_size} processes, got {batch_size}")
+
+
+def _check_image_size(image_size: tuple[int, int]) -> None:
+    if len(image_size) != 2 or min(image_size) < 1:
+        raise ValueError(f"image_size: expected (height, width) of at least 1 pixel, got {image_size}")
+
+
+def _check_indices(indices: IndexArray | None, number: int) -> IndexArray:
+    if indices is None:
+        return np.arange(number, dtype=np.int64)
+    indices = np.asarray(indices)
+    if indices.ndim != 1 or indices.dtype.kind not in "iu" or len(indices) == 0:
+        raise ValueError(f"indices: expected a non-empty 1-d integer array, got {indices.dtype} {indices.shape}")
+    if indices.min() < 0 or indices.max() >= number:
+        raise ValueError(f"indices: expected 0 to {number - 1}, got {indices.min()} to {indices.max()}")
+    return indices.astype(np.int64)

@@ -1,0 +1,190 @@
+"""Images and labels from a NumPy archive, read without pickle and checked before memory is allocated."""
+
+import io
+import math
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from prmim_train.data.image_files import open_regular, printable, reason_of
+from prmim_train.data.names import MAX_CLASSES
+
+__all__ = ["read_npz"]
+
+PixelArray = NDArray[np.uint8] | NDArray[np.uint16]
+
+_MAX_HEADER = 10_000  # bytes; NumPy has the same limit, but checks it after reading the header
+_MAX_NAME = 1000  # characters of a class name
+_MAX_DEFLATION = 1032  # largest compression ratio of deflate; higher stated ratios are false
+_MAX_LISTED = 10
+
+
+def read_npz(path: Path, channels: int) -> tuple[PixelArray, NDArray[np.int64] | None, tuple[str, ...] | None]:
+    """Read images, and labels and class names if present, from a ``.npz`` file.
+
+    Parameters
+    ----------
+    path : Path
+        Archive with ``images`` (N, height, width) or (N, height, width, channels), uint8 or uint16, and optionally
+        ``labels`` (N,), integers from 0, and ``names``, one string per class.
+    channels : int
+        Number of channels that the images must have.
+
+    Returns
+    -------
+    images : uint8 or uint16 array (N, height, width, channels)
+    labels : int64 array (N,) or None
+    class_names : tuple of str or None
+        None without labels; the class numbers if the file has labels but no names.
+
+    Raises
+    ------
+    FileNotFoundError
+        If the file does not exist.
+    ValueError
+        If the content is invalid, or contains Python objects, which would need pickle.
+    """
+    if not path.exists():
+        raise FileNotFoundError(f"data: no such file: {path}")
+    with _opened(path) as archive:
+        images = _read_images(archive, channels)
+        labels = _read_labels(archive, len(images))
+        return images, labels, _read_names(archive, labels)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator["_Archive"]:
+    where = printable(str(path))
+    try:
+        raw = open_regular(path)
+    except ValueError as error:
+        raise ValueError(f"data: {where}: {error}") from error
+    with raw, io.BufferedReader(raw) as file:
+        try:
+            opened = zipfile.ZipFile(file)
+        except Exception as error:  # corrupt archives raise many types of errors
+            reason = "not a zip archive" if isinstance(error, zipfile.BadZipFile) else reason_of(error)
+            raise ValueError(f"data: {where} is not a .npz file ({reason}); write it with numpy.savez") from error
+        with opened:
+            yield _Archive(opened, where)
+
+
+class _Archive:
+    """Arrays of a ``.npz`` file. Errors are ValueErrors that name the file and the array."""
+
+    def __init__(self, archive: zipfile.ZipFile, path: str) -> None:
+        self._archive, self.path = archive, path
+        self.names = [name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")]
+
+    def header(self, name: str) -> tuple[tuple[int, ...], np.dtype[np.generic]]:
+        """Return shape and dtype of an array, after checking that they match its number of bytes."""
+        try:
+            info = self._archive.getinfo(f"{name}.npy")
+            with self._archive.open(info) as file:
+                shape, dtype, header_size = _read_header(file)
+            expected = header_size + math.prod(shape) * dtype.itemsize
+            if expected != info.file_size or info.file_size > _MAX_DEFLATION * (info.compress_size + 1):
+                raise ValueError(
+                    f"{dtype} {shape} takes {expected:,} bytes, which do not match the {info.compress_size:,} stored"
+                )
+        except Exception as error:
+            raise self.error(name, error) from error
+        return shape, dtype
+
+    def read(self, name: str) -> NDArray[np.generic]:
+        """Return an array; check its header first."""
+        try:
+            with self._archive.open(f"{name}.npy") as file:
+                array: NDArray[np.generic] = np.lib.format.read_array(file, allow_pickle=False)
+                return array
+        except Exception as error:
+            raise self.error(name, error) from error
+
+    def error(self, name: str, error: Exception) -> ValueError:
+        return ValueError(f"data: array '{name}' of {self.path} cannot be read: {reason_of(error)}")
+
+
+def _read_header(file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype[np.generic], int]:
+    """Return shape, dtype and the length of the header in bytes."""
+    start = file.read(12)
+    version = tuple(start[6:8])
+    if not start.startswith(b"\x93NUMPY") or version not in ((1, 0), (2, 0)):
+        raise ValueError("not in NumPy's format")
+    length = int.from_bytes(start[8:10] if version == (1, 0) else start[8:12], "little")
+    if length > _MAX_HEADER:
+        raise ValueError(f"header of {length:,} bytes, more than the limit of {_MAX_HEADER:,}")
+    content = io.BytesIO(start + file.read(length))
+    content.seek(8)
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, _, dtype = read(content)
+    if min(shape, default=0) < 0:
+        raise ValueError(f"invalid shape {shape}")
+    if dtype.hasobject:
+        raise ValueError("contains Python objects")
+    return shape, dtype, content.tell()
+
+
+def _read_images(archive: _Archive, channels: int) -> PixelArray:
+    path = archive.path
+    if "images" not in archive.names:
+        listed = [printable(name) for name in archive.names[:_MAX_LISTED]] + ["..."] * (
+            len(archive.names) > _MAX_LISTED
+        )
+        raise ValueError(f"data: no array 'images' in {path}, only {', '.join(listed) or 'nothing'}")
+    shape, dtype = archive.header("images")
+    if dtype not in (np.uint8, np.uint16):
+        raise ValueError(f"data: 'images' of {path}: expected uint8 or uint16, got {dtype}")
+    if len(shape) not in (3, 4):
+        raise ValueError(
+            f"data: 'images' of {path}: expected (N, height, width) or (N, height, width, channels), got {shape}"
+        )
+    shape = shape if len(shape) == 4 else (*shape, 1)
+    if 0 in shape:
+        raise ValueError(f"data: no images in {path}: 'images' is {shape}")
+    if shape[3] != channels:
+        raise ValueError(f"channels: {path} has {shape[3]} channels, got {channels}")
+    images = archive.read("images").reshape(shape)
+    return images.astype(np.uint8, copy=False) if dtype == np.uint8 else images.astype(np.uint16, copy=False)
+
+
+def _read_labels(archive: _Archive, number: int) -> NDArray[np.int64] | None:
+    if "labels" not in archive.names:
+        return None
+    shape, dtype = archive.header("labels")
+    if dtype.kind not in "iu":
+        raise ValueError(f"data: 'labels' of {archive.path}: expected integers, got {dtype}")
+    if shape != (number,):
+        raise ValueError(f"data: 'labels' of {archive.path}: expected ({number},), one per image, got {shape}")
+    labels = archive.read("labels")
+    smallest, largest = int(labels.min()), int(labels.max())
+    if smallest < 0 or largest >= MAX_CLASSES:
+        raise ValueError(
+            f"data: 'labels' of {archive.path}: expected classes from 0 to {MAX_CLASSES - 1:,}, "
+            f"got {smallest if smallest < 0 else largest}"
+        )
+    return labels.astype(np.int64)
+
+
+def _read_names(archive: _Archive, labels: NDArray[np.int64] | None) -> tuple[str, ...] | None:
+    if labels is None:
+        return None
+    largest = int(labels.max())
+    if "names" not in archive.names:
+        return tuple(str(k) for k in range(largest + 1))
+    shape, dtype = archive.header("names")
+    if len(shape) != 1 or dtype.kind != "U" or dtype.itemsize > 4 * _MAX_NAME or shape[0] > MAX_CLASSES:
+        raise ValueError(f"data: 'names' of {archive.path}: expected a list of strings, got {dtype} {shape}")
+    if shape[0] <= largest:
+        raise ValueError(
+            f"data: 'names' of {archive.path}: expected a name for each class up to {largest}, got {shape[0]} names"
+        )
+    names = archive.read("names")
+    try:
+        return tuple(printable(str(name)) for name in names)
+    except Exception as error:  # characters above 0x10FFFF are invalid
+        raise archive.error("names", error) from error

@@ -1,0 +1,363 @@
+"""Image sources: the embedded digits, a folder of image files, tar files, or a `.npz` file.
+
+A source returns single images by index, as uint8 arrays (height, width, channels). The order of its images is fixed.
+"""
+
+import glob
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from prmim_train.data.image_files import (
+    IMAGE_ENDINGS,
+    ChooseBox,
+    UnreadableImageError,
+    check_file_channels,
+    counted,
+    decode_crop,
+    decode_image,
+    printable,
+    read_file,
+    read_image,
+    to_8_bits,
+)
+from prmim_train.data.names import PackedNames, number_classes
+from prmim_train.data.npz import read_npz
+from prmim_train.data.tar_shards import TarSource, open_tars
+from prmim_train.data.transforms import resize
+
+__all__ = [
+    "IMAGE_ENDINGS",
+    "ArraySource",
+    "FolderSource",
+    "ImageSource",
+    "TarSource",
+    "UnreadableImageError",
+    "open_source",
+    "read_image",
+]
+
+ImageArray = NDArray[np.uint8]
+
+
+class ImageSource(Protocol):
+    """Fixed sequence of images, read by index. Must be picklable: each worker process gets a copy."""
+
+    @property
+    def channels(self) -> int:
+        """Number of channels of every image."""
+        ...
+
+    @property
+    def labels(self) -> NDArray[np.int64] | None:
+        """Class number of each image, int64 (number of images,); None without labels."""
+        ...
+
+    @property
+    def class_names(self) -> tuple[str, ...] | None:
+        """Name of each class, by class number; None without labels."""
+        ...
+
+    @property
+    def description(self) -> str:
+        """One line that says what was found, and where."""
+        ...
+
+    def __len__(self) -> int:
+        """Return the number of images."""
+        ...
+
+    def read(self, index: int) -> ImageArray:
+        """Return one image, uint8 (height, width, channels), or raise `UnreadableImageError`."""
+        ...
+
+    def read_crop(self, index: int, size: tuple[int, int], choose: ChooseBox) -> ImageArray:
+        """Return a resized box of one image, uint8 (height, width, channels), or raise `UnreadableImageError`.
+
+        `choose` maps (height, width) of the image to the box (top, left, height, width). The result is
+        ``resize(read(index)[box], size)``; for large JPEGs an approximation, see
+        `prmim_train.data.image_files.decode_crop`.
+        """
+        ...
+
+    def name(self, index: int) -> str:
+        """Return the image's name for messages."""
+        ...
+
+
+@dataclass(frozen=True)
+class ArraySource:
+    """Images of one size, held in memory.
+
+    Parameters
+    ----------
+    images : array (number of images, height, width, channels)
+        uint8 or uint16; `read` scales uint16 to 8 bits.
+    description : str
+    labels : int64 array (number of images,), optional
+    class_names : tuple of str, optional
+
+    Examples
+    --------
+    >>> source = ArraySource(np.zeros((5, 8, 6, 1), np.uint8), "five black images")
+    >>> len(source), source.channels, source.read(4).shape
+    (5, 1, (8, 6, 1))
+    """
+
+    images: NDArray[np.uint8] | NDArray[np.uint16]
+    description: str
+    labels: NDArray[np.int64] | None = None
+    class_names: tuple[str, ...] | None = None
+
+    @property
+    def channels(self) -> int:
+        """Number of channels of every image."""
+        return int(self.images.shape[3])
+
+    def __len__(self) -> int:
+        """Return the number of images."""
+        return len(self.images)
+
+    def read(self, index: int) -> ImageArray:
+        """Return one image, uint8 (height, width, channels). For uint8 images this is a view: do not modify it."""
+        return to_8_bits(self.images[index])
+
+    def read_crop(self, index: int, size: tuple[int, int], choose: ChooseBox) -> ImageArray:
+        """Return a resized box of one image; see `ImageSource`."""
+        image = self.read(index)
+        top, left, height, width = choose((image.shape[0], image.shape[1]))
+        return resize(image[top : top + height, left : left + width], size)
+
+    def name(self, index: int) -> str:
+        """Return the image's name for messages."""
+        return f"image {index}"
+
+
+@dataclass(frozen=True)
+class FolderSource:
+    """Image files in a folder, decoded on access.
+
+    Parameters
+    ----------
+    folder : Path
+    files : sequence of str
+        Paths relative to `folder`.
+    channels : int
+        1 (grey), 3 (RGB) or 4 (RGBA).
+    description : str
+    labels : int64 array (number of images,), optional
+    class_names : tuple of str, optional
+    """
+
+    folder: Path
+    files: Sequence[str]
+    channels: int
+    description: str
+    labels: NDArray[np.int64] | None = None
+    class_names: tuple[str, ...] | None = None
+
+    def __len__(self) -> int:
+        """Return the number of images."""
+        return len(self.files)
+
+    def read(self, index: int) -> ImageArray:
+        """Decode one image; see `ImageSource`."""
+        return decode_image(self._content(index), channels=self.channels, name=self.name(index))
+
+    def read_crop(self, index: int, size: tuple[int, int], choose: ChooseBox) -> ImageArray:
+        """Decode and resize a box of one image; see `ImageSource`."""
+        return decode_crop(self._content(index), size, choose, channels=self.channels, name=self.name(index))
+
+    def _content(self, index: int) -> bytes:
+        return read_file(self.folder / self.files[index], name=self.name(index))
+
+    def name(self, index: int) -> str:
+        """Return the image's name for messages: its path relative to the folder."""
+        return printable(self.files[index])
+
+
+def open_source(spec: str, *, channels: int) -> ImageSource:
+    """Open an image source.
+
+    Parameters
+    ----------
+    spec : str
+        - ``"digits"``: scikit-learn's 1,797 handwritten digits, 8 x 8 pixels, with labels. For a folder of that name
+          write ``"./digits"``.
+        - a folder: all image files below it, sorted by path. Image files end in one of `IMAGE_ENDINGS`, in upper or
+          lower case. Hidden files and folders, pipes and devices are skipped. If every image lies in a sub-folder, the
+          sorted names of the top-level folders are the classes; otherwise there are no labels.
+        - a ``.tar`` file, a folder that contains ``.tar`` files but no image files, or a pattern such as
+          ``"photos/train-*.tar"``: the images in these files, which are sorted by path. Compressed files are refused.
+          For the labels see `prmim_train.data.tar_shards.open_tars`.
+        - a ``.npz`` file with ``images`` (N, height, width) or (N, height, width, channels), uint8 or uint16, and
+          optionally ``labels`` (N,), integers from 0, and ``names``, the class names. Read without pickle.
+    channels : int
+        Number of channels. Files and digits are converted to 1 (grey), 3 (RGB) or 4 (RGBA); a ``.npz`` file must have
+        this number, which can be any.
+
+    Returns
+    -------
+    ImageSource
+
+    Raises
+    ------
+    FileNotFoundError
+        If nothing exists at `spec`.
+    ValueError
+        If there are no images, or the data is not as described above.
+    OSError
+        If a folder or a file cannot be read.
+
+    Notes
+    -----
+    uint16 values become uint8 as round(value / 257): 65535 gives 255. Values of the digits, 0 to 16, are scaled to 0 to
+    255 and rounded. For the conversion of files see `prmim_train.data.image_files.decode_image`.
+
+    Examples
+    --------
+    >>> source = open_source("digits", channels=1)
+    >>> source.description
+    'digits: 1,797 images of 8 x 8 pixels in 10 classes'
+    """
+    if channels < 1:
+        raise ValueError(f"channels: expected at least 1, got {channels}")
+    if spec == "digits":
+        return _open_digits(channels)
+    path = Path(os.path.expanduser(spec))  # noqa: PTH111  # pathlib raises for an unknown user
+    if path.is_dir():
+        return _open_folder(path, channels)
+    if path.suffix.lower() == ".npz":
+        return _open_npz(path, channels)
+    if path.exists():
+        return _open_tars([path], channels)
+    matches = sorted(Path(match) for match in glob.glob(str(path), recursive=True))  # noqa: PTH207  # absolute patterns
+    if matches:
+        return _open_tars(matches, channels)
+    hint = "; braces are not expanded, use * or ?" if "{" in spec else ""
+    raise FileNotFoundError(f"data: nothing at {printable(spec)}; expected {_EXPECTED}{hint}")
+
+
+_EXPECTED = 'a folder of images, .tar files, a .npz file, or "digits"'
+
+
+def _describe(where: str, number: int, size: tuple[int, int] | None, class_names: Sequence[str] | None) -> str:
+    pixels = "" if size is None else f" of {size[0]} x {size[1]} pixels"
+    classes = ", no labels" if class_names is None else f" in {counted(len(class_names), 'class', 'classes')}"
+    return f"{where}: {counted(number, 'image')}{pixels}{classes}"
+
+
+# -------------------------------------------------------------------------------------------------------- digits
+
+
+def _open_digits(channels: int) -> ArraySource:
+    from sklearn.datasets import load_digits  # slow to import
+
+    check_file_channels(channels, "the digits")
+    digits = load_digits()
+    class_names = tuple(str(name) for name in digits.target_names)
+    grey = np.rint(digits.images * (255 / 16)).astype(np.uint8)[..., None]
+    bands = [grey] if channels == 1 else [grey, grey, grey]
+    if channels == 4:
+        bands.append(np.full_like(grey, 255))
+    return ArraySource(
+        images=np.concatenate(bands, axis=3),
+        description=_describe("digits", len(grey), (8, 8), class_names),
+        labels=digits.target.astype(np.int64),
+        class_names=class_names,
+    )
+
+
+# -------------------------------------------------------------------------------------------------------- folder
+
+
+def _open_folder(folder: Path, channels: int) -> ImageSource:
+    check_file_channels(channels, "image files")
+    found = sorted(_walk(folder))
+    images = [parts for parts in found if parts[-1].lower().endswith(IMAGE_ENDINGS)]
+    if not images:
+        tars = [folder.joinpath(*parts) for parts in found if parts[-1].lower().endswith(".tar")]
+        if tars:
+            return _open_tars(tars, channels)
+        others = f"{counted(len(found), 'other file')}; " if found else "no files found; "
+        where = printable(str(folder))
+        raise ValueError(f"data: no images in {where}: {others}expected names ending in {', '.join(IMAGE_ENDINGS)}")
+    labels, class_names = _label_by_folder(images)
+    return FolderSource(
+        folder=folder,
+        files=PackedNames("/".join(parts) for parts in images),
+        channels=channels,
+        description=_describe(f"folder {printable(str(folder))}", len(images), None, class_names),
+        labels=labels,
+        class_names=class_names,
+    )
+
+
+def _walk(folder: Path) -> Iterator[tuple[str, ...]]:
+    """Iterate over the paths, as parts, of all files that are not hidden. Follows links, but not in circles."""
+    # An explicit stack, since trees can be deeper than Python's recursion. The ancestors break circles of links.
+    stack: list[tuple[str, tuple[str, ...], frozenset[str]]] = [(str(folder), (), frozenset())]
+    while stack:
+        path, parts, ancestors = stack.pop()
+        real = os.path.realpath(path)
+        if real in ancestors:
+            continue
+        with os.scandir(path) as entries:
+            for entry in entries:
+                if entry.name.startswith("."):
+                    continue
+                if _is(entry.is_dir):
+                    stack.append((entry.path, (*parts, entry.name), ancestors | {real}))
+                elif _is(entry.is_file) or _leads_nowhere(entry):
+                    yield (*parts, entry.name)
+
+
+def _is(question: Callable[[], bool]) -> bool:
+    try:
+        return question()
+    except OSError:  # a circular link, or no permission for a folder on the way
+        return False
+
+
+def _leads_nowhere(entry: "os.DirEntry[str]") -> bool:
+    """Whether a link is broken or its target inaccessible. Such images are not skipped, but count as unreadable."""
+    return entry.is_symlink() and not _is(lambda: bool(entry.stat()))
+
+
+def _label_by_folder(
+    images: Sequence[tuple[str, ...]],
+) -> tuple[NDArray[np.int64] | None, tuple[str, ...] | None]:
+    if any(len(parts) == 1 for parts in images):
+        return None, None
+    return number_classes(parts[0] for parts in images)
+
+
+# ---------------------------------------------------------------------------------------------------- tar and npz
+
+
+def _open_tars(paths: Sequence[Path], channels: int) -> TarSource:
+    check_file_channels(channels, "image files")
+    for path in paths:
+        if not path.name.lower().endswith((".tar", *_COMPRESSED_TARS)):
+            raise ValueError(f"data: expected {_EXPECTED}, got {printable(str(path))}")
+    return open_tars(paths, channels=channels)
+
+
+# `open_tars` refuses these with the reason.
+_COMPRESSED_TARS = (".tgz", ".tbz2", ".txz", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst")
+
+
+def _open_npz(path: Path, channels: int) -> ArraySource:
+    images, labels, class_names = read_npz(path, channels)
+    height, width = images.shape[1:3]
+    return ArraySource(
+        images=images,
+        description=_describe(f"file {printable(str(path))}", len(images), (height, width), class_names),
+        labels=labels,
+        class_names=class_names,
+    )

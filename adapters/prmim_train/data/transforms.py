@@ -1,0 +1,274 @@
+"""Crops, flips and resizing of uint8 arrays (height, width, channels) with any number of channels.
+
+All resizing uses Pillow's antialiased bicubic filter, like the published recipes of masked autoencoders. All random
+numbers come from the `numpy.random.Generator` that the caller passes.
+"""
+
+import math
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+__all__ = [
+    "center_crop",
+    "check_crop_options",
+    "check_size",
+    "random_crop_box",
+    "random_flip",
+    "resize",
+    "resize_picture",
+]
+
+ImageArray = NDArray[np.uint8]
+
+# "RGBX" instead of "RGBA": Pillow weights RGBA colours by alpha when it resizes, which is wrong if the fourth channel
+# is not opacity (near infrared, depth).
+_MODE_OF_CHANNELS = {1: "L", 3: "RGB", 4: "RGBX"}
+_CROP_TRIES = 10
+
+
+def _check_image(image: ImageArray) -> None:
+    if image.ndim != 3 or image.dtype != np.uint8 or 0 in image.shape:
+        raise ValueError(f"image: expected a uint8 array (height, width, channels), got {image.dtype} {image.shape}")
+
+
+def check_size(size: tuple[int, int]) -> None:
+    """Raise ValueError unless `size` is (height, width), both at least 1."""
+    if len(size) != 2 or min(size) < 1:
+        raise ValueError(f"size: expected (height, width) of at least 1 pixel, got {size}")
+
+
+def check_crop_options(scale: tuple[float, float], ratio: tuple[float, float]) -> None:
+    """Validate the ranges of `random_crop_box`.
+
+    Parameters
+    ----------
+    scale : tuple of two floats
+        Smallest and largest area of a crop as a fraction of the image: 0 < smallest <= largest <= 1.
+    ratio : tuple of two floats
+        Smallest and largest width / height of a crop: 0 < smallest <= largest.
+
+    Raises
+    ------
+    ValueError
+        If a range is invalid.
+
+    Examples
+    --------
+    >>> check_crop_options((0.2, 1.0), (3 / 4, 4 / 3))
+    """
+    if not (len(scale) == 2 and 0 < scale[0] <= scale[1] <= 1):
+        raise ValueError(f"crop_scale: expected 0 < smallest <= largest <= 1, got {scale}")
+    if not (len(ratio) == 2 and 0 < ratio[0] <= ratio[1] < math.inf):
+        raise ValueError(f"crop_ratio: expected 0 < smallest <= largest, got {ratio}")
+
+
+def resize(
+    image: ImageArray, size: tuple[int, int], *, box: tuple[float, float, float, float] | None = None
+) -> ImageArray:
+    """Resize an image or a box of it with Pillow's antialiased bicubic filter.
+
+    Parameters
+    ----------
+    image : uint8 array (height, width, channels)
+        Any number of channels. Channels are filtered independently; a fourth channel is not treated as opacity.
+    size : (height, width)
+        Of the result, in pixels.
+    box : (left, top, right, bottom), optional
+        Region to resize, in pixels; may be fractional. Default: the whole image. Near the edges of the box, the filter
+        also uses pixels outside it.
+
+    Returns
+    -------
+    uint8 array (height, width, channels)
+
+    Raises
+    ------
+    ValueError
+        If `image` or `size` is invalid.
+
+    Examples
+    --------
+    >>> resize(np.full((8, 6, 7), 200, np.uint8), (4, 3)).shape
+    (4, 3, 7)
+    """
+    _check_image(image)
+    height, width, channels = image.shape
+    mode = _MODE_OF_CHANNELS.get(channels)
+    if mode is None:
+        planes = [resize(image[..., channel : channel + 1], size, box=box) for channel in range(channels)]
+        return np.concatenate(planes, axis=2)
+    picture = Image.frombuffer(mode, (width, height), np.ascontiguousarray(image), "raw", mode, 0, 1)
+    return resize_picture(picture, size, box=box)
+
+
+def resize_picture(
+    picture: Image.Image, size: tuple[int, int], *, box: tuple[float, float, float, float] | None = None
+) -> ImageArray:
+    """Resize a Pillow image like `resize`, without copying all of it into an array first.
+
+    Parameters
+    ----------
+    picture : PIL.Image.Image
+        Mode L, RGB, RGBX or RGBA.
+    size : (height, width)
+        Of the result, in pixels.
+    box : (left, top, right, bottom), optional
+        See `resize`.
+
+    Returns
+    -------
+    uint8 array (height, width, channels)
+
+    Raises
+    ------
+    ValueError
+        If `size` is invalid, or the mode is not supported.
+
+    Examples
+    --------
+    >>> resize_picture(Image.new("RGB", (6, 8)), (4, 3)).shape
+    (4, 3, 3)
+    """
+    check_size(size)
+    if picture.mode == "RGBA":  # see `_MODE_OF_CHANNELS`
+        return resize(np.asarray(picture), size, box=box)
+    if picture.mode not in _MODE_OF_CHANNELS.values():
+        raise ValueError(f"picture: expected mode L, RGB, RGBX or RGBA, got {picture.mode}")
+    resized = picture.resize((size[1], size[0]), Image.Resampling.BICUBIC, box=box)
+    return np.asarray(resized).reshape(*size, len(picture.getbands()))
+
+
+def random_crop_box(
+    shape: tuple[int, int],
+    rng: np.random.Generator,
+    *,
+    scale: tuple[float, float] = (0.2, 1.0),
+    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+) -> tuple[int, int, int, int]:
+    """Draw the box of a random resized crop.
+
+    The area, as a fraction of the image, is uniform over `scale`; the logarithm of width / height is uniform over
+    `ratio`; the position is uniform over all positions inside the image. If ten drawn boxes do not fit, the result is
+    the largest centred box whose width / height lies in `ratio`. The defaults are those of MAE's pre-training.
+
+    Parameters
+    ----------
+    shape : (height, width)
+        Size of the image, in pixels.
+    rng : numpy.random.Generator
+        Advanced by the draw.
+    scale, ratio : tuple of two floats
+        See `check_crop_options`.
+
+    Returns
+    -------
+    (top, left, height, width) : ints
+        In pixels.
+
+    Raises
+    ------
+    ValueError
+        If a range is invalid.
+
+    References
+    ----------
+    Szegedy et al., Going Deeper with Convolutions, 2015, section 6. The ten tries and the centred fallback are those of
+    torchvision's RandomResizedCrop, which masked autoencoders are trained with.
+
+    Examples
+    --------
+    >>> random_crop_box((48, 48), np.random.default_rng(0), scale=(1.0, 1.0), ratio=(1.0, 1.0))
+    (0, 0, 48, 48)
+    """
+    check_crop_options(scale, ratio)
+    image_height, image_width = shape
+    # The order of the draws is fixed: workers and resumed runs, also those of older versions, must draw the same boxes.
+    log_ratio = (math.log(ratio[0]), math.log(ratio[1]))
+    for _ in range(_CROP_TRIES):
+        area = image_height * image_width * rng.uniform(*scale)
+        aspect = math.exp(rng.uniform(*log_ratio))
+        width = round(math.sqrt(area * aspect))
+        height = round(math.sqrt(area / aspect))
+        if 0 < width <= image_width and 0 < height <= image_height:
+            top = int(rng.integers(0, image_height - height + 1))
+            left = int(rng.integers(0, image_width - width + 1))
+            return top, left, height, width
+    return _central_box(shape, ratio)
+
+
+def _central_box(shape: tuple[int, int], ratio: tuple[float, float]) -> tuple[int, int, int, int]:
+    image_height, image_width = shape
+    # max(1, ...): an image that is one pixel wide still has a crop.
+    height = min(image_height, max(1, round(image_width / ratio[0])))
+    width = min(image_width, max(1, round(image_height * ratio[1])))
+    return (image_height - height) // 2, (image_width - width) // 2, height, width
+
+
+def random_flip(image: ImageArray, rng: np.random.Generator) -> ImageArray:
+    """Mirror an image left to right with probability 0.5.
+
+    Parameters
+    ----------
+    image : uint8 array (height, width, channels)
+    rng : numpy.random.Generator
+        Advanced by one draw.
+
+    Returns
+    -------
+    uint8 array (height, width, channels)
+        The image itself, or a mirrored copy.
+
+    Examples
+    --------
+    >>> random_flip(np.arange(3, dtype=np.uint8).reshape(1, 3, 1), np.random.default_rng(1)).ravel().tolist()
+    [0, 1, 2]
+    """
+    if rng.random() >= 0.5:
+        return image
+    # Copies whole pixels; copying a mirrored view byte by byte takes four times as long.
+    pixels = np.ascontiguousarray(image).view(f"V{image.shape[2]}")
+    return np.ascontiguousarray(pixels[:, ::-1]).view(np.uint8)
+
+
+def center_crop(image: ImageArray, size: tuple[int, int], *, share: float = 1.0) -> ImageArray:
+    """Resize the largest centred box that has the proportions of `size`.
+
+    Equivalent to resizing the image until it just covers `size` and cropping the centre, but filters only once.
+    Deterministic; used for evaluation.
+
+    Parameters
+    ----------
+    image : uint8 array (height, width, channels)
+    size : (height, width)
+        Of the result, in pixels.
+    share : float, optional
+        Scales the sides of the box, in (0, 1]. 0.875 corresponds to resizing to 256 and cropping 224.
+
+    Returns
+    -------
+    uint8 array (height, width, channels)
+
+    Raises
+    ------
+    ValueError
+        If an argument is invalid.
+
+    Examples
+    --------
+    >>> center_crop(np.zeros((40, 60, 3), np.uint8), (32, 16)).shape
+    (32, 16, 3)
+    """
+    _check_image(image)
+    check_size(size)
+    if not 0 < share <= 1:
+        raise ValueError(f"share: expected a number in (0, 1], got {share}")
+    height, width = image.shape[0], image.shape[1]
+    zoom = share * min(height / size[0], width / size[1])
+    # min(): Pillow refuses boxes that rounding pushes past the edge.
+    box_height, box_width = min(float(height), size[0] * zoom), min(float(width), size[1] * zoom)
+    top, left = (height - box_height) / 2, (width - box_width) / 2
+    return resize(
+        image, size, box=(left, top, min(float(width), left + box_width), min(float(height), top + box_height))
+    )

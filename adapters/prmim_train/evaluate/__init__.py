@@ -1,0 +1,1 @@
+"""Evaluation of a trained encoder: frozen features and trained classifiers."""

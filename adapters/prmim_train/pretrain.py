@@ -1,0 +1,137 @@
+"""One pre-training run, from the options to the pictures."""
+
+from pathlib import Path
+from typing import Any
+
+from prmim_train.config.pretrain import PretrainConfig
+from prmim_train.data.batches import Batch, BatchIterator, train_batches
+from prmim_train.evaluate.features import evaluate_run, format_evaluation, probe_run
+from prmim_train.report.inspect import format_brief
+from prmim_train.report.pictures import draw_run
+from prmim_train.run.directory import RunDirectory
+from prmim_train.run.engine import Engine, create_engine
+from prmim_train.run.loop import Job, train
+from prmim_train.run.prepare import open_data, why_not
+from prmim_train.run.processes import say
+
+__all__ = ["Pretraining", "pretrain"]
+
+
+def pretrain(config: PretrainConfig) -> dict[str, Any]:
+    """Pre-train a model: train, write checkpoints and metrics, evaluate, draw pictures.
+
+    In a distributed run, every process calls this function. Only the main process prints and writes files.
+
+    Parameters
+    ----------
+    config
+        Options of the run.
+
+    Returns
+    -------
+    dict
+        Content of `summary.json`: final loss, speed, unreadable images, and (in the main process) the evaluation of
+        the frozen features.
+
+    Raises
+    ------
+    ValueError, TypeError
+        If an option does not fit the data or the backend.
+    OSError
+        If data cannot be read or a checkpoint cannot be written. The last good checkpoint stays intact.
+    Interrupted
+        On Ctrl-C or SIGTERM, after the current step and a checkpoint. In a distributed run, after the next logged step.
+    NonFiniteLoss
+        If the loss or a gradient is not finite, after a rescue checkpoint.
+    FailedElsewhereError
+        If something failed in the main process, which raises the original error.
+    """
+    return train(Pretraining(config))
+
+
+class Pretraining(Job[Engine]):
+    """Pre-training on masked images. At the end, evaluates frozen features and draws pictures.
+
+    Parameters
+    ----------
+    config
+        Options of the run.
+    """
+
+    def __init__(self, config: PretrainConfig) -> None:
+        self.config: PretrainConfig = config
+        self.data = open_data(config)
+        self.budget = self.data.budget
+        self.command = f"prmim pretrain --out {config.run_path} --resume"
+        if config.probe_every is not None:
+            if reason := why_not(self.data):
+                raise ValueError(f"probe_every: expected labelled images, some of them held out, but {reason}")
+            self.measure_epochs = config.probe_every
+
+    def create_engine(self) -> Engine:
+        """Build the engine of the method."""
+        return create_engine(self.config, self.budget)
+
+    def begin(self, engine: Engine) -> None:
+        """Load `init_weights`, if given."""
+        if self.config.init_weights is None:
+            return
+        weights = Path(self.config.init_weights)
+        if not weights.is_file():
+            raise FileNotFoundError(f"init_weights: expected a .safetensors file, there is none at {weights}")
+        engine.load_weights(weights)
+
+    def describe(self, engine: Engine) -> str:
+        """Summarize the run in a few lines."""
+        return format_brief(self.config, self.data, engine)
+
+    def batches(self, engine: Engine) -> BatchIterator[Batch]:
+        """Iterate over random crops of the training images."""
+        config = self.config
+        return train_batches(
+            self.data.source,
+            indices=self.data.train,
+            batch_size=config.batch_size,
+            image_size=config.image_plane,
+            seed=config.seed,
+            start_step=engine.step,
+            total_steps=self.budget.total_steps,
+            crop_scale=config.crop_scale,
+            crop_ratio=config.crop_ratio,
+            flip=config.flip,
+            workers=config.workers,
+            rank=engine.rank,
+            world_size=engine.world_size,
+        )
+
+    def take_step(self, engine: Engine, batch: Batch) -> None:
+        """Mask the images and take one optimizer step."""
+        engine.train_step(batch.images, batch.index)
+
+    def measure(self, engine: Engine) -> dict[str, Any]:
+        """Evaluate the current frozen features."""
+        return probe_run(self.config, self.data, engine)
+
+    def facts(self) -> dict[str, Any]:
+        """Return method, data, and numbers of images."""
+        return {
+            "method": self.config.method.name,
+            "data": self.data.source.description,
+            "train_images": len(self.data.train),
+            "held_out_images": len(self.data.held_out),
+        }
+
+    def conclude(self, run: RunDirectory, engine: Engine, summary: dict[str, Any]) -> None:
+        """Evaluate the frozen features and draw pictures."""
+        if self.config.eval_limit:
+            say("Evaluating the frozen features ...")
+            summary["evaluation"] = evaluate_run(self.config, self.data, engine)
+            if engine.rank == 0:
+                say(format_evaluation(summary["evaluation"]))
+        if self.config.pictures:
+            for path in draw_run(run, self.config, self.data, engine):
+                say(f"Picture: {path}")
+
+    def restart_hint(self, weights: Path) -> str:
+        """Explain how to start a new run from the weights of this one."""
+        return f"to reuse only the weights: --init_weights {weights} --out ANOTHER"

@@ -1,0 +1,1 @@
+"""Reports for people: `prmim inspect` and pictures."""

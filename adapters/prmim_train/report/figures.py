@@ -1,0 +1,74 @@
+"""Building blocks of pictures: figures without a window, images, token maps, captions.
+
+matplotlib is imported only when a picture is drawn.
+"""
+
+import textwrap
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from prmim_core import Grid, unpatchify
+from prmim_methods.weight_files import write_atomically
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+HIDDEN = (0.90, 0.91, 0.93)
+DOTS_PER_INCH = 150
+
+
+def to_rgb(images: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Convert to three channels: repeat the first of one or two channels, or take the first three."""
+    return images[..., :3] if images.shape[-1] >= 3 else np.repeat(images[..., :1], 3, axis=-1)
+
+
+def token_pixels(is_token: NDArray[np.bool_], patch_size: tuple[int, ...], grid: Grid) -> NDArray[np.bool_]:
+    """Convert a token mask (batch, N) to a pixel mask (batch, height, width, 1)."""
+    patches = np.broadcast_to(is_token[..., None], (*is_token.shape, int(np.prod(patch_size))))
+    pixels: NDArray[np.bool_] = unpatchify(patches, patch_size, grid)
+    return pixels
+
+
+def new_figure(width: float, height: float) -> "Figure":
+    """Create an empty figure without a window. Sizes in inches."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def show_image(axes: "Axes", image: NDArray[np.float64]) -> None:
+    """Show an RGB image in [0, 1] without axes, with its upper left corner at (0, 0)."""
+    height, width = image.shape[:2]
+    axes.imshow(image, interpolation="nearest", vmin=0, vmax=1, extent=(0, width, height, 0))
+    axes.set_axis_off()
+
+
+def draw_cells(axes: "Axes", height: int, width: int) -> None:
+    """Draw thin lines between tokens, except on large grids, where lines would cover the content."""
+    axes.set_xticks([])
+    axes.set_yticks([])
+    for side in axes.spines.values():
+        side.set_visible(False)
+    if max(height, width) <= 32:
+        axes.set_xticks(np.arange(width + 1) - 0.5, minor=True)
+        axes.set_yticks(np.arange(height + 1) - 0.5, minor=True)
+        axes.grid(which="minor", color="white", linewidth=0.6)
+        axes.tick_params(which="minor", length=0)
+
+
+def write_caption(figure: "Figure", text: str) -> None:
+    """Write a caption below the figure."""
+    characters = max(40, int(figure.get_figwidth() * 16))  # per line, in an 8 point font
+    figure.supxlabel("\n".join(textwrap.wrap(text, characters)), fontsize=8, color="#52606d")
+
+
+def save_figure(figure: "Figure", path: Path) -> None:
+    """Write a figure atomically, in the format of the file's suffix."""
+    write_atomically(path, lambda file: figure.savefig(file, format=path.suffix[1:], dpi=DOTS_PER_INCH))

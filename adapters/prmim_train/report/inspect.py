@@ -1,0 +1,201 @@
+"""`prmim inspect`: what a run will do and cost, before it starts."""
+
+from contextlib import closing
+
+from prmim_methods import Accounting, CostReport
+from prmim_methods.method import times
+from prmim_methods.record import find_option
+from prmim_train.config.pretrain import PretrainConfig
+from prmim_train.run.budget import Budget
+from prmim_train.run.engine import Engine, create_engine
+from prmim_train.run.prepare import RunData, open_data
+
+NO_COST = "unknown until the teacher is downloaded"
+
+
+def inspect_run(config: PretrainConfig) -> str:
+    """Describe what `pretrain` would do with the same options. Trains nothing and writes nothing.
+
+    Parameters
+    ----------
+    config
+        The options of the run.
+
+    Returns
+    -------
+    str
+        Several paragraphs: data, tokens, computation, memory, optimisation.
+
+    Raises
+    ------
+    ValueError, TypeError, OSError
+        As `pretrain` would.
+    """
+    data = open_data(config)
+    parameters = _parameter_lines(config, data.budget)  # first: building the engine downloads the teacher
+    paragraphs = [
+        _data_lines(config, data),
+        ["Tokens per image", *(_row(name, text) for name, text in config.method.describe())],
+        _cost_lines(config),
+        _memory_lines(config),
+        parameters,
+        _optimisation_lines(config, data.budget),
+    ]
+    return "\n\n".join("\n".join(lines) for lines in paragraphs)
+
+
+def format_brief(config: PretrainConfig, data: RunData, engine: Engine) -> str:
+    """Describe a run in a few lines, printed when it starts.
+
+    Parameters
+    ----------
+    config
+        The options of the run.
+    data
+        Its images and its length.
+    engine
+        Its engine.
+    """
+    lines = [
+        f"Data: {data.source.description}; {len(data.train):,} to train on, {len(data.held_out):,} held out",
+        f"Tokens: {times(config.method.grid.shape)} grid; {config.method.summary()}",
+        f"Model: {engine.num_parameters / 1e6:.2f} M parameters, {_brief_cost(config)}; {engine.device}",
+        f"Steps: {data.budget.total_steps:,} of {config.batch_size} images ({config.epochs} epochs), peak learning "
+        f"rate {config.learning_rate:.3g} after {data.budget.warmup_steps:,} steps",
+    ]
+    return "\n".join(lines)
+
+
+def cost_reports(config: PretrainConfig) -> tuple[CostReport, CostReport] | None:
+    """Return the cost per image of a run and of its baseline, the published method without throwing.
+
+    Returns
+    -------
+    (CostReport, CostReport) or None
+        None until a teacher that the cost depends on is downloaded.
+    """
+    accounting = Accounting(compute_bytes=4 if config.precision == "float32" else 2)
+    ours, baseline = config.method.cost(accounting), config.method.baseline().cost(accounting)
+    return None if ours is None or baseline is None else (ours, baseline)
+
+
+def _brief_cost(config: PretrainConfig) -> str:
+    reports = cost_reports(config)
+    if reports is None:
+        return f"cost {NO_COST}"
+    ours, baseline = reports
+    change = _change(ours.macs, baseline.macs)
+    compared = f"{change} against" if change else "as"
+    return f"{_macs(ours.macs)} MACs forward per image ({compared} {config.method.baseline_name})"
+
+
+def _data_lines(config: PretrainConfig, data: RunData) -> list[str]:
+    source = data.source
+    number = len(source.class_names or ())
+    labels = "none" if source.labels is None else f"{number} {'class' if number == 1 else 'classes'}"
+    low, high = config.crop_scale
+    crops = f"{times(config.image_plane)} pixels, {low:g} to {high:g} of the area" + (
+        ", mirrored" if config.flip else ""
+    )
+    held_out = 100 * len(data.held_out) / len(source)
+    return [
+        "Data",
+        _row("found", source.description),
+        _row("to train on", f"{len(data.train):,} images"),
+        _row("held out", f"{len(data.held_out):,} images ({held_out:.1f} %)"),
+        _row("labels", labels),
+        _row("crops", crops),
+    ]
+
+
+def _cost_lines(config: PretrainConfig) -> list[str]:
+    title = "Multiply-accumulates per image, forward"
+    reports = cost_reports(config)
+    if reports is None:
+        return [title, _row(NO_COST, "")]
+    ours, baseline = reports
+    factor = "four" if config.method.recompute_blocks else "three"
+    teacher = "; the teacher once" if "teacher" in ours.parts else ""
+    lines = [f"{title} (a training step: about {factor} times as many{teacher})", _table_head(config)]
+    for name, part in ours.parts.items():
+        lines.append(_cost_row(name.replace("_", " "), part.macs, baseline.parts[name].macs))
+    lines.append(_cost_row("total", ours.macs, baseline.macs))
+    return lines
+
+
+def _cost_row(name: str, ours: int, baseline: int) -> str:
+    return f"  {name:<18}{_macs(ours):>12}{_macs(baseline):>12}{_change(ours, baseline):>10}".rstrip()
+
+
+def _memory_lines(config: PretrainConfig) -> list[str]:
+    how = f"estimate, fused attention, {config.precision}" + ", blocks recomputed" * config.method.recompute_blocks
+    title = f"Memory for activations saved for the backward pass ({how})"
+    reports = cost_reports(config)
+    if reports is None:
+        return [title, _row(NO_COST, "")]
+    ours, baseline = (report.peak_activation_bytes for report in reports)
+    batch = config.micro_batch
+    return [
+        title,
+        _table_head(config),
+        f"  {'per image':<18}{_bytes(ours):>12}{_bytes(baseline):>12}{_change(ours, baseline):>10}".rstrip(),
+        f"  {f'{batch} images at once':<18}{_bytes(ours * batch):>12}{_bytes(baseline * batch):>12}",
+    ]
+
+
+def _table_head(config: PretrainConfig) -> str:
+    return f"  {'':<18}{'this run':>12}{config.method.baseline_name:>12}{'change':>10}"
+
+
+def _change(ours: float, baseline: float) -> str:
+    """Return the signed difference from the baseline; empty without one."""
+    return f"{100 * (ours / baseline - 1):+.1f} %" if baseline and ours != baseline else ""
+
+
+def _parameter_lines(config: PretrainConfig, budget: Budget) -> list[str]:
+    try:
+        with closing(create_engine(config, budget)) as engine:
+            learned, device = engine.num_parameters, engine.device
+    except ImportError as error:  # the rest of this page needs no framework
+        return ["Parameters", _row("unknown", str(error))]
+    # A float32 weight, its gradient and the two moments of AdamW.
+    memory = f"{_bytes(16 * learned)} with gradients and optimizer"
+    return [
+        "Parameters",
+        _row("learned", f"{learned:,} ({memory})"),
+        _row("device", device),
+    ]
+
+
+def _optimisation_lines(config: PretrainConfig, budget: Budget) -> list[str]:
+    parts = f", in {config.accumulate} parts of {config.micro_batch}" if config.accumulate > 1 else ""
+    rate = f"{config.base_learning_rate:g} x {config.batch_size} / 256 = {config.learning_rate:.4g}"
+    decay = find_option(type(config), "decay").rule.choices[config.decay]
+    minutes = f" or {config.checkpoint_minutes:g} minutes" if config.checkpoint_minutes is not None else ""
+    return [
+        "Optimisation",
+        _row("effective batch", f"{config.batch_size} images per step{parts}"),
+        _row("peak learning rate", rate),
+        _row("steps", f"{budget.total_steps:,} ({config.epochs} epochs of {budget.steps_per_epoch:.4g} steps)"),
+        _row("warm-up", f"{budget.warmup_steps:,} steps, then {decay}"),
+        _row("lowest rate", f"{config.min_learning_rate:g}"),
+        _row(
+            "checkpoints", f"every {budget.checkpoint_steps:,} steps{minutes}; the last {config.keep_checkpoints} kept"
+        ),
+        _row("run directory", f"{config.run_path}"),
+    ]
+
+
+def _row(name: str, value: str) -> str:
+    return f"  {name:<18}  {value}"
+
+
+def _macs(count: int) -> str:
+    return f"{count / 1e9:.3f} G" if count >= 1e8 else f"{count / 1e6:.3f} M"
+
+
+def _bytes(count: float) -> str:
+    for unit, size in (("GB", 1e9), ("MB", 1e6)):
+        if count >= size:
+            return f"{count / size:.2f} {unit}"
+    return f"{count / 1e3:.1f} kB"

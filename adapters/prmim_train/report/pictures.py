@@ -1,0 +1,455 @@
+"""Pictures of a run: reconstructions, sampling and loss curves."""
+
+from collections.abc import Mapping, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from prmim_core import Grid, Schedule, nearest_known_distance, patchify, unpatchify
+from prmim_train.config.pretrain import PretrainConfig
+from prmim_train.data.sources import ImageSource, UnreadableImageError
+from prmim_train.data.transforms import center_crop
+from prmim_train.report.figures import (
+    HIDDEN,
+    draw_cells,
+    new_figure,
+    save_figure,
+    show_image,
+    to_rgb,
+    token_pixels,
+    write_caption,
+)
+from prmim_train.report.similarity import draw_similarity
+from prmim_train.run.directory import RunDirectory
+from prmim_train.run.engine import Engine, Reconstruction
+from prmim_train.run.prepare import RunData, open_data, read_run_config, restore_engine
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+KINDS = ("reconstructions", "similarity", "schedule", "loss")
+KINDS_OF = {
+    "pixels": ("reconstructions", "schedule", "loss"),
+    "features": ("similarity", "schedule", "loss"),
+}
+"""Kinds of pictures by the targets of the method."""
+
+NOT_PREDICTED = (0.98, 0.84, 0.68)
+VISIBLE_COLOUR = "#3d4651"
+DECODED_COLOUR = "#e07b28"
+
+# Metric to label, colour and width of its curve. Other losses get a default colour of matplotlib.
+LOSS_CURVES: dict[str, tuple[str, str | None, float]] = {
+    "loss": ("all supervised tokens", "#1f2933", 1.8),
+    "loss_visible": ("visible", "#7a5195", 1.0),
+    "loss_decoded": ("decoded", DECODED_COLOUR, 1.0),
+    "loss_thrown": ("thrown", "#3a8fb7", 1.0),
+}
+
+PROBE_CURVES = {"probe_knn": ("nearest neighbours", "#7cb518"), "probe_linear": ("linear probe", "#386641")}
+
+
+def draw_run(run: RunDirectory, config: PretrainConfig, data: RunData, engine: Engine) -> list[Path]:
+    """Draw all pictures of a run into its folder.
+
+    Parameters
+    ----------
+    run
+        The run.
+    config
+        Options of the run. Shows `config.pictures` images.
+    data
+        Images of the run. Shows held-out images, if there are any.
+    engine
+        The trained engine.
+
+    Returns
+    -------
+    list of Path
+        Files written.
+    """
+    return draw_images(run, config, data, engine) + (draw_curve(run) if engine.rank == 0 else [])
+
+
+def draw_images(
+    run: RunDirectory, config: PretrainConfig, data: RunData, engine: Engine, kinds: Sequence[str] = KINDS
+) -> list[Path]:
+    """Draw predictions and sampling, from the same images and masks.
+
+    Predicted pixels go to `reconstructions.png`, predicted features to `similarity.png`.
+
+    Parameters
+    ----------
+    run, config, data, engine
+        As for `draw_run`.
+    kinds
+        Subset of `KINDS`. Kinds that the method does not have are ignored.
+
+    Returns
+    -------
+    list of Path
+        Files written. Empty in all but the main process.
+
+    Raises
+    ------
+    ValueError
+        If no image can be read.
+    """
+    shown = data.held_out if len(data.held_out) else data.train
+    images, sample = _read_some(data.source, shown, max(1, config.pictures), config.image_plane)
+    paths = []
+    if engine.rank > 0:  # the main process draws, but all processes have to compute
+        kinds = ()
+    if engine.predicts == "features":
+        comparison = engine.compare(images, sample)
+        order, schedule = comparison.order, comparison.schedule
+        if "similarity" in kinds:
+            paths.append(run.path / "similarity.png")
+            draw_similarity(paths[-1], images, comparison, config.method.patch_size)
+    else:
+        reconstruction = engine.reconstruct(images, sample)
+        order, schedule = reconstruction.order, reconstruction.schedule
+        if "reconstructions" in kinds:
+            paths.append(run.path / "reconstructions.png")
+            norm_pix = getattr(config.method, "norm_pix", False)
+            draw_reconstructions(paths[-1], images, reconstruction, config.method.patch_size, norm_pix=norm_pix)
+    if "schedule" in kinds:
+        paths.append(run.path / "schedule.png")
+        draw_schedule(paths[-1], np.asarray(order), schedule, is_rebuilt=config.method.is_reconstructed)
+    return paths
+
+
+def draw_curve(run: RunDirectory) -> list[Path]:
+    """Draw `loss.png`, if at least two steps are logged. Returns the files written."""
+    records = run.read_metrics()
+    if len(records) < 2:
+        return []
+    draw_loss(run.path / "loss.png", records)
+    return [run.path / "loss.png"]
+
+
+def picture_command(
+    run: str,
+    *,
+    data: str | None = None,
+    holdout: float | None = None,
+    device: str | None = None,
+    kind: str | None = None,
+    pictures: int | None = None,
+) -> None:
+    """Draw pictures of the last checkpoint into the run directory, and print their paths.
+
+    Parameters
+    ----------
+    run
+        Folder of the run.
+    data, holdout, device, pictures
+        Options that replace those of the run.
+    kind
+        One of `KINDS`. None: all kinds of the method.
+
+    Raises
+    ------
+    ValueError
+        If the kind is unknown or does not apply to the method, or there is nothing to draw.
+    FileNotFoundError
+        If there is no run or no checkpoint.
+    """
+    if kind is not None and kind not in KINDS:
+        raise ValueError(f"kind: expected {' or '.join(KINDS)}, got {kind!r}")
+    kinds = KINDS if kind is None else (kind,)
+    directory = RunDirectory.open(Path(run))
+    paths = draw_curve(directory) if "loss" in kinds else []
+    if kind != "loss":
+        config = read_run_config(directory, data=data, holdout=holdout, device=device, pictures=pictures)
+        images = open_data(config)
+        with closing(restore_engine(directory, config, images.budget)) as engine:
+            if kind is not None and kind not in KINDS_OF[engine.predicts]:
+                expected = " or ".join(KINDS_OF[engine.predicts])
+                raise ValueError(f"kind: expected {expected} of a run of method {config.method.name}, got {kind!r}")
+            paths = draw_images(directory, config, images, engine, kinds) + paths
+    if not paths:
+        raise ValueError(f"run: expected at least two lines in {directory.path / 'metrics.jsonl'} to draw a curve")
+    for path in paths:
+        print(f"Picture: {path}")
+
+
+def draw_reconstructions(
+    path: Path,
+    images: NDArray[np.uint8],
+    reconstruction: Reconstruction,
+    patch_size: tuple[int, ...],
+    *,
+    norm_pix: bool = True,
+) -> None:
+    """Draw one row per image: input, visible, decoded and thrown tokens, and all of them together.
+
+    Parameters
+    ----------
+    path
+        The `.png` file.
+    images
+        uint8 (batch, height, width, channels).
+    reconstruction
+        Reconstruction of the images.
+    patch_size
+        Height and width of a patch.
+    norm_pix
+        Whether the targets were normalized per patch. Explained in the caption.
+    """
+    schedule = reconstruction.schedule
+    columns = reconstruction_panels(images, reconstruction, patch_size)
+    titles = {
+        "input": "input",
+        "visible": f"visible: {schedule.counts.visible}",
+        "decoded": f"decoded: {schedule.counts.decoded}",
+        "thrown": f"thrown, rebuilt: {schedule.counts.thrown}",
+        "whole": "visible + rebuilt",
+    }
+    is_complete = bool(np.isfinite(reconstruction.patches).all())
+    if not is_complete:
+        titles["thrown"] = f"thrown: {schedule.counts.thrown}"
+    rows, height, width = images.shape[:3]
+    panel = 1.45
+    figure = new_figure(len(columns) * panel * max(1.0, width / height), rows * panel * max(1.0, height / width) + 0.75)
+    axes = figure.subplots(rows, len(columns), squeeze=False)
+    for column, (name, panels) in enumerate(columns.items()):
+        axes[0, column].set_title(titles[name], fontsize=9)
+        for row in range(rows):
+            show_image(axes[row, column], panels[row])
+    write_caption(figure, _reconstruction_caption(images.shape[-1], norm_pix, is_complete, schedule.grid))
+    save_figure(figure, path)
+
+
+def reconstruction_panels(
+    images: NDArray[np.uint8], reconstruction: Reconstruction, patch_size: tuple[int, ...]
+) -> dict[str, NDArray[np.float64]]:
+    """Columns of the picture of reconstructions.
+
+    Parameters
+    ----------
+    images
+        uint8 (batch, height, width, channels).
+    reconstruction
+        Reconstruction of the images.
+    patch_size
+        Height and width of a patch.
+
+    Returns
+    -------
+    dict
+        Column name to RGB images, float (batch, height, width, 3) in [0, 1]. Without the column `thrown` if no tokens
+        are thrown.
+    """
+    schedule = reconstruction.schedule
+    kinds = token_kinds(np.asarray(reconstruction.order), schedule)
+    inputs = patchify(images / 255.0, patch_size)
+    predicted = np.clip(reconstruction.patches.astype(np.float64), 0.0, 1.0)
+
+    def paint(patches: NDArray[np.float64], is_shown: NDArray[np.bool_]) -> NDArray[np.float64]:
+        """Show some tokens. Hidden tokens and tokens without a prediction are filled with a colour each."""
+        pixels = to_rgb(unpatchify(patches, patch_size, schedule.grid))
+        pixels = np.where(np.isnan(pixels), NOT_PREDICTED, pixels)
+        return np.where(token_pixels(is_shown, patch_size, schedule.grid), pixels, HIDDEN)
+
+    is_visible = kinds == 0
+    everything = np.ones(kinds.shape, dtype=bool)
+    panels = {
+        "input": paint(inputs, everything),
+        "visible": paint(inputs, is_visible),
+        "decoded": paint(predicted, kinds == 1),
+        "thrown": paint(predicted, kinds >= 2),
+        "whole": paint(np.where(is_visible[..., None], inputs, predicted), everything),
+    }
+    if schedule.counts.thrown == 0:
+        del panels["thrown"]
+    return panels
+
+
+def draw_schedule(path: Path, order: NDArray[Any], schedule: Schedule, *, is_rebuilt: bool = True) -> None:
+    """Draw the roles of tokens, and the distance of thrown tokens to the nearest known token.
+
+    Parameters
+    ----------
+    path
+        The `.png` file.
+    order
+        Order of the tokens, int (batch, N).
+    schedule
+        Static boundaries of `order`.
+    is_rebuilt
+        Whether thrown tokens are rebuilt in stages. Otherwise they are shown as one group.
+    """
+    from matplotlib.colors import ListedColormap
+    from matplotlib.patches import Patch
+
+    grid, counts = schedule.grid, schedule.counts
+    kinds = token_kinds(order, schedule)
+    distance = np.sqrt(nearest_known_distance(grid, kinds <= 1))
+    names = [f"visible: {counts.visible}", f"decoded: {counts.decoded}"]
+    if is_rebuilt:
+        names += [f"stage {stage}: {size}" for stage, size in enumerate(schedule.stage_sizes, start=1) if size]
+    elif counts.thrown:
+        names.append(f"thrown: {counts.thrown}")
+        kinds = np.minimum(kinds, 2)
+    colours = [VISIBLE_COLOUR, DECODED_COLOUR, *_stage_colours(len(names) - 2)]
+
+    columns = len(order)
+    height, width = grid.shape[-2:] if grid.axes > 1 else (1, grid.shape[0])
+    panel = 1.7
+    figure = new_figure(columns * panel * max(1.0, width / height) + 0.7, 2 * panel * max(1.0, height / width) + 1.1)
+    axes = figure.subplots(2, columns, squeeze=False)
+    colour_map = ListedColormap(colours)
+    shown = None
+    for column in range(columns):
+        top, bottom = axes[:, column]
+        top.imshow(kinds[column].reshape(height, width), cmap=colour_map, vmin=-0.5, vmax=len(colours) - 0.5)
+        draw_cells(top, height, width)
+        top.set_title(f"image {column + 1}", fontsize=9)
+        shown = bottom.imshow(
+            distance[column].reshape(height, width), cmap="YlGnBu", vmin=0, vmax=max(2.0, float(distance.max()))
+        )
+        draw_cells(bottom, height, width)
+        bottom.set_title(f"largest distance: {distance[column].max():.2f}", fontsize=8)
+    if shown is not None:
+        bar = figure.colorbar(shown, ax=axes[1, :].tolist(), fraction=0.05, pad=0.02)
+        bar.set_label(
+            f"distance to the nearest\n{'visible or decoded' if counts.decoded else 'visible'} token", fontsize=8
+        )
+        bar.ax.locator_params(nbins=4)
+        bar.ax.tick_params(labelsize=8)
+    legend = [pair for pair in zip(names, colours, strict=True) if not pair[0].endswith(": 0")]
+    handles = [Patch(facecolor=colour, label=name) for name, colour in legend]
+    figure.legend(handles=handles, loc="outside upper center", ncols=len(handles), fontsize=8, frameon=False)
+    save_figure(figure, path)
+
+
+def token_kinds(order: NDArray[Any], schedule: Schedule) -> NDArray[np.int64]:
+    """Role of each token in raster order: 0 visible, 1 decoded, 2 first stage, 3 second stage, ...
+
+    Parameters
+    ----------
+    order
+        Order of the tokens, int (batch, N).
+    schedule
+        Static boundaries of `order`.
+
+    Returns
+    -------
+    array
+        int64 (batch, N).
+    """
+    counts = schedule.counts
+    sizes = [counts.visible, counts.decoded, *(size for size in schedule.stage_sizes if size)]
+    in_plan_order = np.repeat(np.arange(len(sizes), dtype=np.int64), sizes)
+    kinds = np.empty(order.shape, dtype=np.int64)
+    np.put_along_axis(kinds, np.asarray(order, dtype=np.int64), np.broadcast_to(in_plan_order, order.shape), axis=1)
+    return kinds
+
+
+def draw_loss(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
+    """Draw loss, learning rate and the accuracy of online probes, if any, over the epochs.
+
+    Parameters
+    ----------
+    path
+        The `.png` file.
+    records
+        Lines of `metrics.jsonl`.
+    """
+    from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
+
+    epochs = [record["epoch"] for record in records]
+    figure = new_figure(6.4, 4.2)
+    top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
+    for name in (name for name in records[-1] if name == "loss" or name.startswith("loss_")):
+        label, colour, line_width = LOSS_CURVES.get(name, (name.removeprefix("loss_"), None, 1.0))
+        values = [np.nan if record.get(name) is None else float(record[name]) for record in records]
+        # No curve for tokens that the method does not have or does not supervise.
+        if np.isfinite(values).any() and (name == "loss" or np.any(np.asarray(values) != 0)):
+            top.plot(epochs, values, label=label, color=colour, linewidth=line_width)
+    losses = [record["loss"] for record in records if record["loss"] is not None]  # None: no finite step
+    if losses and min(losses) > 0 and max(losses) > 5 * min(losses):
+        top.set_yscale("log")  # on a linear scale, the first steps would flatten the rest
+        top.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        top.yaxis.set_major_formatter(ScalarFormatter())
+        top.yaxis.set_minor_formatter(NullFormatter())
+    top.set_ylabel("loss")
+    if not _draw_probes(figure, top, records):
+        top.legend(frameon=False, fontsize=9)
+    bottom.plot(epochs, [record["lr"] for record in records], color="#7b8794", linewidth=1.5)
+    bottom.set_ylabel("learning rate")
+    bottom.set_xlabel("epoch")
+    bottom.set_ylim(bottom=0)
+    for axes in (top, bottom):
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.align_ylabels([top, bottom])
+    save_figure(figure, path)
+
+
+def _draw_probes(figure: "Figure", axes: "Axes", records: Sequence[Mapping[str, Any]]) -> bool:
+    """Draw probe accuracies on a second axis, and the legend. Returns whether there were any."""
+    lines = {
+        name: [(record["epoch"], 100 * record[name]) for record in records if record.get(name) is not None]
+        for name in PROBE_CURVES
+    }
+    if not any(lines.values()):
+        return False
+    right = axes.twinx()
+    for name, points in lines.items():
+        label, colour = PROBE_CURVES[name]
+        right.plot(*zip(*points, strict=True), label=label, color=colour, linewidth=1.2, marker="o", markersize=3)
+    right.set_ylabel("accuracy of the probe in %")
+    right.spines["top"].set_visible(False)
+    handles = [*axes.get_legend_handles_labels()[0], *right.get_legend_handles_labels()[0]]
+    # Above the plot, since the curves use all of its corners.
+    figure.legend(handles=handles, loc="outside upper center", ncols=3, frameon=False, fontsize=8)
+    return True
+
+
+def _read_some(
+    source: ImageSource, indices: NDArray[np.int64], count: int, image_size: tuple[int, int]
+) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    """Read center crops of evenly spaced images. Replaces an unreadable image by the next one."""
+    count = min(count, len(indices))
+    images: dict[int, NDArray[np.uint8]] = {}
+    for place in np.linspace(0, len(indices), count, endpoint=False).astype(np.int64):
+        for index in map(int, np.roll(indices, -place)[: len(indices)]):
+            if index in images:
+                continue
+            try:
+                images[index] = center_crop(source.read(index), image_size)
+            except UnreadableImageError:
+                continue
+            break
+    if not images:
+        raise ValueError(f"data: expected at least one readable image to draw, got none of {len(indices)}")
+    return np.stack(list(images.values())), np.array(list(images), dtype=np.int64)
+
+
+def _reconstruction_caption(channels: int, norm_pix: bool, is_complete: bool, grid: Grid) -> str:
+    parts = [f"Numbers count tokens of the {' x '.join(map(str, grid.shape))} grid."]
+    if norm_pix:
+        parts.append(
+            "The network predicts normalized patches. They are shown with the true mean and standard deviation of "
+            "each patch, so brightness and contrast come from the input."
+        )
+    if not is_complete:
+        parts.append("Orange tokens are not predicted: this method does not supervise them.")
+    if channels == 2:
+        parts.append("The first of two channels is shown, in grey.")
+    elif channels > 3:
+        parts.append(f"The first three of {channels} channels are shown, as red, green and blue.")
+    return " ".join(parts)
+
+
+def _stage_colours(count: int) -> list[str]:
+    from matplotlib import colormaps
+    from matplotlib.colors import to_hex
+
+    return [to_hex(colormaps["GnBu"](level)) for level in np.linspace(0.3, 0.85, count)] if count else []

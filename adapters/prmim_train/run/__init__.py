@@ -1,0 +1,1 @@
+"""Training runs: loop, engine protocol, run directory, log, trackers and processes."""

@@ -1,0 +1,277 @@
+"""Engine protocols, and the import of a backend by name.
+
+An engine lives in `prmim_torch` or `prmim_jax`, which are imported when a run starts. This package never imports torch
+or jax.
+"""
+
+import importlib
+import re
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from prmim_core import Schedule
+from prmim_methods import TrainingConfig
+from prmim_methods.record import options
+from prmim_methods.training import EngineOptions
+from prmim_train.config.classify import ClassifyConfig
+from prmim_train.config.pretrain import PretrainConfig
+from prmim_train.config.training import TrainingOptions
+from prmim_train.run.budget import Budget
+from prmim_train.run.processes import launched
+
+KNOWN_BACKENDS = ("torch", "jax")
+
+
+class Reconstruction(Protocol):
+    """Pixels reconstructed for a batch of images, as NumPy arrays."""
+
+    @property
+    def order(self) -> NDArray[Any]:
+        """Order of the tokens, int (batch, N): visible, decoded, then the stages."""
+
+    @property
+    def schedule(self) -> Schedule:
+        """Static boundaries of `order`."""
+
+    @property
+    def patches(self) -> NDArray[np.float32]:
+        """Pixel patches (batch, N, patch_dim) in raster order, in [0, 1], without patch normalization.
+
+        Visible patches are those of the input. Tokens without a prediction are NaN.
+        """
+
+
+class Comparison(Protocol):
+    """Features of student and teacher for a batch of images, as NumPy arrays."""
+
+    @property
+    def order(self) -> NDArray[Any]:
+        """Order of the tokens, int (batch, N): visible, decoded, then the stages."""
+
+    @property
+    def schedule(self) -> Schedule:
+        """Static boundaries of `order`."""
+
+    @property
+    def student(self) -> NDArray[np.float32]:
+        """Predictions of the teacher's last aligned layer (batch, N, dim), in raster order.
+
+        Tokens without a prediction are NaN.
+        """
+
+    @property
+    def teacher(self) -> NDArray[np.float32]:
+        """Features of the teacher's last aligned layer (batch, N, dim), in raster order."""
+
+
+class Trainer(Protocol):
+    """A model with its optimizer, on a device of some framework.
+
+    In a distributed run, every process has one and makes the same calls in the same order. `train_step` gets different
+    images in each process; all other methods get the same images.
+    """
+
+    @property
+    def rank(self) -> int:
+        """Rank of this process. The main process has rank 0."""
+
+    @property
+    def world_size(self) -> int:
+        """Number of processes."""
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps completed, including those before a resume."""
+
+    @property
+    def num_parameters(self) -> int:
+        """Number of trainable parameters."""
+
+    @property
+    def device(self) -> str:
+        """Description of the device."""
+
+    def read_metrics(self) -> dict[str, Any]:
+        """Wait for pending steps, and return the metrics of all steps since the last call.
+
+        Returns
+        -------
+        dict
+            The same in every process:
+
+            - `loss`, its parts (`loss_decoded`, `loss_thrown`, ..., named by the method), `accuracy` of a classifier,
+              and `grad_norm`: means over the finite steps, NaN if there were none;
+            - `learning_rate` of the last step;
+            - `nonfinite_step`: the first non-finite step of the whole run, or None;
+            - `skipped`: number of non-finite steps since the last call;
+            - `skipped_in_a_row`: number of consecutive non-finite steps up to now.
+        """
+
+    def async_save(self, directory: Path) -> Future[None]:
+        """Start writing `weights.safetensors` and the training state into an existing folder.
+
+        Writes a snapshot of the current state, including the metrics since the last `read_metrics`; later steps do not
+        change it. The future is done when this process has written its share; in the main process, when all processes
+        have. If one process fails, the futures of all processes fail.
+        """
+
+    def restore(self, directory: Path) -> None:
+        """Load a saved state, written by any number of processes. ValueError if the architecture differs."""
+
+    def any(self, flag: bool) -> bool:
+        """Whether `flag` is true in any process. Collective: returns when all processes have called it."""
+
+    def close(self) -> None:
+        """Leave the process group. After an exception, does not wait for the other processes."""
+
+
+class Engine(Trainer, Protocol):
+    """Trainer of a masked image modelling method."""
+
+    @property
+    def predicts(self) -> str:
+        """Targets of the masked tokens: `pixels` or `features`."""
+
+    def train_step(self, images: NDArray[np.uint8], sample: NDArray[np.int64]) -> None:
+        """Start one optimizer step (non-blocking).
+
+        A step with a non-finite loss or gradient leaves the weights unchanged, and is counted in the metrics.
+
+        Parameters
+        ----------
+        images
+            uint8 (batch, axes..., channels): this process's share of the batch.
+        sample
+            int64 (batch,): index of each image in its source. With seed and step, it determines the mask.
+        """
+
+    def features(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """Mean patch feature (batch, dim) of unmasked images."""
+
+    def reconstruct(self, images: NDArray[np.uint8], sample: NDArray[np.int64]) -> Reconstruction:
+        """Mask images as in step 0, and reconstruct their pixels. For methods that predict pixels."""
+
+    def compare(self, images: NDArray[np.uint8], sample: NDArray[np.int64]) -> Comparison:
+        """Mask images as in step 0, and return student and teacher features. For methods that predict features."""
+
+    def load_weights(self, path: Path) -> None:
+        """Load weights, without training state, from a `.safetensors` file."""
+
+
+class ClassifierEngine(Trainer, Protocol):
+    """Trainer of a classifier on a pre-trained encoder, as a whole or only its head."""
+
+    def train_step(self, images: NDArray[np.uint8], sample: NDArray[np.int64], targets: NDArray[np.float32]) -> None:
+        """Start one optimizer step on the cross-entropy (non-blocking); see `Engine.train_step`.
+
+        Parameters
+        ----------
+        images
+            uint8 (batch, axes..., channels): this process's share of the batch.
+        sample
+            int64 (batch,): index of each image in its source. With seed and step, it determines drop path.
+        targets
+            float32 (batch, classes): class probabilities of each image.
+        """
+
+    def predict(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """Logits (batch, classes) in evaluation mode: independent of the other images of the batch."""
+
+
+def create_engine(config: PretrainConfig, budget: Budget) -> Engine:
+    """Import the backend and build an engine with random weights, at step 0.
+
+    Parameters
+    ----------
+    config
+        Options of the run.
+    budget
+        Length of the run.
+
+    Returns
+    -------
+    Engine
+
+    Raises
+    ------
+    ValueError
+        If the backend is unknown or rejects an option.
+    ImportError
+        If packages of the backend are not installed. The message says how to install them.
+    """
+    module = _import_backend(config.backend)
+    return cast(Engine, module.Engine(config.method, _training(config, budget)))
+
+
+def create_classifier_engine(
+    config: ClassifyConfig, base: PretrainConfig, budget: Budget, *, num_classes: int, weights: Path | None
+) -> ClassifierEngine:
+    """Import the backend and build a classifier on the encoder of a run, at step 0.
+
+    Parameters
+    ----------
+    config
+        Options of the classifier.
+    base
+        Options of the pre-training run.
+    budget
+        Length of the classifier's training.
+    num_classes
+        Number of classes.
+    weights
+        `weights.safetensors` of the pre-training run. None: random weights, to be replaced by a checkpoint.
+
+    Returns
+    -------
+    ClassifierEngine
+
+    Raises
+    ------
+    ValueError
+        If the backend is unknown or rejects an option, or the weights belong to another encoder.
+    ImportError
+        If packages of the backend are not installed. The message says how to install them.
+    """
+    module = _import_backend(config.backend)
+    engine = module.ClassifierEngine(base.method, config, num_classes, _training(config, budget), weights=weights)
+    return cast(ClassifierEngine, engine)
+
+
+def _training(config: TrainingOptions, budget: Budget) -> TrainingConfig:
+    """Return what an engine must know of a training run."""
+    return TrainingConfig(
+        **{item.name: getattr(config, item.name) for item in options(EngineOptions)},
+        total_steps=budget.total_steps,
+        warmup_steps=budget.warmup_steps,
+        learning_rate=config.learning_rate,
+    )
+
+
+def check_launcher(backend: str, engine: Trainer) -> None:
+    """Check that the engine has joined all launched processes."""
+    if engine.world_size != launched().world_size:
+        raise ValueError(
+            f"backend: expected one that joins the {launched().world_size} launched processes, got {backend}, which "
+            f"sees {engine.world_size}; torch needs torchrun, jax needs JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and "
+            "JAX_PROCESS_ID"
+        )
+
+
+def _import_backend(backend: str) -> Any:
+    package = f"prmim_{backend}"
+    if not re.fullmatch(r"[a-z0-9_]+", backend):
+        raise ValueError(f"backend: expected {' or '.join(KNOWN_BACKENDS)}, got {backend!r}")
+    try:
+        return importlib.import_module(package)
+    except ModuleNotFoundError as error:
+        if error.name == package and backend not in KNOWN_BACKENDS:
+            raise ValueError(f"backend: expected {' or '.join(KNOWN_BACKENDS)}, got {backend!r}") from error
+        if error.name == package:
+            raise ImportError(f"backend: {backend} is not part of this installation of prmim") from error
+        raise ImportError(
+            f"backend: {backend} needs {error.name}, which is not installed; pip install 'prmim[{backend}]'"
+        ) from error

@@ -1,0 +1,294 @@
+"""The training loop shared by pre-training and classifiers."""
+
+import json
+import signal
+import sys
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from types import FrameType
+from typing import Any, Generic, TypeVar
+
+from prmim_train.config.layers import dump_options, parse_options
+from prmim_train.config.pretrain import PretrainConfig
+from prmim_train.config.training import TrainingOptions
+from prmim_train.data.batches import Batch, BatchIterator
+from prmim_train.run.budget import Budget
+from prmim_train.run.checkpoints import Checkpoints, agreed
+from prmim_train.run.directory import RunDirectory
+from prmim_train.run.engine import Trainer, check_launcher
+from prmim_train.run.log import Log, NonFiniteLoss, duration, loss_text
+from prmim_train.run.processes import is_main, launched, on_main, say
+from prmim_train.run.trackers import check_tracker
+
+__all__ = ["Interrupted", "Job", "NonFiniteLoss", "train"]
+
+E = TypeVar("E", bound=Trainer)
+
+
+class Interrupted(Exception):  # noqa: N818  # not an error: the user asked for it
+    """The user stopped the run. A checkpoint was written.
+
+    Parameters
+    ----------
+    message
+        How to resume.
+    signal_number
+        The signal received.
+    """
+
+    def __init__(self, message: str, signal_number: int) -> None:
+        super().__init__(message)
+        self.signal_number = signal_number
+
+
+class Job(ABC, Generic[E]):
+    """Interface between `train` and one kind of training.
+
+    Attributes
+    ----------
+    config : TrainingOptions
+        Options of the run.
+    budget : Budget
+        Length of the run.
+    command : str
+        Command that resumes the run.
+    measure_epochs : int or None
+        Epochs between two calls of `measure`. None: never call it.
+    """
+
+    config: TrainingOptions
+    budget: Budget
+    command: str
+    measure_epochs: int | None = None
+
+    @abstractmethod
+    def create_engine(self) -> E:
+        """Build the engine at step 0."""
+
+    def begin(self, engine: E) -> None:
+        """Prepare the engine of a new run, before the first step."""
+        return
+
+    @abstractmethod
+    def describe(self, engine: E) -> str:
+        """Describe the training, for the user."""
+
+    @abstractmethod
+    def batches(self, engine: E) -> BatchIterator[Batch]:
+        """Iterate over this process's share of the remaining batches."""
+
+    @abstractmethod
+    def take_step(self, engine: E, batch: Batch) -> None:
+        """Pass a batch to the engine."""
+
+    def measure(self, engine: E) -> dict[str, Any]:
+        """Return metrics to log every `measure_epochs` epochs and at the end. Not counted as training time."""
+        return {}
+
+    @abstractmethod
+    def facts(self) -> dict[str, Any]:
+        """Return the first entries of the summary."""
+
+    @abstractmethod
+    def conclude(self, run: RunDirectory, engine: E, summary: dict[str, Any]) -> None:
+        """Evaluate after the last step. Adds results to `summary`."""
+
+    @abstractmethod
+    def restart_hint(self, weights: Path) -> str:
+        """Explain how to continue with another backend, from a weight file."""
+
+
+def train(job: Job[E]) -> dict[str, Any]:
+    """Start or resume a run, and train it to the end.
+
+    Parameters
+    ----------
+    job
+        The training.
+
+    Returns
+    -------
+    dict
+        Content of `summary.json`.
+
+    Raises
+    ------
+    ValueError, TypeError, OSError, Interrupted, NonFiniteLoss, FailedElsewhereError
+        See :func:`prmim_train.pretrain.pretrain`.
+    """
+    config = job.config
+    run = RunDirectory(config.run_path)
+    _check_processes(config)
+    check_tracker(config.tracker)
+    is_resumed = config.resume and RunDirectory.holds_run(run.path)
+    if is_resumed:
+        _check_backend(job, run)
+        summary = _finished_summary(run, job.budget)
+        if summary is not None:
+            say(f"The run in {run.path} is finished. Its summary:")
+            say(json.dumps(summary, indent=2))
+            return summary
+    else:
+        run.check_is_free()  # before building the engine, which takes time
+
+    with closing(job.create_engine()) as engine:
+        # Engines of a distributed run wait for each other, so every process has examined the folder by now.
+        check_launcher(config.backend, engine)
+        on_main(engine, run.remove_leftovers)
+        if is_resumed:
+            _restore(run, engine, job.budget)
+        if engine.step == 0:
+            job.begin(engine)
+        on_main(engine, lambda: run.write_config(dump_options(config)))
+
+        say(job.describe(engine))
+        say(f"Run directory: {run.path}" + (f", resuming after step {engine.step}" if engine.step else ""))
+        summary = _take_steps(job, run, engine)
+        job.conclude(run, engine, summary)
+        on_main(engine, lambda: run.write_summary(summary))
+    say(f"Summary: {run.path / 'summary.json'}")
+    return summary
+
+
+def _take_steps(job: Job[E], run: RunDirectory, engine: E) -> dict[str, Any]:
+    """Take the remaining steps. Returns the summary of the whole training."""
+    config, budget = job.config, job.budget
+    batches = job.batches(engine)
+    unreadable: dict[str, str] = {}
+    with (
+        _stop_signals() as stop,
+        batches,
+        Checkpoints(run, config, engine) as checkpoints,
+        Log(run, config, budget, engine, checkpoints) as log,
+    ):
+        for batch in log.timed(batches):
+            job.take_step(engine, batch)
+            log.advance()
+            unreadable |= {str(record): reason for record, reason in batch.unreadable}
+            step = engine.step
+            is_last = step == budget.total_steps
+            # Only step numbers decide what is logged, so that resumed runs write the same lines.
+            is_measured = job.measure_epochs is not None and (budget.is_end_of(job.measure_epochs, step) or is_last)
+            is_logged = step == 1 or step % config.log_every == 0 or is_last or is_measured
+            if is_logged:
+                log.write(step, partial(job.measure, engine) if is_measured else None)
+            is_stopping = agreed(engine, stop.is_set, is_logged) and not is_last
+            checkpoints.finish_if_done(is_logged)
+            is_due = step % budget.checkpoint_steps == 0 or is_last or is_stopping
+            if is_due or checkpoints.are_due(is_logged):
+                checkpoints.start(step)
+            if is_stopping:
+                checkpoints.finish()
+                number = stop.number or signal.SIGTERM  # 0: another process received the signal
+                raise Interrupted(
+                    f"Stopped after step {step} of {budget.total_steps} and saved a checkpoint. "
+                    f"Resume with: {job.command}",
+                    number,
+                )
+        checkpoints.finish()
+
+    if engine.world_size > 1:
+        reasons = _gather_notes(run, engine, unreadable)
+        batches.unreadable.add((int(record), reason) for record, reason in reasons.items())
+    say(f"Trained {engine.step} steps in {duration(log.seconds)}; {loss_text(log.last)}.")
+    if len(batches.unreadable):
+        say(batches.unreadable.report())
+    return {
+        **job.facts(),
+        "device": engine.device,
+        "parameters": engine.num_parameters,
+        "steps": engine.step,
+        "epochs": config.epochs,
+        **log.final_numbers(),
+        "unreadable_images": batches.unreadable.reasons,
+    }
+
+
+def _gather_notes(run: RunDirectory, engine: Trainer, note: dict[str, str]) -> dict[str, str]:
+    """Send each process's note to the main process. Returns {} in the other processes."""
+    if engine.rank > 0 and note:
+        run.leave_note(engine.rank, note)
+    engine.any(False)  # barrier: all notes are written
+    return on_main(engine, run.collect_notes) or {}
+
+
+def _check_processes(config: TrainingOptions) -> None:
+    """Check that processes and accumulation divide the batch evenly."""
+    world_size = launched().world_size
+    if config.batch_size % (world_size * config.accumulate):
+        raise ValueError(
+            f"batch_size: expected a multiple of the {world_size} processes times accumulate ({config.accumulate}), "
+            f"got {config.batch_size}"
+        )
+
+
+def _check_backend(job: Job[E], run: RunDirectory) -> None:
+    """Check that the backend can read the run's training state."""
+    backend = parse_options(run.read_config(), str(run.path)).get("backend", PretrainConfig.backend)
+    checkpoints = run.checkpoints()
+    if checkpoints and backend != job.config.backend:
+        raise ValueError(
+            f"backend: expected {backend}, as in the run in {run.path}, got {job.config.backend}; "
+            f"{job.restart_hint(checkpoints[-1] / 'weights.safetensors')}"
+        )
+
+
+def _restore(run: RunDirectory, engine: Trainer, budget: Budget) -> None:
+    """Reset engine and metrics to the last good checkpoint, if there is one."""
+    on_main(engine, lambda: run.latest_checkpoint(set_aside=True))
+    checkpoints = run.checkpoints()  # the main process has set damaged ones aside: the newest is good
+    if checkpoints:
+        engine.restore(checkpoints[-1])
+    if engine.step > budget.total_steps:
+        raise ValueError(
+            f"epochs: expected more than the {engine.step} steps already taken by the run in {run.path}, got "
+            f"{budget.total_steps}"
+        )
+    on_main(engine, lambda: run.cut_metrics(engine.step))
+
+
+def _finished_summary(run: RunDirectory, budget: Budget) -> dict[str, Any] | None:
+    """Summary of a finished run; None if steps remain."""
+    summary = run.read_summary()
+    return summary if summary is not None and summary["steps"] == budget.total_steps else None
+
+
+@dataclass
+class _Stop:
+    """Whether the user asked to stop, and by which signal."""
+
+    is_set: bool = False
+    number: int = 0
+
+
+@contextmanager
+def _stop_signals() -> Iterator[_Stop]:
+    """Turn Ctrl-C and SIGTERM into a flag, polled after each step. A second signal raises KeyboardInterrupt."""
+    stop = _Stop()
+    if threading.current_thread() is not threading.main_thread():  # Python handles signals in the main thread only
+        yield stop
+        return
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        if stop.is_set:
+            raise KeyboardInterrupt
+        stop.is_set, stop.number = True, number
+        if is_main():
+            print(
+                "\nStopping after this step. A second signal stops at once, without a checkpoint.",
+                file=sys.stderr,
+            )
+
+    previous: dict[int, Callable[..., Any] | int | None] = {}
+    for number in (signal.SIGINT.value, signal.SIGTERM.value):
+        previous[number] = signal.signal(number, ask)
+    try:
+        yield stop
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

@@ -1,0 +1,226 @@
+"""Inputs of the commands: images, stored options, and restored engines of a run."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from prmim_train.config.layers import parse_options
+from prmim_train.config.pretrain import PretrainConfig, pretrain_config, pretrain_option_names
+from prmim_train.data.batches import split_indices
+from prmim_train.data.sources import ImageSource, open_source
+from prmim_train.run.budget import Budget, training_budget
+from prmim_train.run.directory import RunDirectory, damage
+from prmim_train.run.engine import Engine, create_engine
+
+_NUM_NAMED = 8
+
+
+@dataclass(frozen=True)
+class RunData:
+    """The images of a run.
+
+    Parameters
+    ----------
+    source
+        Source of the images.
+    train, held_out
+        Indices of the training images and of the held-out images, int64, sorted.
+    budget
+        Length of the run.
+    """
+
+    source: ImageSource
+    train: NDArray[np.int64]
+    held_out: NDArray[np.int64]
+    budget: Budget
+
+
+class LabelledImages(NamedTuple):
+    """A labelled subset of a source.
+
+    Parameters
+    ----------
+    source
+        Source of the images.
+    indices
+        Indices of the subset, int64.
+    labels
+        Class of every image of the source, int64.
+    class_names
+        Name of every class.
+    """
+
+    source: ImageSource
+    indices: NDArray[np.int64]
+    labels: NDArray[np.int64]
+    class_names: tuple[str, ...]
+
+
+def open_data(config: PretrainConfig) -> RunData:
+    """Open the images of a run, and split them into training and held-out images.
+
+    Parameters
+    ----------
+    config
+        Options of the run.
+
+    Returns
+    -------
+    RunData
+
+    Raises
+    ------
+    ValueError, OSError
+        If there are no images, or no training images.
+    """
+    source = open_source(config.data, channels=config.method.channels)
+    split_by = len(source) if source.labels is None else source.labels
+    train, held_out = split_indices(split_by, holdout=config.holdout, seed=config.seed)
+    return RunData(source, train, held_out, training_budget(config, len(train)))
+
+
+def why_not(data: RunData, *, needs_held_out: bool = True) -> str:
+    """Reason why a classifier cannot be trained and tested on the images; empty if it can."""
+    if data.source.labels is None:
+        return "the images have no labels"
+    if needs_held_out and not len(data.held_out):
+        return "no images are held out (holdout is 0)"
+    names = data.source.class_names or ()
+    if len(set(names)) < len(names):
+        return "two classes have the same name"
+    return "" if len(np.unique(data.source.labels[data.train])) > 1 else "the training images are all of one class"
+
+
+def labelled_sides(data: RunData, test_data: str | None = None) -> tuple[LabelledImages, LabelledImages]:
+    """Training and test images of a classifier.
+
+    Parameters
+    ----------
+    data
+        Images of the pre-training run. The classifier trains on the training images.
+    test_data
+        Source of the test images. None: the held-out images of the run.
+
+    Returns
+    -------
+    train, test : LabelledImages
+        With the same classes in the same order.
+
+    Raises
+    ------
+    ValueError
+        If there are no labels, no test images, fewer than two classes, or if the class names in `test_data` differ.
+    """
+    reason = why_not(data, needs_held_out=test_data is None)
+    if reason:
+        wanted = "labelled images" if test_data is not None else "labelled images, some of them held out"
+        raise ValueError(f"data: expected {wanted}, but {reason}")
+    source = data.source
+    assert source.labels is not None
+    assert source.class_names is not None
+    names = tuple(source.class_names)
+    train = LabelledImages(source, data.train, source.labels, names)
+    if test_data is None:
+        return train, LabelledImages(source, data.held_out, source.labels, names)
+    try:
+        test = open_source(test_data, channels=source.channels)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"test_data: {str(error).removeprefix('data: ')}") from error
+    if test.labels is None or test.class_names is None:
+        raise ValueError(f"test_data: expected labelled images, got {test.description}")
+    if sorted(test.class_names) != sorted(names):
+        ours, theirs = set(names), set(test.class_names)
+        lists = (("missing", sorted(ours - theirs)), ("unknown", sorted(theirs - ours)))
+        differences = [f"{word}: {_listed(found)}" for word, found in lists if found]
+        raise ValueError(
+            f"test_data: expected the {len(names)} classes of the training images, got others in {test_data}: "
+            + ("; ".join(differences) or "two classes have the same name")
+        )
+    number = {name: place for place, name in enumerate(names)}
+    table = np.array([number[name] for name in test.class_names], np.int64)
+    return train, LabelledImages(test, np.arange(len(test), dtype=np.int64), table[test.labels], names)
+
+
+def _listed(names: Sequence[str]) -> str:
+    """Join the first names."""
+    return ", ".join(names[:_NUM_NAMED]) + (f" and {len(names) - _NUM_NAMED} more" if len(names) > _NUM_NAMED else "")
+
+
+def read_run_config(run: RunDirectory, **changes: Any) -> PretrainConfig:
+    """Read the options of a run.
+
+    Parameters
+    ----------
+    run
+        The run.
+    **changes
+        Options to replace. None keeps the run's own option.
+    """
+    options = parse_options(run.read_config(), str(run.path))
+    if "protocol" in options:
+        raise ValueError(f"run: expected the folder of a pre-training run, got the classifier in {run.path}")
+    unknown = set(options) - pretrain_option_names()
+    if unknown:
+        raise ValueError(f"run: expected options of prmim pretrain in {run.path / 'config.yaml'}, got {min(unknown)}")
+    replaced = {name: value for name, value in changes.items() if value is not None}
+    return pretrain_config(**{**options, "out": str(run.path), **replaced})
+
+
+def find_checkpoint(run: RunDirectory, step: int | None = None) -> Path:
+    """Find the folder of a checkpoint.
+
+    Parameters
+    ----------
+    run
+        The run.
+    step
+        Step of the checkpoint. None: the newest good checkpoint.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no such checkpoint.
+    OSError
+        If the checkpoint is damaged, or all checkpoints are.
+    """
+    if step is None:
+        checkpoint = run.latest_checkpoint()
+        if checkpoint is None:
+            raise FileNotFoundError(f"run: expected a checkpoint in {run.path / 'checkpoints'}, got none")
+        return checkpoint
+    found = {int(path.name.removeprefix("step_")): path for path in run.checkpoints()}
+    if step not in found:
+        known = ", ".join(map(str, found)) or "none"
+        raise FileNotFoundError(f"checkpoint: expected one of the steps {known} in {run.path}, got {step}")
+    if reason := damage(found[step]):
+        raise OSError(f"checkpoint: expected a good one, but {found[step]} is damaged: {reason}")
+    return found[step]
+
+
+def restore_engine(run: RunDirectory, config: PretrainConfig, budget: Budget, step: int | None = None) -> Engine:
+    """Build the engine of a run and restore a checkpoint.
+
+    Parameters
+    ----------
+    run
+        The run.
+    config
+        Options of the run.
+    budget
+        Length of the run.
+    step
+        Step of the checkpoint; see `find_checkpoint`.
+
+    Raises
+    ------
+    FileNotFoundError, OSError
+        See `find_checkpoint`.
+    """
+    checkpoint = find_checkpoint(run, step)
+    engine = create_engine(config, budget)
+    engine.restore(checkpoint)
+    return engine

@@ -1,0 +1,368 @@
+"""The command line: options, messages, exit codes."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import yaml
+
+from prmim_methods import METHODS
+from prmim_methods.record import options as record_options
+from prmim_train.cli import commands as cli
+from prmim_train.cli.commands import COMMANDS, main
+from prmim_train.config.classify import ClassifyConfig
+from prmim_train.config.pretrain import PretrainConfig
+
+
+def fail(words, capsys, code=2):
+    """Run a command that must fail; return its one line."""
+    assert main(words) == code
+    captured = capsys.readouterr()
+    assert "Traceback" not in captured.out + captured.err
+    line = captured.err.rstrip("\n")
+    assert line.startswith("prmim: error: ")
+    assert "\n" not in line
+    return line.removeprefix("prmim: error: ")
+
+
+WRONG = [
+    (["--epoch", "3"], "--epoch: unknown option; did you mean --epochs?"),
+    (["--mask-ration", "3"], "--mask_ration: unknown option; did you mean --mask_ratio?"),
+    (["--zzz"], "--zzz: unknown option"),
+    (["epochs", "3"], "epochs: expected an option, as in --config VALUE, got 'epochs'"),
+    (["--epochs"], "epochs: expected a whole number of at least 1, got nothing"),
+    (["--epochs", "--flip"], "epochs: expected a whole number of at least 1, got nothing"),
+    (["--epochs", "many"], "epochs: expected a whole number of at least 1, got 'many'"),
+    (["--epochs", "1.5"], "epochs: expected a whole number of at least 1, got '1.5'"),
+    (["--epochs", "1" + 400 * "0"], "epochs: expected a whole number of at least 1, got 1000"),
+    (["--epochs", "0"], "epochs: expected a whole number of at least 1, got 0"),
+    (["--mask_ratio", "1.5"], "mask_ratio: expected a number in (0, 1), got 1.5"),
+    (["--mask_ratio", "null"], "mask_ratio: expected a number in (0, 1), got 'null'"),
+    (["--throw_ratio", "0.8"], "throw_ratio: expected at most mask_ratio 0.75, got 0.8"),
+    (["--image_size", "33"], "patch_size: expected sizes that divide the image (33, 33), got (2, 2)"),
+    (["--image_size", "a,b"], "image_size: expected a whole number of at least 1, or one for each axis, got 'a,b'"),
+    (["--crop_scale", "0.5"], "crop_scale: expected two rising numbers in (0, 1], got '0.5'"),
+    (["--flip=perhaps"], "flip: expected true or false, got 'perhaps'"),
+    (["--clip_grad", "x"], "clip_grad: expected a number above 0, or null, got 'x'"),
+    (["--backend", "tensorflow"], "backend: expected torch or jax, got 'tensorflow'"),
+    (["--backend", "../x"], "backend: expected torch or jax, got '../x'"),
+    (["--data", "/nowhere/at/all"], "data: nothing at /nowhere/at/all"),
+    (["--method", "beit"], "method: expected one of mae, simmim, maskalign, got 'beit'"),
+    (["--method", "simmim", "--decoder_dim", "32"], "decoder_dim: method simmim has no such option"),
+    (["--method", "simmim", "--mask_unit", "3"], "mask_unit: expected a divisor of the grid 8 x 8, got 3"),
+    (["--method", "maskalign"], "teacher: expected the folder of a vision transformer, or its name on the hub, got"),
+    (["--teacher", "clip"], "teacher: method mae has no such option"),
+    (["--config", "nowhere"], "config: expected a YAML file or one of the recipes digits,"),
+    (["--config", "mae_vit_bas"], "config: expected a YAML file or one of the recipes digits,"),
+]
+
+
+@pytest.mark.parametrize(("words", "message"), WRONG, ids=[" ".join(words)[:40] for words, _ in WRONG])
+@pytest.mark.parametrize("command", ["pretrain", "inspect"])
+def test_a_wrong_option_gives_one_line(command, words, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert fail([command, *words], capsys).startswith(message)
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("epoch: 3", "epoch: unknown option in"),
+        ("epochs: many", "epochs: expected a whole number of at least 1, got 'many'"),
+        ("epochs: 1.5", "epochs: expected a whole number of at least 1, got 1.5"),
+        ("flip: null", "flip: expected true or false, got None"),
+        ("mask_ratio: 1.5", "mask_ratio: expected a number in (0, 1), got 1.5"),
+        ("flip: 3", "flip: expected true or false, got 3"),
+        (
+            "image_size: [16, x]",
+            "image_size: expected a whole number of at least 1, or one for each axis, got [16, 'x']",
+        ),
+        ("init_seed: 3", "init_seed: unknown option in"),
+        ("config: other.yaml", "config: unknown option in"),
+        ("epochs: [", "config: expected YAML, got an error in"),
+    ],
+)
+def test_a_wrong_file_gives_one_line(content, message, capsys, tmp_path):
+    (tmp_path / "options.yaml").write_text(content)
+    assert fail(["pretrain", "--config", str(tmp_path / "options.yaml")], capsys).startswith(message)
+
+
+def test_an_unknown_command_gives_one_line(capsys):
+    assert fail(["pretain"], capsys).endswith("got 'pretain'; did you mean pretrain?")
+
+
+def test_a_missing_framework_gives_one_line(capsys, tmp_path, monkeypatch):
+    (tmp_path / "prmim_absent.py").write_text("import a_framework_nobody_has")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    line = fail(["pretrain", "--backend", "absent", "--out", str(tmp_path / "run")], capsys)
+    assert line.endswith("absent needs a_framework_nobody_has, which is not installed; pip install 'prmim[absent]'")
+
+
+def test_an_unexpected_error_gives_one_line_or_a_traceback(tiny_words, fake, capsys, monkeypatch):
+    def explode(self, images, sample):
+        raise KeyError("a bug")
+
+    monkeypatch.setattr(fake, "train_step", explode)
+    assert fail(["pretrain", *tiny_words], capsys, code=1) == "KeyError: 'a bug' (PRMIM_TRACEBACK=1 shows where)"
+    assert main(["pretrain", *tiny_words, "--traceback"]) == 1
+    assert "Traceback" in capsys.readouterr().err
+    monkeypatch.setenv("PRMIM_TRACEBACK", "1")
+    assert main(["pretrain", *tiny_words]) == 1
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_a_loss_that_is_not_finite_exits_with_1(tiny_words, fake, capsys, monkeypatch):
+    monkeypatch.setattr(fake, "bad_steps", (3,))
+    assert "got a non-finite step 3" in fail(["pretrain", *tiny_words], capsys, code=1)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_states_every_option_once(command, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "1000")  # one line for each option
+    assert main([command, "--help"]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for option in COMMANDS[command].options():
+        value = "" if option.is_flag else "VALUE "
+        assert text.count(f"--{option.name} {value}{option.help}") == text.count(option.help) == 1
+        assert option.help.endswith(".")
+
+
+OWN = {
+    "pretrain": {"config", "method"},
+    "inspect": {"config", "method"},
+    "evaluate": {"run", "protocol", "solver", "eval_limit", "baselines"},
+}
+"""Options that belong to a command and to no record."""
+
+
+@pytest.mark.parametrize("command", OWN)
+def test_options_come_from_the_records(command):
+    records = (ClassifyConfig,) if command == "evaluate" else (PretrainConfig, *METHODS.values())
+    declared = {}
+    for item in (item for record in records for item in record_options(record)):
+        declared.setdefault(item.name, item)
+    hidden = {"protocol"} if command == "evaluate" else {"init_seed"}  # a command's own option; follows from the seed
+    found = {item.name: item for item in COMMANDS[command].options() if item.name not in OWN[command]}
+    assert set(found) == set(declared) - hidden
+    for name, item in found.items():
+        assert item.help.startswith(declared[name].help)
+        assert (item.type, item.expected) == (declared[name].type, declared[name].expected)
+        assert item.default in (declared[name].default, None)
+
+
+def test_options_are_grouped_as_in_the_records(capsys):
+    assert main(["pretrain", "--help"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    titles = ["Data:", "Method:", "Options that differ between methods:", "Optimisation:", "Run:"]
+    assert [line for line in lines if line in titles] == titles
+    first = [next(line.split()[0] for line in lines[lines.index(title) + 1 :]) for title in titles]
+    assert first == ["--data", "--method", "--mask_ratio", "--seed", "--backend"]
+
+
+@pytest.mark.parametrize("words", [[], ["--help"], ["-h"]])
+def test_help_names_every_command(words, capsys):
+    assert main(words) == 0
+    text = capsys.readouterr().out
+    assert all(command in text for command in COMMANDS)
+
+
+def test_version(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out.startswith("prmim ")
+
+
+@pytest.mark.parametrize("command", ["pretrain", "evaluate"])
+def test_help_does_not_load_a_framework(command):
+    code = f"import sys; from prmim_train.cli.commands import main; main(['{command}', '--help']); "
+    code += "print([m for m in ('torch', 'jax', 'sklearn', 'matplotlib', 'grain') if m in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.splitlines()[-1] == "[]"
+
+
+def test_the_digits_use_their_recipe_and_say_so(fake, capsys, tmp_path):
+    words = ["pretrain", "--backend", "fake", "--out", str(tmp_path / "run"), "--epochs", "1", "--no_flip"]
+    assert main([*words, "--eval_limit", "0", "--pictures", "0"]) == 0
+    assert capsys.readouterr().out.splitlines()[0].startswith("No --data given: the embedded digits, with the packaged")
+    options = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert (options["channels"], options["embed_dim"], options["epochs"]) == (1, 96, 1)
+
+
+def test_layers_file_over_recipe_and_words_over_file(tiny_words, capsys, tmp_path):
+    (tmp_path / "options.yaml").write_text("epochs: 3\nstages: 4\nbase_learning_rate: 1e-3\n")
+    words = ["--config", str(tmp_path / "options.yaml"), "--stages", "3", "--out", str(tmp_path / "run")]
+    words += ["--backend", "fake", "--eval_limit", "0", "--pictures", "0"]
+    assert main(["pretrain", *words]) == 0
+    options = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert (options["epochs"], options["stages"], options["base_learning_rate"]) == (3, 3, 1e-3)
+    assert options["decoder_dim"] == 64  # of the digits' recipe
+
+
+def test_common_spellings(tiny_words, tmp_path):
+    words = [*tiny_words, "--flip", "--no-norm-pix", "--image-size=24,16", "--compile", "false", "--mean", "[0.3]"]
+    assert main(["pretrain", *words]) == 0
+    options = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert (options["flip"], options["norm_pix"], options["compile"]) == (True, False, False)
+    assert (options["image_size"], options["mean"]) == ([24, 16], [0.3])
+
+
+@pytest.mark.parametrize(
+    ("words", "method", "counts"),
+    [
+        (["--method", "simmim"], "simmim", "24 visible, 24 decoded, 16 thrown"),
+        (["--method", "simmim", "--throw_ratio", "0"], "simmim", "24 visible, 40 decoded, 0 thrown"),
+        (
+            ["--method", "maskalign", "--teacher", "TEACHER", "--fusion", "sum"],
+            "maskalign",
+            "19 visible, 45 masked, reconstructed in stages",
+        ),
+        (["--method", "mae"], "mae", "16 visible, 16 decoded, 32 thrown"),
+    ],
+)
+def test_another_method_on_the_digits_recipe(words, method, counts, fake, teacher, capsys, tmp_path):
+    words = [str(teacher) if word == "TEACHER" else word for word in words]
+    words += [
+        "--backend",
+        "fake",
+        "--out",
+        str(tmp_path / "run"),
+        "--epochs",
+        "1",
+        "--eval_limit",
+        "0",
+        "--pictures",
+        "0",
+    ]
+    assert main(["pretrain", *words]) == 0
+    assert counts in capsys.readouterr().out
+    options = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert (options["method"], options["embed_dim"]) == (method, 96)
+    assert ("decoder_dim" in options) == (method == "mae")
+    assert ("mask_unit" in options) == (method == "simmim")
+
+
+def test_the_same_command_resumes_a_run_of_another_method(fake, capsys, tmp_path):
+    words = [
+        "pretrain",
+        "--backend",
+        "fake",
+        "--method",
+        "simmim",
+        "--mask_ratio",
+        "0.5",
+        "--drop_path",
+        "0.2",
+        "--resume",
+    ]
+    words += ["--out", str(tmp_path / "run"), "--epochs", "1", "--eval_limit", "0", "--pictures", "0"]
+    assert main(words) == 0
+    before = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert (before["mask_ratio"], before["drop_path"]) == (0.5, 0.2)
+    assert main([word if word != "1" else "2" for word in words]) == 0
+    assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text()) == {**before, "epochs": 2}
+
+
+def test_help_names_the_methods_of_an_option(capsys):
+    assert main(["pretrain", "--help"]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "Width of the decoder. For mae only." in text
+    assert "it rises linearly from 0 at the first. For simmim and maskalign only." in text
+    assert "is masked. Default: 0.75 for mae, 0.6 for simmim, 0.7 for maskalign." in text
+
+
+def test_resume_needs_only_the_folder(tiny_words, tmp_path, fake, capsys):
+    assert main(["pretrain", *tiny_words]) == 0
+    before = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert main(["pretrain", "--out", str(tmp_path / "run"), "--resume", "--epochs", "2"]) == 0
+    after = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert after == {**before, "epochs": 2}
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["steps"] == 24
+    capsys.readouterr()
+    assert main(["pretrain", "--out", str(tmp_path / "run"), "--resume"]) == 0
+    assert "is finished" in capsys.readouterr().out
+
+
+def test_the_same_command_starts_and_resumes_a_run(tiny_words, tmp_path, capsys):
+    assert main(["pretrain", *tiny_words, "--resume"]) == 0
+    assert f"No run in {tmp_path / 'run'} yet: starting a new one." in capsys.readouterr().out
+    assert main(["pretrain", *tiny_words, "--resume"]) == 0
+    assert "is finished" in capsys.readouterr().out
+
+
+def test_a_second_run_in_a_folder_gives_one_line(tiny_words, capsys):
+    assert main(["pretrain", *tiny_words]) == 0
+    capsys.readouterr()
+    assert "already holds a run" in fail(["pretrain", *tiny_words], capsys)
+
+
+def test_evaluate_and_picture_read_the_run(tiny_words, tmp_path, capsys):
+    assert main(["pretrain", *tiny_words]) == 0
+    run = str(tmp_path / "run")
+    capsys.readouterr()
+    assert main(["evaluate", "--run", run, "--protocol", "knn", "--eval_limit", "300"]) == 0
+    text = capsys.readouterr().out
+    assert "checkpoint of step 12" in text
+    result = json.loads((tmp_path / "run" / "evaluation.json").read_text())
+    assert result["trained"]["knn"] > 0.5
+    assert "linear" not in result["trained"]
+    assert main(["picture", "--run", run, "--pictures", "2"]) == 0
+    assert {p.name for p in (tmp_path / "run").glob("*.png")} == {"reconstructions.png", "schedule.png", "loss.png"}
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["evaluate"], "run: expected the folder of a run, as in --run"),
+        (["evaluate", "--run", "nowhere"], "run: expected the folder of a run, but there is no config.yaml in nowhere"),
+        (
+            ["evaluate", "--run", "RUN", "--protocol", "svm"],
+            "protocol: expected one of knn, linear, finetune, got 'svm'",
+        ),
+        (["evaluate", "--run", "RUN", "--eval_limit", "9"], "eval_limit: expected at least 1 image"),
+        (["evaluate", "--run", "RUN", "--eval_limit", "9", "--holdout", "0"], "data: expected labelled images"),
+        (["evaluate", "--run", "RUN", "--eval_limit", "9", "--data", "PLAIN"], "data: expected labelled images"),
+        (["evaluate", "--run", "RUN", "--device", "tpu"], "device: expected auto, cpu, cuda or cuda:N, got 'tpu'"),
+        (
+            ["picture", "--run", "RUN", "--kind", "movie"],
+            "kind: expected reconstructions or similarity or schedule or loss, got 'movie'",
+        ),
+        (
+            ["picture", "--run", "RUN", "--kind", "similarity"],
+            "kind: expected reconstructions or schedule or loss of a run of method mae, got 'similarity'",
+        ),
+        (["picture", "--run", "EMPTY"], "run: expected a checkpoint in"),
+        (["picture", "--run", "EMPTY", "--kind", "loss"], "run: expected at least two lines in"),
+    ],
+)
+def test_wrong_options_of_a_run_give_one_line(words, message, tiny_words, tmp_path, capsys, fake):
+    from prmim_train.run.directory import RunDirectory
+
+    assert main(["pretrain", *tiny_words]) == 0
+    empty = RunDirectory(tmp_path / "empty")
+    empty.write_config((tmp_path / "run" / "config.yaml").read_text())
+    np.savez(tmp_path / "plain.npz", images=np.zeros((9, 16, 16), dtype=np.uint8))
+    names = {"RUN": tmp_path / "run", "EMPTY": empty.path, "PLAIN": tmp_path / "plain.npz"}
+    if "--eval_limit" in words and len(words) == 5:
+        words[words.index("9")] = "0"
+    capsys.readouterr()
+    assert fail([str(names.get(word, word)) for word in words], capsys).startswith(message)
+
+
+def test_ctrl_c_outside_the_loop(tiny_words, fake, monkeypatch, capsys):
+    def interrupt(self, images):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(fake, "features", interrupt)
+    assert main(["pretrain", *tiny_words, "--eval_limit", "100"]) == 130
+    assert capsys.readouterr().err == "prmim: interrupted\n"
+
+
+def test_a_closed_pipe_is_no_error(monkeypatch):
+    def leave(words):
+        raise BrokenPipeError
+
+    monkeypatch.setattr(cli, "_dispatch", leave)
+    monkeypatch.setattr(cli.os, "dup2", lambda *_: None)
+    assert main([]) == 1

@@ -1,0 +1,187 @@
+import os
+import pickle
+
+import numpy as np
+import pytest
+from PIL import Image
+from sklearn.datasets import load_digits
+
+from prmim_train.data.sources import ArraySource, UnreadableImageError, open_source
+from prmim_train.data.transforms import resize
+
+
+def save(path, picture, **options):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    picture.save(path, **options)
+    return path
+
+
+# -------------------------------------------------------------------------------------------------------------- folders
+
+
+def test_a_folder_with_classes(tmp_path):
+    for name in ("dog/b.JPG", "dog/a.png", "cat/deep/er/z.PnG", "cat/.hidden.png", ".git/x.png", "ant/1.webp"):
+        save(tmp_path / name, Image.new("RGB", (4, 4)), format="PNG")
+    (tmp_path / "readme.txt").write_text("not an image")
+    (tmp_path / "empty").mkdir()
+    source = open_source(str(tmp_path), channels=3)
+    assert [source.name(k) for k in range(len(source))] == ["ant/1.webp", "cat/deep/er/z.PnG", "dog/a.png", "dog/b.JPG"]
+    assert source.class_names == ("ant", "cat", "dog")
+    assert source.labels is not None
+    assert source.labels.tolist() == [0, 1, 2, 2]
+    assert source.labels.dtype == np.int64
+    assert source.description == f"folder {tmp_path}: 4 images in 3 classes"
+    assert source.channels == 3
+    assert source.read(1).shape == (4, 4, 3)
+
+
+def test_a_folder_without_classes(tmp_path):
+    save(tmp_path / "a.png", Image.new("L", (4, 5)))
+    save(tmp_path / "more" / "b.png", Image.new("L", (4, 5)))
+    source = open_source(str(tmp_path), channels=1)
+    assert source.labels is None
+    assert source.class_names is None
+    assert source.description == f"folder {tmp_path}: 2 images, no labels"
+    assert source.read(0).shape == (5, 4, 1)
+
+
+def test_one_image_in_one_class(tmp_path):
+    save(tmp_path / "x" / "a.png", Image.new("L", (4, 5)))
+    assert open_source(str(tmp_path), channels=1).description.endswith(": 1 image in 1 class")
+
+
+def test_links_are_followed_but_not_in_circles(tmp_path):
+    save(tmp_path / "elsewhere" / "a.png", Image.new("L", (4, 4)))
+    (tmp_path / "data" / "cat").mkdir(parents=True)
+    (tmp_path / "data" / "dog").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "data" / "cat" / "up").symlink_to(tmp_path / "data")
+    source = open_source(str(tmp_path / "data"), channels=1)
+    assert [source.name(k) for k in range(len(source))] == ["cat/up/dog/a.png", "dog/a.png"][-len(source) :]
+
+
+def test_a_link_to_itself_or_to_nothing_is_an_image_that_cannot_be_read(tmp_path):
+    """Not one that is not there: somebody put it among the images."""
+    (tmp_path / "a.png").symlink_to(tmp_path / "a.png")
+    (tmp_path / "b.png").symlink_to(tmp_path / "nothing")
+    source = open_source(str(tmp_path), channels=1)
+    for k, reason in enumerate(["Too many levels of symbolic links", "file not found"]):
+        with pytest.raises(UnreadableImageError, match=rf"^{'ab'[k]}\.png: {reason}$"):
+            source.read(k)
+
+
+def test_pipes_and_devices_are_no_images(tmp_path):
+    os.mkfifo(tmp_path / "a.png")
+    (tmp_path / "b.png").symlink_to("/dev/zero")
+    save(tmp_path / "c.png", Image.new("L", (4, 4)))
+    source = open_source(str(tmp_path), channels=1)
+    assert [source.name(k) for k in range(len(source))] == ["c.png"]
+
+
+def test_a_folder_that_may_not_be_listed_is_not_passed_over(tmp_path, monkeypatch):
+    """As half of the images might be in there."""
+    save(tmp_path / "a" / "a.png", Image.new("L", (4, 4)))
+    scan = os.scandir
+
+    def scandir(path):
+        if str(path) == str(tmp_path / "a"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)  # root may list everything
+    with pytest.raises(PermissionError, match=r"Permission denied: '.*/a'"):
+        open_source(str(tmp_path), channels=1)
+
+
+@pytest.mark.parametrize("name", [b"a\nb.png", b"\xff.png", b"\x1b[31m.png"])
+def test_names_that_no_terminal_should_see(tmp_path, name):
+    path = tmp_path / os.fsdecode(name)
+    path.mkdir()
+    Image.new("L", (4, 4), 7).save(path / os.fsdecode(name))
+    source = open_source(str(tmp_path), channels=1)
+    assert (source.read(0) == 7).all()
+    assert source.name(0).isprintable()
+    assert source.class_names is not None
+    assert source.class_names[0].isprintable()
+
+
+@pytest.mark.parametrize("spec", ["", "\0", "a\nb", "~nobody-of-that-name/x", "x" * 300, "[", "***"])
+def test_a_name_that_leads_nowhere_is_an_error_of_one_line(tmp_path, monkeypatch, spec):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises((ValueError, OSError)) as caught:
+        open_source(spec, channels=1)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_source_goes_through_pickle(tmp_path):
+    save(tmp_path / "a.png", Image.new("L", (4, 4), 7))
+    source = pickle.loads(pickle.dumps(open_source(str(tmp_path), channels=1)))
+    assert (source.read(0) == 7).all()
+
+
+def test_reading_names_the_file_inside_the_folder(tmp_path):
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "a.png").touch()
+    with pytest.raises(UnreadableImageError, match=r"^x/a\.png: empty file$"):
+        open_source(str(tmp_path), channels=3).read(0)
+
+
+def test_folder_errors(tmp_path):
+    with pytest.raises(
+        FileNotFoundError,
+        match=r"data: nothing at .*missing; expected a folder of images, .tar files, a .npz file, or \"digits\"$",
+    ):
+        open_source(str(tmp_path / "missing"), channels=3)
+    with pytest.raises(ValueError, match=r"data: no images in .*: no files found; expected names ending in \.bmp"):
+        open_source(str(tmp_path), channels=3)
+    (tmp_path / "a.txt").touch()
+    (tmp_path / "b.csv").touch()
+    with pytest.raises(ValueError, match=r"data: no images in .*: 2 other files; expected names ending in .*\.webp"):
+        open_source(str(tmp_path), channels=3)
+    with pytest.raises(ValueError, match=r"data: expected a folder of images, .*, a \.npz file, .*got .*a\.txt"):
+        open_source(str(tmp_path / "a.txt"), channels=3)
+    save(tmp_path / "a.png", Image.new("L", (4, 4)))
+    with pytest.raises(ValueError, match=r"channels: image files give 1 .*, 3 .* or 4 .*, got 7; .*\.npz"):
+        open_source(str(tmp_path), channels=7)
+    with pytest.raises(ValueError, match="channels: expected at least 1, got 0"):
+        open_source(str(tmp_path), channels=0)
+
+
+# --------------------------------------------------------------------------------------------------------------- digits
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_digits(channels):
+    source = open_source("digits", channels=channels)
+    digits = load_digits()
+    assert len(source) == 1797
+    assert source.class_names == tuple("0123456789")
+    np.testing.assert_array_equal(source.labels, digits.target)
+    pixels = source.read(5)
+    assert pixels.shape == (8, 8, channels)
+    assert pixels[..., 0].max() == 255
+    np.testing.assert_array_equal(pixels[..., 0], np.rint(digits.images[5] * 255 / 16))
+    assert source.name(5) == "image 5"
+
+
+def test_digits_have_1_3_or_4_channels():
+    with pytest.raises(ValueError, match="channels: the digits give 1"):
+        open_source("digits", channels=2)
+
+
+# --------------------------------------------------------------------------------------------------------------- arrays
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4, 7])
+@pytest.mark.parametrize("size", [(16, 16), (8, 24), (64, 16)])
+def test_a_crop_of_an_array_is_the_resized_box(channels, size):
+    images = np.random.default_rng(0).integers(0, 256, (2, 40, 60, channels), dtype=np.uint8)
+    shapes = []
+    crop = ArraySource(images, "noise").read_crop(1, size, lambda shape: shapes.append(shape) or (3, 5, 30, 17))
+    assert shapes == [(40, 60)]
+    assert (crop.shape, crop.dtype) == ((*size, channels), np.uint8)
+    np.testing.assert_array_equal(crop, resize(images[1, 3:33, 5:22].copy(), size))
+
+
+def test_array_source_needs_no_file():
+    source = ArraySource(np.zeros((2, 3, 4, 5), np.uint8), "nothing")
+    assert source.read(1).shape == (3, 4, 5)

@@ -1,0 +1,189 @@
+"""`prmim inspect`: what a run will do and cost."""
+
+import re
+
+import pytest
+
+from prmim_methods import Accounting
+from prmim_train.report.inspect import cost_reports, format_brief, inspect_run
+from prmim_train.run.prepare import open_data
+
+
+def rows(text, name):
+    return re.findall(rf"^ *{re.escape(name)}  +(.+)$", text, flags=re.MULTILINE)
+
+
+def row(text, name):
+    (found,) = rows(text, name)
+    return found
+
+
+def brief(config, fake):
+    from prmim_train.run.engine import create_engine
+
+    data = open_data(config)
+    return format_brief(config, data, create_engine(config, data.budget))
+
+
+def test_the_report_of_a_run(tiny, fake):
+    text = inspect_run(tiny(accumulate=4, warmup_epochs=0.5))
+    assert row(text, "found") == "digits: 1,797 images of 8 x 8 pixels in 10 classes"
+    assert row(text, "to train on") == "1,438 images"
+    assert row(text, "held out") == "359 images (20.0 %)"
+    assert row(text, "grid") == "4 x 4 = 16 patches of 4 x 4 pixels"
+    assert (row(text, "visible"), row(text, "thrown")) == ("4", "8 (50.0 % of all)")
+    assert row(text, "decoded") == "4, chosen by furthest sampling, spread over the image, away from the visible ones"
+    assert row(text, "stage 1") == "4 from 8 known, kernel"
+    assert row(text, "stage 2") == "4 from 12 known, kernel"
+    assert row(text, "decoder sequence") == "9 (dense: 17)"
+    assert row(text, "supervised") == "12 of 12 masked"
+    assert row(text, "effective batch") == "120 images per step, in 4 parts of 30"
+    assert row(text, "peak learning rate") == "0.01 x 120 / 256 = 0.004687"
+    assert row(text, "steps") == "12 (1 epochs of 11.98 steps)"
+    assert row(text, "warm-up") == "6 steps, then half a cosine to min_learning_rate"
+    assert row(text, "lowest rate") == "0"
+    assert row(text, "learned").startswith("16,384 ")  # 256 pixels x 32, twice
+    assert "30 images at once" in text
+    assert "plain" not in text
+
+
+def test_the_report_of_simmim(tiny, fake):
+    text = inspect_run(tiny(method="simmim", patch_size=2, decay="step", warmup_epochs=0.5))
+    assert row(text, "grid") == "8 x 8 = 64 patches of 2 x 2 pixels"
+    assert row(text, "masked") == "10 of 4 x 4 = 16 units of 2 x 2 tokens, 4 x 4 pixels"
+    assert (row(text, "visible"), row(text, "thrown")) == ("24", "16 (25.0 % of all)")
+    assert row(text, "decoded") == "24, chosen by furthest sampling, spread over the image, away from the visible ones"
+    assert row(text, "stage 1") == "8 from 48 known, kernel"
+    assert row(text, "encoder sequence") == "49, with mask tokens and class token (dense: 65)"
+    assert row(text, "supervised") == "40 of 40 masked"
+    assert "decoder" not in text
+    assert re.search(r"^  total .* -[1-9][\d.]+ %$", text, flags=re.MULTILINE)
+    assert row(text, "warm-up") == "6 steps, then constant, then a tenth over the last eighth of the run, as in SimMIM"
+
+
+@pytest.mark.parametrize(("precision", "compute_bytes"), [("float32", 4), ("bfloat16", 2)])
+@pytest.mark.parametrize("method", ["mae", "simmim", "maskalign"])
+def test_costs_are_those_of_the_records(tiny, teacher, method, precision, compute_bytes):
+    own = {"teacher": str(teacher), "teacher_layers": 2, "fusion": "sum"} if method == "maskalign" else {}
+    config = tiny(method=method, patch_size=2, precision=precision, **own)
+    accounting = Accounting(compute_bytes=compute_bytes)
+    assert cost_reports(config) == (config.method.cost(accounting), config.method.baseline().cost(accounting))
+
+
+def test_recomputed_blocks_need_less_memory_and_more_work(tiny, fake):
+    texts = [inspect_run(tiny(depth=6, recompute_blocks=flag)) for flag in (False, True)]
+    sizes = [float(row(text, "per image").split()[0]) for text in texts]
+    assert sizes[1] < 0.8 * sizes[0]
+    assert "about three times" in texts[0]
+    assert "about four times" in texts[1]
+    assert "blocks recomputed)" in texts[1]
+
+
+def test_units_may_be_thrown_whole(tiny, fake):
+    text = inspect_run(tiny(method="simmim", patch_size=2, throw_by="unit", throwing="random"))
+    assert row(text, "decoded") == "24, whole units chosen by a uniform draw"
+
+
+def test_the_report_of_maskalign(tiny, fake, teacher):
+    text = inspect_run(tiny(method="maskalign", teacher=str(teacher), teacher_layers=2, fusion="sum"))
+    assert row(text, "visible") == "4, drawn in proportion to the teacher's attention"
+    assert row(text, "masked") == "12, not seen by the student"
+    assert row(text, "stage 2") == "6 from 10 known, kernel"
+    assert row(text, "encoder sequence") == "5, with the class token"
+    clip, cost = rows(text, "teacher")
+    sees = "sees the image at 32 x 32 pixels, 17 tokens"
+    assert clip == f"CLIP, 6 blocks of width 64, patches of 8x8 pixels, 4 heads; {sees}"
+    mixed = "each with a learned mix, initially the mean, of the student's 1"
+    assert row(text, "aligned layers") == f"the teacher's 5 to 6, {mixed}"
+    assert row(text, "supervised") == "class token, 4 visible and 12 reconstructed tokens"
+    macs = 6 * (12 * 17 * 64**2 + 2 * 17**2 * 64) + 16 * 192 * 64
+    assert cost.split() == [f"{macs / 1e6:.3f}", "M"] * 2  # the same in both columns
+    assert "plain" in text
+    assert re.search(r"^  total .* \+[1-9][\d.]+ %$", text, flags=re.MULTILINE)
+    assert "the teacher once" in text
+
+
+def test_plain_maskalign_changes_nothing(tiny, fake, teacher):
+    options = {"teacher": str(teacher), "teacher_layers": 2, "fusion": "sum", "masking": "random"}
+    text = inspect_run(tiny(method="maskalign", reconstruction="none", **options))
+    assert row(text, "visible") == "4, drawn uniformly"
+    assert row(text, "supervised") == "class token and 4 visible tokens"
+    assert "stage 1" not in text
+    assert re.search(r"^  total +(\S+ \w) +\1$", text, flags=re.MULTILINE)
+
+
+def test_the_teacher_may_be_missing(tiny, fake):
+    config = tiny(method="maskalign", teacher="owner/model")
+    text = inspect_run(config)
+    assert row(text, "teacher") == "owner/model: size unknown until the teacher is downloaded"
+    assert row(text, "aligned layers").startswith("the teacher's last 5, each with a learned mix of")
+    assert text.count("unknown until the teacher is downloaded") == 3
+    assert "cost unknown until the teacher is downloaded" in brief(config, fake)
+
+
+def test_a_teacher_that_does_not_fit_is_an_error(tiny, fake, teacher):
+    with pytest.raises(ValueError, match=r"^teacher_layers: expected 1 to 6, the teacher's depth, got 7$"):
+        inspect_run(tiny(method="maskalign", teacher=str(teacher), teacher_layers=7))
+
+
+def test_it_writes_nothing(tiny, fake, tmp_path):
+    inspect_run(tiny())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_dense_changes_nothing(tiny, fake):
+    text = inspect_run(tiny(throw_ratio=0))
+    assert row(text, "decoded") == "12, all masked tokens: nothing is thrown"
+    assert "stage 1" not in text
+    assert re.search(r"^  total +(\S+ \w) +\1$", text, flags=re.MULTILINE)
+
+
+def test_without_the_framework_the_rest_is_shown(tiny, tmp_path, monkeypatch):
+    (tmp_path / "prmim_absent.py").write_text("import a_framework_nobody_has")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    text = inspect_run(tiny(backend="absent"))
+    assert "absent needs a_framework_nobody_has" in row(text, "unknown")
+    assert row(text, "decoder sequence")
+
+
+def test_unsupervised_tokens_are_not_counted(tiny, fake):
+    text = inspect_run(tiny(reconstruction="none"))
+    assert row(text, "supervised") == "4 of 12 masked"
+    assert " from " not in text[text.index("thrown") : text.index("supervised")]
+
+
+@pytest.mark.parametrize(
+    ("changes", "tokens", "cost"),
+    [
+        (
+            {},
+            "4 visible, 4 decoded, 8 thrown, reconstructed in stages of 4 + 4; decoder sequence 9",
+            "(-22.7 % against dense)",
+        ),
+        ({"throw_ratio": 0}, "4 visible, 12 decoded, 0 thrown; decoder sequence 17", "(as dense)"),
+        ({"reconstruction": "none"}, "4 visible, 4 decoded, 8 thrown; decoder sequence 9", " % against dense)"),
+        (
+            {"method": "simmim", "mask_unit": 1},
+            "6 visible, 6 decoded, 4 thrown, reconstructed in stages of 2 + 2; encoder sequence 13",
+            " % against dense)",
+        ),
+        (
+            {"method": "maskalign", "teacher_layers": 2, "fusion": "sum"},
+            "4 visible, 12 masked, reconstructed in stages of 6 + 6; encoder sequence 5",
+            " % against plain)",
+        ),
+        (
+            {"method": "maskalign", "teacher_layers": 2, "fusion": "sum", "reconstruction": "none"},
+            "4 visible, 12 masked, left out; encoder sequence 5",
+            "(as plain)",
+        ),
+    ],
+    ids=str,
+)
+def test_the_brief(changes, tokens, cost, tiny, fake, teacher):
+    if changes.get("method") == "maskalign":
+        changes = {**changes, "teacher": str(teacher)}
+    lines = brief(tiny(**changes), fake).splitlines()
+    assert len(lines) == 4
+    assert lines[1] == f"Tokens: 4 x 4 grid; {tokens}"
+    assert cost in lines[2]
