@@ -2,6 +2,7 @@
 #   make pretrain [BACKEND=torch|jax] [OUT=runs/digits]   set up, pre-train on the embedded digits, leave numbers and pictures
 #   make test | lint | docs                           set up, then check
 #   make bench | bench-full                           set up, then measure: in minutes, or at length
+#   make verdicts                                     set up, then check the claims about accuracy against their records
 # Everything is installed into .venv, at the versions in constraints.txt. PIP_ARGS passes options on to pip.
 
 PYTHON ?= python3
@@ -10,7 +11,7 @@ OUT ?= runs/digits
 PIP_ARGS ?=
 BIN := .venv/bin
 
-.PHONY: pretrain test lint docs bench bench-full wheel clean
+.PHONY: pretrain test lint docs bench bench-full verdicts wheel clean
 
 pretrain: .venv/installed-$(BACKEND)
 	$(BIN)/prmim pretrain --backend $(BACKEND) --out $(OUT) --resume
@@ -34,6 +35,9 @@ bench: .venv/installed-dev
 	$(BIN)/python -m benchmarks
 bench-full: .venv/installed-dev
 	$(BIN)/python -m benchmarks --full
+
+verdicts: .venv/installed-dev
+	$(BIN)/python -m benchmarks.quality.verdicts
 
 wheel: .venv/installed-dev
 	rm -rf dist

@@ -13,6 +13,7 @@ from benchmarks.report import argument_parser
 
 SHORT = {
     "macs": [[]],
+    "targets": [["--channels", "1", "--patch_size", "2"]],
     "step": [["--models", "vit_small", "--batch", "16", "--repeats", "2"]],
     "memory": [["--models", "vit_small", "--precisions", "float32"]],
     "profile": [["--model", "vit_small", "--arms", "PR-MIM 0.5", "--repeats", "1"]],
@@ -24,6 +25,7 @@ SHORT = {
 }
 FULL = {
     "macs": [[]],
+    "targets": [["--channels", "1", "--patch_size", "2"]],
     "step": [
         ["--models", "vit_base", "vit_small", "--methods", "mae", "simmim", "--repeats", "7"],
         ["--models", "vit_base", "--precision", "bfloat16", "--repeats", "7"],

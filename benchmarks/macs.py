@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks import arms
 from benchmarks.report import Report, argument_parser, verdict
 
-GOALS = {"dense": 9.70e9, "PR-MIM 0.5": 7.00e9}
+GOALS = {"dense": 9.70e9, "PR-MIM 0.5": 6.95e9}
 """Upper bounds in MACs."""
 PARTS = {
     "patch_embed": "encoder.patch_embed",
@@ -17,6 +17,7 @@ PARTS = {
     "decoder": "decoder.blocks",
     "stages": "reconstruct",
     "head": "decoder.pred",
+    "cell_head": "cell_head",
 }
 
 

@@ -17,7 +17,21 @@ from prmim_core.noise import counter_noise
 from prmim_core.reconstruct import interpolate, num_offsets, offset_index, offset_squared_distances, reconstruct_stages
 from prmim_core.sampling import furthest_point_sampling
 from prmim_core.schedule import Plan, Schedule, is_member, make_plan, take_tokens
-from prmim_core.targets import denormalize_patches, normalize_patches, patch_grid, patchify, unpatchify
+from prmim_core.targets import (
+    cell_means,
+    denormalize_patches,
+    denormalize_values,
+    expand_cells,
+    image_statistics,
+    low_pass,
+    normalize_over_image,
+    normalize_patches,
+    normalize_values,
+    patch_grid,
+    patchify,
+    unpatchify,
+    window_statistics,
+)
 from prmim_core.throwing import cell_decoded, furthest_decoded, random_decoded, weighted_decoded
 
 __all__ = [
@@ -27,18 +41,25 @@ __all__ = [
     "TokenCounts",
     "block_visible",
     "cell_decoded",
+    "cell_means",
     "count_tokens",
     "counter_noise",
     "covering_radius",
     "denormalize_patches",
+    "denormalize_values",
     "drop_path_scales",
+    "expand_cells",
     "furthest_decoded",
     "furthest_point_sampling",
+    "image_statistics",
     "interpolate",
     "is_member",
+    "low_pass",
     "make_plan",
     "nearest_known_distance",
+    "normalize_over_image",
     "normalize_patches",
+    "normalize_values",
     "num_offsets",
     "offset_index",
     "offset_squared_distances",
@@ -52,4 +73,5 @@ __all__ = [
     "unpatchify",
     "weighted_decoded",
     "weighted_visible",
+    "window_statistics",
 ]

@@ -2,8 +2,14 @@
 
 from math import prod
 
-from prmim_core._arrays import Array, array_namespace
+import numpy as np
+from numpy.typing import NDArray
+
+from prmim_core._arrays import Array, Namespace, array_namespace, device_of
 from prmim_core.grid import Grid
+
+CELL_EPS = 1e-3
+"""Added to a standard deviation over an image or a window, in units of the normalised pixels."""
 
 
 def patch_grid(image_size: tuple[int, ...], patch_size: tuple[int, ...]) -> Grid:
@@ -186,3 +192,347 @@ def _patch_statistics(patches: Array, eps: float) -> tuple[Array, Array]:
     # PyTorch's var warns about empty batches.
     variance = xp.sum((patches - mean) ** 2, axis=-1, keepdims=True) / (patches.shape[-1] - 1)
     return mean, xp.sqrt(variance + eps)
+
+
+def cell_means(patches: Array, patch_size: tuple[int, ...], cells: tuple[int, ...]) -> Array:
+    """Average the pixels of each cell of a patch: what is left of a patch at a lower resolution.
+
+    Parameters
+    ----------
+    patches
+        float (..., P), as :func:`patchify` returns them.
+    patch_size
+        Pixels of a patch along each axis.
+    cells
+        Cells of a patch along each axis; divides ``patch_size``. A patch of 16 x 16 pixels has (2, 2) cells of 8 x 8.
+
+    Returns
+    -------
+    array
+        (..., product of ``cells`` times channels): the means per channel. Cells are in raster order, channels fastest,
+        as pixels in a patch.
+
+    Raises
+    ------
+    ValueError
+        If the cells do not divide the patch, or the patches do not have its size.
+
+    Notes
+    -----
+    The means of a patch are a linear function of it that keeps its low frequencies. They are the part of a patch that
+    its neighbours can predict, and so the target of thrown tokens. (ours)
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> cell_means(np.arange(8.0).reshape(1, 8), (2, 4), (1, 2)).tolist()
+    [[2.5, 4.5]]
+    """
+    xp = array_namespace(patches)
+    split = _split_by_cells(patch_size, cells)
+    leading, channels = patches.shape[:-1], patches.shape[-1] // prod(patch_size)
+    if not channels or channels * prod(patch_size) != patches.shape[-1]:
+        raise ValueError(f"patches: expected a multiple of {prod(patch_size)} values, got {patches.shape[-1]}")
+    cut = xp.reshape(patches, (*leading, *split, channels))
+    means = xp.mean(cut, axis=tuple(len(leading) + axis for axis in range(1, len(split), 2)))
+    return xp.reshape(means, (*leading, prod(cells) * channels))
+
+
+def expand_cells(values: Array, patch_size: tuple[int, ...], cells: tuple[int, ...]) -> Array:
+    """Give every pixel of a patch the value of its cell; :func:`cell_means` of the result are the values.
+
+    Parameters
+    ----------
+    values
+        (..., product of ``cells`` times channels).
+    patch_size, cells
+        As for :func:`cell_means`.
+
+    Returns
+    -------
+    array
+        (..., product of ``patch_size`` times channels).
+
+    Raises
+    ------
+    ValueError
+        If the cells do not divide the patch, or the values do not have their number.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> expand_cells(np.asarray([[2.5, 4.5]]), (2, 4), (1, 2)).tolist()
+    [[2.5, 2.5, 4.5, 4.5, 2.5, 2.5, 4.5, 4.5]]
+    """
+    xp = array_namespace(values)
+    split = _split_by_cells(patch_size, cells)
+    leading, channels = values.shape[:-1], values.shape[-1] // prod(cells)
+    if not channels or channels * prod(cells) != values.shape[-1]:
+        raise ValueError(f"values: expected a multiple of {prod(cells)} values, got {values.shape[-1]}")
+    held = xp.reshape(values, (*leading, *(size for n in cells for size in (n, 1)), channels))
+    return xp.reshape(xp.broadcast_to(held, (*leading, *split, channels)), (*leading, prod(patch_size) * channels))
+
+
+def image_statistics(patches: Array, channels: int) -> tuple[Array, Array]:
+    """Return mean and standard deviation of each channel over all pixels of an image.
+
+    Parameters
+    ----------
+    patches
+        float (batch, N, P), all patches of the images.
+    channels
+        Channels of the images.
+
+    Returns
+    -------
+    tuple of array
+        Mean and standard deviation, each (batch, 1, channels). The variance is the mean squared deviation.
+
+    Raises
+    ------
+    ValueError
+        If ``channels`` does not divide P.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> mean, deviation = image_statistics(np.asarray([[[1.0, 3.0], [5.0, 7.0]]]), channels=1)
+    >>> mean.item(), round(deviation.item(), 3)
+    (4.0, 2.236)
+    """
+    xp = array_namespace(patches)
+    pixels = _pixels(xp, patches, channels)
+    mean = _image_mean(xp, pixels)
+    variance = xp.mean((pixels - mean) ** 2, axis=(1, 2))
+    return mean[:, :, 0, :], xp.sqrt(variance)[:, None, :]
+
+
+def window_statistics(patches: Array, channels: int, grid: Grid) -> tuple[Array, Array]:
+    """Return mean and standard deviation of each channel over a patch and the patches next to it.
+
+    Parameters
+    ----------
+    patches
+        float (batch, N, P), all patches of the images.
+    channels
+        Channels of the images.
+    grid
+        The grid of the patches.
+
+    Returns
+    -------
+    tuple of array
+        Mean and standard deviation, each (batch, N, channels), over windows of 3 patches along each axis, fewer at the
+        border. The variance is the mean squared deviation.
+
+    Raises
+    ------
+    ValueError
+        If ``channels`` does not divide P, or the grid has another number of tokens.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> mean, _ = window_statistics(np.asarray([[[1.0, 1.0], [3.0, 3.0], [8.0, 8.0]]]), channels=1, grid=Grid((3,)))
+    >>> mean[0, :, 0].tolist()
+    [2.0, 4.0, 5.5]
+    """
+    xp = array_namespace(patches)
+    pixels = _pixels(xp, patches, channels)
+    if patches.shape[1] != grid.num_tokens:
+        raise ValueError(f"patches: expected {grid.num_tokens} in an image, got {patches.shape[1]}")
+    center = _image_mean(xp, pixels)
+    pixels = pixels - center  # so that the difference of moments below is accurate
+    mean = _window_mean(xp, xp.mean(pixels, axis=2), grid)
+    moment = _window_mean(xp, xp.mean(pixels**2, axis=2), grid)
+    variance = moment - mean**2
+    return mean + center[:, :, 0, :], xp.sqrt(xp.where(variance > 0, variance, xp.zeros_like(variance)))
+
+
+def normalize_values(values: Array, mean: Array, deviation: Array, eps: float = CELL_EPS) -> Array:
+    """Normalise values per channel with given statistics.
+
+    Parameters
+    ----------
+    values
+        float (batch, n, k * channels), channels fastest: pixels or cells of n tokens.
+    mean, deviation
+        (batch, n or 1, channels), for instance from :func:`image_statistics`.
+    eps
+        Added to the deviation.
+
+    Returns
+    -------
+    array
+        Shape of ``values``: (value - mean) / (deviation + eps).
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> mean, deviation = np.ones((1, 1, 1)), np.full((1, 1, 1), 2.0)
+    >>> normalize_values(np.asarray([[[1.0, 5.0]]]), mean, deviation, eps=0).tolist()
+    [[[0.0, 2.0]]]
+    """
+    xp = array_namespace(values, mean, deviation)
+    cut = _pixels(xp, values, mean.shape[-1])
+    return xp.reshape((cut - mean[:, :, None, :]) / (deviation[:, :, None, :] + eps), values.shape)
+
+
+def denormalize_values(normalized: Array, mean: Array, deviation: Array, eps: float = CELL_EPS) -> Array:
+    """Invert :func:`normalize_values`.
+
+    Parameters
+    ----------
+    normalized
+        float (batch, n, k * channels), for instance predictions.
+    mean, deviation, eps
+        As for :func:`normalize_values`.
+
+    Returns
+    -------
+    array
+        Shape of ``normalized``: normalized * (deviation + eps) + mean.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> mean, deviation = np.ones((1, 1, 1)), np.full((1, 1, 1), 2.0)
+    >>> denormalize_values(np.asarray([[[0.0, 2.0]]]), mean, deviation, eps=0).tolist()
+    [[[1.0, 5.0]]]
+    """
+    xp = array_namespace(normalized, mean, deviation)
+    cut = _pixels(xp, normalized, mean.shape[-1])
+    return xp.reshape(cut * (deviation[:, :, None, :] + eps) + mean[:, :, None, :], normalized.shape)
+
+
+def normalize_over_image(values: Array, patches: Array, channels: int, eps: float = CELL_EPS) -> Array:
+    """Normalise values per channel over the whole image, so that brightness and contrast of a patch stay in them.
+
+    Parameters
+    ----------
+    values
+        float (batch, n, k * channels), channels fastest: pixels or cells of n tokens.
+    patches
+        float (batch, N, P), all patches of the images.
+    channels
+        Channels of the images.
+    eps
+        Added to the standard deviation, in units of the patches.
+
+    Returns
+    -------
+    array
+        Shape of ``values``: (value - mean of the image) / (standard deviation of the image + eps).
+
+    Raises
+    ------
+    ValueError
+        If ``channels`` does not divide P.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> patches = np.asarray([[[1.0, 1.0], [3.0, 3.0]]])
+    >>> normalize_over_image(patches, patches, channels=1, eps=0).tolist()
+    [[[-1.0, -1.0], [1.0, 1.0]]]
+    """
+    return normalize_values(values, *image_statistics(patches, channels), eps)
+
+
+def low_pass(images: Array, radius: float) -> Array:
+    """Remove high frequencies from images (PixMIM's target).
+
+    Parameters
+    ----------
+    images
+        float (batch, axes..., channels), values of at least 0.
+    radius
+        Radius of the ideal filter, in periods per image. PixMIM has 40 for images of 224 pixels.
+
+    Returns
+    -------
+    array
+        Shape of ``images``: absolute values of the filtered images, per channel.
+
+    Raises
+    ------
+    ValueError
+        If the radius is not positive.
+
+    Notes
+    -----
+    The discrete Fourier transform of an image is shifted, so that the zero frequency is in the middle. Of an axis of n
+    coefficients, coefficient i has the distance i - (n - 1) / 2 from the centre of the filter; for even n this is half
+    a coefficient off the zero frequency, as published. A coefficient is kept if its distance is at most ``radius``.
+    O(pixels log pixels).
+
+    References
+    ----------
+    Liu et al., "PixMIM: Rethinking Pixel Reconstruction in Masked Image Modeling", arXiv 2303.02416.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> stripes = np.asarray([0.0, 1.0] * 4).reshape(1, 8, 1)
+    >>> low_pass(stripes, radius=2)[0, :, 0].round(3).tolist()
+    [0.5, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5]
+    """
+    if radius <= 0:
+        raise ValueError(f"radius: expected a positive number, got {radius}")
+    xp = array_namespace(images)
+    axes = tuple(range(1, images.ndim - 1))
+    if images.shape[0] == 0:
+        return xp.zeros_like(images)  # PyTorch does not transform empty batches
+    dtype = xp.complex128 if images.dtype == xp.float64 else xp.complex64
+    kept = xp.asarray(_inside_ball(images.shape[1:-1], radius), dtype=images.dtype, device=device_of(images))
+    return xp.abs(xp.fft.ifftn(xp.fft.fftn(xp.astype(images, dtype), axes=axes) * kept, axes=axes))
+
+
+def _inside_ball(shape: tuple[int, ...], radius: float) -> NDArray[np.bool_]:
+    """Return which coefficients a low-pass filter keeps, in the order of the transform: bool (axes..., 1)."""
+    places = np.meshgrid(*(np.arange(n) - (n - 1) / 2 for n in shape), indexing="ij")
+    kept = sum(place**2 for place in places) <= radius**2
+    return np.fft.ifftshift(kept)[..., None]
+
+
+def _split_by_cells(patch_size: tuple[int, ...], cells: tuple[int, ...]) -> list[int]:
+    """Return the shape of a patch with two dimensions for each axis: its cells, and the pixels of a cell."""
+    if len(cells) != len(patch_size) or any(n < 1 or size % n for n, size in zip(cells, patch_size, strict=True)):
+        raise ValueError(f"cells: expected numbers that divide the patch {tuple(patch_size)}, got {tuple(cells)}")
+    return [size for n, pixels in zip(cells, patch_size, strict=True) for size in (n, pixels // n)]
+
+
+def _pixels(xp: Namespace, patches: Array, channels: int) -> Array:
+    """Separate the channels: (batch, N, P) to (batch, N, pixels, channels)."""
+    if patches.ndim != 3:
+        raise ValueError(f"patches: expected shape (batch, N, P), got {tuple(patches.shape)}")
+    if channels < 1 or patches.shape[2] % channels:
+        raise ValueError(f"channels: expected a divisor of the {patches.shape[2]} values of a patch, got {channels}")
+    return xp.reshape(patches, (*patches.shape[:2], patches.shape[2] // channels, channels))
+
+
+def _image_mean(xp: Namespace, pixels: Array) -> Array:
+    """Average (batch, N, pixels, channels) over an image: (batch, 1, 1, channels), exact for images of one colour.
+
+    Their deviation is 0, so a rounding error of the mean would be divided by almost nothing.
+    """
+    first = pixels[:, :1, :1, :]
+    return first + xp.mean(pixels - first, axis=(1, 2), keepdims=True)
+
+
+def _window_mean(xp: Namespace, values: Array, grid: Grid) -> Array:
+    """Average (batch, N, channels) over each token and the tokens next to it."""
+    maps = xp.reshape(values, (values.shape[0], *grid.shape, values.shape[2]))
+    number = xp.ones_like(maps)
+    for axis in range(1, grid.axes + 1):
+        maps, number = _sum_of_three(xp, maps, axis), _sum_of_three(xp, number, axis)
+    return xp.reshape(maps / number, values.shape)
+
+
+def _sum_of_three(xp: Namespace, values: Array, axis: int) -> Array:
+    """Add to every value those before and after it along an axis."""
+    leading = (slice(None),) * axis
+    zero = xp.zeros_like(values[(*leading, slice(0, 1), ...)])
+    before = xp.concat([zero, values[(*leading, slice(0, -1), ...)]], axis=axis)
+    after = xp.concat([values[(*leading, slice(1, None), ...)], zero], axis=axis)
+    return before + values + after

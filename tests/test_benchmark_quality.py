@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from benchmarks.quality import __main__ as quality
-from benchmarks.quality import data, records, runs, tables
-from benchmarks.quality.arms import ARMS, DEFAULT, DENSE, PARTIAL, STUDIES, Study, World
+from benchmarks.quality import data, records, runs, tables, verdicts
+from benchmarks.quality.arms import ARMS, DEFAULT, DENSE, PARTIAL, PATCHES, STUDIES, Study, World
 from benchmarks.quality.config import config_of, cost_ratio
 from benchmarks.quality.data import Images
 from benchmarks.report import Report
@@ -35,7 +35,9 @@ def study(monkeypatch):
 def test_arms_of_a_study_are_valid_and_distinct(name):
     study = STUDIES[name]
     trained = {arm: (config_of(study.options(arm)), ARMS[arm].detached, ARMS[arm].equal_compute) for arm in study.arms}
-    assert trained[DEFAULT] == (config_of(study.world.pretrain), False, False)
+    if DEFAULT in trained:
+        assert trained[DEFAULT] == (config_of(study.world.pretrain), False, False)
+    assert trained[PATCHES] == (config_of({**study.world.pretrain, "thrown_target": "patch"}), False, False)
     assert all(list(trained.values()).count(training) == 1 for training in trained.values())
     assert study.arms[0] == DENSE
 
@@ -241,3 +243,45 @@ def test_detaching_keeps_the_features_and_stops_their_gradient(monkeypatch):
 def test_labels_of_arms_are_distinct():
     labels = {runs.Run(STUDIES["confirm"], arm, 0, Images("", None), None, "torch").label for arm in ARMS}
     assert len(labels) == len(ARMS)
+
+
+def test_stored_records_are_those_of_todays_arms():
+    for name, study in STUDIES.items():
+        stored = records.read(records.path_of(study, quality.RESULTS))
+        assert all(study.has(record) for record in stored), name
+
+
+def write_records(folder, **accuracies):
+    """Write records of the study of 20 epochs: linear accuracies by arm, all other accuracies the same."""
+    study = STUDIES["long"]
+    for arm, found in accuracies.items():
+        for seed, value in enumerate(found):
+            record = {"study": "long", "arm": arm, "seed": seed, "epochs": study.epochs, "macs_to_dense": 0.7}
+            options = {"options": study.options(arm), "finetune_options": study.world.finetune}
+            records.save({**record, **options, **dict.fromkeys(tables.ACCURACIES, value)}, study, folder)
+
+
+@pytest.mark.parametrize(
+    ("cells", "expected", "code"),
+    [
+        ([0.51, 0.52, 0.53], {"PASS"}, 0),
+        ([0.51, 0.52], {"OPEN"}, 0),
+        ([0.46, 0.45, 0.44], {"FAIL"}, 1),
+    ],
+)
+def test_verdicts_on_claims(tmp_path, capsys, cells, expected, code):
+    rivals = {DENSE: [0.51, 0.5, 0.52], PARTIAL: [0.48, 0.49, 0.5], PATCHES: [0.47, 0.48, 0.49]}
+    write_records(tmp_path, **rivals, **{DEFAULT: cells})
+    assert verdicts.main(["--results", str(tmp_path)]) == code
+    claims, comparisons = capsys.readouterr().out.split("comparisons ")
+    lines = [line for line in claims.splitlines() if f"[{DEFAULT}] - " in line]
+    assert len(lines) == 6
+    assert {line.split()[-1] for line in lines} == expected
+    assert "0.688" in claims
+    assert comparisons.count("OPEN") == comparisons.count("] - [")  # no rival has records
+
+
+def test_verdicts_are_printed_for_the_committed_records(capsys):
+    verdicts.main([])
+    printed = capsys.readouterr().out
+    assert f"[{DEFAULT}] - [{DENSE}]" in printed

@@ -48,7 +48,8 @@ def test_arms_share_weights(shallow):
     dense, ours, official = (dict(module.named_parameters()) for module in modules)
     assert all(ours[name] is parameter for name, parameter in dense.items())
     assert all(official[f"method.{name}"] is parameter for name, parameter in dense.items())
-    assert set(ours) - set(dense) == {"reconstruct.table", "reconstruct.norm.weight", "reconstruct.norm.bias"}
+    own = {name.partition(".")[0] for name in set(ours) - set(dense)}
+    assert own == {"reconstruct", "cell_head"}
     # All modules start from the same seed, so sharing changes nothing.
     assert [arms.loss(module, *batch).item() for module in modules] == pytest.approx(expected)
 
@@ -172,7 +173,7 @@ def test_counted_macs_equal_the_formula(tmp_path, monkeypatch):
     macs.main(["--json", f"{tmp_path}"])
     found = tables(tmp_path)
     assert found["GMACs, counted"] == found["GMACs, formula"]
-    assert found["of the official layout"]["saved"]["PR-MIM 0.5"] == pytest.approx(0.287, abs=0.001)
+    assert found["of the official layout"]["saved"]["PR-MIM 0.5"] == pytest.approx(0.291, abs=0.001)
 
 
 @pytest.mark.parametrize("full", [False, True])

@@ -5,7 +5,7 @@ from flax import nnx
 from jax import Array
 from jax.typing import DTypeLike
 
-from prmim_core import normalize_patches, take_tokens
+from prmim_core import take_tokens
 from prmim_jax.method import PixelMethod, PixelOutput, build_encoder
 from prmim_jax.plan import make_plan
 from prmim_jax.vit import Decoder
@@ -37,8 +37,8 @@ class MAE(PixelMethod):
     ...                        decoder_dim=16, decoder_depth=1, decoder_heads=2))
     >>> images = jnp.zeros((2, 32, 32, 3), jnp.uint8)
     >>> output = method(images, counter_noise(0, 0, jnp.arange(2), method.config.grid.num_tokens))
-    >>> output.loss.shape, output.predicted.shape
-    ((), (2, 12, 192))
+    >>> output.predicted.shape, output.predicted_cells.shape
+    ((2, 4, 192), (2, 8, 12))
     """
 
     config: MAEConfig
@@ -61,6 +61,7 @@ class MAE(PixelMethod):
             rngs=rngs,
         )
         self.reconstruct = self._build_reconstruction(size.dim, dtype)
+        self.cell_head = self._build_cell_head(size.dim, dtype, rngs)
 
     def __call__(self, images: Array, noise: Array) -> PixelOutput:
         """Compute the loss of a batch.
@@ -90,8 +91,8 @@ class MAE(PixelMethod):
         features = self.decoder(encoded, plan.known(1))
         if self.reconstruct is not None:
             features = self.reconstruct(features, plan)
-        predicted = self.decoder.pred(features[:, plan.visible.shape[1] :])
-        target = self._normalize(take_tokens(patches, self._supervised(plan)))
-        target = normalize_patches(target) if self.config.norm_pix else target
+        return self._supervise(features, patches, plan, self.decoder.pred)
+
+    def _error(self, predicted: Array, target: Array) -> Array:
         # The error has the precision of the target; the prediction can have a lower one.
-        return self._output(jnp.square(predicted.astype(target.dtype) - target).mean(-1), predicted, plan)
+        return jnp.square(predicted.astype(target.dtype) - target).mean(-1)

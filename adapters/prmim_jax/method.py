@@ -5,7 +5,7 @@ A method is one file that adds its parts and its loss; see :class:`Method`.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -15,9 +15,24 @@ from jax import Array
 from jax.typing import DTypeLike
 from numpy.typing import NDArray
 
-from prmim_core import Plan, denormalize_patches, drop_path_scales, patchify, take_tokens
+from prmim_core import (
+    Plan,
+    cell_means,
+    denormalize_patches,
+    denormalize_values,
+    drop_path_scales,
+    expand_cells,
+    image_statistics,
+    low_pass,
+    normalize_patches,
+    normalize_values,
+    patchify,
+    take_tokens,
+    unpatchify,
+    window_statistics,
+)
 from prmim_jax.reconstruct import ProgressiveReconstruction
-from prmim_jax.vit import Encoder
+from prmim_jax.vit import Encoder, Linear
 from prmim_methods import MethodConfig, PixelConfig
 from prmim_methods.cost import CONV_REPEATS, RECONSTRUCTION_HEADS
 
@@ -38,7 +53,7 @@ class ImageModule(nnx.Module):
     which is part of the graph definition that ``nnx.split`` returns.
     """
 
-    losses: ClassVar[tuple[str, ...]]
+    losses: tuple[str, ...]
     """Names of the scalars that a training step measures, ``"loss"`` first."""
 
     encoder: Encoder
@@ -64,7 +79,7 @@ class ImageModule(nnx.Module):
             raise ValueError(f"noise: expected shape {(batch, self.num_tokens)}, got {tuple(noise.shape)}")
 
     def _normalize(self, patches: Array) -> Array:
-        """Turn uint8 patches (batch, length, prod(patch) * C) into floats, normalised per channel."""
+        """Turn patches (batch, length, prod(patch) * C) of values 0 .. 255 into floats, normalised per channel."""
         scale, shift = self._scale_and_shift()
         return (self._by_channel(patches).astype(scale.dtype) * scale + shift).reshape(patches.shape)
 
@@ -73,7 +88,9 @@ class ImageModule(nnx.Module):
         return [jnp.asarray(values, dtype) for values in (self._pixel_scale, self._pixel_shift)]
 
     def _by_channel(self, patches: Array) -> Array:
-        return patches.reshape(*patches.shape[:2], -1, self.image_shape[-1])
+        """Separate the channels: (batch, length, P) to (batch, length, P / C, C); the length may be 0."""
+        channels = self.image_shape[-1]
+        return patches.reshape(*patches.shape[:2], patches.shape[2] // channels, channels)
 
     def _drop_path(self, noise: Array, rate: float) -> Array | None:
         """Return the factors of the encoder's branches, (batch, depth, 2); None if no branch is dropped."""
@@ -98,6 +115,7 @@ class Method(ImageModule):
     def __init__(self, config: MethodConfig) -> None:
         super().__init__(config)
         self.config = config
+        self.losses = config.losses
         self._schedule = config.schedule
 
     def __call__(self, images: Array, noise: Array) -> Any:
@@ -151,9 +169,13 @@ class PixelOutput:
         Scalar to minimise, float32 or wider.
     loss_decoded, loss_thrown
         Scalars: the mean loss of decoded and of thrown tokens; 0 if no such token is supervised.
+    loss_cells
+        Scalar: the mean loss of the cells that other tokens predict in addition; 0 if none does.
     predicted
-        (batch, supervised, prod(patch) * C): predictions for the supervised tokens (decoded, then reconstructed), in
-        plan order, in the units of the target.
+        (batch, n, prod(patch) * C): predicted patches of ``config.patch_places``, in plan order, in the units of the
+        target.
+    predicted_cells
+        (batch, n, prod(cells) * C): predicted cells of ``config.cell_places``, likewise; None if there are none.
     plan
         The plan of the batch.
     """
@@ -161,17 +183,21 @@ class PixelOutput:
     loss: Array
     loss_decoded: Array
     loss_thrown: Array
+    loss_cells: Array
     predicted: Array
+    predicted_cells: Array | None
     plan: Plan
 
 
 class PixelMethod(Method):
-    """A method that predicts the pixels of masked tokens."""
+    """A method that predicts the pixels of masked tokens, or means of cells of them.
 
-    losses = ("loss", "loss_decoded", "loss_thrown")
+    A subclass implements ``_error``.
+    """
 
     config: PixelConfig
     reconstruct: ProgressiveReconstruction | None
+    cell_head: Linear | None
 
     def rebuilt_pixels(self, images: Array, output: PixelOutput) -> Array:
         """Return images with their predicted pixels, for pictures.
@@ -187,40 +213,107 @@ class PixelMethod(Method):
         -------
         jax.Array
             (batch, N, prod(patch) * C), in raster order, in units of [0, 1]. Visible patches are the input's own.
-            Supervised patches are the predictions; patch normalisation is undone with the statistics of the true
-            patch. All other patches are NaN.
+            Supervised patches are the predictions; a token that predicts cells has the value of a cell in all its
+            pixels. Normalisation is undone with the statistics of the true patch, window or image. All other patches
+            are NaN.
         """
-        patches, plan = self._patches(images), output.plan
-        supervised = self._supervised(plan)
-        truth = self._normalize(take_tokens(patches, supervised))
+        patches, plan, config = self._patches(images), output.plan, self.config
+        predicted_index = _places(plan.order, config.patch_places)
+        truth = self._patch_target(patches, predicted_index)
         predicted = output.predicted.astype(truth.dtype)
-        if self.config.norm_pix:
-            predicted = denormalize_patches(predicted, truth)
-        scale, shift = self._scale_and_shift()
-        pixels = (self._by_channel(predicted) - shift) / (255 * scale)
-        known = jnp.concatenate(
-            [take_tokens(patches, plan.visible).astype(truth.dtype) / 255, pixels.reshape(predicted.shape)], axis=1
-        )
-        places = jnp.concatenate([plan.visible, supervised], axis=1)
+        predicted = denormalize_patches(predicted, truth) if config.norm_pix else predicted
+        known = [take_tokens(patches, plan.visible).astype(truth.dtype) / 255, self._to_unit_range(predicted)]
+        index = [plan.visible, predicted_index]
+        if config.thrown_cells and output.predicted_cells is not None:
+            values = output.predicted_cells[:, config.num_extra_cells :].astype(truth.dtype)
+            statistics = self._cell_statistics(patches, plan.thrown)
+            values = values if statistics is None else denormalize_values(values, *statistics)
+            known.append(self._to_unit_range(expand_cells(values, self._patch_size, config.cell_shape)))
+            index.append(plan.thrown)
+        pixels, places = jnp.concatenate(known, axis=1), jnp.concatenate(index, axis=1)
         rows = jnp.arange(len(places))[:, None]
-        return jnp.full(patches.shape, jnp.nan, known.dtype).at[rows, places].set(known)
+        return jnp.full(patches.shape, jnp.nan, pixels.dtype).at[rows, places].set(pixels)
 
-    def _supervised(self, plan: Plan) -> Array:
-        """Return the tokens whose pixels are predicted: int (batch, supervised)."""
-        return plan.decoded if self.reconstruct is None else plan.masked
+    def _to_unit_range(self, patches: Array) -> Array:
+        """Invert the normalisation of the data set: (batch, n, prod(patch) * C) in units of [0, 1]."""
+        scale, shift = self._scale_and_shift()
+        return ((self._by_channel(patches) - shift) / (255 * scale)).reshape(patches.shape)
 
-    def _output(self, per_token: Array, predicted: Array, plan: Plan, eps: float = 0.0) -> PixelOutput:
-        """Average the losses (batch, supervised) of the supervised tokens, in plan order.
+    def _build_cell_head(self, dim: int, dtype: DTypeLike | None, rngs: nnx.Rngs) -> Linear | None:
+        """Return the layer that predicts cells from features of ``dim`` channels; None if no token predicts any."""
+        return Linear(dim, self.config.cell_dim, dtype=dtype, rngs=rngs) if self.config.cell_places else None
 
-        Thrown tokens have the weight ``thrown_weight``, decoded ones 1; ``eps`` is added to an image's sum of weights.
+    def _error(self, predicted: Array, target: Array) -> Array:
+        """Return the error (batch, n) of each token, a mean over its values."""
+        raise NotImplementedError
+
+    def _supervise(self, features: Array, patches: Array, plan: Plan, head: Linear, eps: float = 0.0) -> PixelOutput:
+        """Predict the targets of the supervised tokens and average their errors.
+
+        Parameters
+        ----------
+        features
+            (batch, V + M or N, dim), in plan order.
+        patches
+            uint8 (batch, N, prod(patch) * C), in raster order.
+        plan
+            The plan of the batch.
+        head
+            The layer that predicts patches from features.
+        eps
+            Added to an image's sum of weights: a decoded token weighs 1, a thrown one ``thrown_weight``.
         """
-        batch, num_decoded = per_token.shape[0], plan.schedule.counts.decoded
-        num_thrown = per_token.shape[1] - num_decoded
-        loss_decoded = per_token[:, :num_decoded].sum() / (max(num_decoded, 1) * batch)
-        loss_thrown = per_token[:, num_decoded:].sum() / (max(num_thrown, 1) * batch)
-        weight_thrown = self.config.thrown_weight * num_thrown
-        loss = (num_decoded * loss_decoded + weight_thrown * loss_thrown) / (num_decoded + weight_thrown + eps)
-        return PixelOutput(loss, loss_decoded, loss_thrown, predicted, plan)
+        config, counts, batch = self.config, plan.schedule.counts, len(patches)
+        predicted = head(_places(features, config.patch_places))
+        target = self._patch_target(patches, _places(plan.order, config.patch_places))
+        errors = self._error(predicted, normalize_patches(target) if config.norm_pix else target)
+        thrown, predicted_cells = errors[:, counts.decoded :], None
+        loss_cells = jnp.zeros((), errors.dtype)
+        if self.cell_head is not None:
+            predicted_cells = self.cell_head(_places(features, config.cell_places))
+            target = self._cell_target(patches, _places(plan.order, config.cell_places))
+            cell_errors = self._error(predicted_cells, target)
+            loss_cells = cell_errors[:, : config.num_extra_cells].sum() / (max(config.num_extra_cells, 1) * batch)
+            thrown = cell_errors[:, config.num_extra_cells :] if config.thrown_cells else thrown
+        num_thrown = thrown.shape[1]
+        loss_decoded = errors[:, : counts.decoded].sum() / (max(counts.decoded, 1) * batch)
+        loss_thrown = thrown.sum() / (max(num_thrown, 1) * batch)
+        weight_thrown = config.thrown_weight * num_thrown
+        total = counts.decoded * loss_decoded + weight_thrown * loss_thrown
+        if config.num_extra_cells:
+            total = total + config.extra_cells_weight * config.num_extra_cells * loss_cells
+        loss = total / (counts.decoded + weight_thrown + eps)
+        return PixelOutput(loss, loss_decoded, loss_thrown, loss_cells, predicted, predicted_cells, plan)
+
+    def _patch_target(self, patches: Array, index: Array) -> Array:
+        """Return the pixels (batch, n, prod(patch) * C) that the tokens ``index`` predict, normalised per channel."""
+        if self.config.low_pass is not None:
+            pixels = unpatchify(patches.astype(self.encoder.cls_token.dtype), self._patch_size, self.config.grid)
+            patches = patchify(low_pass(pixels, self.config.low_pass), self._patch_size)
+        return self._normalize(take_tokens(patches, index))
+
+    def _cell_target(self, patches: Array, index: Array) -> Array:
+        """Return the normalised cells (batch, n, prod(cells) * C) of the tokens ``index``."""
+        pixels = self._normalize(take_tokens(patches, index))
+        statistics = self._cell_statistics(patches, index)
+        # Normalised before they are averaged: the cells of an image of one colour, whose deviation is 0, are exactly 0.
+        pixels = pixels if statistics is None else normalize_values(pixels, *statistics)
+        return cell_means(pixels, self._patch_size, self.config.cell_shape)
+
+    def _cell_statistics(self, patches: Array, index: Array) -> tuple[Array, Array] | None:
+        """Return the mean and deviation that normalise the cells of the tokens ``index``; None: no normalisation."""
+        config = self.config
+        if config.cell_norm == "none":
+            return None
+        if config.cell_norm == "image":
+            return image_statistics(self._normalize(patches), config.channels)
+        mean, deviation = window_statistics(self._normalize(patches), config.channels, config.grid)
+        return take_tokens(mean, index), take_tokens(deviation, index)
+
+
+def _places(tokens: Array, places: range) -> Array:
+    """Return the tokens (batch, n, ...) at these places of a batch in plan order."""
+    return tokens[:, places.start : places.stop]
 
 
 class FeatureMethod(Method):

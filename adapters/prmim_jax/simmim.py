@@ -37,8 +37,8 @@ class SimMIM(PixelMethod):
     >>> method = SimMIM(SimMIMConfig(image_size=(32, 32), patch_size=(4, 4), embed_dim=32, depth=1, num_heads=2))
     >>> images = jnp.zeros((2, 32, 32, 3), jnp.uint8)
     >>> output = method(images, counter_noise(0, 0, jnp.arange(2), method.config.grid.num_tokens))
-    >>> method.config.counts, output.predicted.shape
-    (TokenCounts(visible=24, decoded=24, thrown=16), (2, 40, 48))
+    >>> output.predicted.shape, output.predicted_cells.shape
+    ((2, 24, 48), (2, 16, 12))
     """
 
     config: SimMIMConfig
@@ -55,6 +55,7 @@ class SimMIM(PixelMethod):
             parameter.set_value(uniform(rngs, parameter.shape, 1 / sqrt(dim)))
         self.reconstruct = self._build_reconstruction(dim, dtype)
         _initialize(self.encoder, rngs)
+        self.cell_head = self._build_cell_head(dim, dtype, rngs)
 
     def __call__(self, images: Array, noise: Array) -> PixelOutput:
         """Compute the loss of a batch.
@@ -86,12 +87,12 @@ class SimMIM(PixelMethod):
         features = self._encode_known(patches, plan, self._drop_path(noise, self.config.drop_rate))
         if self.reconstruct is not None:
             features = self.reconstruct(features, plan)
-        predicted = self.head(features[:, visible.shape[1] :])
-        target = self._normalize(take_tokens(patches, self._supervised(plan)))
+        eps = LOSS_EPS / (prod(self._patch_size) * len(images))
+        return self._supervise(features, patches, plan, self.head, eps)
+
+    def _error(self, predicted: Array, target: Array) -> Array:
         # The error has the precision of the target; the prediction can have a lower one.
-        per_token = jnp.abs(predicted.astype(target.dtype) - target).mean(-1)
-        pixels = prod(self._patch_size) * len(images)
-        return self._output(per_token, predicted, plan, eps=LOSS_EPS / pixels)
+        return jnp.abs(predicted.astype(target.dtype) - target).mean(-1)
 
     def _encode_known(self, patches: Array, plan: Plan, scales: Array | None) -> Array:
         """Encode the visible and the decoded tokens: (batch, V + M, dim), in plan order."""

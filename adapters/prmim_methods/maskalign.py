@@ -66,6 +66,11 @@ class MaskAlignConfig(MethodConfig):
         super().check()
 
     @property
+    def losses(self) -> tuple[str, ...]:
+        """Names of the scalars that a training step measures, ``"loss"`` first."""
+        return "loss", "loss_visible", "loss_thrown"
+
+    @property
     def drop_rate(self) -> float:
         """The rate at which branches of the last block are dropped in training."""
         return self.drop_path

@@ -182,6 +182,11 @@ class MethodConfig(Record, ABC):
         """The rate at which branches of the last block are dropped in training."""
         return 0.0
 
+    @property
+    @abstractmethod
+    def losses(self) -> tuple[str, ...]:
+        """Names of the scalars that a training step measures, ``"loss"`` first."""
+
     @cached_property
     @abstractmethod
     def counts(self) -> TokenCounts:
@@ -291,6 +296,40 @@ class PixelConfig(MethodConfig):
         default="visible",
         choices={"visible": "the visible tokens", "none": "nothing: the first decoded token is random"},
     )
+    low_pass: float | None = option(
+        "Radius, in periods per image, of the low-pass filter on predicted patches (PixMIM: 40 at 224 pixels). Null: "
+        "no filter.",
+        default=None,
+        above=0,
+    )
+    thrown_target: str = option(
+        "What a thrown token predicts.",
+        default="cells",
+        choices={
+            "cells": "the means of the cells of its patch, which its neighbours can predict",
+            "patch": "all pixels of its patch, as a decoded token",
+        },
+    )
+    cells: int | None = option(
+        "Cells of a patch along each side. Null: 2, or 1 along a side of odd length.", default=None, at_least=1
+    )
+    cell_norm: str = option(
+        "What the cells are normalised over, per channel.",
+        default="image",
+        choices={
+            "image": "the image",
+            "window": "the patch and those next to it",
+            "none": "the data set only",
+        },
+    )
+    extra_cells: str = option(
+        "Which other tokens also predict cells, in addition to their own target.",
+        default="none",
+        choices={"none": "no others", "decoded": "the decoded tokens", "known": "the visible and the decoded tokens"},
+    )
+    extra_cells_weight: float = option(
+        "Weight of the cells of such a token in the loss; its own target weighs 1.", default=1.0, above=0
+    )
 
     def check(self) -> None:
         """Validate options that depend on one another."""
@@ -302,6 +341,15 @@ class PixelConfig(MethodConfig):
                 f"throw_ratio: expected at least one supervised token, got none ({self.counts}, "
                 f"reconstruction {self.reconstruction!r}, thrown_weight {self.thrown_weight:g})"
             )
+        if self.cells is not None and any(size % self.cells for size in self.patch_size):
+            raise ValueError(
+                f"cells: expected a divisor of the patch {times(self.patch_size)}, or null, got {self.cells}"
+            )
+
+    @property
+    def losses(self) -> tuple[str, ...]:
+        """Names of the scalars that a training step measures, ``"loss"`` first."""
+        return ("loss", "loss_decoded", "loss_thrown") + (("loss_cells",) if self.num_extra_cells else ())
 
     @property
     def norm_pix(self) -> bool:
@@ -345,16 +393,51 @@ class PixelConfig(MethodConfig):
 
     @property
     def num_supervised(self) -> int:
-        """Number of tokens whose pixels are predicted."""
+        """Number of masked tokens that predict pixels or cells."""
         return self.counts.masked if self.is_reconstructed else self.counts.decoded
 
+    @property
+    def cell_shape(self) -> tuple[int, ...]:
+        """Cells of a patch along each axis."""
+        return tuple((2 - size % 2) if self.cells is None else self.cells for size in self.patch_size)
+
+    @property
+    def cell_dim(self) -> int:
+        """Values in the cells of a patch."""
+        return prod(self.cell_shape) * self.channels
+
+    @property
+    def thrown_cells(self) -> bool:
+        """Whether thrown tokens predict cells."""
+        return self.is_reconstructed and self.thrown_target == "cells"
+
+    @property
+    def num_extra_cells(self) -> int:
+        """Number of tokens that predict cells in addition to their own target."""
+        counts = self.counts
+        return {"none": 0, "decoded": counts.decoded, "known": counts.visible + counts.decoded}[self.extra_cells]
+
+    @property
+    def patch_places(self) -> range:
+        """Places in plan order of the tokens that predict all pixels of their patch."""
+        counts = self.counts
+        num_known = counts.visible + counts.decoded
+        return range(counts.visible, num_known if self.thrown_cells or not self.is_reconstructed else counts.num_tokens)
+
+    @property
+    def cell_places(self) -> range:
+        """Places in plan order of the tokens that predict cells; empty if none does."""
+        num_known = self.counts.visible + self.counts.decoded
+        return range(num_known - self.num_extra_cells, self.counts.num_tokens if self.thrown_cells else num_known)
+
     def baseline(self) -> Self:
-        """Return the published method: nothing is thrown."""
-        return replace(self, throw_ratio=0.0)
+        """Return the published method: nothing is thrown, and no token predicts cells."""
+        return replace(self, throw_ratio=0.0, extra_cells="none")
 
     def architecture(self) -> dict[str, Any]:
         """Return what the weights mean; see :meth:`MethodConfig.architecture`."""
-        return {**super().architecture(), "reconstruction": self.reconstruction_in_effect}
+        cells = {"cells": list(self.cell_shape), "cell_norm": self.cell_norm} if self.cell_places else {}
+        return {**super().architecture(), "reconstruction": self.reconstruction_in_effect, **cells}
 
     def describe(self) -> Rows:
         """Return the tokens of an image, for ``prmim inspect``."""
@@ -368,7 +451,20 @@ class PixelConfig(MethodConfig):
             *self._describe_stages(),
             *self._describe_sequences(f"dense: {counts.num_tokens + 1}"),
             ("supervised", f"{self.num_supervised} of {counts.masked} masked"),
+            *self._describe_targets(),
         ]
+
+    def _describe_targets(self) -> Rows:
+        rows = []
+        if self.patch_places:
+            patches = f"{len(self.patch_places)} tokens predict all {times(self.patch_size)} pixels"
+            filtered = "" if self.low_pass is None else f", up to {self.low_pass:g} periods per image"
+            rows.append(("  patches", patches + filtered + ", normalised over the patch" * self.norm_pix))
+        if self.cell_places:
+            cells = f"{len(self.cell_places)} tokens predict the means of {times(self.cell_shape)} cells"
+            over = find_option(type(self), "cell_norm").rule.choices[self.cell_norm]
+            rows.append(("  cells", f"{cells}, normalised over {over}"))
+        return rows
 
     def _describe_masking(self) -> Rows:
         return []

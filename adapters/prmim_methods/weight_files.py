@@ -53,7 +53,12 @@ def check_metadata(method: object, metadata: Mapping[str, str] | None, path: str
     for field in (*expected, *got):
         ours, theirs = expected.get(field), got.get(field)
         if ours != theirs:
-            raise ValueError(f"weights: {field}: expected {ours!r}, got {theirs!r}")
+            hint = ""
+            if field == "cells" and theirs is None:  # also files from before that option
+                hint = "; weights without cells need thrown_target: patch and extra_cells: none"
+            if field == "cells" and ours is None:
+                hint = "; weights with cells need thrown_target: cells, or extra_cells"
+            raise ValueError(f"weights: {field}: expected {ours!r}, got {theirs!r}{hint}")
 
 
 def check_tensors(

@@ -279,8 +279,12 @@ def shard(
 
 
 def _detach_predictions(method: nn.Module, arguments: Any, output: Any) -> None:
-    if not isinstance(output, Tensor):  # the loss is computed from logits
-        output.predicted = output.predicted.detach()
+    if isinstance(output, Tensor):  # logits, of which the loss is computed
+        return
+    for name in ("predicted", "predicted_cells"):
+        predicted = getattr(output, name, None)
+        if predicted is not None:
+            setattr(output, name, predicted.detach())
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from prmim_core import normalize_patches, take_tokens
+from prmim_core import take_tokens
 from prmim_methods import MAEConfig
 from prmim_torch.method import PixelMethod, PixelOutput, build_encoder, initial_weights
 from prmim_torch.plan import make_plan
@@ -29,8 +29,8 @@ class MAE(PixelMethod):
     ...                        decoder_dim=16, decoder_depth=1, decoder_heads=2))
     >>> images = torch.zeros(2, 32, 32, 3, dtype=torch.uint8)
     >>> output = method(images, counter_noise(0, 0, torch.arange(2), method.config.grid.num_tokens))
-    >>> output.loss.shape, output.predicted.shape
-    (torch.Size([]), torch.Size([2, 12, 192]))
+    >>> output.predicted.shape, output.predicted_cells.shape
+    (torch.Size([2, 4, 192]), torch.Size([2, 8, 12]))
     """
 
     config: MAEConfig
@@ -50,6 +50,7 @@ class MAE(PixelMethod):
                 recompute=config.recompute_blocks,
             )
             self.reconstruct = self._build_reconstruction(size.dim)
+            self.cell_head = self._build_cell_head(size.dim)
 
     def forward(self, images: Tensor, noise: Tensor) -> PixelOutput:
         """Compute the loss of a batch.
@@ -79,8 +80,8 @@ class MAE(PixelMethod):
         features = self.decoder(encoded, plan.known(1))
         if self.reconstruct is not None:
             features = self.reconstruct(features, plan)
-        predicted = self.decoder.pred(features[:, plan.visible.shape[1] :])
-        target = self._normalize(take_tokens(patches, self._supervised(plan)))
-        target = normalize_patches(target) if self.config.norm_pix else target
+        return self._supervise(features, patches, plan, self.decoder.pred)
+
+    def _error(self, predicted: Tensor, target: Tensor) -> Tensor:
         # The error has the precision of the target; under autocast, the prediction can have a lower one.
-        return self._output((predicted.to(target.dtype) - target).square().mean(-1), predicted, plan)
+        return (predicted.to(target.dtype) - target).square().mean(-1)

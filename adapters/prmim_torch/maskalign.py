@@ -63,8 +63,6 @@ class MaskAlign(FeatureMethod):
     The encoder's final norm takes no part in the loss. It keeps its initial weights, which are part of weight files.
     """
 
-    losses = ("loss", "loss_visible", "loss_thrown")
-
     config: MaskAlignConfig
 
     def __init__(self, config: MaskAlignConfig) -> None:

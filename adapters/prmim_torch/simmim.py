@@ -29,8 +29,8 @@ class SimMIM(PixelMethod):
     >>> method = SimMIM(SimMIMConfig(image_size=(32, 32), patch_size=(4, 4), embed_dim=32, depth=1, num_heads=2))
     >>> images = torch.zeros(2, 32, 32, 3, dtype=torch.uint8)
     >>> output = method(images, counter_noise(0, 0, torch.arange(2), method.config.grid.num_tokens))
-    >>> method.config.counts, output.predicted.shape
-    (TokenCounts(visible=24, decoded=24, thrown=16), torch.Size([2, 40, 48]))
+    >>> output.predicted.shape, output.predicted_cells.shape
+    (torch.Size([2, 24, 48]), torch.Size([2, 16, 12]))
     """
 
     config: SimMIMConfig
@@ -47,6 +47,7 @@ class SimMIM(PixelMethod):
                 nn.init.uniform_(parameter, -1 / sqrt(dim), 1 / sqrt(dim))
             self.reconstruct = self._build_reconstruction(dim)
             _initialize(self.encoder)
+            self.cell_head = self._build_cell_head(dim)
 
     def forward(self, images: Tensor, noise: Tensor) -> PixelOutput:
         """Compute the loss of a batch.
@@ -78,12 +79,12 @@ class SimMIM(PixelMethod):
         features = self._encode_known(patches, plan, self._drop_path(noise, self.config.drop_rate))
         if self.reconstruct is not None:
             features = self.reconstruct(features, plan)
-        predicted = self.head(features[:, visible.shape[1] :])
-        target = self._normalize(take_tokens(patches, self._supervised(plan)))
+        eps = LOSS_EPS / (prod(self._patch_size) * len(images))
+        return self._supervise(features, patches, plan, self.head, eps)
+
+    def _error(self, predicted: Tensor, target: Tensor) -> Tensor:
         # The error has the precision of the target; under autocast, the prediction can have a lower one.
-        per_token = (predicted.to(target.dtype) - target).abs().mean(-1)
-        pixels = prod(self._patch_size) * len(images)
-        return self._output(per_token, predicted, plan, eps=LOSS_EPS / pixels)
+        return (predicted.to(target.dtype) - target).abs().mean(-1)
 
     def _encode_known(self, patches: Tensor, plan: Plan, scales: Tensor | None) -> Tensor:
         """Encode the visible and the decoded tokens: (batch, V + M, dim), in plan order."""

@@ -8,7 +8,9 @@ from typing import Any
 
 from benchmarks.quality.config import Options, config_of
 
-DENSE, PARTIAL, DEFAULT = "dense", "partial, random", "visible, kernel, 2"
+DENSE, PARTIAL, DEFAULT = "dense", "partial, random", "PR-MIM, cells"
+PATCHES = "visible, kernel, 2"
+"""PR-MIM at 0.5 whose thrown tokens predict patches, as decoded ones do: the default before they predicted cells."""
 
 
 @dataclass(frozen=True)
@@ -109,24 +111,49 @@ FACTORS = {
 }
 """Choices that the paper leaves open: start of furthest sampling, reconstruction, number of stages."""
 
+PATCH_TARGET = {"thrown_target": "patch"}
+
 GRID = {
-    ", ".join(map(str, choice)): Arm(dict(zip(FACTORS, choice, strict=True))) for choice in product(*FACTORS.values())
+    ", ".join(map(str, choice)): Arm({**dict(zip(FACTORS, choice, strict=True)), **PATCH_TARGET})
+    for choice in product(*FACTORS.values())
 }
-"""PR-MIM at 0.5 with every combination of these choices."""
+"""PR-MIM at 0.5 with every combination of these choices; thrown tokens predict patches."""
+
+PARTIAL_CELLS = {"reconstruction": "none", "extra_cells": "decoded"}
+
+CELL_ARMS: dict[str, Arm] = {
+    DEFAULT: Arm({}),
+    "PR-MIM, 1 cell": Arm({"cells": 1}),
+    "PR-MIM, 4 x 4 cells": Arm({"cells": 4}),
+    "PR-MIM, cells over windows": Arm({"cell_norm": "window"}),
+    "PR-MIM, cells of masked tokens": Arm({"extra_cells": "decoded"}),
+    "PR-MIM, cells of all tokens": Arm({"extra_cells": "known"}),
+    "PR-MIM 0.65, cells": Arm({"throw_ratio": 0.65}),
+    "PR-MIM, cells, low-pass": Arm({"low_pass": 40 / 224 * 32}),
+    "PR-MIM, random, cells": Arm({"throwing": "random"}),
+    "dense, cells": Arm({"throw_ratio": 0.0, "extra_cells": "decoded"}),
+    "partial, furthest, cells": Arm(PARTIAL_CELLS),
+    "partial 0.65, furthest, cells": Arm({"throw_ratio": 0.65, **PARTIAL_CELLS}),
+}
+"""Arms in which some token predicts cells. In the last three, no thrown token is supervised.
+
+``low_pass`` is PixMIM's radius at the size of the images of CIFAR-10.
+"""
 
 ARMS: dict[str, Arm] = {
     DENSE: Arm({"throw_ratio": 0.0}),
     PARTIAL: Arm({"throwing": "random", "reconstruction": "none"}),
     "partial, furthest": Arm({"reconstruction": "none"}),
     **GRID,
-    "PR-MIM 0.25": Arm({"throw_ratio": 0.25}),
-    "PR-MIM 0.65": Arm({"throw_ratio": 0.65}),
+    "PR-MIM 0.25": Arm({"throw_ratio": 0.25, **PATCH_TARGET}),
+    "PR-MIM 0.65": Arm({"throw_ratio": 0.65, **PATCH_TARGET}),
     "partial 0.25, random": Arm({"throwing": "random", "reconstruction": "none", "throw_ratio": 0.25}),
     "partial 0.65, random": Arm({"throwing": "random", "reconstruction": "none", "throw_ratio": 0.65}),
-    "PR-MIM, detached": Arm({}, detached=True),
-    "PR-MIM, equal compute": Arm({}, equal_compute=True),
-    "PR-MIM, thrown weight 0.5": Arm({"thrown_weight": 0.5}),
-    "PR-MIM, random": Arm({"throwing": "random"}),
+    "PR-MIM, detached": Arm(PATCH_TARGET, detached=True),
+    "PR-MIM, equal compute": Arm(PATCH_TARGET, equal_compute=True),
+    "PR-MIM, thrown weight 0.5": Arm({"thrown_weight": 0.5, **PATCH_TARGET}),
+    "PR-MIM, random": Arm({"throwing": "random", **PATCH_TARGET}),
+    **CELL_ARMS,
 }
 """All arms by name. Omitted options have the defaults of ``prmim pretrain``: PR-MIM at 0.5."""
 
@@ -195,24 +222,26 @@ OTHER_ARMS = (
     *("PR-MIM 0.25", "PR-MIM 0.65", "partial 0.25, random", "partial 0.65, random"),
     *("PR-MIM, detached", "PR-MIM, equal compute"),
 )
-MAIN_ARMS = (DENSE, PARTIAL, "partial, furthest", DEFAULT, *OTHER_ARMS)
+MAIN_ARMS = (DENSE, PARTIAL, "partial, furthest", PATCHES, *OTHER_ARMS)
 BEST_SCREENED_ARMS = ("none, conv, 2", "none, kernel, 2")
-"""Ahead of the default on linear accuracy in ``screen`` with the same number of stages: worth more seeds."""
+"""Ahead of the rest on linear accuracy in ``screen`` with the same number of stages: worth more seeds."""
 MILDER_ARMS = ("PR-MIM, random", "PR-MIM, thrown weight 0.5")
-"""Between the default and plain partial reconstruction: random throwing; half the weight on thrown tokens."""
+"""Between PR-MIM and plain partial reconstruction: random throwing; half the weight on thrown tokens."""
 SCREENED_ARMS = (DENSE, PARTIAL, "partial, furthest", *GRID, *OTHER_ARMS, "PR-MIM, thrown weight 0.5")
-DIGITS_ARMS = (DENSE, PARTIAL, "partial, furthest", DEFAULT, "PR-MIM, random", "PR-MIM, detached")
+DIGITS_ARMS = (DENSE, PARTIAL, "partial, furthest", PATCHES, "PR-MIM, random", "PR-MIM, detached")
 """Furthest sampling and reconstruction, each with and without the other."""
+DIGITS_CELL_ARMS = (DEFAULT, "PR-MIM, 1 cell", "dense, cells", "partial, furthest, cells")
+"""Patches of the digits have 2 x 2 pixels, so there are no finer cells."""
 
 STUDIES = {
     study.name: study
     for study in (
-        Study("digits", DIGITS, DIGITS_ARMS, epochs=60, seeds=3),
+        Study("digits", DIGITS, (*DIGITS_ARMS, *DIGITS_CELL_ARMS), epochs=60, seeds=3),
         Study("screen", CIFAR, SCREENED_ARMS, epochs=4, seeds=1, finetuned=False),
         Study("confirm", CIFAR, (*MAIN_ARMS, *BEST_SCREENED_ARMS), epochs=4, seeds=3),
-        Study("long", CIFAR, (*MAIN_ARMS, *BEST_SCREENED_ARMS, *MILDER_ARMS), epochs=20, seeds=3),
-        Study("grid8", CIFAR, (DENSE, PARTIAL, DEFAULT), epochs=10, seeds=3),
-        Study("grid16", CIFAR_GRID16, (DENSE, PARTIAL, DEFAULT), epochs=10, seeds=3),
+        Study("long", CIFAR, (*MAIN_ARMS, *BEST_SCREENED_ARMS, *MILDER_ARMS, *CELL_ARMS), epochs=20, seeds=3),
+        Study("grid8", CIFAR, (DENSE, PARTIAL, PATCHES), epochs=10, seeds=3),
+        Study("grid16", CIFAR_GRID16, (DENSE, PARTIAL, PATCHES), epochs=10, seeds=3),
         Study("imagenette", IMAGENETTE, MAIN_ARMS, epochs=200, seeds=3),
     )
 }

@@ -6,19 +6,23 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.quality.arms import DEFAULT, DENSE, FACTORS, GRID, PARTIAL
+from benchmarks.quality.arms import DEFAULT, DENSE, FACTORS, GRID, PARTIAL, PATCHES
 from benchmarks.quality.records import Results
 from benchmarks.report import Report
 from prmim_train.report.figures import new_figure, save_figure, write_caption
 
 ACCURACIES = {"linear": "linear", "finetune": "fine-tuned", "knn": "neighbours"}
 LINES = {
-    "PR-MIM": ("#1f6f8b", {0.0: DENSE, 0.25: "PR-MIM 0.25", 0.5: DEFAULT, 0.65: "PR-MIM 0.65"}),
+    "PR-MIM, cells": ("#2a9d5c", {0.0: DENSE, 0.5: DEFAULT, 0.65: "PR-MIM 0.65, cells"}),
+    "PR-MIM, patch target": (
+        "#1f6f8b",
+        {0.0: DENSE, 0.25: "PR-MIM 0.25", 0.5: PATCHES, 0.65: "PR-MIM 0.65"},
+    ),
     "plain partial, random": (
         "#d9822b",
         {0.0: DENSE, 0.25: "partial 0.25, random", 0.5: PARTIAL, 0.65: "partial 0.65, random"},
     ),
-    "PR-MIM, compute of dense": ("#6a4c93", {0.5: "PR-MIM, equal compute"}),
+    "PR-MIM, patch target, compute of dense": ("#6a4c93", {0.5: "PR-MIM, equal compute"}),
 }
 """Lines of the figure: colour, and arms by throw ratio."""
 LOSSES = {"loss_decoded": "loss, decoded", "loss_thrown": "loss, thrown"}
@@ -156,7 +160,8 @@ def draw(results: Results, path: Path, caption: str) -> None:
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
     figure.axes[0].set_ylabel("accuracy in %")
-    figure.axes[0].legend(frameon=False, fontsize=8)
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), frameon=False, fontsize=8)
     write_caption(figure, caption)
     path.parent.mkdir(parents=True, exist_ok=True)
     save_figure(figure, path)

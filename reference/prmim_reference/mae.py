@@ -1,7 +1,6 @@
 """PR-MIM on MAE: the complete forward pass in float64."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -9,36 +8,23 @@ from numpy.typing import ArrayLike, NDArray
 
 from prmim_reference import grid
 from prmim_reference.counts import TokenCounts, count_tokens
-from prmim_reference.method import as_weights, check_reconstruction, encode_tokens, image_patches, mean_or_zero, rebuild
+from prmim_reference.method import (
+    PixelOutput,
+    Targets,
+    as_weights,
+    check_reconstruction,
+    encode_tokens,
+    image_patches,
+    pixel_output,
+    rebuild,
+    supervise,
+)
 from prmim_reference.method import encode as encode  # re-exported: the same for all methods
 from prmim_reference.schedule import make_order
-from prmim_reference.targets import grid_shape, normalize_patches
+from prmim_reference.targets import grid_shape
 from prmim_reference.vit import Weights, linear, transformer
 
 Array = NDArray[np.float64]
-
-
-@dataclass(frozen=True)
-class MAEOutput:
-    """Output of a forward pass.
-
-    Attributes
-    ----------
-    loss : float
-        The training loss.
-    loss_decoded, loss_thrown : float
-        Mean unweighted loss of the decoded and of the thrown tokens; 0 if there are none.
-    predicted : float64 (batch, supervised, patch_dim)
-        Predictions for the supervised tokens, in plan order: decoded, then thrown (unless reconstruction is "none").
-    order : int64 (batch, N)
-        The plan.
-    """
-
-    loss: float
-    loss_decoded: float
-    loss_thrown: float
-    predicted: Array
-    order: NDArray[np.int64]
 
 
 def decode_tokens(
@@ -55,7 +41,7 @@ def decode_tokens(
     return transformer(np.array(sequence), weights, "decoder", num_heads)[1:]
 
 
-def predict_image(
+def image_features(
     patches: Array,
     order: Sequence[int],
     counts: TokenCounts,
@@ -67,18 +53,17 @@ def predict_image(
     stages: int,
     reconstruction: str,
 ) -> Array:
-    """Predict the supervised tokens of one image, in plan order."""
+    """Return the features of one image that the heads read, in plan order: (V + M, dim), or (N, dim) if rebuilt."""
     visible = order[: counts.visible]
     decoded = order[counts.visible : counts.visible + counts.decoded]
     encoded = encode_tokens(patches, visible, shape, weights, num_heads)
     features = decode_tokens(encoded, visible, decoded, weights, decoder_heads)
-    features = rebuild(features, order, counts, shape, weights, stages=stages, reconstruction=reconstruction)
-    return linear(features[counts.visible :], weights, "decoder.pred")
+    return rebuild(features, order, counts, shape, weights, stages=stages, reconstruction=reconstruction)
 
 
-def token_losses(predicted: Array, target: Array) -> list[float]:
-    """Return the mean squared error of every token."""
-    return [float(((p - t) ** 2).sum() / p.size) for p, t in zip(predicted, target, strict=True)]
+def squared_error(predicted: Array, target: Array) -> float:
+    """Return the mean squared error of a token."""
+    return float(((predicted - target) ** 2).sum() / predicted.size)
 
 
 def forward(
@@ -96,12 +81,18 @@ def forward(
     stages: int = 2,
     reconstruction: str = "kernel",
     thrown_weight: float = 1.0,
+    low_pass: float | None = None,
+    thrown_target: str = "cells",
+    cells: int | None = None,
+    cell_norm: str = "image",
+    extra_cells: str = "none",
+    extra_cells_weight: float = 1.0,
     norm_pix: bool = True,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     visible: ArrayLike | None = None,
     draw_weights: ArrayLike | None = None,
-) -> MAEOutput:
+) -> PixelOutput:
     """Compute the loss and the predictions of a batch.
 
     Parameters
@@ -123,6 +114,18 @@ def forward(
         "none": thrown tokens are neither rebuilt nor supervised.
     thrown_weight : float
         Weight of a thrown token in the loss; a decoded one has 1.
+    low_pass : float, optional
+        Radius, in periods per image, of the low-pass filter on the patches that tokens predict.
+    thrown_target : {"cells", "patch"}
+        What a thrown token predicts: the means of the cells of its patch, or its pixels.
+    cells : int, optional
+        Cells of a patch along each axis; by default 2, or 1 along a side of odd length.
+    cell_norm : {"image", "window", "none"}
+        What cells are normalised over: the image, the patch and those next to it, or nothing.
+    extra_cells : {"none", "decoded", "known"}
+        Which other tokens also predict cells: none, the decoded ones, or those and the visible ones.
+    extra_cells_weight : float
+        Weight of the cells of such a token in the loss.
     norm_pix : bool
         Normalise target patches by their own statistics.
     mean, std : numbers per channel
@@ -134,7 +137,7 @@ def forward(
 
     Returns
     -------
-    MAEOutput
+    PixelOutput
     """
     check_reconstruction(reconstruction)
     weights = as_weights(weights)
@@ -144,9 +147,8 @@ def forward(
     if counts.thrown == 0:
         throwing = "random"
 
-    orders, predictions = [], []
-    decoded_losses: list[float] = []
-    thrown_losses: list[float] = []
+    targets = Targets(patch_size, norm_pix, reconstruction != "none", thrown_target, cells, cell_norm, extra_cells)
+    orders, found = [], []
     for number, image in enumerate(images):
         order = make_order(
             shape,
@@ -158,7 +160,8 @@ def forward(
             weights=None if draw_weights is None else np.asarray(draw_weights)[number].tolist(),
         )
         patches = image_patches(image, patch_size, mean, std)
-        predicted = predict_image(
+        wanted_patches = image_patches(image, patch_size, mean, std, low_pass)
+        features = image_features(
             patches,
             order,
             counts,
@@ -169,23 +172,19 @@ def forward(
             stages=stages,
             reconstruction=reconstruction,
         )
-        supervised = order[counts.visible : counts.visible + len(predicted)]
-        target = patches[supervised]
-        if norm_pix:
-            target = normalize_patches(target, 1e-6)
-        losses = token_losses(predicted, target)
-        decoded_losses.extend(losses[: counts.decoded])
-        thrown_losses.extend(losses[counts.decoded :])
+        found.append(
+            supervise(
+                features,
+                patches,
+                wanted_patches,
+                order,
+                counts,
+                shape,
+                weights,
+                targets,
+                head="decoder.pred",
+                error=squared_error,
+            )
+        )
         orders.append(order)
-        predictions.append(predicted)
-
-    return MAEOutput(
-        loss=mean_or_zero(
-            sum(decoded_losses) + thrown_weight * sum(thrown_losses),
-            len(decoded_losses) + thrown_weight * len(thrown_losses),
-        ),
-        loss_decoded=mean_or_zero(sum(decoded_losses), len(decoded_losses)),
-        loss_thrown=mean_or_zero(sum(thrown_losses), len(thrown_losses)),
-        predicted=np.array(predictions),
-        order=np.array(orders, np.int64),
-    )
+    return pixel_output(found, orders, thrown_weight=thrown_weight, extra_cells_weight=extra_cells_weight)

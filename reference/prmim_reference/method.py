@@ -1,6 +1,7 @@
 """Parts that all methods share: normalisation of pixels, the encoder, and reconstruction."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -9,11 +10,12 @@ from numpy.typing import ArrayLike, NDArray
 from prmim_reference.counts import TokenCounts
 from prmim_reference.drop_path import drop_path_scales
 from prmim_reference.reconstruct import progressive_reconstruction
-from prmim_reference.targets import grid_shape, patchify
+from prmim_reference.targets import cell_targets, grid_shape, low_pass, normalize_patches, patchify
 from prmim_reference.vit import (
     Weights,
     depth,
     hidden_states,
+    linear,
     norm,
     patch_embedding,
     relative_position_bias,
@@ -56,10 +58,19 @@ def channel_statistics(channels: int, mean: Sequence[float] | None, std: Sequenc
 
 
 def image_patches(
-    image: Array, patch_size: Sequence[int], mean: Sequence[float] | None, std: Sequence[float] | None
+    image: Array,
+    patch_size: Sequence[int],
+    mean: Sequence[float] | None,
+    std: Sequence[float] | None,
+    radius: float | None = None,
 ) -> Array:
-    """Normalise an image of values 0 .. 255 per channel and cut it into patches (N, patch_dim)."""
+    """Normalise an image of values 0 .. 255 per channel and cut it into patches (N, patch_dim).
+
+    With a radius, high frequencies are removed first; see `targets.low_pass`.
+    """
     channel_mean, channel_std = channel_statistics(image.shape[-1], mean, std)
+    if radius is not None:
+        image = low_pass(image, radius)
     return patchify((image / 255 - channel_mean) / channel_std, patch_size)
 
 
@@ -157,6 +168,183 @@ def rebuild(
     own = {name.removeprefix("reconstruct."): w for name, w in weights.items() if name.startswith("reconstruct.")}
     return progressive_reconstruction(
         features, order, counts, shape, stages=stages, reconstruction=reconstruction, parameters=own
+    )
+
+
+def cells_of_patch(patch_size: Sequence[int], cells: int | None) -> tuple[int, ...]:
+    """Return the cells of a patch along each axis; the default is 2, or 1 along a side of odd length.
+
+    Examples
+    --------
+    >>> cells_of_patch((16, 3), None), cells_of_patch((16, 4), 4)
+    ((2, 1), (4, 4))
+    """
+    return tuple((1 if side % 2 else 2) if cells is None else cells for side in patch_size)
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What the tokens of a method that predicts pixels predict; the arguments of its `forward`.
+
+    Attributes
+    ----------
+    patch_size : pixels of a patch along each axis
+    norm_pix : bool
+        Normalise target patches by their own statistics.
+    is_rebuilt : bool
+        Whether thrown tokens are reconstructed.
+    thrown_target : {"cells", "patch"}
+    cells : int, optional
+    cell_norm : {"image", "window", "none"}
+    extra_cells : {"none", "decoded", "known"}
+    """
+
+    patch_size: Sequence[int]
+    norm_pix: bool
+    is_rebuilt: bool
+    thrown_target: str
+    cells: int | None
+    cell_norm: str
+    extra_cells: str
+
+
+@dataclass(frozen=True)
+class Supervised:
+    """Predictions and errors of the supervised tokens of one image.
+
+    Attributes
+    ----------
+    predicted : list of array (patch_dim,)
+        Predicted patches, in plan order.
+    predicted_cells : list of array (cell_dim,)
+        Predicted cells, in plan order.
+    decoded, thrown, extra : list of float
+        The error of every decoded token, of every thrown one, and of the cells that other tokens predict in addition.
+    """
+
+    predicted: list[Array]
+    predicted_cells: list[Array]
+    decoded: list[float]
+    thrown: list[float]
+    extra: list[float]
+
+
+def supervise(
+    features: Array,
+    patches: Array,
+    wanted_patches: Array,
+    order: Sequence[int],
+    counts: TokenCounts,
+    shape: Sequence[int],
+    weights: Weights,
+    targets: Targets,
+    *,
+    head: str,
+    error: Callable[[Array, Array], float],
+) -> Supervised:
+    """Predict the targets of the supervised tokens of one image and measure the errors.
+
+    Parameters
+    ----------
+    features : array (V + M or N, dim)
+        In plan order; the thrown tokens are present if they are reconstructed.
+    patches : array (N, patch_dim)
+        The source of the cells.
+    wanted_patches : array (N, patch_dim)
+        The patches that tokens predict.
+    order : the N raster numbers of the tokens, in plan order
+    counts : the counts
+    shape : the grid
+    weights : with the layer `head`, and ``cell_head`` if a token predicts cells
+    targets : what is predicted
+    head : name of the layer that predicts patches
+    error : maps prediction and target of a token to its error
+    """
+    if targets.thrown_target not in ("cells", "patch"):
+        raise ValueError(f'thrown_target: expected "cells" or "patch", got {targets.thrown_target!r}')
+    if targets.extra_cells not in ("none", "decoded", "known"):
+        raise ValueError(f'extra_cells: expected "none", "decoded" or "known", got {targets.extra_cells!r}')
+    cells = cells_of_patch(targets.patch_size, targets.cells)
+    if targets.norm_pix:
+        wanted_patches = normalize_patches(wanted_patches, 1e-6)
+    found = Supervised([], [], [], [], [])
+    for place, token in enumerate(order):
+        is_visible, is_thrown = place < counts.visible, place >= counts.visible + counts.decoded
+        if is_thrown and not targets.is_rebuilt:
+            continue
+        if not is_visible and (not is_thrown or targets.thrown_target == "patch"):
+            predicted = linear(features[place : place + 1], weights, head)[0]
+            found.predicted.append(predicted)
+            (found.thrown if is_thrown else found.decoded).append(error(predicted, wanted_patches[token]))
+        if is_thrown:
+            has_cells = targets.thrown_target == "cells"
+        elif is_visible:
+            has_cells = targets.extra_cells == "known"
+        else:
+            has_cells = targets.extra_cells in ("known", "decoded")
+        if has_cells:
+            predicted = linear(features[place : place + 1], weights, "cell_head")[0]
+            wanted = cell_targets(patches, [token], targets.patch_size, shape, cells, targets.cell_norm)[0]
+            found.predicted_cells.append(predicted)
+            (found.thrown if is_thrown else found.extra).append(error(predicted, wanted))
+    return found
+
+
+@dataclass(frozen=True)
+class PixelOutput:
+    """Output of a forward pass of a method that predicts pixels.
+
+    Attributes
+    ----------
+    loss : float
+        The training loss.
+    loss_decoded, loss_thrown : float
+        Mean unweighted error of the decoded and of the thrown tokens; 0 if there are none.
+    loss_cells : float
+        Mean unweighted error of the cells that other tokens predict in addition; 0 if none does.
+    predicted : float64 (batch, n, patch_dim)
+        Predicted patches, in plan order: decoded tokens, then thrown ones if they predict patches.
+    predicted_cells : float64 (batch, n, cell_dim)
+        Predicted cells, in plan order.
+    order : int64 (batch, N)
+        The plan.
+    """
+
+    loss: float
+    loss_decoded: float
+    loss_thrown: float
+    loss_cells: float
+    predicted: Array
+    predicted_cells: Array
+    order: NDArray[np.int64]
+
+
+def pixel_output(
+    found: Sequence[Supervised],
+    orders: Sequence[Sequence[int]],
+    *,
+    thrown_weight: float,
+    extra_cells_weight: float,
+    eps: float = 0.0,
+) -> PixelOutput:
+    """Average the errors of a batch.
+
+    The loss is the weighted sum of all errors, divided by the sum of the weights of the tokens: 1 for a decoded token,
+    ``thrown_weight`` for a thrown one. Cells in addition have the weight ``extra_cells_weight`` in the numerator only.
+    ``eps`` is added to the denominator.
+    """
+    decoded = [error for image in found for error in image.decoded]
+    thrown = [error for image in found for error in image.thrown]
+    extra = [error for image in found for error in image.extra]
+    total = sum(decoded) + thrown_weight * sum(thrown) + extra_cells_weight * sum(extra)
+    return PixelOutput(
+        loss=mean_or_zero(total, len(decoded) + thrown_weight * len(thrown) + eps),
+        loss_decoded=mean_or_zero(sum(decoded), len(decoded)),
+        loss_thrown=mean_or_zero(sum(thrown), len(thrown)),
+        loss_cells=mean_or_zero(sum(extra), len(extra)),
+        predicted=np.array([image.predicted for image in found]),
+        predicted_cells=np.array([image.predicted_cells for image in found]),
+        order=np.array(orders, np.int64),
     )
 
 

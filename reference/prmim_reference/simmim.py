@@ -1,7 +1,6 @@
 """PR-MIM on SimMIM: the complete forward pass in float64."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -11,43 +10,23 @@ from prmim_reference import grid
 from prmim_reference.counts import TokenCounts, count_tokens
 from prmim_reference.masking import block_visible
 from prmim_reference.method import (
+    PixelOutput,
+    Targets,
     as_weights,
     check_reconstruction,
     encode_tokens,
     encoder_scales,
     image_patches,
-    mean_or_zero,
+    pixel_output,
     rebuild,
+    supervise,
 )
 from prmim_reference.method import encode as encode  # re-exported: the same for all methods
 from prmim_reference.schedule import make_order
 from prmim_reference.targets import grid_shape
-from prmim_reference.vit import Weights, linear
+from prmim_reference.vit import Weights
 
 Array = NDArray[np.float64]
-
-
-@dataclass(frozen=True)
-class SimMIMOutput:
-    """Output of a forward pass.
-
-    Attributes
-    ----------
-    loss : float
-        The training loss.
-    loss_decoded, loss_thrown : float
-        Mean unweighted absolute error of the decoded and of the thrown tokens; 0 if there are none.
-    predicted : float64 (batch, supervised, patch_dim)
-        Predictions for the supervised tokens, in plan order: decoded, then thrown (unless reconstruction is "none").
-    order : int64 (batch, N)
-        The plan.
-    """
-
-    loss: float
-    loss_decoded: float
-    loss_thrown: float
-    predicted: Array
-    order: NDArray[np.int64]
 
 
 def unit_shape(shape: Sequence[int], mask_unit: int) -> tuple[int, ...]:
@@ -87,7 +66,7 @@ def unit_counts(
     )
 
 
-def predict_image(
+def image_features(
     patches: Array,
     order: Sequence[int],
     counts: TokenCounts,
@@ -99,21 +78,19 @@ def predict_image(
     reconstruction: str,
     scales: Array | None,
 ) -> Array:
-    """Predict the supervised tokens of one image, in plan order.
+    """Return the features of one image that the heads read, in plan order: (V + M, dim), or (N, dim) if rebuilt.
 
-    There is no decoder: the encoder runs on visible patches and a mask token per decoded token, and one linear layer
-    maps features to pixels.
+    There is no decoder: the encoder runs on visible patches and a mask token per decoded token.
     """
     visible = order[: counts.visible]
     decoded = order[counts.visible : counts.visible + counts.decoded]
     encoded = encode_tokens(patches, visible, shape, weights, num_heads, mask_tokens=decoded, scales=scales)
-    features = rebuild(encoded[1:], order, counts, shape, weights, stages=stages, reconstruction=reconstruction)
-    return linear(features[counts.visible :], weights, "head")
+    return rebuild(encoded[1:], order, counts, shape, weights, stages=stages, reconstruction=reconstruction)
 
 
-def token_errors(predicted: Array, target: Array) -> list[float]:
-    """Return the sum of absolute errors of every token."""
-    return [float(np.abs(p - t).sum()) for p, t in zip(predicted, target, strict=True)]
+def absolute_error(predicted: Array, target: Array) -> float:
+    """Return the mean absolute error of a token."""
+    return float(np.abs(predicted - target).sum() / predicted.size)
 
 
 def forward(
@@ -130,17 +107,23 @@ def forward(
     stages: int = 2,
     reconstruction: str = "kernel",
     thrown_weight: float = 1.0,
+    low_pass: float | None = None,
+    thrown_target: str = "cells",
+    cells: int | None = None,
+    cell_norm: str = "image",
+    extra_cells: str = "none",
+    extra_cells_weight: float = 1.0,
     mask_unit: int = 2,
     throw_by: str = "token",
     drop_path: float = 0.0,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
-) -> SimMIMOutput:
+) -> PixelOutput:
     """Compute the loss and the predictions of a batch.
 
-    The target is the pixels, normalised per channel. The loss is the sum of absolute errors of supervised tokens,
-    divided by their number of pixels plus 1e-5 and by the number of channels. ``thrown_weight`` multiplies both the
-    errors and the pixels of thrown tokens.
+    The target is the pixels, normalised per channel. The published loss is the sum of absolute errors of masked tokens,
+    divided by their number of pixels plus 1e-5 and by the number of channels. Here, it is the sum of the mean errors of
+    tokens, divided by their number plus 1e-5 / (pixels of a patch), which is the same, and holds for cells too.
 
     Parameters
     ----------
@@ -162,6 +145,18 @@ def forward(
         "none": thrown tokens are neither rebuilt nor supervised.
     thrown_weight : float
         Weight of a thrown token in the loss; a decoded one has 1.
+    low_pass : float, optional
+        Radius, in periods per image, of the low-pass filter on the patches that tokens predict.
+    thrown_target : {"cells", "patch"}
+        What a thrown token predicts: the means of the cells of its patch, or its pixels.
+    cells : int, optional
+        Cells of a patch along each axis; by default 2, or 1 along a side of odd length.
+    cell_norm : {"image", "window", "none"}
+        What cells are normalised over: the image, the patch and those next to it, or nothing.
+    extra_cells : {"none", "decoded", "known"}
+        Which other tokens also predict cells: none, the decoded ones, or those and the visible ones.
+    extra_cells_weight : float
+        Weight of the cells of such a token in the loss.
     mask_unit : int
         Tokens per masked unit along each axis; divides the grid.
     throw_by : {"token", "unit"}
@@ -173,7 +168,7 @@ def forward(
 
     Returns
     -------
-    SimMIMOutput
+    PixelOutput
 
     Raises
     ------
@@ -193,9 +188,8 @@ def forward(
     if counts.thrown == 0:
         throwing, throw_by = "random", "token"
 
-    orders, predictions = [], []
-    decoded_errors: list[float] = []
-    thrown_errors: list[float] = []
+    targets = Targets(patch_size, False, reconstruction != "none", thrown_target, cells, cell_norm, extra_cells)
+    orders, found = [], []
     for number, image in enumerate(images):
         image_noise = noise[number].tolist()
         order = make_order(
@@ -208,7 +202,8 @@ def forward(
             unit=unit if throw_by == "unit" else None,
         )
         patches = image_patches(image, patch_size, mean, std)
-        predicted = predict_image(
+        wanted_patches = image_patches(image, patch_size, mean, std, low_pass)
+        features = image_features(
             patches,
             order,
             counts,
@@ -219,19 +214,25 @@ def forward(
             reconstruction=reconstruction,
             scales=encoder_scales(image_noise, weights, drop_path),
         )
-        errors = token_errors(predicted, patches[order[counts.visible : counts.visible + len(predicted)]])
-        decoded_errors.extend(errors[: counts.decoded])
-        thrown_errors.extend(errors[counts.decoded :])
+        found.append(
+            supervise(
+                features,
+                patches,
+                wanted_patches,
+                order,
+                counts,
+                shape,
+                weights,
+                targets,
+                head="head",
+                error=absolute_error,
+            )
+        )
         orders.append(order)
-        predictions.append(predicted)
-
-    pixels, channels = grid.num_tokens(patch_size), images.shape[-1]
-    weighted_pixels = (len(decoded_errors) + thrown_weight * len(thrown_errors)) * pixels
-    weighted_error = sum(decoded_errors) + thrown_weight * sum(thrown_errors)
-    return SimMIMOutput(
-        loss=weighted_error / (weighted_pixels + 1e-5) / channels,
-        loss_decoded=mean_or_zero(sum(decoded_errors), len(decoded_errors) * pixels * channels),
-        loss_thrown=mean_or_zero(sum(thrown_errors), len(thrown_errors) * pixels * channels),
-        predicted=np.array(predictions),
-        order=np.array(orders, np.int64),
+    return pixel_output(
+        found,
+        orders,
+        thrown_weight=thrown_weight,
+        extra_cells_weight=extra_cells_weight,
+        eps=1e-5 / grid.num_tokens(patch_size),
     )

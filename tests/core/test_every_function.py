@@ -18,17 +18,24 @@ from prmim_core import (
     TokenCounts,
     block_visible,
     cell_decoded,
+    cell_means,
     counter_noise,
     covering_radius,
     denormalize_patches,
+    denormalize_values,
     drop_path_scales,
+    expand_cells,
     furthest_decoded,
     furthest_point_sampling,
+    image_statistics,
     interpolate,
     is_member,
+    low_pass,
     make_plan,
     nearest_known_distance,
+    normalize_over_image,
     normalize_patches,
+    normalize_values,
     offset_index,
     patchify,
     random_decoded,
@@ -39,6 +46,7 @@ from prmim_core import (
     unpatchify,
     weighted_decoded,
     weighted_visible,
+    window_statistics,
 )
 
 GRID = Grid((4, 6), (2, 1))
@@ -52,6 +60,8 @@ WEIGHTS = GENERATOR.integers(1, 99, (3, 24)).astype(np.float32)
 FEATURES = GENERATOR.normal(size=(3, 14, 4)).astype(np.float32)
 IMAGES = GENERATOR.integers(0, 256, (3, 8, 6, 2)).astype(np.uint8)
 PATCHES = GENERATOR.normal(size=(3, 24, 4)).astype(np.float32)
+SMOOTH = GENERATOR.random((3, 8, 6, 2)).astype(np.float32)
+STATISTICS = image_statistics(PATCHES, 2)
 
 
 def repeat_first(features, known, thrown):
@@ -66,15 +76,20 @@ def rebuilt(order, features):
 FUNCTIONS = {
     "block_visible": (lambda noise: block_visible(GRID, (2, 2), 2, noise), NOISE),
     "cell_decoded": (lambda *a: cell_decoded(GRID, 5, *a), NOISE, IS_KNOWN),
+    "cell_means": (lambda patches: cell_means(patches, (2, 2), (1, 2)), PATCHES),
     "counter_noise": (lambda sample: counter_noise(1, 2, sample, 5), np.arange(3)),
     "covering_radius": (lambda is_known: covering_radius(GRID, is_known), IS_KNOWN),
     "denormalize_patches": (denormalize_patches, PATCHES, PATCHES[::-1]),
+    "denormalize_values": (denormalize_values, PATCHES, *STATISTICS),
     "drop_path_scales": (lambda noise: drop_path_scales(4, 0.5, noise), NOISE),
+    "expand_cells": (lambda values: expand_cells(values, (4, 2), (2, 1)), PATCHES),
     "furthest_decoded": (lambda *a: furthest_decoded(GRID, 4, *a), NOISE, IS_KNOWN),
     "furthest_decoded none": (lambda *a: furthest_decoded(GRID, 4, *a, furthest_from="none"), NOISE, IS_KNOWN),
     "furthest_point_sampling": (lambda *a: furthest_point_sampling(GRID, 4, *a), NOISE, IS_KNOWN),
+    "image_statistics": (lambda patches: image_statistics(patches, 2)[1], PATCHES),
     "interpolate": (lambda order, features: interpolate(features, Plan(order, SCHEDULE)), ORDER, FEATURES),
     "is_member": (lambda index: is_member(index, 24), ORDER[:, :7]),
+    "low_pass": (lambda images: low_pass(images, 2.0), SMOOTH),
     "make_plan": (lambda noise: make_plan(SCHEDULE, noise).order, NOISE),
     "make_plan none": (lambda noise: make_plan(replace(SCHEDULE, furthest_from="none"), noise).order, NOISE),
     "make_plan random": (lambda noise: make_plan(replace(SCHEDULE, throwing="random"), noise).order, NOISE),
@@ -92,7 +107,9 @@ FUNCTIONS = {
     ),
     "make_plan visible": (lambda *a: make_plan(SCHEDULE, *a).order, NOISE, ORDER[:, :6]),
     "nearest_known_distance": (lambda is_known: nearest_known_distance(GRID, is_known), IS_KNOWN),
+    "normalize_over_image": (lambda *a: normalize_over_image(*a, 2), PATCHES[:, 1:], PATCHES),
     "normalize_patches": (normalize_patches, PATCHES),
+    "normalize_values": (normalize_values, PATCHES, *STATISTICS),
     "offset_index": (lambda *a: offset_index(GRID, *a), ORDER[:, :5], ORDER[:, 5:]),
     "patchify": (lambda images: patchify(images, (2, 3)), IMAGES),
     "random_decoded": (lambda *a: random_decoded(5, *a), NOISE, IS_KNOWN),
@@ -103,6 +120,7 @@ FUNCTIONS = {
     "unpatchify": (lambda tokens: unpatchify(tokens, (2, 1), GRID), PATCHES),
     "weighted_decoded": (lambda *a: weighted_decoded(5, *a), NOISE, IS_KNOWN, WEIGHTS),
     "weighted_visible": (lambda *a: weighted_visible(6, *a), NOISE, WEIGHTS),
+    "window_statistics": (lambda patches: window_statistics(patches, 2, GRID)[1], PATCHES),
 }
 NOT_OF_ARRAYS = {"count_tokens", "num_offsets", "offset_squared_distances", "patch_grid"}
 
@@ -155,13 +173,16 @@ def test_arguments_are_left_as_they_were(xp, name):
 # What a compiled training step of a foreign trainer would call. Loops are unrolled there, so picks are few.
 COMPILED = [
     "block_visible",
+    "cell_means",
     "counter_noise",
     "drop_path_scales",
     "furthest_point_sampling",
     "interpolate",
+    "normalize_over_image",
     "normalize_patches",
     "patchify",
     "random_visible",
+    "window_statistics",
 ]
 
 

@@ -224,7 +224,7 @@ def test_devices_talk_once_a_step(local, name, parallel):
         assert drawn["talk"] == {"all-reduce": 1}
     else:  # each of the arrays that are cut is gathered, and its gradient scattered; and some are whole
         assert set(drawn["talk"]) == {"all-gather", "reduce-scatter", "all-reduce"}
-        assert drawn["talk"]["all-gather"] == drawn["talk"]["reduce-scatter"] < 40
+        assert drawn["talk"]["all-gather"] == drawn["talk"]["reduce-scatter"] < 42
         assert drawn["talk"]["all-reduce"] == 1
 
 

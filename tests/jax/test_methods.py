@@ -5,6 +5,7 @@ from flax import nnx
 
 import prmim_methods
 from prmim_jax import METHODS, create_method
+from prmim_jax.interop import named_weights
 from prmim_methods import create_config
 
 
@@ -26,6 +27,15 @@ def test_named_models():
 def test_unknown_names_are_refused(tiny):
     with pytest.raises(ValueError, match=r"^method: expected one of mae, "):
         create_method("mea", **tiny)
+
+
+@pytest.mark.parametrize("name", ["mae", "simmim"])
+def test_the_other_initial_weights_do_not_depend_on_cells(tiny, tiny_simmim, name):
+    sizes = {"mae": tiny, "simmim": tiny_simmim}[name]
+    cells, patches = (named_weights(create_method(name, **sizes, thrown_target=t)) for t in ("cells", "patch"))
+    assert set(cells) - set(patches) == {"cell_head.weight", "cell_head.bias"}
+    for key, weight in patches.items():
+        assert (cells[key] == weight).all(), key
 
 
 def test_initial_weights_come_from_the_seed_or_from_given_rngs(tiny):

@@ -13,6 +13,8 @@ from prmim_jax import SimMIM, vit
 from prmim_jax.interop import named_variables, named_weights
 from prmim_methods import SimMIMConfig
 from prmim_reference import simmim as reference
+from prmim_reference.method import image_patches
+from prmim_reference.targets import cell_means, cell_targets, expand_cells
 
 # Geometry: image, patch, channels.
 SHAPES = {
@@ -56,10 +58,15 @@ def reference_output(method, images, noise, **options):
 
 
 def assert_agrees(output, expected, rtol):
-    for name in ("loss", "loss_decoded", "loss_thrown"):
+    for name in ("loss", "loss_decoded", "loss_thrown", "loss_cells"):
         assert float(getattr(output, name)) == pytest.approx(getattr(expected, name), rel=rtol), name
     np.testing.assert_array_equal(output.plan.order, expected.order)
-    np.testing.assert_allclose(output.predicted, expected.predicted, rtol=100 * rtol, atol=100 * rtol)
+    for name in ("predicted", "predicted_cells"):
+        predicted, wanted = getattr(output, name), getattr(expected, name)
+        if wanted.size == 0:
+            assert predicted is None or predicted.size == 0
+        else:
+            np.testing.assert_allclose(predicted, wanted, rtol=100 * rtol, atol=100 * rtol, err_msg=name)
 
 
 # More are compared in tests/parity, with the reference as well.
@@ -70,6 +77,8 @@ CASES = [
     {"shape": "volume", "throwing": "cell", "throw_by": "unit"},
     {"shape": "signal", "mask_unit": 4, "mask_ratio": 0.5, "throwing": "random"},
     {"furthest_from": "none", "stages": 3, "mask_ratio": 0.75, "throw_ratio": 0.5, "thrown_weight": 0.25},
+    {"shape": "volume", "cell_norm": "window", "extra_cells": "known", "extra_cells_weight": 0.5},
+    {"thrown_target": "patch", "extra_cells": "decoded", "cells": 1},
 ]
 
 
@@ -137,16 +146,39 @@ def test_the_encoder_never_sees_thrown_tokens(make_images, monkeypatch, options,
     method, images, noise = make_case(make_images, **options)
     output = jax.eval_shape(method, images, noise)
     assert set(seen) == {(3, length, 24)}
-    assert output.predicted.shape == (3, 40, 12)
+    num_cells = method.config.counts.thrown
+    assert output.predicted.shape == (3, 40 - num_cells, 12)
+    assert (output.predicted_cells is None) == (num_cells == 0)
+    assert num_cells == 0 or output.predicted_cells.shape == (3, num_cells, 12)
 
 
 def test_pixels_of_a_perfect_prediction_are_the_image(make_images):
-    method, images, noise = make_case(make_images)
+    method, images, noise = make_case(make_images, thrown_target="patch")
     output = run(method, images, noise)
     patches = patchify(images, method.config.patch_size).astype(jnp.float32) / 255
     mean, std = (jnp.tile(jnp.asarray(values), 4) for values in (method.config.pixel_mean, method.config.pixel_std))
     output.predicted = (take_tokens(patches, output.plan.masked) - mean) / std
     np.testing.assert_allclose(method.rebuilt_pixels(images, output), patches, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("cell_norm", ["image", "window", "none"])
+def test_pixels_of_perfect_cells_are_their_means(make_images, cell_norm):
+    method, images, noise = make_case(make_images, "volume", cell_norm=cell_norm, extra_cells="decoded")
+    output, config = run(method, images, noise), method.config
+    places = slice(config.cell_places.start, config.cell_places.stop)
+    size, cells, targets, cuts = config.patch_size, config.cell_shape, [], []
+    for pixels, order in zip(np.asarray(images), output.plan.order.tolist(), strict=True):
+        patches = image_patches(pixels, size, config.pixel_mean, config.pixel_std)
+        targets.append(cell_targets(patches, order[places], size, config.grid.shape, cells, cell_norm))
+        cuts.append(image_patches(pixels, size, [0.0] * config.channels, [1.0] * config.channels))
+    assert output.predicted_cells.shape == np.shape(targets)
+    output.predicted_cells = jnp.asarray(targets)
+    drawn = np.asarray(method.rebuilt_pixels(images, output))
+    for found, own, plan in zip(drawn, cuts, output.plan.order.tolist(), strict=True):
+        visible, thrown = plan[: config.counts.visible], plan[-config.counts.thrown :]
+        np.testing.assert_allclose(found[visible], own[visible], atol=1e-6)
+        means = expand_cells(cell_means(own[thrown], size, cells), size, cells)
+        np.testing.assert_allclose(found[thrown], means, atol=1e-5)
 
 
 def test_bfloat16_keeps_residual_stream_and_loss_in_float32(make_images, monkeypatch):
@@ -158,13 +190,15 @@ def test_bfloat16_keeps_residual_stream_and_loss_in_float32(make_images, monkeyp
     monkeypatch.setattr(vit.Block, "__call__", lambda self, x, *more: seen.append(x.dtype) or call(self, x, *more))
     rough = run(lower, images, noise)
     assert set(seen) == {jnp.dtype(jnp.float32)}
-    assert rough.loss.dtype == jnp.float32
+    assert {rough.loss.dtype, rough.loss_decoded.dtype, rough.loss_thrown.dtype} == {jnp.dtype(jnp.float32)}
     assert rough.predicted.dtype == jnp.bfloat16
     assert float(rough.loss) == pytest.approx(float(exact.loss), rel=0.02)
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"throw_ratio": 0.0}, {"reconstruction": "interpolate", "throw_by": "unit"}], ids=str
+    "options",
+    [{"extra_cells": "known"}, {"throw_ratio": 0.0}, {"reconstruction": "interpolate", "throw_by": "unit"}],
+    ids=str,
 )
 def test_macs_are_those_of_the_formula(options, dot_macs):
     config = SimMIMConfig(image_size=(64, 64), patch_size=(8, 8), depth=2, **options)
@@ -201,8 +235,11 @@ def test_names_follow_vits(tiny_simmim):
     assert state["encoder.rel_pos_bias.relative_position_bias_table"].shape == (52, 2)
     assert state["encoder.mask_token"].shape == (1, 1, 16)
     assert state["head.weight"].shape == (48, 16)
+    assert state["cell_head.weight"].shape == (12, 16)
     part = r"(patch_embed\.proj|norm|blocks\.\d\.(norm1|attn\.qkv|attn\.proj|norm2|mlp\.fc1|mlp\.fc2))\.(weight|bias)"
     part += r"|cls_token|mask_token|blocks\.\d\.ls[12]\.gamma|rel_pos_bias\.relative_position_bias_table"
-    assert not [name for name in state if not re.fullmatch(rf"encoder\.({part})|head\..*|reconstruct\..*", name)]
+    assert not [
+        name for name in state if not re.fullmatch(rf"encoder\.({part})|(cell_)?head\..*|reconstruct\..*", name)
+    ]
     assert set(named_weights(SimMIM(SimMIMConfig(**tiny_simmim, scan_blocks=True)))) == set(state)
     assert "encoder.pos_embed" in named_weights(SimMIM(SimMIMConfig(**tiny_simmim, position="absolute")))

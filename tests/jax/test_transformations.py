@@ -12,7 +12,7 @@ from prmim_jax.interop import named_variables
 
 METHODS = {
     "mae": {"name": "mae", "scan_blocks": True},
-    "simmim": {"name": "simmim", "drop_path": 0.5},
+    "simmim": {"name": "simmim", "drop_path": 0.5, "cell_norm": "window", "extra_cells": "known"},
 }
 
 

@@ -107,11 +107,69 @@ def test_sequences_and_supervised_tokens():
     assert MaskAlignConfig(**TEACHER).encoder_length == 59
 
 
+@pytest.mark.parametrize(
+    ("given", "patches", "cells", "num_extra"),
+    [
+        ({}, range(49, 98), range(98, 196), 0),
+        ({"thrown_target": "patch"}, range(49, 196), range(0), 0),
+        ({"extra_cells": "decoded"}, range(49, 98), range(49, 196), 49),
+        ({"extra_cells": "known"}, range(49, 98), range(196), 98),
+        ({"thrown_target": "patch", "extra_cells": "decoded"}, range(49, 196), range(49, 98), 49),
+        ({"thrown_target": "patch", "extra_cells": "known"}, range(49, 196), range(98), 98),
+        ({"reconstruction": "none"}, range(49, 98), range(0), 0),
+        ({"reconstruction": "none", "extra_cells": "known"}, range(49, 98), range(98), 98),
+        ({"thrown_weight": 0}, range(49, 98), range(0), 0),
+        ({"throw_ratio": 0}, range(49, 196), range(0), 0),
+        ({"throw_ratio": 0, "extra_cells": "decoded"}, range(49, 196), range(49, 196), 147),
+        ({"throw_ratio": 0.75, "extra_cells": "decoded"}, range(0), range(49, 196), 0),
+    ],
+    ids=str,
+)
+def test_which_tokens_predict_patches_and_cells(given, patches, cells, num_extra):
+    config = MAEConfig(**given)
+    assert (config.patch_places, config.cell_places, config.num_extra_cells) == (patches, cells, num_extra)
+    assert config.thrown_cells is (config.counts.thrown > 0 and 195 in cells)
+    assert config.losses == ("loss", "loss_decoded", "loss_thrown", "loss_cells")[: 4 if num_extra else 3]
+    assert ("cells" in config.architecture()) is ("cell_norm" in config.architecture()) is bool(cells)
+    rows = dict(config.describe())
+    all_pixels = f"{len(patches)} tokens predict all 16 x 16 pixels, normalised over the patch"
+    means = f"{len(cells)} tokens predict the means of 2 x 2 cells, normalised over the image"
+    assert rows.get("  patches") == (all_pixels if patches else None)
+    assert rows.get("  cells") == (means if cells else None)
+
+
+@pytest.mark.parametrize(
+    ("given", "shape", "dim"),
+    [
+        ({}, (2, 2), 12),
+        ({"cells": 4, "channels": 1}, (4, 4), 16),
+        ({"cells": 1}, (1, 1), 3),
+        ({"image_size": (224, 210), "patch_size": (16, 15)}, (2, 1), 6),
+        ({"image_size": (24, 30), "patch_size": (12, 15), "cells": 3}, (3, 3), 27),
+        ({"image_size": (60,), "patch_size": (5,), "channels": 2}, (1,), 2),
+        ({"image_size": (4, 8, 9), "patch_size": (2, 4, 3), "decoder_dim": 48}, (2, 2, 1), 12),
+    ],
+    ids=str,
+)
+def test_cells_of_a_patch(given, shape, dim):
+    config = MAEConfig(**given)
+    assert (config.cell_shape, config.cell_dim) == (shape, dim)
+    assert config.architecture()["cells"] == list(shape)
+
+
+def test_reports_of_targets():
+    rows = dict(SimMIMConfig(cells=4, cell_norm="window", low_pass=40).describe())
+    over = "the patch and those next to it"
+    assert rows["  patches"] == "71 tokens predict all 16 x 16 pixels, up to 40 periods per image"
+    assert rows["  cells"] == f"49 tokens predict the means of 4 x 4 cells, normalised over {over}"
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_the_baseline_is_the_published_method(method):
-    config = make(method, stages=3, depth=2)
+    given = {} if method == "maskalign" else {"extra_cells": "known", "extra_cells_weight": 2}
+    config = make(method, stages=3, depth=2, **given)
     baseline = config.baseline()
-    changed = {"reconstruction": "none"} if method == "maskalign" else {"throw_ratio": 0.0}
+    changed = {"reconstruction": "none"} if method == "maskalign" else {"throw_ratio": 0.0, "extra_cells": "none"}
     assert baseline == replace(config, **changed)
     assert not baseline.is_reconstructed
     assert baseline.baseline() == baseline
@@ -160,11 +218,16 @@ def test_an_architecture_is_plain_and_free_of_sampling(method):
     architecture = config.architecture()
     assert json.loads(json.dumps(architecture)) == architecture
     assert (architecture["method"], architecture["image_size"], architecture["num_heads"]) == (method, [64, 128], 12)
-    sampling = {"mask_ratio": 0.5, "throw_ratio": 0.25, "throwing": "random", "stages": 4, "thrown_weight": 2}
-    assert replace(config, **sampling).architecture() == architecture
-    for changes in ({"channels": 1}, {"depth": 2}, {"reconstruction": "conv"}, {"throw_ratio": 0}):
+    assert (architecture["cells"], architecture["cell_norm"]) == ([2, 2], "image")
+    sampling = {"mask_ratio": 0.5, "throw_ratio": 0.25, "throwing": "random", "stages": 4}
+    weights = {"thrown_weight": 2, "extra_cells": "known", "extra_cells_weight": 2}
+    assert replace(config, **sampling, **weights).architecture() == architecture
+    other_weights = [{"channels": 1}, {"depth": 2}, {"reconstruction": "conv"}, {"throw_ratio": 0}]
+    for changes in (*other_weights, {"cells": 4}, {"cell_norm": "window"}):
         assert replace(config, **changes).architecture() != architecture
-    assert config.baseline().architecture() == {**architecture, "reconstruction": "none"}
+    patches = {name: value for name, value in architecture.items() if name not in ("cells", "cell_norm")}
+    assert replace(config, thrown_target="patch").architecture() == patches
+    assert config.baseline().architecture() == {**patches, "reconstruction": "none"}
 
 
 def test_methods_are_named_once():
@@ -265,6 +328,22 @@ WRONG = [
     ("mae", {"furthest_from": "all"}, ValueError, "furthest_from: expected one of visible, none, got 'all'"),
     ("mae", {"furthest_from": "all", "throw_ratio": 0}, ValueError,
      "furthest_from: expected one of visible, none, got 'all'"),
+    ("mae", {"low_pass": 0}, ValueError, "low_pass: expected a number above 0, or null, got 0"),
+    ("simmim", {"low_pass": "40"}, TypeError, "low_pass: expected a number above 0, or null, got '40'"),
+    ("mae", {**MAE, "cells": 3}, ValueError, "cells: expected a divisor of the patch 4 x 4, or null, got 3"),
+    ("mae", {**MAE, "cells": 8}, ValueError, "cells: expected a divisor of the patch 4 x 4, or null, got 8"),
+    ("simmim", {**SMALL, "image_size": (16, 24), "patch_size": (4, 6), "cells": 4, "thrown_target": "patch"},
+     ValueError, "cells: expected a divisor of the patch 4 x 6, or null, got 4"),
+    ("mae", {"cells": 0}, ValueError, "cells: expected a whole number of at least 1, or null, got 0"),
+    ("mae", {"cells": 2.0}, TypeError, "cells: expected a whole number of at least 1, or null, got 2.0"),
+    ("mae", {"extra_cells_weight": 0}, ValueError, "extra_cells_weight: expected a number above 0, got 0"),
+    ("mae", {"extra_cells_weight": float("inf")}, ValueError,
+     "extra_cells_weight: expected a number above 0, got inf"),
+    ("simmim", {"thrown_target": "pixels"}, ValueError,
+     "thrown_target: expected one of cells, patch, got 'pixels'"),
+    ("mae", {"cell_norm": "patch"}, ValueError, "cell_norm: expected one of image, window, none, got 'patch'"),
+    ("mae", {"extra_cells": "visible"}, ValueError,
+     "extra_cells: expected one of none, decoded, known, got 'visible'"),
     # MAE
     ("mae", {"norm_pix": 1}, TypeError, "norm_pix: expected true or false, got 1"),
     ("mae", {"image_size": 4, "patch_size": 1, "channels": 1}, ValueError,
@@ -322,6 +401,7 @@ WRONG = [
     ("maskalign", {**ALIGN, "throwing": "random"}, ValueError, "throwing: method maskalign has no such option"),
     ("maskalign", {**ALIGN, "furthest_from": "none"}, ValueError,
      "furthest_from: method maskalign has no such option"),
+    ("maskalign", {**ALIGN, "cells": 2}, ValueError, "cells: method maskalign has no such option"),
     ("maskalign", {**ALIGN, "mask_unit": 4}, ValueError, "mask_unit: method maskalign has no such option"),
 ]  # fmt: skip
 

@@ -44,12 +44,25 @@ def test_files_that_call_the_reconstruction_variant(config):
         ({"method": "mae", "dim": 9}, "weights: dim: expected 8, got 9"),
         ({"method": "mae"}, "weights: dim: expected 8, got None"),
         ({"method": "mae", "dim": 8, "depth": 1}, "weights: depth: expected None, got 1"),
+        (
+            {"method": "mae", "dim": 8, "cells": [2, 2]},
+            "weights: cells: expected None, got [2, 2]; weights with cells need thrown_target: cells, or extra_cells",
+        ),
         ([1], "path: expected weights written by prmim, got w.safetensors, whose metadata has none"),
     ],
 )
 def test_errors_name_the_first_field_that_differs(values, message):
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         check_metadata(Method(), {METADATA_KEY: json.dumps(values)}, "w.safetensors")
+
+
+def test_files_without_cells():
+    # Such as those from before there were any.
+    old = MAEConfig(thrown_target="patch")
+    check_metadata(old, dump_architecture(old), "w.safetensors")
+    hint = "weights without cells need thrown_target: patch and extra_cells: none"
+    with pytest.raises(ValueError, match=rf"^weights: cells: expected \[2, 2\], got None; {hint}$"):
+        check_metadata(MAEConfig(), dump_architecture(old), "w.safetensors")
 
 
 @pytest.mark.parametrize("metadata", [None, {}, {METADATA_KEY: "{"}, {METADATA_KEY: "[" * 100_000}])

@@ -23,6 +23,7 @@ DECODER = {"decoder_dim": 12, "decoder_depth": 1, "decoder_heads": 3}
 SQUARE = {"image_size": (16, 16), "patch_size": (4, 4), "channels": 3}
 CLIP = {"image_size": (4, 8, 8), "patch_size": (2, 4, 2)}
 BASES = {"mae": {**SIZES, **DECODER, **SQUARE}, "simmim": {**SIZES, **SQUARE, "drop_path": 0.5}}
+LOSSES = ("loss", "loss_decoded", "loss_thrown", "loss_cells")
 HOW = {"model", "recompute_blocks", "scan_blocks"}
 """Options that change no number, or other options than themselves."""
 
@@ -47,15 +48,30 @@ CASES = {
     "mae-weight": ("mae", {"reconstruction": "interpolate", "thrown_weight": 0.25}),
     "mae-dense": ("mae", {"throw_ratio": 0.0}),
     "mae-plain": ("mae", {"reconstruction": "none", "norm_pix": False}),
-    "mae-clip": ("mae", {**CLIP, "throwing": "cell"}),
+    "mae-clip": ("mae", {**CLIP, "throwing": "cell", "cell_norm": "window"}),
+    "mae-odd-cells": ("mae", {"image_size": (12, 20), "patch_size": (3, 4), "channels": 2, "extra_cells": "known"}),
+    "mae-low-pass": ("mae", {"image_size": (12, 20), "patch_size": (3, 4), "low_pass": 4.0, "thrown_target": "patch"}),
+    "mae-one-cell": ("mae", {"cells": 1, "thrown_weight": 2.0}),
+    "mae-dense-cells": (
+        "mae",
+        {"throw_ratio": 0.0, "extra_cells": "known", "extra_cells_weight": 0.3, "cell_norm": "window"},
+    ),
+    "mae-plain-cells": ("mae", {"reconstruction": "none", "extra_cells": "decoded", "extra_cells_weight": 3.0}),
     "simmim-units": ("simmim", {"reconstruction": "conv", "throw_by": "unit"}),
     "simmim-weight": ("simmim", {"reconstruction": "interpolate", "position": "absolute", "thrown_weight": 0.25}),
     "simmim-plain": ("simmim", {"reconstruction": "none", "mask_unit": 1, "mask_ratio": 0.75, "throw_ratio": 0.5}),
     "simmim-dense": ("simmim", {"throw_ratio": 0.0}),
     "simmim-clip": (
         "simmim",
-        {**CLIP, "mask_ratio": 0.5, "throwing": "cell", "furthest_from": "none", "stages": 1, "drop_path": 0.0},
+        {**CLIP, "mask_ratio": 0.5, "throwing": "cell", "furthest_from": "none", "stages": 1, "drop_path": 0.0}
+        | {"cell_norm": "window"},
     ),
+    "simmim-cells": (
+        "simmim",
+        {"cells": 4, "thrown_weight": 0.25, "extra_cells": "decoded", "extra_cells_weight": 2.0, "throw_by": "unit"},
+    ),
+    "simmim-low-pass": ("simmim", {**CLIP, "mask_ratio": 0.5, "low_pass": 2.0, "drop_path": 0.0}),
+    "simmim-dense-cells": ("simmim", {"throw_ratio": 0.0, "extra_cells": "known", "cells": 1}),
 }
 
 
@@ -118,7 +134,7 @@ def test_loss_and_every_gradient(tmp_path, case, dtype, rtol):
         output, gradients = losses_and_gradients(there, jnp.asarray(images), jnp.asarray(noise))
 
         np.testing.assert_array_equal(output.plan.order, expected.plan.order)
-        for name in ("loss", "loss_decoded", "loss_thrown"):
+        for name in LOSSES:
             assert float(getattr(output, name)) == pytest.approx(getattr(expected, name).item(), rel=rtol), name
         for name, parameter in here.named_parameters():
             wanted = split_keys(name, parameter.grad.numpy())
@@ -127,7 +143,16 @@ def test_loss_and_every_gradient(tmp_path, case, dtype, rtol):
             assert np.abs(got - wanted).max() <= rtol * np.abs(wanted).max(), name
 
         specified = specify(config.name, given, tmp_path / "weights.safetensors", images, noise)
-        assert float(output.loss) == pytest.approx(specified.loss, rel=rtol)
+        for name in LOSSES:
+            assert float(getattr(output, name)) == pytest.approx(getattr(specified, name), rel=rtol), name
+        for name, places in (("predicted", config.patch_places), ("predicted_cells", config.cell_places)):
+            predicted, wanted = getattr(output, name), getattr(specified, name)
+            assert (
+                (predicted is None) == (getattr(expected, name) is None) == (name == "predicted_cells" and not places)
+            )
+            if predicted is not None:
+                assert predicted.shape[1] == len(places)
+                np.testing.assert_allclose(predicted, wanted, rtol=100 * rtol, atol=100 * rtol, err_msg=name)
 
 
 def specify(name, given, *inputs):
@@ -142,7 +167,7 @@ def digits():
     return (images * 15).astype(np.uint8)[..., None]
 
 
-TRAINED = {"mae": DECODER, "simmim": {"drop_path": 0.3}}
+TRAINED = {"mae": {**DECODER, "extra_cells": "decoded"}, "simmim": {"drop_path": 0.3}}
 
 
 def make_engines(kind, **changes):
@@ -164,7 +189,7 @@ def test_fifty_steps_agree_and_weights_go_both_ways(digits, tmp_path, kind):
         here.train_step(digits[sample], sample)
         there.train_step(digits[sample], sample)
         expected, got = here.read_metrics(), there.read_metrics()
-        for name in ("loss", "loss_decoded", "loss_thrown", "grad_norm"):
+        for name in (*here.method.losses, "grad_norm"):
             assert got[name] == pytest.approx(expected[name], rel=1e-3 if "loss" in name else 1e-2), (step, name)
         assert got["learning_rate"] == expected["learning_rate"]
 

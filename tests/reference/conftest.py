@@ -104,6 +104,82 @@ def raster_patches(images, patch_size, mean, std):
     return x.reshape(len(x), np.prod(split[::2]), -1)
 
 
+def raster_cells(images, patch_size, cells, mean, std, cell_norm):
+    """Normalised means of cells (batch, N, cells * channels) of all patches of images (batch, axes..., channels)."""
+    x = (images / 255 - np.array(mean)) / np.array(std)
+    axes, (batch, *lengths, channels) = len(patch_size), x.shape
+    sides = zip(lengths, patch_size, cells, strict=True)
+    split = np.array([(length // side, count, side // count) for length, side, count in sides])
+    x = x.reshape(batch, *split.flat, channels)  # each axis: patches, cells, pixels
+    x = x.transpose(0, *(1 + np.arange(3 * axes).reshape(axes, 3).T.ravel()), 3 * axes + 1)
+    x = x.reshape(batch, *split.prod(0), channels)
+    place = np.indices(split[:, 0]).reshape(axes, -1)
+    reach = {"window": 1, "image": max(lengths), "none": 0}[cell_norm]
+    is_near = (np.abs(place[:, :, None] - place[:, None, :]) <= reach).all(axis=0)
+    share = is_near / is_near.sum(axis=1, keepdims=True)
+    center = np.einsum("tu,bukpc->btc", share, x)[:, :, None] / np.prod(patch_size)
+    moment = np.einsum("tu,bukpc->btc", share, x**2)[:, :, None] / np.prod(patch_size)
+    values = x.mean(axis=3)
+    if cell_norm != "none":
+        values = (values - center) / (np.sqrt(moment - center**2) + 1e-3)
+    return values.reshape(*values.shape[:2], -1)
+
+
+def supervised(
+    features,
+    order,
+    counts,
+    weights,
+    *,
+    head,
+    power,
+    targets,
+    cell_targets,
+    thrown_target="cells",
+    extra_cells="none",
+    thrown_weight=1.0,
+    extra_cells_weight=1.0,
+    eps=0.0,
+):
+    """Losses and predictions of features (batch, n, dim) in plan order; targets are (batch, N, values)."""
+    place = np.arange(features.shape[1])
+    is_visible, is_thrown = place < counts.visible, place >= counts.visible + counts.decoded
+    is_decoded = ~is_visible & ~is_thrown
+    is_extra = {"none": place < 0, "decoded": is_decoded, "known": ~is_thrown}[extra_cells]
+    is_patch = is_decoded | (is_thrown & (thrown_target == "patch"))
+    rows = order[:, place, None]
+    predicted = affine(features, weights, head)
+    predicted_cells = affine(features, weights, "cell_head")
+    error = (np.abs(predicted - np.take_along_axis(targets, rows, axis=1)) ** power).mean(axis=2)
+    cell_error = (np.abs(predicted_cells - np.take_along_axis(cell_targets, rows, axis=1)) ** power).mean(axis=2)
+    own = np.where(is_patch, error, cell_error)
+    weight = is_decoded + thrown_weight * is_thrown
+    total = (weight * own + extra_cells_weight * is_extra * cell_error).sum()
+
+    def mean(error, which):
+        return error[:, which].mean() if which.any() else 0.0
+
+    return SimpleNamespace(
+        loss=total / (len(features) * weight.sum() + eps),
+        loss_decoded=mean(own, is_decoded),
+        loss_thrown=mean(own, is_thrown),
+        loss_cells=mean(cell_error, is_extra),
+        predicted=predicted[:, is_patch],
+        predicted_cells=predicted_cells[:, is_extra | (is_thrown & ~is_patch)],
+    )
+
+
+def low_passed(images, radius):
+    """Images (batch, axes..., channels) without high frequencies, as in PixMIM; unchanged for None."""
+    if radius is None:
+        return images
+    axes = tuple(range(1, images.ndim - 1))
+    centred = [index - (n - 1) / 2 for index, n in zip(np.indices(images.shape[1:-1]), images.shape[1:], strict=False)]
+    spectrum = np.fft.fftshift(np.fft.fftn(images, axes=axes), axes=axes)
+    spectrum *= (np.square(centred).sum(axis=0) <= radius**2)[None, ..., None]
+    return np.abs(np.fft.ifftn(np.fft.ifftshift(spectrum, axes=axes), axes=axes))
+
+
 def encoder_outputs(patches, weights, shape, heads, *, tokens=None, is_masked=None, scales=None):
     """Outputs of all blocks (batch, 1 + n, dim) for some tokens (batch, n), by default all in raster order.
 
@@ -128,6 +204,25 @@ def encoder_outputs(patches, weights, shape, heads, *, tokens=None, is_masked=No
     return block_outputs(x, weights, "encoder", heads, bias, scales)
 
 
+CELLS = {
+    "image": {},
+    "window": {"cell_norm": "window", "cells": 1},
+    "none": {"cell_norm": "none", "thrown_weight": 0.3},
+    "decoded": {"extra_cells": "decoded", "extra_cells_weight": 0.5},
+    "known": {"extra_cells": "known", "extra_cells_weight": 2.0, "thrown_weight": 0.3, "cell_norm": "window"},
+    "patch": {"thrown_target": "patch", "extra_cells": "known"},
+    "dense": {"throw_ratio": 0.0, "extra_cells": "known", "extra_cells_weight": 0.3},
+    "filtered": {"low_pass": 2.0, "extra_cells": "decoded"},
+    "plain": {"reconstruction": "none", "extra_cells": "decoded", "extra_cells_weight": 3.0},
+}
+
+
+@pytest.fixture(params=CELLS)
+def cell_options(request):
+    """Options of which tokens predict cells, and how these are normalised."""
+    return dict(CELLS[request.param])
+
+
 @pytest.fixture
 def random_weights():
     return RandomWeights
@@ -142,5 +237,8 @@ def oracle():
         block_outputs=block_outputs,
         relative_bias=relative_bias,
         raster_patches=raster_patches,
+        raster_cells=raster_cells,
+        low_passed=low_passed,
+        supervised=supervised,
         encoder_outputs=encoder_outputs,
     )

@@ -1,3 +1,5 @@
+import math
+
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
@@ -33,6 +35,7 @@ class Problem:
         self.weights["decoder.mask_token"] = self.weights.normal(1, 1, DECODER_DIM)
         self.weights["decoder.pos_embed"] = self.weights.normal(1, 1 + self.num_tokens, DECODER_DIM)
         self.weights.reconstruct(self.shape, DECODER_DIM)
+        self.weights.linear("cell_head", DECODER_DIM, self.channels * math.prod(2 - n % 2 for n in self.patch_size))
 
     def forward(self, **options):
         options = {"patch_size": self.patch_size, "num_heads": HEADS, "decoder_heads": DECODER_HEADS} | options
@@ -69,6 +72,20 @@ def raster_features(oracle, problem, patches, num_visible, order, num_decoded):
         states = oracle.block_outputs(sequence[image : image + 1, rows], weights, "decoder", DECODER_HEADS)
         features[image, seen] = oracle.normed(states[-1], weights, "decoder.norm")[0, 1:]
     return features
+
+
+def all_features(problem, known, orders, counts, **options):
+    """Features (batch, N, dim) in plan order, from those of the known tokens."""
+    own = {name[12:]: array for name, array in problem.weights.items() if name.startswith("reconstruct.")}
+    options = {"stages": 2, "reconstruction": "kernel"} | options
+    return np.array(
+        [
+            reconstruct.progressive_reconstruction(
+                features, order.tolist(), counts, problem.shape, parameters=own, **options
+            )
+            for features, order in zip(known, orders, strict=True)
+        ]
+    )
 
 
 def raster_target(patches, norm_pix):
@@ -127,7 +144,9 @@ def test_plain_partial_reconstruction_supervises_decoded_tokens_only(problem, or
 @pytest.mark.parametrize("reconstruction", ["kernel", "interpolate", "conv"])
 @pytest.mark.parametrize("furthest_from", ["visible", "none"])
 def test_thrown_tokens_are_rebuilt_from_decoder_features(problem, oracle, reconstruction, furthest_from):
-    output = problem.forward(reconstruction=reconstruction, furthest_from=furthest_from, stages=3)
+    output = problem.forward(
+        reconstruction=reconstruction, furthest_from=furthest_from, stages=3, thrown_target="patch"
+    )
     plain = problem.forward(reconstruction="none", furthest_from=furthest_from)
     num_decoded = plain.predicted.shape[1]
     assert np.array_equal(output.order, plain.order)
@@ -138,21 +157,50 @@ def test_thrown_tokens_are_rebuilt_from_decoder_features(problem, oracle, recons
     mean, std = method.channel_statistics(problem.channels, None, None)
     patches = oracle.raster_patches(problem.images, problem.patch_size, mean, std)
     features = raster_features(oracle, problem, patches, counts.visible, output.order, counts.decoded)
-    own = {name[12:]: array for name, array in problem.weights.items() if name.startswith("reconstruct.")}
-    thrown_errors = []
-    for image, order in enumerate(output.order):
-        known = features[image, order[: counts.visible + counts.decoded]]
-        rebuilt = reconstruct.progressive_reconstruction(
-            known, order.tolist(), counts, problem.shape, stages=3, reconstruction=reconstruction, parameters=own
-        )
-        predicted = oracle.affine(rebuilt[-counts.thrown :], problem.weights, "decoder.pred")
-        assert np.allclose(output.predicted[image, num_decoded:], predicted, atol=1e-10)
-        target = raster_target(patches[image], True)[order[-counts.thrown :]]
-        thrown_errors.append(((predicted - target) ** 2).mean())
-    assert output.loss_thrown == pytest.approx(np.mean(thrown_errors), rel=1e-10)
+    known = np.take_along_axis(features, output.order[:, : counts.visible + counts.decoded, None], axis=1)
+    rebuilt = all_features(problem, known, output.order, counts, stages=3, reconstruction=reconstruction)
+    thrown = output.order[:, -counts.thrown :, None]
+    predicted = oracle.affine(rebuilt[:, -counts.thrown :], problem.weights, "decoder.pred")
+    assert np.allclose(output.predicted[:, num_decoded:], predicted, atol=1e-10)
+    error = (predicted - np.take_along_axis(raster_target(patches, True), thrown, axis=1)) ** 2
+    assert output.loss_thrown == pytest.approx(error.mean(), rel=1e-10)
     decoded, thrown = counts.decoded, counts.thrown
     expected = (decoded * output.loss_decoded + thrown * output.loss_thrown) / (decoded + thrown)
     assert output.loss == pytest.approx(expected, rel=1e-12)
+
+
+def test_targets_and_losses_of_cells(problem, oracle, cell_options):
+    given = {"throw_ratio": 0.5, "cells": None, "cell_norm": "image", "reconstruction": "kernel", **cell_options}
+    cells = tuple(given["cells"] or 2 - side % 2 for side in problem.patch_size)
+    problem.weights.linear("cell_head", DECODER_DIM, problem.channels * math.prod(cells))
+    mean, std = [0.4] * problem.channels, [0.3] * problem.channels
+    output = problem.forward(**given, mean=mean, std=std)
+
+    counts = mae.count_tokens(problem.num_tokens, 0.75, given.pop("throw_ratio"))
+    patches = oracle.raster_patches(problem.images, problem.patch_size, mean, std)
+    features = raster_features(oracle, problem, patches, counts.visible, output.order, counts.decoded)
+    known = np.take_along_axis(features, output.order[:, : counts.visible + counts.decoded, None], axis=1)
+    if given.pop("reconstruction") != "none":
+        known = all_features(problem, known, output.order, counts)
+    cell_norm = given.pop("cell_norm")
+    filtered = oracle.low_passed(problem.images, given.pop("low_pass", None))
+    del given["cells"]
+    expected = oracle.supervised(
+        known,
+        output.order,
+        counts,
+        problem.weights,
+        head="decoder.pred",
+        power=2,
+        targets=raster_target(oracle.raster_patches(filtered, problem.patch_size, mean, std), True),
+        cell_targets=oracle.raster_cells(problem.images, problem.patch_size, cells, mean, std, cell_norm),
+        **given,
+    )
+    for name in ("loss", "loss_decoded", "loss_thrown", "loss_cells"):
+        assert getattr(output, name) == pytest.approx(getattr(expected, name), rel=1e-10), name
+    assert np.allclose(output.predicted, expected.predicted, atol=1e-9)
+    assert output.predicted_cells.size == expected.predicted_cells.size
+    assert np.allclose(output.predicted_cells, expected.predicted_cells, atol=1e-9)
 
 
 @pytest.mark.parametrize("thrown_weight", [0.0, 0.3, 1.0, 2.0])
@@ -167,14 +215,17 @@ def test_a_silent_head_scores_the_variance_of_the_target(image_problem):
     weights = dict(image_problem.weights)
     weights["decoder.pred.weight"] = np.zeros_like(weights["decoder.pred.weight"])
     weights["decoder.pred.bias"] = np.zeros_like(weights["decoder.pred.bias"])
-    output = image_problem.forward(weights=weights)
+    output = image_problem.forward(weights=weights, thrown_target="patch")
     # The unbiased variance of a normalised patch of n values is 1, so their mean square is (n - 1) / n.
     expected = (image_problem.patch_dim - 1) / image_problem.patch_dim
     assert output.loss == pytest.approx(expected, rel=1e-4)
     assert not output.predicted.any()
 
 
-@pytest.mark.parametrize("options", [{}, {"throwing": "cell"}, {"reconstruction": "conv"}])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"throwing": "cell", "cell_norm": "window"}, {"reconstruction": "conv", "extra_cells": "known"}],
+)
 def test_images_of_a_batch_do_not_see_each_other(image_problem, options):
     both = image_problem.forward(**options)
     losses = []
@@ -190,6 +241,7 @@ def test_images_of_a_batch_do_not_see_each_other(image_problem, options):
         )
         assert np.array_equal(single.order[0], both.order[image])
         assert np.allclose(single.predicted[0], both.predicted[image], atol=1e-13)
+        assert np.allclose(single.predicted_cells[0], both.predicted_cells[image], atol=1e-13)
         losses.append(single.loss)
     assert both.loss == pytest.approx(np.mean(losses), rel=1e-12)
 
@@ -199,7 +251,7 @@ def test_images_of_a_batch_do_not_see_each_other(image_problem, options):
 )
 def test_extreme_ratios_are_defined(image_problem, mask_ratio, throw_ratio, supervised):
     output = image_problem.forward(mask_ratio=mask_ratio, throw_ratio=throw_ratio)
-    assert output.predicted.shape[1] == supervised
+    assert output.predicted.shape[1] + output.predicted_cells.shape[1] == supervised
     assert np.isfinite(output.loss)
     assert (output.loss == 0.0) == (supervised == 0)
     if throw_ratio == 0.75:
@@ -236,6 +288,16 @@ def test_encode_sees_the_whole_image(problem, oracle):
     assert np.allclose(found, oracle.normed(states[-1], problem.weights, "encoder.norm"), atol=1e-11)
 
 
-def test_an_unknown_variant_is_refused(image_problem):
-    with pytest.raises(ValueError, match="reconstruction: expected"):
-        image_problem.forward(reconstruction="copy")
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"reconstruction": "copy"}, "reconstruction: expected"),
+        ({"thrown_target": "pixels"}, 'thrown_target: expected "cells" or "patch", got \'pixels\''),
+        ({"extra_cells": "all"}, 'extra_cells: expected "none", "decoded" or "known", got \'all\''),
+        ({"cell_norm": "patch"}, "cell_norm: expected"),
+        ({"cells": 3}, r"cells: expected divisors of the patch \(2, 3\), got \(3, 3\)"),
+    ],
+)
+def test_wrong_options_are_refused(image_problem, options, message):
+    with pytest.raises(ValueError, match=message):
+        image_problem.forward(**options)

@@ -1,3 +1,5 @@
+import math
+
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
@@ -42,6 +44,7 @@ class Problem:
         )
         self.weights.linear("head", DIM, self.patch_dim)
         self.weights.reconstruct(self.shape, DIM)
+        self.weights.linear("cell_head", DIM, self.channels * math.prod(2 - n % 2 for n in self.patch_size))
 
     @property
     def counts(self):
@@ -84,6 +87,20 @@ def features_of_seen(oracle, problem, seen, mean, std, scales=None):
         patches, problem.weights, problem.shape, HEADS, tokens=seen, is_masked=problem.is_masked(), scales=scales
     )
     return oracle.normed(states[-1], problem.weights, "encoder.norm")[:, 1:]
+
+
+def all_features(problem, known, orders, counts, **options):
+    """Features (batch, N, dim) in plan order, from those of the known tokens."""
+    own = {name[12:]: array for name, array in problem.weights.items() if name.startswith("reconstruct.")}
+    options = {"stages": 2, "reconstruction": "kernel"} | options
+    return np.array(
+        [
+            reconstruct.progressive_reconstruction(
+                features, order.tolist(), counts, problem.shape, parameters=own, **options
+            )
+            for features, order in zip(known, orders, strict=True)
+        ]
+    )
 
 
 @pytest.mark.parametrize("options", [{"throwing": "none"}, {"throw_ratio": 0.0}], ids=["none", "ratio"])
@@ -143,7 +160,7 @@ def test_thrown_tokens_never_enter_the_encoder(random_weights, oracle, name, pos
 @pytest.mark.parametrize("reconstruction", ["kernel", "interpolate", "conv"])
 def test_thrown_tokens_are_rebuilt_from_encoder_features(problem, oracle, reconstruction, throw_by):
     options = {"throw_by": throw_by, "throw_ratio": 0.35, "stages": 3}
-    output = problem.forward(reconstruction=reconstruction, **options)
+    output = problem.forward(reconstruction=reconstruction, thrown_target="patch", **options)
     plain = problem.forward(reconstruction="none", **options)
     unit = (problem.mask_unit,) * len(problem.shape)
     counts = simmim.unit_counts(problem.shape, unit, 0.6, 0.35, throw_by)
@@ -158,22 +175,47 @@ def test_thrown_tokens_are_rebuilt_from_encoder_features(problem, oracle, recons
     patches = oracle.raster_patches(problem.images, problem.patch_size, mean, std)
     seen = output.order[:, : counts.visible + counts.decoded]
     features = features_of_seen(oracle, problem, seen, mean, std)
-    own = {name[12:]: array for name, array in problem.weights.items() if name.startswith("reconstruct.")}
-    errors = []
-    for image, order in enumerate(output.order):
-        rebuilt = reconstruct.progressive_reconstruction(
-            features[image],
-            order.tolist(),
-            counts,
-            problem.shape,
-            stages=3,
-            reconstruction=reconstruction,
-            parameters=own,
-        )
-        predicted = oracle.affine(rebuilt[-counts.thrown :], problem.weights, "head")
-        assert np.allclose(output.predicted[image, counts.decoded :], predicted, atol=1e-9)
-        errors.append(np.abs(predicted - patches[image, order[-counts.thrown :]]).mean())
-    assert output.loss_thrown == pytest.approx(np.mean(errors), rel=1e-10)
+    rebuilt = all_features(problem, features, output.order, counts, stages=3, reconstruction=reconstruction)
+    predicted = oracle.affine(rebuilt[:, -counts.thrown :], problem.weights, "head")
+    assert np.allclose(output.predicted[:, counts.decoded :], predicted, atol=1e-9)
+    error = np.abs(predicted - np.take_along_axis(patches, output.order[:, -counts.thrown :, None], axis=1))
+    assert output.loss_thrown == pytest.approx(error.mean(), rel=1e-10)
+
+
+@pytest.mark.parametrize("throw_by", ["token", "unit"])
+def test_targets_and_losses_of_cells(problem, oracle, cell_options, throw_by):
+    given = {"throw_ratio": 0.35, "cells": None, "cell_norm": "image", "reconstruction": "kernel", **cell_options}
+    cells = tuple(given["cells"] or 2 - side % 2 for side in problem.patch_size)
+    problem.weights.linear("cell_head", DIM, problem.channels * math.prod(cells))
+    mean, std = [0.4] * problem.channels, [0.3] * problem.channels
+    output = problem.forward(**given, throw_by=throw_by, mean=mean, std=std)
+
+    unit = (problem.mask_unit,) * len(problem.shape)
+    counts = simmim.unit_counts(problem.shape, unit, 0.6, given.pop("throw_ratio"), throw_by)
+    seen = output.order[:, : counts.visible + counts.decoded]
+    known = features_of_seen(oracle, problem, seen, mean, std)
+    if given.pop("reconstruction") != "none":
+        known = all_features(problem, known, output.order, counts)
+    cell_norm = given.pop("cell_norm")
+    filtered = oracle.low_passed(problem.images, given.pop("low_pass", None))
+    del given["cells"]
+    expected = oracle.supervised(
+        known,
+        output.order,
+        counts,
+        problem.weights,
+        head="head",
+        power=1,
+        targets=oracle.raster_patches(filtered, problem.patch_size, mean, std),
+        cell_targets=oracle.raster_cells(problem.images, problem.patch_size, cells, mean, std, cell_norm),
+        eps=1e-5 / math.prod(problem.patch_size),
+        **given,
+    )
+    for name in ("loss", "loss_decoded", "loss_thrown", "loss_cells"):
+        assert getattr(output, name) == pytest.approx(getattr(expected, name), rel=1e-10), name
+    assert np.allclose(output.predicted, expected.predicted, atol=1e-9)
+    assert output.predicted_cells.size == expected.predicted_cells.size
+    assert np.allclose(output.predicted_cells, expected.predicted_cells, atol=1e-9)
 
 
 @pytest.mark.parametrize("thrown_weight", [0.0, 0.3, 1.0, 2.0])
@@ -191,7 +233,7 @@ def test_thrown_weight_of_zero_leaves_the_loss_of_plain_partial_reconstruction(i
     assert plain.loss_thrown == 0.0
 
 
-@pytest.mark.parametrize("options", [{}, {"throwing": "none"}, {"reconstruction": "none"}])
+@pytest.mark.parametrize("options", [{"thrown_target": "patch"}, {"throwing": "none"}, {"reconstruction": "none"}])
 def test_a_silent_head_scores_the_mean_absolute_pixel(image_problem, options):
     weights = dict(image_problem.weights)
     weights |= {"head.weight": np.zeros((18, DIM)), "head.bias": np.zeros(18)}
@@ -211,7 +253,8 @@ def test_the_target_is_not_normalised_per_patch(image_problem):
     weights["head.bias"] = np.tile([1.0, 2.0, -3.0], 6)  # channels run fastest, in pixels of 2x3
     images = np.zeros_like(image_problem.images)
     images[:] = [255, 0, 51]
-    output = image_problem.forward(weights=weights, images=images, mean=[0.0] * 3, std=[1.0, 1.0, 0.1])
+    statistics = {"mean": [0.0] * 3, "std": [1.0, 1.0, 0.1]}
+    output = image_problem.forward(weights=weights, images=images, thrown_target="patch", **statistics)
     assert output.loss_decoded == pytest.approx((0 + 2 + 5) / 3, rel=1e-13)
     assert output.loss_thrown == pytest.approx((0 + 2 + 5) / 3, rel=1e-13)
 
@@ -234,7 +277,7 @@ def test_predictions_do_not_depend_on_the_order_of_known_tokens(random_weights, 
         ]
         predicted = []
         for each in (order, other):
-            rows = simmim.predict_image(
+            rows = simmim.image_features(
                 patches,
                 each,
                 counts,
@@ -245,7 +288,7 @@ def test_predictions_do_not_depend_on_the_order_of_known_tokens(random_weights, 
                 reconstruction=reconstruction,
                 scales=None,
             )
-            predicted.append(dict(zip(each[visible:], rows, strict=False)))
+            predicted.append(dict(zip(each, rows, strict=False)))
         assert order != other
         assert predicted[0].keys() == predicted[1].keys()
         assert all(np.allclose(predicted[0][token], predicted[1][token], atol=1e-10) for token in predicted[0])
@@ -292,7 +335,7 @@ def test_layer_scale_of_zero_leaves_mask_tokens_as_they_are(image_problem, oracl
 @pytest.mark.parametrize("position", ["absolute", "relative"])
 def test_a_patch_is_seen_by_its_image_if_it_is_visible(random_weights, name, position):
     problem = Problem(random_weights, name, position=position)
-    before = problem.forward()
+    before = problem.forward(cell_norm="none")
     counts = problem.counts
     kinds = {"visible": 0, "decoded": counts.visible, "thrown": counts.visible + counts.decoded}
     for kind, place in kinds.items():
@@ -301,9 +344,10 @@ def test_a_patch_is_seen_by_its_image_if_it_is_visible(random_weights, name, pos
         region = tuple(slice(c, c + side) for c, side in zip(corner, problem.patch_size, strict=True))
         images = problem.images.copy()
         images[(0, *region)] ^= 255
-        after = problem.forward(images=images)
-        assert np.array_equal(after.predicted[1], before.predicted[1])
-        assert np.array_equal(after.predicted[0], before.predicted[0]) == (kind != "visible")
+        after = problem.forward(images=images, cell_norm="none")
+        for given, found in ((before.predicted, after.predicted), (before.predicted_cells, after.predicted_cells)):
+            assert np.array_equal(found[1], given[1])
+            assert np.array_equal(found[0], given[0]) == (kind != "visible")
         assert (after.loss_decoded == before.loss_decoded) == (kind == "thrown")
         assert (after.loss_thrown == before.loss_thrown) == (kind == "decoded")
 
@@ -344,7 +388,15 @@ def test_the_order_is_that_of_the_plan(random_weights, furthest_from, throw_by):
         assert expected["visible"] != expected["none"]  # or this noise tests nothing
 
 
-@pytest.mark.parametrize("options", [{}, {"throwing": "cell"}, {"reconstruction": "conv"}, {"drop_path": 0.5}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"cell_norm": "window", "extra_cells": "known"},
+        {"throwing": "cell"},
+        {"reconstruction": "conv"},
+        {"drop_path": 0.5},
+    ],
+)
 def test_images_of_a_batch_do_not_see_each_other(image_problem, options):
     both = image_problem.forward(**options)
     for image in range(2):
@@ -352,6 +404,7 @@ def test_images_of_a_batch_do_not_see_each_other(image_problem, options):
         single = image_problem.forward(**part, **options)
         assert np.array_equal(single.order[0], both.order[image])
         assert np.allclose(single.predicted[0], both.predicted[image], atol=1e-13)
+        assert np.allclose(single.predicted_cells[0], both.predicted_cells[image], atol=1e-13)
 
 
 def test_drop_path_scales_the_branches_of_every_image(random_weights, oracle):
@@ -371,7 +424,7 @@ def test_drop_path_scales_the_branches_of_every_image(random_weights, oracle):
 )
 def test_extreme_ratios_are_defined(image_problem, mask_ratio, throw_ratio, supervised):
     output = image_problem.forward(mask_ratio=mask_ratio, throw_ratio=throw_ratio)
-    assert output.predicted.shape[1] == supervised
+    assert output.predicted.shape[1] + output.predicted_cells.shape[1] == supervised
     assert np.isfinite(output.loss)
     assert (output.loss == 0.0) == (supervised == 0)
     assert (output.loss_decoded == 0.0) == (supervised == 0 or throw_ratio == 1.0)
@@ -406,6 +459,8 @@ def test_weights_load_from_a_file(image_problem, tmp_path):
     ("options", "message"),
     [
         ({"reconstruction": "copy"}, "reconstruction: expected"),
+        ({"thrown_target": "pixels"}, "thrown_target: expected"),
+        ({"extra_cells": "all"}, "extra_cells: expected"),
         ({"throw_by": "row"}, 'throw_by: expected "token" or "unit", got \'row\''),
         ({"mask_unit": 4}, "mask_unit: expected a divisor of the grid 4x6, got 4"),
         ({"mask_unit": 0}, "mask_unit: expected a divisor of the grid 4x6, got 0"),

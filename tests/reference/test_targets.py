@@ -1,7 +1,16 @@
 import numpy as np
 import pytest
 
-from prmim_reference.targets import denormalize_patches, grid_shape, normalize_patches, patchify, unpatchify
+from prmim_reference.targets import (
+    cell_means,
+    cell_targets,
+    denormalize_patches,
+    expand_cells,
+    grid_shape,
+    normalize_patches,
+    patchify,
+    unpatchify,
+)
 
 CASES = [((12,), (3,), 2), ((4, 6), (2, 3), 1), ((4, 6), (2, 2), 3), ((4, 4, 6), (2, 2, 3), 2), ((4, 4), (1, 1), 5)]
 
@@ -46,3 +55,29 @@ def test_normalisation_agrees_with_numpys_unbiased_variance_and_is_undone():
 def test_a_patch_of_one_value_has_no_unbiased_variance():
     with pytest.raises(ValueError, match="patch: expected at least 2 values"):
         normalize_patches(np.zeros((3, 1)))
+
+
+def test_cell_means_agree_with_reshaping():
+    patches = np.random.default_rng(0).normal(size=(5, 4 * 6 * 3))
+    means = patches.reshape(5, 2, 2, 3, 2, 3).mean(axis=(2, 4))
+    assert np.allclose(cell_means(patches, (4, 6), (2, 3)), means.reshape(5, -1), atol=1e-12)
+    blocks = np.repeat(np.repeat(means, 2, axis=1), 2, axis=2)
+    assert np.allclose(expand_cells(means.reshape(5, -1), (4, 6), (2, 3)), blocks.reshape(5, -1), atol=1e-12)
+
+
+@pytest.mark.parametrize(("cell_norm", "tokens"), [("image", range(6)), ("window", [0, 1, 3, 4]), ("none", None)])
+def test_targets_of_cells_are_normalised_by_channel(cell_norm, tokens):
+    patches = np.random.default_rng(0).normal(3.0, 2.0, size=(6, 2 * 2 * 3))
+    target = cell_targets(patches, [0], (2, 2), (2, 3), (1, 1), cell_norm)
+    expected = patches[0].reshape(4, 3).mean(axis=0)
+    if tokens is not None:
+        pixels = patches[list(tokens)].reshape(-1, 3)
+        expected = (expected - pixels.mean(axis=0)) / (pixels.std(axis=0) + 1e-3)
+    assert np.allclose(target[0], expected, atol=1e-12)
+
+
+def test_wrong_cells_are_refused():
+    with pytest.raises(ValueError, match="cells: expected divisors"):
+        cell_means(np.zeros((1, 16)), (4, 4), (3, 2))
+    with pytest.raises(ValueError, match="cell_norm: expected"):
+        cell_targets(np.zeros((1, 16)), [0], (4, 4), (1, 1), (2, 2), "patch")

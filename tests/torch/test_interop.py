@@ -43,7 +43,8 @@ def test_the_file_names_its_architecture(method, tmp_path):
 
 def test_weights_fit_another_schedule(tiny, method, tmp_path):
     save_weights(method, tmp_path / "weights.safetensors")
-    other = create_method("mae", **tiny, mask_ratio=0.5, throw_ratio=0.25, stages=1, throwing="random", init_seed=1)
+    options = {"mask_ratio": 0.5, "throw_ratio": 0.25, "stages": 1, "throwing": "random", "extra_cells": "known"}
+    other = create_method("mae", **tiny, **options, init_seed=1)
     load_weights(other, tmp_path / "weights.safetensors")
     assert_same(other, method.state_dict())
 
@@ -65,6 +66,9 @@ def test_device_and_dtype_stay_those_of_the_method(tiny, method, tmp_path, devic
         ({"reconstruction": "conv"}, "weights: reconstruction: expected 'conv', got 'kernel'"),
         ({"image_size": (16, 32)}, r"weights: image_size: expected \[16, 32\], got \[16, 16\]"),
         ({"channels": 1}, "weights: channels: expected 1, got 3"),
+        ({"cells": 1}, r"weights: cells: expected \[1, 1\], got \[2, 2\]"),
+        ({"cell_norm": "window"}, "weights: cell_norm: expected 'window', got 'image'"),
+        ({"thrown_target": "patch"}, r"weights: cells: expected None, got \[2, 2\]; weights with cells need .*"),
         ({"mean": (0.5, 0.5, 0.5)}, r"weights: mean: expected \[0.5, 0.5, 0.5\], got \[0.485, 0.456, 0.406\]"),
     ],
     ids=str,

@@ -13,6 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from prmim_core import counter_noise, normalize_patches, patchify, take_tokens
 from prmim_methods import MAEConfig
 from prmim_reference import mae as reference
+from prmim_reference.method import image_patches
+from prmim_reference.targets import cell_means, cell_targets, expand_cells
 from prmim_torch import MAE
 
 RECONSTRUCTIONS = ["kernel", "interpolate", "conv", "none"]
@@ -24,6 +26,7 @@ SHAPES = {
     "signal": ((48,), (4,), 1),
     "volume": ((4, 8, 8), (2, 2, 4), 1),
     "clip": ((4, 8, 8), (2, 4, 4), 3),
+    "odd": ((12, 15), (4, 3), 2),
 }
 SIZES = {"embed_dim": 24, "depth": 2, "num_heads": 2, "decoder_dim": 12, "decoder_depth": 1, "decoder_heads": 3}
 
@@ -53,12 +56,16 @@ def reference_output(method, images, noise, **options):
 
 
 def assert_agrees(output, expected, rtol):
-    for name in ("loss", "loss_decoded", "loss_thrown"):
+    for name in ("loss", "loss_decoded", "loss_thrown", "loss_cells"):
         assert getattr(output, name).item() == pytest.approx(getattr(expected, name), rel=rtol), name
     np.testing.assert_array_equal(output.plan.order.cpu().numpy(), expected.order)
-    np.testing.assert_allclose(
-        output.predicted.detach().cpu().numpy(), expected.predicted, rtol=100 * rtol, atol=100 * rtol
-    )
+    for name in ("predicted", "predicted_cells"):
+        predicted, wanted = getattr(output, name), getattr(expected, name)
+        if wanted.size == 0:
+            assert predicted is None or predicted.numel() == 0
+        else:
+            predicted = predicted.detach().cpu().numpy()
+            np.testing.assert_allclose(predicted, wanted, rtol=100 * rtol, atol=100 * rtol, err_msg=name)
 
 
 CASES = [
@@ -73,6 +80,10 @@ CASES = [
     {"mask_ratio": 0.6, "throw_ratio": 0.3, "thrown_weight": 0.25},
     {"mask_ratio": 0.5, "throw_ratio": 0.5},
     {"norm_pix": False},
+    {"thrown_target": "patch"},
+    {"cell_norm": "window", "cells": 1, "extra_cells": "decoded"},
+    {"cell_norm": "none", "extra_cells": "known", "extra_cells_weight": 0.5},
+    {"throw_ratio": 0.0, "extra_cells": "known"},
 ]
 
 
@@ -88,10 +99,12 @@ def test_loss_is_the_reference_one(make_images, options, dtype, rtol):
 @pytest.mark.parametrize("reconstruction", RECONSTRUCTIONS)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_loss_is_the_reference_one_for_any_geometry(make_images, shape, reconstruction):
-    method, images, noise = make_case(make_images, shape, reconstruction=reconstruction)
-    output = method.double()(images, noise)
-    assert output.predicted.shape == (3, method.config.num_supervised, method.config.patch_dim)
-    assert_agrees(output, reference_output(method, images, noise, reconstruction=reconstruction), 1e-10)
+    options = {"reconstruction": reconstruction, "cell_norm": "window", "extra_cells": "known"}
+    method, images, noise = make_case(make_images, shape, **options)
+    output, config = method.double()(images, noise), method.config
+    assert output.predicted.shape == (3, len(config.patch_places), config.patch_dim)
+    assert output.predicted_cells.shape == (3, len(config.cell_places), config.cell_dim)
+    assert_agrees(output, reference_output(method, images, noise, **options), 1e-10)
 
 
 def test_loss_of_other_pixel_statistics(make_images):
@@ -128,12 +141,15 @@ def change_token(images, method, token):
 
 
 @pytest.mark.parametrize("kind", ["decoded", "thrown"])
-def test_a_masked_patch_is_seen_by_nothing_but_its_target(make_images, kind):
-    method, images, noise = make_case(make_images)
+@pytest.mark.parametrize("options", [{"thrown_target": "patch"}, {"cell_norm": "none"}], ids=str)
+def test_a_masked_patch_is_seen_by_nothing_but_its_target(make_images, options, kind):
+    method, images, noise = make_case(make_images, **options)
     before = method(images, noise)
     after = method(change_token(images, method, getattr(before.plan, kind)[0, 2]), noise)
     other = {"decoded": "thrown", "thrown": "decoded"}[kind]
     assert torch.equal(after.predicted, before.predicted)
+    if method.config.thrown_cells:
+        assert torch.equal(after.predicted_cells, before.predicted_cells)
     assert torch.equal(getattr(after, f"loss_{other}"), getattr(before, f"loss_{other}"))
     assert not torch.equal(getattr(after, f"loss_{kind}"), getattr(before, f"loss_{kind}"))
 
@@ -167,21 +183,41 @@ def test_only_visible_patches_are_embedded_and_only_supervised_ones_predicted(ma
     def note(name):
         return lambda module, arguments, output: lengths.update({name: output.shape[1]})
 
-    for name in ("encoder.patch_embed", "encoder", "decoder", "decoder.pred"):
+    for name in ("encoder.patch_embed", "encoder", "decoder", "decoder.pred", "cell_head"):
         method.get_submodule(name).register_forward_hook(note(name))
     method(images, noise)
-    assert lengths == {"encoder.patch_embed": 4, "encoder": 5, "decoder": 8, "decoder.pred": 12}
+    assert lengths == {"encoder.patch_embed": 4, "encoder": 5, "decoder": 8, "decoder.pred": 4, "cell_head": 8}
 
 
 @pytest.mark.parametrize("norm_pix", [True, False])
 def test_pixels_of_a_perfect_prediction_are_the_image(make_images, norm_pix):
-    method, images, noise = make_case(make_images, norm_pix=norm_pix)
+    method, images, noise = make_case(make_images, norm_pix=norm_pix, thrown_target="patch")
     output = method(images, noise)
     patches = patchify(images, (4, 4)).float() / 255
     mean, std = (torch.tensor(values).repeat(16) for values in (method.config.pixel_mean, method.config.pixel_std))
     truth = (take_tokens(patches, output.plan.masked) - mean) / std
     output.predicted = normalize_patches(truth) if norm_pix else truth
     torch.testing.assert_close(method.rebuilt_pixels(images, output), patches, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("cell_norm", ["image", "window", "none"])
+@pytest.mark.parametrize("shape", ["square", "odd", "clip"])
+def test_pixels_of_perfect_cells_are_their_means(make_images, shape, cell_norm):
+    method, images, noise = make_case(make_images, shape, cell_norm=cell_norm, extra_cells="decoded")
+    output, config = method(images, noise), method.config
+    places = slice(config.cell_places.start, config.cell_places.stop)
+    size, cells, cuts = config.patch_size, config.cell_shape, []
+    for image, (pixels, order) in enumerate(zip(images.numpy(), output.plan.order.tolist(), strict=True)):
+        patches = image_patches(pixels, size, config.pixel_mean, config.pixel_std)
+        wanted = cell_targets(patches, order[places], size, config.grid.shape, cells, cell_norm)
+        output.predicted_cells.data[image] = torch.from_numpy(wanted)
+        cuts.append(image_patches(pixels, size, [0.0] * config.channels, [1.0] * config.channels))
+    drawn = method.rebuilt_pixels(images, output).numpy(force=True)
+    for found, own, plan in zip(drawn, cuts, output.plan.order.tolist(), strict=True):
+        visible, thrown = plan[: config.counts.visible], plan[-config.counts.thrown :]
+        np.testing.assert_allclose(found[visible], own[visible], atol=1e-6)
+        means = expand_cells(cell_means(own[thrown], size, cells), size, cells)
+        np.testing.assert_allclose(found[thrown], means, atol=1e-5)
 
 
 def test_pixels_without_prediction_are_nan(make_images):
@@ -193,13 +229,21 @@ def test_pixels_without_prediction_are_nan(make_images):
         assert is_nan[image].any(-1).sum() == 8
 
 
-@pytest.mark.parametrize("options", [*CASES[:5], {"mask_ratio": 0.5, "throw_ratio": 0.5}], ids=str)
+@pytest.mark.parametrize("thrown_target", ["cells", "patch"])
+def test_pixels_if_all_masked_tokens_are_thrown(make_images, thrown_target):
+    method, images, noise = make_case(make_images, mask_ratio=0.5, throw_ratio=0.5, thrown_target=thrown_target)
+    assert method.rebuilt_pixels(images, method(images, noise)).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "options", [*CASES[:5], {"mask_ratio": 0.5, "throw_ratio": 0.5}, {"extra_cells": "known"}], ids=str
+)
 def test_gradients_reach_every_parameter(make_images, options):
     method, images, noise = make_case(make_images, **options)
     method(images, noise).loss.backward()
     for name, parameter in method.named_parameters():
-        # Without decoded tokens, the mask token is not used.
-        if method.config.counts.decoded == 0 and name == "decoder.mask_token":
+        # Without decoded tokens, neither the mask token is used nor the head of patches.
+        if method.config.counts.decoded == 0 and name.startswith(("decoder.mask_token", "decoder.pred.")):
             continue
         assert parameter.grad is not None, name
         assert parameter.grad.isfinite().all(), name
@@ -207,14 +251,22 @@ def test_gradients_reach_every_parameter(make_images, options):
 
 
 @pytest.mark.parametrize("reconstruction", RECONSTRUCTIONS)
-def test_bfloat16_autocast_keeps_the_loss_in_float32(make_images, reconstruction, device):
-    method, images, noise = make_case(make_images, reconstruction=reconstruction)
+@pytest.mark.parametrize("cell_norm", ["image", "window"])
+def test_bfloat16_autocast_keeps_targets_and_loss_in_float32(
+    make_images, monkeypatch, cell_norm, reconstruction, device
+):
+    options = {"reconstruction": reconstruction, "cell_norm": cell_norm, "extra_cells": "decoded"}
+    method, images, noise = make_case(make_images, **options)
     method, images, noise = method.to(device), images.to(device), noise.to(device)
+    exact, targets, error = method(images, noise), [], method._error
+    monkeypatch.setattr(method, "_error", lambda rough, target: targets.append(target) or error(rough, target))
     with torch.autocast(device.type, dtype=torch.bfloat16):
         rough = method(images, noise)
-    assert rough.loss.dtype == torch.float32
-    assert rough.predicted.dtype == torch.bfloat16
-    assert rough.loss.item() == pytest.approx(method(images, noise).loss.item(), rel=0.02)
+    assert [target.dtype for target in targets] == [torch.float32] * 2
+    assert {rough.loss.dtype, rough.loss_thrown.dtype, rough.loss_cells.dtype} == {torch.float32}
+    assert rough.predicted.dtype == rough.predicted_cells.dtype == torch.bfloat16
+    for name in ("loss", "loss_decoded", "loss_thrown", "loss_cells"):
+        assert getattr(rough, name).item() == pytest.approx(getattr(exact, name).item(), rel=0.02), name
 
 
 @pytest.mark.parametrize("options", CASES[:5], ids=str)
@@ -260,12 +312,19 @@ def counted_macs(method, batch=1):
 def test_macs_are_those_of_the_formula(reconstruction, shape):
     image_size, patch_size, channels = SHAPES[shape]
     geometry = {"image_size": image_size, "patch_size": patch_size, "channels": channels}
-    config = MAEConfig(**SIZES, **geometry, reconstruction=reconstruction)
+    config = MAEConfig(**SIZES, **geometry, reconstruction=reconstruction, extra_cells="decoded")
     assert counted_macs(MAE(config), batch=2) == config.cost().macs
 
 
 @pytest.mark.parametrize(
-    ("options", "limit"), [({"throw_ratio": 0.0}, 9.70e9), ({}, 7.00e9), ({"reconstruction": "conv"}, 7.00e9)], ids=str
+    ("options", "limit"),
+    [
+        ({"throw_ratio": 0.0}, 9.70e9),
+        ({}, 6.95e9),
+        ({"reconstruction": "conv"}, 6.95e9),
+        ({"thrown_target": "patch"}, 7.00e9),
+    ],
+    ids=str,
 )
 def test_macs_of_vit_base(options, limit):
     config = MAEConfig(**options)
@@ -273,13 +332,6 @@ def test_macs_of_vit_base(options, limit):
         macs = counted_macs(MAE(config))
     assert macs == config.cost().macs
     assert macs <= limit
-
-
-@pytest.mark.parametrize("reconstruction", RECONSTRUCTIONS[:3])
-def test_the_path_of_thrown_tokens_of_vit_base_is_light(reconstruction):
-    config = MAEConfig(reconstruction=reconstruction)
-    head = config.counts.thrown * config.decoder_dim * config.patch_dim
-    assert config.cost().parts["stages"].macs + head <= 52e6
 
 
 def test_weights_are_a_function_of_the_seed_and_leave_the_global_one_alone(tiny):
@@ -296,10 +348,11 @@ def test_names_follow_vits(tiny):
     assert state["encoder.pos_embed"].shape == (1, 17, 16)
     assert state["encoder.blocks.1.attn.qkv.weight"].shape == (48, 16)
     assert state["decoder.pred.bias"].shape == (48,)
+    assert state["cell_head.weight"].shape == (12, 8)
     assert state["reconstruct.table"].shape == (4, 49)
     part = r"(patch_embed\.proj|norm|embed|pred|blocks\.\d\.(norm1|attn\.qkv|attn\.proj|norm2|mlp\.fc1|mlp\.fc2))"
     stack = rf"(encoder|decoder)\.({part}\.(weight|bias)|pos_embed|cls_token|mask_token)"
-    pattern = rf"{stack}|reconstruct\..*"
+    pattern = rf"{stack}|cell_head\.(weight|bias)|reconstruct\..*"
     assert not [name for name in state if not re.fullmatch(pattern, name)]
     assert {name for name, _ in MAE(MAEConfig(**tiny)).named_parameters()} == set(state) - {
         "encoder.pos_embed",
@@ -310,7 +363,7 @@ def test_names_follow_vits(tiny):
 @pytest.mark.parametrize("options", [{"throw_ratio": 0}, {"thrown_weight": 0}, {"reconstruction": "none"}], ids=str)
 def test_without_reconstruction_there_are_no_parameters_of_it(tiny, options):
     method = MAE(MAEConfig(**tiny, **options))
-    assert not [name for name in method.state_dict() if name.startswith("reconstruct")]
+    assert not [name for name in method.state_dict() if name.startswith(("reconstruct", "cell_head"))]
     assert method.architecture()["reconstruction"] == "none"
 
 

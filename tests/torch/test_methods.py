@@ -30,6 +30,15 @@ def test_unknown_names_are_refused(tiny):
         create_method("mea", **tiny)
 
 
+@pytest.mark.parametrize("name", ["mae", "simmim"])
+def test_the_other_initial_weights_do_not_depend_on_cells(tiny, tiny_simmim, name):
+    sizes = {"mae": tiny, "simmim": tiny_simmim}[name]
+    cells, patches = (create_method(name, **sizes, thrown_target=t).state_dict() for t in ("cells", "patch"))
+    assert set(cells) - set(patches) == {"cell_head.weight", "cell_head.bias"}
+    for key, weight in patches.items():
+        assert torch.equal(cells[key], weight), key
+
+
 def losses_and_gradients(method, images, noise, forward=None):
     """Return the loss, all gradients, and the bytes saved for the backward pass."""
     kept = {}

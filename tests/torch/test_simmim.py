@@ -11,6 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from prmim_core import counter_noise, drop_path_scales, patchify, take_tokens
 from prmim_methods import SimMIMConfig
 from prmim_reference import simmim as reference
+from prmim_reference.method import image_patches
+from prmim_reference.targets import cell_means, cell_targets, expand_cells
 from prmim_torch import SimMIM
 
 RECONSTRUCTIONS = ["kernel", "interpolate", "conv", "none"]
@@ -34,6 +36,10 @@ CASES = [
     {"mask_ratio": 0.75, "throw_ratio": 0.5, "thrown_weight": 0.25},
     {"mask_unit": 1},
     {"mask_unit": 4, "mask_ratio": 0.5},
+    {"thrown_target": "patch"},
+    {"cell_norm": "window", "cells": 1, "extra_cells": "decoded", "throw_by": "unit"},
+    {"cell_norm": "none", "extra_cells": "known", "extra_cells_weight": 0.5},
+    {"throw_ratio": 0.0, "extra_cells": "known"},
 ]
 
 
@@ -62,12 +68,16 @@ def reference_output(method, images, noise, **options):
 
 
 def assert_agrees(output, expected, rtol):
-    for name in ("loss", "loss_decoded", "loss_thrown"):
+    for name in ("loss", "loss_decoded", "loss_thrown", "loss_cells"):
         assert getattr(output, name).item() == pytest.approx(getattr(expected, name), rel=rtol), name
     np.testing.assert_array_equal(output.plan.order.cpu().numpy(), expected.order)
-    np.testing.assert_allclose(
-        output.predicted.detach().cpu().numpy(), expected.predicted, rtol=100 * rtol, atol=100 * rtol
-    )
+    for name in ("predicted", "predicted_cells"):
+        predicted, wanted = getattr(output, name), getattr(expected, name)
+        if wanted.size == 0:
+            assert predicted is None or predicted.numel() == 0
+        else:
+            predicted = predicted.detach().cpu().numpy()
+            np.testing.assert_allclose(predicted, wanted, rtol=100 * rtol, atol=100 * rtol, err_msg=name)
 
 
 @pytest.mark.parametrize("options", CASES, ids=str)
@@ -82,10 +92,9 @@ def test_loss_is_the_reference_one(make_images, options, dtype, rtol):
 @pytest.mark.parametrize("reconstruction", RECONSTRUCTIONS)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_loss_is_the_reference_one_for_any_geometry(make_images, shape, reconstruction):
-    method, images, noise = make_case(make_images, shape, reconstruction=reconstruction)
-    assert_agrees(
-        method.double()(images, noise), reference_output(method, images, noise, reconstruction=reconstruction), 1e-10
-    )
+    options = {"reconstruction": reconstruction, "cell_norm": "window", "extra_cells": "known"}
+    method, images, noise = make_case(make_images, shape, **options)
+    assert_agrees(method.double()(images, noise), reference_output(method, images, noise, **options), 1e-10)
 
 
 @pytest.mark.parametrize("throw_ratio", [0.25, 0.0])
@@ -133,7 +142,7 @@ def test_the_encoder_never_sees_thrown_tokens(make_images):
 
 
 def test_pixels_of_a_perfect_prediction_are_the_image(make_images):
-    method, images, noise = make_case(make_images)
+    method, images, noise = make_case(make_images, thrown_target="patch")
     output = method(images, noise)
     patches = patchify(images, (2, 2)).float() / 255
     mean, std = (torch.tensor(values).repeat(4) for values in (method.config.pixel_mean, method.config.pixel_std))
@@ -141,7 +150,27 @@ def test_pixels_of_a_perfect_prediction_are_the_image(make_images):
     torch.testing.assert_close(method.rebuilt_pixels(images, output), patches, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("options", [*CASES[:6], {"throw_by": "unit"}], ids=str)
+@pytest.mark.parametrize("cell_norm", ["image", "window", "none"])
+@pytest.mark.parametrize("shape", ["rectangular", "volume"])
+def test_pixels_of_perfect_cells_are_their_means(make_images, shape, cell_norm):
+    method, images, noise = make_case(make_images, shape, cell_norm=cell_norm, extra_cells="decoded")
+    output, config = method(images, noise), method.config
+    places = slice(config.cell_places.start, config.cell_places.stop)
+    size, cells, cuts = config.patch_size, config.cell_shape, []
+    for image, (pixels, order) in enumerate(zip(images.numpy(), output.plan.order.tolist(), strict=True)):
+        patches = image_patches(pixels, size, config.pixel_mean, config.pixel_std)
+        wanted = cell_targets(patches, order[places], size, config.grid.shape, cells, cell_norm)
+        output.predicted_cells.data[image] = torch.from_numpy(wanted)
+        cuts.append(image_patches(pixels, size, [0.0] * config.channels, [1.0] * config.channels))
+    drawn = method.rebuilt_pixels(images, output).numpy(force=True)
+    for found, own, plan in zip(drawn, cuts, output.plan.order.tolist(), strict=True):
+        visible, thrown = plan[: config.counts.visible], plan[-config.counts.thrown :]
+        np.testing.assert_allclose(found[visible], own[visible], atol=1e-6)
+        means = expand_cells(cell_means(own[thrown], size, cells), size, cells)
+        np.testing.assert_allclose(found[thrown], means, atol=1e-5)
+
+
+@pytest.mark.parametrize("options", [*CASES[:6], {"throw_by": "unit"}, {"extra_cells": "known"}], ids=str)
 def test_gradients_reach_every_parameter(make_images, options):
     method, images, noise = make_case(make_images, **options)
     method(images, noise).loss.backward()
@@ -161,7 +190,11 @@ def test_a_bias_of_the_keys_changes_nothing(make_images):
         assert gradient[dim : 2 * dim].abs().max() < 1e-12 < gradient[:dim].abs().max()
 
 
-@pytest.mark.parametrize("options", [{}, {"throw_ratio": 0.0}, {"position": "absolute", "throw_by": "unit"}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{"cell_norm": "window"}, {"throw_ratio": 0.0}, {"position": "absolute", "throw_by": "unit"}],
+    ids=str,
+)
 def test_bfloat16_autocast_keeps_residual_stream_and_loss_in_float32(make_images, options, device):
     method, images, noise = make_case(make_images, **options)
     method, images, noise = method.to(device), images.to(device), noise.to(device)
@@ -170,7 +203,7 @@ def test_bfloat16_autocast_keeps_residual_stream_and_loss_in_float32(make_images
     with torch.autocast(device.type, dtype=torch.bfloat16):
         rough = method(images, noise)
     assert seen == [torch.float32]
-    assert rough.loss.dtype == torch.float32
+    assert {rough.loss.dtype, rough.loss_decoded.dtype, rough.loss_thrown.dtype} == {torch.float32}
     assert rough.loss.item() == pytest.approx(method(images, noise).loss.item(), rel=0.02)
 
 
@@ -204,7 +237,7 @@ def counted_macs(method):
 def test_macs_are_those_of_the_formula(make_images, shape, reconstruction):
     image_size, patch_size, channels = SHAPES[shape]
     geometry = {"image_size": image_size, "patch_size": patch_size, "channels": channels}
-    config = SimMIMConfig(**SIZES, **geometry, reconstruction=reconstruction)
+    config = SimMIMConfig(**SIZES, **geometry, reconstruction=reconstruction, extra_cells="decoded")
     assert counted_macs(SimMIM(config)) == config.cost().macs
 
 
@@ -244,7 +277,10 @@ def test_names_follow_vits(tiny_simmim):
     assert state["encoder.rel_pos_bias.relative_position_bias_table"].shape == (52, 2)
     assert state["encoder.mask_token"].shape == (1, 1, 16)
     assert state["head.weight"].shape == (48, 16)
+    assert state["cell_head.weight"].shape == (12, 16)
     part = r"(patch_embed\.proj|norm|blocks\.\d\.(norm1|attn\.qkv|attn\.proj|norm2|mlp\.fc1|mlp\.fc2))\.(weight|bias)"
     part += r"|cls_token|mask_token|blocks\.\d\.ls[12]\.gamma|rel_pos_bias\.relative_position_bias_table"
-    assert not [name for name in state if not re.fullmatch(rf"encoder\.({part})|head\..*|reconstruct\..*", name)]
+    assert not [
+        name for name in state if not re.fullmatch(rf"encoder\.({part})|(cell_)?head\..*|reconstruct\..*", name)
+    ]
     assert "encoder.pos_embed" in SimMIM(SimMIMConfig(**tiny_simmim, position="absolute")).state_dict()

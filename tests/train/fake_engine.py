@@ -20,11 +20,6 @@ from prmim_methods import ClassifierConfig, MethodConfig, TrainingConfig
 
 DIM = 32
 TEACHER_DIM = 24
-LOSSES = {
-    "mae": ("loss", "loss_decoded", "loss_thrown"),
-    "simmim": ("loss", "loss_decoded", "loss_thrown"),
-    "maskalign": ("loss", "loss_visible", "loss_thrown"),
-}
 
 
 class Reconstruction(NamedTuple):
@@ -48,7 +43,7 @@ class Engine:
 
     def __init__(self, config: MethodConfig, training: TrainingConfig) -> None:
         self.config, self.training = config, training
-        self.losses = LOSSES[config.name]
+        self.losses = config.losses
         self.predicts = config.predicts
         self.schedule = config.schedule
         self.rank, self.world_size = 0, 1
@@ -71,7 +66,7 @@ class Engine:
         return self.encoder.size + self.decoder.size
 
     def _forget(self) -> None:
-        self.sums: list[tuple[float, float, float, float]] = []
+        self.sums: list[tuple[float, ...]] = []
         self.skipped = 0
 
     def _plan(self, sample: np.ndarray, step: int) -> Any:
@@ -108,10 +103,12 @@ class Engine:
         norm = math.sqrt(sum(float(np.sum(g**2)) for g in gradients))
         if not self._update(gradients):
             return
-        first = ~is_masked if self.predicts == "features" else is_decoded
         error = encoded @ self.decoder - pixels
-        parts = [float(np.sum(error**2 * m) / max(1, m.sum())) for m in (first, is_thrown)]
-        self.sums.append((loss, parts[0], parts[1], norm))
+        # Cells are not modelled: every token that is not thrown has them.
+        tokens = {"decoded": is_decoded, "visible": ~is_masked, "thrown": is_thrown, "cells": ~is_thrown}
+        measured = [tokens[name.removeprefix("loss_")] for name in self.losses[1:]]
+        parts = [float(np.sum(error**2 * part) / max(1, part.sum())) for part in measured]
+        self.sums.append((loss, *parts, norm))
 
     def _update(self, gradients: list[np.ndarray]) -> bool:
         """Let the momentum move the weights, unless the step is to be a bad one; say whether it did."""

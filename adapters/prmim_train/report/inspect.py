@@ -118,7 +118,8 @@ def _cost_lines(config: PretrainConfig) -> list[str]:
     teacher = "; the teacher once" if "teacher" in ours.parts else ""
     lines = [f"{title} (a training step: about {factor} times as many{teacher})", _table_head(config)]
     for name, part in ours.parts.items():
-        lines.append(_cost_row(name.replace("_", " "), part.macs, baseline.parts[name].macs))
+        if part.macs or baseline.parts[name].macs:
+            lines.append(_cost_row(name.replace("_", " "), part.macs, baseline.parts[name].macs))
     lines.append(_cost_row("total", ours.macs, baseline.macs))
     return lines
 

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from prmim_core import Grid, Schedule, nearest_known_distance, patchify, unpatchify
+from prmim_core import Schedule, nearest_known_distance, patchify, unpatchify
+from prmim_methods import PixelConfig
+from prmim_methods.method import times
 from prmim_train.config.pretrain import PretrainConfig
 from prmim_train.data.sources import ImageSource, UnreadableImageError
 from prmim_train.data.transforms import center_crop
@@ -48,7 +50,11 @@ LOSS_CURVES: dict[str, tuple[str, str | None, float]] = {
     "loss_visible": ("visible", "#7a5195", 1.0),
     "loss_decoded": ("decoded", DECODED_COLOUR, 1.0),
     "loss_thrown": ("thrown", "#3a8fb7", 1.0),
+    "loss_cells": ("cells of other tokens", "#d4a017", 1.0),
 }
+
+CELL_NORM_AREAS = {"image": "the true image", "window": "the true patch and its neighbours", "none": None}
+"""Area whose statistics normalize predicted cells, by the option `cell_norm`."""
 
 PROBE_CURVES = {"probe_knn": ("nearest neighbours", "#7cb518"), "probe_linear": ("linear probe", "#386641")}
 
@@ -104,19 +110,18 @@ def draw_images(
     paths = []
     if engine.rank > 0:  # the main process draws, but all processes have to compute
         kinds = ()
-    if engine.predicts == "features":
+    if isinstance(config.method, PixelConfig):
+        reconstruction = engine.reconstruct(images, sample)
+        order, schedule = reconstruction.order, reconstruction.schedule
+        if "reconstructions" in kinds:
+            paths.append(run.path / "reconstructions.png")
+            draw_reconstructions(paths[-1], images, reconstruction, config.method)
+    else:
         comparison = engine.compare(images, sample)
         order, schedule = comparison.order, comparison.schedule
         if "similarity" in kinds:
             paths.append(run.path / "similarity.png")
             draw_similarity(paths[-1], images, comparison, config.method.patch_size)
-    else:
-        reconstruction = engine.reconstruct(images, sample)
-        order, schedule = reconstruction.order, reconstruction.schedule
-        if "reconstructions" in kinds:
-            paths.append(run.path / "reconstructions.png")
-            norm_pix = getattr(config.method, "norm_pix", False)
-            draw_reconstructions(paths[-1], images, reconstruction, config.method.patch_size, norm_pix=norm_pix)
     if "schedule" in kinds:
         paths.append(run.path / "schedule.png")
         draw_schedule(paths[-1], np.asarray(order), schedule, is_rebuilt=config.method.is_reconstructed)
@@ -179,12 +184,7 @@ def picture_command(
 
 
 def draw_reconstructions(
-    path: Path,
-    images: NDArray[np.uint8],
-    reconstruction: Reconstruction,
-    patch_size: tuple[int, ...],
-    *,
-    norm_pix: bool = True,
+    path: Path, images: NDArray[np.uint8], reconstruction: Reconstruction, method: PixelConfig
 ) -> None:
     """Draw one row per image: input, visible, decoded and thrown tokens, and all of them together.
 
@@ -196,13 +196,11 @@ def draw_reconstructions(
         uint8 (batch, height, width, channels).
     reconstruction
         Reconstruction of the images.
-    patch_size
-        Height and width of a patch.
-    norm_pix
-        Whether the targets were normalized per patch. Explained in the caption.
+    method
+        Options of the method. The caption explains its targets.
     """
     schedule = reconstruction.schedule
-    columns = reconstruction_panels(images, reconstruction, patch_size)
+    columns = reconstruction_panels(images, reconstruction, method.patch_size)
     titles = {
         "input": "input",
         "visible": f"visible: {schedule.counts.visible}",
@@ -210,8 +208,7 @@ def draw_reconstructions(
         "thrown": f"thrown, rebuilt: {schedule.counts.thrown}",
         "whole": "visible + rebuilt",
     }
-    is_complete = bool(np.isfinite(reconstruction.patches).all())
-    if not is_complete:
+    if not method.is_reconstructed:
         titles["thrown"] = f"thrown: {schedule.counts.thrown}"
     rows, height, width = images.shape[:3]
     panel = 1.45
@@ -221,7 +218,7 @@ def draw_reconstructions(
         axes[0, column].set_title(titles[name], fontsize=9)
         for row in range(rows):
             show_image(axes[row, column], panels[row])
-    write_caption(figure, _reconstruction_caption(images.shape[-1], norm_pix, is_complete, schedule.grid))
+    write_caption(figure, _reconstruction_caption(method))
     save_figure(figure, path)
 
 
@@ -432,20 +429,30 @@ def _read_some(
     return np.stack(list(images.values())), np.array(list(images), dtype=np.int64)
 
 
-def _reconstruction_caption(channels: int, norm_pix: bool, is_complete: bool, grid: Grid) -> str:
-    parts = [f"Numbers count tokens of the {' x '.join(map(str, grid.shape))} grid."]
-    if norm_pix:
-        parts.append(
-            "The network predicts normalized patches. They are shown with the true mean and standard deviation of "
-            "each patch, so brightness and contrast come from the input."
-        )
-    if not is_complete:
+def _reconstruction_caption(method: PixelConfig) -> str:
+    counts, channels = method.counts, method.channels
+    parts = [f"Numbers count tokens of the {times(method.grid.shape)} grid."]
+    tokens = ["decoded"] * (counts.decoded > 0) + ["thrown"] * (method.is_reconstructed and not method.thrown_cells)
+    if tokens:
+        area = "the true patch" if method.norm_pix else None
+        pixels = "all pixels of their patch" + (" after a low-pass filter" if method.low_pass is not None else "")
+        parts.append(_predicted(" and ".join(tokens), pixels, area))
+    if method.thrown_cells:
+        cells = f"the means of {times(method.cell_shape)} cells of their patch"
+        parts.append(_predicted("thrown", cells, CELL_NORM_AREAS[method.cell_norm]))
+    if counts.thrown and not method.is_reconstructed:
         parts.append("Orange tokens are not predicted: this method does not supervise them.")
     if channels == 2:
         parts.append("The first of two channels is shown, in grey.")
     elif channels > 3:
         parts.append(f"The first three of {channels} channels are shown, as red, green and blue.")
     return " ".join(parts)
+
+
+def _predicted(tokens: str, target: str, area: str | None) -> str:
+    """Say what tokens predict, and which area of the input sets their brightness and contrast, if any does."""
+    shown = "" if area is None else f", shown with the brightness and contrast of {area}"
+    return f"{tokens.capitalize()} tokens predict {target}{shown}."
 
 
 def _stage_colours(count: int) -> list[str]:

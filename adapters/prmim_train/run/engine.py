@@ -39,9 +39,10 @@ class Reconstruction(Protocol):
 
     @property
     def patches(self) -> NDArray[np.float32]:
-        """Pixel patches (batch, N, patch_dim) in raster order, in [0, 1], without patch normalization.
+        """Pixel patches (batch, N, patch_dim) in raster order, in [0, 1], without normalization.
 
-        Visible patches are those of the input. Tokens without a prediction are NaN.
+        Visible patches are those of the input. A token that predicts cells repeats the value of a cell in all of its
+        pixels. Tokens without a prediction are NaN.
         """
 
 

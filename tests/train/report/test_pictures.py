@@ -3,6 +3,7 @@ import pytest
 from PIL import Image
 
 from prmim_core import Grid, Schedule, count_tokens, counter_noise, make_plan, patchify
+from prmim_methods import MAEConfig, SimMIMConfig
 from prmim_train.data.sources import ArraySource, UnreadableImageError
 from prmim_train.report.figures import HIDDEN
 from prmim_train.report.pictures import (
@@ -18,23 +19,22 @@ from prmim_train.report.pictures import (
 
 
 class Rebuilt:
-    """A perfect reconstruction, optionally without thrown tokens."""
+    """A perfect reconstruction of the tokens that a method supervises."""
 
-    def __init__(self, images, patch_size, throw_ratio=0.5, stages=2, is_partial=False):
-        shape = tuple(s // p for s, p in zip(images.shape[1:3], patch_size, strict=True))
-        counts = count_tokens(shape[0] * shape[1], 0.75, throw_ratio)
-        self.schedule = Schedule(Grid(shape), counts, stages=stages)
-        noise = counter_noise(0, 0, np.arange(len(images)), self.schedule.grid.num_tokens)
-        plan = make_plan(self.schedule, noise)
+    def __init__(self, images, method):
+        self.schedule = method.schedule
+        plan = make_plan(self.schedule, counter_noise(0, 0, np.arange(len(images)), self.schedule.grid.num_tokens))
         self.order = plan.order
-        self.patches = patchify(images / np.float32(255), patch_size).astype(np.float32)
-        if is_partial:
+        self.patches = patchify(images / np.float32(255), method.patch_size).astype(np.float32)
+        if not method.is_reconstructed:
             np.put_along_axis(self.patches, plan.thrown[..., None], np.nan, axis=1)
 
 
-def draw(channels=3, size=(32, 32), patch=(4, 4), count=2, **options):
-    images = np.random.default_rng(0).integers(0, 255, (count, *size, channels), dtype=np.uint8)
-    return images, Rebuilt(images, patch, **options), patch
+def draw(count=2, **options):
+    method = MAEConfig(**{"image_size": (32, 32), "patch_size": (4, 4), **options})
+    shape = (count, *method.image_size, method.channels)
+    images = np.random.default_rng(0).integers(0, 255, shape, dtype=np.uint8)
+    return images, Rebuilt(images, method), method
 
 
 CASES = {
@@ -43,10 +43,12 @@ CASES = {
     "two": {"channels": 2},
     "four": {"channels": 4},
     "seven": {"channels": 7},
-    "wide": {"size": (16, 64)},
-    "tall": {"size": (64, 16), "patch": (8, 4)},
+    "wide": {"image_size": (16, 64)},
+    "tall": {"image_size": (64, 16), "patch_size": (8, 4)},
     "dense": {"throw_ratio": 0.0},
-    "partial": {"is_partial": True},
+    "partial": {"reconstruction": "none"},
+    "all thrown": {"throw_ratio": 0.75},
+    "windows": {"cell_norm": "window", "low_pass": 8.0},
     "one": {"count": 1},
     "stages": {"stages": 5},
 }
@@ -54,8 +56,8 @@ CASES = {
 
 @pytest.mark.parametrize("case", CASES)
 def test_pictures_are_drawn_whole_and_not_blank(case, tmp_path):
-    images, rebuilt, patch = draw(**CASES[case])
-    draw_reconstructions(tmp_path / "r.png", images, rebuilt, patch)
+    images, rebuilt, method = draw(**CASES[case])
+    draw_reconstructions(tmp_path / "r.png", images, rebuilt, method)
     draw_schedule(tmp_path / "s.png", rebuilt.order, rebuilt.schedule)
     for name in ("r.png", "s.png"):
         with Image.open(tmp_path / name) as picture:
@@ -69,8 +71,8 @@ def test_pictures_are_drawn_whole_and_not_blank(case, tmp_path):
 
 
 def test_the_panels_show_each_group_of_tokens_and_nothing_else():
-    images, rebuilt, patch = draw()
-    panels = reconstruction_panels(images, rebuilt, patch)
+    images, rebuilt, method = draw()
+    panels = reconstruction_panels(images, rebuilt, method.patch_size)
     assert list(panels) == ["input", "visible", "decoded", "thrown", "whole"]
     np.testing.assert_allclose(panels["input"], images / 255, atol=1e-6)
     np.testing.assert_allclose(panels["whole"], images / 255, atol=1e-6)
@@ -81,32 +83,60 @@ def test_the_panels_show_each_group_of_tokens_and_nothing_else():
 
 
 def test_what_is_not_predicted_is_shown_as_such():
-    images, rebuilt, patch = draw(is_partial=True)
-    panels = reconstruction_panels(images, rebuilt, patch)
+    images, rebuilt, method = draw(reconstruction="none")
+    panels = reconstruction_panels(images, rebuilt, method.patch_size)
     for name in ("thrown", "whole"):
         assert (panels[name] == NOT_PREDICTED).all(axis=-1).mean() == pytest.approx(0.5, abs=0.01)
-    assert "not predicted" in _reconstruction_caption(3, True, False, Grid((8, 8)))
+    assert "Orange tokens are not predicted" in _reconstruction_caption(method)
 
 
 def test_a_dense_method_has_no_thrown_column():
-    images, rebuilt, patch = draw(throw_ratio=0.0)
-    assert list(reconstruction_panels(images, rebuilt, patch)) == ["input", "visible", "decoded", "whole"]
+    images, rebuilt, method = draw(throw_ratio=0.0)
+    assert list(reconstruction_panels(images, rebuilt, method.patch_size)) == ["input", "visible", "decoded", "whole"]
 
 
 def test_predictions_outside_the_range_are_clipped():
-    images, rebuilt, patch = draw()
+    images, rebuilt, method = draw()
     rebuilt.patches = rebuilt.patches * 4 - 1
-    whole = reconstruction_panels(images, rebuilt, patch)["whole"]
+    whole = reconstruction_panels(images, rebuilt, method.patch_size)["whole"]
     assert whole.min() >= 0
     assert whole.max() <= 1
 
 
-def test_the_caption_tells_what_was_done_to_the_pixels():
-    grid = Grid((4, 6))
-    assert "true mean and standard deviation" in _reconstruction_caption(3, True, True, grid)
-    assert "true mean" not in _reconstruction_caption(3, False, True, grid)
-    assert "first three of 7 channels" in _reconstruction_caption(7, True, True, grid)
-    assert "4 x 6 grid" in _reconstruction_caption(3, True, True, grid)
+PIXELS = "tokens predict all pixels of their patch"
+MEANS = "Thrown tokens predict the means of 2 x 2 cells of their patch"
+SHOWN = ", shown with the brightness and contrast of the true"
+
+
+@pytest.mark.parametrize(
+    ("method", "sentences"),
+    [
+        (MAEConfig(), [f"Decoded {PIXELS}{SHOWN} patch", f"{MEANS}{SHOWN} image"]),
+        (MAEConfig(norm_pix=False), [f"Decoded {PIXELS}", f"{MEANS}{SHOWN} image"]),
+        (MAEConfig(cell_norm="window"), [f"Decoded {PIXELS}{SHOWN} patch", f"{MEANS}{SHOWN} patch and its neighbours"]),
+        (SimMIMConfig(cell_norm="none"), [f"Decoded {PIXELS}", MEANS]),
+        (SimMIMConfig(cells=4), [f"Decoded {PIXELS}", f"{MEANS.replace('2 x 2', '4 x 4')}{SHOWN} image"]),
+        (SimMIMConfig(thrown_target="patch"), [f"Decoded and thrown {PIXELS}"]),
+        (MAEConfig(thrown_target="patch"), [f"Decoded and thrown {PIXELS}{SHOWN} patch"]),
+        (MAEConfig(thrown_target="patch", throw_ratio=0.75), [f"Thrown {PIXELS}{SHOWN} patch"]),
+        (MAEConfig(throw_ratio=0.75), [f"{MEANS}{SHOWN} image"]),
+        (MAEConfig(throw_ratio=0), [f"Decoded {PIXELS}{SHOWN} patch"]),
+        (MAEConfig(throw_ratio=0, extra_cells="known"), [f"Decoded {PIXELS}{SHOWN} patch"]),
+        (SimMIMConfig(throw_ratio=0, low_pass=40), [f"Decoded {PIXELS} after a low-pass filter"]),
+        (
+            SimMIMConfig(reconstruction="none"),
+            [f"Decoded {PIXELS}", "Orange tokens are not predicted: this method does not supervise them"],
+        ),
+        (
+            MAEConfig(throw_ratio=0, channels=7),
+            [f"Decoded {PIXELS}{SHOWN} patch", "The first three of 7 channels are shown, as red, green and blue"],
+        ),
+    ],
+    ids=lambda value: "" if isinstance(value, list) else None,
+)
+def test_the_caption_tells_what_tokens_predict(method, sentences):
+    told = _reconstruction_caption(method)
+    assert told == ". ".join(["Numbers count tokens of the 14 x 14 grid", *sentences]) + "."
 
 
 def colours(path):
@@ -149,6 +179,7 @@ def test_token_kinds_count_what_the_schedule_counts():
         ({"loss_edges": 1.0}, ["all supervised tokens", "edges"]),  # of an unknown method
         ({"loss_decoded": 1.0, "loss_thrown": None}, ["all supervised tokens", "decoded"]),
         ({"loss_decoded": 1.0, "loss_thrown": 0.0}, ["all supervised tokens", "decoded"]),
+        ({"loss_decoded": 1.0, "loss_cells": 0.5}, ["all supervised tokens", "decoded", "cells of other tokens"]),
     ],
     ids=str,
 )

@@ -381,6 +381,11 @@ def test_the_end_evaluates_and_draws(tiny, capsys):
     ("changes", "losses", "picture"),
     [
         ({"method": "simmim"}, ["loss", "loss_decoded", "loss_thrown"], "reconstructions.png"),
+        (
+            {"method": "mae", "extra_cells": "decoded"},
+            ["loss", "loss_decoded", "loss_thrown", "loss_cells"],
+            "reconstructions.png",
+        ),
         ({"method": "maskalign"}, ["loss", "loss_visible", "loss_thrown"], "similarity.png"),
     ],
     ids=lambda value: value["method"] if isinstance(value, dict) else "",
