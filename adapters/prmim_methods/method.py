@@ -431,13 +431,14 @@ class PixelConfig(MethodConfig):
         return range(num_known - self.num_extra_cells, self.counts.num_tokens if self.thrown_cells else num_known)
 
     def baseline(self) -> Self:
-        """Return the published method: nothing is thrown, and no token predicts cells."""
-        return replace(self, throw_ratio=0.0, extra_cells="none")
+        """Return the published method: nothing is thrown, no token predicts cells, and no target is filtered."""
+        return replace(self, throw_ratio=0.0, extra_cells="none", low_pass=None)
 
     def architecture(self) -> dict[str, Any]:
         """Return what the weights mean; see :meth:`MethodConfig.architecture`."""
         cells = {"cells": list(self.cell_shape), "cell_norm": self.cell_norm} if self.cell_places else {}
-        return {**super().architecture(), "reconstruction": self.reconstruction_in_effect, **cells}
+        filtered = {} if self.low_pass is None else {"low_pass": self.low_pass}
+        return {**super().architecture(), "reconstruction": self.reconstruction_in_effect, **cells, **filtered}
 
     def describe(self) -> Rows:
         """Return the tokens of an image, for ``prmim inspect``."""

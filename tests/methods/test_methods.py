@@ -222,7 +222,7 @@ def test_an_architecture_is_plain_and_free_of_sampling(method):
     sampling = {"mask_ratio": 0.5, "throw_ratio": 0.25, "throwing": "random", "stages": 4}
     weights = {"thrown_weight": 2, "extra_cells": "known", "extra_cells_weight": 2}
     assert replace(config, **sampling, **weights).architecture() == architecture
-    other_weights = [{"channels": 1}, {"depth": 2}, {"reconstruction": "conv"}, {"throw_ratio": 0}]
+    other_weights = [{"channels": 1}, {"depth": 2}, {"low_pass": 9.0}, {"reconstruction": "conv"}, {"throw_ratio": 0}]
     for changes in (*other_weights, {"cells": 4}, {"cell_norm": "window"}):
         assert replace(config, **changes).architecture() != architecture
     patches = {name: value for name, value in architecture.items() if name not in ("cells", "cell_norm")}
