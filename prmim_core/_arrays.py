@@ -8,6 +8,7 @@ from typing import Any
 
 import array_api_compat as compat
 import numpy as np
+from numpy.typing import NDArray
 
 Array = Any
 """An array of any library that follows the array API standard: NumPy, PyTorch, JAX, array-api-strict, ..."""
@@ -29,7 +30,12 @@ def array_namespace(*arrays: Array) -> Namespace:
         import array_api_compat.torch
 
         return array_api_compat.torch
-    return compat.array_namespace(*arrays)
+    try:
+        return compat.array_namespace(*arrays)
+    except TypeError:
+        names = {f"{_library(array)}.{type(array).__name__}".removeprefix("builtins.") for array in arrays}
+        found = " and ".join(sorted(names))
+        raise TypeError(f"arrays: expected arrays of one library, got {found}") from None
 
 
 def compat_namespace(module: Namespace) -> Namespace:
@@ -40,6 +46,31 @@ def compat_namespace(module: Namespace) -> Namespace:
 def device_of(array: Array) -> Any:
     """Return the device for new arrays that are combined with ``array``; None under JAX: tracers have no device."""
     return None if _is_jax(array) else array.device
+
+
+def on_host(array: Array) -> NDArray[Any] | None:
+    """Return the values of an array if reading them is free and leaves a trace whole; else None.
+
+    They are free for NumPy, array-api-strict and CPU tensors of PyTorch, but not while PyTorch compiles, exports or
+    maps a function. JAX computes asynchronously and traces everywhere, so its values are never read.
+    """
+    if isinstance(array, np.ndarray):
+        return array
+    if _library(array) == "array_api_strict":
+        return np.asarray(array)
+    if _library(array) != "torch":
+        return None
+    if array_namespace(array).compiler.is_compiling() or array.device.type != "cpu":
+        return None
+    try:
+        return np.asarray(array.detach())
+    except (RuntimeError, TypeError):  # inside torch.func, a fake tensor, or bfloat16
+        return None
+
+
+def as_index(xp: Namespace, index: Array) -> Array:
+    """Cast token indices to the default integer dtype, since sums of narrower ones would overflow."""
+    return xp.astype(index, xp.arange(0).dtype, copy=False)
 
 
 def _library(array: Array) -> str:
@@ -71,7 +102,7 @@ def scatter(xp: Namespace, index: Array, values: Array, length: int) -> Array:
     xp
         The namespace of the arrays.
     index
-        int (batch, n), in [0, length).
+        int (batch, n), in [0, length). JAX drops other values.
     values
         (n,).
     length
@@ -89,7 +120,9 @@ def scatter(xp: Namespace, index: Array, values: Array, length: int) -> Array:
         return rows.scatter(1, xp.astype(index, xp.int64), values.expand(batch, n))
     image = xp.arange(batch, device=device)[:, None]
     if _is_jax(index):
-        return rows.at[image, index].set(values)
+        # JAX drops indices beyond a row, but counts negative ones from its end.
+        index = as_index(xp, index)
+        return rows.at[image, xp.where(index < 0, length, index)].set(values, mode="drop")
     if isinstance(index, np.ndarray):
         rows[image, index] = values
         return rows

@@ -1,42 +1,83 @@
-"""Argument checks that several public functions share. Every message names the argument, what it expected and got."""
+"""Argument checks that several public functions share. Every message names the argument, what it expected and got.
 
+Values are checked where :func:`prmim_core._arrays.on_host` can read them. Elsewhere no check waits for a device.
+"""
+
+import reprlib
 from typing import Any, get_args
 
-from prmim_core._arrays import Array, Namespace, array_namespace
+import numpy as np
+
+from prmim_core._arrays import Array, Namespace, array_namespace, on_host
 from prmim_core.grid import Grid
 
 
-def check_integer(name: str, value: object, minimum: int | None = None) -> None:
-    """Raise TypeError unless ``value`` is a Python integer, and ValueError if it is below ``minimum``."""
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"{name}: expected an integer, got {value!r}")
+def shown(value: object) -> str:
+    """Show a value in a message: on one line, of bounded length."""
+    return " ".join(reprlib.repr(value).split())
+
+
+def check_integer(name: str, value: object, minimum: int | None = None) -> int:
+    """Return a Python or NumPy integer as an int; raise TypeError for others, and ValueError below ``minimum``."""
+    if not isinstance(value, int | np.integer) or isinstance(value, bool):
+        raise TypeError(f"{name}: expected an integer, got {shown(value)}")
     if minimum is not None and value < minimum:
         raise ValueError(f"{name}: expected at least {minimum}, got {value}")
+    return int(value)
 
 
-def check_count(name: str, value: int, maximum: int) -> None:
-    """Raise ValueError unless ``value`` lies in [0, maximum]."""
-    if not 0 <= value <= maximum:
+def check_count(name: str, value: object, maximum: int) -> None:
+    """Raise TypeError unless ``value`` is an integer, and ValueError unless it lies in [0, maximum]."""
+    if not 0 <= check_integer(name, value) <= maximum:
         raise ValueError(f"{name}: expected 0 to {maximum}, got {value}")
 
 
 def check_choice(name: str, value: object, choices: Any) -> None:
     """Raise ValueError unless ``value`` is a member of the ``Literal`` type."""
     if value not in get_args(choices):
-        raise ValueError(f"{name}: expected one of {', '.join(get_args(choices))}, got {value!r}")
+        raise ValueError(f"{name}: expected one of {', '.join(get_args(choices))}, got {shown(value)}")
+
+
+def check_type(name: str, value: object, expected: type) -> None:
+    """Raise TypeError unless ``value`` is an instance of the class."""
+    if not isinstance(value, expected):
+        raise TypeError(f"{name}: expected a {expected.__name__}, got {type(value).__name__}")
+
+
+def check_arrays(**arrays: Array) -> Namespace:
+    """Return the namespace of the arrays; raise TypeError for what is no array, and for arrays of several libraries."""
+    for name, array in arrays.items():
+        if not hasattr(array, "dtype"):
+            raise TypeError(f"{name}: expected an array, got {type(array).__name__}")
+    return array_namespace(*arrays.values())
 
 
 def check_noise(noise: Array, num_tokens: int | None = None) -> None:
-    """Raise ValueError unless ``noise`` has shape (batch, num_tokens); None accepts any number of tokens."""
+    """Raise unless ``noise`` holds real numbers of shape (batch, num_tokens); None accepts any number of tokens."""
+    xp = array_namespace(noise)
     if noise.ndim != 2 or num_tokens not in (None, noise.shape[1]):
         length = "N" if num_tokens is None else num_tokens
         raise ValueError(f"noise: expected shape (batch, {length}), got {tuple(noise.shape)}")
+    if not xp.isdtype(noise.dtype, ("integral", "real floating")):
+        raise TypeError(f"noise: expected integers or real numbers, got {noise.dtype}")
+    _check_not_nan("noise", noise)
 
 
 def check_integers(xp: Namespace, name: str, array: Array) -> None:
     """Raise TypeError unless the array holds integers."""
     if not xp.isdtype(array.dtype, "integral"):
         raise TypeError(f"{name}: expected integers, got {array.dtype}")
+
+
+def check_tokens(xp: Namespace, name: str, index: Array, num_tokens: int) -> None:
+    """Raise TypeError unless the array holds integers, and IndexError unless they lie in [0, num_tokens)."""
+    check_integers(xp, name, index)
+    values = on_host(index)
+    if values is None or values.size == 0:
+        return
+    least, most = int(values.min()), int(values.max())
+    if least < 0 or most >= num_tokens:
+        raise IndexError(f"{name}: expected tokens in [0, {num_tokens}), got values from {least} to {most}")
 
 
 def check_mask(xp: Namespace, name: str, mask: Array, noise: Array) -> None:
@@ -47,20 +88,29 @@ def check_mask(xp: Namespace, name: str, mask: Array, noise: Array) -> None:
 
 
 def check_weights(xp: Namespace, noise: Array, weights: Array) -> None:
-    """Check noise and weights of a weighted draw: int32 noise, and one weight per token."""
+    """Check noise and weights of a weighted draw: int32 noise, and one weight per token, not NaN."""
     if noise.dtype != xp.int32:
         raise TypeError(f"noise: expected int32, got {noise.dtype}")
     _check_shape_of_noise("weights", weights, noise)
+    _check_not_nan("weights", weights)
 
 
 def check_positions(positions: Grid | Array) -> int:
     """Return the number of tokens; raise unless ``positions`` is a grid or an integer array (N, axes)."""
     if isinstance(positions, Grid):
         return positions.num_tokens
+    if not hasattr(positions, "dtype"):
+        raise TypeError(f"positions: expected a Grid or an array (N, axes), got {type(positions).__name__}")
     if positions.ndim != 2:
         raise ValueError(f"positions: expected a Grid or shape (N, axes), got shape {tuple(positions.shape)}")
     check_integers(array_namespace(positions), "positions", positions)
     return int(positions.shape[0])
+
+
+def _check_not_nan(name: str, array: Array) -> None:
+    values = on_host(array)
+    if values is not None and values.dtype.kind == "f" and np.isnan(values).any():
+        raise ValueError(f"{name}: expected numbers, got NaN")
 
 
 def _check_shape_of_noise(name: str, array: Array, noise: Array) -> None:

@@ -6,7 +6,7 @@ from math import floor
 from numbers import Rational, Real
 from typing import Literal
 
-from prmim_core._checks import check_integer
+from prmim_core._checks import check_integer, shown
 
 Rounding = Literal["mae", "amt"]
 
@@ -34,7 +34,7 @@ class TokenCounts:
 
     def __post_init__(self) -> None:
         for name in ("visible", "decoded", "thrown"):
-            check_integer(name, getattr(self, name), 0)
+            object.__setattr__(self, name, check_integer(name, getattr(self, name), 0))
 
     @property
     def num_tokens(self) -> int:
@@ -105,8 +105,9 @@ def count_tokens(
     >>> count_tokens(196, 0.6, 0.25, mask_unit=4, throw_unit=4)
     TokenCounts(visible=76, decoded=72, thrown=48)
     """
-    for name, number in (("num_tokens", num_tokens), ("mask_unit", mask_unit), ("throw_unit", throw_unit)):
-        check_integer(name, number, 1)
+    num_tokens = check_integer("num_tokens", num_tokens, 1)
+    mask_unit = check_integer("mask_unit", mask_unit, 1)
+    throw_unit = check_integer("throw_unit", throw_unit, 1)
     if num_tokens % mask_unit:
         raise ValueError(f"mask_unit: expected a divisor of the {num_tokens} tokens, got {mask_unit}")
     if mask_unit % throw_unit:
@@ -119,14 +120,14 @@ def count_tokens(
     elif rounding == "amt":
         visible = mask_unit * (units - floor(units * masked_part))
     else:
-        raise ValueError(f"rounding: expected 'mae' or 'amt', got {rounding!r}")
+        raise ValueError(f"rounding: expected 'mae' or 'amt', got {shown(rounding)}")
     thrown = min(throw_unit * floor(num_tokens // throw_unit * thrown_part), num_tokens - visible)
     return TokenCounts(visible, num_tokens - visible - thrown, thrown)
 
 
 def _exact_ratio(name: str, ratio: float | Fraction) -> Fraction:
     if not isinstance(ratio, Real) or isinstance(ratio, bool):
-        raise TypeError(f"{name}: expected a number in [0, 1], got {ratio!r}")
+        raise TypeError(f"{name}: expected a number in [0, 1], got {shown(ratio)}")
     if not 0 <= ratio <= 1:  # NaN fails this too
         raise ValueError(f"{name}: expected a number in [0, 1], got {ratio}")
     return Fraction(ratio) if isinstance(ratio, Rational) else Fraction(str(ratio))

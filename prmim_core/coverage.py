@@ -6,8 +6,8 @@ O(N * (sum of its sides)) operations per image, free points O(N**2).
 
 import numpy as np
 
-from prmim_core._arrays import Array, Namespace, array_namespace, device_of
-from prmim_core._checks import check_positions
+from prmim_core._arrays import Array, Namespace, device_of
+from prmim_core._checks import check_arrays, check_positions
 from prmim_core.grid import INT32_MAX, Grid
 
 # Upper limit of point pairs in memory: 2**24 int32 are 64 MiB.
@@ -48,7 +48,7 @@ def nearest_known_distance(positions: Grid | Array, is_known: Array) -> Array:
     >>> nearest_known_distance(Grid((2, 3)), np.asarray([[True, False, False, False, False, False]])).tolist()
     [[0, 1, 4, 1, 2, 5]]
     """
-    xp = array_namespace(is_known)
+    xp = check_arrays(is_known=is_known)
     _check(xp, positions, is_known)
     return _nearest_known_distance(xp, positions, is_known)
 
@@ -81,7 +81,7 @@ def covering_radius(positions: Grid | Array, is_known: Array) -> Array:
     >>> covering_radius(Grid((1, 5)), np.asarray([[False, False, True, False, False]])).tolist()
     [2.0]
     """
-    xp = array_namespace(is_known)
+    xp = check_arrays(is_known=is_known)
     _check(xp, positions, is_known)
     squared = xp.max(_nearest_known_distance(xp, positions, is_known), axis=1)
     return xp.where(squared < INT32_MAX, xp.sqrt(xp.astype(squared, xp.float32)), float("inf"))

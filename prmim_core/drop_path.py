@@ -1,7 +1,7 @@
 """Stochastic depth (drop path) as a pure function of an image's noise."""
 
-from prmim_core._arrays import Array, array_namespace, device_of
-from prmim_core._checks import check_integer, check_integers, check_noise
+from prmim_core._arrays import Array, device_of
+from prmim_core._checks import check_arrays, check_integer, check_integers, check_noise
 from prmim_core.noise import _absorb, _uniform
 
 # "drop" in ASCII. Separates these draws from others that start from the same noise.
@@ -51,8 +51,8 @@ def drop_path_scales(depth: int, rate: float, noise: Array) -> Array:
     >>> drop_path_scales(3, 0.5, counter_noise(0, 0, np.arange(1), 16)).round(3).tolist()
     [[[1.0, 1.0], [1.3329999446868896, 1.3329999446868896], [2.0, 0.0]]]
     """
-    xp = array_namespace(noise)
-    check_integer("depth", depth, 1)
+    xp = check_arrays(noise=noise)
+    depth = check_integer("depth", depth, 1)
     if isinstance(rate, bool) or not isinstance(rate, int | float):
         raise TypeError(f"rate: expected a number in [0, 1), got {rate!r}")
     if not 0 <= rate < 1:

@@ -1,12 +1,13 @@
 """Masking strategies: pure functions of noise that return the indices of the visible tokens.
 
-Pass the result to :func:`prmim_core.make_plan` as ``visible``.
+Pass the result to :func:`prmim_core.make_plan` as ``visible``. NaN in noise or weights raises ValueError, on the host
+only: for NumPy, and for PyTorch on a CPU when not compiled.
 """
 
 from math import prod
 
-from prmim_core._arrays import Array, Namespace, argsort, array_namespace, device_of
-from prmim_core._checks import check_count, check_noise, check_weights
+from prmim_core._arrays import Array, Namespace, argsort, device_of
+from prmim_core._checks import check_arrays, check_count, check_noise, check_type, check_weights
 from prmim_core.grid import Grid
 from prmim_core.noise import _uniform
 
@@ -31,8 +32,10 @@ def random_visible(num_visible: int, noise: Array) -> Array:
 
     Raises
     ------
+    TypeError
+        If ``noise`` does not hold real numbers or ``num_visible`` is not an integer.
     ValueError
-        If ``noise`` is not (batch, N) or ``num_visible`` is out of range.
+        If ``noise`` is not (batch, N) or has NaN, or ``num_visible`` is out of range.
 
     References
     ----------
@@ -44,7 +47,7 @@ def random_visible(num_visible: int, noise: Array) -> Array:
     >>> random_visible(2, np.asarray([[3, 1, 2, 0]])).tolist()
     [[3, 1]]
     """
-    xp = array_namespace(noise)
+    xp = check_arrays(noise=noise)
     check_noise(noise)
     check_count("num_visible", num_visible, noise.shape[1])
     return argsort(xp, noise)[:, :num_visible]
@@ -73,9 +76,10 @@ def block_visible(grid: Grid, unit: tuple[int, ...], num_visible_units: int, noi
     Raises
     ------
     TypeError
-        If a size of the unit is not an integer.
+        If ``grid`` is not a Grid, a size of the unit is not an integer or ``noise`` does not hold real numbers.
     ValueError
-        If the unit does not divide the grid, ``noise`` does not fit it or ``num_visible_units`` is out of range.
+        If the unit does not divide the grid, ``noise`` does not fit it or has NaN, or ``num_visible_units`` is out of
+        range.
 
     References
     ----------
@@ -88,7 +92,8 @@ def block_visible(grid: Grid, unit: tuple[int, ...], num_visible_units: int, noi
     >>> block_visible(Grid((2, 4)), (2, 2), 1, noise).tolist()
     [[2, 3, 6, 7]]
     """
-    xp = array_namespace(noise)
+    check_type("grid", grid, Grid)
+    xp = check_arrays(noise=noise)
     check_noise(noise, grid.num_tokens)
     check_count("num_visible_units", num_visible_units, grid.units(unit).num_tokens)
     return _block_visible(xp, grid, unit, num_visible_units, noise)
@@ -116,7 +121,7 @@ def weighted_visible(num_visible: int, noise: Array, weights: Array) -> Array:
     TypeError
         If ``noise`` is not int32.
     ValueError
-        If the shapes differ or ``num_visible`` is out of range.
+        If the shapes differ, ``num_visible`` is out of range or a weight is NaN.
 
     Notes
     -----
@@ -131,7 +136,7 @@ def weighted_visible(num_visible: int, noise: Array, weights: Array) -> Array:
     >>> weighted_visible(2, counter_noise(0, 0, np.arange(1), 4), np.asarray([[0.0, 1.0, 0.0, 5.0]])).tolist()
     [[3, 1]]
     """
-    xp = array_namespace(noise, weights)
+    xp = check_arrays(noise=noise, weights=weights)
     check_noise(noise)
     check_count("num_visible", num_visible, noise.shape[1])
     check_weights(xp, noise, weights)
@@ -157,8 +162,11 @@ def tube_visible(grid: Grid, num_visible: int, noise: Array) -> Array:
 
     Raises
     ------
+    TypeError
+        If ``grid`` is not a Grid or ``noise`` does not hold real numbers.
     ValueError
-        If the grid has one axis only, ``noise`` does not fit it, or ``num_visible`` is out of range or no multiple.
+        If the grid has one axis only, ``noise`` does not fit it or has NaN, or ``num_visible`` is out of range or no
+        multiple.
 
     References
     ----------
@@ -170,7 +178,8 @@ def tube_visible(grid: Grid, num_visible: int, noise: Array) -> Array:
     >>> tube_visible(Grid((2, 3)), 2, np.asarray([[1, 0, 2, 9, 9, 9]])).tolist()
     [[1, 4]]
     """
-    xp = array_namespace(noise)
+    check_type("grid", grid, Grid)
+    xp = check_arrays(noise=noise)
     if grid.axes < 2:
         raise ValueError(f"grid: expected a time axis and at least one axis of space, got shape {grid.shape}")
     check_noise(noise, grid.num_tokens)

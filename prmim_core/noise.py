@@ -4,8 +4,8 @@ from typing import Any
 
 import numpy as np
 
-from prmim_core._arrays import Array, Namespace, argsort, array_namespace, compat_namespace, device_of, scatter
-from prmim_core._checks import check_integer, check_integers
+from prmim_core._arrays import Array, Namespace, argsort, array_namespace, compat_namespace, device_of, on_host, scatter
+from prmim_core._checks import check_integer, check_integers, shown
 
 
 def counter_noise(seed: int, step: int | Array, sample: Array, num_tokens: int, xp: Namespace | None = None) -> Array:
@@ -18,8 +18,8 @@ def counter_noise(seed: int, step: int | Array, sample: Array, num_tokens: int, 
     step
         The training step: an integer in [0, 2**31), or an integer array of one element (may be traced by JAX).
     sample
-        int (batch,): dataset index of each image, in [0, 2**31). A row depends on its own sample only, so processes
-        may split a batch in any way.
+        int (batch,): dataset index of each image, at least 0. A row depends on its own sample only, so processes may
+        split a batch in any way.
     num_tokens
         N, the number of tokens.
     xp
@@ -33,9 +33,10 @@ def counter_noise(seed: int, step: int | Array, sample: Array, num_tokens: int, 
     Raises
     ------
     TypeError
-        If ``seed``, ``step`` or ``sample`` is not an integer.
+        If ``seed``, ``step``, ``sample`` or ``num_tokens`` is not an integer.
     ValueError
-        If ``seed`` or ``step`` is out of range, ``num_tokens`` is not positive or ``sample`` is not (batch,).
+        If ``seed`` or ``step`` is out of range, ``num_tokens`` is not positive, ``sample`` is not (batch,) or holds a
+        negative number. Values of arrays are checked on the host only: NumPy, and PyTorch on a CPU when not compiled.
 
     Notes
     -----
@@ -44,6 +45,9 @@ def counter_noise(seed: int, step: int | Array, sample: Array, num_tokens: int, 
         mix(x):        x ^= x >> 16;  x *= 0x7FEB352D;  x ^= x >> 15;  x *= 0x846CA68B;  x ^= x >> 16
         absorb(h, w):  mix(h ^ mix(w + 0x9E3779B9))
         noise:         absorb(absorb(absorb(absorb(0, seed), step), sample), token)
+
+    A sample of 2**32 or more has two words, absorbed one after the other: the low one, then the high one. JAX has no
+    such samples unless its 64-bit types are enabled: pass them in NumPy, with ``xp=jax.numpy``.
 
     The result is read as a signed number. ``mix`` is a low-bias bijection (constants: C. Wellons, "hash-prospector",
     public domain), so ``absorb`` is a bijection of its second argument and rows have no ties. About ten integer
@@ -55,38 +59,53 @@ def counter_noise(seed: int, step: int | Array, sample: Array, num_tokens: int, 
     >>> counter_noise(0, 0, np.arange(2), 3).tolist()
     [[407902920, 1600198682, 1706822771], [1203627609, 1702173812, 250989885]]
     """
-    check_integer("seed", seed)
+    seed = check_integer("seed", seed)
     if not 0 <= seed < 2**32:
         raise ValueError(f"seed: expected an integer in [0, 2**32), got {seed}")
-    if num_tokens < 1:
-        raise ValueError(f"num_tokens: expected at least 1, got {num_tokens}")
+    num_tokens = check_integer("num_tokens", num_tokens, 1)
+    low, high = _sample_words(np.asarray(sample) if isinstance(sample, list | tuple) else sample)
     if xp is None:
-        xp = array_namespace(sample)
+        xp = array_namespace(low)
     else:
         xp = compat_namespace(xp)
-        sample = xp.asarray(sample)
-    if sample.ndim != 1:
-        raise ValueError(f"sample: expected shape (batch,), got {tuple(sample.shape)}")
-    check_integers(xp, "sample", sample)
-    device = device_of(sample)
+        low, high = xp.asarray(low), None if high is None else xp.asarray(high)
+    device = device_of(low)
     state = _absorb(_full(xp, 0, device), _full(xp, seed, device))
     state = _absorb(state, _step_word(xp, step, device))
-    state = _absorb(state, xp.astype(sample, xp.int32))
+    state = _absorb(state, low)
+    if high is not None:
+        state = xp.where(high == 0, state, _absorb(state, high))
     return _absorb(state[:, None], xp.arange(num_tokens, dtype=xp.int32, device=device)[None, :])
 
 
+def _sample_words(sample: Array) -> tuple[Array, Array | None]:
+    """Split sample indices into int32 words, the low one and the high one; None: the dtype has no high word."""
+    xp = array_namespace(sample)
+    if sample.ndim != 1:
+        raise ValueError(f"sample: expected shape (batch,), got {tuple(sample.shape)}")
+    check_integers(xp, "sample", sample)
+    values = on_host(sample)
+    if values is not None and (values < 0).any():
+        raise ValueError(f"sample: expected integers of at least 0, got {values.min()}")
+    low = xp.astype(sample, xp.int32)
+    if xp.iinfo(sample.dtype).bits <= 32:
+        return low, None
+    return low, xp.astype(xp.astype(sample, xp.int64) >> 32, xp.int32)
+
+
 def _step_word(xp: Namespace, step: int | Array, device: Any) -> Array:
-    if isinstance(step, int | np.integer):
-        step = int(step)
-    elif not hasattr(step, "dtype"):
-        raise TypeError(f"step: expected an integer or an integer array of one element, got {step!r}")
-    elif not xp.isdtype(step.dtype, "integral"):
-        raise TypeError(f"step: expected an integer or an integer array of one element, got {step.dtype}")
-    else:
-        return xp.astype(xp.reshape(step, (1,)), xp.int32)
+    if hasattr(step, "dtype") and not isinstance(step, np.generic):
+        if not array_namespace(step).isdtype(step.dtype, "integral"):
+            raise TypeError(f"step: expected an integer or an integer array of one element, got {step.dtype}")
+        values = on_host(step)
+        if values is None:
+            return xp.astype(xp.reshape(step, (1,)), xp.int32)
+        step = values.item()
+    if not isinstance(step, int | np.integer) or isinstance(step, bool):
+        raise TypeError(f"step: expected an integer or an integer array of one element, got {shown(step)}")
     if not 0 <= step < 2**31:
         raise ValueError(f"step: expected an integer in [0, 2**31), got {step}")
-    return _full(xp, step, device)
+    return _full(xp, int(step), device)
 
 
 def _full(xp: Namespace, value: int, device: Any) -> Array:

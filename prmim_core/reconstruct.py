@@ -9,7 +9,8 @@ from math import prod
 import numpy as np
 from numpy.typing import NDArray
 
-from prmim_core._arrays import Array, Namespace, array_namespace, device_of
+from prmim_core._arrays import Array, Namespace, array_namespace, as_index, device_of
+from prmim_core._checks import check_arrays, check_tokens, check_type
 from prmim_core.grid import Grid
 from prmim_core.schedule import Plan
 
@@ -134,6 +135,7 @@ def num_offsets(grid: Grid) -> int:
     >>> num_offsets(Grid((14, 14)))
     729
     """
+    check_type("grid", grid, Grid)
     return prod([2 * size - 1 for size in grid.shape])  # torch.compile does not support a generator here
 
 
@@ -155,6 +157,7 @@ def offset_squared_distances(grid: Grid) -> NDArray[np.int64]:
     >>> offset_squared_distances(Grid((2, 2))).tolist()
     [2, 1, 2, 1, 0, 1, 2, 1, 2]
     """
+    check_type("grid", grid, Grid)
     squares = [(np.arange(1 - size, size) * step) ** 2 for size, step in zip(grid.shape, grid.spacing, strict=True)]
     total = squares[0]
     for along_axis in squares[1:]:
@@ -178,12 +181,24 @@ def offset_index(grid: Grid, thrown: Array, known: Array) -> Array:
     array
         int (batch, n, K), in [0, num_offsets): raster index of (thrown - known), in tokens along each axis.
 
+    Raises
+    ------
+    TypeError
+        If ``grid`` is not a Grid or an index does not hold integers.
+    IndexError
+        If a token is outside of the grid. Seen on the host only: NumPy, and PyTorch on a CPU when not compiled.
+
     Examples
     --------
     >>> import numpy as np
     >>> offset_index(Grid((2, 2)), np.asarray([[3]]), np.asarray([[0, 3]])).tolist()
     [[[8, 4]]]
     """
+    check_type("grid", grid, Grid)
+    xp = check_arrays(thrown=thrown, known=known)
+    for name, tokens in (("thrown", thrown), ("known", known)):
+        check_tokens(xp, name, tokens, grid.num_tokens)
+    thrown, known = as_index(xp, thrown), as_index(xp, known)
     # The difference of two raster indices in the grid of offsets, shifted to its centre, is the index of the offset:
     # n + K indices per image, and one difference per pair.
     return _offset_place(grid, thrown)[:, :, None] - _offset_place(grid, known)[:, None, :] + num_offsets(grid) // 2
@@ -201,6 +216,7 @@ def _offset_place(grid: Grid, tokens: Array) -> Array:
 
 def _pair_squared_distances(xp: Namespace, grid: Grid, thrown: Array, known: Array) -> Array:
     """Compute squared distances from every thrown to every known token, spacing applied: int (batch, n, K)."""
+    thrown, known = as_index(xp, thrown), as_index(xp, known)
     total = xp.zeros((1, 1, 1), dtype=thrown.dtype, device=device_of(thrown))
     stride = grid.num_tokens
     for size, step in zip(grid.shape, grid.spacing, strict=True):

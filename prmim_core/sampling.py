@@ -6,8 +6,8 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from prmim_core._arrays import Array, Namespace, argsort, array_namespace, device_of, scan
-from prmim_core._checks import check_count, check_mask, check_noise, check_positions
+from prmim_core._arrays import Array, Namespace, argsort, device_of, scan
+from prmim_core._checks import check_arrays, check_count, check_mask, check_noise, check_positions
 from prmim_core.coverage import _int32_points, _nearest_known_distance, _squared_distances
 from prmim_core.grid import INT32_MAX, Grid
 from prmim_core.noise import _noise_rank
@@ -52,9 +52,10 @@ def furthest_point_sampling(
     Raises
     ------
     TypeError
-        If positions are not integers, or ``is_known`` or ``is_candidate`` is not bool.
+        If positions are not integers, ``noise`` does not hold real numbers, or ``is_known`` or ``is_candidate`` is not
+        bool.
     ValueError
-        If a shape does not fit or ``num_samples`` is out of range.
+        If a shape does not fit, ``num_samples`` is out of range or ``noise`` has NaN (seen on the host only).
 
     Notes
     -----
@@ -72,7 +73,7 @@ def furthest_point_sampling(
     >>> furthest_point_sampling(Grid((5,)), 2, noise, is_known).tolist()
     [[4, 2]]
     """
-    xp = array_namespace(noise)
+    xp = check_arrays(noise=noise)
     num_tokens = check_positions(positions)
     check_noise(noise, num_tokens)
     check_count("num_samples", num_samples, num_tokens)

@@ -4,8 +4,27 @@ from dataclasses import dataclass
 from functools import partial
 from math import prod
 
-from prmim_core._arrays import Array, Namespace, argsort, array_namespace, device_of, register_pytree, scatter
-from prmim_core._checks import check_choice, check_integer, check_integers, check_noise, check_weights
+from prmim_core._arrays import (
+    Array,
+    Namespace,
+    argsort,
+    array_namespace,
+    as_index,
+    device_of,
+    on_host,
+    register_pytree,
+    scatter,
+)
+from prmim_core._checks import (
+    check_arrays,
+    check_choice,
+    check_integer,
+    check_integers,
+    check_noise,
+    check_tokens,
+    check_type,
+    check_weights,
+)
 from prmim_core.counts import TokenCounts
 from prmim_core.coverage import _nearest_known_distance
 from prmim_core.grid import Grid
@@ -25,7 +44,8 @@ class Schedule:
     counts
         Numbers of visible, decoded and thrown tokens; their sum is the number of tokens of the grid.
     stages
-        S, number of reconstruction stages of the thrown tokens, at least 1.
+        S, number of reconstruction stages of the thrown tokens, at least 1. Stages beyond the number of thrown tokens
+        are empty.
     throwing
         ``"furthest"``, ``"random"``, ``"weighted"`` or ``"cell"``: a strategy of :mod:`prmim_core.throwing`.
     furthest_from
@@ -37,7 +57,7 @@ class Schedule:
     Raises
     ------
     TypeError
-        If ``stages`` or a size of the unit is not an integer.
+        If ``grid`` or ``counts`` is of another class, or ``stages`` or a size of the unit is not an integer.
     ValueError
         If the counts do not fit the grid or the unit, ``stages`` is not positive, the unit does not divide the grid or
         a rule is unknown.
@@ -61,11 +81,13 @@ class Schedule:
     unit: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
+        check_type("grid", self.grid, Grid)
+        check_type("counts", self.counts, TokenCounts)
         if self.counts.num_tokens != self.grid.num_tokens:
             raise ValueError(
                 f"counts: expected {self.grid.num_tokens} tokens in all, as in the grid, got {self.counts.num_tokens}"
             )
-        check_integer("stages", self.stages, 1)
+        object.__setattr__(self, "stages", check_integer("stages", self.stages, 1))
         check_choice("throwing", self.throwing, Throwing)
         check_choice("furthest_from", self.furthest_from, FurthestFrom)
         if self.unit is not None:
@@ -98,7 +120,8 @@ class Schedule:
         """
         if not 1 <= stage <= self.stages:
             raise ValueError(f"stage: expected 1 to {self.stages}, got {stage}")
-        return self.counts.visible + self.counts.decoded + sum(self.stage_sizes[: stage - 1])
+        size, larger = divmod(self.counts.thrown, self.stages)
+        return self.counts.visible + self.counts.decoded + (stage - 1) * size + min(stage - 1, larger)
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,8 +134,8 @@ class Plan:
     Parameters
     ----------
     order
-        int (batch, N), a permutation of each image's tokens: visible, decoded, stage 1, ..., stage S. Not validated;
-        see :meth:`check`.
+        int (batch, N), a permutation of each image's tokens: visible, decoded, stage 1, ..., stage S. Not validated
+        here: call :meth:`check` for plans from other sources.
     schedule
         The static part.
 
@@ -195,17 +218,21 @@ class Plan:
     def restore(self) -> Array:
         """The inverse of ``order``, int (batch, N): the position of each token in plan order."""
         xp, length = array_namespace(self.order), self.schedule.counts.num_tokens
+        check_tokens(xp, "order", self.order, length)
         return scatter(xp, self.order, xp.arange(length, device=device_of(self.order)), length)
 
     @property
     def mask(self) -> Array:
         """The mask in raster order: bool (batch, N), True is hidden from the encoder."""
-        return ~_is_member(array_namespace(self.order), self.visible, self.schedule.counts.num_tokens)
+        xp, length = array_namespace(self.order), self.schedule.counts.num_tokens
+        check_tokens(xp, "order", self.visible, length)
+        return ~_is_member(xp, self.visible, length)
 
     def check(self) -> None:
-        """Validate the values of ``order``.
+        """Validate the values of ``order``: every row is a permutation, and units are whole.
 
-        Meant for tests and for plans from other sources: it waits for the device and does not run under ``jax.jit``.
+        Meant for tests and for plans from other sources. It reads the values, so it waits for the device, and it does
+        not run under ``jax.jit`` or ``torch.compile``.
 
         Raises
         ------
@@ -218,25 +245,30 @@ class Plan:
         check_integers(xp, "order", self.order)
         if self.order.ndim != 2 or self.order.shape[1] != length:
             raise ValueError(f"order: expected shape (batch, {length}), got {tuple(self.order.shape)}")
-        device = device_of(self.order)
-        tokens = xp.arange(length, dtype=self.order.dtype, device=device)
-        is_permutation = xp.all(xp.sort(self.order, axis=1) == tokens[None, :], axis=1)
-        _check_rows(xp, is_permutation, f"a permutation of 0 to {length - 1}")
+        order, device = as_index(xp, self.order), device_of(self.order)
+        place = xp.arange(length, device=device)
+        is_permutation = xp.all(xp.sort(order, axis=1) == place[None, :], axis=1)
+        _check_rows(xp, "order", is_permutation, f"a permutation of 0 to {length - 1}")
         if unit is None:
             return
-        place = xp.arange(length, device=device)
         is_masked, is_thrown = place >= self.schedule.counts.visible, place >= self.schedule.num_known(1)
-        kind = scatter(xp, self.order, xp.astype(is_masked, xp.int32) + xp.astype(is_thrown, xp.int32), length)
-        units = _unit_tokens(xp, self.schedule.grid, unit, device)
-        kind = xp.reshape(xp.take(kind, xp.reshape(units, (-1,)), axis=1), (-1, *units.shape))
-        is_whole = xp.all(xp.min(kind, axis=2) == xp.max(kind, axis=2), axis=1)
-        _check_rows(xp, is_whole, f"visible, decoded and thrown tokens in whole units {unit}")
+        kind = scatter(xp, order, xp.astype(is_masked, xp.int32) + xp.astype(is_thrown, xp.int32), length)
+        is_whole = _is_whole(xp, self.schedule.grid, unit, kind)
+        _check_rows(xp, "order", is_whole, f"visible, decoded and thrown tokens in whole units {unit}")
 
 
-def _check_rows(xp: Namespace, is_valid: Array, expected: str) -> None:
+def _is_whole(xp: Namespace, grid: Grid, unit: tuple[int, ...], kind: Array) -> Array:
+    """Return for every image whether the tokens of a unit are of one kind: int (batch, N) to bool (batch,)."""
+    units = _unit_tokens(xp, grid, unit, device_of(kind))
+    kind = xp.reshape(xp.take(kind, xp.reshape(units, (-1,)), axis=1), (-1, *units.shape))
+    return xp.all(xp.min(kind, axis=2) == xp.max(kind, axis=2), axis=1)
+
+
+def _check_rows(xp: Namespace, name: str, is_valid: Array, expected: str) -> None:
+    """Raise ValueError unless all rows are valid. Reads values."""
     if not bool(xp.all(is_valid)):
         first = int(xp.argmin(xp.astype(is_valid, xp.int32)))
-        raise ValueError(f"order: expected {expected} in every row, got an invalid row {first}")
+        raise ValueError(f"{name}: expected {expected} in every row, got an invalid row {first}")
 
 
 def make_plan(
@@ -255,11 +287,12 @@ def make_plan(
     schedule
         Sizes and rules.
     noise
-        (batch, N), any real dtype, for instance from :func:`prmim_core.counter_noise`. The plan is a pure function of
-        it. Throwing by ``"weighted"`` needs int32, ``"cell"`` integers.
+        (batch, N), any real dtype, for instance from :func:`prmim_core.counter_noise` or ``torch.rand``. The plan is a
+        pure function of it. Equal values are in raster order. Throwing by ``"weighted"`` needs int32, ``"cell"``
+        integers.
     visible
         int (batch, V), distinct tokens from a masking strategy; None: :func:`prmim_core.random_visible`, or
-        :func:`prmim_core.block_visible` if the schedule has a unit. Must be whole units then (not validated).
+        :func:`prmim_core.block_visible` if the schedule has a unit. Must be whole units then.
     decoded
         int (batch, M), distinct masked tokens from a throwing strategy; None: the strategy of the schedule.
     weights
@@ -276,12 +309,18 @@ def make_plan(
     Raises
     ------
     TypeError
-        If a dtype does not fit.
+        If an argument is not an array, or a dtype does not fit.
     ValueError
-        If a shape does not fit the schedule, or weights are missing or not needed.
+        If a shape does not fit the schedule, weights are missing or not needed, noise or weights have NaN, or
+        ``visible`` or ``decoded`` repeats a token, cuts a unit or has tokens in common.
+    IndexError
+        If ``visible`` or ``decoded`` has a value outside of [0, N).
 
     Notes
     -----
+    Values are checked on the host only: for NumPy, and for PyTorch on a CPU when not compiled. Elsewhere wrong values
+    give a plan that :meth:`Plan.check` refuses, or an error of the device.
+
     With a unit, decoded units are chosen like tokens, on the grid of units. A unit takes the noise of its first token
     and the sum of its weights. Decoded tokens come unit by unit, in raster order within a unit. Stages consist of
     single tokens.
@@ -299,25 +338,23 @@ def make_plan(
     >>> sorted(plan.order[0].tolist()) == list(range(16))
     True
     """
-    xp = array_namespace(*[array for array in (noise, visible, decoded, weights) if array is not None])
+    xp = check_plan_arguments(schedule, noise, visible, decoded, weights)
     grid, counts = schedule.grid, schedule.counts
-    check_noise(noise, grid.num_tokens)
-    for name, index, count in (("visible", visible, counts.visible), ("decoded", decoded, counts.decoded)):
-        if index is not None:
-            _check_index(xp, name, index, (noise.shape[0], count))
-    if decoded is None:
-        _check_throwing(xp, schedule, noise, weights)
-    elif weights is not None:
-        raise ValueError("weights: expected None where decoded tokens are given, got an array")
     by_noise = argsort(xp, noise)
     if visible is None:
         if schedule.unit is None:
             visible = by_noise[:, : counts.visible]
         else:
             visible = _block_visible(xp, grid, schedule.unit, counts.visible // prod(schedule.unit), noise)
+    else:
+        visible = as_index(xp, visible)
+        _check_known(xp, schedule, "visible", visible, "distinct tokens")
     is_visible = _is_member(xp, visible, grid.num_tokens)
     if decoded is None:
         decoded = _decoded(xp, schedule, noise, is_visible, weights, sampler)
+    else:
+        decoded = as_index(xp, decoded)
+        _check_known(xp, schedule, "decoded", xp.concat([visible, decoded], axis=1), "distinct masked tokens")
     is_known = is_visible | _is_member(xp, decoded, grid.num_tokens)
     distance = xp.take_along_axis(_nearest_known_distance(xp, grid, is_known), by_noise, axis=1)
     by_distance = xp.take_along_axis(by_noise, argsort(xp, distance), axis=1)
@@ -326,10 +363,37 @@ def make_plan(
     return Plan(xp.concat(parts, axis=1), schedule)
 
 
-def _check_index(xp: Namespace, name: str, index: Array, shape: tuple[int, int]) -> None:
-    if tuple(index.shape) != shape:
-        raise ValueError(f"{name}: expected shape {shape}, got {tuple(index.shape)}")
-    check_integers(xp, name, index)
+def check_plan_arguments(
+    schedule: Schedule, noise: Array, visible: Array | None, decoded: Array | None, weights: Array | None
+) -> Namespace:
+    """Check the arguments of :func:`make_plan` one by one, for the core and for adapters; return their namespace."""
+    check_type("schedule", schedule, Schedule)
+    optional = {"visible": visible, "decoded": decoded, "weights": weights}
+    xp = check_arrays(noise=noise, **{name: array for name, array in optional.items() if array is not None})
+    counts = schedule.counts
+    check_noise(noise, counts.num_tokens)
+    if decoded is None:
+        _check_throwing(xp, schedule, noise, weights)
+    elif weights is not None:
+        raise ValueError("weights: expected None where decoded tokens are given, got an array")
+    for name, index, count in (("visible", visible, counts.visible), ("decoded", decoded, counts.decoded)):
+        if index is None:
+            continue
+        if tuple(index.shape) != (noise.shape[0], count):
+            raise ValueError(f"{name}: expected shape {(noise.shape[0], count)}, got {tuple(index.shape)}")
+        check_tokens(xp, name, index, counts.num_tokens)
+    return xp
+
+
+def _check_known(xp: Namespace, schedule: Schedule, name: str, known: Array, distinct: str) -> None:
+    """Raise ValueError unless known tokens are distinct and in whole units. Passes where values cannot be read."""
+    if on_host(known) is None:
+        return
+    ranked = xp.sort(known, axis=1)
+    _check_rows(xp, name, xp.all(ranked[:, 1:] != ranked[:, :-1], axis=1), distinct)
+    if schedule.unit is not None:
+        is_known = xp.astype(_is_member(xp, known, schedule.grid.num_tokens), xp.int32)
+        _check_rows(xp, name, _is_whole(xp, schedule.grid, schedule.unit, is_known), f"whole units {schedule.unit}")
 
 
 def _check_throwing(xp: Namespace, schedule: Schedule, noise: Array, weights: Array | None) -> None:
@@ -377,7 +441,7 @@ def is_member(index: Array, num_tokens: int) -> Array:
     Parameters
     ----------
     index
-        int (batch, n), in [0, N).
+        int (batch, n), in [0, N). Repeated tokens count once.
     num_tokens
         N.
 
@@ -388,8 +452,13 @@ def is_member(index: Array, num_tokens: int) -> Array:
 
     Raises
     ------
+    TypeError
+        If ``index`` does not hold integers.
     ValueError
         If ``index`` is not (batch, n).
+    IndexError
+        If a value is outside of [0, N). PyTorch raises its own error where values are not on the host. JAX ignores such
+        values.
 
     Examples
     --------
@@ -397,9 +466,10 @@ def is_member(index: Array, num_tokens: int) -> Array:
     >>> is_member(np.asarray([[2, 0]]), 4).tolist()
     [[True, False, True, False]]
     """
-    xp = array_namespace(index)
+    xp = check_arrays(index=index)
     if index.ndim != 2:
         raise ValueError(f"index: expected shape (batch, n), got {tuple(index.shape)}")
+    check_tokens(xp, "index", index, num_tokens)
     return _is_member(xp, index, num_tokens)
 
 
@@ -415,7 +485,7 @@ def take_tokens(x: Array, index: Array) -> Array:
     x
         (batch, N, ...).
     index
-        int (batch, n).
+        int (batch, n), in [0, N). Negative values do not count from the end.
 
     Returns
     -------
@@ -424,8 +494,19 @@ def take_tokens(x: Array, index: Array) -> Array:
 
     Raises
     ------
+    TypeError
+        If ``index`` does not hold integers.
     ValueError
         If the batch sizes differ or a shape has too few axes.
+    IndexError
+        If a value is outside of [0, N), for NumPy, and for PyTorch on a CPU when not compiled.
+
+    Notes
+    -----
+    No value reads a token of another image. Where values cannot be read without waiting, the library's own check of
+    bounds applies. PyTorch raises an error: on CUDA an assertion of the device, which a later call reports. JAX gives
+    NaN for floats, True for bool, the lowest value for signed and the highest for unsigned integers, with gradient
+    zero (``jax.numpy.take``, ``mode="fill"``).
 
     Examples
     --------
@@ -433,13 +514,16 @@ def take_tokens(x: Array, index: Array) -> Array:
     >>> take_tokens(np.asarray([[[1.0], [2.0], [3.0]]]), np.asarray([[2, 0]])).tolist()
     [[[3.0], [1.0]]]
     """
-    xp = array_namespace(x, index)
+    xp = check_arrays(x=x, index=index)
     if index.ndim != 2 or x.ndim < 2 or x.shape[0] != index.shape[0]:
         expected = "x (batch, N, ...) and index (batch, n)"
         raise ValueError(f"index: expected {expected}, got {tuple(x.shape)} and {tuple(index.shape)}")
-    # A gather of rows from a flat list is many times as fast as take_along_axis in frameworks.
     batch, length = x.shape[:2]
+    check_tokens(xp, "index", index, length)
+    # A gather of rows from a flat list is many times as fast as take_along_axis in frameworks.
+    index = as_index(xp, index)
     starts = xp.arange(batch, dtype=index.dtype, device=device_of(index))[:, None] * length
-    rows = xp.reshape(index + starts, (-1,))
-    taken = xp.take(xp.reshape(x, (batch * length, *x.shape[2:])), rows, axis=0)
+    # Beyond its image an index becomes one beyond the list, which the library's check of bounds finds.
+    rows = xp.where((index >= 0) & (index < length), index + starts, batch * length)
+    taken = xp.take(xp.reshape(x, (batch * length, *x.shape[2:])), xp.reshape(rows, (-1,)), axis=0)
     return xp.reshape(taken, (*index.shape, *x.shape[2:]))

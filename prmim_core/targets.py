@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prmim_core._arrays import Array, Namespace, array_namespace, device_of
+from prmim_core._checks import check_type
 from prmim_core.grid import Grid
 
 CELL_EPS = 1e-3
@@ -106,6 +107,7 @@ def unpatchify(tokens: Array, patch_size: tuple[int, ...], grid: Grid) -> Array:
     >>> unpatchify(tokens, (2, 2), Grid((1, 2)))[0, :, :, 0].tolist()
     [[0, 1, 2, 3], [4, 5, 6, 7]]
     """
+    check_type("grid", grid, Grid)
     xp = array_namespace(tokens)
     pixels = prod(patch_size)
     if tokens.ndim != 3 or tokens.shape[1] != grid.num_tokens or tokens.shape[2] % pixels or not tokens.shape[2]:
@@ -337,6 +339,7 @@ def window_statistics(patches: Array, channels: int, grid: Grid) -> tuple[Array,
     >>> mean[0, :, 0].tolist()
     [2.0, 4.0, 5.5]
     """
+    check_type("grid", grid, Grid)
     xp = array_namespace(patches)
     pixels = _pixels(xp, patches, channels)
     if patches.shape[1] != grid.num_tokens:

@@ -1,13 +1,23 @@
 """Throwing strategies: which masked tokens are decoded. The other masked tokens are thrown.
 
 Pass the result to :func:`prmim_core.make_plan` as ``decoded``, or name the strategy in
-:class:`prmim_core.Schedule`.
+:class:`prmim_core.Schedule`. NaN in noise or weights raises ValueError, on the host only: for NumPy, and for
+PyTorch on a CPU when not compiled.
 """
 
 from typing import Literal
 
-from prmim_core._arrays import Array, Namespace, argsort, array_namespace, device_of
-from prmim_core._checks import check_choice, check_count, check_integers, check_mask, check_noise, check_weights
+from prmim_core._arrays import Array, Namespace, argsort, device_of
+from prmim_core._checks import (
+    check_arrays,
+    check_choice,
+    check_count,
+    check_integers,
+    check_mask,
+    check_noise,
+    check_type,
+    check_weights,
+)
 from prmim_core.grid import Grid
 from prmim_core.masking import _arrival_times
 from prmim_core.noise import _noise_rank
@@ -214,7 +224,9 @@ def cell_decoded(grid: Grid, num_decoded: int, noise: Array, is_visible: Array) 
 
 
 def _check(num_decoded: int, noise: Array, is_visible: Array, grid: Grid | None = None) -> Namespace:
-    xp = array_namespace(noise, is_visible)
+    if grid is not None:
+        check_type("grid", grid, Grid)
+    xp = check_arrays(noise=noise, is_visible=is_visible)
     check_noise(noise, None if grid is None else grid.num_tokens)
     check_mask(xp, "is_visible", is_visible, noise)
     check_count("num_decoded", num_decoded, noise.shape[1])

@@ -16,6 +16,8 @@ import hypothesis
 import numpy as np
 import pytest
 
+collect_ignore = ["hostile"]  # a script; test_hostile.py runs it
+
 # No database and no randomness: a test does tomorrow what it does today.
 hypothesis.settings.register_profile("prmim", deadline=None, derandomize=True, database=None, max_examples=50)
 # A longer hunt for counterexamples, fresh each time: HYPOTHESIS_PROFILE=search.

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from prmim_jax.distributed import AXIS
 from prmim_jax.interop import check_fit, named_weights, put_weights, read_file
-from prmim_jax.method import ImageModule, build_encoder, check_images
+from prmim_jax.method import ImageModule, build_encoder, check_images, check_not_empty
 from prmim_jax.methods import METHODS
 from prmim_jax.trainer import Trainer, adamw
 from prmim_jax.vit import LayerNorm, Linear, Statistic, constant, freeze, normal, wide
@@ -161,21 +161,24 @@ class Classifier(ImageModule):
         TypeError
             If ``images`` are not uint8 or ``noise`` is not of an integer dtype.
         ValueError
-            If a shape does not fit, or ``noise`` is needed and missing.
+            If a shape does not fit, ``noise`` is needed and missing, or there are no images in training mode.
         """
-        encoder, scales = self.encoder, self._scales(noise, len(images))
+        encoder, scales = self.encoder, self._scales(noise, images)
         tokens = encoder.place(encoder.patch_embed(self._normalize(self._patches(images))))
         encoded = encoder.encode(tokens, None, scales)
         pooled = encoded[:, 0] if self.config.pool == "cls" else encoded[:, 1:].mean(1)
         logits = self.head(pooled if self.fc_norm is None else self.fc_norm(pooled))
         return logits.astype(wide(logits.dtype))
 
-    def _scales(self, noise: Array | None, batch: int) -> Array | None:
-        if self.deterministic or self.config.drop_rate == 0:
+    def _scales(self, noise: Array | None, images: Array) -> Array | None:
+        if self.deterministic:
+            return None
+        check_not_empty(images)
+        if self.config.drop_rate == 0:
             return None
         if noise is None:
             raise ValueError("noise: expected integers for drop path in training mode, got None")
-        self._check_noise(noise, batch)
+        self._check_noise(noise, images)
         return self._drop_path(noise, self.config.drop_rate)
 
     def not_decayed(self) -> frozenset[str]:

@@ -34,6 +34,8 @@ WHOLE = P()  # type: ignore[no-untyped-call]
 
 VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 """Environment variables of a run with several processes."""
+SRUN_VARIABLES = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
+"""Variables by which JAX detects the tasks of SLURM's ``srun``."""
 LAUNCH_TIMEOUT = 300
 """Seconds that a process waits for the others to join."""
 HOST_TIMEOUT = 600.0
@@ -148,29 +150,29 @@ class Processes:
 
 
 def _connect(timeout: float) -> None:
+    seconds = max(ceil(timeout), 1)
+    limits: dict[str, Any] = {
+        "initialization_timeout": LAUNCH_TIMEOUT,
+        "heartbeat_timeout_seconds": seconds,
+        "shutdown_timeout_seconds": SHUTDOWN_TIMEOUT,
+    }
+    if VARIABLES[0] not in os.environ:
+        jax.distributed.initialize(cluster_detection_method="slurm", **limits)
+        return
     address, _, number = (os.environ[name] for name in VARIABLES)
     if not number.isdecimal() or int(number) >= num_processes():
         raise ValueError(
             f"JAX_PROCESS_ID: expected 0 to {num_processes() - 1} in the environment, as there are {num_processes()} "
             f"processes, got {number!r}"
         )
-    seconds = max(ceil(timeout), 1)
-    jax.distributed.initialize(
-        address,
-        num_processes(),
-        int(number),
-        initialization_timeout=LAUNCH_TIMEOUT,
-        cluster_detection_method="deactivate",
-        heartbeat_timeout_seconds=seconds,
-        shutdown_timeout_seconds=SHUTDOWN_TIMEOUT,
-    )
+    jax.distributed.initialize(address, num_processes(), int(number), cluster_detection_method="deactivate", **limits)
 
 
 def num_processes() -> int:
-    """Return the number of processes in the environment: ``JAX_NUM_PROCESSES``, or 1."""
+    """Return the number of processes in the environment: ``JAX_NUM_PROCESSES``, that of SLURM's ``srun``, or 1."""
     missing = [name for name in VARIABLES if name not in os.environ]
     if len(missing) == len(VARIABLES):
-        return 1
+        return int(os.environ["SLURM_NTASKS"]) if all(name in os.environ for name in SRUN_VARIABLES) else 1
     if missing:
         there = next(name for name in VARIABLES if name in os.environ)
         raise ValueError(f"{missing[0]}: expected in the environment, where {there} is, got none")

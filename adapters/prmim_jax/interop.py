@@ -18,7 +18,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from prmim_jax.vit import Buffer
-from prmim_methods.weight_files import check_metadata, check_tensors, dump_architecture, one_line, write_atomically
+from prmim_methods.files import open_regular
+from prmim_methods.messages import one_line
+from prmim_methods.weight_files import check_metadata, check_tensors, dump_architecture, write_atomically
 
 Variables = dict[str, nnx.Variable[Array]]
 Weights = dict[str, NDArray[Any]]
@@ -128,9 +130,10 @@ def read_weights(method: nnx.Module, path: str | os.PathLike[str]) -> Weights:
 def read_file(path: str | os.PathLike[str]) -> tuple[dict[str, str] | None, Weights]:
     """Return the metadata and the tensors of a ``.safetensors`` file; ValueError if it is another file."""
     try:
+        open_regular(path).close()  # safe_open would wait at a pipe
         with safe_open(path, framework="numpy") as file:
             return file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a dict
-    except SafetensorError as error:
+    except (SafetensorError, ValueError) as error:
         raise ValueError(f"path: expected a safetensors file, got {os.fspath(path)} ({one_line(error)})") from None
 
 

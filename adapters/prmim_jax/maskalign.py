@@ -120,10 +120,10 @@ class MaskAlign(FeatureMethod):
         TypeError
             If ``images`` are not uint8, or ``noise`` is not of an integer dtype (int32 for masking by attention).
         ValueError
-            If a shape does not fit.
+            If a shape does not fit, or there are no images.
         """
         patches = self._patches(images)
-        self._check_noise(noise, len(images))
+        self._check_batch(images, noise)
         seen = self.teacher(images)
         plan = make_plan(self._schedule, noise, visible=self._visible(noise, seen.attention))
         features = self._features(patches, plan, noise)
@@ -179,6 +179,7 @@ class MaskAlign(FeatureMethod):
 
     def compared_features(self, images: Array, output: AlignOutput) -> tuple[Array, Array]:
         """Return predicted and target features, for pictures; see :meth:`FeatureMethod.compared_features`."""
+        self._check_output(output)
         target = _whiten(self.teacher(images).hidden[-1][:, 1:])
         student = output.predicted[:, 1:].astype(target.dtype)
         rows = jnp.arange(len(target))[:, None]

@@ -74,9 +74,9 @@ class ImageModule(nnx.Module):
         check_images(images, self.image_shape)
         return patchify(images, self._patch_size)
 
-    def _check_noise(self, noise: Array, batch: int) -> None:
-        if tuple(noise.shape) != (batch, self.num_tokens):
-            raise ValueError(f"noise: expected shape {(batch, self.num_tokens)}, got {tuple(noise.shape)}")
+    def _check_noise(self, noise: Array, images: Array) -> None:
+        if tuple(noise.shape) != (images.shape[0], self.num_tokens):
+            raise ValueError(f"noise: expected shape {(images.shape[0], self.num_tokens)}, got {tuple(noise.shape)}")
 
     def _normalize(self, patches: Array) -> Array:
         """Turn patches (batch, length, prod(patch) * C) of values 0 .. 255 into floats, normalised per channel."""
@@ -143,6 +143,15 @@ class Method(ImageModule):
     def not_decayed(self) -> frozenset[str]:
         """Return the parameters of several axes that the recipe exempts from weight decay."""
         return self.config.not_decayed()
+
+    def _check_batch(self, images: Array, noise: Array) -> None:
+        """Validate the images and the noise of a loss: a mean over no images would be NaN."""
+        check_not_empty(images)
+        self._check_noise(noise, images)
+
+    def _check_output(self, output: Any) -> None:
+        if output.plan.schedule != self._schedule:
+            raise ValueError(f"output: expected one of this method, got one with the plan of {output.plan.schedule}")
 
     def _build_reconstruction(self, dim: int, dtype: DTypeLike | None) -> ProgressiveReconstruction | None:
         """Return the reconstruction of features of ``dim`` channels; None if no token is reconstructed."""
@@ -218,6 +227,7 @@ class PixelMethod(Method):
             are NaN.
         """
         patches, plan, config = self._patches(images), output.plan, self.config
+        self._check_output(output)
         predicted_index = _places(plan.order, config.patch_places)
         truth = self._patch_target(patches, predicted_index)
         predicted = output.predicted.astype(truth.dtype)
@@ -263,7 +273,7 @@ class PixelMethod(Method):
         eps
             Added to an image's sum of weights: a decoded token weighs 1, a thrown one ``thrown_weight``.
         """
-        config, counts, batch = self.config, plan.schedule.counts, len(patches)
+        config, counts, batch = self.config, plan.schedule.counts, patches.shape[0]
         predicted = head(_places(features, config.patch_places))
         target = self._patch_target(patches, _places(plan.order, config.patch_places))
         errors = self._error(predicted, normalize_patches(target) if config.norm_pix else target)
@@ -366,6 +376,12 @@ def build_encoder(
         dtype=dtype,
         rngs=rngs,
     )
+
+
+def check_not_empty(images: Array | NDArray[np.uint8]) -> None:
+    """Raise ValueError if a batch has no images."""
+    if images.shape[0] == 0:
+        raise ValueError("images: expected at least one image, got an empty batch")
 
 
 def check_images(images: Array | NDArray[np.uint8], shape: Sequence[int]) -> None:

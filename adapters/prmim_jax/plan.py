@@ -1,6 +1,5 @@
 """The core's plan for JAX arrays, also inside ``jax.jit``."""
 
-import jax.numpy as jnp
 from jax import Array
 
 import prmim_core
@@ -8,16 +7,18 @@ from prmim_core import Plan, Schedule
 
 
 def make_plan(schedule: Schedule, noise: Array, visible: Array | None = None, weights: Array | None = None) -> Plan:
-    """Return the plan of a batch; ``prmim_core.make_plan``, for noise of an integer dtype only.
+    """Return the plan of a batch; ``prmim_core.make_plan`` for JAX arrays.
 
     Parameters
     ----------
     schedule
         The static part of the plan; hashable, so it can be a static argument of a jitted function.
     noise
-        int (batch, N), for example from ``prmim_core.counter_noise``. The plan is a pure function of it.
+        (batch, N), any real dtype, for example from ``prmim_core.counter_noise`` or ``jax.random.uniform``. The plan is
+        a pure function of it. Throwing by ``"weighted"`` needs int32, ``"cell"`` integers.
     visible
-        int (batch, V): the visible tokens; None: the tokens of lowest noise, in units if the schedule has a unit.
+        int (batch, V): the visible tokens, distinct, and in whole units if the schedule has a unit; None: the tokens or
+        units of lowest noise.
     weights
         float (batch, N), for ``throwing="weighted"``.
 
@@ -29,9 +30,14 @@ def make_plan(schedule: Schedule, noise: Array, visible: Array | None = None, we
     Raises
     ------
     TypeError
-        If ``noise`` is not of an integer dtype.
+        If an argument is not a JAX array, or a dtype does not fit.
     ValueError
-        If a shape does not fit the schedule.
+        If a shape does not fit the schedule, or weights are missing or not needed.
+
+    Notes
+    -----
+    Values are not checked: JAX would have to wait for them. Use :meth:`prmim_core.Plan.check` on a plan from tokens of
+    another source.
 
     Examples
     --------
@@ -42,6 +48,7 @@ def make_plan(schedule: Schedule, noise: Array, visible: Array | None = None, we
     >>> plan.visible.tolist()
     [[3, 1]]
     """
-    if not jnp.issubdtype(noise.dtype, jnp.integer):
-        raise TypeError(f"noise: expected integers, got {noise.dtype}")
+    for name, array in (("noise", noise), ("visible", visible), ("weights", weights)):
+        if array is not None and not isinstance(array, Array):
+            raise TypeError(f"{name}: expected a jax.Array, got {type(array).__name__}")
     return prmim_core.make_plan(schedule, noise, visible=visible, weights=weights)

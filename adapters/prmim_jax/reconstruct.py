@@ -23,6 +23,9 @@ class ProgressiveReconstruction(nnx.Module):
     In stage s, each thrown token of that stage becomes a weighted mean of the features of all tokens known before the
     stage (visible, decoded, and thrown tokens of earlier stages). A layer norm follows, shared by the stages, eps 1e-6.
 
+    The module is bound to a grid and a width. Counts and stages are those of the plan, so one module serves a throw
+    ratio that changes during training.
+
     Parameters
     ----------
     dim

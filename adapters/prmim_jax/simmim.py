@@ -75,19 +75,19 @@ class SimMIM(PixelMethod):
         Raises
         ------
         TypeError
-            If ``images`` are not uint8 or ``noise`` is not of an integer dtype.
+            If ``images`` are not uint8 or ``noise`` does not hold real numbers.
         ValueError
-            If a shape does not fit.
+            If a shape does not fit, or there are no images.
         """
         patches, schedule = self._patches(images), self._schedule
-        self._check_noise(noise, len(images))
+        self._check_batch(images, noise)
         num_units = schedule.counts.visible // prod(self._mask_shape)
         visible = block_visible(schedule.grid, self._mask_shape, num_units, noise)
         plan = make_plan(schedule, noise, visible=visible)
         features = self._encode_known(patches, plan, self._drop_path(noise, self.config.drop_rate))
         if self.reconstruct is not None:
             features = self.reconstruct(features, plan)
-        eps = LOSS_EPS / (prod(self._patch_size) * len(images))
+        eps = LOSS_EPS / (prod(self._patch_size) * images.shape[0])
         return self._supervise(features, patches, plan, self.head, eps)
 
     def _error(self, predicted: Array, target: Array) -> Array:
@@ -98,7 +98,7 @@ class SimMIM(PixelMethod):
         """Encode the visible and the decoded tokens: (batch, V + M, dim), in plan order."""
         encoder, counts = self.encoder, plan.schedule.counts
         visible = encoder.patch_embed(self._normalize(take_tokens(patches, plan.visible)))
-        hidden = jnp.broadcast_to(encoder.mask_token[...], (len(visible), counts.decoded, visible.shape[-1]))
+        hidden = jnp.broadcast_to(encoder.mask_token[...], (visible.shape[0], counts.decoded, visible.shape[-1]))
         tokens = jnp.concatenate([visible, hidden], axis=1)
         if counts.thrown:
             index = plan.known(1)

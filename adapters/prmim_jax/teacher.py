@@ -27,9 +27,10 @@ from prmim_jax.vit import (
     stack_blocks,
     wide,
 )
+from prmim_methods.files import open_regular
+from prmim_methods.messages import one_line
 from prmim_methods.resize import resize_images, resize_table
 from prmim_methods.teacher import TeacherConfig, check_images, find_teacher, read_json, read_teacher
-from prmim_methods.weight_files import one_line
 
 TeacherDtype = Literal["float32", "bfloat16"]
 Tensors = dict[str, NDArray[Any]]
@@ -222,7 +223,7 @@ class Teacher(nnx.Module):
         patches = patchify(pixels * scale + shift, self.patch_size)
         bias = jnp.zeros(self.dim, dtype) if self.bias is None else self.bias[...]
         tokens = project(patches, self.weight[...], bias, dtype) + self.table[:, 1:]
-        cls_token = jnp.broadcast_to(self.cls_token[...] + self.table[:, :1], (len(images), 1, self.dim))
+        cls_token = jnp.broadcast_to(self.cls_token[...] + self.table[:, :1], (images.shape[0], 1, self.dim))
         x = jnp.concatenate([cls_token, tokens], axis=1)
         return x if self.norm is None else self.norm(x)
 
@@ -232,7 +233,7 @@ class Teacher(nnx.Module):
         x, qkv = block.norm1(x), block.attn.qkv
         weights, biases = (jnp.split(variable[...], 3)[:2] for variable in (qkv.weight, qkv.bias))
         q, k = (
-            project(seen, weight, bias, qkv.dtype).reshape(len(x), -1, self.num_heads, self.dim // self.num_heads)
+            project(seen, weight, bias, qkv.dtype).reshape(x.shape[0], -1, self.num_heads, self.dim // self.num_heads)
             for seen, weight, bias in zip((x[:, :1], x), weights, biases, strict=True)
         )
         scores = jnp.einsum("bqhd,bkhd->bhqk", q, k, precision=precision(q.dtype), preferred_element_type=wide(q.dtype))
@@ -272,12 +273,13 @@ def _read_tensors(folder: Path, shapes: dict[str, tuple[int, ...]]) -> Tensors:
     tensors: Tensors = {}
     for path in _weight_files(folder):
         try:
+            open_regular(path).close()  # safe_open would wait at a pipe
             with safe_open(path, framework="numpy") as file:
                 for key in file.keys():  # noqa: SIM118  # not a dict
                     name = _renamed(key)
                     if name in shapes:
                         tensors[name] = file.get_tensor(key).astype(np.float32)
-        except (SafetensorError, OSError) as error:
+        except (SafetensorError, OSError, ValueError) as error:
             raise ValueError(
                 f"teacher: expected weights in .safetensors files in {folder}, got {one_line(error)}"
             ) from None

@@ -29,7 +29,7 @@ from prmim_jax.interop import (
     read_weights,
     write_weights,
 )
-from prmim_jax.method import ImageModule, check_images
+from prmim_jax.method import ImageModule, check_images, check_not_empty
 from prmim_jax.reconstruct import ProgressiveReconstruction
 from prmim_jax.vit import Statistic
 from prmim_methods import TrainingConfig
@@ -200,6 +200,7 @@ class Trainer(Generic[Module]):
 
     def _take_step(self, images: NDArray[np.uint8], sample: NDArray[np.int64], *more: NDArray[Any]) -> None:
         """Take one optimizer step on images, their sample numbers, and further inputs of the loss."""
+        check_not_empty(images)
         self._check_batch(len(images))
         learning_rate = self._training.learning_rate_at(self._step)
         batch = tuple(map(self._layout.put_rows, self._inputs(images, sample, *more)))

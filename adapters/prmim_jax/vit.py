@@ -618,7 +618,7 @@ class Encoder(nnx.Module):
         cls_token = self.cls_token[...]
         if self.position == "absolute":
             cls_token = cls_token + self.pos_embed[:, :1]
-        return jnp.concatenate([jnp.broadcast_to(cls_token, (len(tokens), *cls_token.shape[1:])), tokens], axis=1)
+        return jnp.concatenate([jnp.broadcast_to(cls_token, (tokens.shape[0], *cls_token.shape[1:])), tokens], axis=1)
 
     def _bias(self, index: Array | None) -> Array | None:
         return self.rel_pos_bias(index) if self.position == "relative" else None

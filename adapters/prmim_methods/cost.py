@@ -4,7 +4,7 @@ One MAC is one unit, which is what the papers call a FLOP. A training step takes
 Biases, norms, softmax and GELU are not counted. The records of the methods put these parts together.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import accumulate
 
@@ -16,6 +16,44 @@ RECONSTRUCTION_HEADS = 4
 """Groups of channels with their own weights, for reconstruction ``"kernel"``."""
 CONV_REPEATS = 3
 """Convolutions per stage, for reconstruction ``"conv"``."""
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Numbers of parameters.
+
+    Parameters
+    ----------
+    learned
+        Trained values.
+    fixed
+        Values that are held but not trained, such as position tables and a teacher's weights, counted in float32.
+    """
+
+    learned: int = 0
+    fixed: int = 0
+
+    def __add__(self, other: "Parameters") -> "Parameters":
+        """Add both numbers."""
+        return Parameters(self.learned + other.learned, self.fixed + other.fixed)
+
+
+def linear_parameters(inputs: int, outputs: int) -> int:
+    """Return the number of parameters of a linear layer, with its bias."""
+    return (inputs + 1) * outputs
+
+
+def stages(schedule: Schedule) -> Iterator[tuple[int, int]]:
+    """Iterate over the stages: number of their tokens, and of the tokens known before.
+
+    Examples
+    --------
+    >>> from prmim_core import Grid, count_tokens
+    >>> list(stages(Schedule(Grid((4, 4)), count_tokens(16, 0.75, 0.5))))
+    [(4, 8), (4, 12)]
+    """
+    sizes = schedule.stage_sizes
+    return zip(sizes, accumulate(sizes, initial=schedule.num_known(1)), strict=False)
 
 
 @dataclass(frozen=True)
@@ -144,10 +182,9 @@ class Accounting(Record):
     def stages(self, schedule: Schedule, dim: int, reconstruction: str) -> PartCost:
         """Return the cost of progressive reconstruction of features of width ``dim``."""
         macs = saved = 0
-        for stage, size in enumerate(schedule.stage_sizes, start=1):
+        for size, known in stages(schedule):
             if reconstruction == "none" or not size:
                 continue
-            known = schedule.num_known(stage)
             norm = size * (4 * dim + 2 * 4)
             if reconstruction == "conv":
                 grid = schedule.grid

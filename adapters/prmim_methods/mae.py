@@ -2,7 +2,7 @@
 
 from typing import Any, ClassVar
 
-from prmim_methods.cost import Accounting, CostReport
+from prmim_methods.cost import Accounting, CostReport, Parameters, linear_parameters
 from prmim_methods.method import PixelConfig, Rows
 from prmim_methods.record import option, record
 from prmim_methods.sizes import Transformer
@@ -55,6 +55,24 @@ class MAEConfig(PixelConfig):
     @property
     def _reconstructed_width(self) -> tuple[str, int]:
         return "decoder_dim", self.decoder_dim
+
+    def parameters(self) -> Parameters:
+        """Return the number of parameters, from the options alone: nothing is built.
+
+        Examples
+        --------
+        >>> MAEConfig().parameters()
+        Parameters(learned=111665776, fixed=252160)
+        """
+        encoder, decoder = self.encoder_size, self.decoder_size
+        learned = linear_parameters(encoder.dim, decoder.dim) + decoder.dim + decoder.parameters() + 2 * decoder.dim
+        learned += linear_parameters(decoder.dim, self.patch_dim)
+        return (
+            self._encoder_parameters()
+            + Parameters(learned, fixed=(self.grid.num_tokens + 1) * decoder.dim)
+            + self._reconstruction_parameters(decoder.dim)
+            + self._cell_parameters(decoder.dim)
+        )
 
     def cost(self, accounting: Accounting = Accounting()) -> CostReport:  # noqa: B008  # frozen
         """Return the cost of a forward pass per image.

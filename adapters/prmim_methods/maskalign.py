@@ -2,11 +2,12 @@
 
 from dataclasses import replace
 from functools import cached_property
+from math import prod
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
 from prmim_core import TokenCounts, count_tokens
-from prmim_methods.cost import Accounting, CostReport, PartCost
+from prmim_methods.cost import Accounting, CostReport, Parameters, PartCost, linear_parameters
 from prmim_methods.method import MethodConfig, Predicts, Rows, drop_path_option, times
 from prmim_methods.record import find_option, option, record
 from prmim_methods.teacher import TeacherConfig, check_images, local_teacher, read_teacher
@@ -111,6 +112,18 @@ class MaskAlignConfig(MethodConfig):
     def baseline(self) -> Self:
         """Return the published method: masked tokens are left out."""
         return replace(self, reconstruction="none")
+
+    def parameters(self) -> Parameters:
+        """Return the number of parameters, from the options alone. A teacher that is not here yet counts 0."""
+        size, teacher = self.encoder_size, self.teacher_config
+        student = self._encoder_parameters() + self._reconstruction_parameters(size.dim)
+        student += Parameters(-2 * size.dim, fixed=2 * size.dim)  # the final norm is not trained
+        student += Parameters(self.teacher_layers * size.depth)
+        if teacher is None:
+            return student
+        width, tokens = teacher.size.dim, self.counts.num_tokens + prod(teacher.grid_shape)  # its table is resized
+        frozen = linear_parameters(teacher.patch_dim, width) + (tokens + 2) * width + teacher.size.parameters()
+        return student + Parameters(self.teacher_layers * linear_parameters(size.dim, width), fixed=frozen)
 
     def cost(self, accounting: Accounting = Accounting()) -> CostReport | None:  # noqa: B008  # frozen
         """Return the cost of a forward pass per image; None until the teacher is downloaded."""

@@ -6,9 +6,10 @@ from functools import cached_property
 from math import prod
 from typing import Any, ClassVar, Literal, Self
 
-from prmim_core import Grid, Schedule, TokenCounts, count_tokens, patch_grid
+from prmim_core import Grid, Schedule, TokenCounts, count_tokens, num_offsets, patch_grid
 from prmim_core.throwing import STRATEGIES, WEIGHTED
-from prmim_methods.cost import RECONSTRUCTION_HEADS, Accounting, CostReport
+from prmim_methods.cost import RECONSTRUCTION_HEADS, Accounting, CostReport, Parameters, linear_parameters, stages
+from prmim_methods.messages import shown
 from prmim_methods.record import Record, find_option, option, record
 from prmim_methods.sizes import VIT_SIZES, Transformer, vit_size
 
@@ -30,6 +31,8 @@ def drop_path_option() -> Any:
     )
 
 
+MOST_LISTED = 10
+"""Most stages whose sizes are listed in a line."""
 NO_SUPERVISION = "neither reconstructed nor supervised"
 
 
@@ -63,7 +66,9 @@ class MethodConfig(Record, ABC):
     patch_size: tuple[int, ...] = option(
         "Size of a patch in pixels: one number for both sides, or height,width.", default=(16, 16), at_least=1
     )
-    channels: int = option("Channels of an image; images with another number are converted.", default=3, at_least=1)
+    channels: int = option(
+        "Channels of an image; images with another number are converted.", default=3, at_least=1, at_most=10_000
+    )
     mean: tuple[float, ...] | None = option(
         "Mean of each channel, for pixels in [0, 1]. Null: ImageNet's for three channels, else 0.5.", default=None
     )
@@ -71,7 +76,9 @@ class MethodConfig(Record, ABC):
         "Standard deviation of each channel. Null: ImageNet's for three channels, else 0.5.", default=None, above=0
     )
     mask_ratio: float = option("Fraction of all tokens that is masked.", default=0.75, above=0, below=1)
-    stages: int = option("Number of stages of progressive reconstruction, nearest tokens first.", default=2, at_least=1)
+    stages: int = option(
+        "Number of stages of progressive reconstruction, nearest tokens first.", default=2, at_least=1, at_most=1000
+    )
     reconstruction: str = option(
         "How a thrown token is reconstructed from its neighbours.",
         default="kernel",
@@ -101,7 +108,7 @@ class MethodConfig(Record, ABC):
             values = getattr(self, name)
             if values is not None and len(values) != self.channels:
                 raise ValueError(
-                    f"{name}: expected one number for each of the {self.channels} channels, got {list(values)}"
+                    f"{name}: expected one number for each of the {self.channels} channels, got {shown(list(values))}"
                 )
         self._check_width("embed_dim", "num_heads", self.encoder_size, has_position_table=self.has_position_table)
         counts = self.counts
@@ -218,6 +225,34 @@ class MethodConfig(Record, ABC):
         return self.counts.visible + 1
 
     @abstractmethod
+    def parameters(self) -> Parameters:
+        """Return the number of parameters, from the options alone: nothing is built."""
+
+    @property
+    def shared_bytes(self) -> int:
+        """Bytes that a forward pass holds once for all images of a batch, in addition to their activations."""
+        return 0
+
+    def _encoder_parameters(self) -> Parameters:
+        """Return those of the patch embedding, the class token, the positions, the blocks and the final norm."""
+        size = self.encoder_size
+        learned = linear_parameters(self.patch_dim, size.dim) + size.dim + size.parameters() + 2 * size.dim
+        if self.layer_scale is not None:
+            learned += 2 * size.depth * size.dim
+        if self.position == "relative":
+            return Parameters(learned + (num_offsets(self.grid) + 3) * size.heads)
+        return Parameters(learned, fixed=(self.grid.num_tokens + 1) * size.dim)
+
+    def _reconstruction_parameters(self, dim: int) -> Parameters:
+        """Return those of progressive reconstruction of features of width ``dim``."""
+        return {
+            "none": Parameters(),
+            "kernel": Parameters(2 * dim + RECONSTRUCTION_HEADS * num_offsets(self.grid)),
+            "interpolate": Parameters(),
+            "conv": Parameters(2 * dim + dim * 3**self.grid.axes),
+        }[self.reconstruction_in_effect]
+
+    @abstractmethod
     def baseline(self) -> Self:
         """Return the published method, without throwing and reconstruction."""
 
@@ -259,10 +294,9 @@ class MethodConfig(Record, ABC):
     def _describe_stages(self) -> Rows:
         if not self.is_reconstructed:
             return []
-        schedule = self.schedule
         return [
-            (f"  stage {stage}", f"{size} from {schedule.num_known(stage)} known, {self.reconstruction}")
-            for stage, size in enumerate(schedule.stage_sizes, start=1)
+            (f"  stage {stage}", f"{size} from {known} known, {self.reconstruction}")
+            for stage, (size, known) in enumerate(stages(self.schedule), start=1)
             if size
         ]
 
@@ -271,7 +305,9 @@ class MethodConfig(Record, ABC):
         """Return the tokens of an image in one line, for the start of a run."""
 
     def _stage_text(self) -> str:
-        return f"in stages of {' + '.join(str(size) for size in self.schedule.stage_sizes)}"
+        sizes = self.schedule.stage_sizes
+        listed = " + ".join(map(str, sizes[:MOST_LISTED])) + " + ..." * (len(sizes) > MOST_LISTED)
+        return f"in {f'{len(sizes)} ' * (len(sizes) > MOST_LISTED)}stages of {listed}"
 
 
 @record
@@ -416,6 +452,10 @@ class PixelConfig(MethodConfig):
         """Number of tokens that predict cells in addition to their own target."""
         counts = self.counts
         return {"none": 0, "decoded": counts.decoded, "known": counts.visible + counts.decoded}[self.extra_cells]
+
+    def _cell_parameters(self, dim: int) -> Parameters:
+        """Return those of the layer that predicts cells from features of width ``dim``."""
+        return Parameters(linear_parameters(dim, self.cell_dim) if self.cell_places else 0)
 
     @property
     def patch_places(self) -> range:

@@ -16,6 +16,8 @@ from collections.abc import Callable, Mapping
 from itertools import pairwise
 from typing import Any, TypeVar, dataclass_transform
 
+from prmim_methods.messages import shown
+
 T = TypeVar("T", bound=type)
 
 WORDS: dict[Any, str] = {
@@ -28,6 +30,15 @@ WORDS: dict[Any, str] = {
     tuple[int, ...]: "a whole number{}, or one for each axis",
 }
 """The types of options in words, with a place for the bounds."""
+
+LARGEST_INTEGER = 2**31 - 1
+"""Largest whole number of an option without an upper bound."""
+LONGEST_TEXT = 4096
+"""Most characters of an option's text: those of a path."""
+LONGEST_TUPLE = 10_000
+"""Most numbers of an option."""
+CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+"""Characters that a terminal obeys, and that no option's text has."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -70,7 +81,7 @@ class Rule:
     def admits(self, number: float) -> bool:
         """Return whether a number is finite and within the bounds."""
         return (
-            math.isfinite(number)
+            (isinstance(number, int) or math.isfinite(number))  # isfinite converts to float, which may overflow
             and (self.above is None or number > self.above)
             and (self.below is None or number < self.below)
             and (self.at_least is None or number >= self.at_least)
@@ -149,25 +160,38 @@ class Option:
             return None
         try:
             checked = _CONVERTERS[self.kind](value)
-            is_allowed = self._allows(checked)
+            wanted = self._objection(checked)
         except TypeError:
-            raise TypeError(f"{self.name}: expected {self.expected}, got {value!r}") from None
+            raise TypeError(f"{self.name}: expected {self.expected}, got {shown(value)}") from None
         except OverflowError:  # an integer beyond the range of floats
-            is_allowed = False
-        if not is_allowed:
-            raise ValueError(f"{self.name}: expected {self.expected}, got {value!r}")
+            wanted = self.expected
+        if wanted:
+            raise ValueError(f"{self.name}: expected {wanted}, got {shown(value)}")
         return checked
 
-    def _allows(self, value: Any) -> bool:
+    def _objection(self, value: Any) -> str:
+        """Return what is expected instead of a value of the right type; empty if the value is allowed."""
         if self.rule.choices:
-            return value in self.rule.choices
+            return "" if value in self.rule.choices else self.expected
         if isinstance(value, bool):
-            return True
+            return ""
         if isinstance(value, str):
-            return value != ""
+            return self._objection_to_text(value)
         numbers = value if isinstance(value, tuple) else (value,)
         is_rising = not self.rule.rising or all(a <= b for a, b in pairwise(numbers))
-        return is_rising and len(numbers) > 0 and all(self.rule.admits(number) for number in numbers)
+        if not (is_rising and numbers and all(self.rule.admits(number) for number in numbers)):
+            return self.expected
+        is_bounded = self.rule.at_most is not None or all(
+            isinstance(number, float) or abs(number) <= LARGEST_INTEGER for number in numbers
+        )
+        return "" if is_bounded else f"whole numbers up to {LARGEST_INTEGER}"
+
+    def _objection_to_text(self, text: str) -> str:
+        if len(text) > LONGEST_TEXT:
+            return f"at most {LONGEST_TEXT:,} characters"
+        if CONTROL.search(text):
+            return "text without control characters"
+        return "" if text else self.expected
 
 
 def _flag(value: Any) -> bool:
@@ -196,7 +220,8 @@ def _text(value: Any) -> str:
 
 def _tuple(convert: Callable[[Any], Any], length: int | None = None) -> Callable[[Any], tuple[Any, ...]]:
     def convert_all(value: Any) -> tuple[Any, ...]:
-        if not isinstance(value, tuple | list) or (length is not None and len(value) != length):
+        is_tuple = isinstance(value, tuple | list) and len(value) <= LONGEST_TUPLE
+        if not is_tuple or (length is not None and len(value) != length):
             raise TypeError
         return tuple(map(convert, value))
 

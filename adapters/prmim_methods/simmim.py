@@ -4,7 +4,7 @@ from dataclasses import replace
 from math import prod
 from typing import Any, ClassVar
 
-from prmim_methods.cost import Accounting, CostReport
+from prmim_methods.cost import Accounting, CostReport, Parameters, linear_parameters
 from prmim_methods.method import PixelConfig, Rows, drop_path_option, times
 from prmim_methods.record import option, record
 
@@ -80,6 +80,22 @@ class SimMIMConfig(PixelConfig):
     def encoder_length(self) -> int:
         """Tokens of the encoder's sequence: visible and mask tokens, with the class token."""
         return self.counts.visible + self.counts.decoded + 1
+
+    def parameters(self) -> Parameters:
+        """Return the number of parameters, from the options alone: nothing is built."""
+        dim = self.encoder_size.dim  # also that of the mask token
+        return (
+            self._encoder_parameters()
+            + Parameters(dim + linear_parameters(dim, self.patch_dim))
+            + self._reconstruction_parameters(dim)
+            + self._cell_parameters(dim)
+        )
+
+    @property
+    def shared_bytes(self) -> int:
+        """Bytes of the attention bias in float32, if nothing is thrown and all images share it."""
+        is_shared = self.position == "relative" and self.counts.thrown == 0
+        return 4 * self.encoder_size.heads * self.encoder_length**2 if is_shared else 0
 
     def cost(self, accounting: Accounting = Accounting()) -> CostReport:  # noqa: B008  # frozen
         """Return the cost of a forward pass per image.

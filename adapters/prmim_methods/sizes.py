@@ -30,6 +30,11 @@ class Transformer:
         attention = 2 * length**2 * self.dim
         return self.depth * (linear + attention)
 
+    def parameters(self) -> int:
+        """Return the number of parameters of all blocks, with biases and two norms: no LayerScale."""
+        linear = (4 + 2 * self.mlp_ratio) * self.dim**2 + (5 + self.mlp_ratio) * self.dim
+        return self.depth * (linear + 4 * self.dim)
+
     def activation_bytes(self, length: int, *, compute_bytes: int, attention: str) -> int:
         """Return the bytes that all blocks save for the backward pass, with a float32 residual stream.
 

@@ -13,9 +13,10 @@ from math import prod
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
+from prmim_methods.files import is_special
+from prmim_methods.messages import one_line, shown
 from prmim_methods.method import IMAGENET_MEAN, IMAGENET_STD
 from prmim_methods.sizes import Transformer
-from prmim_methods.weight_files import one_line
 
 Family = Literal["clip", "vit", "dinov2"]
 Activation = Literal["gelu", "quick_gelu"]
@@ -25,6 +26,11 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 CONFIG_FILE = "config.json"
+LARGEST = 2**14
+"""Largest width, side or other number in a configuration; published models stay far below."""
+MOST_LAYERS = 1000
+LARGEST_FILE = 2**20
+"""Most bytes that are read of a configuration."""
 DOWNLOADED = (CONFIG_FILE, "preprocessor_config.json", "*.safetensors", "*.safetensors.index.json")
 
 
@@ -136,7 +142,7 @@ def local_teacher(source: str) -> Path | None:
 
 def _check_hub_name(source: str) -> None:
     if not HUB_NAME.fullmatch(source):
-        raise ValueError(f"teacher: expected a folder, or a name on the hub (owner/name), got {source!r}")
+        raise ValueError(f"teacher: expected a folder, or a name on the hub (owner/name), got {shown(source)}")
 
 
 def find_teacher(source: str | Path) -> Path:
@@ -161,14 +167,13 @@ def find_teacher(source: str | Path) -> Path:
         hub = importlib.import_module("huggingface_hub")
     except ImportError:
         raise ImportError(
-            f"teacher: expected a folder, or huggingface_hub installed to download a model, got {str(source)!r}"
+            f"teacher: expected a folder, or huggingface_hub installed to download a model, got {shown(str(source))}"
         ) from None
     try:
         return Path(hub.snapshot_download(str(source), allow_patterns=list(DOWNLOADED)))
     except Exception as error:  # whatever the client and the network come up with
-        raise ValueError(
-            f"teacher: expected a folder, or a model that can be downloaded, got {str(source)!r} ({one_line(error)})"
-        ) from None
+        expected = "a folder, or a model that can be downloaded"
+        raise ValueError(f"teacher: expected {expected}, got {shown(str(source))} ({one_line(error)})") from None
 
 
 def read_teacher(folder: Path) -> TeacherConfig:
@@ -187,7 +192,8 @@ def read_teacher(folder: Path) -> TeacherConfig:
     Raises
     ------
     ValueError
-        If the configuration is missing, corrupt, or of an unsupported model.
+        If the configuration is missing, corrupt, or of an unsupported model, or if the folder holds pipes, sockets or
+        devices.
 
     Examples
     --------
@@ -198,22 +204,31 @@ def read_teacher(folder: Path) -> TeacherConfig:
     >>> teacher.title, teacher.grid_shape, teacher.mean[0]
     ('CLIP, 12 blocks of width 768, patches of 16x16 pixels', (14, 14), 0.48145466)
     """
-    config = read_json(folder / "config.json")
+    for path in folder.glob("*"):  # adapters open files by name, and a pipe would block them
+        if is_special(path):
+            raise ValueError(f"teacher: expected files in {folder}, got a pipe, a socket or a device: {path.name!r}")
+    config = read_json(folder / CONFIG_FILE)
     if config is None:
         raise ValueError(f"teacher: expected a folder with a config.json, got {folder}, which has none")
     model_type = config.get("model_type")
-    if model_type not in MODEL_TYPES:
-        raise ValueError(f"teacher: expected a model of type {', '.join(MODEL_TYPES)}, got {model_type!r} in {folder}")
+    if not isinstance(model_type, str) or model_type not in MODEL_TYPES:
+        known = ", ".join(MODEL_TYPES)
+        raise ValueError(f"teacher: expected a model of type {known}, got {shown(model_type)} in {folder}")
     if config.get("use_swiglu_ffn"):
         raise ValueError(f"teacher: expected a DINOv2 model without SwiGLU layers, got one with them in {folder}")
     family = MODEL_TYPES[model_type]
     # Both towers of CLIP may be there: images are seen by one of them.
-    options = _KINDS[family].defaults | config.get("vision_config", config)
+    own = config.get("vision_config", config)
+    if not isinstance(own, dict):
+        raise ValueError(f"teacher: expected an object vision_config, got {shown(own)} in {folder}")
+    options = _KINDS[family].defaults | own
     patch_size, image_size = (_pair(options, name, folder) for name in ("patch_size", "image_size"))
     if options["hidden_act"] not in get_args(Activation):
         expected = " or ".join(get_args(Activation))
-        raise ValueError(f"teacher: expected the activation {expected}, got {options['hidden_act']!r} in {folder}")
-    channels = _positive(options, "num_channels", folder)
+        raise ValueError(f"teacher: expected the activation {expected}, got {shown(options['hidden_act'])} in {folder}")
+    if any(side < patch for side, patch in zip(image_size, patch_size, strict=True)):
+        raise ValueError(f"teacher: expected images of at least a patch {patch_size}, got {image_size} in {folder}")
+    channels = _size(options["num_channels"], "num_channels", folder)
     mean, std = _read_statistics(folder, family, channels)
     return TeacherConfig(
         folder=folder,
@@ -223,7 +238,7 @@ def read_teacher(folder: Path) -> TeacherConfig:
         channels=channels,
         grid_shape=tuple(side // patch for side, patch in zip(image_size, patch_size, strict=True)),
         activation=options["hidden_act"],
-        eps=float(options["layer_norm_eps"]),
+        eps=_number(options["layer_norm_eps"], "layer_norm_eps", folder),
         qkv_bias=bool(options["qkv_bias"]),
         mean=mean,
         std=std,
@@ -241,10 +256,13 @@ def check_images(teacher: TeacherConfig, grid_shape: Sequence[int], channels: in
 def read_json(path: Path) -> dict[str, Any] | None:
     """Read a JSON object; None if there is no such file."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        if path.exists() and not path.is_file():
+            raise OSError("something that is no file")
+        with path.open("rb") as file:
+            content = json.loads(file.read(LARGEST_FILE))  # what is cut off is no JSON
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"teacher: expected JSON in {path}, got {one_line(error)}") from None
     if not isinstance(content, dict):
         raise ValueError(f"teacher: expected a JSON object in {path}, got {type(content).__name__}")
@@ -252,13 +270,15 @@ def read_json(path: Path) -> dict[str, Any] | None:
 
 
 def _read_size(options: dict[str, Any], folder: Path) -> Transformer:
-    dim, depth, heads = (
-        _positive(options, name, folder) for name in ("hidden_size", "num_hidden_layers", "num_attention_heads")
-    )
-    hidden = int(dim * options["mlp_ratio"] if "mlp_ratio" in options else options["intermediate_size"])
+    dim, heads = (_size(options[name], name, folder) for name in ("hidden_size", "num_attention_heads"))
+    depth = _size(options["num_hidden_layers"], "num_hidden_layers", folder, at_most=MOST_LAYERS)
+    if "mlp_ratio" in options:
+        hidden = int(dim * _number(options["mlp_ratio"], "mlp_ratio", folder))
+    else:
+        hidden = _size(options["intermediate_size"], "intermediate_size", folder)
     if dim % heads:
         raise ValueError(f"teacher: expected a divisor of the width {dim} as heads, got {heads} in {folder}")
-    if hidden % dim:
+    if hidden < dim or hidden % dim:
         raise ValueError(f"teacher: expected hidden layers of a multiple of the width {dim}, got {hidden} in {folder}")
     return Transformer(dim, depth, heads, hidden // dim)
 
@@ -266,8 +286,10 @@ def _read_size(options: dict[str, Any], folder: Path) -> Transformer:
 def _read_statistics(folder: Path, family: Family, channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
     preprocessing = read_json(folder / "preprocessor_config.json") or {}
     kind = _KINDS[family]
-    mean = tuple(preprocessing.get("image_mean") or kind.mean)
-    std = tuple(preprocessing.get("image_std") or kind.std)
+    mean, std = (
+        _numbers(preprocessing.get(name) or default, name, folder, at_least=least)
+        for name, default, least in (("image_mean", kind.mean, -LARGEST), ("image_std", kind.std, 1e-6))
+    )
     if len(mean) != channels or len(std) != channels:
         raise ValueError(
             f"teacher: expected image_mean and image_std of {channels} channels, got {len(mean)} and {len(std)} in "
@@ -276,16 +298,25 @@ def _read_statistics(folder: Path, family: Family, channels: int) -> tuple[tuple
     return mean, std
 
 
-def _positive(options: dict[str, Any], name: str, folder: Path) -> int:
-    value = options[name]
-    if type(value) is not int or value < 1:
-        raise ValueError(f"teacher: expected a positive integer {name}, got {value!r} in {folder}")
+def _size(value: Any, name: str, folder: Path, at_most: int = LARGEST) -> int:
+    if type(value) is not int or not 1 <= value <= at_most:
+        raise ValueError(f"teacher: expected a whole number {name} in [1, {at_most}], got {shown(value)} in {folder}")
     return value
 
 
+def _number(value: Any, name: str, folder: Path, at_least: float = 0.0) -> float:
+    if type(value) not in (int, float) or not at_least <= value <= LARGEST:  # NaN neither
+        raise ValueError(f"teacher: expected a number {name} of at least {at_least:g}, got {shown(value)} in {folder}")
+    return float(value)
+
+
+def _numbers(values: Any, name: str, folder: Path, at_least: float) -> tuple[float, ...]:
+    listed = values if isinstance(values, list | tuple) else [values]
+    return tuple(_number(value, name, folder, at_least) for value in listed)
+
+
 def _pair(options: dict[str, Any], name: str, folder: Path) -> tuple[int, ...]:
-    sizes = options[name]
-    sizes = tuple(sizes) if isinstance(sizes, list) else (sizes, sizes)
-    if len(sizes) != 2 or not all(type(size) is int and size > 0 for size in sizes):
-        raise ValueError(f"teacher: expected one or two positive integers {name}, got {options[name]!r} in {folder}")
-    return sizes
+    sizes = options[name] if isinstance(options[name], list) else [options[name]] * 2
+    if len(sizes) != 2:
+        raise ValueError(f"teacher: expected one or two whole numbers {name}, got {shown(options[name])} in {folder}")
+    return tuple(_size(size, name, folder) for size in sizes)

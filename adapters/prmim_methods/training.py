@@ -38,7 +38,7 @@ class EngineOptions(Record):
         "Compile the training step, if the backend leaves the choice: takes minutes once, then steps are faster.",
         default=False,
     )
-    device: str = option("Where to compute: auto (a GPU if there is one), cpu, cuda or cuda:N.", default="auto")
+    device: str = option("Where to compute: auto (a GPU if there is one), cpu, cuda, cuda:N or mps.", default="auto")
     parallel: str = option(
         "How several processes or devices share the work.",
         default="ddp",
@@ -51,8 +51,8 @@ class EngineOptions(Record):
     def check(self) -> None:
         """Validate options that depend on one another."""
         super().check()
-        if not re.fullmatch(r"auto|(cpu|cuda)(:\d+)?", self.device):
-            raise ValueError(f"device: expected auto, cpu, cuda or cuda:N, got {self.device!r}")
+        if not re.fullmatch(r"auto|mps|(cpu|cuda)(:[0-9]{1,4})?", self.device):
+            raise ValueError(f"device: expected auto, cpu, cuda, cuda:N or mps, got {self.device!r}")
 
 
 @record

@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from prmim_methods.messages import shown
+
 METADATA_KEY = "prmim_architecture"
 """Where a file's metadata holds the JSON of the method's ``architecture()``."""
 
@@ -58,7 +60,7 @@ def check_metadata(method: object, metadata: Mapping[str, str] | None, path: str
                 hint = "; weights without cells need thrown_target: patch and extra_cells: none"
             if field == "cells" and ours is None:
                 hint = "; weights with cells need thrown_target: cells, or extra_cells"
-            raise ValueError(f"weights: {field}: expected {ours!r}, got {theirs!r}{hint}")
+            raise ValueError(f"weights: {shown(field)[1:-1]}: expected {shown(ours)}, got {shown(theirs)}{hint}")
 
 
 def check_tensors(
@@ -83,12 +85,12 @@ def check_tensors(
             raise ValueError(f"path: expected a tensor {name!r}, got none in {place}")
         got_shape, dtype, is_floating = got[name]
         if got_shape != shape:
-            raise ValueError(f"path: {name}: expected shape {shape}, got {got_shape} in {place}")
+            raise ValueError(f"path: {name}: expected shape {shape}, got {shown(got_shape)} in {place}")
         if not is_floating:
             raise ValueError(f"path: {name}: expected floating-point values, got {dtype} in {place}")
     for name in got:
         if name not in expected:
-            raise ValueError(f"path: expected no tensor {name!r}, got one in {place}")
+            raise ValueError(f"path: expected no tensor {shown(name)}, got one in {place}")
 
 
 def write_atomically(path: str | os.PathLike[str], write: Callable[[BinaryIO], object]) -> None:
@@ -107,8 +109,3 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[BinaryIO], o
         beside.replace(path)
     finally:
         beside.unlink(missing_ok=True)
-
-
-def one_line(error: Exception) -> str:
-    """Return an error's message in one line."""
-    return " ".join(str(error).split()) or type(error).__name__

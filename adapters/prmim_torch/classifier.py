@@ -17,7 +17,7 @@ from prmim_methods.classifier import BATCH_NORM_EPS, BATCH_NORM_MOMENTUM, check_
 from prmim_methods.weight_files import check_metadata
 from prmim_torch.distributed import is_connected
 from prmim_torch.interop import check_fit, read_file
-from prmim_torch.method import ImageModule, build_encoder, initial_weights
+from prmim_torch.method import ImageModule, build_encoder, check_not_empty, initial_weights
 from prmim_torch.methods import METHODS
 from prmim_torch.trainer import Trainer, parameter_groups
 from prmim_torch.vit import LayerNorm, Linear
@@ -37,9 +37,16 @@ class BatchNorm(nn.Module):
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        self.register_buffer("running_mean", torch.zeros(dim))
-        self.register_buffer("running_var", torch.ones(dim))
-        self.register_buffer("num_batches_tracked", torch.zeros(1))
+        self.register_buffer("running_mean", torch.empty(dim))
+        self.register_buffer("running_var", torch.empty(dim))
+        self.register_buffer("num_batches_tracked", torch.empty(1))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Set the running statistics to their initial values."""
+        nn.init.zeros_(self.running_mean)
+        nn.init.ones_(self.running_var)
+        nn.init.zeros_(self.num_batches_tracked)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (batch, dim) to the same shape, in float32 or wider."""
@@ -51,7 +58,7 @@ class BatchNorm(nn.Module):
         """Return mean and variance of a batch, and update the running ones; the latter unbiased, as in PyTorch."""
         mean, processes = _mean_of_all(x.mean(0))
         variance, _ = _mean_of_all((x - mean).square().mean(0))
-        rows = len(x) * processes
+        rows = x.shape[0] * processes
         self.num_batches_tracked += 1
         share = self.num_batches_tracked.reciprocal().clamp(min=BATCH_NORM_MOMENTUM)
         self.running_mean.lerp_(mean, share)
@@ -108,6 +115,7 @@ class Classifier(ImageModule):
     ) -> None:
         super().__init__(method_config)
         self.method_config, self.config, self.num_classes = method_config, config, num_classes
+        self._init_seed = init_seed
         dim = method_config.encoder_size.dim
         has_layer_norm = config.pool == "mean" and not config.is_frozen
         with initial_weights(method_config.init_seed):
@@ -124,6 +132,9 @@ class Classifier(ImageModule):
             self.head = Linear(dim, num_classes)
             # The published recipes truncate at +-2, which has no effect.
             nn.init.normal_(self.head.weight, std=config.head_std)
+
+    def _new(self) -> nn.Module:
+        return Classifier(self.method_config, self.config, self.num_classes, self._init_seed)
 
     def train(self, mode: bool = True) -> "Classifier":
         """Set training or evaluation mode; a frozen encoder stays in evaluation mode."""
@@ -152,21 +163,24 @@ class Classifier(ImageModule):
         TypeError
             If ``images`` are not uint8 or ``noise`` is not of an integer dtype.
         ValueError
-            If a shape does not fit, or ``noise`` is needed and missing.
+            If a shape does not fit, ``noise`` is needed and missing, or there are no images in training mode.
         """
-        encoder, scales = self.encoder, self._scales(noise, len(images))
+        encoder, scales = self.encoder, self._scales(noise, images)
         tokens = encoder.place(encoder.patch_embed(self._normalize(self._patches(images))))
         encoded = encoder.encode(tokens, None, scales)
         pooled = encoded[:, 0] if self.config.pool == "cls" else encoded[:, 1:].mean(1)
         logits = self.head(self.fc_norm(pooled))
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
-    def _scales(self, noise: Tensor | None, batch: int) -> Tensor | None:
-        if not self.training or self.config.drop_rate == 0:
+    def _scales(self, noise: Tensor | None, images: Tensor) -> Tensor | None:
+        if not self.training:
+            return None
+        check_not_empty(images)
+        if self.config.drop_rate == 0:
             return None
         if noise is None:
             raise ValueError("noise: expected integers for drop path in training mode, got None")
-        self._check_noise(noise, batch)
+        self._check_noise(noise, images)
         return self._drop_path(noise, self.config.drop_rate)
 
     def not_decayed(self) -> frozenset[str]:

@@ -3,6 +3,7 @@
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.utils.checkpoint import checkpoint
 
 # With AVX-512, oneDNN multiplies float32 matrices faster than MKL on CPUs that are not Intel's.
@@ -21,14 +22,24 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     On CPUs with AVX-512, a large float32 product runs as a convolution of kernel size 1. PyTorch multiplies matrices
     with MKL, which uses AVX-512 on Intel's CPUs only; it convolves with oneDNN, which always uses it. Channels may come
     last in a convolution, so nothing is copied.
+
+    The choice depends on the size of the batch. A program for batches of any size, or for other machines (exported),
+    always multiplies matrices.
     """
-    is_large = x.ndim == 3 and x.numel() * len(weight) >= SMALL_PRODUCT
-    is_float32 = x.dtype == weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
-    # PyTorch's condition for running a convolution of kernel size 1 in oneDNN.
-    goes_to_onednn = len(x) >= 16 or _num_threads() > 1
-    if ONEDNN and x.device.type == "cpu" and is_large and is_float32 and goes_to_onednn:
+    if ONEDNN and x.device.type == "cpu" and x.ndim == 3 and _is_faster_as_convolution(x, weight):
         return F.conv2d(x.mT.unsqueeze(2), weight[:, :, None, None], bias).squeeze(2).mT
     return F.linear(x, weight, bias)
+
+
+def _is_faster_as_convolution(x: Tensor, weight: Tensor) -> bool:
+    is_float32 = x.dtype == weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+    if not is_float32 or torch.compiler.is_exporting():
+        return False
+    # False, without a guard, where the answer depends on the size of the batch, and that is not fixed.
+    is_known = statically_known_true if torch.compiler.is_compiling() else bool
+    is_large = is_known(x.numel() * weight.shape[0] >= SMALL_PRODUCT)
+    # PyTorch's condition for running a convolution of kernel size 1 in oneDNN.
+    return is_large and (is_known(x.shape[0] >= 16) or _num_threads() > 1)
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]

@@ -7,7 +7,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from prmim_methods.weight_files import check_metadata, check_tensors, dump_architecture, one_line, write_atomically
+from prmim_methods.files import open_regular
+from prmim_methods.messages import one_line
+from prmim_methods.weight_files import check_metadata, check_tensors, dump_architecture, write_atomically
 
 FROZEN = "teacher."
 """Prefix of tensors that a method holds but does not train; they are not part of its files."""
@@ -74,9 +76,10 @@ def read_weights(method: nn.Module, path: str | os.PathLike[str]) -> dict[str, T
 def read_file(path: str | os.PathLike[str]) -> tuple[dict[str, str] | None, dict[str, Tensor]]:
     """Return the metadata and the tensors of a ``.safetensors`` file; ValueError if it is another file."""
     try:
+        open_regular(path).close()  # safe_open would wait at a pipe
         with safe_open(path, framework="pt") as file:
             return file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a dict
-    except SafetensorError as error:
+    except (SafetensorError, ValueError) as error:
         raise ValueError(f"path: expected a safetensors file, got {os.fspath(path)} ({one_line(error)})") from None
 
 

@@ -69,12 +69,12 @@ class MAE(PixelMethod):
         Raises
         ------
         TypeError
-            If ``images`` are not uint8 or ``noise`` is not of an integer dtype.
+            If ``images`` are not uint8 or ``noise`` does not hold real numbers.
         ValueError
-            If a shape does not fit.
+            If a shape does not fit, or there are no images.
         """
         patches = self._patches(images)
-        self._check_noise(noise, len(images))
+        self._check_batch(images, noise)
         plan = make_plan(self._schedule, noise)
         encoded = self.encoder(self._normalize(take_tokens(patches, plan.visible)), plan.visible)
         features = self.decoder(encoded, plan.known(1))

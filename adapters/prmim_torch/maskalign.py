@@ -6,6 +6,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.export import register_dataclass
 
 from prmim_core import Plan, random_visible, take_tokens, weighted_visible
 from prmim_methods import MaskAlignConfig
@@ -20,7 +21,7 @@ WHITENING_EPS = 1e-5
 
 @dataclass
 class AlignOutput:
-    """Output of :class:`MaskAlign`.
+    """Output of :class:`MaskAlign`; a pytree.
 
     Parameters
     ----------
@@ -41,6 +42,9 @@ class AlignOutput:
     loss_thrown: Tensor
     predicted: Tensor
     plan: Plan
+
+
+register_dataclass(AlignOutput, serialized_type_name="prmim_torch.AlignOutput")
 
 
 class MaskAlign(FeatureMethod):
@@ -99,10 +103,10 @@ class MaskAlign(FeatureMethod):
         TypeError
             If ``images`` are not uint8, or ``noise`` is not of an integer dtype (int32 for masking by attention).
         ValueError
-            If a shape does not fit.
+            If a shape does not fit, or there are no images.
         """
         patches = self._patches(images)
-        self._check_noise(noise, len(images))
+        self._check_batch(images, noise)
         seen = self.teacher(images)
         plan = make_plan(self._schedule, noise, visible=self._visible(noise, seen.attention))
         losses = []
@@ -149,6 +153,7 @@ class MaskAlign(FeatureMethod):
 
     def compared_features(self, images: Tensor, output: AlignOutput) -> tuple[Tensor, Tensor]:
         """Return predicted and target features, for pictures; see :meth:`FeatureMethod.compared_features`."""
+        self._check_output(output)
         target = _whiten(self.teacher(images).hidden[-1][:, 1:])
         student = output.predicted[:, 1:].to(target.dtype)
         places = self._supervised(output.plan)[:, :, None].expand_as(student)

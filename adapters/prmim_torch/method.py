@@ -8,8 +8,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.export import register_dataclass
 
 from prmim_core import (
     Plan,
@@ -29,8 +32,9 @@ from prmim_core import (
 )
 from prmim_methods import MethodConfig, PixelConfig
 from prmim_methods.cost import CONV_REPEATS, RECONSTRUCTION_HEADS
+from prmim_torch.distributed import spread
 from prmim_torch.reconstruct import ProgressiveReconstruction
-from prmim_torch.vit import Encoder, Linear
+from prmim_torch.vit import Encoder, Linear, constant_like
 
 Pool = Literal["mean", "cls"]
 
@@ -48,8 +52,6 @@ class ImageModule(nn.Module):
     """Names of the scalars that a training step measures, ``"loss"`` first."""
 
     encoder: Encoder
-    _pixel_scale: Tensor
-    _pixel_shift: Tensor
 
     def __init__(self, config: MethodConfig) -> None:
         super().__init__()
@@ -57,12 +59,23 @@ class ImageModule(nn.Module):
         self._image_shape = (*config.image_size, config.channels)
         self._patch_size = config.patch_size
         mean, std = config.pixel_mean, config.pixel_std
-        # Constants are float64 here, and cast on the device when used.
-        self._register_constant("_pixel_scale", [1 / (255 * deviation) for deviation in std])
-        self._register_constant("_pixel_shift", [-m / s for m, s in zip(mean, std, strict=True)])
+        self._pixel_scale = tuple(1 / (255 * deviation) for deviation in std)
+        self._pixel_shift = tuple(-m / s for m, s in zip(mean, std, strict=True))
 
-    def _register_constant(self, name: str, values: list[float]) -> None:
-        self.register_buffer(name, torch.tensor(values, dtype=torch.float64), persistent=False)
+    def reset_parameters(self) -> None:
+        """Give all weights, those of the parts included, the values that a new module of the same options has.
+
+        For a module that was built on the meta device. Does not depend on the device or on the random state. With
+        FSDP2, every process must call it.
+        """
+        with torch.device("cpu"):
+            weights = self._new().state_dict()
+        held = self.state_dict()
+        self.load_state_dict({name: spread(tensor, held[name]) for name, tensor in weights.items()})
+
+    def _new(self) -> nn.Module:
+        """Return a new module of the same options."""
+        raise NotImplementedError
 
     def _patches(self, images: Tensor) -> Tensor:
         """Cut images into uint8 patches (batch, N, prod(patch) * C); validate dtype and shape."""
@@ -73,15 +86,16 @@ class ImageModule(nn.Module):
             raise ValueError(f"images: expected shape (batch, {sizes}), got {tuple(images.shape)}")
         return patchify(images, self._patch_size)
 
-    def _check_noise(self, noise: Tensor, batch: int) -> None:
-        if tuple(noise.shape) != (batch, self.num_tokens):
-            raise ValueError(f"noise: expected shape {(batch, self.num_tokens)}, got {tuple(noise.shape)}")
+    def _check_noise(self, noise: Tensor, images: Tensor) -> None:
+        if tuple(noise.shape) != (images.shape[0], self.num_tokens):
+            raise ValueError(f"noise: expected shape {(images.shape[0], self.num_tokens)}, got {tuple(noise.shape)}")
 
     def _normalize(self, patches: Tensor) -> Tensor:
         """Turn patches (batch, length, prod(patch) * C) of values 0 .. 255 into floats, normalised per channel."""
-        dtype = self.encoder.cls_token.dtype
-        pixels = self._by_channel(patches).to(dtype)
-        return (pixels * self._pixel_scale.to(dtype) + self._pixel_shift.to(dtype)).flatten(-2)
+        pixels = self._by_channel(patches).to(self.encoder.cls_token.dtype)
+        return (pixels * constant_like(self._pixel_scale, pixels) + constant_like(self._pixel_shift, pixels)).flatten(
+            -2
+        )
 
     def _by_channel(self, patches: Tensor) -> Tensor:
         """Separate the channels: (batch, length, P) to (batch, length, P / C, C); the length may be 0."""
@@ -114,6 +128,9 @@ class Method(ImageModule):
         self.losses = config.losses
         self._schedule = config.schedule
 
+    def _new(self) -> nn.Module:
+        return type(self)(self.config)
+
     def encode(self, images: Tensor) -> Tensor:
         """Encode whole images, nothing masked: uint8 (batch, image_size..., channels) to (batch, 1 + N, dim).
 
@@ -136,6 +153,15 @@ class Method(ImageModule):
         """Return the parameters of several axes that the recipe exempts from weight decay."""
         return self.config.not_decayed()
 
+    def _check_batch(self, images: Tensor, noise: Tensor) -> None:
+        """Validate the images and the noise of a loss: a mean over no images would be NaN."""
+        check_not_empty(images)
+        self._check_noise(noise, images)
+
+    def _check_output(self, output: Any) -> None:
+        if output.plan.schedule != self._schedule:
+            raise ValueError(f"output: expected one of this method, got one with the plan of {output.plan.schedule}")
+
     def _build_reconstruction(self, dim: int) -> ProgressiveReconstruction | None:
         """Return the reconstruction of features of ``dim`` channels; None if no token is reconstructed."""
         if not self.config.is_reconstructed:
@@ -151,7 +177,7 @@ class Method(ImageModule):
 
 @dataclass
 class PixelOutput:
-    """Output of a method that predicts pixels.
+    """Output of a method that predicts pixels; a pytree.
 
     Parameters
     ----------
@@ -177,6 +203,9 @@ class PixelOutput:
     predicted: Tensor
     predicted_cells: Tensor | None
     plan: Plan
+
+
+register_dataclass(PixelOutput, serialized_type_name="prmim_torch.PixelOutput")
 
 
 class PixelMethod(Method):
@@ -208,6 +237,7 @@ class PixelMethod(Method):
             are NaN.
         """
         patches, plan, config = self._patches(images), output.plan, self.config
+        self._check_output(output)
         predicted_index = _places(plan.order, config.patch_places)
         truth = self._patch_target(patches, predicted_index)
         predicted = output.predicted.to(truth.dtype)
@@ -226,8 +256,8 @@ class PixelMethod(Method):
 
     def _to_unit_range(self, patches: Tensor) -> Tensor:
         """Invert the normalisation of the data set: (batch, n, prod(patch) * C) in units of [0, 1]."""
-        pixels = self._by_channel(patches) - self._pixel_shift.to(patches.dtype)
-        return (pixels / (255 * self._pixel_scale.to(patches.dtype))).flatten(-2)
+        pixels = self._by_channel(patches) - constant_like(self._pixel_shift, patches)
+        return (pixels / (255 * constant_like(self._pixel_scale, patches))).flatten(-2)
 
     def _build_cell_head(self, dim: int) -> Linear | None:
         """Return the layer that predicts cells from features of ``dim`` channels; None if no token predicts any."""
@@ -255,7 +285,7 @@ class PixelMethod(Method):
         eps
             Added to an image's sum of weights: a decoded token weighs 1, a thrown one ``thrown_weight``.
         """
-        config, counts, batch = self.config, plan.schedule.counts, len(patches)
+        config, counts, batch = self.config, plan.schedule.counts, patches.shape[0]
         predicted = head(_places(features, config.patch_places))
         target = self._patch_target(patches, _places(plan.order, config.patch_places))
         errors = self._error(predicted, normalize_patches(target) if config.norm_pix else target)
@@ -349,6 +379,12 @@ def build_encoder(
         final_norm=final_norm,
         recompute=config.recompute_blocks,
     )
+
+
+def check_not_empty(images: Tensor | NDArray[np.uint8]) -> None:
+    """Raise ValueError if a batch has no images."""
+    if images.shape[0] == 0:
+        raise ValueError("images: expected at least one image, got an empty batch")
 
 
 @contextmanager

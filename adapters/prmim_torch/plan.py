@@ -1,14 +1,18 @@
 """The core's plan as one opaque operator, which ``torch.compile`` does not unroll."""
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import SUPPORTED_NODES, GetAttrKey, register_pytree_node
+from torch.utils.data._utils.collate import default_collate_fn_map
 
 import prmim_core
 from prmim_core import Grid, Plan, Schedule, TokenCounts
 from prmim_core.sampling import Sampler
+from prmim_core.schedule import check_plan_arguments
 
 
 def make_plan(schedule: Schedule, noise: Tensor, visible: Tensor | None = None, weights: Tensor | None = None) -> Plan:
@@ -19,9 +23,11 @@ def make_plan(schedule: Schedule, noise: Tensor, visible: Tensor | None = None, 
     schedule
         The static part of the plan.
     noise
-        int (batch, N), for example from ``prmim_core.counter_noise``. The plan is a pure function of it.
+        (batch, N), any real dtype, for example from ``prmim_core.counter_noise`` or ``torch.rand``. The plan is a pure
+        function of it. Throwing by ``"weighted"`` needs int32, ``"cell"`` integers.
     visible
-        int (batch, V): the visible tokens; None: the tokens of lowest noise, in units if the schedule has a unit.
+        int (batch, V): the visible tokens, distinct, and in whole units if the schedule has a unit; None: the tokens or
+        units of lowest noise.
     weights
         float (batch, N), for ``throwing="weighted"``; cast to float32.
 
@@ -33,18 +39,28 @@ def make_plan(schedule: Schedule, noise: Tensor, visible: Tensor | None = None, 
     Raises
     ------
     TypeError
-        If ``noise`` is not of an integer dtype.
+        If an argument is not a tensor, or a dtype does not fit.
     ValueError
-        If a shape does not fit the schedule.
+        If a shape does not fit the schedule, weights are missing or not needed, noise or weights have NaN, or
+        ``visible`` repeats a token or cuts a unit.
+    IndexError
+        If ``visible`` has a value outside of [0, N).
 
     Notes
     -----
+    Values are checked on a CPU, also in compiled code, but not on other devices: the check would wait for them. Use
+    :meth:`prmim_core.Plan.check` on a plan from tokens of another source.
+
     The plan is computed by the operator ``torch.ops.prmim.plan_order``. Furthest sampling is a loop of a few small
     operations per pick; ``torch.compile`` would unroll it, which takes long and gains nothing.
 
     All devices give the same integers. On a CPU, the core works on NumPy views of the tensors, in less than half the
     time of PyTorch's operations. On CUDA, the loop is the kernel in :mod:`prmim_torch.furthest` if Triton is installed
     (it comes with CUDA builds of PyTorch), else the core's.
+
+    A plan is a pytree of PyTorch with the leaf ``order``: ``torch.export`` takes and returns plans, and
+    ``torch.utils._pytree.tree_map(lambda order: order.to(device), plan)`` moves one. ``default_collate`` concatenates
+    the plans of a batch, which must have the same schedule.
 
     Examples
     --------
@@ -55,7 +71,10 @@ def make_plan(schedule: Schedule, noise: Tensor, visible: Tensor | None = None, 
     >>> plan.visible
     tensor([[3, 1]])
     """
-    _check(schedule, noise, visible, weights)
+    for name, tensor in (("noise", noise), ("visible", visible), ("weights", weights)):
+        if tensor is not None and not isinstance(tensor, Tensor):
+            raise TypeError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}")
+    check_plan_arguments(schedule, noise, visible, None, weights)
     counts = schedule.counts
     order = torch.ops.prmim.plan_order(
         noise.detach(),
@@ -100,6 +119,8 @@ def _plan_order(
         unit=tuple(unit) or None,
     )
     if noise.device.type == "cpu":
+        if noise.dtype == torch.bfloat16:
+            noise = noise.float()  # NumPy has no bfloat16
         of_noise, of_visible, of_weights = (
             None if tensor is None else tensor.numpy() for tensor in (noise, visible, weights)
         )
@@ -133,13 +154,43 @@ def _plan_order_fake(
     return torch.empty(noise.shape, dtype=torch.int64, device=noise.device)
 
 
-def _check(schedule: Schedule, noise: Tensor, visible: Tensor | None, weights: Tensor | None) -> None:
-    num_tokens, num_visible = schedule.counts.num_tokens, schedule.counts.visible
-    if noise.dtype.is_floating_point or noise.dtype.is_complex or noise.dtype == torch.bool:
-        raise TypeError(f"noise: expected integers, got {noise.dtype}")
-    if noise.ndim != 2 or noise.shape[1] != num_tokens:
-        raise ValueError(f"noise: expected shape (batch, {num_tokens}), got {tuple(noise.shape)}")
-    if visible is not None and tuple(visible.shape) != (noise.shape[0], num_visible):
-        raise ValueError(f"visible: expected shape {(noise.shape[0], num_visible)}, got {tuple(visible.shape)}")
-    if weights is not None and tuple(weights.shape) != tuple(noise.shape):
-        raise ValueError(f"weights: expected shape {tuple(noise.shape)}, got {tuple(weights.shape)}")
+def _flatten(plan: Plan) -> tuple[list[Tensor], tuple[Any, ...]]:
+    # The context is plain values: torch.export cannot hold a frozen dataclass in the structure of its outputs.
+    grid, counts, schedule = plan.schedule.grid, plan.schedule.counts, plan.schedule
+    sizes = grid.shape, grid.spacing, (counts.visible, counts.decoded, counts.thrown), schedule.stages
+    return [plan.order], (*sizes, schedule.throwing, schedule.furthest_from, schedule.unit)
+
+
+def _unflatten(leaves: Iterable[Any], context: tuple[Any, ...]) -> Plan:
+    shape, spacing, counts, *rules = context
+    # PyTorch unflattens with placeholders for tensors, so the constructor's checks must not run.
+    plan = object.__new__(Plan)
+    object.__setattr__(plan, "order", *leaves)
+    object.__setattr__(plan, "schedule", Schedule(Grid(shape, spacing), TokenCounts(*counts), *rules))
+    return plan
+
+
+def _load_context(context: list[Any]) -> tuple[Any, ...]:
+    """Invert a round trip through JSON, which turns tuples into lists."""
+    return tuple(tuple(part) if isinstance(part, list) else part for part in context)
+
+
+def _collate(plans: Sequence[Plan], *, collate_fn_map: object = None) -> Plan:
+    schedule = plans[0].schedule
+    for plan in plans:
+        if plan.schedule != schedule:
+            raise ValueError(f"plans: expected equal schedules, got {schedule.counts} and {plan.schedule.counts}")
+    return Plan(torch.cat([plan.order for plan in plans]), schedule)
+
+
+if Plan not in SUPPORTED_NODES:  # this module may be reloaded
+    register_pytree_node(
+        Plan,
+        _flatten,
+        _unflatten,
+        serialized_type_name="prmim_core.Plan",
+        to_dumpable_context=list,
+        from_dumpable_context=_load_context,
+        flatten_with_keys_fn=lambda plan: ([(GetAttrKey("order"), plan.order)], _flatten(plan)[1]),
+    )
+default_collate_fn_map[Plan] = _collate

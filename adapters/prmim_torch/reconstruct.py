@@ -7,8 +7,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from prmim_core import Grid, Plan, num_offsets, offset_squared_distances, reconstruct_stages, take_tokens
-from prmim_torch.vit import LayerNorm, offset_code
+from prmim_core import (
+    Grid,
+    Plan,
+    num_offsets,
+    offset_squared_distances,
+    reconstruct_stages,
+    take_tokens,
+)
+from prmim_torch.vit import LayerNorm, fill, offset_code
 
 ReconstructionKind = Literal["kernel", "interpolate", "conv"]
 RECONSTRUCTIONS: tuple[str, ...] = get_args(ReconstructionKind)
@@ -19,6 +26,9 @@ class ProgressiveReconstruction(nn.Module):
 
     In stage s, each thrown token of that stage becomes a weighted mean of the features of all tokens known before the
     stage (visible, decoded, and thrown tokens of earlier stages). A layer norm follows, shared by the stages, eps 1e-6.
+
+    The module is bound to a grid and a width. Counts and stages are those of the plan, so one module serves a throw
+    ratio that changes during training.
 
     Parameters
     ----------
@@ -66,9 +76,6 @@ class ProgressiveReconstruction(nn.Module):
     torch.Size([2, 16, 8])
     """
 
-    _code: Tensor
-    _inverse: Tensor
-
     def __init__(
         self,
         dim: int,
@@ -92,17 +99,19 @@ class ProgressiveReconstruction(nn.Module):
         self.heads = heads
         self.repeats = repeats
         self.norm = LayerNorm(dim, elementwise_affine=reconstruction != "interpolate")
-        if reconstruction == "conv":
-            self.kernel = nn.Parameter(torch.ones(dim, *(3,) * grid.axes))
-            return
-        self.register_buffer("_code", offset_code(grid), persistent=False)
-        self._middle = num_offsets(grid) // 2  # the offset of a token to itself
-        squared_distances = torch.from_numpy(offset_squared_distances(grid))
         if reconstruction == "kernel":
-            self.table = nn.Parameter(-squared_distances.float().repeat(heads, 1))
-        else:
-            # The clamp avoids a division by the distance 0 of a token to itself, which is never looked up.
-            self.register_buffer("_inverse", squared_distances.clamp(min=1).double().reciprocal(), persistent=False)
+            self.table = nn.Parameter(torch.empty(heads, num_offsets(grid)))
+        elif reconstruction == "conv":
+            self.kernel = nn.Parameter(torch.empty(dim, *(3,) * grid.axes))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Set the table or the convolution to its initial values; the norm is not changed."""
+        if self.reconstruction == "kernel":
+            start = -torch.from_numpy(offset_squared_distances(self.grid)).float()
+            fill(self.table, start.repeat(self.heads, 1))
+        elif self.reconstruction == "conv":
+            nn.init.ones_(self.kernel)
 
     def forward(self, features: Tensor, plan: Plan) -> Tensor:
         """Reconstruct the thrown tokens.
@@ -147,20 +156,31 @@ class ProgressiveReconstruction(nn.Module):
         return self._mix_by_conv(features, known, thrown)
 
     def _mix_by_kernel(self, features: Tensor, known: Tensor, thrown: Tensor) -> Tensor:
-        column = self._column(known, thrown)
-        logits = self.table.gather(1, column.reshape(1, -1).expand(self.heads, -1))
-        weights = logits.view(-1, *column.shape).softmax(-1)  # heads, batch, n, num_known
-        batch, num_known, _ = features.shape
-        groups = features.reshape(batch, num_known, self.heads, -1).permute(2, 0, 1, 3)
+        offset = self._offset(known, thrown)
+        logits = self.table.gather(1, offset.reshape(1, -1).expand(self.heads, -1))
+        weights = logits.view(self.heads, *offset.shape).softmax(-1)  # heads, batch, n, num_known
+        batch, num_known, dim = features.shape
+        groups = features.reshape(batch, num_known, self.heads, dim // self.heads).permute(2, 0, 1, 3)
         return (weights @ groups).permute(1, 2, 0, 3).flatten(2)
 
     def _mix_by_distance(self, features: Tensor, known: Tensor, thrown: Tensor) -> Tensor:
-        weights = self._inverse.to(features.dtype)[self._column(known, thrown)]  # batch, n, num_known
+        # The clamp avoids a division by the distance 0 of a token to itself, which is never looked up.
+        inverse = self._squared_distances(features).clamp(min=1).reciprocal()
+        weights = inverse[self._offset(known, thrown)]  # batch, n, num_known
         return weights / weights.sum(-1, keepdim=True) @ features
 
-    def _column(self, known: Tensor, thrown: Tensor) -> Tensor:
-        """Return the columns of the offsets from known to thrown tokens: int64 (batch, n, num_known)."""
-        return self._code[thrown][:, :, None] - self._code[known][:, None, :] + self._middle
+    def _offset(self, known: Tensor, thrown: Tensor) -> Tensor:
+        """Return the indices of the offsets from known to thrown tokens: int64 (batch, n, num_known)."""
+        code = offset_code(self.grid, known.device)
+        return code[thrown][:, :, None] - code[known][:, None, :] + num_offsets(self.grid) // 2
+
+    def _squared_distances(self, like: Tensor) -> Tensor:
+        """Return the squared distance of every offset, (num_offsets,); computed on the device, without a copy."""
+        total = like.new_zeros(1)
+        for size, step in zip(self.grid.shape, self.grid.spacing, strict=True):
+            along_axis = torch.arange(1 - size, size, device=like.device) * step
+            total = (total[:, None] + along_axis.square()).flatten()
+        return total
 
     def _mix_by_conv(self, features: Tensor, known: Tensor, thrown: Tensor) -> Tensor:
         batch, _, dim = features.shape

@@ -1,5 +1,6 @@
 """Teachers: published vision transformers, frozen, whose features a student learns to predict."""
 
+import copy
 import importlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -12,11 +13,13 @@ from typing import Any, Literal, NamedTuple, Self, get_args
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.export import register_dataclass
 
 from prmim_core import patchify
+from prmim_methods.messages import one_line
 from prmim_methods.resize import resize_images, resize_table
 from prmim_methods.teacher import Family, TeacherConfig, check_images, find_teacher, read_teacher
-from prmim_methods.weight_files import one_line
+from prmim_torch.vit import constant_like
 
 TeacherDtype = Literal["float32", "bfloat16"]
 
@@ -41,7 +44,7 @@ NOT_NEEDED = ("post_layernorm.", "layernorm.", "embeddings.mask_token")
 
 @dataclass
 class TeacherOutput:
-    """Output of :class:`Teacher` for whole images.
+    """Output of :class:`Teacher` for whole images; a pytree.
 
     Parameters
     ----------
@@ -55,6 +58,9 @@ class TeacherOutput:
 
     hidden: Tensor
     attention: Tensor
+
+
+register_dataclass(TeacherOutput, serialized_type_name="prmim_torch.TeacherOutput")
 
 
 class Teacher(nn.Module):
@@ -100,13 +106,11 @@ class Teacher(nn.Module):
     ``preprocessor_config.json``, or else with CLIP's own (CLIP) or ImageNet's.
 
     The teacher passes no gradient and draws nothing at random. It adds nothing to the parameters and the state dict of
-    the module that holds it, but its weights move with that module to another device or dtype.
+    the module that holds it, but its weights move with that module to another device or dtype. They are always loaded
+    and kept: on the CPU, if the module is built on the meta device or moved to it.
 
     Only ``.safetensors`` files are read.
     """
-
-    _pixel_scale: Tensor
-    _pixel_shift: Tensor
 
     def __init__(
         self,
@@ -129,9 +133,10 @@ class Teacher(nn.Module):
         if not 1 <= self.layers <= self.depth:
             raise ValueError(f"teacher_layers: expected 1 to {self.depth}, the teacher's depth, got {layers}")
         self.description = f"{config.title}, from {source}"
-        self._register_constant("_pixel_scale", [1 / (255 * deviation) for deviation in config.std])
-        self._register_constant("_pixel_shift", [-m / s for m, s in zip(config.mean, config.std, strict=True)])
-        parts = _Parts(_load_model(config), config, self.grid_shape)
+        self._pixel_scale = tuple(1 / (255 * deviation) for deviation in config.std)
+        self._pixel_shift = tuple(-m / s for m, s in zip(config.mean, config.std, strict=True))
+        with torch.device("cpu"):  # weights come from files, even if the default is the meta device
+            parts = _Parts(_load_model(config), config, self.grid_shape)
         self.num_parameters = sum(tensor.numel() for tensor in (*parts.parameters(), *parts.buffers()))
         if dtype == "bfloat16":
             for part in parts.blocks.modules():
@@ -141,12 +146,18 @@ class Teacher(nn.Module):
         self._held = (parts,)
         self._dtype = dtype
 
-    def _register_constant(self, name: str, values: list[float]) -> None:
-        self.register_buffer(name, torch.tensor(values, dtype=torch.float64), persistent=False)
-
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Move the parts to the device and dtype that ``fn`` gives; keep their values, even if ``fn`` does not.
+
+        The values are in no state dict, so nothing could restore what ``to("meta")`` or ``to_empty`` drops.
+        """
+
+        def move(tensor: Tensor) -> Tensor:
+            like = fn(tensor.new_empty(0))
+            return tensor if like.is_meta else tensor.to(like)
+
         (parts,) = self._held
-        parts._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        parts._apply(move, recurse)  # type: ignore[no-untyped-call]
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
 
@@ -164,6 +175,8 @@ class Teacher(nn.Module):
         TeacherOutput
         """
         (parts,) = self._held
+        if images.is_meta:  # shapes alone are wanted, and the weights stay where they are
+            parts = copy.deepcopy(parts).to("meta")
         device = images.device.type
         with _full_precision(device):  # autocast would resize pixels in bfloat16
             patches = self._patches(images, parts.table.dtype)
@@ -184,7 +197,8 @@ class Teacher(nn.Module):
         shape = tuple(tokens * size for tokens, size in zip(self.grid_shape, self.patch_size, strict=True))
         pixels = resize_images(images.to(dtype), shape)
         # A single channel is broadcast to all channels here.
-        return patchify(pixels * self._pixel_scale.to(dtype) + self._pixel_shift.to(dtype), self.patch_size)
+        pixels = pixels * constant_like(self._pixel_scale, pixels) + constant_like(self._pixel_shift, pixels)
+        return patchify(pixels, self.patch_size)
 
 
 class _Parts(nn.Module):

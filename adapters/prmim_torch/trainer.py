@@ -30,7 +30,7 @@ from prmim_torch.distributed import (
     whole,
 )
 from prmim_torch.interop import named_weights, put_weights, read_weights, write_weights
-from prmim_torch.method import ImageModule
+from prmim_torch.method import ImageModule, check_not_empty
 from prmim_torch.reconstruct import ProgressiveReconstruction
 
 Module = TypeVar("Module", bound=ImageModule)
@@ -39,6 +39,8 @@ Loss = Callable[..., Sequence[Tensor]]
 
 WEIGHTS_FILE = "weights.safetensors"
 STATE_FOLDER = "training_state"
+HAVE_FLOAT64 = ("cpu", "cuda")
+"""Types of devices with float64, which MPS lacks."""
 
 
 class Trainer(Generic[Module]):
@@ -109,7 +111,8 @@ class Trainer(Generic[Module]):
         self._saving: Future[None] | None = None
         self._measured = (*self.module.losses, "grad_norm")
         # Their sums over the finite steps since the last reading, then the number of those steps.
-        self._sums = torch.zeros(len(self._measured) + 1, dtype=torch.float64, device=self._device)
+        wide = torch.float64 if self._device.type in HAVE_FLOAT64 else torch.float32
+        self._sums = torch.zeros(len(self._measured) + 1, dtype=wide, device=self._device)
         self._nonfinite_step = torch.full((), -1, dtype=torch.int64, device=self._device)
         # Number of nonfinite steps: since the last reading, and in a row up to now.
         self._skipped = torch.zeros(2, dtype=torch.int64, device=self._device)
@@ -153,6 +156,7 @@ class Trainer(Generic[Module]):
 
     def _take_step(self, images: NDArray[np.uint8], sample: NDArray[np.int64], *more: NDArray[Any]) -> None:
         """Take one optimizer step on images, their sample numbers, and further inputs of the loss."""
+        check_not_empty(images)
         batch, parts = len(images), self._training.accumulate
         if batch % parts:
             raise ValueError(f"images: expected a batch that accumulate={parts} divides, got {batch}")
@@ -323,7 +327,7 @@ class Trainer(Generic[Module]):
         return {
             "step": torch.tensor(self._step),
             "updates": updates[0].long() if updates else torch.tensor(0),
-            "sums": self._sums.clone(),
+            "sums": self._sums.cpu().double().clone(),  # float64 on all devices
             "nonfinite_step": self._nonfinite_step.clone(),
             "skipped": self._skipped.clone(),
             **{
@@ -364,7 +368,7 @@ class Trainer(Generic[Module]):
         for name, average in self._average.items():
             average.copy_(state[f"average.{name}"])
         self._step = int(state["step"])
-        self._sums.copy_(state["sums"])
+        self._sums.copy_(state["sums"].to(self._sums.dtype))
         self._nonfinite_step.copy_(state["nonfinite_step"])
         self._skipped.copy_(state["skipped"])
 
@@ -463,6 +467,8 @@ def _choose_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(name)
+    if device.type == "mps":
+        _check_mps()
     if device.type != "cuda":
         return device
     if not torch.cuda.is_available():
@@ -477,3 +483,10 @@ def _choose_device(name: str) -> torch.device:
         )
     torch.cuda.set_device(device)  # NCCL and FSDP use the current device
     return device
+
+
+def _check_mps() -> None:
+    if not torch.backends.mps.is_available():
+        raise ValueError("device: expected an available device, got 'mps', but torch finds no Metal device")
+    if num_processes() > 1:
+        raise ValueError(f"device: expected cpu or cuda for {num_processes()} processes, got 'mps'")

@@ -5,15 +5,15 @@ decoder take tokens and the indices of their positions.
 """
 
 from collections.abc import Sequence
-from math import sqrt
-from typing import Literal, get_args
+from math import prod, sqrt
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from prmim_core import Grid, num_offsets, offset_index
+from prmim_core import Grid, num_offsets
 from prmim_torch.cpu_kernels import attend, linear
 
 Position = Literal["absolute", "relative"]
@@ -34,7 +34,7 @@ def sincos_table(shape: Sequence[int], dim: int) -> Tensor:
     Returns
     -------
     Tensor
-        float32 (1, 1 + N, dim), computed in float64.
+        float32 (1, 1 + N, dim), computed in float64, on the CPU whatever the default device.
 
     Raises
     ------
@@ -59,11 +59,28 @@ def sincos_table(shape: Sequence[int], dim: int) -> Tensor:
     if dim < 1 or dim % (2 * axes):
         raise ValueError(f"dim: expected a positive multiple of {2 * axes} for a grid of {axes} axes, got {dim}")
     width = dim // axes
-    omega = 10000.0 ** (-torch.arange(width // 2, dtype=torch.float64) * 2 / width)
-    indices = torch.meshgrid(*(torch.arange(n, dtype=torch.float64) for n in shape), indexing="ij")
+    float64: dict[str, Any] = {"dtype": torch.float64, "device": "cpu"}
+    omega = 10000.0 ** (-torch.arange(width // 2, **float64) * 2 / width)
+    indices = torch.meshgrid(*(torch.arange(n, **float64) for n in shape), indexing="ij")
     angles = [index.reshape(-1, 1) * omega for index in reversed(indices)]
     table = torch.cat([part for angle in angles for part in (angle.sin(), angle.cos())], dim=1)
-    return torch.cat([torch.zeros(1, dim, dtype=torch.float64), table]).float()[None]
+    return torch.cat([torch.zeros(1, dim, **float64), table]).float()[None]
+
+
+def constant_like(values: Sequence[float], like: Tensor) -> Tensor:
+    """Return a vector of the dtype and on the device of another tensor; the host does not wait for the device.
+
+    Constants are no buffers: a module that was built on the meta device has them too.
+    """
+    return torch.tensor(values, dtype=like.dtype, device="cpu").to(like.device, non_blocking=True)
+
+
+def fill(tensor: Tensor, values: Tensor) -> None:
+    """Copy values into a parameter or buffer, in-place; if FSDP2 shards it, each process copies its part."""
+    from prmim_torch.distributed import spread  # it imports this module
+
+    with torch.no_grad():
+        tensor.copy_(spread(values, tensor))
 
 
 class Linear(nn.Linear):
@@ -157,14 +174,16 @@ class Attention(nn.Module):
         return self.proj(mixed.transpose(1, 2).flatten(2))
 
 
-def offset_code(grid: Grid) -> Tensor:
-    """Return a number per token, int64 (N,); the difference of two numbers identifies the offset of two tokens.
+def offset_code(grid: Grid, device: torch.device) -> Tensor:
+    """Return a number per token, int64 (N,), computed on the device.
 
-    Offsets are numbered in raster order from the middle one. The number of an offset is linear in both positions, so
-    one subtraction per pair of tokens finds it.
+    The difference of two numbers identifies the offset of two tokens: adding ``num_offsets(grid) // 2`` gives the index
+    of ``prmim_core.offset_index``.
     """
-    tokens = torch.arange(grid.num_tokens)[None]
-    return offset_index(grid, tokens, tokens[:, :1])[0, :, 0] - num_offsets(grid) // 2
+    code = torch.zeros(1, dtype=torch.int64, device=device)
+    for size in grid.shape:
+        code = (code[:, None] * (2 * size - 1) + torch.arange(size, device=device)).flatten()
+    return code
 
 
 class RelativePositionBias(nn.Module):
@@ -183,14 +202,16 @@ class RelativePositionBias(nn.Module):
     three rows for the class token: as query, as key, and with itself.
     """
 
-    _code: Tensor
-
     def __init__(self, grid_shape: Sequence[int], num_heads: int) -> None:
         super().__init__()
-        grid = Grid(tuple(grid_shape))
-        self._num_offsets = num_offsets(grid)
-        self.register_buffer("_code", offset_code(grid), persistent=False)
-        self.relative_position_bias_table = nn.Parameter(torch.zeros(self._num_offsets + 3, num_heads))
+        self._grid = Grid(tuple(grid_shape))
+        self._num_offsets = num_offsets(self._grid)
+        self.relative_position_bias_table = nn.Parameter(torch.empty(self._num_offsets + 3, num_heads))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Set the table to zero."""
+        nn.init.zeros_(self.relative_position_bias_table)
 
     def forward(self, index: Tensor | None = None) -> Tensor:
         """Look up the bias of all pairs of the class token and the given tokens.
@@ -205,13 +226,15 @@ class RelativePositionBias(nn.Module):
         Tensor
             (batch, heads, 1 + length, 1 + length), queries before keys, class token first; no batch axis for None.
         """
-        code = self._code if index is None else self._code[index]
+        table = self.relative_position_bias_table
+        code = offset_code(self._grid, table.device)
+        code = code if index is None else code[index]
         row = code[..., :, None] - code[..., None, :] + self._num_offsets // 2
         # The row and the column of the class token.
         row = F.pad(row, (0, 0, 1, 0), value=self._num_offsets)
         row = F.pad(row, (1, 0, 0, 0), value=self._num_offsets + 1)
         row[..., 0, 0] = self._num_offsets + 2
-        return F.embedding(row, self.relative_position_bias_table).movedim(-1, -3)
+        return F.embedding(row, table).movedim(-1, -3)
 
 
 class Mlp(nn.Module):
@@ -232,7 +255,13 @@ class LayerScale(nn.Module):
 
     def __init__(self, dim: int, value: float) -> None:
         super().__init__()
-        self.gamma = nn.Parameter(torch.full((dim,), value))
+        self.value = value
+        self.gamma = nn.Parameter(torch.empty(dim))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Set the factors to their initial value."""
+        nn.init.constant_(self.gamma, self.value)
 
     def forward(self, x: Tensor) -> Tensor:
         """Scale (..., dim)."""
@@ -354,19 +383,32 @@ class Encoder(nn.Module):
             raise ValueError(f"position: expected 'absolute' or 'relative', got {position!r}")
         self.position = position
         self.patch_embed = PatchEmbed(dim, channels, patch_size)
-        self.cls_token = nn.Parameter(torch.empty(1, 1, dim).normal_(std=0.02))
+        self.cls_token = nn.Parameter(torch.empty(1, 1, dim))
         if mask_token:
-            self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
+            self.mask_token = nn.Parameter(torch.empty(1, 1, dim))
+        self._grid_shape = tuple(grid_shape)
         if position == "relative":
             self.rel_pos_bias = RelativePositionBias(grid_shape, num_heads)
         elif learned_positions:
-            self.pos_embed = nn.Parameter(sincos_table(grid_shape, dim))
+            self.pos_embed = nn.Parameter(torch.empty(1, 1 + prod(grid_shape), dim))
         else:
-            self.register_buffer("pos_embed", sincos_table(grid_shape, dim))
+            self.register_buffer("pos_embed", torch.empty(1, 1 + prod(grid_shape), dim))
+        self.reset_parameters()
         self.blocks = nn.ModuleList(
             Block(dim, num_heads, layer_scale=layer_scale, recompute=recompute) for _ in range(depth)
         )
         self.norm = LayerNorm(dim) if final_norm else nn.Identity()
+
+    def reset_parameters(self) -> None:
+        """Redraw the class token; give the mask token and the position table their initial values.
+
+        The parts of the encoder are not changed. Each has a ``reset_parameters`` of its own.
+        """
+        nn.init.normal_(self.cls_token, std=0.02)
+        if hasattr(self, "mask_token"):
+            nn.init.zeros_(self.mask_token)
+        if self.position == "absolute":
+            fill(self.pos_embed, sincos_table(self._grid_shape, self.pos_embed.shape[-1]))
 
     def forward(self, patches: Tensor, index: Tensor | None = None) -> Tensor:
         """Encode patches.
@@ -475,11 +517,18 @@ class Decoder(nn.Module):
     ) -> None:
         super().__init__()
         self.embed = Linear(encoder_dim, dim)
-        self.mask_token = nn.Parameter(torch.empty(1, 1, dim).normal_(std=0.02))
-        self.register_buffer("pos_embed", sincos_table(grid_shape, dim))
+        self.mask_token = nn.Parameter(torch.empty(1, 1, dim))
+        self._grid_shape = tuple(grid_shape)
+        self.register_buffer("pos_embed", torch.empty(1, 1 + prod(grid_shape), dim))
+        self.reset_parameters()
         self.blocks = nn.ModuleList(Block(dim, num_heads, recompute=recompute) for _ in range(depth))
         self.norm = LayerNorm(dim)
         self.pred = Linear(dim, output_dim)
+
+    def reset_parameters(self) -> None:
+        """Redraw the mask token and restore the position table; the parts of the decoder are not changed."""
+        nn.init.normal_(self.mask_token, std=0.02)
+        fill(self.pos_embed, sincos_table(self._grid_shape, self.pos_embed.shape[-1]))
 
     def forward(self, encoded: Tensor, index: Tensor) -> Tensor:
         """Decode, without the prediction head ``pred``: the caller applies it to the tokens that need it.

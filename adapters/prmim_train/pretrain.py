@@ -1,5 +1,6 @@
 """One pre-training run, from the options to the pictures."""
 
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,10 @@ from prmim_train.report.pictures import draw_run
 from prmim_train.run.directory import RunDirectory
 from prmim_train.run.engine import Engine, create_engine
 from prmim_train.run.loop import Job, train
-from prmim_train.run.prepare import open_data, why_not
-from prmim_train.run.processes import say
+from prmim_train.run.origin import Origin, run_origin
+from prmim_train.run.prepare import leave_out_trained, open_data, why_not
+from prmim_train.run.processes import launched, say
+from prmim_train.run.size import check_size
 
 __all__ = ["Pretraining", "pretrain"]
 
@@ -40,7 +43,8 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
     OSError
         If data cannot be read or a checkpoint cannot be written. The last good checkpoint stays intact.
     Interrupted
-        On Ctrl-C or SIGTERM, after the current step and a checkpoint. In a distributed run, after the next logged step.
+        On Ctrl-C, SIGTERM or SIGHUP, after the current step and a checkpoint. In a distributed run, after the next
+        logged step.
     NonFiniteLoss
         If the loss or a gradient is not finite, after a rescue checkpoint.
     FailedElsewhereError
@@ -61,6 +65,8 @@ class Pretraining(Job[Engine]):
     def __init__(self, config: PretrainConfig) -> None:
         self.config: PretrainConfig = config
         self.data = open_data(config)
+        if config.resume:
+            self.data = leave_out_trained(self.data, RunDirectory(config.run_path))
         self.budget = self.data.budget
         self.command = f"prmim pretrain --out {config.run_path} --resume"
         if config.probe_every is not None:
@@ -69,7 +75,8 @@ class Pretraining(Job[Engine]):
             self.measure_epochs = config.probe_every
 
     def create_engine(self) -> Engine:
-        """Build the engine of the method."""
+        """Build the engine of the method, unless a training step is too large for any device."""
+        check_size(self.config, images=ceil(self.config.micro_batch / launched().world_size))
         return create_engine(self.config, self.budget)
 
     def begin(self, engine: Engine) -> None:
@@ -111,6 +118,10 @@ class Pretraining(Job[Engine]):
     def measure(self, engine: Engine) -> dict[str, Any]:
         """Evaluate the current frozen features."""
         return probe_run(self.config, self.data, engine)
+
+    def origin(self) -> Origin:
+        """Return images, split and teacher."""
+        return run_origin(self.config, self.data.source, self.data.train)
 
     def facts(self) -> dict[str, Any]:
         """Return method, data, and numbers of images."""

@@ -8,14 +8,14 @@ from prmim_reference import grid
 from prmim_reference.noise import by_noise, uniform
 
 
-def random_visible(num_visible: int, noise: Sequence[int]) -> list[int]:
+def random_visible(num_visible: int, noise: Sequence[float]) -> list[int]:
     """Return the tokens of lowest noise, in ascending order of noise (MAE).
 
     Parameters
     ----------
     num_visible : int
         V, between 0 and N.
-    noise : sequence of int, N values
+    noise : sequence of N numbers
 
     Examples
     --------
@@ -27,7 +27,9 @@ def random_visible(num_visible: int, noise: Sequence[int]) -> list[int]:
     return by_noise(noise, range(len(noise)))[:num_visible]
 
 
-def block_visible(shape: Sequence[int], unit: Sequence[int], num_visible_units: int, noise: Sequence[int]) -> list[int]:
+def block_visible(
+    shape: Sequence[int], unit: Sequence[int], num_visible_units: int, noise: Sequence[float]
+) -> list[int]:
     """Return the tokens of the visible units, blocks of tokens that are masked together (SimMIM).
 
     A unit takes the noise of its first token. The units of lowest noise are visible, in ascending order of noise; units
@@ -38,7 +40,7 @@ def block_visible(shape: Sequence[int], unit: Sequence[int], num_visible_units: 
     shape : lengths of the grid
     unit : tokens per unit along each axis; divisors of the lengths
     num_visible_units : int
-    noise : sequence of int, N values
+    noise : sequence of N numbers
 
     Examples
     --------
@@ -113,7 +115,7 @@ def weighted_visible(num_visible: int, noise: Sequence[int], weights: Sequence[f
     return weighted_draw(num_visible, noise, weights, range(len(noise)))
 
 
-def tube_visible(shape: Sequence[int], num_visible: int, noise: Sequence[int]) -> list[int]:
+def tube_visible(shape: Sequence[int], num_visible: int, noise: Sequence[float]) -> list[int]:
     """Draw the visible tokens of one frame and repeat them in every frame (VideoMAE).
 
     The noise of the first frame decides. Tokens are in order of frames.
@@ -123,7 +125,7 @@ def tube_visible(shape: Sequence[int], num_visible: int, noise: Sequence[int]) -
     shape : lengths of the grid, time first
     num_visible : int
         Visible tokens of the whole clip, a multiple of the number of frames.
-    noise : sequence of int, N values
+    noise : sequence of N numbers
 
     Examples
     --------

@@ -1,6 +1,7 @@
 """Counter-based noise, and orders of tokens by noise."""
 
 from collections.abc import Iterable, Sequence
+from numbers import Integral, Real
 
 WORD = 2**32
 
@@ -30,12 +31,15 @@ def absorb(state: int, word: int) -> int:
 def counter_noise(seed: int, step: int, sample: int, num_tokens: int) -> list[int]:
     """Return the noise of one image: N distinct integers in [-2**31, 2**31).
 
-    The noise of a token absorbs four words: the seed, the step, the dataset index of the image, and the token.
+    The noise of a token absorbs the seed, the step, the dataset index of the image, and the token. An index of 2**32 or
+    more has two words: the low one, then the high one.
 
     Parameters
     ----------
-    seed, step, sample : int
+    seed, step : int
         In [0, 2**32).
+    sample : int
+        In [0, 2**64).
     num_tokens : int
 
     Examples
@@ -43,13 +47,16 @@ def counter_noise(seed: int, step: int, sample: int, num_tokens: int) -> list[in
     >>> counter_noise(0, 0, 1, 3)
     [1203627609, 1702173812, 250989885]
     """
-    for name, value in (("seed", seed), ("step", step), ("sample", sample)):
+    for name, value in (("seed", seed), ("step", step)):
         if not 0 <= value < WORD:
             raise ValueError(f"{name}: expected an integer in [0, 2**32), got {value}")
+    if not 0 <= sample < WORD**2:
+        raise ValueError(f"sample: expected an integer in [0, 2**64), got {sample}")
+    sample_words = [sample] if sample < WORD else [sample % WORD, sample // WORD]
     noise = []
     for token in range(num_tokens):
         state = 0
-        for word in (seed, step, sample, token):
+        for word in (seed, step, *sample_words, token):
             state = absorb(state, word)
         noise.append(state - WORD if state >= WORD // 2 else state)
     return noise
@@ -68,7 +75,35 @@ def uniform(noise: int) -> float:
     return (noise % WORD // 2**9 + 0.5) / 2**23
 
 
-def by_noise(noise: Sequence[int], tokens: Iterable[int]) -> list[int]:
+def check_noise(noise: Sequence[float]) -> None:
+    """Raise unless all noise is numbers, and none is NaN.
+
+    Examples
+    --------
+    >>> check_noise([0.5, 1])
+    """
+    for value in noise:
+        if isinstance(value, bool) or not isinstance(value, Real):
+            raise TypeError(f"noise: expected integers or real numbers, got {value!r}")
+        if value != value:
+            raise ValueError("noise: expected numbers, got NaN")
+
+
+def integers(noise: Sequence[float]) -> list[int]:
+    """Return noise as integers, for strategies that use its bits; raise if it is something else.
+
+    Examples
+    --------
+    >>> integers([3, -1])
+    [3, -1]
+    """
+    for value in noise:
+        if not isinstance(value, Integral):
+            raise TypeError(f"noise: expected integers, got {value!r}")
+    return [int(value) for value in noise]
+
+
+def by_noise(noise: Sequence[float], tokens: Iterable[int]) -> list[int]:
     """Sort tokens by noise, lowest first; equal noise keeps raster order.
 
     Examples
@@ -79,7 +114,7 @@ def by_noise(noise: Sequence[int], tokens: Iterable[int]) -> list[int]:
     return sorted(tokens, key=lambda token: (noise[token], token))
 
 
-def noise_rank(noise: Sequence[int]) -> list[int]:
+def noise_rank(noise: Sequence[float]) -> list[int]:
     """Return the rank of every token in order of noise, lowest first.
 
     Examples

@@ -9,7 +9,7 @@ from prmim_reference.noise import noise_rank
 def furthest_point_sampling(
     positions: Sequence[Position],
     num_samples: int,
-    noise: Sequence[int],
+    noise: Sequence[float],
     known: Sequence[int] = (),
     candidates: Sequence[int] | None = None,
 ) -> list[int]:
@@ -23,7 +23,7 @@ def furthest_point_sampling(
     positions : N positions, integers
     num_samples : int
         Number of picks, at most the number of candidates that are not known.
-    noise : sequence of int, N values
+    noise : sequence of N numbers
     known : raster numbers; none by default
     candidates : raster numbers; all by default. Known tokens are never picked.
 

@@ -6,7 +6,7 @@ from prmim_reference import grid
 from prmim_reference.counts import TokenCounts
 from prmim_reference.coverage import nearest_squared_distance
 from prmim_reference.masking import block_visible, random_visible
-from prmim_reference.noise import noise_rank
+from prmim_reference.noise import check_noise, noise_rank
 from prmim_reference.throwing import choose_decoded, choose_decoded_units
 
 
@@ -40,7 +40,7 @@ def num_known(counts: TokenCounts, stages: int, stage: int) -> int:
 
 
 def thrown_order(
-    shape: Sequence[int], noise: Sequence[int], known: Sequence[int], *, spacing: Sequence[int] | None = None
+    shape: Sequence[int], noise: Sequence[float], known: Sequence[int], *, spacing: Sequence[int] | None = None
 ) -> list[int]:
     """Sort unknown tokens by squared distance to the nearest known token, then by noise rank.
 
@@ -65,7 +65,7 @@ def thrown_order(
 def make_order(
     shape: Sequence[int],
     counts: TokenCounts,
-    noise: Sequence[int],
+    noise: Sequence[float],
     *,
     spacing: Sequence[int] | None = None,
     throwing: str = "furthest",
@@ -82,9 +82,9 @@ def make_order(
     ----------
     shape, spacing : the grid
     counts : TokenCounts
-    noise : sequence of int, N values
+    noise : sequence of N numbers, not NaN; integers for throwing by "weighted" or "cell"
     throwing, furthest_from, weights : see `throwing.choose_decoded`
-    visible : raster numbers of the visible tokens; by default the tokens (or units) of lowest noise
+    visible : raster numbers of the visible tokens, distinct; by default the tokens (or units) of lowest noise
     unit : tokens along each axis of the blocks that are decoded or thrown together (`throwing.choose_decoded_units`);
         single tokens by default. Thrown tokens are sorted one by one in either case.
 
@@ -103,6 +103,7 @@ def make_order(
             f"noise: expected one value for each of {grid.num_tokens(shape)} tokens and counts that add up to them, "
             f"got {len(noise)} values and {counts}"
         )
+    check_noise(noise)
     if visible is None:
         if unit is None:
             visible = random_visible(counts.visible, noise)
@@ -110,6 +111,11 @@ def make_order(
             visible = block_visible(shape, unit, counts.visible // grid.num_tokens(unit), noise)
     if len(visible) != counts.visible:
         raise ValueError(f"visible: expected {counts.visible} tokens, got {len(visible)}")
+    for token in visible:
+        if not 0 <= token < counts.num_tokens:
+            raise IndexError(f"visible: expected tokens in [0, {counts.num_tokens}), got {token}")
+    if len(set(visible)) < len(visible):
+        raise ValueError(f"visible: expected distinct tokens, got {list(visible)}")
     if unit is None:
         decoded = choose_decoded(
             throwing,

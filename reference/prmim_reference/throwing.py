@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from prmim_reference import grid
 from prmim_reference.masking import unit_tokens, weighted_draw
-from prmim_reference.noise import by_noise, noise_rank
+from prmim_reference.noise import by_noise, integers, noise_rank
 from prmim_reference.sampling import furthest_point_sampling
 
 
@@ -22,7 +22,7 @@ def masked_tokens(num_tokens: int, visible: Sequence[int]) -> list[int]:
 def furthest_decoded(
     shape: Sequence[int],
     num_decoded: int,
-    noise: Sequence[int],
+    noise: Sequence[float],
     visible: Sequence[int],
     *,
     furthest_from: str = "visible",
@@ -45,7 +45,7 @@ def furthest_decoded(
     )
 
 
-def random_decoded(num_decoded: int, noise: Sequence[int], visible: Sequence[int]) -> list[int]:
+def random_decoded(num_decoded: int, noise: Sequence[float], visible: Sequence[int]) -> list[int]:
     """Take the masked tokens of lowest noise, in ascending order of noise.
 
     Examples
@@ -102,7 +102,7 @@ def choose_decoded(
     throwing: str,
     shape: Sequence[int],
     num_decoded: int,
-    noise: Sequence[int],
+    noise: Sequence[float],
     visible: Sequence[int],
     *,
     furthest_from: str = "visible",
@@ -117,7 +117,7 @@ def choose_decoded(
     shape, spacing : the grid
     num_decoded : int
         M, at most the number of masked tokens.
-    noise : sequence of int, N values
+    noise : sequence of N numbers; integers for "weighted" and "cell"
     visible : raster numbers
     furthest_from : {"visible", "none"}
         For "furthest" only.
@@ -141,11 +141,11 @@ def choose_decoded(
     if throwing == "random":
         return random_decoded(num_decoded, noise, visible)
     if throwing == "cell":
-        return cell_decoded(shape, num_decoded, noise, visible)
+        return cell_decoded(shape, num_decoded, integers(noise), visible)
     if throwing == "weighted":
         if weights is None:
             raise ValueError('weights: expected one weight per token for throwing="weighted", got None')
-        return weighted_decoded(num_decoded, noise, visible, weights)
+        return weighted_decoded(num_decoded, integers(noise), visible, weights)
     raise ValueError(f'throwing: expected "furthest", "random", "weighted" or "cell", got {throwing!r}')
 
 
@@ -154,7 +154,7 @@ def choose_decoded_units(
     shape: Sequence[int],
     unit: Sequence[int],
     num_decoded: int,
-    noise: Sequence[int],
+    noise: Sequence[float],
     visible: Sequence[int],
     *,
     furthest_from: str = "visible",

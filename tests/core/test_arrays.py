@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from prmim_core import Grid, Plan, Schedule, TokenCounts
-from prmim_core._arrays import argsort, array_namespace, compat_namespace, device_of, scan, scatter
+from prmim_core._arrays import argsort, array_namespace, compat_namespace, device_of, on_host, scan, scatter
 
 
 def test_the_namespace_is_that_of_the_library(xp):
@@ -18,14 +18,48 @@ def test_the_namespace_is_that_of_the_library(xp):
 
 @pytest.mark.parametrize("xp", ["torch", "jax", "strict"], indirect=True)
 def test_libraries_are_not_mixed(xp):
-    with pytest.raises(TypeError, match="Multiple namespaces"):
+    with pytest.raises(TypeError, match=r"^arrays: expected arrays of one library, got \S+ and \S+$"):
         array_namespace(xp.from_numpy(np.arange(3)), np.arange(3))
 
 
 @pytest.mark.parametrize("wrong", [[1, 2], "text", None, 3])
 def test_what_is_no_array_has_no_namespace(wrong):
-    with pytest.raises(TypeError):
+    with pytest.raises(TypeError, match=f"^arrays: expected arrays of one library, got {type(wrong).__name__}$"):
         array_namespace(wrong)
+
+
+@pytest.mark.parametrize("xp", ["numpy", "numpy:readonly", "strict", "torch"], indirect=True)
+def test_values_are_read_on_the_host(xp):
+    values = on_host(xp.from_numpy(np.arange(3)))
+    assert isinstance(values, np.ndarray)
+    assert values.tolist() == [0, 1, 2]
+
+
+def test_values_are_not_read_where_that_would_wait_or_break_a_trace(get_backend):
+    torch = pytest.importorskip("torch")
+    seen = []
+
+    def look(tensor):
+        seen.append(on_host(tensor))
+        return tensor + 1
+
+    torch.vmap(look)(torch.zeros(2, 3))
+    torch.compile(look, fullgraph=True, backend="eager")(torch.zeros(3))
+    with torch.device("meta"):
+        look(torch.zeros(3))
+    look(get_backend("jax").from_numpy(np.zeros(3)))
+    assert seen == [None] * 4
+
+
+@pytest.mark.parametrize("xp", ["jax", "jax:jit", "jax:x64"], indirect=True)
+@pytest.mark.parametrize("dtype", [np.int8, np.int32])
+def test_jax_drops_what_lies_outside_of_a_row(xp, dtype):
+    index = np.asarray([[-1, 1], [5, 0]], dtype=dtype)
+
+    def write(index, values):
+        return scatter(array_namespace(index), index, values, 4)
+
+    xp.assert_equal(xp.run(write, index, np.asarray([7, 8])), [[0, 8, 0, 0], [8, 0, 0, 0]])
 
 
 EXTREMES = np.asarray([[0, -1, 5], [127, -128, 5]])

@@ -39,6 +39,12 @@ def test_counts(arguments, expected):
     assert counts.num_tokens == arguments[0]
 
 
+def test_numpy_integers_are_integers():
+    counts = count_tokens(np.int64(196), np.int64(1), 0.5, mask_unit=np.int32(4), throw_unit=np.uint8(2))
+    assert repr(counts) == repr(count_tokens(196, 1, 0.5, mask_unit=4, throw_unit=2))
+    assert repr(TokenCounts(np.int64(1), np.uint8(2), np.int16(3))) == repr(TokenCounts(1, 2, 3))
+
+
 def test_rounding_rules_differ_where_they_should():
     assert count_tokens(196, 0.6).masked == 118
     assert count_tokens(196, 0.6, rounding="amt").masked == 117
@@ -114,6 +120,8 @@ def test_more_masking_masks_more(num_tokens, ratios, throw):
         ((0, 0.5), ValueError, "num_tokens: expected at least 1, got 0"),
         ((196.0, 0.5), TypeError, "num_tokens: expected an integer, got 196.0"),
         ((True, 0.5), TypeError, "num_tokens: expected an integer, got True"),
+        ((np.bool_(True), 0.5), TypeError, "num_tokens: expected an integer, got np.True_"),
+        ((np.arange(1000), 0.5), TypeError, r"num_tokens: expected an integer, got array\(.{1,40}$"),
         ((196, 0.5, 0.5, "mean"), ValueError, "rounding: expected 'mae' or 'amt', got 'mean'"),
     ],
 )

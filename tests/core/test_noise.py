@@ -32,6 +32,29 @@ def test_counter_noise_never_changes():
     assert noise.tolist() == [[-2121443365, -1001155941, 2093812529], [-333203746, 1605396736, -577103664]]
 
 
+# Both words of a sample matter: these share their low word, or their high one.
+LARGE = np.asarray([5, 2**32 - 1, 2**32, 2**32 + 5, 2**33 + 5, 2**33 + 6, 2**63 - 1])
+
+
+@pytest.mark.parametrize("xp", ["numpy", "numpy:readonly", "strict", "torch", "jax:x64", "torch:gpu"], indirect=True)
+def test_samples_beyond_32_bits_match_the_reference(xp):
+    expected = expected_noise(3, 7, LARGE, 5)
+    assert np.unique(expected).size == LARGE.size * 5
+    xp.assert_equal(xp.run(lambda sample: counter_noise(3, 7, sample, 5), LARGE), expected, dtype="int32")
+
+
+@pytest.mark.parametrize("xp", ["numpy", "torch", "jax", "strict"], indirect=True)
+@pytest.mark.parametrize("sample", [LARGE, LARGE.astype(np.uint64), LARGE.tolist()], ids=["int64", "uint64", "list"])
+def test_every_library_makes_noise_of_large_numpy_samples(xp, sample):
+    noise = counter_noise(3, 7, sample, 5, xp=xp.module)
+    xp.assert_equal(noise, expected_noise(3, 7, LARGE, 5), dtype="int32")
+
+
+@pytest.mark.parametrize("sample", [np.asarray([2**32 - 1], np.uint32), np.asarray([2**64 - 1], np.uint64)])
+def test_unsigned_samples_reach_their_largest_value(sample):
+    assert counter_noise(0, 0, sample, 4).tolist() == expected_noise(0, 0, sample, 4)
+
+
 @pytest.mark.parametrize("dtype", [np.int32, np.int64])
 def test_step_may_be_an_array(xp, dtype):
     step = np.asarray([2**31 - 1], dtype=dtype)
@@ -103,7 +126,12 @@ def test_an_empty_batch_has_no_noise(xp):
         ((0, 2**31, SAMPLES, 4), ValueError, "step: .* got 2147483648"),
         ((0, 1.5, SAMPLES, 4), TypeError, "step: expected an integer.*, got 1.5"),
         ((0, np.asarray([1.5]), SAMPLES, 4), TypeError, "step: expected an integer.*, got float64"),
+        ((0, np.asarray([-1]), SAMPLES, 4), ValueError, "step: .* got -1"),
+        ((0, np.asarray(2**31), SAMPLES, 4), ValueError, "step: .* got 2147483648"),
+        ((0, True, SAMPLES, 4), TypeError, "step: expected an integer.*, got True"),
         ((0, 0, SAMPLES / 2, 4), TypeError, "sample: expected integers, got float64"),
+        ((0, 0, SAMPLES - 1, 4), ValueError, "sample: expected integers of at least 0, got -1"),
+        ((0, 0, SAMPLES, 4.0), TypeError, "num_tokens: expected an integer, got 4.0"),
         ((0, 0, SAMPLES, 0), ValueError, "num_tokens: expected at least 1, got 0"),
         ((0, 0, SAMPLES[None], 4), ValueError, r"sample: expected shape \(batch,\), got \(1, 5\)"),
     ],

@@ -83,6 +83,18 @@ def test_plans_take_the_decoded_tokens_they_are_given(library, throwing):
     library.assert_equal(plan.order, expected, dtype="index")
 
 
+FLOATS = np.random.default_rng(0).random((3, 24), dtype=np.float32)
+FLOATS[:, ::5] = FLOATS[:, :1]  # ties
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize(("throwing", "unit"), [("furthest", None), ("random", None), ("furthest", (2, 2))])
+def test_noise_may_be_floats(library, dtype, throwing, unit):
+    schedule, noise = Schedule(GRIDS[1], TokenCounts(8, 8, 8), throwing=throwing, unit=unit), FLOATS.astype(dtype)
+    plan = library.run(lambda noise: make_plan(schedule, noise), noise)
+    library.assert_equal(plan.order, expected_order(schedule, noise), dtype="index")
+
+
 @pytest.mark.parametrize("dtype", [np.uint8, np.int16])
 def test_visible_may_be_of_any_integer_type(library, dtype):
     # A large batch: the numbers of all its tokens do not fit into the narrow types.
@@ -421,6 +433,81 @@ def test_take_tokens_gathers(library, trailing, number):
     library.assert_equal(library.run(take_tokens, x, index), expected, dtype="float32")
 
 
+OUTSIDE = [[[4], [0]], [[-1], [0]], [[0], [4]], [[0], [-4]], [[100], [-100]]]
+
+
+@pytest.mark.parametrize("xp", ["numpy", "numpy:readonly", "strict", "torch"], indirect=True)
+@pytest.mark.parametrize("index", OUTSIDE)
+def test_take_tokens_refuses_tokens_of_other_images(xp, index):
+    message = rf"^index: expected tokens in \[0, 4\), got values from {np.min(index)} to {np.max(index)}$"
+    with pytest.raises(IndexError, match=message):
+        xp.run(take_tokens, np.zeros((2, 4, 1)), np.asarray(index))
+
+
+@pytest.mark.parametrize("xp", ["torch:compiled"], indirect=True)
+@pytest.mark.parametrize("index", OUTSIDE[1:3])
+def test_compiled_take_tokens_fails_by_the_bounds_of_the_framework(xp, index):
+    with pytest.raises(IndexError, match="index out of range"):
+        xp.run(take_tokens, np.zeros((2, 4, 1)), np.asarray(index))
+
+
+def test_exported_take_tokens_has_a_dynamic_batch_and_keeps_its_bounds():
+    torch = pytest.importorskip("torch")
+
+    class Take(torch.nn.Module):
+        def forward(self, x, index):
+            return take_tokens(x, index)
+
+    batch = torch.export.Dim("batch", min=1, max=64)
+    arguments = (torch.zeros(4, 4, 1), torch.zeros(4, 1, dtype=torch.int64))
+    program = torch.export.export(Take(), arguments, dynamic_shapes=({0: batch}, {0: batch})).module()
+    x = torch.arange(12.0).reshape(3, 4, 1)
+    assert program(x, torch.tensor([[3], [0], [1]])).flatten().tolist() == [3, 4, 9]
+    with pytest.raises(IndexError, match="index out of range"):
+        program(x, torch.tensor([[4], [0], [1]]))
+
+
+@pytest.mark.parametrize("xp", ["jax", "jax:jit", "jax:x64"], indirect=True)
+@pytest.mark.parametrize("index", OUTSIDE)
+def test_jax_fills_what_lies_outside_of_an_image(xp, index):
+    x, index = np.arange(8).reshape(2, 4), np.asarray(index)
+    is_inside = (index >= 0) & (index < 4)
+    clipped = np.take_along_axis(x, index.clip(0, 3), axis=1)
+    for dtype, fill in ((np.float32, np.nan), (np.int16, -(2**15)), (np.uint8, 255)):
+        xp.assert_equal(xp.run(take_tokens, x.astype(dtype), index), np.where(is_inside, clipped, fill).astype(dtype))
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int8, np.int16, np.uint16, np.int32, np.uint32, np.uint64])
+def test_take_tokens_takes_any_integer_type(library, dtype):
+    # 600 images of 100 tokens are more than 16 bits can count.
+    x = np.arange(60_000, dtype=np.int32).reshape(600, 100)
+    index = np.random.default_rng(0).integers(0, 100, (600, 3))
+    library.assert_equal(library.run(take_tokens, x, index.astype(dtype)), np.take_along_axis(x, index, axis=1))
+
+
+@pytest.mark.parametrize("dtype", [bool, np.float32])
+def test_indices_are_integers(library, dtype):
+    for function in (lambda index: take_tokens(index, index), lambda index: is_member(index, 4)):
+        with pytest.raises(TypeError, match=r"index: expected integers, got .*(bool|float32)"):
+            library.run(function, np.zeros((2, 3), dtype))
+
+
+@pytest.mark.parametrize("xp", ["numpy", "strict", "torch"], indirect=True)
+@pytest.mark.parametrize("index", OUTSIDE)
+def test_is_member_refuses_other_tokens(xp, index):
+    with pytest.raises(IndexError, match=r"^index: expected tokens in \[0, 4\), got values from -?\d+ to \d+$"):
+        xp.run(lambda index: is_member(index, 4), np.asarray(index))
+
+
+@pytest.mark.parametrize("xp", ["numpy", "strict", "torch"], indirect=True)
+@pytest.mark.parametrize("name", ["restore", "mask"])
+@pytest.mark.parametrize("wrong", [-1, 4])
+def test_parts_of_a_plan_refuse_other_tokens(xp, name, wrong):
+    schedule = Schedule(GRID, COUNTS)
+    with pytest.raises(IndexError, match=r"^order: expected tokens in \[0, 4\), got values from -?\d+ to -?\d+$"):
+        xp.run(lambda order: getattr(Plan(order, schedule), name), np.asarray([[wrong, 1, 2, 3]]))
+
+
 @pytest.mark.parametrize(
     ("x", "index"),
     [((2, 3), (2,)), ((2,), (2, 3)), ((2, 3, 1), (1, 2)), ((2, 3), (2, 1, 1))],
@@ -515,6 +602,9 @@ NOISE = counter_noise(0, 0, np.arange(2), 4)
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
+        ({"grid": (4,)}, TypeError, "grid: expected a Grid, got tuple"),
+        ({"grid": None}, TypeError, "grid: expected a Grid, got NoneType"),
+        ({"counts": (1, 1, 2)}, TypeError, "counts: expected a TokenCounts, got tuple"),
         ({"counts": TokenCounts(1, 1, 1)}, ValueError, "counts: expected 4 tokens in all, as in the grid, got 3"),
         ({"stages": 0}, ValueError, "stages: expected at least 1, got 0"),
         ({"stages": 1.0}, TypeError, "stages: expected an integer, got 1.0"),
@@ -537,6 +627,20 @@ NOISE = counter_noise(0, 0, np.arange(2), 4)
 def test_schedules_are_checked(arguments, error, message):
     with pytest.raises(error, match=message):
         Schedule(**{"grid": GRID, "counts": COUNTS, **arguments})
+
+
+def test_stages_may_be_a_numpy_integer():
+    assert repr(Schedule(GRID, COUNTS, stages=np.int64(2))) == repr(Schedule(GRID, COUNTS, stages=2))
+
+
+def test_stages_beyond_the_thrown_tokens_are_empty(library):
+    schedule = Schedule(GRID, COUNTS, stages=10**7)  # known tokens are counted, not listed
+    assert [schedule.num_known(stage) for stage in (1, 2, 3, 4, 10**7)] == [2, 3, 4, 4, 4]
+    few = Schedule(GRID, COUNTS, stages=5)
+    assert few.stage_sizes == (1, 1, 0, 0, 0)
+    plan = library.run(lambda noise: make_plan(few, noise), NOISE)
+    library.assert_equal(plan.stage(5), np.zeros((2, 0), dtype=int))
+    library.assert_equal(plan.known(5), library.to_numpy(plan.order))
 
 
 @pytest.mark.parametrize("stage", [0, 3])
@@ -574,12 +678,72 @@ def test_stages_count_from_one(stage):
             "noise: expected int32, got float64",
         ),
         ("cell", {"noise": NOISE / 2.0}, TypeError, "noise: expected int"),
+        ("furthest", {"schedule": (4,)}, TypeError, "schedule: expected a Schedule, got tuple"),
+        ("furthest", {"noise": NOISE.tolist()}, TypeError, "noise: expected an array, got list"),
+        ("furthest", {"noise": None}, TypeError, "noise: expected an array, got NoneType"),
+        ("furthest", {"visible": [[0], [1]]}, TypeError, "visible: expected an array, got list"),
+        ("furthest", {"noise": NOISE > 0}, TypeError, "noise: expected integers or real numbers, got bool"),
+        ("furthest", {"noise": NOISE * 1j}, TypeError, "noise: .* got complex128"),
     ],
 )
 def test_plans_are_checked(throwing, arguments, error, message):
     schedule = Schedule(GRID, COUNTS, throwing=throwing)
     with pytest.raises(error, match=message):
-        make_plan(schedule, **{"noise": NOISE, **arguments})
+        make_plan(**{"schedule": schedule, "noise": NOISE, **arguments})
+
+
+UNITS_OF_TWO = Schedule(GRID, TokenCounts(2, 2, 0), unit=(2,))
+ON_HOST = pytest.mark.parametrize("xp", ["numpy", "numpy:readonly", "strict", "torch"], indirect=True)
+
+
+@ON_HOST
+@pytest.mark.parametrize(
+    ("schedule", "given", "error", "message"),
+    [
+        (None, {"visible": [[0, 1], [2, 2]]}, ValueError, "visible: expected distinct tokens .* invalid row 1"),
+        (None, {"visible": [[0, 4], [0, 1]]}, IndexError, r"visible: expected tokens in \[0, 4\), .* 0 to 4"),
+        (None, {"visible": [[0, -1], [0, 1]]}, IndexError, r"visible: .* got values from -1 to 1"),
+        (None, {"visible": [[0, 1]] * 2, "decoded": [[1], [2]]}, ValueError, "decoded: .* masked tokens .* row 0"),
+        (None, {"decoded": [[5], [2]]}, IndexError, r"decoded: expected tokens in \[0, 4\), got .* 2 to 5"),
+        (UNITS_OF_TWO, {"visible": [[0, 1], [1, 2]]}, ValueError, r"visible: .* whole units \(2,\) .* row 1"),
+    ],
+)
+def test_given_tokens_are_checked(xp, schedule, given, error, message):
+    schedule = schedule or Schedule(GRID, TokenCounts(2, 1, 1))
+    arrays = {name: xp.from_numpy(np.asarray(tokens)) for name, tokens in given.items()}
+    with pytest.raises(error, match=f"^{message}"):
+        make_plan(schedule, xp.from_numpy(NOISE), **arrays)
+
+
+@pytest.mark.parametrize("xp", ["torch:compiled", "jax", "jax:jit"], indirect=True)
+def test_check_finds_what_could_not_be_seen(xp):
+    schedule = Schedule(GRID, TokenCounts(2, 1, 1))
+    order = xp.run(lambda *arrays: make_plan(schedule, *arrays).order, NOISE, np.asarray([[0, 1], [2, 2]]))
+    with pytest.raises(ValueError, match="order: expected a permutation of 0 to 3 in every row, got an invalid row 1"):
+        Plan(order, schedule).check()
+
+
+@ON_HOST
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_noise_without_an_order_is_refused(xp, dtype):
+    noise = NOISE / dtype(2**16)
+    noise[1, 2] = np.nan
+    noise, is_visible = xp.from_numpy(noise.astype(dtype)), xp.from_numpy(NOISE > 2**31)
+    for function in (
+        lambda: make_plan(Schedule(GRID, COUNTS), noise),
+        lambda: random_decoded(1, noise, is_visible),
+        lambda: furthest_decoded(GRID, 1, noise, is_visible),
+        lambda: block_visible(GRID, (2,), 1, noise),
+    ):
+        with pytest.raises(ValueError, match=r"^noise: expected numbers, got NaN$"):
+            function()
+
+
+@ON_HOST
+def test_weights_without_an_order_are_refused(xp):
+    weights = xp.from_numpy(np.full((2, 4), np.nan, np.float32))
+    with pytest.raises(ValueError, match=r"^weights: expected numbers, got NaN$"):
+        make_plan(Schedule(GRID, COUNTS, throwing="weighted"), xp.from_numpy(NOISE), weights=weights)
 
 
 def test_weights_of_units_are_checked():
@@ -593,5 +757,5 @@ def test_weights_of_units_are_checked():
 @pytest.mark.parametrize("xp", ["torch", "jax", "strict"], indirect=True)
 def test_libraries_are_not_mixed(xp):
     visible = np.zeros((2, 1), dtype=int)
-    with pytest.raises(TypeError, match="Multiple namespaces"):
+    with pytest.raises(TypeError, match=r"arrays: expected arrays of one library, got .*numpy\.ndarray"):
         make_plan(Schedule(GRID, COUNTS), xp.from_numpy(NOISE), visible)

@@ -232,7 +232,7 @@ def test_processes_agree(two):
     for rank in two:
         result = rank["agreement"]
         assert result["any"] == [True, False, True]
-        assert result["missing"].startswith("FileNotFoundError: No such file")
+        assert result["missing"].startswith("FileNotFoundError: [Errno 2] No such file")
         assert result["step"] == 0
         assert rank["two_curves"]["mae fsdp"]["device"].endswith("cores), one of 2 processes")
 

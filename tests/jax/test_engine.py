@@ -422,6 +422,8 @@ def test_a_missing_device_is_named(make_engine):
 def test_wrong_batches(make_engine, images):
     with pytest.raises(ValueError, match=r"^images: expected a batch that accumulate=3 divides, got 8$"):
         make_engine(accumulate=3).train_step(images, SAMPLE)
+    with pytest.raises(ValueError, match=r"^images: expected at least one image, got an empty batch$"):
+        make_engine().train_step(images[:0], SAMPLE[:0])
     engine = make_engine()
     with pytest.raises(ValueError, match=r"^sample: expected shape \(8,\), got \(7,\)$"):
         engine.train_step(images, SAMPLE[1:])

@@ -1,6 +1,7 @@
 """Weights in files."""
 
 import json
+import os
 
 import jax.numpy as jnp
 import numpy as np
@@ -134,6 +135,13 @@ def test_other_bytes_are_refused(method, tmp_path):
         load_weights(method, path)
     with pytest.raises(FileNotFoundError):
         load_weights(method, tmp_path / "nothing.safetensors")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no such pipes here")
+def test_a_pipe_in_place_of_the_weights_does_not_block(method, tmp_path):
+    os.mkfifo(tmp_path / "weights.safetensors")
+    with pytest.raises(ValueError, match=r"path: expected a safetensors file, got .*not a regular file, but a pipe"):
+        load_weights(method, tmp_path / "weights.safetensors")
 
 
 def test_a_failed_write_leaves_the_old_file(method, tmp_path, monkeypatch):

@@ -235,7 +235,13 @@ def test_without_reconstruction_there_are_no_parameters_of_it(tiny, options):
         ),
         (None, jnp.zeros((2, 9), jnp.int32), ValueError, r"noise: expected shape \(2, 16\), got \(2, 9\)"),
         (None, jnp.zeros((3, 16), jnp.int32), ValueError, r"noise: expected shape \(2, 16\), got \(3, 16\)"),
-        (None, jnp.zeros((2, 16)), TypeError, "noise: expected integers, got float32"),
+        (None, jnp.zeros((2, 16)) > 0, TypeError, "noise: expected integers or real numbers, got bool"),
+        (
+            jnp.zeros((0, 16, 16, 3), jnp.uint8),
+            jnp.zeros((0, 16), jnp.int32),
+            ValueError,
+            "images: expected at least one image, got an empty batch",
+        ),
     ],
 )
 def test_wrong_inputs(tiny, images, noise, error, message):
@@ -248,3 +254,13 @@ def test_wrong_inputs(tiny, images, noise, error, message):
 def test_unknown_pool(tiny):
     with pytest.raises(ValueError, match=r"^pool: expected 'mean' or 'cls', got 'max'$"):
         MAE(MAEConfig(**tiny)).features(jnp.zeros((1, 16, 16, 3), jnp.uint8), pool="max")
+
+
+def test_outputs_of_another_method_are_refused(tiny, make_images):
+    images, noise = jnp.asarray(make_images(2, 16, 16, 3)), counter_noise(0, 0, jnp.arange(2), 16)
+    other = MAE(MAEConfig(**tiny, stages=1))
+    graph, state = nnx.split(other)
+    output = jax.jit(lambda state: nnx.merge(graph, state)(images, noise))(state)
+    message = r"^output: expected one of this method, got one with the plan of Schedule\(.*stages=1"
+    with pytest.raises(ValueError, match=message):
+        MAE(MAEConfig(**tiny)).rebuilt_pixels(images, output)

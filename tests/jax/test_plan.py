@@ -55,8 +55,13 @@ def test_plans_are_pytrees_and_mapped_over():
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"noise": jnp.zeros((2, 16))}, TypeError, "noise: expected integers, got float32"),
-        ({"noise": jnp.zeros((2, 16), bool)}, TypeError, "noise: expected integers, got bool"),
+        ({"noise": [[0] * 16]}, TypeError, r"noise: expected a jax\.Array, got list"),
+        ({"noise": np.zeros((2, 16))}, TypeError, r"noise: expected a jax\.Array, got ndarray"),
+        ({"visible": np.zeros((2, 4), int)}, TypeError, r"visible: expected a jax\.Array, got ndarray"),
+        ({"noise": None}, TypeError, "noise: expected an array, got NoneType"),
+        ({"schedule": (4, 4)}, TypeError, "schedule: expected a Schedule, got tuple"),
+        ({"noise": jnp.zeros((2, 16), bool)}, TypeError, "noise: expected integers or real numbers, got bool"),
+        ({"visible": jnp.zeros((2, 4))}, TypeError, "visible: expected integers, got float32"),
         (
             {"noise": jnp.zeros((2, 9), jnp.int32)},
             ValueError,
@@ -79,4 +84,18 @@ def test_wrong_arguments(arguments, error, message):
     throwing = "weighted" if "weights" in arguments else "furthest"
     schedule = Schedule(Grid((4, 4)), TokenCounts(4, 4, 8), throwing=throwing)
     with pytest.raises(error, match=f"^{message}$"):
-        make_plan(schedule, **{"noise": jnp.zeros((2, 16), jnp.int32), **arguments})
+        make_plan(**{"schedule": schedule, "noise": jnp.zeros((2, 16), jnp.int32), **arguments})
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_noise_may_be_of_any_real_dtype(dtype):
+    noise = (100 * jax.random.uniform(jax.random.key(0), (3, 24))).astype(dtype)
+    expected = prmim_core.make_plan(SCHEDULES[0], np.asarray(noise, np.float64)).order
+    np.testing.assert_array_equal(make_plan(SCHEDULES[0], noise).order, expected)
+
+
+def test_an_empty_batch_has_an_empty_plan():
+    plan = make_plan(SCHEDULES[0], jnp.zeros((0, 24)))
+    assert plan.order.shape == (0, 24)
+    assert plan.restore.shape == (0, 24)
+    plan.check()

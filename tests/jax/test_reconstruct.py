@@ -121,8 +121,19 @@ def test_wrong_options(options, message):
 
 def test_one_module_takes_plans_of_any_counts():
     module, features, plan = make_case(Grid((4, 5)), "kernel")
-    other = make_plan(Schedule(module.grid, TokenCounts(4, 0, 16), stages=4), plan.order)
-    assert module(features[:, :4], other).shape == (2, 20, 8)
+    fresh, _, _ = make_case(Grid((4, 5)), "kernel")
+    for visible, decoded, stages in ((5, 5, 2), (4, 0, 4)):
+        counts = TokenCounts(visible, decoded, 20 - visible - decoded)
+        other = make_plan(Schedule(module.grid, counts, stages=stages), plan.order)
+        known = features[:, : visible + decoded]
+        np.testing.assert_array_equal(module(known, other), fresh(known, other))
+
+
+@pytest.mark.parametrize("reconstruction", RECONSTRUCTIONS)
+def test_a_batch_may_be_empty(reconstruction):
+    module, features, plan = make_case(Grid((4, 5)), reconstruction)
+    empty = make_plan(plan.schedule, plan.order[:0])
+    assert jax.jit(lambda features, plan: module(features, plan))(features[:0], empty).shape == (0, 20, 8)
 
 
 def test_wrong_inputs():

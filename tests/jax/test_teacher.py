@@ -216,7 +216,7 @@ def shards_that_are_missing(folder):
         ({"model_type": "dinov2", "use_swiglu_ffn": True}, None, "expected a DINOv2 model without SwiGLU layers, .*"),
         ({"hidden_act": "relu"}, None, "expected the activation gelu or quick_gelu, got 'relu' in .*"),
         ({"num_hidden_layers": 4}, None, r"expected a tensor 'blocks.3\..*', got none in .*"),
-        ({"num_hidden_layers": 0}, None, "expected a positive integer num_hidden_layers, got 0 in .*"),
+        ({"num_hidden_layers": 0}, None, r"expected a whole number num_hidden_layers in \[1, 1000\], got 0 in .*"),
         ({"num_attention_heads": 5}, None, "expected a divisor of the width 32 as heads, got 5 in .*"),
         ({"intermediate_size": 80}, None, "expected hidden layers of a multiple of the width 32, got 80 in .*"),
         ({"intermediate_size": 96}, None, r"blocks.0.mlp.fc1.weight: expected shape \(96, 32\), got \(64, 32\) in .*"),

@@ -6,7 +6,7 @@ import re
 import pytest
 
 from prmim_core import Grid, Schedule, TokenCounts
-from prmim_methods import Accounting, MAEConfig, MaskAlignConfig, SimMIMConfig, Transformer
+from prmim_methods import Accounting, MAEConfig, MaskAlignConfig, SimMIMConfig, Transformer, create_config
 
 MODELS = {
     "B/16": {"model": "vit_base"},
@@ -366,3 +366,34 @@ def test_the_teacher_saves_nothing(maskalign):
 
 def test_the_cost_is_unknown_until_the_teacher_is_here():
     assert MaskAlignConfig(teacher="owner/model").cost() is None
+
+
+@pytest.mark.parametrize("reconstruction", ["kernel", "interpolate", "conv", "none"])
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("mae", {}),
+        ("mae", {"extra_cells": "known", "thrown_target": "patch"}),
+        ("mae", {"throw_ratio": 0}),
+        ("simmim", {}),
+        ("simmim", {"position": "absolute", "thrown_target": "patch"}),
+    ],
+)
+def test_parameters_are_those_of_the_model(name, options, reconstruction):
+    torch_methods = pytest.importorskip("prmim_torch.methods")
+    sizes = {"image_size": (16, 24), "patch_size": (4, 4), "channels": 1, "embed_dim": 16, "depth": 2, "num_heads": 2}
+    if name == "mae":
+        sizes |= {"decoder_dim": 8, "decoder_depth": 1, "decoder_heads": 2}
+    config = create_config(name, **sizes, reconstruction=reconstruction, **options)
+    method = torch_methods.METHODS[name](config)
+    assert config.parameters().learned == sum(parameter.numel() for parameter in method.parameters())
+    kept = {name: tensor for name, tensor in method.named_buffers() if not name.startswith("_")}
+    tables = sum(tensor.nbytes // 4 for name, tensor in kept.items() if not name.endswith("._code"))
+    assert config.parameters().fixed == tables
+
+
+def test_many_stages_cost_no_time():
+    config = MAEConfig(image_size=(4000, 4000), patch_size=(2, 2), stages=1000)
+    assert config.cost().macs > 10**15
+    assert len(config.describe()) > 1000
+    assert config.summary().count("+") == 10

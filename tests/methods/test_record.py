@@ -8,6 +8,7 @@ from typing import ClassVar
 import numpy as np
 import pytest
 
+from prmim_methods.messages import shown
 from prmim_methods.record import Option, Record, Rule, find_option, option, options, record
 
 
@@ -92,7 +93,11 @@ WRONG = [
     (one(int), "3", TypeError, "a whole number"),
     (one(int, at_least=1), 0, ValueError, "a whole number of at least 1"),
     (one(int, at_least=0, at_most=2**31 - 1), 2**31, ValueError, "a whole number in [0, 2147483647]"),
-    (one(int, at_least=1), 10**400, ValueError, "a whole number of at least 1"),
+    (one(int, at_least=1), 2**31, ValueError, "whole numbers up to 2147483647"),
+    (one(tuple[int, ...], at_least=1), (8, 10**40), ValueError, "whole numbers up to 2147483647"),
+    (one(int, at_least=1), 10**400, ValueError, "whole numbers up to 2147483647"),
+    (one(int, at_least=1), -(10**400), ValueError, "a whole number of at least 1"),
+    (one(int, at_least=1), 1 << 10**5, ValueError, "whole numbers up to 2147483647"),
     (one(int | None), "3", TypeError, "a whole number, or null"),
     (one(float), True, TypeError, "a number"),
     (one(float), "0.5", TypeError, "a number"),
@@ -109,6 +114,10 @@ WRONG = [
     (one(float, at_least=0, below=1), 1, ValueError, "a number in [0, 1)"),
     (one(str), 3, TypeError, "text"),
     (one(str), "", ValueError, "text"),
+    (one(str), "a\x1b[2J", ValueError, "text without control characters"),
+    (one(str), "a\n", ValueError, "text without control characters"),
+    (one(str | None), "a\x00b", ValueError, "text without control characters"),
+    (one(str), "x" * 4097, ValueError, "at most 4,096 characters"),
     (one(str, choices={"a": "", "b": ""}), "c", ValueError, "one of a, b"),
     (one(str, choices={"a": "", "b": ""}), ["a"], TypeError, "one of a, b"),
     (one(str | None, choices={"a": ""}), "c", ValueError, "one of a, or null"),
@@ -130,10 +139,10 @@ WRONG = [
 @pytest.mark.parametrize(
     ("item", "value", "error", "expected"),
     WRONG,
-    ids=[f"{expected}-{str(value)[:20]}" for _, value, _, expected in WRONG],
+    ids=[f"{expected}-{shown(value)[:20]}" for _, value, _, expected in WRONG],
 )
 def test_wrong_values(item, value, error, expected):
-    with pytest.raises(error, match=f"^{re.escape(f'x: expected {expected}, got {value!r}')}$"):
+    with pytest.raises(error, match=f"^{re.escape(f'x: expected {expected}, got {shown(value)}')}$"):
         item.check(value)
 
 

@@ -1,6 +1,7 @@
 """Teachers: where they are found, and what their configuration says. The adapters' tests read real weights."""
 
 import json
+import os
 import re
 import sys
 from types import SimpleNamespace
@@ -65,10 +66,25 @@ def test_missing_values_are_defaults_of_the_family(folder, model_type, patch, ep
         ({"model_type": "bert"}, "expected a model of type clip, clip_vision_model, vit, dinov2, got 'bert' in "),
         ({"model_type": "dinov2", "use_swiglu_ffn": True}, "expected a DINOv2 model without SwiGLU layers, got one "),
         ({"hidden_act": "relu"}, "expected the activation gelu or quick_gelu, got 'relu' in "),
-        ({"hidden_size": "64"}, "expected a positive integer hidden_size, got '64' in "),
+        ({"hidden_size": "64"}, "expected a whole number hidden_size in [1, 16384], got '64' in "),
         ({"num_attention_heads": 5}, "expected a divisor of the width 64 as heads, got 5 in "),
         ({"intermediate_size": 100}, "expected hidden layers of a multiple of the width 64, got 100 in "),
-        ({"patch_size": [8, 8, 8]}, "expected one or two positive integers patch_size, got [8, 8, 8] in "),
+        ({"patch_size": [8, 8, 8]}, "expected one or two whole numbers patch_size, got [8, 8, 8] in "),
+        ({"num_hidden_layers": 10**7}, "expected a whole number num_hidden_layers in [1, 1000], got 10000000 in "),
+        ({"hidden_size": 10**4000}, "expected a whole number hidden_size in [1, 16384], got 1000"),
+        ({"hidden_size": -64}, "expected a whole number hidden_size in [1, 16384], got -64 in "),
+        ({"hidden_size": 64.0}, "expected a whole number hidden_size in [1, 16384], got 64.0 in "),
+        ({"num_attention_heads": True}, "expected a whole number num_attention_heads in [1, 16384], got True in "),
+        ({"intermediate_size": 0}, "expected a whole number intermediate_size in [1, 16384], got 0 in "),
+        ({"intermediate_size": None}, "expected a whole number intermediate_size in [1, 16384], got None in "),
+        ({"mlp_ratio": float("inf")}, "expected a number mlp_ratio of at least 0, got inf in "),
+        ({"mlp_ratio": "4"}, "expected a number mlp_ratio of at least 0, got '4' in "),
+        ({"mlp_ratio": 0}, "expected hidden layers of a multiple of the width 64, got 0 in "),
+        ({"layer_norm_eps": float("nan")}, "expected a number layer_norm_eps of at least 0, got nan in "),
+        ({"image_size": 4}, "expected images of at least a patch (8, 8), got (4, 4) in "),
+        ({"image_size": [32, 10**9]}, "expected a whole number image_size in [1, 16384], got 1000000000 in "),
+        ({"model_type": ["clip"]}, "expected a model of type clip, clip_vision_model, vit, dinov2, got ['clip'] in "),
+        ({"vision_config": 5}, "expected an object vision_config, got 5 in "),
         ({"num_channels": 4}, "expected image_mean and image_std of 4 channels, got 3 and 3 in "),
     ],
     ids=str,
@@ -78,11 +94,42 @@ def test_unsupported_models(folder, change, message):
         read_teacher(folder(CLIP | change))
 
 
-@pytest.mark.parametrize("content", ["", "[1]", "{", '"text"'])
+@pytest.mark.parametrize(
+    ("values", "got"),
+    [
+        ({"image_std": [1, 0, 1]}, "a number image_std of at least 1e-06, got 0"),
+        ({"image_std": [1, -1, 1]}, "a number image_std of at least 1e-06, got -1"),
+        ({"image_mean": ["0", 0, 0]}, "a number image_mean of at least -16384, got '0'"),
+        ({"image_mean": float("nan")}, "a number image_mean of at least -16384, got nan"),
+        ({"image_mean": 5}, "image_mean and image_std of 3 channels, got 1 and 3"),
+    ],
+)
+def test_unusable_statistics(folder, values, got):
+    with pytest.raises(ValueError, match=f"^teacher: expected {re.escape(got)} in "):
+        read_teacher(folder(CLIP, values))
+
+
+def test_configurations_that_are_no_files(tmp_path):
+    (tmp_path / "config.json").mkdir()
+    with pytest.raises(ValueError, match=r"^teacher: expected JSON in .*config.json, got something that is no file$"):
+        read_teacher(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["", "[1]", "{", '"text"', "[" * 10**5, '{"a": ' + "9" * 5000 + "}", " " * 2**21])
 def test_corrupt_configurations(tmp_path, content):
     (tmp_path / "config.json").write_text(content)
     with pytest.raises(ValueError, match=r"^teacher: expected (JSON|a JSON object) in .*config.json, got "):
         read_teacher(tmp_path)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no such pipes here")
+@pytest.mark.parametrize("name", ["config.json", "preprocessor_config.json", "model.safetensors"])
+def test_a_pipe_in_place_of_a_file_does_not_block(name, folder):
+    place = folder(CLIP, {})
+    (place / name).unlink(missing_ok=True)
+    os.mkfifo(place / name)
+    with pytest.raises(ValueError, match=f"teacher: expected files in .*, got a pipe, a socket or a device: '{name}'"):
+        read_teacher(place)
 
 
 def test_folders_without_a_model(tmp_path):

@@ -11,7 +11,6 @@ from prmim_methods.weight_files import (
     check_metadata,
     check_tensors,
     dump_architecture,
-    one_line,
     write_atomically,
 )
 
@@ -103,8 +102,3 @@ def test_writes_are_atomic(tmp_path):
         write_atomically(path, fail)
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
-
-
-def test_messages_are_folded_into_one_line():
-    assert one_line(OSError("disk\n full")) == "disk full"
-    assert one_line(ValueError()) == "ValueError"

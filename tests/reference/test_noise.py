@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from prmim_reference.noise import by_noise, counter_noise, mix, noise_rank, uniform
+from prmim_reference.noise import absorb, by_noise, check_noise, counter_noise, integers, mix, noise_rank, uniform
 
 
 def wrapping_noise(seed, step, sample, num_tokens):
@@ -52,8 +52,19 @@ def test_values_are_uniform_and_neighbours_unrelated():
         assert abs(np.corrcoef(rows.ravel(), shifted.ravel())[0, 1]) < 0.05
 
 
-@pytest.mark.parametrize("name", ["seed", "step", "sample"])
-@pytest.mark.parametrize("value", [-1, 2**32])
+def test_an_index_beyond_a_word_absorbs_two():
+    state = 0
+    for word in (1, 2, 5, 3, 0):  # seed, step, low and high word of the sample, token
+        state = absorb(state, word)
+    assert counter_noise(1, 2, 3 * 2**32 + 5, 1)[0] % 2**32 == state
+    rows = [counter_noise(0, 0, sample, 50) for sample in (5, 2**32 + 5, 2**33 + 5, 2**64 - 1)]
+    assert len({value for row in rows for value in row}) == 200
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("seed", -1), ("seed", 2**32), ("step", -1), ("step", 2**32), ("sample", -1), ("sample", 2**64)],
+)
 def test_words_out_of_range_are_refused(name, value):
     arguments = {"seed": 0, "step": 0, "sample": 0, name: value}
     with pytest.raises(ValueError, match=f"{name}: expected an integer"):
@@ -66,6 +77,25 @@ def test_uniform_stays_strictly_inside_and_is_exact_in_float32():
     step = 2.0**-23
     assert numbers == [step / 2, step / 2, 1.5 * step, 1 - step / 2, 1 - step / 2, 0.5 - step / 2, 0.5 + step / 2]
     assert numbers == np.float32(numbers).tolist()
+
+
+@pytest.mark.parametrize(
+    ("noise", "error", "message"),
+    [
+        ([0.5, float("nan")], ValueError, "noise: expected numbers, got NaN"),
+        ([1, True], TypeError, "noise: expected integers or real numbers, got True"),
+        ([1j], TypeError, "noise: expected integers or real numbers, got 1j"),
+    ],
+)
+def test_noise_is_numbers(noise, error, message):
+    with pytest.raises(error, match=f"^{message}$"):
+        check_noise(noise)
+
+
+def test_strategies_that_use_bits_need_integers():
+    assert integers(np.arange(3)) == [0, 1, 2]
+    with pytest.raises(TypeError, match=r"^noise: expected integers, got 0.5$"):
+        integers([1, 0.5])
 
 
 def test_ranks_and_order_agree_with_stable_sorting():

@@ -66,6 +66,19 @@ def test_visible_tokens_may_be_given():
     assert sorted(order) == list(range(32))
 
 
+def test_noise_may_be_floats():
+    noise = np.random.default_rng(0).random(24).tolist()
+    ranks = np.argsort(np.argsort(noise)).tolist()
+    counts = TokenCounts(6, 8, 10)
+    for throwing in ("furthest", "random"):
+        assert make_order((4, 6), counts, noise, throwing=throwing) == make_order(
+            (4, 6), counts, ranks, throwing=throwing
+        )
+    for throwing in ("cell", "weighted"):
+        with pytest.raises(TypeError, match="noise: expected integers"):
+            make_order((4, 6), counts, noise, throwing=throwing, weights=[1.0] * 24)
+
+
 @pytest.mark.parametrize("throwing", STRATEGIES)
 def test_units_are_decoded_or_thrown_as_a_whole(throwing):
     counts = count_tokens(96, 0.6, 0.25, mask_unit=4, throw_unit=4)
@@ -101,3 +114,10 @@ def test_lengths_that_do_not_fit_are_refused():
         make_order((2, 2), TokenCounts(1, 1, 1), [0, 1, 2, 3])
     with pytest.raises(ValueError, match="visible: expected 1 tokens, got 2"):
         make_order((2, 2), TokenCounts(1, 1, 2), [0, 1, 2, 3], visible=[0, 1])
+
+
+def test_visible_tokens_that_are_no_set_of_the_grid_are_refused():
+    with pytest.raises(IndexError, match=r"visible: expected tokens in \[0, 4\), got 4"):
+        make_order((2, 2), TokenCounts(2, 1, 1), [0, 1, 2, 3], visible=[0, 4])
+    with pytest.raises(ValueError, match=r"visible: expected distinct tokens, got \[1, 1\]"):
+        make_order((2, 2), TokenCounts(2, 1, 1), [0, 1, 2, 3], visible=[1, 1])

@@ -40,6 +40,37 @@ def test_other_products_are_products(monkeypatch, case):
     assert list(counter.get_flop_counts()["Global"]) == [torch.ops.aten.addmm]
 
 
+@pytest.mark.parametrize("dynamic", [False, True], ids=["fixed", "any"])
+def test_a_compiled_product_is_a_convolution_if_its_size_is_known(monkeypatch, dynamic):
+    monkeypatch.setattr(cpu_kernels, "ONEDNN", True)
+    monkeypatch.setattr(cpu_kernels, "SMALL_PRODUCT", 0)
+    called = set()
+
+    def backend(graph, example_inputs):
+        called.update(node.target for node in graph.graph.nodes)
+        return graph
+
+    torch.compiler.reset()
+    compiled = torch.compile(linear, dynamic=dynamic, fullgraph=True, backend=backend)
+    for batch in (20, 3):
+        inputs = torch.randn(batch, 5, 8), torch.randn(6, 8), torch.randn(6)
+        torch.testing.assert_close(compiled(*inputs), F.linear(*inputs))
+        if batch == 20:
+            assert (torch.conv2d in called, F.linear in called) == (not dynamic, dynamic)
+
+
+def test_an_exported_product_is_a_product(monkeypatch):
+    monkeypatch.setattr(cpu_kernels, "ONEDNN", True)
+    monkeypatch.setattr(cpu_kernels, "SMALL_PRODUCT", 0)
+
+    class Product(torch.nn.Module):
+        def forward(self, *inputs):
+            return linear(*inputs)
+
+    program = torch.export.export(Product(), (torch.randn(20, 5, 8), torch.randn(6, 8), torch.randn(6)))
+    assert torch.ops.aten.linear.default in {node.target for node in program.graph.nodes}
+
+
 @pytest.mark.parametrize("has_bias", [False, True], ids=["plain", "bias"])
 @pytest.mark.parametrize("length", [9, 300], ids=["short", "long"])
 def test_attention_in_bfloat16_is_that_of_float32_and_keeps_no_scores(length, has_bias):

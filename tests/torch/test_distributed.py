@@ -207,7 +207,7 @@ def test_processes_agree(two):
         result = rank["agreement"]
         assert result["device"] == "cpu (1 threads), one of 2 processes"
         assert result["any"] == [True, False, True]
-        assert result["missing"].startswith("FileNotFoundError: No such file")
+        assert result["missing"].startswith("FileNotFoundError: [Errno 2] No such file")
         assert "torn/training_state, which is corrupt or of another kind" in result["torn"]
         assert result["step"] == 0
         assert result["full"] == "OSError: [Errno 28] No space left on device"

@@ -379,7 +379,13 @@ def test_without_reconstruction_there_are_no_parameters_of_it(tiny, options):
         ),
         (None, torch.zeros(2, 9, dtype=torch.int32), ValueError, r"noise: expected shape \(2, 16\), got \(2, 9\)"),
         (None, torch.zeros(3, 16, dtype=torch.int32), ValueError, r"noise: expected shape \(2, 16\), got \(3, 16\)"),
-        (None, torch.zeros(2, 16), TypeError, "noise: expected integers, got torch.float32"),
+        (None, torch.zeros(2, 16) > 0, TypeError, "noise: expected integers or real numbers, got torch.bool"),
+        (
+            torch.zeros(0, 16, 16, 3, dtype=torch.uint8),
+            torch.zeros(0, 16, dtype=torch.int32),
+            ValueError,
+            "images: expected at least one image, got an empty batch",
+        ),
     ],
 )
 def test_wrong_inputs(tiny, images, noise, error, message):
@@ -387,6 +393,18 @@ def test_wrong_inputs(tiny, images, noise, error, message):
     noise = torch.zeros(2, 16, dtype=torch.int32) if noise is None else noise
     with pytest.raises(error, match=f"^{message}$"):
         MAE(MAEConfig(**tiny))(images, noise)
+
+
+def test_outputs_of_another_method_are_refused(tiny, make_images):
+    images, noise = torch.from_numpy(make_images(2, 16, 16, 3)), counter_noise(0, 0, torch.arange(2), 16)
+    output = MAE(MAEConfig(**tiny, stages=1))(images, noise)
+    message = r"^output: expected one of this method, got one with the plan of Schedule\(.*stages=1"
+    with pytest.raises(ValueError, match=message):
+        MAE(MAEConfig(**tiny)).rebuilt_pixels(images, output)
+
+
+def test_no_images_have_no_features(tiny):
+    assert MAE(MAEConfig(**tiny)).features(torch.zeros(0, 16, 16, 3, dtype=torch.uint8)).shape == (0, 16)
 
 
 def test_unknown_pool(tiny):

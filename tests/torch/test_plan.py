@@ -128,8 +128,28 @@ def test_a_compiled_step_holds_the_plan_whole():
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"noise": torch.zeros(2, 16)}, TypeError, "noise: expected integers, got torch.float32"),
-        ({"noise": torch.zeros(2, 16, dtype=torch.bool)}, TypeError, "noise: expected integers, got torch.bool"),
+        ({"noise": [[0] * 16]}, TypeError, r"noise: expected a torch\.Tensor, got list"),
+        ({"noise": np.zeros((2, 16))}, TypeError, r"noise: expected a torch\.Tensor, got ndarray"),
+        ({"visible": np.zeros((2, 4), int)}, TypeError, r"visible: expected a torch\.Tensor, got ndarray"),
+        ({"noise": None}, TypeError, "noise: expected an array, got NoneType"),
+        ({"schedule": (4, 4)}, TypeError, "schedule: expected a Schedule, got tuple"),
+        (
+            {"noise": torch.zeros(2, 16, dtype=torch.bool)},
+            TypeError,
+            r"noise: expected integers or real numbers, got torch\.bool",
+        ),
+        ({"noise": torch.full((2, 16), torch.nan)}, ValueError, "noise: expected numbers, got NaN"),
+        (
+            {"visible": torch.zeros(2, 4, dtype=torch.int64)},
+            ValueError,
+            "visible: expected distinct tokens in every row, got an invalid row 0",
+        ),
+        (
+            {"visible": torch.full((2, 4), 16)},
+            IndexError,
+            r"visible: expected tokens in \[0, 16\), got values from 16 to 16",
+        ),
+        ({"visible": torch.zeros(2, 4)}, TypeError, r"visible: expected integers, got torch\.float32"),
         (
             {"noise": torch.zeros(2, 9, dtype=torch.int32)},
             ValueError,
@@ -145,10 +165,39 @@ def test_a_compiled_step_holds_the_plan_whole():
             ValueError,
             r"visible: expected shape \(2, 4\), got \(2, 5\)",
         ),
-        ({"weights": torch.zeros(2, 5)}, ValueError, r"weights: expected shape \(2, 16\), got \(2, 5\)"),
+        ({"weights": torch.zeros(2, 5)}, ValueError, r"weights: expected .*\(2, 16\), got \(2, 5\)"),
     ],
 )
 def test_wrong_arguments(arguments, error, message):
-    schedule = Schedule(Grid((4, 4)), TokenCounts(4, 4, 8))
+    throwing = "weighted" if "weights" in arguments else "furthest"
+    schedule = Schedule(Grid((4, 4)), TokenCounts(4, 4, 8), throwing=throwing)
     with pytest.raises(error, match=f"^{message}$"):
-        make_plan(schedule, **{"noise": torch.zeros(2, 16, dtype=torch.int32), **arguments})
+        make_plan(**{"schedule": schedule, "noise": torch.zeros(2, 16, dtype=torch.int32), **arguments})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64])
+def test_noise_may_be_of_any_real_dtype(dtype, device):
+    schedule = SCHEDULES[0]
+    noise = (100 * torch.rand(3, 24, generator=torch.Generator().manual_seed(0))).to(dtype)
+    expected = prmim_core.make_plan(schedule, noise.double().numpy()).order
+    np.testing.assert_array_equal(make_plan(schedule, noise.to(device)).order.cpu(), expected)
+
+
+def test_an_empty_batch_has_an_empty_plan(device):
+    made = make_plan(SCHEDULES[0], torch.zeros(0, 24, device=device))
+    assert made.order.shape == (0, 24)
+    assert made.restore.shape == (0, 24)
+    made.check()
+
+
+def test_a_compiled_plan_on_a_cpu_checks_its_values():
+    def order(noise, visible):
+        return make_plan(SCHEDULES[0], noise, visible).order
+
+    compiled = torch.compile(order, fullgraph=True, backend="eager")
+    noise, visible = torch.rand(3, 24), torch.arange(6).expand(3, 6)
+    assert torch.equal(compiled(noise, visible), order(noise, visible))
+    with pytest.raises(ValueError, match=r"^visible: expected distinct tokens in every row, got an invalid row 0$"):
+        compiled(noise, visible // 2)
+    with pytest.raises(ValueError, match=r"^noise: expected numbers, got NaN$"):
+        compiled(noise * torch.nan, visible)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from prmim_core import Grid, Schedule, TokenCounts, counter_noise
+from prmim_core import Grid, Plan, Schedule, TokenCounts, counter_noise
 from prmim_reference import counts as reference_counts
 from prmim_reference import reconstruct as reference
 from prmim_torch import ProgressiveReconstruction, make_plan
@@ -145,10 +145,33 @@ def test_wrong_options(options, message):
         ProgressiveReconstruction(**{"dim": 8, "grid": Grid((4,)), **options})
 
 
-def test_one_module_takes_plans_of_any_counts():
-    module, features, plan = make_case(Grid((4, 5)), "kernel")
-    other = make_plan(Schedule(module.grid, TokenCounts(4, 0, 16), stages=4), plan.order)
-    assert module(features[:, :4], other).shape == (2, 20, 8)
+@pytest.mark.parametrize("reconstruction", RECONSTRUCTIONS)
+def test_one_module_serves_an_annealed_throw_ratio(reconstruction):
+    """Each plan gives what a module with the same weights gives that has seen no other plan."""
+    module, features, plan = make_case(Grid((4, 5)), reconstruction)
+    for visible, decoded, stages in ((5, 15, 2), (5, 10, 1), (5, 5, 3), (5, 0, 16)):
+        counts = TokenCounts(visible, decoded, 20 - visible - decoded)
+        annealed = make_plan(Schedule(module.grid, counts, stages=stages), plan.order)
+        known = torch.cat([features, features], dim=1)[:, : visible + decoded]
+        fresh = ProgressiveReconstruction(8, module.grid, reconstruction).double()
+        fresh.load_state_dict(module.state_dict())
+        rebuilt = module(known, annealed)
+        assert rebuilt.shape == (2, 20, 8)
+        assert torch.equal(rebuilt, fresh(known, annealed))
+
+
+@pytest.mark.parametrize("reconstruction", RECONSTRUCTIONS)
+def test_a_batch_may_be_empty(reconstruction):
+    module, features, plan = make_case(Grid((4, 5)), reconstruction)
+    empty = make_plan(plan.schedule, plan.order[:0])
+    assert module(features[:0], empty).shape == (0, 20, 8)
+
+
+@pytest.mark.parametrize("reconstruction", RECONSTRUCTIONS)
+def test_orders_may_be_int32(reconstruction):
+    module, features, plan = make_case(Grid((4, 5)), reconstruction)
+    narrow = Plan(plan.order.int(), plan.schedule)
+    assert torch.equal(module(features, narrow), module(features, plan))
 
 
 def test_wrong_inputs():

@@ -279,7 +279,7 @@ def reconfigured(**changes):
         (
             "dino",
             reconfigured(image_size="large"),
-            "expected one or two positive integers image_size, got 'large' in .*",
+            r"expected a whole number image_size in \[1, 16384\], got 'large' in .*",
         ),
         ("dino", damaged, "expected weights in .safetensors files in .*, got .*"),
         ("dino", pickled, "expected weights in .safetensors files in .*, got .* no file named model.safetensors .*"),

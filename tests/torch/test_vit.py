@@ -7,8 +7,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from prmim_core import Grid, num_offsets, offset_index
 from prmim_reference import vit as reference
-from prmim_torch.vit import Attention, Decoder, Encoder, Linear, PatchProjection, sincos_table
+from prmim_torch.vit import Attention, Decoder, Encoder, Linear, PatchProjection, offset_code, sincos_table
 
 
 def test_position_table_starts_with_zeros_and_encodes_the_column_first():
@@ -99,3 +100,11 @@ def test_parts_of_an_encoder_are_chosen_by_arguments():
 def test_unknown_positions_are_refused():
     with pytest.raises(ValueError, match=r"^position: expected 'absolute' or 'relative', got 'both'$"):
         Encoder((2, 2), (2, 2), 3, dim=8, depth=1, num_heads=2, position="both")
+
+
+@pytest.mark.parametrize("shape", [(5,), (3, 4), (2, 3, 2)])
+def test_differences_of_codes_are_indices_of_offsets(shape):
+    grid = Grid(shape)
+    tokens, code = torch.arange(grid.num_tokens)[None], offset_code(grid, torch.device("cpu"))
+    offsets = code[:, None] - code[None] + num_offsets(grid) // 2
+    assert torch.equal(offsets, offset_index(grid, tokens, tokens)[0])

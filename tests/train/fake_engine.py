@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
+from safetensors.numpy import load_file, save_file
 
 from prmim_core import Schedule, block_visible, counter_noise, make_plan, patchify
 from prmim_methods import ClassifierConfig, MethodConfig, TrainingConfig
@@ -168,8 +169,7 @@ class Engine:
         return saved
 
     def _save(self, directory: Path) -> None:
-        with (directory / "weights.safetensors").open("wb") as file:
-            np.savez(file, encoder=self.encoder, decoder=self.decoder)
+        save_file({"encoder": self.encoder, "decoder": self.decoder}, directory / "weights.safetensors")
         if Engine.save_error is not None:
             raise Engine.save_error
         with (directory / "training_state.npz").open("wb") as file:
@@ -191,12 +191,10 @@ class Engine:
         self.is_closed = True
 
     def load_weights(self, path: Path) -> None:
-        with np.load(path, allow_pickle=False) as weights:
-            if weights["encoder"].shape != self.encoder.shape:
-                raise ValueError(
-                    f"weights: expected shape {self.encoder.shape}, got {weights['encoder'].shape} in {path}"
-                )
-            self.encoder, self.decoder = weights["encoder"], weights["decoder"]
+        weights = load_file(path)
+        if weights["encoder"].shape != self.encoder.shape:
+            raise ValueError(f"weights: expected shape {self.encoder.shape}, got {weights['encoder'].shape} in {path}")
+        self.encoder, self.decoder = weights["encoder"], weights["decoder"]
 
 
 class ClassifierEngine(Engine):

@@ -60,14 +60,14 @@ def stopped(step, rank, engine=prmim_torch.Engine):
 @contextlib.contextmanager
 def full_disk():
     """Let the main process fail, and it alone, when it writes what only it writes."""
-    write = directory._write_manifest
+    write = directory.write_manifest
 
-    def fail(directory):
+    def fail(directory, run, step):
         raise OSError("No space left on device")
 
-    directory._write_manifest = fail
+    directory.write_manifest = fail
     yield
-    directory._write_manifest = write
+    directory.write_manifest = write
 
 
 def run(words, setting):

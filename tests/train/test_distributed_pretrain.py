@@ -15,7 +15,8 @@ from PIL import Image
 torch = pytest.importorskip("torch")
 
 from prmim_train.cli.commands import main  # noqa: E402
-from prmim_train.run.directory import RunDirectory, damage  # noqa: E402
+from prmim_train.run.directory import RunDirectory  # noqa: E402
+from prmim_train.run.manifest import damage  # noqa: E402
 
 SCRIPT = Path(__file__).with_name("pretrain_worker.py")
 TIMES = ("images_per_second", "waiting", "seconds")
@@ -156,13 +157,13 @@ def test_images_that_any_process_could_not_read_are_reported(two, shared):
     run = RunDirectory(shared / "photos run")
     assert tuple(run.read_summary()["unreadable_images"]) == UNREADABLE
     assert "3 of 300 images could not be read and were left out: 000.png" in two[0]["photos"]["out"]
-    assert list(run.path.glob(".*")) == []
+    assert [entry.name for entry in run.path.glob(".*")] == [".lock"]
 
 
 def test_nothing_is_written_twice_or_left_over(two, shared):
     run = RunDirectory(shared / "run")
     pictures = {"reconstructions.png", "schedule.png", "loss.png"}
-    files = {"config.yaml", "metrics.jsonl", "summary.json", "checkpoints"}
+    files = {"config.yaml", "metrics.jsonl", "summary.json", "checkpoints", ".lock", "run.json", "trained.npz"}
     assert {entry.name for entry in run.path.iterdir()} == files | pictures
     assert [entry.name for entry in run.checkpoints()] == ["step_00000006", "step_00000012"]
     assert [damage(entry) for entry in run.checkpoints()] == [None, None]
@@ -205,7 +206,8 @@ def test_the_main_process_alone_reports(two, shared):
     assert record["protocols"]["knn"]["test_images"] == 40
     for folder in ("finetune", "linear"):
         names = {"config.yaml", "metrics.jsonl", "checkpoints", "summary.json", "evaluation.json", "confusion.png"}
-        assert {entry.name for entry in (shared / folder).iterdir()} == {*names, "curves.png"}
+        names |= {"curves.png", ".lock", "run.json", "trained.npz"}
+        assert {entry.name for entry in (shared / folder).iterdir()} == names
 
 
 def test_pictures_take_one_process(two):

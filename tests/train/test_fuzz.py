@@ -169,24 +169,17 @@ def image_seeds() -> dict[str, list[bytes]]:
 IMAGES = image_seeds()
 
 
-@pytest.fixture(scope="module")
-def small_limit():
-    """Lower Pillow's limit of pixels, so that examples near it take little time; its warnings are off, as in a run."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Image, "MAX_IMAGE_PIXELS", MAX_PIXELS)
-        yield
-
-
 def check_decoding(content: bytes, channels: int) -> None:
     with expecting(UnreadableImageError, start="x.jpg: "):
-        pixels = decode_image(content, channels=channels, name="x.jpg")
+        pixels = decode_image(content, channels=channels, max_pixels=MAX_PIXELS, name="x.jpg")
         assert pixels.dtype == np.uint8
         assert pixels.ndim == 3
         assert pixels.shape[2] == channels
         assert 0 < pixels.size <= MAX_PIXELS * channels
     for size in ((2, 2), (9, 7)):  # the smaller one lets the decoder of JPEG reduce
         with expecting(UnreadableImageError, start="x.jpg: "):
-            crop = decode_crop(content, size, lambda shape: (0, 0, *shape), channels=channels, name="x.jpg")
+            options = {"channels": channels, "max_pixels": MAX_PIXELS, "name": "x.jpg"}  # so few take little time
+            crop = decode_crop(content, size, lambda shape: (0, 0, *shape), **options)
             assert crop.shape == (*size, channels)
 
 
@@ -197,7 +190,7 @@ def test_the_seeds_are_sound(kind):
 
 
 @pytest.mark.parametrize("kind", IMAGES)
-def test_damaged_images(kind, small_limit):
+def test_damaged_images(kind):
     image_files.ignore_pillow_warnings()
 
     @many
@@ -219,7 +212,7 @@ def with_checksums(content: bytes) -> bytes:
     return b"".join(parts)
 
 
-def test_damaged_png_files_with_sound_checksums(small_limit):
+def test_damaged_png_files_with_sound_checksums():
     image_files.ignore_pillow_warnings()
     for content in IMAGES["PNG"]:
         assert with_checksums(content) == content
@@ -364,6 +357,35 @@ def test_damaged_tar_files(tmp_path):
         check_opening(tmp_path / "a.tar", content)
 
     check()
+
+
+@many
+@given(
+    st.sampled_from(range(len(TARS))),
+    st.tuples(st.integers(0, 40), st.integers(0, 40)).map(sorted),
+    st.sampled_from(["cut", "cut within a block", "zeros instead", "zeros between", "doubled", "repeated"]),
+)
+def test_no_image_of_a_tar_file_is_lost_in_silence(tmp_path_factory, number, blocks, change):
+    """Cut, repeated, or with zeros in place of blocks or between them: refused, or as many images as before."""
+    content = TARS[number]
+    start, end = (512 * block for block in blocks)
+    before, between, after = content[:start], content[start:end], content[end:]
+    changed = {
+        "cut": before,
+        "cut within a block": before + between[:100],
+        "zeros instead": before + bytes(len(between)) + after,
+        "zeros between": before + bytes(len(between)) + between + after,
+        "doubled": content + content,
+        "repeated": before + content,
+    }[change]
+    path = tmp_path_factory.getbasetemp() / "changed.tar"
+    numbers = []
+    for archive in (content, changed):
+        path.write_bytes(archive)
+        with expecting(ValueError, start="data: "):
+            numbers.append(len(open_source(str(path), channels=3)))
+    is_empty = not any(changed[start:])  # zeros from a header to the end cannot be told from the end
+    assert len(numbers) == 1 or numbers[1] >= numbers[0] or (change == "zeros instead" and is_empty)
 
 
 FIELDS = {

@@ -5,6 +5,7 @@ import time
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from prmim_train.pretrain import pretrain
 from prmim_train.report.pictures import draw_loss
@@ -23,13 +24,7 @@ def untimed(config, *others):
 
 
 def weights(config):
-    path = RunDirectory(config.run_path).checkpoints()[-1] / "weights.safetensors"
-    if config.backend == "fake":
-        with np.load(path) as file:
-            return dict(file)
-    from safetensors.numpy import load_file
-
-    return load_file(path)
+    return load_file(RunDirectory(config.run_path).checkpoints()[-1] / "weights.safetensors")
 
 
 @pytest.fixture(params=["fake", "torch", "jax"])

@@ -1,5 +1,6 @@
 """The commands of `prmim`: their options, what they run, and how errors are reported."""
 
+import errno
 import os
 import signal
 import sys
@@ -11,6 +12,7 @@ from typing import Any
 
 from jsonargparse import ArgumentParser
 
+from prmim_methods.messages import one_line, shown
 from prmim_methods.record import Option
 from prmim_train.cli.options import (
     build_parser,
@@ -23,7 +25,7 @@ from prmim_train.cli.options import (
     suggest,
 )
 from prmim_train.config.layers import recipe_names
-from prmim_train.run.processes import FailedElsewhereError, is_main, launched, say
+from prmim_train.run.processes import FailedElsewhereError, adopt_srun, is_main, launched, say
 
 EXIT_USAGE = 2
 EXIT_FAILURE = 1
@@ -65,7 +67,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns
     -------
     int
-        The exit code: 0; 1 if a run failed; 2 if the options or the data are wrong; 130 after Ctrl-C.
+        The exit code: 0; 1 if a run failed; 2 if the options or the data are wrong; 128 and the signal's number if
+        a signal stopped a run, such as 130 after Ctrl-C.
         An error is reported in one line. `--traceback`, or the environment variable `PRMIM_TRACEBACK=1`, adds the
         traceback.
     """
@@ -76,6 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if "--traceback" in words:
         words.remove("--traceback")
         wants_traceback = True
+    adopt_srun()
     try:
         _dispatch(words)
     except Interrupted as stop:
@@ -85,15 +89,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("prmim: interrupted", file=sys.stderr)
         return EXIT_SIGNAL + signal.SIGINT
-    except BrokenPipeError:  # the reader of our output closed it, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return EXIT_FAILURE
     except Exception as error:
         if wants_traceback:
             traceback.print_exc()
         if is_main() or not isinstance(error, NonFiniteLoss | FailedElsewhereError):  # the main process reports those
             print(_one_line(error), file=sys.stderr)
-        return EXIT_USAGE if isinstance(error, ValueError | TypeError | ImportError | _FILE_ERRORS) else EXIT_FAILURE
+        is_usage = isinstance(error, ValueError | TypeError | ImportError | _FILE_ERRORS)
+        return EXIT_USAGE if is_usage or getattr(error, "errno", None) == errno.ENAMETOOLONG else EXIT_FAILURE
     return 0
 
 
@@ -102,11 +104,11 @@ _FILE_ERRORS = FileNotFoundError | FileExistsError | NotADirectoryError | IsADir
 
 
 def _one_line(error: Exception) -> str:
-    text = " ".join(str(error).split()) or "no further message"
+    text = str(error) or "no further message"
     if not isinstance(error, ValueError | TypeError | OSError | ImportError | ArithmeticError):
         text = f"{type(error).__name__}: {text} (PRMIM_TRACEBACK=1 shows where)"
     who = "" if is_main() else f" process {launched().rank}:"
-    return f"prmim:{who} error: {text}"
+    return f"prmim:{who} error: {one_line(text)}"
 
 
 def _dispatch(words: list[str]) -> None:
@@ -118,7 +120,7 @@ def _dispatch(words: list[str]) -> None:
         return
     name, *rest = words
     if name not in COMMANDS:
-        raise ValueError(f"command: expected {', '.join(COMMANDS)}, got {name!r}{suggest(name, COMMANDS)}")
+        raise ValueError(f"command: expected {', '.join(COMMANDS)}, got {shown(name)}{suggest(name, COMMANDS)}")
     command = COMMANDS[name]
     if name not in SHARED_COMMANDS and launched().world_size > 1:
         raise ValueError(
@@ -185,7 +187,7 @@ def _evaluate_groups() -> dict[str, list[Option]]:
     others = "Also classify by an untrained encoder and by raw pixels. For knn, and linear by lbfgs, only."
     groups = classify_options()
     named = {item.name: item for items in groups.values() for item in items}
-    frozen = [named[name] for name in ("data", "holdout", "test_data", "device", "checkpoint")]
+    frozen = [named[name] for name in ("data", "holdout", "test_data", "device", "checkpoint", "allow_changes")]
     own = {
         f"For finetune, and linear by lars: {title.lower()}": [item for item in items if item not in frozen]
         for title, items in groups.items()
@@ -238,9 +240,10 @@ def _picture_groups() -> dict[str, list[Option]]:
             RUN_OPTION,
             command_option("data", str | None, "Other images than those of the run: see prmim pretrain --help."),
             command_option("holdout", float | None, "Another held-out share than that of the run."),
-            command_option("device", str | None, "Another device than that of the run: auto, cpu or cuda."),
+            command_option("device", str | None, "Another device than that of the run: auto, cpu, cuda or mps."),
             command_option("kind", str | None, kinds),
             command_option("pictures", int | None, "Number of images shown."),
+            command_option("allow_changes", bool, "Draw although the images of the run have changed.", False),
         ]
     }
 
@@ -267,7 +270,7 @@ SHARED_COMMANDS = ("pretrain", "evaluate")
 
 EVALUATIONS = ("knn", "linear", "finetune")
 SOLVERS = ("lbfgs", "lars")
-FROZEN_OPTIONS = {"data", "holdout", "test_data", "device", "checkpoint", "eval_limit", "baselines"}
+FROZEN_OPTIONS = {"data", "holdout", "test_data", "device", "checkpoint", "eval_limit", "baselines", "allow_changes"}
 
 COMMANDS = {
     "pretrain": Command(

@@ -5,23 +5,26 @@ The records declare the options; jsonargparse writes the help and converts the v
 
 import dataclasses
 import difflib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import re
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from jsonargparse import ArgumentError, ArgumentParser
 
 from prmim_methods import METHODS, MethodConfig
+from prmim_methods.messages import one_line, shown
 from prmim_methods.methods import METHOD_OPTION
 from prmim_methods.record import Option, Rule, options
 from prmim_train.config.classify import FOREIGN, INHERITED, RECIPES, ClassifyConfig
-from prmim_train.config.layers import merge_layers, parse_options, read_options
+from prmim_train.config.layers import LARGEST_FILE, merge_layers, parse_options, read_options
 from prmim_train.config.pretrain import PretrainConfig, pretrain_config, special_option_names
 from prmim_train.config.training import DIGITS
 from prmim_train.run.directory import RunDirectory
 
 TRUE_WORDS = ("true", "yes", "on", "1")
 FALSE_WORDS = ("false", "no", "off", "0")
+NULL_WORDS = ("null", "~")
 
 
 def command_option(name: str, type: Any, help: str, default: Any = None) -> Option:
@@ -162,14 +165,14 @@ def split_words(words: Sequence[str], items: Sequence[Option]) -> dict[str, str]
     while rest:
         word = rest.pop(0)
         if not word.startswith("--"):
-            raise ValueError(f"{word}: expected an option, as in --{items[0].name} VALUE, got {word!r}")
+            raise ValueError(f"{one_line(word)}: expected an option, as in --{items[0].name} VALUE, got {shown(word)}")
         name, has_value, text = word[2:].partition("=")
         name = name.replace("-", "_")
         if name.startswith("no_") and name[3:] in known and known[name[3:]].is_flag and not has_value:
             given[name[3:]] = "false"
             continue
         if name not in known:
-            raise ValueError(f"--{name}: unknown option{suggest(name, known, '--')}")
+            raise ValueError(f"--{one_line(name)}: unknown option{suggest(name, known, '--')}")
         if not has_value:
             is_alone = not rest or rest[0].startswith("--")
             if known[name].is_flag:
@@ -200,33 +203,61 @@ def convert(parser: ArgumentParser, items: Sequence[Option], given: Mapping[str,
 
     Raises
     ------
-    ValueError
-        If a value is not of its option's type.
+    ValueError, TypeError
+        If a value is not of its option's type, or not allowed.
     """
     known = {item.name: item for item in items}
     values: dict[str, Any] = {}
     for name, value in given.items():
         item = known[name]
         try:
-            values[name] = getattr(parser.parse_object({name: _prepare(item, value)}, defaults=False), name)
+            converted = getattr(parser.parse_object({name: _prepare(item, value)}, defaults=False), name)
         except (ArgumentError, ValueError, TypeError) as error:
-            raise ValueError(f"{name}: expected {item.expected}, got {value!r}") from error
+            raise ValueError(f"{name}: expected {item.expected}, got {shown(value)}") from error
+        values[name] = item.check(converted)
     return values
 
 
 def _prepare(item: Option, value: Any) -> Any:
-    """Rewrite common spellings that YAML does not know."""
-    if item.is_flag and isinstance(value, str):
+    """Return a text as the value of an option: a flag, a number, numbers with commas between them, or null."""
+    if item.kind is str:
+        return value
+    if isinstance(value, list):
+        return [_number(part) for part in value]
+    if not isinstance(value, str):
+        return value
+    if len(value) > LARGEST_FILE:
+        raise ValueError(value)
+    if item.is_flag:
         if value.lower() not in TRUE_WORDS + FALSE_WORDS:
             raise ValueError(value)
         return value.lower() in TRUE_WORDS
-    if item.type is not str and isinstance(value, str) and "," in value and not value.startswith(("[", "(")):
-        return f"[{value}]"
-    return value
+    if item.is_optional and value in NULL_WORDS:
+        return None
+    listed = value.removeprefix("[").removesuffix("]")
+    if "," in value or listed != value:
+        return [_number(part) for part in listed.split(",")]
+    return _number(value)
 
 
-def suggest(name: str, known: Iterable[str], prefix: str = "") -> str:
+def _number(value: Any) -> Any:
+    """Return a text as a number: 010 is ten, and 1:30 or 1_000 is none."""
+    if not isinstance(value, str):
+        return value
+    text = value.strip()
+    if re.fullmatch(r"[-+]?[0-9]+", text):
+        return int(text)
+    if re.fullmatch(r"0x[0-9a-fA-F]+", text):
+        return int(text, 16)
+    if re.fullmatch(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?", text):
+        return float(text)
+    raise ValueError(value)
+
+
+def suggest(name: str, known: Collection[str], prefix: str = "") -> str:
     """Return a hint at the known name closest to an unknown one; empty if none is close."""
+    if len(name) > 2 * max(map(len, known)):
+        return ""
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     return f"; did you mean {prefix}{close[0]}?" if close else ""
 
@@ -283,5 +314,5 @@ def _convert_file(
     known = {item.name for item in items} - {"config", "traceback"}
     for key in found:
         if key not in known:
-            raise ValueError(f"{key}: unknown option in {name}{suggest(key, known)}")
+            raise ValueError(f"{one_line(key)}: unknown option in {name}{suggest(key, known)}")
     return convert(parser, items, found)

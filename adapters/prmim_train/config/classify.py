@@ -13,7 +13,7 @@ from prmim_methods.record import Record, find_option, option, record
 from prmim_train.config.pretrain import PretrainConfig
 from prmim_train.config.training import DIGITS, TrainingOptions
 
-INHERITED = ("data", "holdout", "flip", "workers", "precision", "device", "parallel", "seed", "backend")
+INHERITED = ("data", "holdout", "flip", "max_pixels", "workers", "precision", "device", "parallel", "seed", "backend")
 """Options of the run whose encoder is used, unless given."""
 
 RECIPES: dict[str, dict[str, Any]] = {
@@ -69,7 +69,10 @@ class AugmentOptions(Record):
         "Mean strength of RandAugment's operations. 0: no RandAugment.", default=9.0, at_least=0, at_most=10
     )
     rand_augment_operations: int = option(
-        "Number of RandAugment operations for an image, each applied with probability one half.", default=2, at_least=1
+        "Number of RandAugment operations for an image, each applied with probability one half.",
+        default=2,
+        at_least=1,
+        at_most=100,
     )
     rand_augment_spread: float = option("Standard deviation of that strength.", default=0.5, at_least=0)
     erasing: float = option(

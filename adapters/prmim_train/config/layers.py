@@ -7,7 +7,9 @@ from typing import Any
 
 import yaml
 
+from prmim_methods.messages import one_line
 from prmim_methods.methods import METHOD_OPTION
+from prmim_train.config.plain_yaml import PlainLoader
 from prmim_train.config.pretrain import special_option_names
 from prmim_train.config.training import TrainingOptions
 
@@ -15,12 +17,11 @@ DEPENDENT_OPTIONS = {"model": ("embed_dim", "depth", "num_heads"), "channels": (
 """Options that belong to another one: a layer that sets the key drops them from lower layers. A recipe's width must not
 survive ``--model vit_small``."""
 
-NOT_STORED = ("out", "resume")
+NOT_STORED = ("out", "resume", "allow_changes")
 """Options that are no property of a run."""
 
-LONGEST_REASON = 200
-"""Most characters of a parser's message that are shown."""
-SCALARS = (str, int, float, bool, type(None))
+LARGEST_FILE = 2**16
+"""Most characters of a file of options."""
 
 
 def merge_layers(*layers: Mapping[str, Any]) -> dict[str, Any]:
@@ -71,7 +72,8 @@ def read_options(name_or_path: str | Path) -> dict[str, Any]:
     FileNotFoundError
         If there is neither a recipe nor a file of that name.
     ValueError
-        If the file is not YAML, or not a list of `name: value`.
+        If the file is longer than `LARGEST_FILE`, not YAML, or not a list of `name: value`. Anchors, aliases, tags,
+        nested values and duplicate names are refused.
     """
     text = str(name_or_path)
     if text in recipe_names():
@@ -81,29 +83,26 @@ def read_options(name_or_path: str | Path) -> dict[str, Any]:
         if not path.is_file():
             known = ", ".join(recipe_names())
             raise FileNotFoundError(f"config: expected a YAML file or one of the recipes {known}, got {text!r}")
-        content = path.read_text(encoding="utf-8")
+        with path.open("rb") as file:
+            content = file.read(4 * LARGEST_FILE + 1).decode("utf-8", errors="surrogateescape")
     return parse_options(content, text)
 
 
 def parse_options(content: str, name: str) -> dict[str, Any]:
     """Parse the text of a YAML file of options; see `read_options`."""
+    if len(content) > LARGEST_FILE:
+        raise ValueError(f"config: expected at most {LARGEST_FILE:,} characters, got more in {name}")
     try:
-        options = yaml.safe_load(content)
-    except Exception as error:  # of YAML's own, and whatever its constructors make of odd numbers, dates and depths
+        options = yaml.load(content, PlainLoader)  # a SafeLoader
+    except Exception as error:  # of YAML's own, and whatever its constructors make of odd numbers
         mark = getattr(error, "problem_mark", None)
         where = f" line {mark.line + 1}" if mark is not None else ""
         reason = getattr(error, "problem", None) or f"{type(error).__name__} {error}"
-        raise ValueError(
-            f"config: expected YAML, got an error in {name}{where}: {' '.join(reason.split())[:LONGEST_REASON]}"
-        ) from error
+        raise ValueError(one_line(f"config: expected YAML, got an error in {name}{where}: {reason}")) from error
     if options is None:
         return {}
     if not isinstance(options, dict) or not all(isinstance(key, str) for key in options):
         raise ValueError(f"config: expected lines of the form 'option: value' in {name}, got {type(options).__name__}")
-    for option, value in options.items():
-        # Nothing deeper is an option's value, and a few lines of nested aliases can unfold to gigabytes.
-        if not all(isinstance(part, SCALARS) for part in (value if isinstance(value, list) else [value])):
-            raise ValueError(f"config: expected a value or a list of values for {option[:LONGEST_REASON]} in {name}")
     return options
 
 

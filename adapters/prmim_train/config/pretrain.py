@@ -36,7 +36,9 @@ class PretrainConfig(TrainingOptions):
         default=None,
         at_least=1,
     )
-    pictures: int = option("Held-out images in the pictures drawn at the end. 0: no pictures.", default=6, at_least=0)
+    pictures: int = option(
+        "Held-out images in the pictures drawn at the end. 0: no pictures.", default=6, at_least=0, at_most=1000
+    )
 
     def check(self) -> None:
         """Validate options that depend on one another."""
@@ -72,7 +74,7 @@ class PretrainConfig(TrainingOptions):
         """The folder of the run."""
         if self.out is not None:
             return Path(self.out)
-        name = re.sub(r"[^A-Za-z0-9_.-]+", "-", Path(self.data).resolve().stem if self.data != DIGITS else DIGITS)
+        name = re.sub(r"[^A-Za-z0-9_.-]+", "-", Path(self.data).resolve().name if self.data != DIGITS else DIGITS)
         return Path("runs") / f"{self.method.name}-{name}"
 
 

@@ -14,6 +14,16 @@ DIGITS = "digits"
 TRACKERS = ("none", "tensorboard", "wandb", "mlflow")
 
 
+CHANGEABLE = (
+    *("data", "teacher", "workers", "max_pixels"),  # the origin of the run says whether images or teacher are others
+    *("epochs", "warmup_epochs", "base_learning_rate", "min_learning_rate", "decay", "weight_decay", "betas"),
+    *("clip_grad", "accumulate", "precision", "compile", "scan_blocks", "device", "parallel"),
+    *("nonfinite", "max_skipped", "backend", "log_every", "checkpoint_every", "checkpoint_minutes"),
+    *("keep_checkpoints", "tracker", "eval_limit", "probe_every", "pictures", "test_every", "checkpoint"),
+)
+"""Options that a resumed run may change. The others give the steps already taken their meaning."""
+
+
 @record
 class DataOptions(Record):
     """Images and random crops."""
@@ -39,10 +49,16 @@ class DataOptions(Record):
     holdout: float = option(
         "Share of the images that is held out: never trained on, used to evaluate.", default=0.1, at_least=0, below=1
     )
+    max_pixels: int = option(
+        "Most pixels of an image file. Larger images count as unreadable and are skipped.",
+        default=89_478_485,
+        at_least=1,
+    )
     workers: int = option(
         "Processes that read and crop images. 0: threads of the main process, which is enough for most disks.",
         default=0,
         at_least=0,
+        at_most=1024,
     )
 
 
@@ -56,6 +72,11 @@ class RunOptions(Record):
     out: str | None = option("Folder of the run. Null: a name from the method and the data.", default=None)
     resume: bool = option(
         "Continue the run in that folder from its last checkpoint with its options, or start it if there is none.",
+        default=False,
+    )
+    allow_changes: bool = option(
+        "Continue or evaluate a run although its images, their split, its teacher, or options that give the steps "
+        "already taken their meaning have changed.",
         default=False,
     )
     log_every: int = option("Steps between two lines of metrics.jsonl.", default=10, at_least=1)

@@ -17,6 +17,7 @@ from typing import Any, Generic, NamedTuple, Self, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from prmim_methods.messages import shorten
 from prmim_train.data.image_files import ignore_pillow_warnings
 from prmim_train.data.sources import ImageSource, UnreadableImageError
 from prmim_train.data.transforms import center_crop, check_crop_options, random_crop_box, random_flip
@@ -42,6 +43,8 @@ _Rest = tuple[IndexArray, Failures, TargetArray | None]  # a batch without its i
 Places = list[tuple[int, int]]  # (position in the stream, index into the records in use)
 
 _NUM_NAMED = 20
+_NUM_NAMED_IN_ERRORS = 3
+_MAX_NAMED = 110  # characters of a name with its reason
 _MAX_THREADS = 8
 _RECORDS_AHEAD = 256
 
@@ -95,7 +98,7 @@ class UnreadableImages:
     num_images : int
         Number of images in use.
     tolerance : float, optional
-        Fraction of `num_images` above which `check` raises.
+        Fraction of `num_images` above which `check` raises, rounded down. One image is always tolerated.
 
     Examples
     --------
@@ -138,12 +141,13 @@ class UnreadableImages:
         Raises
         ------
         ValueError
-            If the fraction of unreadable images exceeds `tolerance`. The message names the first 20.
+            If more than one image and more than the fraction `tolerance` are unreadable, or all images are. The
+            message names the first ones.
         """
-        if len(self) > self._tolerance * self._num_images:
+        if len(self) > max(1, self._tolerance * self._num_images) or self.is_all:
             raise ValueError(
                 f"data: {len(self):,} of {self._num_images:,} images cannot be read so far, more than the "
-                f"{self._tolerance:.0%} that is tolerated; repair or remove them: {self._names()}"
+                f"{self._tolerance:.0%} that is tolerated; repair or remove them: {self.named(_NUM_NAMED_IN_ERRORS)}"
             )
 
     def report(self) -> str:
@@ -151,11 +155,13 @@ class UnreadableImages:
         if not self._reasons:
             return ""
         was = "was" if len(self) == 1 else "were"
-        return f"{len(self):,} of {self._num_images:,} images could not be read and {was} left out: {self._names()}"
+        return f"{len(self):,} of {self._num_images:,} images could not be read and {was} left out: {self.named()}"
 
-    def _names(self) -> str:
+    def named(self, most: int = _NUM_NAMED) -> str:
+        """Return the names and reasons of the first `most` images, shortened, and the number of the rest."""
         named = [
-            f"{self._source.name(record)} ({self._reasons[record]})" for record in sorted(self._reasons)[:_NUM_NAMED]
+            shorten(f"{self._source.name(record)} ({self._reasons[record]})", _MAX_NAMED)
+            for record in sorted(self._reasons)[:most]
         ]
         rest = len(self) - len(named)
         return ", ".join(named) + (f", and {rest:,} more" if rest else "")
@@ -283,7 +289,7 @@ def train_batches(
     Raises
     ------
     ValueError
-        If an argument is invalid; while iterating, if more than 1 % of the images cannot be read.
+        If an argument is invalid; while iterating, if more than one image and more than 1 % cannot be read.
     ChildProcessError
         While iterating, if a worker process died. The message names the cause and the image that the worker was
         reading.
@@ -365,7 +371,7 @@ def evaluation_batches(
     -------
     BatchIterator of EvaluationBatch
         Unreadable images are skipped and listed in its `unreadable`. The caller decides how many are too many;
-        `unreadable.check` raises above 1 %.
+        `unreadable.check` raises above one image and 1 %.
 
     Raises
     ------
@@ -492,7 +498,7 @@ class _TrainingBatch:
                     self.failed[record] = error.reason
             failures.append((record, self.failed[record]))
             unreadable.add(failures[-1:])
-            unreadable.check()  # ends the search after at most 1 % of the records
+            unreadable.check()  # ends the search after a few records
             choice = (choice + 1) % len(self.records)
 
     def _augmented(self, epoch: int, record: int) -> ImageArray:

@@ -8,12 +8,11 @@ import io
 import math
 import os
 import re
-import stat
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,20 +28,22 @@ from PIL import (
     WebPImagePlugin,
 )
 
+from prmim_methods.files import open_regular
+from prmim_methods.messages import printable
 from prmim_train.data.transforms import check_size, resize_picture
 
 __all__ = [
     "IMAGE_ENDINGS",
     "MAX_FILE_BYTES",
+    "MAX_PIXELS",
     "ChooseBox",
     "UnreadableImageError",
     "check_file_channels",
+    "check_header",
     "counted",
     "decode_crop",
     "decode_image",
     "ignore_pillow_warnings",
-    "open_regular",
-    "printable",
     "read_file",
     "read_image",
     "read_part",
@@ -58,8 +59,22 @@ _Box = tuple[float, float, float, float]
 
 IMAGE_ENDINGS = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
+MAX_PIXELS = 89_478_485
+"""Default limit of pixels in an image, that of Pillow."""
+
 MAX_FILE_BYTES = 2**29
-"""Larger files are not read. `PIL.Image.MAX_IMAGE_PIXELS` pixels of three 16-bit values fit uncompressed."""
+"""Larger files are not read. `MAX_PIXELS` pixels of three 16-bit values fit uncompressed."""
+
+# Resizing takes 32 bytes of memory per pixel of a side.
+_MAX_SIDE = 2**20
+# The JPEG decoder passes over all pixels once per scan, however few bytes a scan has. Encoders write about ten scans;
+# libtiff has the same limit.
+_MAX_SCANS = 100
+_SCAN = b"\xff\xda"
+# Neither an escaped 255 in compressed data, nor a restart marker, nor padding.
+_MARKER = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")
+_BARE_MARKERS = b"\x01\xd8"  # without a length
+_END_OF_IMAGE = 0xD9
 
 # The content counts, not the file name. Of Pillow's other formats, some start programs (EPS).
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
@@ -133,7 +148,7 @@ class UnreadableImageError(ValueError):
         return type(self), (self.name, self.reason)
 
 
-def read_image(path: str | Path, *, channels: int) -> ImageArray:
+def read_image(path: str | Path, *, channels: int, max_pixels: int = MAX_PIXELS) -> ImageArray:
     """Read and decode one image file; see `decode_image` for the conversions.
 
     Parameters
@@ -141,6 +156,8 @@ def read_image(path: str | Path, *, channels: int) -> ImageArray:
     path : str or Path
     channels : int
         1 (grey), 3 (RGB) or 4 (RGBA; opaque images get alpha 255).
+    max_pixels : int, optional
+        Larger images are unreadable.
 
     Returns
     -------
@@ -156,10 +173,10 @@ def read_image(path: str | Path, *, channels: int) -> ImageArray:
     """
     check_file_channels(channels, "image files")
     name = printable(os.fspath(path))
-    return decode_image(read_file(path, name=name), channels=channels, name=name)
+    return decode_image(read_file(path, name=name), channels=channels, max_pixels=max_pixels, name=name)
 
 
-def decode_image(content: bytes, *, channels: int, name: str = "image") -> ImageArray:
+def decode_image(content: bytes, *, channels: int, max_pixels: int = MAX_PIXELS, name: str = "image") -> ImageArray:
     """Decode the content of an image file.
 
     - The EXIF orientation is applied.
@@ -175,6 +192,8 @@ def decode_image(content: bytes, *, channels: int, name: str = "image") -> Image
         The complete file.
     channels : int
         1 (grey), 3 (RGB) or 4 (RGBA; opaque images get alpha 255).
+    max_pixels : int, optional
+        Larger images are unreadable.
     name : str, optional
         Name of the image in errors.
 
@@ -186,21 +205,31 @@ def decode_image(content: bytes, *, channels: int, name: str = "image") -> Image
     ------
     UnreadableImageError
         If `content` is empty, truncated, corrupt, not a JPEG, PNG, WebP, BMP, TIFF or GIF file, has 32 bits per value
-        (which have no fixed range), or more than `PIL.Image.MAX_IMAGE_PIXELS` pixels (89,478,485 by default; checked
-        before decoding).
+        (which have no fixed range), more than `max_pixels` pixels, more than 1,048,576 pixels per side, or, for a JPEG,
+        more than 100 scans. Pixels and scans are counted before decoding.
     ValueError
         If `channels` is not 1, 3 or 4.
+
+    Notes
+    -----
+    A `max_pixels` above `PIL.Image.MAX_IMAGE_PIXELS` also raises that limit, for all of this process.
     """
     check_file_channels(channels, "image files")
-    with _named_errors(content, name):
-        picture = _open(content)
+    with _named_errors(name):
+        picture = _open(content, max_pixels)
         picture.load()
         upright = _set_upright(_convert(picture, channels), _turn(picture))
         return np.asarray(upright).reshape(upright.height, upright.width, channels)
 
 
 def decode_crop(
-    content: bytes, size: tuple[int, int], choose: ChooseBox, *, channels: int, name: str = "image"
+    content: bytes,
+    size: tuple[int, int],
+    choose: ChooseBox,
+    *,
+    channels: int,
+    max_pixels: int = MAX_PIXELS,
+    name: str = "image",
 ) -> ImageArray:
     """Decode an image file and resize a box of the image.
 
@@ -218,6 +247,8 @@ def decode_crop(
         Maps (height, width) of the image to the box (top, left, height, width), in pixels. Called at most once.
     channels : int
         1 (grey), 3 (RGB) or 4 (RGBA; opaque images get alpha 255).
+    max_pixels : int, optional
+        Larger images are unreadable.
     name : str, optional
         Name of the image in errors.
 
@@ -247,8 +278,8 @@ def decode_crop(
     """
     check_file_channels(channels, "image files")
     check_size(size)
-    with _named_errors(content, name):
-        picture = _open(content)
+    with _named_errors(name):
+        picture = _open(content, max_pixels)
         is_jpeg = isinstance(picture, JpegImagePlugin.JpegImageFile)
         if not is_jpeg:
             picture.load()
@@ -257,7 +288,7 @@ def decode_crop(
     chosen = choose((width, height) if turn.axes else (height, width))
     top, left, rows, columns = _swap_axes(chosen, turn)
     stored = _mirror((left, top, left + columns, top + rows), picture.size, turn)
-    with _named_errors(content, name):
+    with _named_errors(name):
         reduction = _reduce(picture, chosen, size) if is_jpeg else 1
         picture.load()
         box = [side / reduction for side in stored]
@@ -267,6 +298,33 @@ def decode_crop(
         inner = (box[0] - outer[0], box[1] - outer[1], box[2] - outer[0], box[3] - outer[1])
         upright = _swap_axes(_mirror(inner, cut.size, turn), turn)
         return resize_picture(_set_upright(cut, turn), size, box=upright)
+
+
+def check_header(
+    path: str | Path, offset: int = 0, size: int | None = None, *, max_pixels: int = MAX_PIXELS, name: str = "image"
+) -> None:
+    """Check the header of an image file, reading little more than that.
+
+    Parameters
+    ----------
+    path : str or Path
+        The image file, or an archive that contains it.
+    offset, size : int, optional
+        Position and length of the image's content, in bytes. Default: the whole file.
+    max_pixels : int, optional
+        Larger images are unreadable.
+    name : str, optional
+        Name of the image in errors.
+
+    Raises
+    ------
+    UnreadableImageError
+        If the header alone shows that `decode_image` would raise it.
+    """
+    with _named_errors(name), open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size if size is None else size
+        _check_bytes(size)
+        _open_header(io.BufferedReader(_Part(file, offset, size)), max_pixels)
 
 
 def check_file_channels(channels: int, what: str) -> None:
@@ -290,29 +348,42 @@ def read_file(path: str | Path, *, name: str) -> bytes:
         raise UnreadableImageError(name, reason_of(error)) from error
 
 
-def open_regular(path: str | Path) -> io.FileIO:
-    """Open a file for unbuffered reading; raise ValueError for pipes and devices, which may block or never end."""
-    file = io.FileIO(path, opener=_open_at_once)
-    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-        file.close()
-        raise ValueError("not a regular file, but a pipe, a socket or a device")
-    return file
-
-
-def _open_at_once(path: str, flags: int) -> int:
-    # Without the flag, opening a named pipe waits for a writer. Windows has neither such pipes nor the flag.
-    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
-
-
 def read_part(file: io.FileIO, offset: int, size: int) -> bytes:
     """Read `size` bytes from `offset`, fewer at the end of the file; raise ValueError above `MAX_FILE_BYTES`."""
-    if size > MAX_FILE_BYTES:
-        raise ValueError(f"{size:,} bytes, more than the limit of {MAX_FILE_BYTES:,}")
+    _check_bytes(size)
     file.seek(offset)
     content = file.read(size) or b""
     while len(content) < size and (more := file.read(size - len(content))):
         content += more
     return content
+
+
+class _Part(io.RawIOBase):
+    """A part of a file, as a file."""
+
+    def __init__(self, file: io.FileIO, offset: int, size: int) -> None:
+        self._file, self._offset, self._size, self._place = file, offset, size, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
+        self._place = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._place, io.SEEK_END: self._size}[whence]
+        return self._place
+
+    def readinto(self, buffer: Any, /) -> int:
+        content = read_part(self._file, self._offset + self._place, max(0, min(len(buffer), self._size - self._place)))
+        buffer[: len(content)] = content
+        self._place += len(content)
+        return len(content)
+
+
+def _check_bytes(size: int) -> None:
+    if size > MAX_FILE_BYTES:
+        raise ValueError(f"{size:,} bytes, more than the limit of {MAX_FILE_BYTES:,}")
 
 
 # -------------------------------------------------------------------------------------------------------- decoding
@@ -328,23 +399,67 @@ def ignore_pillow_warnings() -> None:
 
 
 @contextmanager
-def _named_errors(content: bytes, name: str) -> Iterator[None]:
+def _named_errors(name: str) -> Iterator[None]:
     try:
         yield
-    except UnidentifiedImageError as error:
-        raise UnreadableImageError(name, _unidentified(content)) from error
     except Exception as error:  # decoders raise nearly anything on corrupt input
         raise UnreadableImageError(name, reason_of(error)) from error
 
 
-def _open(content: bytes) -> ImageFile.ImageFile:
-    """Open an image, which reads its header, and check the number of pixels."""
-    picture = Image.open(io.BytesIO(content), formats=_FORMATS)
-    # Up to twice the limit, Pillow only warns, and warning filters cannot be set per thread.
-    limit = Image.MAX_IMAGE_PIXELS
-    if limit is not None and picture.width * picture.height > limit:
-        raise ValueError(_too_many_pixels(picture.width * picture.height))
+def _open(content: bytes, max_pixels: int) -> ImageFile.ImageFile:
+    """Open an image, and check what its decoding would cost."""
+    picture = _open_header(io.BytesIO(content), max_pixels)
+    if isinstance(picture, JpegImagePlugin.JpegImageFile) and (number := _count_scans(content)) > _MAX_SCANS:
+        raise ValueError(f"JPEG of {number:,} scans, more than the limit of {_MAX_SCANS}")
     return picture
+
+
+def _open_header(file: BinaryIO, max_pixels: int) -> ImageFile.ImageFile:
+    """Open an image, which reads its header, and check the number of pixels."""
+    # Pillow refuses more than twice its own limit and warns above it; warning filters cannot be set per thread.
+    if Image.MAX_IMAGE_PIXELS is not None and max_pixels > Image.MAX_IMAGE_PIXELS:
+        Image.MAX_IMAGE_PIXELS = max_pixels
+    try:
+        picture = Image.open(file, formats=_FORMATS)
+    except UnidentifiedImageError as error:
+        file.seek(0)
+        raise ValueError(_unidentified(file.read(4096))) from error
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        # "Image size (100000000 pixels) exceeds ..."
+        raise ValueError(_too_many_pixels(int(re.findall(r"\d+", str(error))[0]), max_pixels)) from error
+    if max(picture.size) > _MAX_SIDE:
+        raise ValueError(
+            f"{picture.width:,} x {picture.height:,} pixels, more than the limit of {_MAX_SIDE:,} per side"
+        )
+    if (number := max(picture.width * picture.height, _tile_pixels(picture))) > max_pixels:
+        raise ValueError(_too_many_pixels(number, max_pixels))
+    return picture
+
+
+def _tile_pixels(picture: ImageFile.ImageFile) -> int:
+    """Return the pixels of a tile of a TIFF image, which can be larger than the image; 0 without tiles."""
+    if not isinstance(picture, TiffImagePlugin.TiffImageFile):
+        return 0
+    width, height = (picture.tag_v2.get(tag, 0) for tag in (TiffImagePlugin.TILEWIDTH, TiffImagePlugin.TILELENGTH))
+    return int(width) * int(height)
+
+
+def _too_many_pixels(number: int, limit: int) -> str:
+    return f"{number:,} pixels, more than max_pixels {limit:,}"
+
+
+def _count_scans(content: bytes) -> int:
+    """Count the scans of a JPEG up to the end of the image; beyond the limit only."""
+    number = content.count(_SCAN)  # also counts those in metadata and after the end, where videos can be
+    if number <= _MAX_SCANS:
+        return number
+    number = place = 0
+    while (marker := _MARKER.search(content, place)) and content[marker.end() - 1] != _END_OF_IMAGE:
+        place = marker.end()
+        number += marker[0] == _SCAN
+        if content[place - 1] not in _BARE_MARKERS:
+            place += int.from_bytes(content[place : place + 2], "big")
+    return number
 
 
 def _reduce(picture: ImageFile.ImageFile, box: tuple[int, int, int, int], size: tuple[int, int]) -> int:
@@ -354,10 +469,6 @@ def _reduce(picture: ImageFile.ImageFile, box: tuple[int, int, int, int], size: 
     if reduction > 1 and picture.draft(None, (picture.width // reduction, picture.height // reduction)) is None:
         return 1
     return reduction
-
-
-def _too_many_pixels(number: int) -> str:
-    return f"{number:,} pixels, more than the limit of {Image.MAX_IMAGE_PIXELS:,}"
 
 
 def _convert(picture: Image.Image, channels: int) -> Image.Image:
@@ -424,9 +535,6 @@ def reason_of(error: Exception) -> str:
         return "file not found"
     if isinstance(error, MemoryError):
         return "not enough memory"
-    if isinstance(error, Image.DecompressionBombError | Image.DecompressionBombWarning):
-        # "Image size (100000000 pixels) exceeds ..."
-        return _too_many_pixels(int(re.findall(r"\d+", str(error))[0]))
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     text = printable(" ".join(text.split())) or type(error).__name__
     return text if len(text) <= _MAX_REASON else f"{text[:_MAX_REASON]}..."
@@ -438,18 +546,7 @@ def _unidentified(content: bytes) -> str:
     for name, start in _STARTS.items():
         if re.match(start, content, re.DOTALL):
             return f"starts like a {name} file, but is corrupt or of a kind that Pillow cannot read"
-    return f"not one of {', '.join(_FORMATS)}" + (" (all zeros)" if not any(content[:4096]) else "")
-
-
-def printable(text: str) -> str:
-    r"""Return text with all unprintable characters escaped, for one line of a terminal.
-
-    Examples
-    --------
-    >>> print(printable("Zoë/a\nb.jpg"))
-    Zoë/a\nb.jpg
-    """
-    return text if text.isprintable() else "".join(char if char.isprintable() else _escape(char) for char in text)
+    return f"not one of {', '.join(_FORMATS)}" + (" (all zeros)" if not any(content) else "")
 
 
 def counted(number: int, singular: str, plural: str = "") -> str:
@@ -461,9 +558,3 @@ def counted(number: int, singular: str, plural: str = "") -> str:
     ('1 image', '2,000 classes')
     """
     return f"{number:,} {singular if number == 1 else plural or f'{singular}s'}"
-
-
-def _escape(char: str) -> str:
-    if 0xDC80 <= ord(char) <= 0xDCFF:  # surrogate escape: a byte of a file name that is not UTF-8
-        return f"\\x{ord(char) & 0xFF:02x}"
-    return char.encode("unicode_escape").decode("ascii")

@@ -8,7 +8,7 @@ from typing import overload
 import numpy as np
 from numpy.typing import NDArray
 
-from prmim_train.data.image_files import printable
+from prmim_methods.messages import printable
 
 __all__ = ["MAX_CLASSES", "PackedNames", "number_classes"]
 

@@ -2,6 +2,7 @@
 
 import io
 import math
+import os
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,7 +12,9 @@ from typing import IO
 import numpy as np
 from numpy.typing import NDArray
 
-from prmim_train.data.image_files import open_regular, printable, reason_of
+from prmim_methods.files import open_regular
+from prmim_methods.messages import printable
+from prmim_train.data.image_files import reason_of
 from prmim_train.data.names import MAX_CLASSES
 
 __all__ = ["read_npz"]
@@ -22,6 +25,7 @@ _MAX_HEADER = 10_000  # bytes; NumPy has the same limit, but checks it after rea
 _MAX_NAME = 1000  # characters of a class name
 _MAX_DEFLATION = 1032  # largest compression ratio of deflate; higher stated ratios are false
 _MAX_LISTED = 10
+_USED = ("images", "labels", "names")
 
 
 def read_npz(path: Path, channels: int) -> tuple[PixelArray, NDArray[np.int64] | None, tuple[str, ...] | None]:
@@ -47,7 +51,8 @@ def read_npz(path: Path, channels: int) -> tuple[PixelArray, NDArray[np.int64] |
     FileNotFoundError
         If the file does not exist.
     ValueError
-        If the content is invalid, or contains Python objects, which would need pickle.
+        If the content is invalid or ambiguous (concatenated archives, two arrays of one name), or contains Python
+        objects, which would need pickle.
     """
     if not path.exists():
         raise FileNotFoundError(f"data: no such file: {path}")
@@ -80,6 +85,11 @@ class _Archive:
     def __init__(self, archive: zipfile.ZipFile, path: str) -> None:
         self._archive, self.path = archive, path
         self.names = [name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")]
+        # Only the last of several archives or arrays would be read.
+        if min((info.header_offset for info in archive.infolist()), default=0) > 0:
+            raise ValueError(f"data: {path} has other data before its arrays: concatenated or damaged")
+        if twice := [name for name in _USED if self.names.count(name) > 1]:
+            raise ValueError(f"data: {path} has more than one array '{twice[0]}'")
 
     def header(self, name: str) -> tuple[tuple[int, ...], np.dtype[np.generic]]:
         """Return shape and dtype of an array, after checking that they match its number of bytes."""
@@ -92,6 +102,8 @@ class _Archive:
                 raise ValueError(
                     f"{dtype} {shape} takes {expected:,} bytes, which do not match the {info.compress_size:,} stored"
                 )
+            if expected > (memory := _physical_memory()):
+                raise ValueError(f"{dtype} {shape} takes {expected:,} bytes, more than the memory of {memory:,}")
         except Exception as error:
             raise self.error(name, error) from error
         return shape, dtype
@@ -107,6 +119,13 @@ class _Archive:
 
     def error(self, name: str, error: Exception) -> ValueError:
         return ValueError(f"data: array '{name}' of {self.path} cannot be read: {reason_of(error)}")
+
+
+def _physical_memory() -> float:
+    """Return the memory of this machine in bytes; infinity if the system does not tell."""
+    if not hasattr(os, "sysconf"):  # Windows
+        return math.inf
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _read_header(file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype[np.generic], int]:

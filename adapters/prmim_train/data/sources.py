@@ -6,6 +6,7 @@ A source returns single images by index, as uint8 arrays (height, width, channel
 import glob
 import os
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -13,15 +14,18 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from prmim_methods.messages import printable
+from prmim_train.data.identity import Identities, identities
 from prmim_train.data.image_files import (
     IMAGE_ENDINGS,
+    MAX_PIXELS,
     ChooseBox,
     UnreadableImageError,
     check_file_channels,
+    check_header,
     counted,
     decode_crop,
     decode_image,
-    printable,
     read_file,
     read_image,
     to_8_bits,
@@ -43,6 +47,8 @@ __all__ = [
 ]
 
 ImageArray = NDArray[np.uint8]
+
+_STAT_THREADS = 16
 
 
 class ImageSource(Protocol):
@@ -68,6 +74,11 @@ class ImageSource(Protocol):
         """One line that says what was found, and where."""
         ...
 
+    @property
+    def max_pixels(self) -> int:
+        """Largest number of pixels of a readable image file. Arrays have no limit."""
+        ...
+
     def __len__(self) -> int:
         """Return the number of images."""
         ...
@@ -85,8 +96,16 @@ class ImageSource(Protocol):
         """
         ...
 
+    def check_header(self, index: int) -> None:
+        """Raise `UnreadableImageError` if the header alone shows that an image cannot be read."""
+        ...
+
     def name(self, index: int) -> str:
         """Return the image's name for messages."""
+        ...
+
+    def identities(self) -> Identities:
+        """Return what tells the images apart, without decoding them."""
         ...
 
 
@@ -101,6 +120,8 @@ class ArraySource:
     description : str
     labels : int64 array (number of images,), optional
     class_names : tuple of str, optional
+    max_pixels : int, optional
+        Limit for image files that are used with this source, as test images. No effect on arrays.
 
     Examples
     --------
@@ -113,6 +134,7 @@ class ArraySource:
     description: str
     labels: NDArray[np.int64] | None = None
     class_names: tuple[str, ...] | None = None
+    max_pixels: int = MAX_PIXELS
 
     @property
     def channels(self) -> int:
@@ -133,9 +155,16 @@ class ArraySource:
         top, left, height, width = choose((image.shape[0], image.shape[1]))
         return resize(image[top : top + height, left : left + width], size)
 
+    def check_header(self, index: int) -> None:
+        """Return: images in memory are readable."""
+
     def name(self, index: int) -> str:
         """Return the image's name for messages."""
         return f"image {index}"
+
+    def identities(self) -> Identities:
+        """Hash the pixels; see `ImageSource`."""
+        return identities((image.tobytes(), 0) for image in self.images)
 
 
 @dataclass(frozen=True)
@@ -152,6 +181,8 @@ class FolderSource:
     description : str
     labels : int64 array (number of images,), optional
     class_names : tuple of str, optional
+    max_pixels : int, optional
+        Larger images are unreadable.
     """
 
     folder: Path
@@ -160,6 +191,7 @@ class FolderSource:
     description: str
     labels: NDArray[np.int64] | None = None
     class_names: tuple[str, ...] | None = None
+    max_pixels: int = MAX_PIXELS
 
     def __len__(self) -> int:
         """Return the number of images."""
@@ -167,11 +199,17 @@ class FolderSource:
 
     def read(self, index: int) -> ImageArray:
         """Decode one image; see `ImageSource`."""
-        return decode_image(self._content(index), channels=self.channels, name=self.name(index))
+        content, name = self._content(index), self.name(index)
+        return decode_image(content, channels=self.channels, max_pixels=self.max_pixels, name=name)
 
     def read_crop(self, index: int, size: tuple[int, int], choose: ChooseBox) -> ImageArray:
         """Decode and resize a box of one image; see `ImageSource`."""
-        return decode_crop(self._content(index), size, choose, channels=self.channels, name=self.name(index))
+        content, name = self._content(index), self.name(index)
+        return decode_crop(content, size, choose, channels=self.channels, max_pixels=self.max_pixels, name=name)
+
+    def check_header(self, index: int) -> None:
+        """Check the header of one image; see `ImageSource`."""
+        check_header(self.folder / self.files[index], max_pixels=self.max_pixels, name=self.name(index))
 
     def _content(self, index: int) -> bytes:
         return read_file(self.folder / self.files[index], name=self.name(index))
@@ -180,8 +218,26 @@ class FolderSource:
         """Return the image's name for messages: its path relative to the folder."""
         return printable(self.files[index])
 
+    def identities(self) -> Identities:
+        """Read size and modification time of every file, and hash path and size; see `ImageSource`.
 
-def open_source(spec: str, *, channels: int) -> ImageSource:
+        A file that cannot be examined has size -1 and time 0.
+        """
+        with ThreadPoolExecutor(_STAT_THREADS) as pool:  # network file systems answer slowly, but many at once
+            found = pool.map(self._size_and_time, self.files, chunksize=1000)
+            return identities(
+                (os.fsencode(f"{name} {size}"), time) for name, (size, time) in zip(self.files, found, strict=True)
+            )
+
+    def _size_and_time(self, name: str) -> tuple[int, int]:
+        try:
+            status = (self.folder / name).stat()
+        except OSError:
+            return -1, 0
+        return status.st_size, int(status.st_mtime)
+
+
+def open_source(spec: str, *, channels: int, max_pixels: int = MAX_PIXELS) -> ImageSource:
     """Open an image source.
 
     Parameters
@@ -190,8 +246,10 @@ def open_source(spec: str, *, channels: int) -> ImageSource:
         - ``"digits"``: scikit-learn's 1,797 handwritten digits, 8 x 8 pixels, with labels. For a folder of that name
           write ``"./digits"``.
         - a folder: all image files below it, sorted by path. Image files end in one of `IMAGE_ENDINGS`, in upper or
-          lower case. Hidden files and folders, pipes and devices are skipped. If every image lies in a sub-folder, the
-          sorted names of the top-level folders are the classes; otherwise there are no labels.
+          lower case. Hidden files and folders, pipes and devices are skipped. Links are followed, but each folder is
+          visited once: images have the path without links if there is one, otherwise one with as few links as possible,
+          the first in sorted order. If every image lies in a sub-folder, the sorted names of the top-level folders are
+          the classes; otherwise there are no labels.
         - a ``.tar`` file, a folder that contains ``.tar`` files but no image files, or a pattern such as
           ``"photos/train-*.tar"``: the images in these files, which are sorted by path. Compressed files are refused.
           For the labels see `prmim_train.data.tar_shards.open_tars`.
@@ -200,6 +258,8 @@ def open_source(spec: str, *, channels: int) -> ImageSource:
     channels : int
         Number of channels. Files and digits are converted to 1 (grey), 3 (RGB) or 4 (RGBA); a ``.npz`` file must have
         this number, which can be any.
+    max_pixels : int, optional
+        Images of more pixels are unreadable, whatever size they are cropped to. No effect on digits and ``.npz`` files.
 
     Returns
     -------
@@ -228,17 +288,17 @@ def open_source(spec: str, *, channels: int) -> ImageSource:
     if channels < 1:
         raise ValueError(f"channels: expected at least 1, got {channels}")
     if spec == "digits":
-        return _open_digits(channels)
+        return _open_digits(channels, max_pixels)
     path = Path(os.path.expanduser(spec))  # noqa: PTH111  # pathlib raises for an unknown user
     if path.is_dir():
-        return _open_folder(path, channels)
+        return _open_folder(path, channels, max_pixels)
     if path.suffix.lower() == ".npz":
-        return _open_npz(path, channels)
+        return _open_npz(path, channels, max_pixels)
     if path.exists():
-        return _open_tars([path], channels)
+        return _open_tars([path], channels, max_pixels)
     matches = sorted(Path(match) for match in glob.glob(str(path), recursive=True))  # noqa: PTH207  # absolute patterns
     if matches:
-        return _open_tars(matches, channels)
+        return _open_tars(matches, channels, max_pixels)
     hint = "; braces are not expanded, use * or ?" if "{" in spec else ""
     raise FileNotFoundError(f"data: nothing at {printable(spec)}; expected {_EXPECTED}{hint}")
 
@@ -255,7 +315,7 @@ def _describe(where: str, number: int, size: tuple[int, int] | None, class_names
 # -------------------------------------------------------------------------------------------------------- digits
 
 
-def _open_digits(channels: int) -> ArraySource:
+def _open_digits(channels: int, max_pixels: int) -> ArraySource:
     from sklearn.datasets import load_digits  # slow to import
 
     check_file_channels(channels, "the digits")
@@ -270,51 +330,72 @@ def _open_digits(channels: int) -> ArraySource:
         description=_describe("digits", len(grey), (8, 8), class_names),
         labels=digits.target.astype(np.int64),
         class_names=class_names,
+        max_pixels=max_pixels,
     )
 
 
 # -------------------------------------------------------------------------------------------------------- folder
 
 
-def _open_folder(folder: Path, channels: int) -> ImageSource:
+def _open_folder(folder: Path, channels: int, max_pixels: int) -> ImageSource:
     check_file_channels(channels, "image files")
     found = sorted(_walk(folder))
     images = [parts for parts in found if parts[-1].lower().endswith(IMAGE_ENDINGS)]
     if not images:
         tars = [folder.joinpath(*parts) for parts in found if parts[-1].lower().endswith(".tar")]
         if tars:
-            return _open_tars(tars, channels)
+            return _open_tars(tars, channels, max_pixels)
         others = f"{counted(len(found), 'other file')}; " if found else "no files found; "
         where = printable(str(folder))
         raise ValueError(f"data: no images in {where}: {others}expected names ending in {', '.join(IMAGE_ENDINGS)}")
     labels, class_names = _label_by_folder(images)
+    number = len(found) - len(images)
+    others = f", {counted(number, 'other file')} skipped" if number else ""
     return FolderSource(
         folder=folder,
         files=PackedNames("/".join(parts) for parts in images),
         channels=channels,
-        description=_describe(f"folder {printable(str(folder))}", len(images), None, class_names),
+        description=_describe(f"folder {printable(str(folder))}", len(images), None, class_names) + others,
         labels=labels,
         class_names=class_names,
+        max_pixels=max_pixels,
     )
 
 
+_Place = tuple[tuple[str, ...], str]  # parts below the folder of the source, and the path
+
+
 def _walk(folder: Path) -> Iterator[tuple[str, ...]]:
-    """Iterate over the paths, as parts, of all files that are not hidden. Follows links, but not in circles."""
-    # An explicit stack, since trees can be deeper than Python's recursion. The ancestors break circles of links.
-    stack: list[tuple[str, tuple[str, ...], frozenset[str]]] = [(str(folder), (), frozenset())]
+    """Iterate over the paths, as parts, of all files that are not hidden. Follows links; visits each folder once."""
+    # First all folders that are reached without a link, then those behind one link, and so on. So the paths do not
+    # depend on the order in which the system lists them.
+    starts: list[_Place] = [((), str(folder))]
+    visited: set[str] = set()
+    while starts:
+        links: list[_Place] = []
+        for start in sorted(starts):
+            yield from _walk_plain(start, visited, links)
+        starts = links
+
+
+def _walk_plain(start: _Place, visited: set[str], links: list[_Place]) -> Iterator[tuple[str, ...]]:
+    """Iterate over the files below a folder that is not yet visited; append the links to folders to `links`."""
+    stack = [start]  # trees can be deeper than Python's recursion
     while stack:
-        path, parts, ancestors = stack.pop()
+        parts, path = stack.pop()
         real = os.path.realpath(path)
-        if real in ancestors:
+        if real in visited:
             continue
+        visited.add(real)
         with os.scandir(path) as entries:
             for entry in entries:
+                inner = (*parts, entry.name)
                 if entry.name.startswith("."):
                     continue
                 if _is(entry.is_dir):
-                    stack.append((entry.path, (*parts, entry.name), ancestors | {real}))
+                    (links if entry.is_symlink() else stack).append((inner, entry.path))
                 elif _is(entry.is_file) or _leads_nowhere(entry):
-                    yield (*parts, entry.name)
+                    yield inner
 
 
 def _is(question: Callable[[], bool]) -> bool:
@@ -340,19 +421,19 @@ def _label_by_folder(
 # ---------------------------------------------------------------------------------------------------- tar and npz
 
 
-def _open_tars(paths: Sequence[Path], channels: int) -> TarSource:
+def _open_tars(paths: Sequence[Path], channels: int, max_pixels: int) -> TarSource:
     check_file_channels(channels, "image files")
     for path in paths:
         if not path.name.lower().endswith((".tar", *_COMPRESSED_TARS)):
             raise ValueError(f"data: expected {_EXPECTED}, got {printable(str(path))}")
-    return open_tars(paths, channels=channels)
+    return open_tars(paths, channels=channels, max_pixels=max_pixels)
 
 
 # `open_tars` refuses these with the reason.
 _COMPRESSED_TARS = (".tgz", ".tbz2", ".txz", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst")
 
 
-def _open_npz(path: Path, channels: int) -> ArraySource:
+def _open_npz(path: Path, channels: int, max_pixels: int) -> ArraySource:
     images, labels, class_names = read_npz(path, channels)
     height, width = images.shape[1:3]
     return ArraySource(
@@ -360,4 +441,5 @@ def _open_npz(path: Path, channels: int) -> ArraySource:
         description=_describe(f"file {printable(str(path))}", len(images), (height, width), class_names),
         labels=labels,
         class_names=class_names,
+        max_pixels=max_pixels,
     )

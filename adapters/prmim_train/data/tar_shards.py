@@ -1,8 +1,8 @@
 """Images in uncompressed tar files (WebDataset shards): an index of offsets, and random access without unpacking.
 
 Opening a source reads headers only and trusts none of them: every archive is parsed completely or refused with a
-one-line error. Member names serve as labels and in messages, never as paths. Links, devices and other special members
-are skipped.
+one-line error. Member names serve as labels and in messages, never as paths. Devices and other special members are
+skipped; so are links, which are counted.
 """
 
 import io
@@ -18,15 +18,18 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from prmim_methods.files import open_regular
+from prmim_methods.messages import printable
+from prmim_train.data.identity import Identities, identities
 from prmim_train.data.image_files import (
     IMAGE_ENDINGS,
+    MAX_PIXELS,
     ChooseBox,
     UnreadableImageError,
+    check_header,
     counted,
     decode_crop,
     decode_image,
-    open_regular,
-    printable,
     read_part,
     reason_of,
 )
@@ -40,12 +43,13 @@ _BLOCK = tarfile.BLOCKSIZE
 _ZEROS = bytes(_BLOCK)
 _MAX_NOTE = 2**20  # bytes of a long name or of a pax header; real ones have hundreds
 _MAX_LABEL = 64  # bytes of a .cls file
+_MAX_END = 2**20  # bytes of zeros at the end; tar pads to 10,240, for tapes up to a megabyte
 
 _FILES = (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE)
+_LINKS = (tarfile.LNKTYPE, tarfile.SYMTYPE)
 # Members without content, whatever size their header states. All other types have content.
 _WITHOUT_CONTENT = (
-    tarfile.LNKTYPE,
-    tarfile.SYMTYPE,
+    *_LINKS,
     tarfile.CHRTYPE,
     tarfile.BLKTYPE,
     tarfile.DIRTYPE,
@@ -87,6 +91,8 @@ class TarSource:
     description : str
     labels : int64 array (number of images,), optional
     class_names : tuple of str, optional
+    max_pixels : int, optional
+        Larger images are unreadable.
 
     Notes
     -----
@@ -104,6 +110,7 @@ class TarSource:
     description: str
     labels: NDArray[np.int64] | None = None
     class_names: tuple[str, ...] | None = None
+    max_pixels: int = MAX_PIXELS
 
     def __len__(self) -> int:
         """Return the number of images."""
@@ -111,11 +118,18 @@ class TarSource:
 
     def read(self, index: int) -> ImageArray:
         """Decode one image; see `prmim_train.data.sources.ImageSource`."""
-        return decode_image(self._content(index), channels=self.channels, name=self.name(index))
+        content, name = self._content(index), self.name(index)
+        return decode_image(content, channels=self.channels, max_pixels=self.max_pixels, name=name)
 
     def read_crop(self, index: int, size: tuple[int, int], choose: ChooseBox) -> ImageArray:
         """Decode and resize a box of one image; see `prmim_train.data.sources.ImageSource`."""
-        return decode_crop(self._content(index), size, choose, channels=self.channels, name=self.name(index))
+        content, name = self._content(index), self.name(index)
+        return decode_crop(content, size, choose, channels=self.channels, max_pixels=self.max_pixels, name=name)
+
+    def check_header(self, index: int) -> None:
+        """Check the header of one image; see `prmim_train.data.sources.ImageSource`."""
+        place = int(self.offset[index]), int(self.size[index])
+        check_header(self.shards[self.shard[index]], *place, max_pixels=self.max_pixels, name=self.name(index))
 
     def _content(self, index: int) -> bytes:
         try:
@@ -131,8 +145,15 @@ class TarSource:
         """Return the image's name for messages: file name of the shard, then the member name."""
         return printable(f"{self.shards[self.shard[index]].name}/{self.names[index]}")
 
+    def identities(self) -> Identities:
+        """Hash member name and size; see `prmim_train.data.sources.ImageSource`."""
+        return identities(
+            (os.fsencode(f"{name} {size}"), crc)
+            for name, size, crc in zip(self.names, self.size.tolist(), self.header_crc.tolist(), strict=True)
+        )
 
-def open_tars(paths: Sequence[Path], *, channels: int) -> TarSource:
+
+def open_tars(paths: Sequence[Path], *, channels: int, max_pixels: int = MAX_PIXELS) -> TarSource:
     """Index the images in uncompressed tar files.
 
     Parameters
@@ -141,6 +162,8 @@ def open_tars(paths: Sequence[Path], *, channels: int) -> TarSource:
         At least one.
     channels : int
         1 (grey), 3 (RGB) or 4 (RGBA).
+    max_pixels : int, optional
+        Larger images are unreadable.
 
     Returns
     -------
@@ -152,14 +175,16 @@ def open_tars(paths: Sequence[Path], *, channels: int) -> TarSource:
     Raises
     ------
     ValueError
-        If a file is compressed, truncated, corrupt or no tar file, or if no file contains images.
+        If a file is compressed, truncated, corrupt or no tar file, if its end is missing or followed by more data (see
+        `tar_members`), or if no file contains images.
     OSError
         If a file cannot be opened.
 
     Notes
     -----
     Images are members whose names end in one of `IMAGE_ENDINGS`, in upper or lower case, in the order of `paths` and of
-    the members. Hidden members (a part of the path starts with a dot) are skipped.
+    the members. Hidden members (a part of the path starts with a dot) are skipped. Links whose names end like an
+    image's are skipped and counted in the description.
     """
     index = _Index()
     for number, path in enumerate(paths):
@@ -176,6 +201,7 @@ def open_tars(paths: Sequence[Path], *, channels: int) -> TarSource:
     if not len(index.names):
         raise ValueError(f"data: no images in {where}: expected members whose names end in {', '.join(IMAGE_ENDINGS)}")
     labels, class_names, remark = index.labels()
+    skipped = f", {counted(index.num_links, 'link')} skipped" if index.num_links else ""
     return TarSource(
         shards=tuple(paths),
         names=index.names,
@@ -184,9 +210,10 @@ def open_tars(paths: Sequence[Path], *, channels: int) -> TarSource:
         size=np.array(index.size, np.int64),
         header_crc=np.array(index.header_crc, np.uint32),
         channels=channels,
-        description=f"{where}: {counted(len(index.names), 'image')}{remark}",
+        description=f"{where}: {counted(len(index.names), 'image')}{remark}{skipped}",
         labels=labels,
         class_names=class_names,
+        max_pixels=max_pixels,
     )
 
 
@@ -202,6 +229,7 @@ class _Index:
         self.classes = array("i")  # number in each image's .cls file; -1 without
         self.folder = array("i")  # index into `folders` of each image
         self.folders: dict[tuple[str, ...], int] = {}
+        self.num_links = 0  # with names of images
 
     def add(self, number: int, file: io.FileIO) -> None:
         """Add the images of one tar file."""
@@ -215,9 +243,12 @@ class _Index:
             stem, _, ending = name.partition(".")
             key = "/".join((*folder, stem))
             if name.lower().endswith(IMAGE_ENDINGS):
+                if member.is_link:
+                    self.num_links += 1
+                    continue
                 keys.append(key)
                 self._append(number, member, tuple(folder))
-            elif ending == "cls":
+            elif ending == "cls" and not member.is_link:
                 class_of[key] = _read_class(file, member)
         self.classes.extend(class_of.get(key, -1) for key in keys)
 
@@ -268,16 +299,29 @@ def _read_class(file: io.FileIO, member: "Member") -> int:
 
 
 class Member(NamedTuple):
-    """A regular file in a tar file: name, position and length of its content (bytes), CRC-32 of its header block."""
+    """A regular file or a link in a tar file.
+
+    Parameters
+    ----------
+    name : str
+        Decoded like a file name.
+    offset, size : int
+        Position and length of its content, in bytes. A link has no content.
+    header_crc : int
+        CRC-32 of its header block.
+    is_link : bool
+        Whether it is a hard or symbolic link.
+    """
 
     name: str
     offset: int
     size: int
     header_crc: int
+    is_link: bool
 
 
 def tar_members(file: io.FileIO) -> Iterator[Member]:
-    """Iterate over the regular files in a tar file, in order, reading headers only.
+    """Iterate over the regular files and links in a tar file, in order, reading headers only.
 
     Parameters
     ----------
@@ -291,11 +335,13 @@ def tar_members(file: io.FileIO) -> Iterator[Member]:
     Raises
     ------
     ValueError
-        If the file is compressed, truncated, corrupt or no tar file.
+        If the file is compressed, truncated, corrupt or no tar file, or if it does not end as described below.
 
     Notes
     -----
-    The archive ends with its first block of zeros, or with the file.
+    The end-of-archive marker is two blocks of zeros; one is accepted. Up to a megabyte of zeros may follow as padding:
+    more look like a file that was allocated and is not yet written. Without a marker, the file may be truncated between
+    two members. Data after the marker belongs to a second archive, or the marker is damage in the middle of the file.
 
     References
     ----------
@@ -307,6 +353,7 @@ def tar_members(file: io.FileIO) -> Iterator[Member]:
     while place < total:
         block = read_part(file, place, _BLOCK)
         if block == _ZEROS:
+            _check_end(file, place, total)
             return
         _check_header(block, place)
         kind = block[156:157]
@@ -324,10 +371,33 @@ def tar_members(file: io.FileIO) -> Iterator[Member]:
         if kind in _NOTES:
             notes |= _read_note(kind, file, start, size)
         else:
-            if kind in _FILES and not name.endswith("/"):
-                yield Member(name, start, size, zlib.crc32(block))
+            is_link = kind in _LINKS
+            if (kind in _FILES and not name.endswith("/")) or is_link:
+                yield Member(name, start, size, zlib.crc32(block), is_link)
             notes = {}
         place = start + -(-size // _BLOCK) * _BLOCK
+    if not total:
+        raise ValueError("empty file")
+    raise ValueError(
+        "no end-of-archive marker, so members may be missing: copy the file again, or, if it is complete, append the "
+        "marker: truncate -s +1024 FILE"
+    )
+
+
+def _check_end(file: io.FileIO, place: int, total: int) -> None:
+    """Raise ValueError unless a file has only zeros from a place on."""
+    if total - place > _MAX_END:
+        raise ValueError(
+            f"{total - place:,} bytes after the last member, more than {_MAX_END:,}: incomplete or damaged; "
+            "copy the file again"
+        )
+    rest = read_part(file, place, total - place)
+    number = len(rest) - len(rest.lstrip(b"\0"))
+    if number < len(rest):
+        raise ValueError(
+            f"data at byte {place + number:,}, after the end-of-archive marker at byte {place:,}: concatenated or "
+            "damaged; unpack with tar --ignore-zeros -xf FILE, check the number of images, and pack again"
+        )
 
 
 def _check_header(block: bytes, place: int) -> None:
@@ -380,6 +450,8 @@ def _read_note(kind: bytes, file: io.FileIO, start: int, size: int) -> dict[byte
             f"damaged: a long name or pax header of {size:,} bytes at byte {start:,}, more than {_MAX_NOTE:,}"
         )
     content = read_part(file, start, size)
+    if size and not content[:1].strip(b"\0"):  # else a name would be lost, and with it the ending of an image's
+        raise _damaged(start)
     if kind == tarfile.GNUTYPE_LONGNAME:
         return {b"path": content.partition(b"\0")[0]}
     fields = dict(_pax_records(content, start))

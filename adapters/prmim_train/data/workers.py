@@ -32,7 +32,7 @@ Item = TypeVar("Item", covariant=True)
 Array = NDArray[Any]
 
 _AHEAD = 2  # pending tasks per worker
-_ENDING = (signal.SIGINT, signal.SIGTERM)
+_ENDING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 _PATIENCE = 5.0  # seconds to wait for the exit code of a process
 
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from prmim_methods.record import options as options_of
 from prmim_train.config.classify import ClassifyConfig, classify_config
-from prmim_train.config.layers import parse_options
+from prmim_train.config.layers import NOT_STORED, parse_options
 from prmim_train.config.pretrain import PretrainConfig, change
 from prmim_train.data.augment import Augment
 from prmim_train.data.batches import Batch, BatchIterator, evaluation_batches, train_batches
@@ -21,10 +21,19 @@ from prmim_train.data.mixing import Mixing
 from prmim_train.evaluate.score_pictures import draw_confusion, draw_learning
 from prmim_train.evaluate.scores import format_score, score
 from prmim_train.run.budget import training_budget
-from prmim_train.run.directory import RunDirectory, write_json
+from prmim_train.run.directory import RunDirectory
 from prmim_train.run.engine import ClassifierEngine, create_classifier_engine
+from prmim_train.run.files import write_json
 from prmim_train.run.loop import Job, train
-from prmim_train.run.prepare import LabelledImages, find_checkpoint, labelled_sides, open_data, read_run_config
+from prmim_train.run.manifest import step_of
+from prmim_train.run.origin import Origin, data_origin, image_facts, read_trained
+from prmim_train.run.prepare import (
+    LabelledImages,
+    find_checkpoint,
+    labelled_sides,
+    open_run_data,
+    read_run_config,
+)
 from prmim_train.run.processes import launched, on_main, say
 
 __all__ = ["Classification", "Predictions", "classify_command", "cross_entropy", "predict"]
@@ -78,17 +87,18 @@ class Classification(Job[ClassifierEngine]):
 
     def __init__(self, config: ClassifyConfig, pretrained: RunDirectory) -> None:
         _check_halves(config)
-        base = read_run_config(pretrained, data=config.data, holdout=config.holdout)
-        data = open_data(base)
+        self.pretrained = pretrained
+        base = read_run_config(pretrained, data=config.data, holdout=config.holdout, max_pixels=config.max_pixels)
+        data = open_run_data(pretrained, base, allow_changes=config.allow_changes)
         self.base = _on_backend(base, config.backend)
-        self.train, self.test = labelled_sides(data, config.test_data)
+        self.train, self.test = labelled_sides(data, config.test_data, read_trained(pretrained))
         self.budget = training_budget(config, len(self.train.indices))
         self.measure_epochs = config.test_every
         self.weights: Path | None = None
         # A resumed classifier has its encoder in its own checkpoint; the one of the pre-training run may be deleted.
         if not (config.resume and RunDirectory(config.run_path).checkpoints()):
             checkpoint = find_checkpoint(pretrained, config.checkpoint)
-            config = replace(config, checkpoint=int(checkpoint.name.removeprefix("step_")))
+            config = replace(config, checkpoint=step_of(checkpoint))
             self.weights = checkpoint / "weights.safetensors"
         self.config: ClassifyConfig = config
         solver = " --solver lars" if config.protocol == "linear" else ""
@@ -105,6 +115,14 @@ class Classification(Job[ClassifierEngine]):
             num_classes=len(self.train.class_names),
             weights=self.weights,
         )
+
+    def origin(self) -> Origin:
+        """Return training and test images, and the run of the encoder."""
+        found = data_origin(self.train.source, self.train.indices)
+        facts = {**found.facts, "encoder": (self.pretrained.read_identity() or (None,))[0]}
+        if self.test.source is not self.train.source:
+            facts |= image_facts(self.test.source, self.test.source.identities(), "test_")
+        return replace(found, facts=facts)
 
     def describe(self, engine: ClassifierEngine) -> str:
         """Describe the training, with notes on unsuitable hyperparameters."""
@@ -220,7 +238,7 @@ class Classification(Job[ClassifierEngine]):
         print(f"Picture: {curves}")
         if draw_confusion(confusion, tested.truth, tested.predicted, names, f"{title}, after the last step"):
             print(f"Picture: {confusion}")
-        options = {name: value for name, value in self.config.flat().items() if name not in ("out", "resume")}
+        options = {name: value for name, value in self.config.flat().items() if name not in NOT_STORED}
         record = {**self.facts(), "step": step, **found, "options": options}
         write_json(run.path / "evaluation.json", record)
         print(f"Written: {run.path / 'evaluation.json'}")

@@ -17,18 +17,20 @@ from prmim_train.data.batches import evaluation_batches
 from prmim_train.evaluate.frozen import NEIGHBOURS, PROTOCOLS, TEMPERATURE, classify
 from prmim_train.evaluate.score_pictures import draw_confusion
 from prmim_train.evaluate.scores import format_score, score
-from prmim_train.run.directory import RunDirectory, write_json
+from prmim_train.run.directory import RunDirectory
 from prmim_train.run.engine import Engine, check_launcher, create_engine
+from prmim_train.run.files import write_json
+from prmim_train.run.origin import read_trained
 from prmim_train.run.prepare import (
     LabelledImages,
     RunData,
     labelled_sides,
-    open_data,
+    open_run_data,
     read_run_config,
     restore_engine,
     why_not,
 )
-from prmim_train.run.processes import is_main, on_main
+from prmim_train.run.processes import is_main, on_main, say
 
 __all__ = ["evaluate_command", "evaluate_run", "format_evaluation", "probe_run", "shrunken_pixels"]
 
@@ -166,6 +168,7 @@ def evaluate_command(
     protocol: str | None = None,
     eval_limit: int | None = None,
     baselines: bool = True,
+    allow_changes: bool = False,
 ) -> None:
     """Evaluate the frozen features of a checkpoint.
 
@@ -185,6 +188,8 @@ def evaluate_command(
         One of `PROTOCOLS`. None: all of them.
     baselines
         Whether to evaluate an untrained encoder and raw pixels for comparison.
+    allow_changes
+        See `prmim_train.run.prepare.open_run_data`.
 
     Raises
     ------
@@ -197,8 +202,8 @@ def evaluate_command(
     config = read_run_config(directory, data=data, holdout=holdout, device=device, eval_limit=eval_limit)
     if config.eval_limit == 0:
         raise ValueError("eval_limit: expected at least 1 image to evaluate on, got 0")
-    images = open_data(config)
-    sides = labelled_sides(images, test_data)
+    images = open_run_data(directory, config, allow_changes=allow_changes)
+    sides = labelled_sides(images, test_data, read_trained(directory))
     with closing(restore_engine(directory, config, images.budget, checkpoint)) as engine:
         check_launcher(config.backend, engine)
         protocols = PROTOCOLS if protocol is None else (protocol,)
@@ -302,6 +307,8 @@ def _extract(config: PretrainConfig, images: LabelledImages, extractors: Mapping
             labels.append(images.labels[batch.index])
             for name, extract in extractors.items():
                 features[name].append(extract(batch.images))
+        if len(batches.unreadable):
+            say(batches.unreadable.report())
     return {name: np.concatenate(parts) for name, parts in features.items()}, np.concatenate(labels)
 
 

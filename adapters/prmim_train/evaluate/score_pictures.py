@@ -84,7 +84,8 @@ def draw_learning(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
             (name, "training images, augmented", TRAIN_COLOUR, None),
             (f"test_{name}", "test images", TEST_COLOUR, "o"),
         ):
-            points = [(record["epoch"], factor * record[key]) for record in records if record.get(key) is not None]
+            known = [record for record in records if record.get(key) is not None and "epoch" in record]
+            points = [(record["epoch"], factor * record[key]) for record in known]
             if points:
                 plot.plot(*zip(*points, strict=True), label=label, color=colour, marker=marker, markersize=3)
         plot.set_ylabel("loss" if name == "loss" else "accuracy in %")

@@ -2,15 +2,23 @@
 
 from contextlib import closing
 
+import numpy as np
+
 from prmim_methods import Accounting, CostReport
 from prmim_methods.method import times
 from prmim_methods.record import find_option
 from prmim_train.config.pretrain import PretrainConfig
+from prmim_train.data.batches import UnreadableImages
+from prmim_train.data.image_files import counted, ignore_pillow_warnings
+from prmim_train.data.sources import ArraySource, ImageSource, UnreadableImageError
 from prmim_train.run.budget import Budget
 from prmim_train.run.engine import Engine, create_engine
 from prmim_train.run.prepare import RunData, open_data
+from prmim_train.run.size import OPTIMIZED_BYTES, excess
 
 NO_COST = "unknown until the teacher is downloaded"
+MAX_HEADERS = 2000
+NUM_NAMED = 3
 
 
 def inspect_run(config: PretrainConfig) -> str:
@@ -24,7 +32,8 @@ def inspect_run(config: PretrainConfig) -> str:
     Returns
     -------
     str
-        Several paragraphs: data, tokens, computation, memory, optimisation.
+        Several paragraphs: data, tokens, computation, memory, optimisation. A model that is too large to be built is
+        described from its options alone, with the reason why `pretrain` would refuse it.
 
     Raises
     ------
@@ -32,7 +41,7 @@ def inspect_run(config: PretrainConfig) -> str:
         As `pretrain` would.
     """
     data = open_data(config)
-    parameters = _parameter_lines(config, data.budget)  # first: building the engine downloads the teacher
+    parameters = _parameter_lines(config, data.budget)  # first: an engine downloads the teacher
     paragraphs = [
         _data_lines(config, data),
         ["Tokens per image", *(_row(name, text) for name, text in config.method.describe())],
@@ -104,8 +113,25 @@ def _data_lines(config: PretrainConfig, data: RunData) -> list[str]:
         _row("to train on", f"{len(data.train):,} images"),
         _row("held out", f"{len(data.held_out):,} images ({held_out:.1f} %)"),
         _row("labels", labels),
+        *_header_lines(source),
         _row("crops", crops),
     ]
+
+
+def _header_lines(source: ImageSource) -> list[str]:
+    """Check the headers of evenly spaced image files."""
+    if isinstance(source, ArraySource):
+        return []
+    ignore_pillow_warnings()
+    number = min(len(source), MAX_HEADERS)
+    unreadable = UnreadableImages(source, number)
+    for record in np.arange(number) * len(source) // number:
+        try:
+            source.check_header(int(record))
+        except UnreadableImageError as error:
+            unreadable.add([(int(record), error.reason)])
+    named = f": {unreadable.named(NUM_NAMED)}" if len(unreadable) else ""
+    return [_row("unreadable", f"{len(unreadable):,} of {counted(number, 'header')} checked{named}")]
 
 
 def _cost_lines(config: PretrainConfig) -> list[str]:
@@ -125,7 +151,7 @@ def _cost_lines(config: PretrainConfig) -> list[str]:
 
 
 def _cost_row(name: str, ours: int, baseline: int) -> str:
-    return f"  {name:<18}{_macs(ours):>12}{_macs(baseline):>12}{_change(ours, baseline):>10}".rstrip()
+    return f"  {name:<18}{_macs(ours):>12}{_macs(baseline):>12} {_change(ours, baseline):>9}".rstrip()
 
 
 def _memory_lines(config: PretrainConfig) -> list[str]:
@@ -139,8 +165,8 @@ def _memory_lines(config: PretrainConfig) -> list[str]:
     return [
         title,
         _table_head(config),
-        f"  {'per image':<18}{_bytes(ours):>12}{_bytes(baseline):>12}{_change(ours, baseline):>10}".rstrip(),
-        f"  {f'{batch} images at once':<18}{_bytes(ours * batch):>12}{_bytes(baseline * batch):>12}",
+        f"  {'per image':<18}{_bytes(ours):>12}{_bytes(baseline):>12} {_change(ours, baseline):>9}".rstrip(),
+        f"  {f'{batch} images at once':<17} {_bytes(ours * batch):>12}{_bytes(baseline * batch):>12}",
     ]
 
 
@@ -149,23 +175,27 @@ def _table_head(config: PretrainConfig) -> str:
 
 
 def _change(ours: float, baseline: float) -> str:
-    """Return the signed difference from the baseline; empty without one."""
+    """Return the signed difference from the baseline, or a large factor; empty without one."""
+    if baseline and ours >= 100 * baseline:
+        return f"x {ours / baseline:.2g}"
     return f"{100 * (ours / baseline - 1):+.1f} %" if baseline and ours != baseline else ""
 
 
 def _parameter_lines(config: PretrainConfig, budget: Budget) -> list[str]:
+    if reason := excess(config):
+        return [*_learned_lines(config.method.parameters().learned), _row("too large", reason)]
+    reason = excess(config, images=config.micro_batch)
     try:
         with closing(create_engine(config, budget)) as engine:
-            learned, device = engine.num_parameters, engine.device
+            lines = [*_learned_lines(engine.num_parameters), _row("device", engine.device)]
+            return [*lines, _row("too large", reason)] if reason else lines
     except ImportError as error:  # the rest of this page needs no framework
         return ["Parameters", _row("unknown", str(error))]
-    # A float32 weight, its gradient and the two moments of AdamW.
-    memory = f"{_bytes(16 * learned)} with gradients and optimizer"
-    return [
-        "Parameters",
-        _row("learned", f"{learned:,} ({memory})"),
-        _row("device", device),
-    ]
+
+
+def _learned_lines(learned: int) -> list[str]:
+    memory = f"{_bytes(OPTIMIZED_BYTES * learned)} with gradients and optimizer"
+    return ["Parameters", _row("learned", f"{learned:,} ({memory})")]
 
 
 def _optimisation_lines(config: PretrainConfig, budget: Budget) -> list[str]:
@@ -192,10 +222,14 @@ def _row(name: str, value: str) -> str:
 
 
 def _macs(count: int) -> str:
+    if count >= 1e14:
+        return f"{count / 1e12:.4g} T"
     return f"{count / 1e9:.3f} G" if count >= 1e8 else f"{count / 1e6:.3f} M"
 
 
 def _bytes(count: float) -> str:
+    if count >= 1e14:
+        return f"{count / 1e12:.4g} TB"
     for unit, size in (("GB", 1e9), ("MB", 1e6)):
         if count >= size:
             return f"{count / size:.2f} {unit}"

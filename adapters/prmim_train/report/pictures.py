@@ -27,7 +27,7 @@ from prmim_train.report.figures import (
 from prmim_train.report.similarity import draw_similarity
 from prmim_train.run.directory import RunDirectory
 from prmim_train.run.engine import Engine, Reconstruction
-from prmim_train.run.prepare import RunData, open_data, read_run_config, restore_engine
+from prmim_train.run.prepare import RunData, open_run_data, read_run_config, restore_engine
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -130,7 +130,7 @@ def draw_images(
 
 def draw_curve(run: RunDirectory) -> list[Path]:
     """Draw `loss.png`, if at least two steps are logged. Returns the files written."""
-    records = run.read_metrics()
+    records = [record for record in run.read_metrics() if {"epoch", "loss"} <= record.keys()]
     if len(records) < 2:
         return []
     draw_loss(run.path / "loss.png", records)
@@ -145,6 +145,7 @@ def picture_command(
     device: str | None = None,
     kind: str | None = None,
     pictures: int | None = None,
+    allow_changes: bool = False,
 ) -> None:
     """Draw pictures of the last checkpoint into the run directory, and print their paths.
 
@@ -156,6 +157,8 @@ def picture_command(
         Options that replace those of the run.
     kind
         One of `KINDS`. None: all kinds of the method.
+    allow_changes
+        See `prmim_train.run.prepare.open_run_data`.
 
     Raises
     ------
@@ -171,7 +174,7 @@ def picture_command(
     paths = draw_curve(directory) if "loss" in kinds else []
     if kind != "loss":
         config = read_run_config(directory, data=data, holdout=holdout, device=device, pictures=pictures)
-        images = open_data(config)
+        images = open_run_data(directory, config, allow_changes=allow_changes)
         with closing(restore_engine(directory, config, images.budget)) as engine:
             if kind is not None and kind not in KINDS_OF[engine.predicts]:
                 expected = " or ".join(KINDS_OF[engine.predicts])

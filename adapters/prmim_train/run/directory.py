@@ -2,6 +2,7 @@
 
 ```
 config.yaml                  every option of the run
+run.json, trained.npz        ID of the run, and what it was trained on
 metrics.jsonl                one JSON object per line
 checkpoints/step_00000120/   weights.safetensors, the training state, and manifest.json
 summary.json                 final numbers
@@ -10,42 +11,67 @@ tracker.json                 ID of the run in its tracker, if it has one
 
 All writes are atomic. A file is written under a temporary name, flushed to disk and renamed; a checkpoint is a folder
 written in the same way. The exception is `metrics.jsonl`, which grows line by line: resuming drops an incomplete last
-line.
+line. Any other corrupt line, and any other corrupt file, is an error that names it: nothing is dropped or repaired.
+Pipes, sockets and devices in place of files are errors too: opening them could block.
 
-`manifest.json`, the last file of a checkpoint, lists size and SHA-256 of every other file. A checkpoint that does not
-match its manifest is corrupt and never read. Resuming uses the previous checkpoint, and renames the corrupt one to
-`damaged_step_00000120`.
+`manifest.json`, the last file of a checkpoint, holds the ID of the run and the step, and lists size and SHA-256 of
+every other file. A checkpoint that does not match its manifest, or belongs to another run or step, is never read.
+Resuming uses the previous checkpoint, and renames the other one to `damaged_step_00000120`.
+
+A run belongs to one process at a time, or to the processes of one distributed run: `RunDirectory.locked`. The lock is a
+lock of the operating system on `.lock` (`flock`), which ends with the process, however it dies. On a network file
+system it works as far as that system passes such locks on: NFS since version 4 does, unless it is mounted with
+`nolock` or `local_lock`; Lustre does with the mount option `flock`.
 
 In a distributed run, only the main process writes here, except that all processes write the files of a checkpoint. They
 need a shared file system.
 """
 
-import hashlib
+import io
 import json
 import os
 import re
-import shutil
 import sys
-import time
-from collections.abc import Iterator, Mapping
+import uuid
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-from prmim_methods.weight_files import one_line, write_atomically
+from filelock import FileLock, Timeout
+
+from prmim_methods.messages import one_line, shown
+from prmim_train.config.layers import parse_options
+from prmim_train.run.files import (
+    delete,
+    delete_for_good,
+    flush,
+    flush_tree,
+    open_file,
+    parse_object,
+    read_file,
+    read_json,
+    write_json,
+    write_text,
+)
+from prmim_train.run.manifest import damage, read_manifest, step_of, write_manifest
 from prmim_train.run.processes import Agrees, FailedElsewhereError, on_main
 
 CONFIG = "config.yaml"
 METRICS = "metrics.jsonl"
+IDENTITY = "run.json"
 SUMMARY = "summary.json"
+LOCK = ".lock"
 TRACKER = "tracker.json"
 CHECKPOINTS = "checkpoints"
-MANIFEST = "manifest.json"
 RESCUE = "rescue_"
 DAMAGED = "damaged_"
+ADVICE = "delete the file, and resuming writes it again"
+NUMBERS = (int, float, type(None))
 _STEP = re.compile(r"step_(\d{8,})")
+ID = re.compile(r"[0-9a-f]{32}")
 DONE: Future[None] = Future()
 """A completed future, for work that this process does not have."""
 DONE.set_result(None)
@@ -79,6 +105,44 @@ class RunDirectory:
     def __init__(self, path: Path) -> None:
         self.path = path
 
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other processes from training in the folder. Creates it, and removes it again if no run was started.
+
+        Raises
+        ------
+        BlockingIOError
+            If another process trains in the folder.
+        NotADirectoryError
+            If the path is a file.
+        """
+        if self.path.exists() and not self.path.is_dir():
+            raise NotADirectoryError(f"out: expected a folder, got the file {self.path}")
+        missing = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
+        self.path.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(self.path / LOCK, timeout=0)
+        try:
+            lock.acquire()
+        except Timeout:
+            raise BlockingIOError(
+                f"out: another process is training in {self.path}; wait until it has ended, or name another folder "
+                "with --out"
+            ) from None
+        except PermissionError:
+            raise
+        except OSError as error:
+            raise OSError(f"out: could not lock {self.path / LOCK}: {one_line(error)}") from error
+        try:
+            yield
+        finally:
+            if missing and not self.holds_run(self.path):
+                lock.release()
+                (self.path / LOCK).unlink(missing_ok=True)
+                with suppress(OSError):  # not empty: something else was put there
+                    for folder in missing:
+                        folder.rmdir()
+            lock.release()
+
     def check_is_free(self) -> None:
         """Check that a new run can use the folder.
 
@@ -86,11 +150,7 @@ class RunDirectory:
         ------
         FileExistsError
             If the folder holds a run that has taken a step.
-        NotADirectoryError
-            If the path is a file.
         """
-        if self.path.exists() and not self.path.is_dir():
-            raise NotADirectoryError(f"out: expected a folder, got the file {self.path}")
         has_stepped = any((self.path / name).exists() for name in (METRICS, SUMMARY))
         folder = self.path / CHECKPOINTS
         if has_stepped or (folder.is_dir() and any(folder.iterdir())):
@@ -124,27 +184,88 @@ class RunDirectory:
     def write_config(self, config: str) -> None:
         """Write `config.yaml`. Creates the folder if needed."""
         (self.path / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
-        _write_text(self.path / CONFIG, config)
+        write_text(self.path / CONFIG, config)
 
     def read_config(self) -> str:
-        """Return the text of `config.yaml`."""
-        return (self.path / CONFIG).read_text(encoding="utf-8")
+        """Return the text of `config.yaml`.
+
+        Raises
+        ------
+        FileNotFoundError
+            If there is none.
+        ValueError
+            If it is empty, or not YAML of the form `option: value`.
+        """
+        path = self.path / CONFIG
+        content = read_file(path)
+        if content is None:
+            raise FileNotFoundError(f"run: expected the folder of a run, but there is no {CONFIG} in {self.path}")
+        try:
+            text = content.decode()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"config: expected YAML, got an error in {path}: {error}") from None
+        if not parse_options(text, str(path)):
+            raise ValueError(f"config: expected the options of the run in {path}, got none")
+        return text
+
+    def read_identity(self) -> tuple[str, dict[str, Any]] | None:
+        """Read the ID of the run and the facts of its origin; None if they were not recorded.
+
+        Raises
+        ------
+        ValueError
+            If `run.json` is damaged.
+        """
+        found = read_json(self.path / IDENTITY)
+        if found is None:
+            return None
+        run, facts = found.get("id"), found.get("facts")
+        if not (isinstance(run, str) and ID.fullmatch(run) and isinstance(facts, dict)):
+            raise ValueError(f"run: expected id and facts of the run in {self.path / IDENTITY}, got others")
+        return run, facts
+
+    def write_identity(self, facts: dict[str, Any]) -> None:
+        """Write `run.json`: the facts, and the ID of the run, which is drawn the first time."""
+        run = self._id() or self._id_of_checkpoints() or uuid.uuid4().hex
+        write_json(self.path / IDENTITY, {"id": run, "facts": facts})
+
+    def _id(self) -> str | None:
+        found = self.read_identity()
+        return None if found is None else found[0]
+
+    def _id_of_checkpoints(self) -> str | None:
+        """Return the ID in the newest checkpoint, for a run that lost its `run.json`."""
+        named = [read_manifest(checkpoint).get("run") for checkpoint in self.checkpoints()[-1:]]
+        return named[0] if named and isinstance(named[0], str) and ID.fullmatch(named[0]) else None
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         """Write `summary.json`."""
         write_json(self.path / SUMMARY, summary)
 
     def read_summary(self) -> dict[str, Any] | None:
-        """Read `summary.json`. Returns None if the run is not finished."""
-        return _read_json(self.path / SUMMARY)
+        """Read `summary.json`. Returns None if the run is not finished.
+
+        Raises
+        ------
+        ValueError
+            If the file is corrupt, or does not say how many steps were taken.
+        """
+        path = self.path / SUMMARY
+        summary = read_json(path)
+        if summary is not None and type(summary.get("steps")) is not int:
+            raise ValueError(f"run: expected a number of steps in {path}, got {shown(summary)}; {ADVICE}")
+        return summary
 
     def read_tracker(self, name: str) -> str | None:
         """ID of the run in a tracker; None if the tracker has not assigned one."""
-        return (_read_json(self.path / TRACKER) or {}).get(name)
+        known = (read_json(self.path / TRACKER) or {}).get(name)
+        if known is not None and not isinstance(known, str):
+            raise ValueError(f"run: expected a text as {name} in {self.path / TRACKER}, got {shown(known)}; {ADVICE}")
+        return known
 
     def write_tracker(self, name: str, run: str) -> None:
         """Store the ID of the run in a tracker."""
-        write_json(self.path / TRACKER, {**(_read_json(self.path / TRACKER) or {}), name: run})
+        write_json(self.path / TRACKER, {**(read_json(self.path / TRACKER) or {}), name: run})
 
     def leave_note(self, rank: int, note: dict[str, str]) -> None:
         """Leave a note for the main process; see `collect_notes`."""
@@ -154,41 +275,44 @@ class RunDirectory:
         """Merge and delete the notes of the other processes."""
         collected: dict[str, str] = {}
         for path in sorted(self.path.glob(".note.partial-*.json")):
-            collected |= json.loads(path.read_text(encoding="utf-8"))
+            collected |= read_json(path) or {}
             path.unlink()
         return collected
 
     def append_metrics(self, record: dict[str, Any]) -> None:
         """Append a line to `metrics.jsonl`."""
         line = json.dumps(record) + "\n"
-        with (self.path / METRICS).open("a", encoding="utf-8") as file:
-            file.write(line)
+        with io.BufferedWriter(open_file(self.path / METRICS, "a")) as file:
+            file.write(line.encode())
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """Read the complete lines of `metrics.jsonl`."""
+        """Read the lines of `metrics.jsonl`, without an incomplete last line.
+
+        Raises
+        ------
+        ValueError
+            If a line is corrupt. Only the last line can be incomplete: its process was killed while writing it.
+        """
         path = self.path / METRICS
-        if not path.is_file():
-            return []
-        records = []
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                records.append(json.loads(line))
-            except json.JSONDecodeError:  # last line of a run killed while writing it
-                break
+        *lines, unfinished = (read_file(path) or b"").split(b"\n")
+        numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
+        records = [_read_record(line, f"line {number} of {path}") for number, line in numbered]
+        if not _is_torn(unfinished):
+            records.append(_read_record(unfinished, f"the last line of {path}"))
         return records
 
     def cut_metrics(self, step: int) -> None:
         """Drop the lines of `metrics.jsonl` after a step."""
         path = self.path / METRICS
-        if path.is_file():
+        if os.path.lexists(path):  # also a link to nothing, which must not be written through
             kept = [record for record in self.read_metrics() if record["step"] <= step]
-            _write_text(path, "".join(json.dumps(record) + "\n" for record in kept))
+            write_text(path, "".join(json.dumps(record) + "\n" for record in kept))
 
     def checkpoints(self) -> list[Path]:
         """Folders of the checkpoints, oldest first, without rescue checkpoints and damaged ones set aside."""
         folder = self.path / CHECKPOINTS
         found = [entry for entry in folder.iterdir() if _STEP.fullmatch(entry.name)] if folder.is_dir() else []
-        return sorted(found, key=lambda entry: int(entry.name.removeprefix("step_")))
+        return sorted(found, key=step_of)
 
     def latest_checkpoint(self, *, set_aside: bool = False) -> Path | None:
         """Find the newest good checkpoint. Warns on stderr about newer, damaged ones.
@@ -210,7 +334,7 @@ class RunDirectory:
         """
         damaged: list[tuple[Path, str]] = []
         for checkpoint in reversed(self.checkpoints()):
-            reason = damage(checkpoint)
+            reason = self.damage(checkpoint)
             if reason is None:
                 for place, text in damaged:
                     kept = f", kept as {_set_aside(place).name}" if set_aside else ""
@@ -226,10 +350,15 @@ class RunDirectory:
             )
         return None
 
+    def damage(self, checkpoint: Path) -> str | None:
+        """Return what makes a checkpoint unfit for this run; see `prmim_train.run.manifest.damage`."""
+        return damage(checkpoint, self._id())
+
     def rescued_steps(self) -> set[int]:
         """Return the steps of the rescue checkpoints."""
-        found = (self.path / CHECKPOINTS).glob(f"{RESCUE}step_*")
-        return {int(entry.name.removeprefix(f"{RESCUE}step_")) for entry in found}
+        found = (self.path / CHECKPOINTS).glob(f"{RESCUE}*")
+        names = [entry.name.removeprefix(RESCUE) for entry in found]
+        return {int(name.removeprefix("step_")) for name in names if _STEP.fullmatch(name)}
 
     def start_checkpoint(self, engine: Saves, step: int, *, keep: int, prefix: str = "") -> "Writing":
         """Start an atomic checkpoint write, then prune old checkpoints.
@@ -277,14 +406,14 @@ class RunDirectory:
         try:
             with self.explained(place):
                 saved.result()
-                _write_manifest(directory)
-                _flush_tree(directory)
+                write_manifest(directory, self._id(), step_of(place))
+                flush_tree(directory)
                 if (self.path / METRICS).exists():  # a crash must not lose lines from before the checkpoint
-                    _flush(self.path / METRICS)
+                    flush(self.path / METRICS)
                 directory.rename(place)
-                _flush(place.parent)
+                flush(place.parent)
         except Exception:
-            _delete_for_good(directory)
+            delete_for_good(directory)
             raise
         self._delete_old(keep)
 
@@ -303,14 +432,21 @@ class RunDirectory:
     def _delete_old(self, keep: int) -> None:
         for old in self.checkpoints()[:-keep]:
             doomed = old.with_name(f".{old.name}.partial")  # a half-deleted checkpoint must not look complete
-            shutil.rmtree(doomed, ignore_errors=True)
-            shutil.rmtree(old.rename(doomed))
+            delete(doomed)
+            delete(old.rename(doomed))
 
     def remove_leftovers(self) -> None:
-        """Delete incomplete files and folders of a killed run."""
+        """Delete incomplete files and folders of a killed run. Links are deleted, not followed.
+
+        Raises
+        ------
+        ValueError
+            If a line of `metrics.jsonl` is corrupt. Nothing is deleted then.
+        """
+        self.read_metrics()  # what cannot be resumed is reported before anything changes
         for folder in (self.path, self.path / CHECKPOINTS):
             for entry in folder.glob(".*.partial*"):
-                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+                delete(entry)
 
 
 class Writing:
@@ -367,60 +503,6 @@ class Writing:
         return self.place
 
 
-def damage(checkpoint: Path) -> str | None:
-    """Compare a checkpoint with its manifest. Reads all of its files.
-
-    Parameters
-    ----------
-    checkpoint
-        Folder of the checkpoint.
-
-    Returns
-    -------
-    str or None
-        Description of the first damage found; None if the checkpoint is good.
-    """
-    try:
-        listed = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))["files"]
-        expected = {name: (entry["bytes"], entry["sha256"]) for name, entry in listed.items()}
-    except FileNotFoundError:
-        return f"it has no {MANIFEST}"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return f"its {MANIFEST} cannot be read"
-    found = _files(checkpoint)  # names in the manifest are only looked up: they could point outside of the folder
-    for name, (size, checksum) in expected.items():
-        if name not in found:
-            return f"{name} is missing"
-        if found[name].stat().st_size != size:
-            return f"{name}: expected {size} bytes, got {found[name].stat().st_size}"
-        try:
-            if _checksum(found[name]) != checksum:
-                return f"{name}: its content has changed"
-        except OSError as error:
-            return f"{name}: {error.strerror or error}"
-    return None
-
-
-def _write_manifest(directory: Path) -> None:
-    """Write the manifest: size and checksum of every file of a checkpoint."""
-    files = {
-        name: {"bytes": path.stat().st_size, "sha256": _checksum(path)} for name, path in _files(directory).items()
-    }
-    (directory / MANIFEST).write_text(json.dumps({"files": files}, indent=2) + "\n", encoding="utf-8")
-
-
-def _files(directory: Path) -> dict[str, Path]:
-    """Files below a folder by relative name, without the manifest."""
-    found = {path.relative_to(directory).as_posix(): path for path in sorted(directory.rglob("*")) if path.is_file()}
-    found.pop(MANIFEST, None)
-    return found
-
-
-def _checksum(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _set_aside(checkpoint: Path) -> Path:
     """Rename a damaged checkpoint, so that it is kept but never read."""
     place = checkpoint.with_name(f"{DAMAGED}{checkpoint.name}")
@@ -430,55 +512,25 @@ def _set_aside(checkpoint: Path) -> Path:
 
 
 def _make_empty(directory: Path) -> None:
-    if directory.exists():
-        shutil.rmtree(directory)
+    delete(directory)
     directory.mkdir()  # without parents: do not recreate the folder of a deleted run
 
 
-def _delete_for_good(directory: Path) -> None:
-    """Delete a failed checkpoint until it has been gone for two seconds.
-
-    Orbax stops a save at the first file that fails, but other writes continue and cannot be waited for. They add files
-    while the folder is being deleted, or recreate it: with 1,500 arrays, up to 0.6 s later.
-    """
-    times_gone = 0
-    for _ in range(60):
-        shutil.rmtree(directory, ignore_errors=True)
-        time.sleep(0.1)
-        times_gone = 0 if directory.exists() else times_gone + 1
-        if times_gone == 20:
-            return
+def _read_record(line: bytes, place: str) -> dict[str, Any]:
+    """Parse a line of the metrics."""
+    record = parse_object(line, place)
+    if type(record.get("step")) is not int or not all(isinstance(value, NUMBERS) for value in record.values()):
+        raise ValueError(f"run: expected a step and other numbers in {place}, got {shown(record)}")
+    return record
 
 
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Write an indented JSON file atomically."""
-    _write_text(path, json.dumps(value, indent=2) + "\n")
-
-
-def _read_json(path: Path) -> dict[str, Any] | None:
-    """Read a JSON file; None if it does not exist."""
-    if not path.is_file():
-        return None
-    value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return value
-
-
-def _write_text(path: Path, text: str) -> None:
-    write_atomically(path, lambda file: file.write(text.encode()))
-
-
-def _flush_tree(directory: Path) -> None:
-    for entry in sorted(directory.rglob("*")):
-        _flush(entry)
-    _flush(directory)
-
-
-def _flush(path: Path) -> None:
-    """Flush a file or folder to disk."""
-    if os.name == "nt" and path.is_dir():  # Windows cannot open folders, and does not need to flush them
-        return
-    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+def _is_torn(line: bytes) -> bool:
+    """Whether a line is the beginning of one, or zeros, which a power cut can leave."""
+    content = line.strip(b"\0")
+    if content and not content.startswith(b"{"):
+        return False
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        json.loads(line)
+    except (ValueError, RecursionError):
+        return True
+    return False

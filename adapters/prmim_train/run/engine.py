@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from prmim_core import Schedule
 from prmim_methods import TrainingConfig
+from prmim_methods.messages import shown
 from prmim_methods.record import options
 from prmim_methods.training import EngineOptions
 from prmim_train.config.classify import ClassifyConfig
@@ -22,6 +23,7 @@ from prmim_train.config.pretrain import PretrainConfig
 from prmim_train.config.training import TrainingOptions
 from prmim_train.run.budget import Budget
 from prmim_train.run.processes import launched
+from prmim_train.run.size import check_batch, check_size
 
 KNOWN_BACKENDS = ("torch", "jax")
 
@@ -200,10 +202,11 @@ def create_engine(config: PretrainConfig, budget: Budget) -> Engine:
     Raises
     ------
     ValueError
-        If the backend is unknown or rejects an option.
+        If the backend is unknown or rejects an option, or the model is too large to be built.
     ImportError
         If packages of the backend are not installed. The message says how to install them.
     """
+    check_size(config)
     module = _import_backend(config.backend)
     return cast(Engine, module.Engine(config.method, _training(config, budget)))
 
@@ -233,10 +236,13 @@ def create_classifier_engine(
     Raises
     ------
     ValueError
-        If the backend is unknown or rejects an option, or the weights belong to another encoder.
+        If the backend is unknown or rejects an option, the model or a batch is too large, or the weights belong to
+        another encoder.
     ImportError
         If packages of the backend are not installed. The message says how to install them.
     """
+    check_size(base)
+    check_batch(config, base.method)
     module = _import_backend(config.backend)
     engine = module.ClassifierEngine(base.method, config, num_classes, _training(config, budget), weights=weights)
     return cast(ClassifierEngine, engine)
@@ -264,15 +270,19 @@ def check_launcher(backend: str, engine: Trainer) -> None:
 
 def _import_backend(backend: str) -> Any:
     package = f"prmim_{backend}"
-    if not re.fullmatch(r"[a-z0-9_]+", backend):
-        raise ValueError(f"backend: expected {' or '.join(KNOWN_BACKENDS)}, got {backend!r}")
+    unknown = ValueError(f"backend: expected {' or '.join(KNOWN_BACKENDS)}, got {shown(backend)}")
+    if not re.fullmatch(r"[a-z0-9_]{1,30}", backend):
+        raise unknown
     try:
-        return importlib.import_module(package)
+        module = importlib.import_module(package)
     except ModuleNotFoundError as error:
         if error.name == package and backend not in KNOWN_BACKENDS:
-            raise ValueError(f"backend: expected {' or '.join(KNOWN_BACKENDS)}, got {backend!r}") from error
+            raise unknown from error
         if error.name == package:
             raise ImportError(f"backend: {backend} is not part of this installation of prmim") from error
         raise ImportError(
             f"backend: {backend} needs {error.name}, which is not installed; pip install 'prmim[{backend}]'"
         ) from error
+    if not hasattr(module, "Engine"):  # another package of prmim, such as the core
+        raise unknown
+    return module

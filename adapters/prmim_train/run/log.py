@@ -9,7 +9,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from prmim_methods.weight_files import one_line
+from prmim_methods.messages import one_line
 from prmim_train.config.layers import dump_options, parse_options
 from prmim_train.config.training import TrainingOptions
 from prmim_train.data.batches import Batch

@@ -4,9 +4,10 @@ import json
 import signal
 import sys
 import threading
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,19 +16,26 @@ from typing import Any, Generic, TypeVar
 
 from prmim_train.config.layers import dump_options, parse_options
 from prmim_train.config.pretrain import PretrainConfig
-from prmim_train.config.training import TrainingOptions
+from prmim_train.config.training import CHANGEABLE, TrainingOptions
 from prmim_train.data.batches import Batch, BatchIterator
 from prmim_train.run.budget import Budget
 from prmim_train.run.checkpoints import Checkpoints, agreed
-from prmim_train.run.directory import RunDirectory
+from prmim_train.run.directory import CHECKPOINTS, RunDirectory
 from prmim_train.run.engine import Trainer, check_launcher
 from prmim_train.run.log import Log, NonFiniteLoss, duration, loss_text
+from prmim_train.run.manifest import step_of
+from prmim_train.run.origin import Origin, check_origin, record_origin
 from prmim_train.run.processes import is_main, launched, on_main, say
 from prmim_train.run.trackers import check_tracker
 
 __all__ = ["Interrupted", "Job", "NonFiniteLoss", "train"]
 
 E = TypeVar("E", bound=Trainer)
+
+STOPPING = ("SIGINT", "SIGTERM", "SIGHUP")
+"""Signals of Ctrl-C, of batch systems, and of a terminal that closes (not on Windows)."""
+MOMENT = 1.0
+"""Seconds within which a repeated Ctrl-C counts as one."""
 
 
 class Interrupted(Exception):  # noqa: N818  # not an error: the user asked for it
@@ -91,6 +99,10 @@ class Job(ABC, Generic[E]):
         return {}
 
     @abstractmethod
+    def origin(self) -> Origin:
+        """Return what the training is made from: images, split, teacher. Examines all files, so takes time."""
+
+    @abstractmethod
     def facts(self) -> dict[str, Any]:
         """Return the first entries of the summary."""
 
@@ -121,13 +133,22 @@ def train(job: Job[E]) -> dict[str, Any]:
     ValueError, TypeError, OSError, Interrupted, NonFiniteLoss, FailedElsewhereError
         See :func:`prmim_train.pretrain.pretrain`.
     """
+    run = RunDirectory(job.config.run_path)
+    _check_processes(job.config)
+    check_tracker(job.config.tracker)
+    with run.locked() if launched().rank == 0 else nullcontext():
+        return _train(job, run)
+
+
+def _train(job: Job[E], run: RunDirectory) -> dict[str, Any]:
+    """Train in a folder that no other process uses."""
     config = job.config
-    run = RunDirectory(config.run_path)
-    _check_processes(config)
-    check_tracker(config.tracker)
+    origin = job.origin() if launched().rank == 0 else None
     is_resumed = config.resume and RunDirectory.holds_run(run.path)
     if is_resumed:
         _check_backend(job, run)
+        if origin is not None:
+            _check_changes(config, run, origin)
         summary = _finished_summary(run, job.budget)
         if summary is not None:
             say(f"The run in {run.path} is finished. Its summary:")
@@ -144,7 +165,7 @@ def train(job: Job[E]) -> dict[str, Any]:
             _restore(run, engine, job.budget)
         if engine.step == 0:
             job.begin(engine)
-        on_main(engine, lambda: run.write_config(dump_options(config)))
+        on_main(engine, partial(_record, run, config, origin, has_stepped=engine.step > 0))
 
         say(job.describe(engine))
         say(f"Run directory: {run.path}" + (f", resuming after step {engine.step}" if engine.step else ""))
@@ -238,6 +259,32 @@ def _check_backend(job: Job[E], run: RunDirectory) -> None:
         )
 
 
+def _record(run: RunDirectory, config: TrainingOptions, origin: Origin | None, *, has_stepped: bool) -> None:
+    """Record options and origin, before the next step is taken."""
+    run.write_config(dump_options(config))
+    if origin is not None:  # as in the main process
+        record_origin(run, origin, has_stepped=has_stepped)
+
+
+def _check_changes(config: TrainingOptions, run: RunDirectory, origin: Origin) -> None:
+    """Report what has changed since a run took its steps, and refuse it if it changes what they mean."""
+    if not run.checkpoints() and run.read_summary() is None:  # no step is kept
+        return
+    stored = parse_options(run.read_config(), str(run.path))
+    now = parse_options(dump_options(config), str(run.path))
+    changed = {name: value for name, value in now.items() if stored.get(name, value) != value}
+    texts = {name: f"{name} from {stored[name]!r} to {value!r}" for name, value in changed.items()}
+    fixed = [text for name, text in texts.items() if name not in CHANGEABLE]
+    if fixed and not config.allow_changes:
+        raise ValueError(
+            f"resume: expected the options of the run in {run.path}, got a change of {', '.join(fixed)}, which changes "
+            "what the steps already taken mean; start another run with --out, or add --allow_changes"
+        )
+    check_origin(run, origin, config.allow_changes)
+    if changed:
+        say(f"Options changed since the last start: {', '.join(texts.values())}.")
+
+
 def _restore(run: RunDirectory, engine: Trainer, budget: Budget) -> None:
     """Reset engine and metrics to the last good checkpoint, if there is one."""
     on_main(engine, lambda: run.latest_checkpoint(set_aside=True))
@@ -255,7 +302,14 @@ def _restore(run: RunDirectory, engine: Trainer, budget: Budget) -> None:
 def _finished_summary(run: RunDirectory, budget: Budget) -> dict[str, Any] | None:
     """Summary of a finished run; None if steps remain."""
     summary = run.read_summary()
-    return summary if summary is not None and summary["steps"] == budget.total_steps else None
+    if summary is None or summary["steps"] != budget.total_steps:
+        return None
+    if budget.total_steps not in map(step_of, run.checkpoints()):
+        raise FileNotFoundError(
+            f"run: expected the last checkpoint of the finished run in {run.path / CHECKPOINTS}, got none of step "
+            f"{budget.total_steps}; train again with another --out"
+        )
+    return summary
 
 
 @dataclass
@@ -264,11 +318,16 @@ class _Stop:
 
     is_set: bool = False
     number: int = 0
+    since: float = 0.0
 
 
 @contextmanager
 def _stop_signals() -> Iterator[_Stop]:
-    """Turn Ctrl-C and SIGTERM into a flag, polled after each step. A second signal raises KeyboardInterrupt."""
+    """Turn signals into a flag, polled after each step. A second Ctrl-C raises KeyboardInterrupt.
+
+    Only Ctrl-C, since the others come repeatedly: from the batch system and `torchrun`, or from the shell and the
+    terminal. `torchrun` also repeats Ctrl-C, within a moment.
+    """
     stop = _Stop()
     if threading.current_thread() is not threading.main_thread():  # Python handles signals in the main thread only
         yield stop
@@ -276,16 +335,22 @@ def _stop_signals() -> Iterator[_Stop]:
 
     def ask(number: int, frame: FrameType | None) -> None:
         if stop.is_set:
-            raise KeyboardInterrupt
-        stop.is_set, stop.number = True, number
+            if number == signal.SIGINT and time.monotonic() - stop.since > MOMENT:
+                raise KeyboardInterrupt
+            return
+        stop.is_set, stop.number, stop.since = True, number, time.monotonic()
         if is_main():
-            print(
-                "\nStopping after this step. A second signal stops at once, without a checkpoint.",
-                file=sys.stderr,
-            )
+            with suppress(RuntimeError, OSError):  # RuntimeError: the signal arrived during another print
+                print(
+                    "\nStopping after this step. A second Ctrl-C stops at once, without a checkpoint.",
+                    file=sys.stderr,
+                )
 
     previous: dict[int, Callable[..., Any] | int | None] = {}
-    for number in (signal.SIGINT.value, signal.SIGTERM.value):
+    for name in STOPPING:
+        number = getattr(signal, name, None)
+        if number is None or (name == "SIGHUP" and signal.getsignal(number) is signal.SIG_IGN):  # started by nohup
+            continue
         previous[number] = signal.signal(number, ask)
     try:
         yield stop

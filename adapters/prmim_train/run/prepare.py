@@ -1,20 +1,25 @@
 """Inputs of the commands: images, stored options, and restored engines of a run."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from safetensors import safe_open
 
 from prmim_train.config.layers import parse_options
 from prmim_train.config.pretrain import PretrainConfig, pretrain_config, pretrain_option_names
 from prmim_train.data.batches import split_indices
+from prmim_train.data.identity import Identities
 from prmim_train.data.sources import ImageSource, open_source
 from prmim_train.run.budget import Budget, training_budget
-from prmim_train.run.directory import RunDirectory, damage
+from prmim_train.run.directory import RunDirectory
 from prmim_train.run.engine import Engine, create_engine
+from prmim_train.run.manifest import step_of
+from prmim_train.run.origin import check_origin, is_trained_on, read_trained, run_origin
+from prmim_train.run.processes import say
 
 _NUM_NAMED = 8
 
@@ -77,10 +82,50 @@ def open_data(config: PretrainConfig) -> RunData:
     ValueError, OSError
         If there are no images, or no training images.
     """
-    source = open_source(config.data, channels=config.method.channels)
+    source = open_source(config.data, channels=config.method.channels, max_pixels=config.max_pixels)
     split_by = len(source) if source.labels is None else source.labels
     train, held_out = split_indices(split_by, holdout=config.holdout, seed=config.seed)
     return RunData(source, train, held_out, training_budget(config, len(train)))
+
+
+def open_run_data(run: RunDirectory, config: PretrainConfig, *, allow_changes: bool = False) -> RunData:
+    """Open the images of a run, or other images to evaluate it on. Images that it was trained on are not held out.
+
+    Parameters
+    ----------
+    run
+        The run.
+    config
+        Its options, possibly with other `data` and `holdout`.
+    allow_changes
+        Whether the images may differ from those that the run recorded, although the options do not.
+
+    Raises
+    ------
+    ValueError, OSError
+        As `open_data`, or if the images are not those of the run.
+    """
+    data = open_data(config)
+    stored = read_run_config(run)
+    if (config.data, config.holdout) == (stored.data, stored.holdout):
+        check_origin(run, run_origin(config, data.source, data.train), allow_changes)
+    return leave_out_trained(data, run)
+
+
+def leave_out_trained(data: RunData, run: RunDirectory) -> RunData:
+    """Remove from the held-out images those that a run was trained on, and say so.
+
+    A held-out image that equals one of today's training images stays: the split was drawn with both.
+    """
+    trained = read_trained(run)
+    if trained is None:
+        return data
+    found = data.source.identities()
+    ours = is_trained_on(found.take(data.held_out), trained)
+    ours &= ~is_trained_on(found.take(data.held_out), found.take(data.train))
+    if ours.any():
+        say(f"{ours.sum():,} of {len(ours):,} held-out images were trained on, and are left out.")
+    return replace(data, held_out=data.held_out[~ours])
 
 
 def why_not(data: RunData, *, needs_held_out: bool = True) -> str:
@@ -88,14 +133,16 @@ def why_not(data: RunData, *, needs_held_out: bool = True) -> str:
     if data.source.labels is None:
         return "the images have no labels"
     if needs_held_out and not len(data.held_out):
-        return "no images are held out (holdout is 0)"
+        return "no images are held out (holdout is 0, or all of them were trained on)"
     names = data.source.class_names or ()
     if len(set(names)) < len(names):
         return "two classes have the same name"
     return "" if len(np.unique(data.source.labels[data.train])) > 1 else "the training images are all of one class"
 
 
-def labelled_sides(data: RunData, test_data: str | None = None) -> tuple[LabelledImages, LabelledImages]:
+def labelled_sides(
+    data: RunData, test_data: str | None = None, trained: Identities | None = None
+) -> tuple[LabelledImages, LabelledImages]:
     """Training and test images of a classifier.
 
     Parameters
@@ -104,6 +151,8 @@ def labelled_sides(data: RunData, test_data: str | None = None) -> tuple[Labelle
         Images of the pre-training run. The classifier trains on the training images.
     test_data
         Source of the test images. None: the held-out images of the run.
+    trained
+        Images that the encoder was trained on. Those in `test_data` are left out.
 
     Returns
     -------
@@ -113,7 +162,8 @@ def labelled_sides(data: RunData, test_data: str | None = None) -> tuple[Labelle
     Raises
     ------
     ValueError
-        If there are no labels, no test images, fewer than two classes, or if the class names in `test_data` differ.
+        If there are no labels, no test images, fewer than two classes, if the class names in `test_data` differ, or if
+        all images in it were trained on.
     """
     reason = why_not(data, needs_held_out=test_data is None)
     if reason:
@@ -127,7 +177,7 @@ def labelled_sides(data: RunData, test_data: str | None = None) -> tuple[Labelle
     if test_data is None:
         return train, LabelledImages(source, data.held_out, source.labels, names)
     try:
-        test = open_source(test_data, channels=source.channels)
+        test = open_source(test_data, channels=source.channels, max_pixels=source.max_pixels)
     except (ValueError, OSError) as error:
         raise ValueError(f"test_data: {str(error).removeprefix('data: ')}") from error
     if test.labels is None or test.class_names is None:
@@ -142,7 +192,20 @@ def labelled_sides(data: RunData, test_data: str | None = None) -> tuple[Labelle
         )
     number = {name: place for place, name in enumerate(names)}
     table = np.array([number[name] for name in test.class_names], np.int64)
-    return train, LabelledImages(test, np.arange(len(test), dtype=np.int64), table[test.labels], names)
+    return train, LabelledImages(test, _untrained(test, trained), table[test.labels], names)
+
+
+def _untrained(test: ImageSource, trained: Identities | None) -> NDArray[np.int64]:
+    """Return the indices of the test images that were not trained on."""
+    index = np.arange(len(test), dtype=np.int64)
+    if trained is None:
+        return index
+    ours = is_trained_on(test.identities(), trained, elsewhere=True)
+    if ours.all():
+        raise ValueError("test_data: expected images that the run was not trained on, got none")
+    if ours.any():
+        say(f"{ours.sum():,} of {len(ours):,} test images were trained on, and are left out.")
+    return index[~ours]
 
 
 def _listed(names: Sequence[str]) -> str:
@@ -171,7 +234,7 @@ def read_run_config(run: RunDirectory, **changes: Any) -> PretrainConfig:
 
 
 def find_checkpoint(run: RunDirectory, step: int | None = None) -> Path:
-    """Find the folder of a checkpoint.
+    """Find the folder of a checkpoint, and check that its weights are finite.
 
     Parameters
     ----------
@@ -186,17 +249,29 @@ def find_checkpoint(run: RunDirectory, step: int | None = None) -> Path:
         If there is no such checkpoint.
     OSError
         If the checkpoint is damaged, or all checkpoints are.
+    ValueError
+        If a weight is not finite.
     """
+    checkpoint = _find_checkpoint(run, step)
+    path = checkpoint / "weights.safetensors"
+    with safe_open(path, framework="numpy") as file:
+        for name in file.keys():  # noqa: SIM118  # not a mapping
+            if not np.isfinite(file.get_tensor(name)).all():
+                raise ValueError(f"checkpoint: expected finite weights, got NaN or infinity in {name} of {path}")
+    return checkpoint
+
+
+def _find_checkpoint(run: RunDirectory, step: int | None) -> Path:
     if step is None:
         checkpoint = run.latest_checkpoint()
         if checkpoint is None:
             raise FileNotFoundError(f"run: expected a checkpoint in {run.path / 'checkpoints'}, got none")
         return checkpoint
-    found = {int(path.name.removeprefix("step_")): path for path in run.checkpoints()}
+    found = {step_of(path): path for path in run.checkpoints()}
     if step not in found:
         known = ", ".join(map(str, found)) or "none"
         raise FileNotFoundError(f"checkpoint: expected one of the steps {known} in {run.path}, got {step}")
-    if reason := damage(found[step]):
+    if reason := run.damage(found[step]):
         raise OSError(f"checkpoint: expected a good one, but {found[step]} is damaged: {reason}")
     return found[step]
 
@@ -217,7 +292,7 @@ def restore_engine(run: RunDirectory, config: PretrainConfig, budget: Budget, st
 
     Raises
     ------
-    FileNotFoundError, OSError
+    FileNotFoundError, OSError, ValueError
         See `find_checkpoint`.
     """
     checkpoint = find_checkpoint(run, step)

@@ -1,12 +1,16 @@
 """Distributed runs: rank and world size, and work for the main process only.
 
-`torchrun` starts the processes. For JAX, set `JAX_COORDINATOR_ADDRESS`, `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID`. All
-processes run the same program. Only the main process, rank 0, prints and writes files.
+`torchrun` starts the processes, or SLURM's `srun`. For JAX without `srun`, set `JAX_COORDINATOR_ADDRESS`,
+`JAX_NUM_PROCESSES` and `JAX_PROCESS_ID`. All processes run the same program. Only the main process, rank 0, prints and
+writes files.
 """
 
 import os
+import re
 from collections.abc import Callable
 from typing import NamedTuple, Protocol, TypeVar
+
+from prmim_methods.messages import shown
 
 T = TypeVar("T")
 
@@ -15,6 +19,45 @@ LAUNCHERS = (
     ("RANK", "WORLD_SIZE"),
     ("JAX_PROCESS_ID", "JAX_NUM_PROCESSES", "JAX_COORDINATOR_ADDRESS"),
 )
+
+
+SRUN = ("SLURM_PROCID", "SLURM_NTASKS")
+_FIRST_PORT, _PORTS = 20_000, 10_000
+
+
+def adopt_srun() -> None:
+    """Describe the tasks of SLURM's `srun` in the variables of `torchrun`, unless these are set.
+
+    A batch script that starts a command without `srun` is one process, although SLURM tells it the number of tasks of
+    the job. JAX detects the tasks of `srun` itself.
+    """
+    is_batch_script = "SLURM_JOB_ID" in os.environ and "SLURM_STEP_NODELIST" not in os.environ
+    if any(name not in os.environ for name in SRUN) or is_batch_script or "RANK" in os.environ:
+        return
+    rank, size = (os.environ[name] for name in SRUN)
+    job = os.environ.get("SLURM_JOB_ID", "")
+    described = {
+        "RANK": rank,
+        "WORLD_SIZE": size,
+        "LOCAL_RANK": os.environ.get("SLURM_LOCALID", rank),
+        "MASTER_ADDR": _first_host(os.environ.get("SLURM_STEP_NODELIST", "localhost")),
+        "MASTER_PORT": str(_FIRST_PORT + int(job) % _PORTS if job.isdecimal() else _FIRST_PORT),
+    }
+    for name, text in described.items():
+        os.environ.setdefault(name, text)
+
+
+def _first_host(nodes: str) -> str:
+    """Return the first host of a list of nodes as SLURM writes it.
+
+    Examples
+    --------
+    >>> _first_host("gpu[017-019,023]"), _first_host("a1,b[2-3]"), _first_host("gpu7")
+    ('gpu017', 'a1', 'gpu7')
+    """
+    found = re.match(r"([^,\[]*)(?:\[(\w+))?", nodes)
+    assert found is not None
+    return found[1] + (found[2] or "")
 
 
 class FailedElsewhereError(RuntimeError):
@@ -109,6 +152,8 @@ def on_main(engine: Agrees, call: Callable[[], T]) -> T | None:
 
 def _number(name: str, *, at_least: int) -> int:
     text = os.environ.get(name, "")
-    if not text.isdecimal() or int(text) < at_least:
-        raise ValueError(f"{name}: expected a whole number of at least {at_least} in the environment, got {text!r}")
+    if not re.fullmatch(r"[0-9]{1,6}", text) or int(text) < at_least:
+        raise ValueError(
+            f"{name}: expected a whole number from {at_least} to 999999 in the environment, got {shown(text)}"
+        )
     return int(text)

@@ -285,12 +285,42 @@ def test_more_than_one_percent_unreadable_ends_the_run(tmp_path, photos, workers
     for k in range(NUM_IMAGES):
         (tmp_path / f"{k:02}.jpg").write_bytes((photos.folder / photos.files[k]).read_bytes())
     (tmp_path / "05.jpg").write_text("no image")
+    (tmp_path / "06.jpg").write_text("no image")
     source = open_source(str(tmp_path), channels=3)
     message = (
-        r"data: 1 of 20 images cannot be read so far, more than the 1% that is tolerated; .*: 05\.jpg \(not one of"
+        r"data: 2 of 20 images cannot be read so far, more than the 1% that is tolerated; .*: 05\.jpg \(not one of"
     )
     with pytest.raises(ValueError, match=message):
         run(source, workers=workers, batch_size=20)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_one_image_too_large_is_left_out_of_any_run(tmp_path, photos, workers):
+    """However few images there are."""
+    for k in range(NUM_IMAGES):
+        (tmp_path / f"{k:02}.jpg").write_bytes((photos.folder / photos.files[k]).read_bytes())
+    Image.new("RGB", (200, 200)).save(tmp_path / "05.jpg")
+    source = open_source(str(tmp_path), channels=3, max_pixels=39_999)
+    options = {"batch_size": 10, "image_size": (8, 8), "seed": 0, "total_steps": 4, "workers": workers}
+    with train_batches(source, **options) as batches:
+        assert not np.isin(5, records(list(batches)))
+        assert batches.unreadable.reasons == {"05.jpg": "40,000 pixels, more than max_pixels 39,999"}
+
+
+def test_a_single_image_that_is_unreadable_ends_the_run(tmp_path):
+    (tmp_path / "a.jpg").touch()
+    with pytest.raises(ValueError, match=r"data: 1 of 1 images cannot be read so far.*a\.jpg \(empty file\)"):
+        run(open_source(str(tmp_path), channels=3), threads=0)
+
+
+def test_the_error_is_short_whatever_the_names_are(tmp_path):
+    for k in range(50):
+        (tmp_path / f"{k:0200}.jpg").touch()
+    unreadable = UnreadableImages(open_source(str(tmp_path), channels=1), num_images=10**9, tolerance=1e-9)
+    unreadable.add([(k, "x" * 200) for k in range(50)])
+    with pytest.raises(ValueError, match=r"and 47 more$") as caught:
+        unreadable.check()
+    assert len(str(caught.value)) < 500
 
 
 def test_a_folder_of_unreadable_images_ends_soon(tmp_path):

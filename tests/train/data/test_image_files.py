@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFile, ImageOps, JpegImagePlugin
 
+from prmim_methods.messages import printable
 from prmim_train.data import image_files
-from prmim_train.data.image_files import UnreadableImageError, decode_crop, decode_image, printable, read_image
+from prmim_train.data.image_files import UnreadableImageError, decode_crop, decode_image, read_image
 from prmim_train.data.transforms import resize
 
 
@@ -367,11 +368,11 @@ UNREADABLE = {
     "empty": (b"", "empty file"),
     "zeros": (bytes(5000), rf"{NO_FORMAT} \(all zeros\)"),
     "postscript": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EOF\n", NO_FORMAT),
-    "bomb, by Pillow's warning": (png(10_000, 10_000), "100,000,000 pixels, more than the limit of 89,478,485"),
-    "bomb, by Pillow's error": (png(60_000, 60_000), "3,600,000,000 pixels, more than the limit of 89,478,485"),
+    "bomb, by Pillow's warning": (png(10_000, 10_000), "100,000,000 pixels, more than max_pixels 89,478,485"),
+    "bomb, by Pillow's error": (png(60_000, 60_000), "3,600,000,000 pixels, more than max_pixels 89,478,485"),
     "bomb, jpeg": (
         JPEG.replace(b"\x00\x60\x00\x60", b"\xff\xff\xff\xff"),
-        "4,294,836,225 pixels, more than the limit of 89,478,485",
+        "4,294,836,225 pixels, more than max_pixels 89,478,485",
     ),
     "huge header, no content": (png(9_000, 9_000), "image file is truncated .*"),
     "no pixels": (png(0, 0), "starts like a PNG file, but is corrupt or of a kind that Pillow cannot read"),
@@ -432,12 +433,121 @@ def test_a_file_above_the_limit_is_not_read(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
-@pytest.mark.parametrize("size", [(10_000, 10_000), (60_000, 60_000), (2, 2**31 - 1)])
+@pytest.mark.parametrize("size", [(10_000, 10_000), (60_000, 60_000)])
 def test_a_bomb_is_refused_before_memory_is_taken(size):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    with pytest.raises(UnreadableImageError, match=r"more than the limit of 89,478,485$"):
+    with pytest.raises(UnreadableImageError, match=r"more than max_pixels 89,478,485$"):
         decode_image(png(*size), channels=3)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000  # KiB
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "TIFF", "WEBP", "BMP"])
+def test_the_limit_of_pixels_is_an_argument(kind, tmp_path):
+    content = encoded(Image.new("L", (30, 20), 99), kind)
+    (tmp_path / "a").write_bytes(content)
+    assert decode_image(content, channels=1, max_pixels=600).shape == (20, 30, 1)
+    image_files.check_header(tmp_path / "a", max_pixels=600)
+    for read in (
+        lambda: decode_image(content, channels=1, max_pixels=599),
+        lambda: decode_crop(content, (2, 2), lambda shape: (0, 0, *shape), channels=1, max_pixels=599),
+        lambda: read_image(tmp_path / "a", channels=1, max_pixels=599),
+        lambda: image_files.check_header(tmp_path / "a", max_pixels=599),
+    ):
+        with pytest.raises(UnreadableImageError, match=r"600 pixels, more than max_pixels 599$"):
+            read()
+
+
+@pytest.mark.parametrize("size", [(2**20 + 1, 1), (1, 2**20 + 1)])
+def test_a_side_has_a_limit_too(size):
+    reason = f"{size[0]:,} x {size[1]:,} pixels, more than the limit of 1,048,576 per side"
+    with pytest.raises(UnreadableImageError, match=f"^image: {reason}$"):
+        decode_image(png(*size), channels=1)
+
+
+def test_a_tile_may_not_exceed_the_limit_either():
+    """A tile is decoded whole, even if the image is a small part of it."""
+    tags = [
+        (256, 8),
+        (257, 8),
+        (258, 8),
+        (259, 8),
+        (262, 1),
+        (277, 1),
+        (322, 40_000),
+        (323, 40_000),
+        (324, 8),
+        (325, 9),
+    ]
+    content = struct.pack("<2sHIH", b"II", 42, 8, len(tags))
+    content += b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags) + bytes(4)
+    with pytest.raises(UnreadableImageError, match=r"1,600,000,000 pixels, more than max_pixels 89,478,485$"):
+        decode_image(content, channels=1)
+
+
+def test_the_limit_of_pixels_may_exceed_that_of_pillow(monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    content = encoded(Image.new("L", (30, 20), 99), "PNG")
+    assert decode_image(content, channels=1, max_pixels=600).shape == (20, 30, 1)
+    assert decode_crop(content, (2, 2), lambda shape: (0, 0, *shape), channels=1, max_pixels=600).shape == (2, 2, 1)
+    assert Image.MAX_IMAGE_PIXELS == 600
+
+
+def with_scans(number: int, size: int = 32) -> bytes:
+    """Return a progressive JPEG of this many scans. The last one is repeated; it changes nothing."""
+    content = encoded(Image.new("L", (size, size), 77), "JPEG", progressive=True)
+    last = content[content.rindex(b"\xff\xda") : -2]
+    return content[:-2] + last * (number - content.count(b"\xff\xda")) + content[-2:]
+
+
+def test_a_jpeg_has_at_most_a_hundred_scans():
+    """Each of these twelve bytes costs a pass over all pixels."""
+    assert (decode_image(with_scans(100), channels=1) == 77).all()
+    for number in (101, 3000):
+        content = with_scans(number)
+        with pytest.raises(UnreadableImageError, match=f"JPEG of {number:,} scans, more than the limit of 100$"):
+            decode_image(content, channels=1)
+        with pytest.raises(UnreadableImageError, match=f"JPEG of {number:,} scans, more than the limit of 100$"):
+            decode_crop(content, (2, 2), lambda shape: (0, 0, *shape), channels=1)
+
+
+def test_scans_are_counted_in_the_image_only():
+    """Not in its metadata, where a preview can be, nor after its end, where phones put videos."""
+    metadata = b"\xff\xe5" + struct.pack(">H", 2 + 2 * 200) + b"\xff\xda" * 200
+    content = with_scans(100)
+    content = content[:2] + metadata + content[2:] + b"\xff\xda" * 200
+    assert (decode_image(content, channels=1) == 77).all()
+    content = encoded(Image.fromarray(NOISE), "JPEG", quality=100, restart_marker_blocks=1)
+    assert content.count(b"\xff") > 100
+    assert image_files._count_scans(content + b"\xff\xda" * 200) == 1
+
+
+def test_a_header_is_checked_without_reading_the_rest(tmp_path, monkeypatch):
+    content = encoded(Image.fromarray(np.tile(NOISE, (9, 9, 1))), "BMP")
+    (tmp_path / "a.bmp").write_bytes(b"." * 700 + content + b"." * 700)
+    read, sizes = image_files.read_part, []
+
+    def counted_read(file, start, size):
+        sizes.append(size)
+        return read(file, start, size)
+
+    monkeypatch.setattr(image_files, "read_part", counted_read)
+    image_files.check_header(tmp_path / "a.bmp", 700, len(content))
+    assert 0 < sum(sizes) < 100_000 < len(content)
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"", "empty file"),
+        (b"text" * 50, NO_FORMAT),
+        (png(10_000, 10_000), "100,000,000 pixels, more than max_pixels 89,478,485"),
+        (JPEG[:30], "Truncated File Read|starts like a JPEG file, but .*"),
+    ],
+)
+def test_a_header_tells_what_cannot_be_read(tmp_path, content, reason):
+    (tmp_path / "a").write_bytes(b"." * 700 + content + JPEG)
+    with pytest.raises(UnreadableImageError, match=f"^x: ({reason})$"):
+        image_files.check_header(tmp_path / "a", 700, len(content), name="x")
 
 
 def test_memory_that_runs_out_makes_an_image_unreadable(monkeypatch):

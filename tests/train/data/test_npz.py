@@ -10,6 +10,7 @@ import zipfile
 import numpy as np
 import pytest
 
+from prmim_train.data import npz
 from prmim_train.data.sources import open_source
 
 
@@ -221,14 +222,38 @@ def test_nothing_is_unpickled(tmp_path, key):
 
 
 def test_a_pickle_in_front_of_an_archive_is_not_loaded(tmp_path):
-    """A zip file may begin with anything; `numpy.load` would look at the beginning."""
+    """A zip file may begin with anything, at which `numpy.load` would look; here it must begin with an array."""
     import pickle
 
     file = io.BytesIO()
     np.savez(file, images=np.zeros((1, 4, 4), np.uint8))
     (tmp_path / "a.npz").write_bytes(pickle.dumps(Bomb(tmp_path / "exploded")) + file.getvalue())
-    assert len(open_source(str(tmp_path / "a.npz"), channels=1)) == 1
+    assert refusal(tmp_path / "a.npz").endswith("a.npz has other data before its arrays: concatenated or damaged")
     assert not (tmp_path / "exploded").exists()
+
+
+def test_of_two_archives_in_one_file_none_is_lost(tmp_path):
+    for name, number in (("a", 3), ("b", 5)):
+        np.savez(tmp_path / f"{name}.npz", images=np.zeros((number, 4, 4), np.uint8))
+    (tmp_path / "c.npz").write_bytes((tmp_path / "a.npz").read_bytes() + (tmp_path / "b.npz").read_bytes())
+    assert np.load(tmp_path / "c.npz")["images"].shape == (5, 4, 4)  # NumPy takes the last one
+    assert refusal(tmp_path / "c.npz").endswith("c.npz has other data before its arrays: concatenated or damaged")
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+@pytest.mark.parametrize("name", ["images", "labels", "names"])
+def test_of_two_arrays_of_one_name_none_is_lost(tmp_path, name):
+    path = tmp_path / "a.npz"
+    np.savez(path, images=np.zeros((2, 4, 4), np.uint8), labels=np.array([0, 1]), names=np.array(["a", "b"]))
+    with zipfile.ZipFile(path, "a") as more:
+        more.writestr(f"{name}.npy", more.read(f"{name}.npy"))
+    assert refusal(path).endswith(f"a.npz has more than one array '{name}'")
+
+
+def test_an_array_must_fit_into_memory(tmp_path, monkeypatch):
+    path = archive(tmp_path / "a.npz", images=npy("(2, 4, 4)", content=bytes(32)))
+    monkeypatch.setattr(npz, "_physical_memory", lambda: 100)
+    assert re.search(r"uint8 \(2, 4, 4\) takes \d+ bytes, more than the memory of 100$", refusal(path))
 
 
 def test_an_encrypted_archive_is_refused(tmp_path):

@@ -1,13 +1,19 @@
+import contextlib
 import os
 import pickle
+import tarfile
 
 import numpy as np
 import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
 
+from prmim_train.config.classify import classify_config
+from prmim_train.config.pretrain import pretrain_config
+from prmim_train.data.image_files import MAX_PIXELS
 from prmim_train.data.sources import ArraySource, UnreadableImageError, open_source
 from prmim_train.data.transforms import resize
+from prmim_train.run.prepare import labelled_sides, open_data
 
 
 def save(path, picture, **options):
@@ -30,7 +36,7 @@ def test_a_folder_with_classes(tmp_path):
     assert source.labels is not None
     assert source.labels.tolist() == [0, 1, 2, 2]
     assert source.labels.dtype == np.int64
-    assert source.description == f"folder {tmp_path}: 4 images in 3 classes"
+    assert source.description == f"folder {tmp_path}: 4 images in 3 classes, 1 other file skipped"
     assert source.channels == 3
     assert source.read(1).shape == (4, 4, 3)
 
@@ -56,7 +62,76 @@ def test_links_are_followed_but_not_in_circles(tmp_path):
     (tmp_path / "data" / "dog").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "data" / "cat" / "up").symlink_to(tmp_path / "data")
     source = open_source(str(tmp_path / "data"), channels=1)
-    assert [source.name(k) for k in range(len(source))] == ["cat/up/dog/a.png", "dog/a.png"][-len(source) :]
+    assert list(source.files) == ["dog/a.png"]
+
+
+def names(folder) -> list[str]:
+    source = open_source(str(folder), channels=1)
+    return [source.name(k) for k in range(len(source))]
+
+
+def test_folders_that_link_to_each_other_do_not_multiply(tmp_path):
+    """As many paths lead through them as there are orders to visit them."""
+    for a in range(7):
+        save(tmp_path / f"{a}" / "x.png", Image.new("L", (4, 4)))
+        for b in range(7):
+            (tmp_path / f"{a}" / f"to-{b}").symlink_to(tmp_path / f"{b}")
+    assert names(tmp_path) == [f"{a}/x.png" for a in range(7)]
+
+
+@pytest.mark.parametrize("is_reversed", [False, True])
+def test_of_several_paths_to_a_folder_the_plainest_counts(tmp_path, monkeypatch, is_reversed):
+    """Whatever order the system lists them in: the one without links, then the one with the fewest."""
+    save(tmp_path / "data" / "z" / "plain.png", Image.new("L", (4, 4)))
+    save(tmp_path / "elsewhere" / "in" / "b.png", Image.new("L", (4, 4)))
+    (tmp_path / "data" / "a").symlink_to(tmp_path / "data" / "z")
+    (tmp_path / "data" / "q").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "data" / "p").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "data" / "y").symlink_to(tmp_path / "elsewhere" / "in")
+    scan = os.scandir
+
+    @contextlib.contextmanager
+    def scandir(path):
+        with scan(path) as entries:
+            yield sorted(entries, key=lambda entry: entry.name, reverse=is_reversed)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    assert names(tmp_path / "data") == ["p/in/b.png", "z/plain.png"]
+
+
+def test_two_names_of_one_file_are_two_images(tmp_path):
+    save(tmp_path / "a.png", Image.new("L", (4, 4)))
+    (tmp_path / "b.png").hardlink_to(tmp_path / "a.png")
+    (tmp_path / "c.png").symlink_to(tmp_path / "a.png")
+    assert names(tmp_path) == ["a.png", "b.png", "c.png"]
+
+
+def test_the_limit_of_a_run_holds_for_its_test_images(tmp_path):
+    np.savez(tmp_path / "a.npz", images=np.zeros((9, 4, 4), np.uint8), labels=np.arange(9) % 2)
+    for name, size in (("0/a.png", (5, 4)), ("1/b.png", (6, 4))):
+        save(tmp_path / "test" / name, Image.new("L", size))
+    config = pretrain_config(data=str(tmp_path / "a.npz"), channels=1, max_pixels=20, batch_size=4, epochs=30)
+    test = labelled_sides(open_data(config), str(tmp_path / "test"))[1].source
+    test.read(0)
+    with pytest.raises(UnreadableImageError, match="24 pixels, more than max_pixels 20"):
+        test.read(1)
+    assert pretrain_config().max_pixels == MAX_PIXELS
+    assert classify_config(config, {"protocol": "linear"}).max_pixels == 20
+
+
+@pytest.mark.parametrize("kind", ["folder", "tar"])
+def test_the_limit_of_pixels_holds_for_every_read(tmp_path, kind):
+    save(tmp_path / "a" / "0.png", Image.new("L", (5, 4)))
+    save(tmp_path / "a" / "1.png", Image.new("L", (6, 4)))
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        archive.add(tmp_path / "a", "a")
+    path = str(tmp_path / ("a" if kind == "folder" else "a.tar"))
+    source = pickle.loads(pickle.dumps(open_source(path, channels=1, max_pixels=20)))
+    assert source.max_pixels == 20
+    for read in (source.read, source.check_header, lambda k: source.read_crop(k, (2, 2), lambda shape: (0, 0, 2, 2))):
+        read(0)
+        with pytest.raises(UnreadableImageError, match="24 pixels, more than max_pixels 20"):
+            read(1)
 
 
 def test_a_link_to_itself_or_to_nothing_is_an_image_that_cannot_be_read(tmp_path):

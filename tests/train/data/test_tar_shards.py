@@ -297,7 +297,10 @@ def test_a_folder_of_shards(shards):
 
 def test_images_in_a_folder_come_before_tar_files(shards):
     (shards / "a.png").write_bytes(picture(0))
-    assert open_source(str(shards), channels=1).description == f"folder {shards}: 1 image, no labels"
+    assert (
+        open_source(str(shards), channels=1).description
+        == f"folder {shards}: 1 image, no labels, 4 other files skipped"
+    )
 
 
 @pytest.mark.parametrize(
@@ -359,9 +362,9 @@ def test_without_images_there_is_nothing_to_train_on(tmp_path, members):
     assert refusal(tmp_path / "a.tar").startswith(f"data: no images in tar file {tmp_path / 'a.tar'}: expected members")
 
 
-def test_an_empty_file_has_no_images(tmp_path):
+def test_an_empty_file_is_refused(tmp_path):
     (tmp_path / "a.tar").touch()
-    assert "no images in tar file" in refusal(tmp_path / "a.tar")
+    assert refusal(tmp_path / "a.tar").endswith("a.tar: empty file")
 
 
 @pytest.mark.parametrize("cut", [1, 400, 513, 700, 1024])
@@ -373,11 +376,93 @@ def test_a_cut_file_is_refused_wherever_it_was_cut(tmp_path, cut):
     assert "truncated" in refusal(path)
 
 
-def test_the_end_marks_may_be_missing(tmp_path):
+def members_only(path) -> bytes:
+    """Return a tar file without its end-of-archive marker, which is all zeros at its end."""
+    content = path.read_bytes()
+    return content[: -(-len(content.rstrip(b"\0")) // 512) * 512]
+
+
+@pytest.mark.parametrize("cut", [0, 1, 100])
+def test_without_an_end_an_archive_is_refused(tmp_path, cut):
+    """A download that was interrupted exactly between two members, or in the padding of one."""
     path = write_tar(tmp_path / "a.tar", photos())
-    content = path.read_bytes().rstrip(b"\0")
-    path.write_bytes(content)
+    content = members_only(path)
+    path.write_bytes(content[: len(content) - cut])
+    assert refusal(path) == (
+        f"data: the tar file {path}: no end-of-archive marker, so members may be missing: copy the file again, or, if "
+        "it is complete, append the marker: truncate -s +1024 FILE"
+    )
+    with path.open("ab") as file:  # as that command does
+        file.truncate(path.stat().st_size + 1024)
     assert values(open_source(str(path), channels=1)) == [0, 1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("number", [512, 1000, 1024, 5000, 2**20])
+def test_the_end_may_be_short_or_long(tmp_path, number):
+    path = write_tar(tmp_path / "a.tar", photos())
+    path.write_bytes(members_only(path) + bytes(number))
+    assert values(open_source(str(path), channels=1)) == [0, 1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("zeros", [512, 1024, 10_240])
+def test_an_archive_after_the_end_is_not_lost(tmp_path, zeros):
+    """Python's tarfile would read the first archive only, as GNU tar does."""
+    path = write_tar(tmp_path / "a.tar", photos())
+    content = members_only(path)
+    path.write_bytes(content + bytes(zeros) + content + bytes(1024))
+    with tarfile.open(path) as archive:
+        assert len(archive.getnames()) == 6
+    assert refusal(path) == (
+        f"data: the tar file {path}: data at byte {len(content) + zeros:,}, after the end-of-archive marker at byte "
+        f"{len(content):,}: concatenated or damaged; unpack with tar --ignore-zeros -xf FILE, check the number of "
+        "images, and pack again"
+    )
+
+
+def test_zeros_in_the_middle_are_not_the_end(tmp_path):
+    """As a lost sector leaves them, in place of a header or between two members."""
+    path = write_tar(tmp_path / "a.tar", photos())
+    content = path.read_bytes()
+    place = content.index(b"train/dog/3.png")
+    for damaged in (
+        content[:place] + bytes(512) + content[place + 512 :],
+        content[:place] + bytes(512) + content[place:],
+    ):
+        path.write_bytes(damaged)
+        assert f"after the end-of-archive marker at byte {place:,}: concatenated or damaged" in refusal(path)
+
+
+def test_the_last_byte_counts(tmp_path):
+    path = write_tar(tmp_path / "a.tar", photos())
+    path.write_bytes(path.read_bytes() + bytes(9000) + b"x")
+    assert f"data at byte {path.stat().st_size - 1:,}, after" in refusal(path)
+
+
+@pytest.mark.parametrize("size", [2**21, 2**40])
+def test_a_long_end_is_a_download_that_is_not_finished(tmp_path, size):
+    """Some programs allocate all of a file at the start; the rest reads as zeros. It may be as long as a disk."""
+    path = write_tar(tmp_path / "a.tar", photos())
+    end = size - len(members_only(path))
+    os.truncate(path, size)  # takes no room on the disk
+    assert refusal(path) == (
+        f"data: the tar file {path}: {end:,} bytes after the last member, more than 1,048,576: incomplete or damaged; "
+        "copy the file again"
+    )
+
+
+def test_links_in_place_of_images_are_counted(tmp_path):
+    """Tar writes them for the second name of a file."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for k in range(3):
+        (folder / f"{k}.png").write_bytes(picture(k))
+        (folder / f"{k}-again.png").hardlink_to(folder / f"{k}.png")
+    (folder / "link.png").symlink_to("0.png")
+    (folder / "link.txt").symlink_to("0.png")
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        archive.add(folder, "photos")
+    source = open_source(str(tmp_path / "a.tar"), channels=1)
+    assert source.description == f"tar file {tmp_path / 'a.tar'}: 3 images, no labels, 4 links skipped"
 
 
 def test_a_damaged_header_in_the_middle_is_not_taken_for_the_end(tmp_path):
@@ -427,10 +512,19 @@ def test_absurd_sizes_are_refused(tmp_path, field, message):
         b"13 size=-100\n",
         b"13 size=1e10\n",
         b"9999999999999999999 size=1\n",
+        bytes(20),
     ],
 )
 def test_damaged_extended_headers_are_refused(tmp_path, record):
     path = write_tar(tmp_path / "a.tar", [("x", record, {"type": b"x"}), *photos(2)], format=tarfile.USTAR_FORMAT)
+    assert "damaged header at byte 512" in refusal(path)
+
+
+def test_a_long_name_of_zeros_is_damage(tmp_path):
+    """Its member would get the first hundred characters only, and be no image."""
+    path = write_tar(tmp_path / "a.tar", [("x" * 150 + ".png", picture(0)), *photos(2)], format=tarfile.GNU_FORMAT)
+    content = path.read_bytes()
+    path.write_bytes(content[:512] + bytes(512) + content[1024:])
     assert "damaged header at byte 512" in refusal(path)
 
 
@@ -506,9 +600,11 @@ def test_a_huge_image_is_refused_before_it_is_read(tmp_path):
     info.size = 2**30
     with path.open("wb") as file:
         file.write(info.tobuf(tarfile.USTAR_FORMAT))
-        file.truncate(2**30 + 512)
-    with pytest.raises(UnreadableImageError, match="bytes, more than the limit of 536,870,912"):
-        open_source(str(path), channels=1).read(0)
+        file.truncate(2**30 + 512 + 1024)
+    source = open_source(str(path), channels=1)
+    for read in (source.read, source.check_header):
+        with pytest.raises(UnreadableImageError, match="bytes, more than the limit of 536,870,912"):
+            read(0)
 
 
 def test_the_index_agrees_with_tarfile(tmp_path):
@@ -522,7 +618,7 @@ def test_the_index_agrees_with_tarfile(tmp_path):
         with tarfile.open(path) as archive:
             expected = [(info.name, info.offset_data, info.size) for info in archive]
         with path.open("rb", buffering=0) as file:
-            assert [(name, offset, size) for name, offset, size, _ in tar_members(file)] == expected
+            assert [member[:3] for member in tar_members(file)] == expected
 
 
 def test_gzip_is_told_apart_from_a_tar_file(tmp_path):

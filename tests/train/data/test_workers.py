@@ -3,8 +3,11 @@
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import textwrap
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -174,13 +177,16 @@ def test_a_killed_worker_is_noticed_in_the_middle_of_an_item(acts, size, workers
     pool.close()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name)]
+
+
+@pytest.mark.parametrize("number", SIGNALS)
 def test_signals_to_the_whole_run_do_not_end_workers(acts, number):
     """The main process decides: it may have a checkpoint to write first."""
     assert run(acts.act, [0, ("signal", number), 2]) == [0, ("signal", number), 2]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", SIGNALS)
 def test_nor_do_signals_while_workers_start(acts, number):
     pool = WorkerPool(acts.act, range(3), workers=1, describe=str)
     os.kill(pool._workers[0].process.pid, number)
@@ -202,3 +208,60 @@ def test_a_forgotten_pool_ends_its_workers(acts):
     next(pool)
     del pool
     assert multiprocessing.active_children() == []
+
+
+PARENT = """
+import sys, time
+from prmim_train.data.workers import WorkerPool
+import acts_of_workers as acts
+
+if __name__ == "__main__":
+    pool = WorkerPool(acts.act, [{task}] * 100, workers=2, describe=str)
+    print(*(worker.process.pid for worker in pool._workers), flush=True)
+    {wait}
+    print("ready", flush=True)
+    time.sleep(600)
+"""
+STATES = {
+    "starting": ("0", "pass"),
+    "idle": ("0", "next(pool); next(pool)"),
+    "busy": ("('sleep', 600)", "time.sleep(1)"),
+    "sending": ("('large', 5_000_000)", "next(pool); time.sleep(0.3)"),
+}
+
+
+@pytest.mark.skipif(os.name == "nt", reason="lists processes as Linux does")
+@pytest.mark.parametrize("state", STATES)
+def test_workers_of_a_killed_process_end_and_leave_nothing(state, acts, tmp_path):
+    task, wait = STATES[state]
+    (tmp_path / "parent.py").write_text(PARENT.format(task=task, wait=wait))
+    (tmp_path / "temporary").mkdir()
+    before = set(Path("/dev/shm").glob("*"))
+    paths = os.pathsep.join(filter(None, [str(tmp_path), os.environ.get("PYTHONPATH")]))
+    parent = subprocess.Popen(
+        [sys.executable, "parent.py"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": paths, "TMPDIR": str(tmp_path / "temporary")},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    with parent.stdout as output:
+        workers = [int(word) for word in output.readline().split()]
+        assert output.readline() == "ready\n"
+        parent.kill()
+        parent.wait()
+    deadline = time.monotonic() + 15  # a worker that starts may be importing
+    while any(map(is_running, workers)):
+        assert time.monotonic() < deadline, "workers outlive their parent"
+        time.sleep(0.05)
+    assert list((tmp_path / "temporary").iterdir()) == []
+    left = {path.name for path in set(Path("/dev/shm").glob("*")) - before}
+    assert not any(name.startswith(("pym-", "psm_", "sem.mp-")) for name in left)
+
+
+def is_running(process):
+    """Whether a process runs; one that ended and was not waited for does not."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False

@@ -9,6 +9,7 @@ import sys
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.numpy import load_file
 
 from prmim_train.cli.commands import main
 from prmim_train.evaluate.classifier import cross_entropy, predict
@@ -51,8 +52,7 @@ def untimed(folder):
 
 
 def weights(folder):
-    with np.load(RunDirectory(folder).checkpoints()[-1] / "weights.safetensors") as file:
-        return {name: file[name] for name in file}
+    return load_file(RunDirectory(folder).checkpoints()[-1] / "weights.safetensors")
 
 
 @pytest.fixture
@@ -81,7 +81,7 @@ def test_a_classifier_leaves_a_run_of_its_own(protocol, run, fake, capsys):
     evaluate(run, protocol, *FEW)
     folder = run / protocol
     names = {"config.yaml", "metrics.jsonl", "checkpoints", "summary.json", "evaluation.json", "confusion.png"}
-    assert {entry.name for entry in folder.iterdir()} == {*names, "curves.png"}
+    assert {entry.name for entry in folder.iterdir()} == {*names, "curves.png", ".lock", "run.json", "trained.npz"}
     record = json.loads((folder / "evaluation.json").read_text())
     assert record["accuracy"] > 0.6
     low, high = record["confidence_interval"]

@@ -69,7 +69,10 @@ def test_images_that_vanish_end_no_run_and_are_told_by_the_command(tiny, tmp_pat
     result = evaluate_run(config, data, create_engine(config, data.budget))
     assert result["skipped"].startswith("data: none of the images can be read")
     capsys.readouterr()
-    assert main(["evaluate", "--run", str(config.run_path)]) == 2
+    words = ["evaluate", "--run", str(config.run_path)]
+    assert main(words) == 2
+    assert "got images of other names, sizes or pixels" in capsys.readouterr().err
+    assert main([*words, "--allow_changes"]) == 2
     assert capsys.readouterr().err.startswith("prmim: error: data: none of the images can be read")
 
 

@@ -12,7 +12,8 @@ Faults:
 - ``sigkill`` at a random moment: during start-up, during training, while a checkpoint or a line of metrics is written;
 - ``sigterm``: the run must save and exit by itself;
 - ``truncate``: after SIGKILL, a file of the newest checkpoint is cut, changed by a byte or deleted, or the last line of
-  the metrics is cut.
+  the metrics is cut;
+- ``twice``: the same command is started a second time at a random moment, and must be refused; then SIGKILL.
 
 With ``--processes 2``, every run has several processes. Either all are hurt at once, or one of them; then the others
 must exit within a minute.
@@ -39,7 +40,7 @@ from typing import Any
 
 import numpy as np
 
-FAULTS = ("sigkill", "sigterm", "truncate")
+FAULTS = ("sigkill", "sigterm", "truncate", "twice")
 BACKENDS = ("torch", "jax")
 
 OPTIONS = {
@@ -438,14 +439,9 @@ class Soak:
     def _live(self, run: Path, pace: Pace) -> bool:
         """Start a process and hurt it. Returns True if the run finished."""
         self.lives += 1
-        process = Process(
-            self.backend,
-            run,
-            self.folder / f"{self.backend}-{self.fault}-{self.lives:04d}.log",
-            self.folder / "programs",
-            self.epochs,
-            self.processes,
-        )
+        process = self._start(run)
+        if self.fault == "twice":
+            process = self._start_again(process, run, pace)
         try:
             aim = self._aim(pace)
             if self.report.hurt >= self.kills or not aim(process):
@@ -468,6 +464,34 @@ class Soak:
         if self.fault == "truncate":
             self._damage(run)
         return process.has_succeeded()
+
+    def _start(self, run: Path, suffix: str = "") -> Process:
+        log = self.folder / f"{self.backend}-{self.fault}-{self.lives:04d}{suffix}.log"
+        return Process(self.backend, run, log, self.folder / "programs", self.epochs, self.processes)
+
+    def _start_again(self, first: Process, run: Path, pace: Pace) -> Process:
+        """Start the same command at a random moment. Returns the one that trains; checks that the other is refused."""
+        second = None
+        try:
+            first.sleep(self.random.uniform(0, 2 * pace.start))
+            second = self._start(run, "-again")
+            first.until(second.is_over)
+            # The second one wins only if it comes before the first one has locked the run.
+            winner, loser = (second, first) if first.is_over() and not first.has_succeeded() else (first, second)
+            if loser is second:
+                second.until(lambda: False)
+            is_refused = set(loser.codes()) == {1} and "another process is training in" in loser.tail()
+            if loser.has_succeeded():  # fine if the run was finished before
+                winner.until(lambda: False)
+            if not is_refused and not (winner.is_over() and winner.has_succeeded() and loser.has_succeeded()):
+                raise Failure(f"started twice: exit codes {loser.codes()}\n{loser.tail()}")
+        except BaseException:
+            for process in (first, second):
+                if process is not None and not process.is_over():
+                    process.hurt(signal.SIGKILL)
+            raise
+        self.report.moments["refused as the second" if loser is second else "refused as the first"] += 1
+        return winner
 
     def _draw_rank(self) -> int | None:
         """Draw the process to hurt. None: all."""

@@ -10,6 +10,7 @@ import subprocess
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.numpy import load_file
 
 from prmim_train.cli.commands import main
 from prmim_train.pretrain import pretrain
@@ -187,8 +188,7 @@ def test_images_that_vanish_under_the_run(workers, photos, tiny, fake, monkeypat
 
 def final_weights(config):
     latest = sorted((config.run_path / "checkpoints").glob("step_*"))[-1]
-    with np.load(latest / "weights.safetensors") as file:
-        return {name: file[name].tobytes() for name in file}
+    return {name: array.tobytes() for name, array in load_file(latest / "weights.safetensors").items()}
 
 
 def test_what_a_run_left_half_written_before_its_first_step_is_deleted(tiny_words, tmp_path):

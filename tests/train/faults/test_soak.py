@@ -10,8 +10,14 @@ SEED = 5
 EPOCHS = 14  # as in conftest.py
 
 
-@pytest.mark.parametrize(("fault", "kills"), [("sigkill", 2), ("sigterm", 1), ("truncate", 1)])
-@pytest.mark.parametrize("backend", ["torch", "jax"])
+@pytest.mark.parametrize(
+    ("backend", "fault", "kills"),
+    [
+        *[(backend, "sigkill", 2) for backend in ("torch", "jax")],
+        *[(backend, fault, 1) for backend in ("torch", "jax") for fault in ("sigterm", "truncate")],
+        ("torch", "twice", 1),  # in JAX, two processes would compile at once
+    ],
+)
 def test_a_run_that_is_hurt_ends_as_if_nothing_had_happened(backend, fault, kills, soak, undisturbed, tmp_path):
     folder, run, pace = undisturbed(backend)
     (tmp_path / "programs").symlink_to(folder / "programs")

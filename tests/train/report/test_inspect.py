@@ -3,9 +3,11 @@
 import re
 
 import pytest
+from PIL import Image
 
 from prmim_methods import Accounting
 from prmim_train.config.pretrain import pretrain_config
+from prmim_train.report import inspect
 from prmim_train.report.inspect import cost_reports, format_brief, inspect_run
 from prmim_train.run.prepare import open_data
 
@@ -49,6 +51,33 @@ def test_the_report_of_a_run(tiny, fake):
     assert row(text, "learned").startswith("16,384 ")  # 256 pixels x 32, twice
     assert "30 images at once" in text
     assert "plain" not in text
+
+
+def write_photos(folder, number):
+    folder.mkdir()
+    for k in range(number):
+        Image.new("L", (8, 8), k).save(folder / f"{k:02}.png")
+    (folder / "07.png").write_bytes(b"")
+    Image.new("L", (50, 50)).save(folder / "11.png")
+    return {"data": str(folder), "channels": 1, "batch_size": 4}
+
+
+def test_headers_of_files_are_checked(tiny, fake, tmp_path):
+    photos = write_photos(tmp_path / "photos", 12)
+    found = "1 of 12 headers checked: 07.png (empty file)"
+    assert row(inspect_run(tiny(**photos)), "unreadable") == found
+    found = "2 of 12 headers checked: 07.png (empty file), 11.png (2,500 pixels, more than max_pixels 2,499)"
+    assert row(inspect_run(tiny(**photos, max_pixels=2499)), "unreadable") == found
+
+
+def test_of_many_files_evenly_spaced_ones_are_checked(tiny, fake, tmp_path, monkeypatch):
+    photos = write_photos(tmp_path / "photos", 12)
+    monkeypatch.setattr(inspect, "MAX_HEADERS", 5)  # 0, 2, 4, 7 and 9
+    assert row(inspect_run(tiny(**photos)), "unreadable") == "1 of 5 headers checked: 07.png (empty file)"
+
+
+def test_images_in_memory_need_no_check(tiny, fake):
+    assert not rows(inspect_run(tiny()), "unreadable")
 
 
 def test_the_report_of_simmim(tiny, fake):

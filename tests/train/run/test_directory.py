@@ -1,6 +1,7 @@
 import errno
 import json
 import os
+import stat
 import time
 from concurrent.futures import Future
 from contextlib import suppress
@@ -8,8 +9,9 @@ from threading import Thread
 
 import pytest
 
-from prmim_train.run import directory as run_directory
-from prmim_train.run.directory import RunDirectory, damage
+from prmim_train.run import files as run_files
+from prmim_train.run.directory import RunDirectory
+from prmim_train.run.manifest import damage
 
 
 class Saver:
@@ -106,7 +108,7 @@ def test_a_checkpoint_bears_its_name_only_when_it_is_on_the_disk(run, monkeypatc
         seen.append(names(run))
         flush(descriptor)
 
-    monkeypatch.setattr(run_directory.os, "fsync", fsync)
+    monkeypatch.setattr(run_files.os, "fsync", fsync)
     run.append_metrics({"step": 1})
     run.start_checkpoint(Saver(), 1, keep=1).finish()
     assert len(seen) == 6  # three files with the manifest, their folder, the metrics, the parent folder
@@ -121,7 +123,7 @@ def test_writing_a_file_replaces_it_or_leaves_it(run, monkeypatch):
     def fail(descriptor):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(run_directory.os, "fsync", fail)
+    monkeypatch.setattr(run_files.os, "fsync", fail)
     with pytest.raises(OSError, match="No space left"):
         run.write_config("epochs: 3\n")
     assert run.read_config() == "epochs: 2\n"
@@ -147,8 +149,8 @@ def test_a_folder_is_free_until_a_run_has_taken_a_step(run):
 
 def test_a_file_is_no_folder(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(NotADirectoryError, match="out: expected a folder"):
-        RunDirectory(tmp_path / "file").check_is_free()
+    with pytest.raises(NotADirectoryError, match="out: expected a folder"), RunDirectory(tmp_path / "file").locked():
+        pass
 
 
 def test_opening_needs_a_run(tmp_path):
@@ -263,14 +265,14 @@ def test_a_manifest_cannot_make_us_read_other_files(three, tmp_path):
 
 def test_an_old_checkpoint_half_deleted_does_not_bear_its_name(run, monkeypatch):
     run.start_checkpoint(Saver(), 1, keep=1).finish()
-    remove = run_directory.shutil.rmtree
+    remove = run_files.shutil.rmtree
 
     def fail(path, **options):
         if "step_00000001" in str(path) and not options:
             raise OSError("killed")
         remove(path, **options)
 
-    monkeypatch.setattr(run_directory.shutil, "rmtree", fail)
+    monkeypatch.setattr(run_files.shutil, "rmtree", fail)
     with pytest.raises(OSError, match="killed"):
         run.start_checkpoint(Saver(), 2, keep=1).finish()
     assert [place.name for place in run.checkpoints()] == ["step_00000002"]
@@ -295,6 +297,162 @@ def test_the_names_that_trackers_gave_are_kept(run):
 
 def test_summary_round_trip(run):
     assert run.read_summary() is None
-    run.write_summary({"loss": 0.5})
-    assert run.read_summary() == {"loss": 0.5}
-    assert json.loads((run.path / "summary.json").read_text()) == {"loss": 0.5}
+    run.write_summary({"steps": 3, "loss": 0.5})
+    assert run.read_summary() == {"steps": 3, "loss": 0.5}
+    assert json.loads((run.path / "summary.json").read_text()) == {"steps": 3, "loss": 0.5}
+
+
+def content(folder):
+    """Return the content of all files below a folder by name; for links, where they point."""
+    return {
+        path: path.readlink() if path.is_symlink() else path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_symlink() or path.is_file()
+    }
+
+
+CORRUPT_LINES = {
+    "{": '{"step": 2',
+    "nothing of a line": "\0\xff",
+    "list": "[]",
+    "number": "7",
+    "no step": "{}",
+    "step in words": '{"step": "two"}',
+    "true for a step": '{"step": true}',
+    "words": '{"step": 2, "seconds": "long"}',
+    "deep": "[" * 100_000,
+}
+
+
+@pytest.mark.parametrize("line", CORRUPT_LINES.values(), ids=CORRUPT_LINES)
+def test_a_corrupt_line_is_named_and_nothing_is_deleted(line, run):
+    (run.path / "metrics.jsonl").write_text(f'{{"step": 1}}\n{line}\n{{"step": 3}}\n', encoding="latin-1")
+    (run.path / ".summary.json.partial-0a").write_text("")
+    before = content(run.path)
+    for call in (run.read_metrics, lambda: run.cut_metrics(3), run.remove_leftovers):
+        with pytest.raises(ValueError, match=r"^run: expected a .* in line 2 of .*metrics.jsonl, got ") as caught:
+            call()
+        assert str(caught.value).isprintable()
+        assert len(str(caught.value)) < 300
+    assert content(run.path) == before
+
+
+@pytest.mark.parametrize("end", ["", '{"step": 2', '{"step": 2, "lo', "{", "\0\0\0\0", '{"st\0\0'])
+def test_only_the_end_of_the_last_line_can_be_missing(end, run):
+    (run.path / "metrics.jsonl").write_text('{"step": 1}\n\n' + end)
+    assert run.read_metrics() == [{"step": 1}]
+    run.cut_metrics(3)
+    assert (run.path / "metrics.jsonl").read_text() == '{"step": 1}\n'
+
+
+@pytest.mark.parametrize("end", ["[]", "{}", "7", '"text"', "text", "\x7fELF"])
+def test_a_last_line_that_is_no_beginning_of_one_is_corrupt(end, run):
+    (run.path / "metrics.jsonl").write_text('{"step": 1}\n' + end)
+    with pytest.raises(ValueError, match=r"in the last line of .*metrics.jsonl, got "):
+        run.read_metrics()
+
+
+ODD = {"empty": b"", "list": b"[]", "number": b"3", "torn": b'{"steps": 1', "binary": b"\x7fELF\0\xff", "null": b"null"}
+
+
+@pytest.mark.parametrize("odd", [*ODD.values(), b"{}", b'{"steps": "all"}'], ids=[*ODD, "no steps", "steps in words"])
+def test_an_odd_summary_is_named(odd, run):
+    (run.path / "summary.json").write_bytes(odd)
+    with pytest.raises(ValueError, match=r"^run: expected a .* in .*summary.json, got "):
+        run.read_summary()
+
+
+@pytest.mark.parametrize("odd", [*ODD.values(), b'{"wandb": 3}'], ids=[*ODD, "number as ID"])
+def test_an_odd_tracker_file_is_named(odd, run):
+    (run.path / "tracker.json").write_bytes(odd)
+    with pytest.raises(ValueError, match=r"^run: expected a .* in .*tracker.json, got "):
+        run.read_tracker("wandb")
+
+
+@pytest.mark.parametrize("odd", [*ODD.values(), b"{}", b"epochs: [1\n"], ids=[*ODD, "no options", "torn YAML"])
+def test_odd_options_are_named(odd, run):
+    (run.path / "config.yaml").write_bytes(odd)
+    with pytest.raises(ValueError, match=r"^config: expected .*config.yaml"):
+        run.read_config()
+
+
+@pytest.mark.parametrize("odd", [*ODD.values(), b"{}", b"[" * 100_000], ids=[*ODD, "no files", "deep"])
+def test_an_odd_manifest_is_damage(odd, three):
+    (three.checkpoints()[-1] / "manifest.json").write_bytes(odd)
+    assert damage(three.checkpoints()[-1]) == "its manifest.json cannot be read"
+
+
+def test_damage_is_told_in_one_short_line(three):
+    names = {"\x1b[2J" + "x" * 10_000: {"bytes": 1, "sha256": ""}}
+    (three.checkpoints()[-1] / "manifest.json").write_text(json.dumps({"files": names}))
+    assert damage(three.checkpoints()[-1]).isprintable()
+    assert len(damage(three.checkpoints()[-1])) < 100
+
+
+SPECIAL = {
+    "pipe": lambda path: os.mkfifo(path),
+    "socket": lambda path: os.mknod(path, stat.S_IFSOCK | 0o600),
+    "device": lambda path: path.symlink_to("/dev/zero"),
+    "link to a pipe": lambda path: (os.mkfifo(f"{path}.pipe"), path.symlink_to(f"{path}.pipe")),
+}
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has other pipes")
+@pytest.mark.parametrize("make", SPECIAL.values(), ids=SPECIAL)
+@pytest.mark.parametrize(
+    ("name", "read"),
+    [
+        ("config.yaml", RunDirectory.read_config),
+        ("summary.json", RunDirectory.read_summary),
+        ("tracker.json", lambda run: run.read_tracker("wandb")),
+        ("metrics.jsonl", RunDirectory.read_metrics),
+        ("metrics.jsonl", lambda run: run.append_metrics({"step": 1})),
+        ("metrics.jsonl", lambda run: run.cut_metrics(1)),
+    ],
+)
+def test_a_pipe_in_place_of_a_file_does_not_block(name, read, make, run):
+    (run.path / name).unlink(missing_ok=True)
+    make(run.path / name)
+    with pytest.raises(ValueError, match=rf"{name}: not a regular file, but a pipe, a socket or a device$"):
+        read(run)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has other pipes")
+@pytest.mark.parametrize("make", SPECIAL.values(), ids=SPECIAL)
+@pytest.mark.parametrize("name", ["manifest.json", "weights.safetensors", "state", "another"])
+def test_a_pipe_in_a_checkpoint_is_damage(name, make, three):
+    place = three.checkpoints()[-1]
+    (place / name).unlink(missing_ok=True)
+    make(place / name)
+    assert damage(place) is not None
+    assert three.latest_checkpoint().name == "step_00000002"
+
+
+def test_links_among_leftovers_and_checkpoints_are_deleted_and_not_followed(run, tmp_path):
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "outside" / "photo").write_text("mine")
+    folder = run.path / "checkpoints"
+    targets = {"x": tmp_path / "outside", "y": tmp_path / "outside" / "photo", "z": tmp_path / "nowhere"}
+    for name, target in targets.items():
+        (folder / f".{name}.partial").symlink_to(target)
+    run.remove_leftovers()
+    assert names(run) == []
+    (folder / ".step_00000002.partial").symlink_to(tmp_path / "outside")
+    (folder / "step_00000001").symlink_to(tmp_path / "outside")
+    run.start_checkpoint(Saver(), 2, keep=1).finish()
+    assert names(run) == ["step_00000002"]
+    assert (tmp_path / "outside" / "photo").read_text() == "mine"
+
+
+def test_a_link_to_nothing_is_not_written_through(run, tmp_path):
+    (run.path / "metrics.jsonl").symlink_to(tmp_path / "outside")
+    run.cut_metrics(0)
+    run.append_metrics({"step": 1})
+    assert run.read_metrics() == [{"step": 1}]
+    assert not (tmp_path / "outside").exists()
+
+
+def test_a_rescue_checkpoint_of_another_name_is_passed_over(run):
+    (run.path / "checkpoints" / "rescue_step_one").mkdir()
+    (run.path / "checkpoints" / "rescue_step_00000012").mkdir()
+    assert run.rescued_steps() == {12}

@@ -11,10 +11,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
+from prmim_train.cli.commands import main
 from prmim_train.config.layers import parse_options
 from prmim_train.config.pretrain import pretrain_config
 from prmim_train.pretrain import pretrain
+from prmim_train.run import loop
 from prmim_train.run.directory import RunDirectory
 from prmim_train.run.log import SpeedMeter, duration, loss_text
 from prmim_train.run.loop import Interrupted, NonFiniteLoss
@@ -36,8 +39,7 @@ def untimed(config):
 
 def weights(config):
     latest = sorted((config.run_path / "checkpoints").glob("step_*"))[-1]
-    with np.load(latest / "weights.safetensors") as file:
-        return {name: file[name] for name in file}
+    return load_file(latest / "weights.safetensors")
 
 
 def stop_after(monkeypatch, fake, step, number=signal.SIGINT):
@@ -50,6 +52,17 @@ def stop_after(monkeypatch, fake, step, number=signal.SIGINT):
         take(self, images, sample)
 
     monkeypatch.setattr(fake, "train_step", train_step)
+
+
+@pytest.fixture(autouse=True)
+def hang_ups_end_programs():
+    """Undo `nohup`, under which the tests may run."""
+    if not hasattr(signal, "SIGHUP"):
+        yield
+        return
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
 
 
 def test_a_run_leaves_options_metrics_checkpoint_and_summary(tiny):
@@ -99,7 +112,57 @@ def test_a_new_run_does_not_touch_an_old_one(tiny):
         pretrain(tiny())
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+STOPPING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+
+
+@pytest.mark.parametrize("number", STOPPING)
+def test_the_exit_code_names_the_signal(number, tiny_words, fake, monkeypatch):
+    stop_after(monkeypatch, fake, 7, number)
+    before = [signal.getsignal(each) for each in STOPPING]
+    assert main(["pretrain", *tiny_words]) == 128 + number
+    assert [signal.getsignal(each) for each in STOPPING] == before
+
+
+def repeat(monkeypatch, fake, number, count):
+    """Send a signal in the middle of step 3, several times."""
+    take = fake.train_step
+
+    def train_step(self, images, sample):
+        if self.step == 2:
+            for _ in range(count):
+                signal.raise_signal(number)
+        take(self, images, sample)
+
+    monkeypatch.setattr(fake, "train_step", train_step)
+
+
+@pytest.mark.parametrize("number", STOPPING)
+def test_repeated_signals_do_not_prevent_the_checkpoint(number, tiny, fake, monkeypatch):
+    """Shells and terminals, batch systems and `torchrun` repeat them."""
+    repeat(monkeypatch, fake, number, 3)
+    if number != signal.SIGINT:
+        monkeypatch.setattr(loop, "MOMENT", -1.0)
+    with pytest.raises(Interrupted, match="Stopped after step 3 of 12"):
+        pretrain(tiny())
+    assert RunDirectory(tiny().run_path).latest_checkpoint().name == "step_00000003"
+
+
+def test_a_second_ctrl_c_stops_at_once(tiny, fake, monkeypatch):
+    monkeypatch.setattr(loop, "MOMENT", -1.0)
+    repeat(monkeypatch, fake, signal.SIGINT, 2)
+    with pytest.raises(KeyboardInterrupt):
+        pretrain(tiny())
+    assert RunDirectory(tiny().run_path).latest_checkpoint() is None
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="Windows has no SIGHUP")
+def test_a_run_under_nohup_ignores_hang_ups(tiny, fake, monkeypatch):
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    repeat(monkeypatch, fake, signal.SIGHUP, 2)
+    assert pretrain(tiny())["steps"] == 12
+
+
+@pytest.mark.parametrize("number", STOPPING)
 def test_stop_and_resume_is_the_same_as_no_stop(tiny, fake, monkeypatch, tmp_path, number):
     whole = tiny(out=str(tmp_path / "whole"))
     pretrain(whole)
@@ -269,7 +332,7 @@ def test_resuming_where_no_run_is_begins_one(tiny):
 def test_resuming_another_model_is_refused(tiny):
     pretrain(tiny())
     with pytest.raises(ValueError, match="weights: expected shape"):
-        pretrain(tiny(resume=True, epochs=2, image_size=32))
+        pretrain(tiny(resume=True, epochs=2, image_size=32, allow_changes=True))
 
 
 def test_a_loss_that_is_not_finite_is_rescued_and_ends_the_run(tiny, fake, monkeypatch):

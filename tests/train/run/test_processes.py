@@ -49,8 +49,13 @@ def test_the_environment_says_which_process_this_is(names, place, environment):
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        ({"WORLD_SIZE": "two", "RANK": "0"}, "WORLD_SIZE: expected a whole number of at least 1 .*, got 'two'"),
-        ({"WORLD_SIZE": "2"}, "RANK: expected a whole number of at least 0 in the environment, got ''"),
+        ({"WORLD_SIZE": "two", "RANK": "0"}, "WORLD_SIZE: expected a whole number from 1 to 999999 .*, got 'two'"),
+        ({"WORLD_SIZE": "٣", "RANK": "0"}, "WORLD_SIZE: expected a whole number from 1 to 999999 .*, got '٣'"),
+        (
+            {**JAX, "JAX_NUM_PROCESSES": "9" * 5000},
+            "JAX_NUM_PROCESSES: expected .*, got '9{40,60} ... 9+'",
+        ),
+        ({"WORLD_SIZE": "2"}, "RANK: expected a whole number from 0 to 999999 in the environment, got ''"),
     ],
 )
 def test_a_strange_environment_is_named(names, message, environment, capsys):

@@ -1,0 +1,51 @@
+"""Files that other programs can replace: opened without waiting, and only if they are regular files."""
+
+import errno
+import io
+import os
+import stat
+from pathlib import Path
+from typing import Literal
+
+NOT_REGULAR = "not a regular file, but a pipe, a socket or a device"
+
+
+def open_regular(path: str | os.PathLike[str], mode: Literal["r", "a"] = "r") -> io.FileIO:
+    """Open a regular file, unbuffered, for reading or appending.
+
+    A pipe without a process at its other side would block the opening, a device may never end.
+
+    Parameters
+    ----------
+    path
+        The file.
+    mode
+        ``"r"`` or ``"a"``; the latter creates the file if needed.
+
+    Raises
+    ------
+    ValueError
+        If the path is a pipe, a socket or a device.
+    OSError
+        If the file cannot be opened.
+    """
+    try:
+        file = io.FileIO(path, mode, opener=_open_at_once)
+    except OSError as error:
+        if error.errno == errno.ENXIO:  # a socket, or a pipe without a reader
+            raise ValueError(NOT_REGULAR) from error
+        raise
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise ValueError(NOT_REGULAR)
+    return file
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    # Without the flag, opening a named pipe waits for its other side. Windows has neither such pipes nor the flag.
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0), 0o666)
+
+
+def is_special(path: Path) -> bool:
+    """Whether a path is a pipe, a socket or a device, or a link to one."""
+    return path.exists() and not path.is_file() and not path.is_dir()

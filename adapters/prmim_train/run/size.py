@@ -1,0 +1,95 @@
+"""Sizes that no machine can hold, found by formula before anything is built."""
+
+import os
+from math import prod
+
+from prmim_methods import Accounting, MethodConfig
+from prmim_train.config.pretrain import PretrainConfig
+from prmim_train.config.training import TrainingOptions
+from prmim_train.run.processes import launched
+
+MOST_BLOCKS = 1000
+"""Most blocks of an encoder or a decoder that are built, which takes seconds."""
+MOST_TOKENS = 2**20
+"""Most tokens of an image: choosing some of them takes minutes."""
+OPTIMIZED_BYTES = 16
+"""Bytes of a trained float32 weight with its gradient and the two moments of AdamW."""
+SLACK = 2
+"""What may be needed, relative to the memory: estimates are not exact, and some memory is on disk."""
+ACCELERATORS = 2**42
+"""Bytes of memory that accelerators of one process may have: 4 TiB."""
+
+
+def check_size(config: PretrainConfig, *, images: int = 1) -> None:
+    """Check that a model can be built, from its options alone.
+
+    Parameters
+    ----------
+    config
+        Options of the run.
+    images
+        Images at once that this process trains on.
+
+    Raises
+    ------
+    ValueError
+        If the model has more than `MOST_BLOCKS` blocks, an image has more than `MOST_TOKENS` tokens, the weights exceed
+        the memory of this machine, or weights and activations exceed what any device has. With `device: cpu`, that is
+        the memory of this machine.
+    """
+    if reason := excess(config, images=images):
+        raise ValueError(reason)
+
+
+def check_batch(config: TrainingOptions, method: MethodConfig) -> None:
+    """Raise ValueError if this process's share of a batch of uint8 images exceeds the memory of this machine."""
+    size = config.batch_size // launched().world_size * prod(method.image_size) * method.channels
+    if size > SLACK * physical_memory():
+        raise ValueError(f"batch_size: expected images that fit into memory, got {_gigabytes(size)} of images at once")
+
+
+def excess(config: PretrainConfig, *, images: int = 1) -> str:
+    """Return why a model cannot be built; empty if it can. See `check_size`."""
+    return _excess_of_numbers(config.method) or _excess_of_memory(config, images)
+
+
+def _excess_of_numbers(method: MethodConfig) -> str:
+    stacks = {"depth": method.encoder_size.depth, "decoder_depth": getattr(method, "decoder_depth", 0)}
+    for name, depth in stacks.items():
+        if depth > MOST_BLOCKS:
+            return f"{name}: expected at most {MOST_BLOCKS:,} blocks to build, got {depth:,}"
+    tokens = method.grid.num_tokens
+    if tokens > MOST_TOKENS:
+        return f"image_size: expected at most {MOST_TOKENS:,} patches of an image, got {tokens:,}"
+    return ""
+
+
+def _excess_of_memory(config: PretrainConfig, images: int) -> str:
+    method, parameters = config.method, config.method.parameters()
+    shares = launched().world_size if config.parallel == "fsdp" else 1
+    weights = 4 * (parameters.learned + parameters.fixed) // shares
+    memory = SLACK * physical_memory()
+    if weights > memory:
+        return f"model: expected weights that fit into memory, got {_gigabytes(weights)}"
+    trained = weights + (OPTIMIZED_BYTES - 4) * parameters.learned // shares
+    cost = method.cost(Accounting(compute_bytes=4 if config.precision == "float32" else 2))
+    activations = method.shared_bytes + (0 if cost is None else images * cost.peak_activation_bytes)
+    limit = memory if config.device.startswith("cpu") else max(memory, ACCELERATORS)
+    if trained + activations <= limit:
+        return ""
+    return (
+        f"model: expected a training step that fits into memory, got {_gigabytes(trained)} of weights with gradients "
+        f"and optimizer, and {_gigabytes(activations)} of activations for {images} image{'s' * (images > 1)} at once"
+    )
+
+
+def physical_memory() -> int:
+    """Return the bytes of memory of this machine; a number above all if the system does not tell."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, OSError, ValueError):
+        return ACCELERATORS
+
+
+def _gigabytes(count: int) -> str:
+    return f"{count / 1e9:,.1f} GB" if count < 1e14 else f"{count / 1e9:.3g} GB"
