@@ -1,26 +1,41 @@
 # The one task list: README, CONTRIBUTING and .ci/run call these targets and nothing else.
 #   make pretrain [BACKEND=torch|jax] [OUT=runs/digits]   set up, pre-train on the embedded digits, leave numbers and pictures
 #   make test | lint | docs                           set up, then check
+#   make test-lowest                                  the main job and the main tests, with every dependency at its lower bound
 #   make bench | bench-full                           set up, then measure: in minutes, or at length
+#   make sizes                                        the installed size of every extra
 #   make verdicts                                     set up, then check the claims about accuracy against their records
-# Everything is installed into .venv, at the versions in constraints.txt. PIP_ARGS passes options on to pip.
+# Everything is installed into .venv, at the versions in constraints.txt; test-lowest has .venv-lowest. PIP_ARGS passes options on to pip.
 
 PYTHON ?= python3
 BACKEND ?= torch
 OUT ?= runs/digits
 PIP_ARGS ?=
+ALL := torch,jax,train,evaluate,teachers,tensorboard,test
 BIN := .venv/bin
 
-.PHONY: pretrain test lint docs bench bench-full verdicts wheel clean
+.PHONY: pretrain test test-lowest lint docs bench bench-full verdicts sizes wheel clean
 
 pretrain: .venv/installed-$(BACKEND)
 	$(BIN)/prmim pretrain --backend $(BACKEND) --out $(OUT) --resume
 
 # One thread each: two test processes that each use all cores wait for one another most of the time. XLA compiles a
 # training step in a third of the time without its newer code generator. The runs that fault tests start keep it.
+TEST_SETTINGS := OMP_NUM_THREADS=1 XLA_FLAGS=--xla_cpu_use_fusion_emitters=false
 test: .venv/installed-dev
-	OMP_NUM_THREADS=1 XLA_FLAGS=--xla_cpu_use_fusion_emitters=false \
-		$(BIN)/python -m pytest -q -n 2 --dist worksteal
+	$(TEST_SETTINGS) $(BIN)/python -m pytest -q -n 2 --dist worksteal
+
+# Old versions warn about themselves: warnings are no errors here.
+LOWEST := .venv-lowest
+test-lowest: $(LOWEST)/installed
+	rm -rf $(LOWEST)/runs
+	for backend in torch jax; do \
+		$(LOWEST)/bin/prmim pretrain --backend $$backend --epochs 2 --out $(LOWEST)/runs/$$backend || exit 1; \
+	done
+	$(TEST_SETTINGS) $(LOWEST)/bin/python -m pytest -q -n 2 --dist worksteal -o filterwarnings= tests/core/test_backends.py \
+		$(foreach backend,torch jax,$(foreach topic,engine teacher plan,tests/$(backend)/test_$(topic).py)) \
+		tests/parity/test_numbers.py tests/train/test_pretrain_torch.py \
+		tests/train/test_pretrain_jax.py tests/train/data/test_sources.py tests/train/run/test_trackers.py
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .
@@ -39,12 +54,23 @@ bench-full: .venv/installed-dev
 verdicts: .venv/installed-dev
 	$(BIN)/python -m benchmarks.quality.verdicts
 
+# MB in an environment of its own, without pip; torch is listed by itself.
+SIZES := core torch jax train evaluate teachers tensorboard wandb mlflow gpu-tests
+sizes:
+	@for extra in $(SIZES); do \
+		$(PYTHON) -m venv --clear .venv-size; \
+		.venv-size/bin/python -m pip install -q $(PIP_ARGS) -c constraints.txt ".$$(test $$extra = core || echo "[$$extra]")" || exit 1; \
+		.venv-size/bin/python -m pip uninstall -q -y pip setuptools; \
+		size=$$(du -sm .venv-size | cut -f1); torch=$$(du -sm .venv-size/lib/python*/site-packages/torch 2>/dev/null | cut -f1); \
+		echo "$$extra $$((size - $${torch:-0})) torch $${torch:-0}"; \
+	done; rm -rf .venv-size
+
 wheel: .venv/installed-dev
 	rm -rf dist
 	$(BIN)/python -m build --wheel --outdir dist .
 
 clean:
-	rm -rf .venv build dist docs/_build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-lowest .venv-size build dist docs/_build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 $(BIN)/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
@@ -52,13 +78,24 @@ $(BIN)/python:
 
 # A stamp for every set of extras; a change of the pins or of the project file installs again.
 .venv/installed-torch: $(BIN)/python pyproject.toml constraints.txt
-	$(BIN)/python -m pip install -q $(PIP_ARGS) -c constraints.txt -e '.[torch,train]'
+	$(BIN)/python -m pip install -q $(PIP_ARGS) -c constraints.txt -e '.[torch,train,evaluate]'
 	@touch $@
 
 .venv/installed-jax: $(BIN)/python pyproject.toml constraints.txt
-	$(BIN)/python -m pip install -q $(PIP_ARGS) -c constraints.txt -e '.[jax,train]'
+	$(BIN)/python -m pip install -q $(PIP_ARGS) -c constraints.txt -e '.[jax,train,evaluate]'
 	@touch $@
 
 .venv/installed-dev: $(BIN)/python pyproject.toml constraints.txt
-	$(BIN)/python -m pip install -q $(PIP_ARGS) -c constraints.txt -e '.[torch,jax,train,docs,dev]'
+	$(BIN)/python -m pip install -q $(PIP_ARGS) -c constraints.txt -e '.[$(ALL),docs,dev]'
+	@touch $@
+
+# Triton is large; its tests are skipped without it.
+.venv/installed-gpu-tests: .venv/installed-dev
+	$(BIN)/python -m pip install -q $(PIP_ARGS) -c constraints.txt -e '.[gpu-tests]'
+	@touch $@
+
+$(LOWEST)/installed: pyproject.toml tests/lowest.py
+	$(PYTHON) -m venv --clear $(LOWEST)
+	$(LOWEST)/bin/python tests/lowest.py > $(LOWEST)/pins.txt
+	$(LOWEST)/bin/python -m pip install -q $(PIP_ARGS) -c $(LOWEST)/pins.txt -e '.[$(ALL)]'
 	@touch $@

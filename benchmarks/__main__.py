@@ -22,6 +22,7 @@ SHORT = {
     "checkpoint": [["--model", "vit_tiny", "--repeats", "1", "--step-seconds", "10"]],
     "scale": [["--no-check", "--models", "vit_base"]],
     "input": [["--images", "64", "--repeats", "1"]],
+    "startup": [["--repeats", "1"]],
 }
 FULL = {
     "macs": [[]],
@@ -47,6 +48,7 @@ FULL = {
     "scale": [[]],
     "scan": [[]],
     "input": [[]],
+    "startup": [[]],
 }
 """Runs of each benchmark, as lists of options."""
 

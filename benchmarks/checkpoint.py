@@ -66,7 +66,9 @@ def measure(name: str, options: argparse.Namespace, folder: Path) -> dict[str, f
     """Return times (median seconds) and size (bytes) of a backend's checkpoints."""
     size = (options.image_size,) * 2
     config = MAEConfig(model=options.model, image_size=size, decoder_depth=options.decoder_depth)
-    engine = PACKAGES[name].Engine(config, TrainingConfig(total_steps=1000, learning_rate=1e-4, device=options.device))
+    engine = PACKAGES[name].Engine(
+        config, TrainingConfig(total_steps=1000, learning_rate=1e-4, precision="float32", device=options.device)
+    )
     images = random_images((options.batch, options.image_size, options.image_size, 3))
 
     def step() -> None:

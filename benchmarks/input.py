@@ -229,6 +229,7 @@ def waiting(config: PretrainConfig, steps: int, warm_up: int = 3) -> tuple[float
         total_steps=warm_up + steps,
         crop_scale=config.crop_scale,
         crop_ratio=config.crop_ratio,
+        crop_draw=config.crop_draw,
         flip=config.flip,
         workers=config.workers,
     ) as batches:

@@ -29,7 +29,9 @@ def make_engine(depth: int, decoder_depth: int, dim: int, scan_blocks: bool) -> 
         decoder_heads=4,
         scan_blocks=scan_blocks,
     )
-    return Engine(config, TrainingConfig(total_steps=100, warmup_steps=10, learning_rate=1e-3, clip_grad=1.0))
+    return Engine(
+        config, TrainingConfig(total_steps=100, warmup_steps=10, learning_rate=1e-3, clip_grad=1.0, precision="float32")
+    )
 
 
 def compile_seconds(program: Any, *arguments: Any) -> tuple[float, int]:

@@ -2,13 +2,13 @@
 
 from dataclasses import dataclass
 from fractions import Fraction
-from math import floor
+from math import ceil, floor
 from numbers import Rational, Real
 from typing import Literal
 
-from prmim_core._checks import check_integer, shown
+from prmim_core._checks import check_choice, check_integer, shown
 
-Rounding = Literal["mae", "amt"]
+Rounding = Literal["mae", "amt", "mae_float", "simmim_float"]
 
 
 @dataclass(frozen=True)
@@ -67,8 +67,10 @@ def count_tokens(
     throw_ratio
         Thrown fraction of **all** tokens, in [0, 1]. Only masked tokens are thrown, so 1 means that none are decoded.
     rounding
-        ``"mae"`` rounds the visible count down, V = floor(N (1 - mask_ratio)), as MAE, SimMIM and MaskAlign do.
-        ``"amt"`` rounds the masked count down, N - V = floor(N mask_ratio), as AMT does.
+        ``"mae"`` rounds the visible count down, V = floor(N (1 - mask_ratio)), as MAE, SimMIM and MaskAlign define it.
+        ``"amt"`` rounds the masked count down, N - V = floor(N mask_ratio), as AMT does. Both compute exactly.
+        ``"mae_float"`` computes V = int(N * (1 - mask_ratio)) in floating point, as the code of MAE and MaskAlign.
+        ``"simmim_float"`` computes N - V = ceil(N * mask_ratio) in floating point, as the code of SimMIM.
     mask_unit
         Number of tokens that are masked together; a divisor of ``num_tokens``. SimMIM's 2x2 units have 4.
     throw_unit
@@ -77,8 +79,8 @@ def count_tokens(
     Returns
     -------
     TokenCounts
-        V as above, T = min(floor(N throw_ratio), N - V), M = N - V - T. With units the same rules count units, so V is
-        a multiple of ``mask_unit`` and T of ``throw_unit``.
+        V as above, T = min(floor(N throw_ratio), N - V), M = N - V - T. T is computed in the arithmetic of the rule.
+        With units the same rules count units, so V is a multiple of ``mask_unit`` and T of ``throw_unit``.
 
     Raises
     ------
@@ -89,8 +91,8 @@ def count_tokens(
 
     Notes
     -----
-    Arithmetic is exact: a ratio stands for its shortest decimal, so 0.9 is 9/10. Ten tokens at 0.9 leave one visible,
-    whereas floating-point arithmetic leaves none.
+    Exact arithmetic takes a ratio as its shortest decimal: 0.9 is 9/10, so 100 tokens leave 10 visible. In floating
+    point, 1 - 0.9 is below 0.1, and 100 tokens leave 9 visible. The ``float`` rules reproduce such counts.
 
     Examples
     --------
@@ -100,6 +102,8 @@ def count_tokens(
     TokenCounts(visible=1, decoded=9, thrown=0)
     >>> count_tokens(49, 0.6).masked, count_tokens(196, 0.45, rounding="amt").masked
     (30, 88)
+    >>> count_tokens(100, 0.9).visible, count_tokens(100, 0.9, rounding="mae_float").visible
+    (10, 9)
     >>> count_tokens(196, 0.6, 0.25, mask_unit=4)
     TokenCounts(visible=76, decoded=71, thrown=49)
     >>> count_tokens(196, 0.6, 0.25, mask_unit=4, throw_unit=4)
@@ -112,15 +116,17 @@ def count_tokens(
         raise ValueError(f"mask_unit: expected a divisor of the {num_tokens} tokens, got {mask_unit}")
     if mask_unit % throw_unit:
         raise ValueError(f"throw_unit: expected a divisor of mask_unit {mask_unit}, got {throw_unit}")
-    masked_part = _exact_ratio("mask_ratio", mask_ratio)
-    thrown_part = _exact_ratio("throw_ratio", throw_ratio)
+    check_choice("rounding", rounding, Rounding)
+    number = float if rounding.endswith("_float") else Fraction
+    masked_part = number(_exact_ratio("mask_ratio", mask_ratio))
+    thrown_part = number(_exact_ratio("throw_ratio", throw_ratio))
     units = num_tokens // mask_unit
-    if rounding == "mae":
-        visible = mask_unit * floor(units * (1 - masked_part))
-    elif rounding == "amt":
+    if rounding == "amt":
         visible = mask_unit * (units - floor(units * masked_part))
+    elif rounding == "simmim_float":
+        visible = mask_unit * (units - ceil(units * masked_part))
     else:
-        raise ValueError(f"rounding: expected 'mae' or 'amt', got {shown(rounding)}")
+        visible = mask_unit * floor(units * (1 - masked_part))
     thrown = min(throw_unit * floor(num_tokens // throw_unit * thrown_part), num_tokens - visible)
     return TokenCounts(visible, num_tokens - visible - thrown, thrown)
 

@@ -3,6 +3,7 @@
 import ast
 import importlib
 import inspect
+import re
 import subprocess
 import sys
 import tomllib
@@ -188,3 +189,33 @@ def test_what_is_public_is_documented(name, thing):
 def test_what_is_public_lives_in_the_core(name, thing):
     assert thing.__module__.startswith("prmim_core.")
     assert thing.__name__ == name
+
+
+def private_names(source):
+    """Return what a file uses of jax, flax, optax or orbax that they keep to themselves."""
+    tree = ast.parse(source)
+    modules = [node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module]
+    modules += [alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names]
+    chains = [ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.Attribute)]
+    pattern = re.compile(r"(jax|jaxlib|jnp|lax|flax|nnx|optax|orbax|ocp)\.(.*\.)?(_[a-z]\w*|interpreters|xla_bridge)")
+    return {name for name in modules + chains if pattern.fullmatch(name)}
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "adapters").rglob("*.py")), ids=lambda path: str(path.relative_to(ROOT))
+)
+def test_no_private_names_of_jax(path):
+    assert private_names(path.read_text(encoding="utf-8")) == set()
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("import jax\njax._src", {"jax._src"}),
+        ("from jax._src import core", {"jax._src"}),
+        ("from jax.interpreters import ad", {"jax.interpreters"}),
+        ("import jax\njax.core.Tracer, jax.lax.scan, jnp.x_y", set()),
+    ],
+)
+def test_the_rule_finds_private_names(source, expected):
+    assert private_names(source) == expected

@@ -1,11 +1,12 @@
-"""Benchmarks of backends, checkpoints and scan: tables of small models."""
+"""Benchmarks of backends, checkpoints, scan and start-up: tables of small models."""
 
 import json
 
 import pytest
 
-from benchmarks import arms, backends, checkpoint, scan
+from benchmarks import arms, backends, checkpoint, scan, startup
 from prmim_torch import create_method
+from prmim_train.cli.commands import main
 
 
 def table(folder, benchmark, title):
@@ -66,3 +67,22 @@ def test_scan_compiles_less_than_the_loop(tmp_path, quick_compiler):
     loop, scanned = rows.values()
     assert scanned[1] < loop[1]
     assert scanned[3] < loop[3]
+
+
+def test_startup_prints_seconds_and_the_goal(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(startup, "COMMANDS", {"prmim": ("-c", "import time; time.sleep(0.3)")})
+    monkeypatch.setattr(startup, "IMPORTS", {"import numpy": ("-c", "import numpy")})
+    startup.main(["--repeats", "1", "--json", str(tmp_path)])
+    rows = table(tmp_path, "startup", "start-up")
+    cpu, ratio = rows["prmim"]
+    assert 0 < cpu < 0.3  # a process that sleeps uses no core
+    assert ratio == pytest.approx(cpu / rows["import numpy"][0])
+    assert capsys.readouterr().out.splitlines()[-1] == f"goal for commands: at most 1.5 CPU s: {cpu:.2f}, met"
+
+
+@pytest.mark.parametrize("name", startup.COMMANDS)
+def test_startup_times_commands_that_answer(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    module, program, *words = startup.COMMANDS[name]
+    assert (module, program) == ("-m", "prmim_train")
+    assert main(words) == (2 if name.startswith("error") else 0)

@@ -22,20 +22,33 @@ from prmim_jax.methods import METHODS
 from prmim_jax.trainer import Trainer, adamw
 from prmim_jax.vit import LayerNorm, Linear, Statistic, constant, freeze, normal, wide
 from prmim_methods import ClassifierConfig, MethodConfig, TrainingConfig
-from prmim_methods.classifier import BATCH_NORM_EPS, BATCH_NORM_MOMENTUM, check_targets
+from prmim_methods.classifier import BATCH_NORM_EPS, BATCH_NORM_MOMENTUM, check_targets, copy_table
 from prmim_methods.weight_files import check_metadata
 
 
 class BatchNorm(nnx.Module):
     """Batch norm of vectors without learned factors, eps 1e-6, for features that need no gradient.
 
-    In training mode, it uses the statistics of the batch, across all devices inside ``jax.shard_map``, and updates the
-    running statistics: first the mean over the first ten batches, then an exponential moving average with momentum 0.1.
-    (PyTorch's average starts at 0 and 1, which biases short trainings.) In evaluation mode, it uses the running
-    statistics.
+    Parameters
+    ----------
+    dim
+        Length of the vectors.
+    over
+        Rows whose statistics are used in training mode, if devices share the batch inside ``jax.shard_map``:
+        ``"device"``, those of this device; ``"all"``, those of all.
+
+    Notes
+    -----
+    In training mode, the running statistics follow those of the batch: first the mean over the first ten batches, then
+    an exponential moving average with momentum 0.1. (PyTorch's average starts at 0 and 1, which biases short
+    trainings.) In evaluation mode, the running statistics are used.
+
+    All devices hold the same running statistics. With ``"device"``, a batch counts with the mean over the devices of
+    their means and of their unbiased variances.
     """
 
-    def __init__(self, dim: int) -> None:
+    def __init__(self, dim: int, over: str = "device") -> None:
+        self.over = over
         self.running_mean = Statistic(constant(0.0, dim))
         self.running_var = Statistic(constant(1.0, dim))
         self.num_batches_tracked = Statistic(constant(0.0, 1))
@@ -50,22 +63,35 @@ class BatchNorm(nnx.Module):
 
     def _learn(self, x: Array) -> tuple[Array, Array]:
         """Return mean and variance of a batch, and update the running ones; the latter unbiased, as in PyTorch."""
-        mean, devices = _mean_of_all(x.mean(0))
-        variance, _ = _mean_of_all(jnp.square(x - mean).mean(0))
-        rows = len(x) * devices
+        rows, mean = len(x), x.mean(0)
+        if self.over == "all":
+            rows, mean = rows * _num_devices(), _mean_of_all(mean)
+        variance = jnp.square(x - mean).mean(0)
+        if self.over == "all":
+            variance = _mean_of_all(variance)
+        latest = jnp.stack([mean, variance * rows / max(rows - 1, 1)])
+        if self.over == "device":
+            latest = _mean_of_all(latest)
         batches = self.num_batches_tracked[...] + 1
         share = jnp.maximum(1 / batches, BATCH_NORM_MOMENTUM)
         self.num_batches_tracked.set_value(batches)
-        for running, value in ((self.running_mean, mean), (self.running_var, variance * rows / max(rows - 1, 1))):
+        for running, value in zip((self.running_mean, self.running_var), latest, strict=True):
             running.set_value(running[...] + share * (value - running[...]))
         return mean, variance
 
 
-def _mean_of_all(values: Array) -> tuple[Array, int]:
-    """Return the mean over the devices, which have equal numbers of rows, and the number of devices."""
-    if AXIS not in jax.sharding.get_abstract_mesh().manual_axes:
-        return values, 1
-    return lax.pmean(values, AXIS), lax.axis_size(AXIS)  # type: ignore[no-untyped-call]
+def _is_shared() -> bool:
+    """Return whether several devices share the batch."""
+    return AXIS in jax.sharding.get_abstract_mesh().manual_axes
+
+
+def _num_devices() -> int:
+    return lax.axis_size(AXIS) if _is_shared() else 1
+
+
+def _mean_of_all(values: Array) -> Array:
+    """Return the mean over the devices, which have equal numbers of rows."""
+    return lax.pmean(values, AXIS) if _is_shared() else values  # type: ignore[no-untyped-call]
 
 
 class Classifier(ImageModule):
@@ -77,7 +103,7 @@ class Classifier(ImageModule):
         The method whose encoder the classifier has. :func:`load_encoder` loads trained weights.
     config
         The options. The classifier is frozen, apart from its head, with ``protocol="linear"``; else the position table
-        is trained too.
+        is trained too. Relative positions then have a table in each block, see :meth:`ClassifierConfig.position`.
     num_classes
         Number of classes.
     init_seed
@@ -125,6 +151,7 @@ class Classifier(ImageModule):
         has_layer_norm = config.pool == "mean" and not config.is_frozen
         self.encoder = build_encoder(
             method_config,
+            position=config.position(method_config),
             learned_positions=not config.is_frozen,
             final_norm=not has_layer_norm,
             dtype=dtype,
@@ -132,7 +159,7 @@ class Classifier(ImageModule):
         )
         if config.is_frozen:
             freeze(self.encoder)
-            self.fc_norm: BatchNorm | LayerNorm | None = BatchNorm(dim)
+            self.fc_norm: BatchNorm | LayerNorm | None = BatchNorm(dim, config.batch_norm)
         else:
             self.fc_norm = LayerNorm(dim) if has_layer_norm else None
         rngs = nnx.Rngs(init_seed)
@@ -193,6 +220,8 @@ class Classifier(ImageModule):
 def load_encoder(classifier: Classifier, path: str | os.PathLike[str]) -> None:
     """Load the encoder of a classifier from the weight file of its method.
 
+    If each block of the classifier has a table of relative position bias, each gets a copy of the method's.
+
     Parameters
     ----------
     classifier
@@ -212,7 +241,8 @@ def load_encoder(classifier: Classifier, path: str | os.PathLike[str]) -> None:
     metadata, tensors = read_file(path)
     check_metadata(classifier.method_config, metadata, path)
     expected = {f"encoder.{name}": array for name, array in named_weights(classifier.encoder).items()}
-    found = {name: array for name, array in tensors.items() if name in expected}
+    copied = copy_table(tensors, classifier.method_config.encoder_size.depth)
+    found = {name: array for name, array in copied.items() if name in expected}
     check_fit(expected, found, path)
     put_weights(classifier, found)
 
@@ -290,8 +320,9 @@ class ClassifierEngine(Trainer[Classifier]):
 
     Notes
     -----
-    Batch norm uses the statistics of the rows of all devices. If ``accumulate`` splits the batch, each part has
-    statistics of its own.
+    ``config.batch_norm`` says whether batch norm uses the rows of each device or of all. If ``accumulate`` splits the
+    batch, each part has statistics of its own. Batch norm of each device is the one thing by which a step depends on
+    the number of devices; weights and running statistics are equal on all of them.
     """
 
     def __init__(
@@ -304,8 +335,7 @@ class ClassifierEngine(Trainer[Classifier]):
     ) -> None:
         self._num_classes = num_classes
 
-        def make_module() -> Classifier:
-            dtype = jnp.bfloat16 if training.precision == "bfloat16" else None
+        def make_module(dtype: DTypeLike | None) -> Classifier:
             classifier = Classifier(method_config, config, num_classes, init_seed=training.seed, dtype=dtype)
             if weights is None:
                 put_weights(classifier.encoder, named_weights(METHODS[method_config.name](method_config).encoder))

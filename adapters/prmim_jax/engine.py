@@ -7,6 +7,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.typing import DTypeLike
 from numpy.typing import NDArray
 
 from prmim_core import Schedule
@@ -94,11 +95,12 @@ class Engine(Trainer[Method]):
     """
 
     def __init__(self, config: MethodConfig, training: TrainingConfig) -> None:
-        dtype = jnp.bfloat16 if training.precision == "bfloat16" else None
         self._config = config
-        super().__init__(
-            partial(METHODS[config.name], config, dtype=dtype), training, _loss, partial(adamw, training=training)
-        )
+
+        def make_module(dtype: DTypeLike | None) -> Method:
+            return METHODS[config.name](config, dtype=dtype)
+
+        super().__init__(make_module, training, _loss, partial(adamw, training=training))
 
     @property
     def method(self) -> Method:

@@ -351,13 +351,17 @@ class FeatureMethod(Method):
 def build_encoder(
     config: MethodConfig,
     *,
+    position: str | None = None,
     learned_positions: bool = False,
     mask_token: bool = False,
     final_norm: bool = True,
     dtype: DTypeLike | None = None,
     rngs: nnx.Rngs,
 ) -> Encoder:
-    """Return the encoder of a method; see :class:`prmim_jax.vit.Encoder` for the keyword arguments."""
+    """Return the encoder of a method; see :class:`prmim_jax.vit.Encoder` for the keyword arguments.
+
+    ``position`` is by default that of the method.
+    """
     size = config.encoder_size
     return Encoder(
         config.grid.shape,
@@ -366,7 +370,7 @@ def build_encoder(
         dim=size.dim,
         depth=size.depth,
         num_heads=size.heads,
-        position=config.position,  # type: ignore[arg-type]  # one of the choices
+        position=position or config.position,  # type: ignore[arg-type]  # one of the choices
         learned_positions=learned_positions,
         layer_scale=config.layer_scale,
         mask_token=mask_token,

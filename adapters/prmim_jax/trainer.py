@@ -3,6 +3,7 @@
 import logging
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import cache, partial
@@ -16,6 +17,7 @@ import optax
 import orbax.checkpoint as ocp
 from flax import nnx
 from jax import Array, lax
+from jax.typing import DTypeLike
 from numpy.typing import NDArray
 
 from prmim_core import counter_noise
@@ -31,8 +33,10 @@ from prmim_jax.interop import (
 )
 from prmim_jax.method import ImageModule, check_images, check_not_empty
 from prmim_jax.reconstruct import ProgressiveReconstruction
-from prmim_jax.vit import Statistic
+from prmim_jax.vit import Statistic, project
 from prmim_methods import TrainingConfig
+from prmim_methods.hardware import Choice, choose_precision, is_slow
+from prmim_methods.sizes import Transformer
 from prmim_methods.weight_files import dump_architecture
 
 Module = TypeVar("Module", bound=ImageModule)
@@ -44,6 +48,8 @@ Arrays = dict[str, Array]
 
 WEIGHTS_FILE = "weights.safetensors"
 STATE_FOLDER = "training_state"
+TIMED_IMAGES, TIMED_TOKENS = 8, 16
+"""Input of the layer that is timed in both number formats."""
 
 
 class TrainingState(NamedTuple):
@@ -83,8 +89,8 @@ class Trainer(Generic[Module]):
     Parameters
     ----------
     make_module
-        Returns the module; called when processes are connected, with the device set. The module has ``losses``,
-        ``architecture()`` and ``not_decayed()``.
+        Returns the module, for a dtype of matrix products (None: that of the weights); called when processes are
+        connected, with the device set. The module has ``losses``, ``architecture()`` and ``not_decayed()``.
     training
         The options; ``training.compile`` has no effect, since JAX always compiles the step.
     loss
@@ -96,6 +102,11 @@ class Trainer(Generic[Module]):
         Returns the factor of a parameter's learning rate, by its name in files; None: all 1.
     ema_decay
         Decay, per step, of an exponential moving average of the weights; None: no average.
+
+    Attributes
+    ----------
+    precision, compiled
+        Number format, and whether the step is compiled, each with the reason.
 
     Notes
     -----
@@ -111,7 +122,7 @@ class Trainer(Generic[Module]):
 
     def __init__(
         self,
-        make_module: Callable[[], Module],
+        make_module: Callable[[DTypeLike | None], Module],
         training: TrainingConfig,
         loss: Loss,
         make_optimizer: Callable[[Module], optax.GradientTransformation],
@@ -124,8 +135,10 @@ class Trainer(Generic[Module]):
         self._ema_decay = ema_decay
         self._processes = Processes(training.timeout)
         self._layout = Layout(choose_devices(training.device), training.parallel)  # type: ignore[arg-type]
+        self.precision: Choice[str] = _choose_precision(training.precision, self._layout.local_device)
+        self.compiled: Choice[bool] = Choice(True, "JAX always compiles")
         with jax.default_device(self._layout.local_device):
-            module = make_module()
+            module = make_module(jnp.bfloat16 if self.precision.value == "bfloat16" else None)
             self._optimizer = make_optimizer(module)
         self._measured = (*module.losses, "grad_norm")
         self._num_tokens = module.num_tokens
@@ -188,6 +201,23 @@ class Trainer(Generic[Module]):
         one = f"cuda:{device.id}" if name == "cuda" else name
         others = f", one of {self.world_size} processes" if self.world_size > 1 else ""
         return f"{one if number == 1 else f'{number} x {name}'} ({kind}){others}"
+
+    def measure_slowdown(self, size: Transformer) -> float | None:
+        """Time a layer of a transformer in bfloat16, relative to float32, if bfloat16 may be slow; else return None.
+
+        Takes about a second at most, and no time on accelerators.
+        """
+        if not is_slow(self.precision.value, self._layout.local_device.platform, backend="jax"):
+            return None
+        seconds = {}
+        with jax.default_device(self._layout.local_device):
+            x = jnp.ones((TIMED_IMAGES, TIMED_TOKENS, size.dim))
+            weight = jnp.ones((size.mlp_ratio * size.dim, size.dim))
+            inputs = x, weight, weight[:, 0]
+            for dtype in (jnp.float32, jnp.bfloat16):
+                layer = jax.jit(jax.grad(partial(_summed_product, dtype=dtype), argnums=(0, 1, 2)))
+                seconds[dtype] = min(_seconds(layer, inputs) for _ in range(3))  # the first call compiles
+        return seconds[jnp.bfloat16] / seconds[jnp.float32]
 
     @property
     def module(self) -> Module:
@@ -572,6 +602,25 @@ def _silence_orbax() -> None:
 
 def _lacks(text: str, record: logging.LogRecord) -> bool:
     return text not in record.getMessage()
+
+
+def _choose_precision(asked: str, device: jax.Device) -> Choice[str]:
+    platform = "cuda" if device.platform == "gpu" else device.platform
+    major, _, minor = str(getattr(device, "compute_capability", "")).partition(".")
+    is_known = major.isdecimal() and minor.isdecimal()  # ROCm has names
+    capability = (int(major), int(minor)) if is_known else None
+    return choose_precision(asked, platform, backend="jax", capability=capability)
+
+
+def _seconds(program: Callable[..., Any], inputs: Sequence[Array]) -> float:
+    start = time.perf_counter()
+    for output in program(*inputs):
+        output.block_until_ready()
+    return time.perf_counter() - start
+
+
+def _summed_product(x: Array, weight: Array, bias: Array, dtype: DTypeLike) -> Array:
+    return project(x, weight, bias, dtype).sum()
 
 
 def _kept(moments: Any) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from prmim_core import Grid, num_offsets, offset_index
 LAYER_NORM_EPS = 1e-6
 BLOCK = 2**16
 
-Position = Literal["absolute", "relative"]
+Position = Literal["absolute", "relative", "relative_per_block"]
 Activation = Literal["gelu", "quick_gelu"]
 
 
@@ -247,19 +247,46 @@ class PatchEmbed(nnx.Module):
 class Attention(nnx.Module):
     """Multi-head self-attention with a fused qkv projection; scale 1/sqrt(head_dim), softmax in float32 or wider.
 
+    Parameters
+    ----------
+    dim, num_heads
+        Width, attention heads.
+    table_rows
+        Rows of an own table of relative position bias, see :class:`RelativePositionBias`; None: no table.
+    dtype
+        Dtype of the matrix products.
+    rngs
+        Source of the initial weights.
+
     Notes
     -----
     Queries, keys and values have biases. Models without a bias for the keys (BEiT, SimMIM) compute the same function:
     a bias of the keys adds one number to all scores of a query, which the softmax ignores. Its gradient is 0.
     """
 
-    def __init__(self, dim: int, num_heads: int, *, dtype: DTypeLike | None = None, rngs: nnx.Rngs) -> None:
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        *,
+        table_rows: int | None = None,
+        dtype: DTypeLike | None = None,
+        rngs: nnx.Rngs,
+    ) -> None:
         self.num_heads = num_heads
         self.qkv = Linear(dim, 3 * dim, dtype=dtype, rngs=rngs)
         self.proj = Linear(dim, dim, dtype=dtype, rngs=rngs)
+        table = None if table_rows is None else nnx.Param(constant(0.0, table_rows, num_heads))
+        self.relative_position_bias_table: nnx.Variable[Array] | None = table
 
     def __call__(self, x: Array, bias: Array | None = None) -> Array:
-        """Map (batch, length, dim) to the same shape; ``bias`` ([batch,] heads, length, length) goes to the scores."""
+        """Map (batch, length, dim) to the same shape.
+
+        ``bias`` is added to the scores: ([batch,] heads, length, length). With an own table, it is instead the row of
+        each pair of tokens in that table: int ([batch,] length, length).
+        """
+        if self.relative_position_bias_table is not None and bias is not None:
+            bias = look_up(self.relative_position_bias_table[...], bias)
         batch, length, dim = x.shape
         qkv = self.qkv(x).reshape(batch, length, 3, self.num_heads, dim // self.num_heads)
         q, k, v = (qkv[:, :, part] for part in range(3))  # batch, length, heads, head_dim
@@ -327,6 +354,8 @@ class Block(nnx.Module):
         Of both norms.
     recompute
         Whether to save only the input and recompute the block in the backward pass (activation checkpointing).
+    table_rows
+        See :class:`Attention`.
     dtype
         Dtype of the matrix products.
     rngs
@@ -343,12 +372,13 @@ class Block(nnx.Module):
         activation: Activation = "gelu",
         eps: float = LAYER_NORM_EPS,
         recompute: bool = False,
+        table_rows: int | None = None,
         dtype: DTypeLike | None = None,
         rngs: nnx.Rngs,
     ) -> None:
         self.recompute = recompute
         self.norm1 = LayerNorm(dim, eps=eps)
-        self.attn = Attention(dim, num_heads, dtype=dtype, rngs=rngs)
+        self.attn = Attention(dim, num_heads, table_rows=table_rows, dtype=dtype, rngs=rngs)
         self.ls1 = None if layer_scale is None else LayerScale(dim, layer_scale)
         self.norm2 = LayerNorm(dim, eps=eps)
         self.mlp = Mlp(dim, mlp_ratio * dim, activation=activation, dtype=dtype, rngs=rngs)
@@ -362,7 +392,7 @@ class Block(nnx.Module):
         x
             (batch, length, dim).
         bias
-            ([batch,] heads, length, length), added to the attention scores.
+            See :meth:`Attention.__call__`.
         scales
             (batch, 2): factor of each image's attention branch and MLP branch (drop path).
 
@@ -404,7 +434,7 @@ def run_blocks(
     x
         (batch, length, dim).
     bias
-        ([batch,] heads, length, length), added to the attention scores of every block.
+        The same for every block, see :meth:`Attention.__call__`.
     scales
         (batch, depth, 2): factors of the two branches of every block.
     scan
@@ -434,6 +464,33 @@ def _scan(
         return x, x if keep else None
 
     return lax.scan(step, x, (blocks, None if scales is None else jnp.moveaxis(scales, 1, 0)), unroll=not scan)
+
+
+def bias_rows(grid: Grid, index: Array | None) -> Array:
+    """Return the row of each pair of tokens in a table of :class:`RelativePositionBias`.
+
+    Parameters
+    ----------
+    grid
+        The grid of the tokens, N in all.
+    index
+        int (batch, length): the tokens; None: all N, in raster order.
+
+    Returns
+    -------
+    jax.Array
+        int32 (batch, 1 + length, 1 + length), queries before keys, class token first; no batch axis for None.
+    """
+    tokens = jnp.arange(grid.num_tokens)[None] if index is None else index
+    offsets = num_offsets(grid)
+    row = jnp.pad(offset_index(grid, tokens, tokens), ((0, 0), (1, 0), (1, 0)), constant_values=offsets)
+    row = row.at[:, 1:, 0].set(offsets + 1).at[:, 0, 0].set(offsets + 2)
+    return row[0] if index is None else row
+
+
+def look_up(table: Array, rows: Array) -> Array:
+    """Return the bias ([batch,] heads, length, length) at the rows ([batch,] length, length) of a table."""
+    return jnp.moveaxis(table[rows], -1, -3)
 
 
 class RelativePositionBias(nnx.Module):
@@ -469,12 +526,7 @@ class RelativePositionBias(nnx.Module):
         jax.Array
             (batch, heads, 1 + length, 1 + length), queries before keys, class token first; no batch axis for None.
         """
-        tokens = jnp.arange(self.grid.num_tokens)[None] if index is None else index
-        rows = num_offsets(self.grid)
-        row = jnp.pad(offset_index(self.grid, tokens, tokens), ((0, 0), (1, 0), (1, 0)), constant_values=rows)
-        row = row.at[:, 1:, 0].set(rows + 1).at[:, 0, 0].set(rows + 2)
-        bias = jnp.moveaxis(self.relative_position_bias_table[...][row], -1, 1)
-        return bias[0] if index is None else bias
+        return look_up(self.relative_position_bias_table[...], bias_rows(self.grid, index))
 
 
 def _token(rngs: nnx.Rngs, dim: int) -> nnx.Param[Array]:
@@ -496,7 +548,7 @@ class Encoder(nnx.Module):
         Width, number of blocks, attention heads.
     position
         ``"absolute"``: a sine-cosine table, added to the tokens; ``"relative"``: a learned bias on the attention
-        scores, shared by the blocks.
+        scores, shared by the blocks; ``"relative_per_block"``: such a bias in each block.
     learned_positions
         Whether the table of ``"absolute"`` is a parameter; else it is fixed.
     layer_scale, recompute
@@ -541,20 +593,30 @@ class Encoder(nnx.Module):
         rngs: nnx.Rngs,
     ) -> None:
         if position not in get_args(Position):
-            raise ValueError(f"position: expected 'absolute' or 'relative', got {position!r}")
+            raise ValueError(f"position: expected {' or '.join(map(repr, get_args(Position)))}, got {position!r}")
         self.position = position
         self.scan = scan
         self.patch_embed = PatchEmbed(dim, channels, patch_size, dtype=dtype, rngs=rngs)
         self.cls_token = _token(rngs, dim)
         if mask_token:
             self.mask_token = nnx.Param(constant(0.0, 1, 1, dim))
+        self.grid = Grid(tuple(grid_shape))
+        rows = num_offsets(self.grid) + 3 if position == "relative_per_block" else None
         if position == "relative":
             self.rel_pos_bias = RelativePositionBias(grid_shape, num_heads)
-        else:
+        elif position == "absolute":
             self.pos_embed = (nnx.Param if learned_positions else Buffer)(sincos_table(grid_shape, dim))
         self.blocks = stack_blocks(
             [
-                Block(dim, num_heads, layer_scale=layer_scale, recompute=recompute, dtype=dtype, rngs=rngs)
+                Block(
+                    dim,
+                    num_heads,
+                    layer_scale=layer_scale,
+                    recompute=recompute,
+                    table_rows=rows,
+                    dtype=dtype,
+                    rngs=rngs,
+                )
                 for _ in range(depth)
             ]
         )
@@ -579,7 +641,7 @@ class Encoder(nnx.Module):
 
     def place(self, tokens: Array, index: Array | None = None) -> Array:
         """Add the position table at ``index``, if there is one, to embedded tokens ([batch,] length, dim)."""
-        if self.position == "relative":
+        if self.position != "absolute":
             return tokens
         table = self.pos_embed[0, 1:]
         return tokens + (table if index is None else table[index])
@@ -621,6 +683,9 @@ class Encoder(nnx.Module):
         return jnp.concatenate([jnp.broadcast_to(cls_token, (tokens.shape[0], *cls_token.shape[1:])), tokens], axis=1)
 
     def _bias(self, index: Array | None) -> Array | None:
+        """Return the blocks' argument ``bias``."""
+        if self.position == "relative_per_block":
+            return bias_rows(self.grid, index)
         return self.rel_pos_bias(index) if self.position == "relative" else None
 
 

@@ -1,18 +1,25 @@
 """Classifiers on a trained encoder: fine-tuning, and the linear probe."""
 
-from collections.abc import Collection
-from typing import Any, ClassVar
+from collections.abc import Collection, Mapping
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 
 from prmim_methods.method import MethodConfig, drop_path_option
 from prmim_methods.record import Record, find_option, option, record
 
+T = TypeVar("T")
+
 BATCH_NORM_EPS = 1e-6
 BATCH_NORM_MOMENTUM = 0.1
 """Smallest share of a batch's statistics in the running ones, which start as the mean of all batches."""
 
-FOREIGN = {"finetune": ("momentum", "trust"), "linear": ("drop_path", "layer_decay")}
+SHARED_TABLE = "encoder.rel_pos_bias.relative_position_bias_table"
+"""Name of the table of relative position bias that all blocks share."""
+BLOCK_TABLE = "encoder.blocks.{}.attn.relative_position_bias_table"
+"""Name of the table of one block."""
+
+FOREIGN = {"finetune": ("momentum", "trust", "batch_norm"), "linear": ("drop_path", "layer_decay")}
 """Options without effect, by protocol."""
 
 
@@ -52,6 +59,14 @@ class ClassifierConfig(Record):
     )
     momentum: float = option("Momentum of LARS.", default=0.9, at_least=0, below=1)
     trust: float = option("Trust coefficient of LARS.", default=0.001, above=0)
+    batch_norm: str = option(
+        "Images whose statistics the batch norm uses in training.",
+        default="device",
+        choices={
+            "device": "those of one device at a time, as published",
+            "all": "those of all devices, so that their number changes nothing; ours",
+        },
+    )
     ema_decay: float | None = option(
         "Decay of the exponential moving average of the weights, which is tested in their place. Null: none.",
         default=None,
@@ -91,6 +106,14 @@ class ClassifierConfig(Record):
         """The norm before the head: ``"batch"`` for a frozen encoder, else ``"layer"``."""
         return "batch" if self.is_frozen else "layer"
 
+    def position(self, method: MethodConfig) -> str:
+        """Return how the encoder represents positions.
+
+        Like :attr:`MethodConfig.position`; but ``"relative_per_block"`` if relative positions are fine-tuned: then each
+        block trains its own copy of the method's table, as SimMIM does.
+        """
+        return "relative_per_block" if method.position == "relative" and not self.is_frozen else method.position
+
     def architecture(self, method: MethodConfig, num_classes: int) -> dict[str, Any]:
         """Return what the weights mean; see :meth:`MethodConfig.architecture`.
 
@@ -104,7 +127,7 @@ class ClassifierConfig(Record):
         return {
             "kind": "classifier",
             **method.encoder_architecture(),
-            "position": method.position,
+            "position": self.position(method),
             "num_classes": num_classes,
             "pool": self.pool,
             "norm": self.norm,
@@ -112,15 +135,13 @@ class ClassifierConfig(Record):
 
     def not_decayed(self) -> frozenset[str]:
         """Return the parameters of several axes that the recipes exempt from weight decay."""
-        return frozenset(
-            {"encoder.cls_token", "encoder.pos_embed", "encoder.rel_pos_bias.relative_position_bias_table"}
-        )
+        return frozenset({"encoder.cls_token", "encoder.pos_embed"})
 
     def rate_scale(self, name: str, depth: int) -> float:
         """Return the factor of a parameter's learning rate: layer-wise decay, ``layer_decay ** (depth + 1 - group)``.
 
-        Group 0 holds the patch embedding, the class token and the position tables; group i + 1 is block i; group
-        ``depth + 1`` is the rest: the final norm and the head.
+        Group 0 holds the patch embedding, the class token and the position table; group i + 1 is block i, with its
+        table of relative position bias; group ``depth + 1`` is the rest: the final norm and the head.
 
         Parameters
         ----------
@@ -145,6 +166,25 @@ class ClassifierConfig(Record):
         elif name.startswith("encoder.") and not name.startswith("encoder.norm."):
             group = 0
         return float(self.layer_decay ** (depth + 1 - group))
+
+
+def copy_table(weights: Mapping[str, T], depth: int) -> dict[str, T]:
+    """Return weights with the shared table of relative position bias, if any, also under the names of the blocks.
+
+    Parameters
+    ----------
+    weights
+        Tensors by name, as in the file of a method.
+    depth
+        Number of blocks.
+
+    Examples
+    --------
+    >>> sorted(copy_table({SHARED_TABLE: 1.0}, 2))[:2]
+    ['encoder.blocks.0.attn.relative_position_bias_table', 'encoder.blocks.1.attn.relative_position_bias_table']
+    """
+    copies = {BLOCK_TABLE.format(block): weights[SHARED_TABLE] for block in range(depth) if SHARED_TABLE in weights}
+    return {**weights, **copies}
 
 
 def check_targets(targets: Any, batch: int, num_classes: int) -> None:

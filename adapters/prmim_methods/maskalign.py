@@ -79,7 +79,7 @@ class MaskAlignConfig(MethodConfig):
     @cached_property
     def counts(self) -> TokenCounts:
         """Number of visible and thrown tokens; none is decoded."""
-        return count_tokens(self.grid.num_tokens, self.mask_ratio, 1)
+        return count_tokens(self.grid.num_tokens, self.mask_ratio, 1, self.count_rounding)
 
     @property
     def teacher_config(self) -> TeacherConfig | None:

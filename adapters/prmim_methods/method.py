@@ -7,6 +7,7 @@ from math import prod
 from typing import Any, ClassVar, Literal, Self
 
 from prmim_core import Grid, Schedule, TokenCounts, count_tokens, num_offsets, patch_grid
+from prmim_core.counts import Rounding
 from prmim_core.throwing import STRATEGIES, WEIGHTED
 from prmim_methods.cost import RECONSTRUCTION_HEADS, Accounting, CostReport, Parameters, linear_parameters, stages
 from prmim_methods.messages import shown
@@ -51,6 +52,8 @@ class MethodConfig(Record, ABC):
     """What masked tokens predict; decides which pictures a run draws."""
     baseline_name: ClassVar[str] = "dense"
     """What :meth:`baseline` is called."""
+    float_rounding: ClassVar[Rounding] = "mae_float"
+    """The rule of ``prmim_core.count_tokens`` for ``rounding="float"``."""
 
     model: str = option(
         "Size of the encoder.",
@@ -76,6 +79,14 @@ class MethodConfig(Record, ABC):
         "Standard deviation of each channel. Null: ImageNet's for three channels, else 0.5.", default=None, above=0
     )
     mask_ratio: float = option("Fraction of all tokens that is masked.", default=0.75, above=0, below=1)
+    rounding: str = option(
+        "Arithmetic that turns ratios into numbers of tokens.",
+        default="exact",
+        choices={
+            "exact": "decimal fractions, so 100 tokens at 0.9 keep 10",
+            "float": "floating point, as in the original code, so MAE keeps 9 of them",
+        },
+    )
     stages: int = option(
         "Number of stages of progressive reconstruction, nearest tokens first.", default=2, at_least=1, at_most=1000
     )
@@ -198,6 +209,16 @@ class MethodConfig(Record, ABC):
     @abstractmethod
     def counts(self) -> TokenCounts:
         """Number of visible, decoded and thrown tokens."""
+
+    @property
+    def count_rounding(self) -> Rounding:
+        """The rounding rule of ``prmim_core.count_tokens`` in effect."""
+        return "mae" if self.rounding == "exact" else self.float_rounding
+
+    @property
+    def num_supervised(self) -> int | None:
+        """Number of masked tokens that the loss supervises; None if the published loss is over visible tokens."""
+        return None
 
     @cached_property
     def schedule(self) -> Schedule:
@@ -409,6 +430,7 @@ class PixelConfig(MethodConfig):
             self.grid.num_tokens,
             self.mask_ratio,
             self.throw_ratio,
+            self.count_rounding,
             mask_unit=prod(self.mask_shape),
             throw_unit=prod(self.throw_shape or ()),
         )

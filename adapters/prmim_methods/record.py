@@ -125,8 +125,8 @@ class Option:
 
     @property
     def is_flag(self) -> bool:
-        """Whether the option is either true or false."""
-        return self.type is bool
+        """Whether the option is true or false, or null as well."""
+        return self.kind is bool
 
     @property
     def expected(self) -> str:

@@ -4,6 +4,7 @@ from dataclasses import replace
 from math import prod
 from typing import Any, ClassVar
 
+from prmim_core.counts import Rounding
 from prmim_methods.cost import Accounting, CostReport, Parameters, linear_parameters
 from prmim_methods.method import PixelConfig, Rows, drop_path_option, times
 from prmim_methods.record import option, record
@@ -36,6 +37,7 @@ class SimMIMConfig(PixelConfig):
     name: ClassVar[str] = "simmim"
     title: ClassVar[str] = "SimMIM"
     norm_pix: ClassVar[bool] = False
+    float_rounding: ClassVar[Rounding] = "simmim_float"
 
     mask_ratio: float = 0.6
     throw_ratio: float = 0.25

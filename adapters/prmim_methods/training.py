@@ -19,6 +19,7 @@ class EngineOptions(Record):
         at_least=0,
         at_most=2**31 - 1,
     )
+    warmup_learning_rate: float = option("Learning rate at the start of the warm-up.", default=0.0, at_least=0)
     min_learning_rate: float = option("Lowest learning rate after the warm-up.", default=0.0, at_least=0)
     decay: str = option("How the learning rate falls after the warm-up.", default="cosine", choices=DECAYS)
     weight_decay: float = option("Weight decay; biases and norms have none.", default=0.05, at_least=0)
@@ -31,12 +32,13 @@ class EngineOptions(Record):
     )
     precision: str = option(
         "Number format of the forward and backward pass (weights are float32).",
-        default="float32",
-        choices={"float32": "", "bfloat16": ""},
+        default="auto",
+        choices={"auto": "bfloat16 where the device is faster in it, else float32", "float32": "", "bfloat16": ""},
     )
-    compile: bool = option(
-        "Compile the training step, if the backend leaves the choice: takes minutes once, then steps are faster.",
-        default=False,
+    compile: bool | None = option(
+        "Compile the training step, if the backend leaves the choice: takes minutes once, then steps are faster. Null: "
+        "on CUDA only.",
+        default=None,
     )
     device: str = option("Where to compute: auto (a GPU if there is one), cpu, cuda, cuda:N or mps.", default="auto")
     parallel: str = option(
@@ -68,7 +70,7 @@ class TrainingConfig(EngineOptions):
     """
 
     total_steps: int = option("Optimizer steps of the run.", default=1, at_least=1)
-    warmup_steps: int = option("Steps of linear warm-up from 0.", default=0, at_least=0)
+    warmup_steps: int = option("Steps of linear warm-up.", default=0, at_least=0)
     learning_rate: float = option("Peak learning rate.", default=1e-3, at_least=0)
     timeout: float = option("Seconds that processes wait for one another in a training step.", default=45.0, above=0)
 
@@ -77,16 +79,24 @@ class TrainingConfig(EngineOptions):
         super().check()
         if self.warmup_steps > self.total_steps:
             raise ValueError(f"warmup_steps: expected at most total_steps {self.total_steps}, got {self.warmup_steps}")
-        check_peak(self.min_learning_rate, self.learning_rate)
+        check_peak(self, self.learning_rate)
 
     def learning_rate_at(self, step: int) -> float:
         """Return the learning rate of a step, counted from 0."""
         return learning_rate_at(
-            step, self.total_steps, self.warmup_steps, self.learning_rate, self.min_learning_rate, self.decay
+            step,
+            self.total_steps,
+            self.warmup_steps,
+            self.learning_rate,
+            self.min_learning_rate,
+            self.decay,
+            self.warmup_learning_rate,
         )
 
 
-def check_peak(minimum: float, peak: float) -> None:
-    """Raise ValueError if the lowest learning rate is above the peak."""
-    if minimum > peak:
-        raise ValueError(f"min_learning_rate: expected at most the peak learning rate {peak:g}, got {minimum:g}")
+def check_peak(options: EngineOptions, peak: float) -> None:
+    """Raise ValueError if the learning rate at the start of the warm-up or the lowest one is above the peak."""
+    for name in ("warmup_learning_rate", "min_learning_rate"):
+        rate = getattr(options, name)
+        if rate > peak:
+            raise ValueError(f"{name}: expected at most the peak learning rate {peak:g}, got {rate:g}")

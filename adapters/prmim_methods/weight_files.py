@@ -60,6 +60,8 @@ def check_metadata(method: object, metadata: Mapping[str, str] | None, path: str
                 hint = "; weights without cells need thrown_target: patch and extra_cells: none"
             if field == "cells" and ours is None:
                 hint = "; weights with cells need thrown_target: cells, or extra_cells"
+            if (ours, theirs) == ("relative_per_block", "relative"):
+                hint = "; earlier versions fine-tuned one bias table for all blocks"
             raise ValueError(f"weights: {shown(field)[1:-1]}: expected {shown(ours)}, got {shown(theirs)}{hint}")
 
 

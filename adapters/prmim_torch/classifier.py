@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from prmim_methods import ClassifierConfig, MethodConfig, TrainingConfig
-from prmim_methods.classifier import BATCH_NORM_EPS, BATCH_NORM_MOMENTUM, check_targets
+from prmim_methods.classifier import BATCH_NORM_EPS, BATCH_NORM_MOMENTUM, check_targets, copy_table
 from prmim_methods.weight_files import check_metadata
 from prmim_torch.distributed import is_connected
 from prmim_torch.interop import check_fit, read_file
@@ -26,17 +26,31 @@ from prmim_torch.vit import LayerNorm, Linear
 class BatchNorm(nn.Module):
     """Batch norm of vectors without learned factors, eps 1e-6, for features that need no gradient.
 
-    In training mode, it uses the statistics of the batch, across all processes, and updates the running statistics:
-    first the mean over the first ten batches, then an exponential moving average with momentum 0.1. (PyTorch's average
-    starts at 0 and 1, which biases short trainings.) In evaluation mode, it uses the running statistics.
+    Parameters
+    ----------
+    dim
+        Length of the vectors.
+    over
+        Rows whose statistics are used in training mode, if processes share the batch:
+        ``"device"``, those of this process; ``"all"``, those of all.
+
+    Notes
+    -----
+    In training mode, the running statistics follow those of the batch: first the mean over the first ten batches, then
+    an exponential moving average with momentum 0.1. (PyTorch's average starts at 0 and 1, which biases short
+    trainings.) In evaluation mode, the running statistics are used.
+
+    All processes hold the same running statistics. With ``"device"``, a batch counts with the mean over the processes
+    of their means and of their unbiased variances.
     """
 
     running_mean: Tensor
     running_var: Tensor
     num_batches_tracked: Tensor
 
-    def __init__(self, dim: int) -> None:
+    def __init__(self, dim: int, over: str = "device") -> None:
         super().__init__()
+        self.over = over
         self.register_buffer("running_mean", torch.empty(dim))
         self.register_buffer("running_var", torch.empty(dim))
         self.register_buffer("num_batches_tracked", torch.empty(1))
@@ -56,22 +70,32 @@ class BatchNorm(nn.Module):
 
     def _learn(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return mean and variance of a batch, and update the running ones; the latter unbiased, as in PyTorch."""
-        mean, processes = _mean_of_all(x.mean(0))
-        variance, _ = _mean_of_all((x - mean).square().mean(0))
-        rows = x.shape[0] * processes
+        rows, mean = x.shape[0], x.mean(0)
+        if self.over == "all":
+            rows, mean = rows * _num_processes(), _mean_of_all(mean)
+        variance = (x - mean).square().mean(0)
+        if self.over == "all":
+            variance = _mean_of_all(variance)
+        latest = torch.stack([mean, variance * rows / max(rows - 1, 1)])
+        if self.over == "device":
+            latest = _mean_of_all(latest)
         self.num_batches_tracked += 1
         share = self.num_batches_tracked.reciprocal().clamp(min=BATCH_NORM_MOMENTUM)
-        self.running_mean.lerp_(mean, share)
-        self.running_var.lerp_(variance * rows / max(rows - 1, 1), share)
+        self.running_mean.lerp_(latest[0], share)
+        self.running_var.lerp_(latest[1], share)
         return mean, variance
 
 
-def _mean_of_all(values: Tensor) -> tuple[Tensor, int]:
-    """Return the mean over the processes, which have equal numbers of rows, and the number of processes."""
+def _num_processes() -> int:
+    return dist.get_world_size() if is_connected() else 1
+
+
+def _mean_of_all(values: Tensor) -> Tensor:
+    """Return the mean over the processes, which have equal numbers of rows; ``values`` are overwritten."""
     if not is_connected():
-        return values, 1
+        return values
     dist.all_reduce(values)
-    return values / dist.get_world_size(), dist.get_world_size()
+    return values / dist.get_world_size()
 
 
 class Classifier(ImageModule):
@@ -83,7 +107,7 @@ class Classifier(ImageModule):
         The method whose encoder the classifier has. :func:`load_encoder` loads trained weights.
     config
         The options. The classifier is frozen, apart from its head, with ``protocol="linear"``; else the position table
-        is trained too.
+        is trained too. Relative positions then have a table in each block, see :meth:`ClassifierConfig.position`.
     num_classes
         Number of classes.
     init_seed
@@ -120,12 +144,15 @@ class Classifier(ImageModule):
         has_layer_norm = config.pool == "mean" and not config.is_frozen
         with initial_weights(method_config.init_seed):
             self.encoder = build_encoder(
-                method_config, learned_positions=not config.is_frozen, final_norm=not has_layer_norm
+                method_config,
+                position=config.position(method_config),
+                learned_positions=not config.is_frozen,
+                final_norm=not has_layer_norm,
             )
         self.encoder.requires_grad_(not config.is_frozen)
         self.fc_norm: nn.Module = nn.Identity()
         if config.is_frozen:
-            self.fc_norm = BatchNorm(dim)
+            self.fc_norm = BatchNorm(dim, config.batch_norm)
         elif has_layer_norm:
             self.fc_norm = LayerNorm(dim)
         with initial_weights(init_seed):
@@ -195,6 +222,8 @@ class Classifier(ImageModule):
 def load_encoder(classifier: Classifier, path: str | os.PathLike[str]) -> None:
     """Load the encoder of a classifier from the weight file of its method.
 
+    If each block of the classifier has a table of relative position bias, each gets a copy of the method's.
+
     Parameters
     ----------
     classifier
@@ -214,7 +243,8 @@ def load_encoder(classifier: Classifier, path: str | os.PathLike[str]) -> None:
     metadata, tensors = read_file(path)
     check_metadata(classifier.method_config, metadata, path)
     expected = {f"encoder.{name}": tensor for name, tensor in classifier.encoder.state_dict().items()}
-    found = {name: tensor for name, tensor in tensors.items() if name in expected}
+    copied = copy_table(tensors, classifier.method_config.encoder_size.depth)
+    found = {name: tensor for name, tensor in copied.items() if name in expected}
     check_fit(expected, found, path)
     classifier.load_state_dict(found, strict=False)
 
@@ -316,8 +346,9 @@ class ClassifierEngine(Trainer[Classifier]):
 
     Notes
     -----
-    Batch norm uses the statistics of the rows of all processes. If ``accumulate`` splits the batch, each part has
-    statistics of its own.
+    ``config.batch_norm`` says whether batch norm uses the rows of each process or of all. If ``accumulate`` splits the
+    batch, each part has statistics of its own. Batch norm of each process is the one thing by which a step depends on
+    the number of processes; weights and running statistics are equal in all of them.
     """
 
     def __init__(

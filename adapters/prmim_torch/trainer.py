@@ -1,11 +1,14 @@
 """The trainer behind every engine: training steps, measurements and checkpoints, whatever is trained."""
 
+import math
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -17,7 +20,10 @@ from torch.distributed.fsdp import FSDPModule
 
 from prmim_core import counter_noise
 from prmim_methods import TrainingConfig
+from prmim_methods.hardware import Choice, choose_compile, choose_precision, is_slow
+from prmim_methods.sizes import Transformer
 from prmim_methods.weight_files import dump_architecture
+from prmim_torch.cpu_kernels import linear
 from prmim_torch.distributed import (
     Processes,
     gradients_shared,
@@ -39,6 +45,8 @@ Loss = Callable[..., Sequence[Tensor]]
 
 WEIGHTS_FILE = "weights.safetensors"
 STATE_FOLDER = "training_state"
+TIMED_IMAGES, TIMED_TOKENS = 8, 16
+"""Input of the layer that is timed in both number formats."""
 HAVE_FLOAT64 = ("cpu", "cuda")
 """Types of devices with float64, which MPS lacks."""
 
@@ -68,6 +76,8 @@ class Trainer(Generic[Module]):
     ----------
     module
         The module. With FSDP, each process holds its part of the parameters.
+    precision, compiled
+        Number format, and whether the forward pass is compiled, each with the reason.
 
     Notes
     -----
@@ -96,10 +106,14 @@ class Trainer(Generic[Module]):
         self._moments = moments
         self._ema_decay = ema_decay
         self._device = _choose_device(training.device)
+        self.precision: Choice[str] = _choose_precision(training.precision, self._device)
+        self.compiled: Choice[bool] = choose_compile(
+            training.compile, self._device.type, has_compiler=find_spec("triton") is not None
+        )
         self.module: Module = module.to(self._device).train()
         self._processes = Processes(self._device, training.timeout)
         self._is_sharded = training.parallel == "fsdp" and self.world_size > 1
-        self._forward = self._share(training.compile)
+        self._forward = self._share(self.compiled.value)
         self._has_started = self.world_size == 1
         self._optimizer = make_optimizer(self.module)
         self._learned = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
@@ -153,6 +167,26 @@ class Trainer(Generic[Module]):
         if self._device.type == "cuda":
             return f"{self._device} ({torch.cuda.get_device_name(self._device)}){others}"
         return f"{self._device} ({torch.get_num_threads()} threads){others}"
+
+    def measure_slowdown(self, size: Transformer) -> float | None:
+        """Time a layer of a transformer in bfloat16, relative to float32, if bfloat16 may be slow; else return None.
+
+        Takes about a second at most, and no time on accelerators.
+        """
+        if not is_slow(self.precision.value, self._device.type, backend="torch"):
+            return None
+        x = torch.ones(TIMED_IMAGES, TIMED_TOKENS, size.dim)
+        weight = torch.ones(size.mlp_ratio * size.dim, size.dim)
+        bias = torch.ones(len(weight))
+        seconds = dict.fromkeys((False, True), math.inf)
+        for is_bfloat16 in (False, True) * 2:
+            start = time.perf_counter()
+            inputs = [tensor.detach().requires_grad_() for tensor in (x, weight, bias)]
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=is_bfloat16):
+                out = linear(*inputs)
+            torch.autograd.grad(out.sum(), inputs)
+            seconds[is_bfloat16] = min(seconds[is_bfloat16], time.perf_counter() - start)
+        return seconds[True] / seconds[False]
 
     def _take_step(self, images: NDArray[np.uint8], sample: NDArray[np.int64], *more: NDArray[Any]) -> None:
         """Take one optimizer step on images, their sample numbers, and further inputs of the loss."""
@@ -417,8 +451,7 @@ class Trainer(Generic[Module]):
             self.module.reshard()  # discards weights that were gathered before the swap
 
     def _autocast(self) -> AbstractContextManager[None]:
-        enabled = self._training.precision == "bfloat16"
-        return torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=enabled)
+        return torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=self.precision.value == "bfloat16")
 
     def _to_device(self, images: NDArray[np.uint8], sample: NDArray[np.int64], step: int) -> tuple[Tensor, Tensor]:
         """Upload images, and compute the noise of a step from their sample numbers."""
@@ -483,6 +516,11 @@ def _choose_device(name: str) -> torch.device:
         )
     torch.cuda.set_device(device)  # NCCL and FSDP use the current device
     return device
+
+
+def _choose_precision(asked: str, device: torch.device) -> Choice[str]:
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+    return choose_precision(asked, device.type, backend="torch", capability=capability)
 
 
 def _check_mps() -> None:

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from prmim_core import Grid, num_offsets
 from prmim_torch.cpu_kernels import attend, linear
 
-Position = Literal["absolute", "relative"]
+Position = Literal["absolute", "relative", "relative_per_block"]
 
 LAYER_NORM_EPS = 1e-6
 
@@ -153,20 +153,41 @@ class PatchEmbed(nn.Module):
 class Attention(nn.Module):
     """Multi-head self-attention with a fused qkv projection; scale 1/sqrt(head_dim).
 
+    Parameters
+    ----------
+    dim, num_heads
+        Width, attention heads.
+    table_rows
+        Rows of an own table of relative position bias, see :class:`RelativePositionBias`; None: no table.
+
     Notes
     -----
     Queries, keys and values have biases. Models without a bias for the keys (BEiT, SimMIM) compute the same function:
     a bias of the keys adds one number to all scores of a query, which the softmax ignores. Its gradient is 0.
     """
 
-    def __init__(self, dim: int, num_heads: int) -> None:
+    def __init__(self, dim: int, num_heads: int, *, table_rows: int | None = None) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.qkv = Linear(dim, 3 * dim)
         self.proj = Linear(dim, dim)
+        table = None if table_rows is None else nn.Parameter(torch.empty(table_rows, num_heads))
+        self.relative_position_bias_table = table
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Set the table to zero, if there is one; the parts are not changed."""
+        if self.relative_position_bias_table is not None:
+            nn.init.zeros_(self.relative_position_bias_table)
 
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """Map (batch, length, dim) to the same shape; ``bias`` ([batch,] heads, length, length) goes to the scores."""
+        """Map (batch, length, dim) to the same shape.
+
+        ``bias`` is added to the scores: ([batch,] heads, length, length). With an own table, it is instead the row of
+        each pair of tokens in that table: int ([batch,] length, length).
+        """
+        if self.relative_position_bias_table is not None and bias is not None:
+            bias = look_up(self.relative_position_bias_table, bias)
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))  # batch, length, 3, heads, head_dim
         # Unbinding before transposing lets the backward pass join the gradients in one copy instead of two.
         q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))
@@ -184,6 +205,39 @@ def offset_code(grid: Grid, device: torch.device) -> Tensor:
     for size in grid.shape:
         code = (code[:, None] * (2 * size - 1) + torch.arange(size, device=device)).flatten()
     return code
+
+
+def bias_rows(grid: Grid, index: Tensor | None, device: torch.device) -> Tensor:
+    """Return the row of each pair of tokens in a table of :class:`RelativePositionBias`.
+
+    Parameters
+    ----------
+    grid
+        The grid of the tokens, N in all.
+    index
+        int (batch, length): the tokens; None: all N, in raster order.
+    device
+        Where to compute.
+
+    Returns
+    -------
+    Tensor
+        int64 (batch, 1 + length, 1 + length), queries before keys, class token first; no batch axis for None.
+    """
+    offsets = num_offsets(grid)
+    code = offset_code(grid, device)
+    code = code if index is None else code[index]
+    row = code[..., :, None] - code[..., None, :] + offsets // 2
+    # The row and the column of the class token.
+    row = F.pad(row, (0, 0, 1, 0), value=offsets)
+    row = F.pad(row, (1, 0, 0, 0), value=offsets + 1)
+    row[..., 0, 0] = offsets + 2
+    return row
+
+
+def look_up(table: Tensor, rows: Tensor) -> Tensor:
+    """Return the bias ([batch,] heads, length, length) at the rows ([batch,] length, length) of a table."""
+    return F.embedding(rows, table).movedim(-1, -3)
 
 
 class RelativePositionBias(nn.Module):
@@ -205,8 +259,7 @@ class RelativePositionBias(nn.Module):
     def __init__(self, grid_shape: Sequence[int], num_heads: int) -> None:
         super().__init__()
         self._grid = Grid(tuple(grid_shape))
-        self._num_offsets = num_offsets(self._grid)
-        self.relative_position_bias_table = nn.Parameter(torch.empty(self._num_offsets + 3, num_heads))
+        self.relative_position_bias_table = nn.Parameter(torch.empty(num_offsets(self._grid) + 3, num_heads))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -227,14 +280,7 @@ class RelativePositionBias(nn.Module):
             (batch, heads, 1 + length, 1 + length), queries before keys, class token first; no batch axis for None.
         """
         table = self.relative_position_bias_table
-        code = offset_code(self._grid, table.device)
-        code = code if index is None else code[index]
-        row = code[..., :, None] - code[..., None, :] + self._num_offsets // 2
-        # The row and the column of the class token.
-        row = F.pad(row, (0, 0, 1, 0), value=self._num_offsets)
-        row = F.pad(row, (1, 0, 0, 0), value=self._num_offsets + 1)
-        row[..., 0, 0] = self._num_offsets + 2
-        return F.embedding(row, table).movedim(-1, -3)
+        return look_up(table, bias_rows(self._grid, index, table.device))
 
 
 class Mlp(nn.Module):
@@ -279,6 +325,8 @@ class Block(nn.Module):
         Initial value of LayerScale on both branches; None: no LayerScale.
     recompute
         Whether to save only the input and recompute the block in the backward pass (activation checkpointing).
+    table_rows
+        See :class:`Attention`.
     """
 
     def __init__(
@@ -289,11 +337,12 @@ class Block(nn.Module):
         *,
         layer_scale: float | None = None,
         recompute: bool = False,
+        table_rows: int | None = None,
     ) -> None:
         super().__init__()
         self.recompute = recompute
         self.norm1 = LayerNorm(dim)
-        self.attn = Attention(dim, num_heads)
+        self.attn = Attention(dim, num_heads, table_rows=table_rows)
         self.ls1 = nn.Identity() if layer_scale is None else LayerScale(dim, layer_scale)
         self.norm2 = LayerNorm(dim)
         self.mlp = Mlp(dim, mlp_ratio * dim)
@@ -307,7 +356,7 @@ class Block(nn.Module):
         x
             (batch, length, dim).
         bias
-            ([batch,] heads, length, length), added to the attention scores.
+            See :meth:`Attention.forward`.
         scales
             (batch, 2): factor of each image's attention branch and MLP branch (drop path).
 
@@ -344,7 +393,7 @@ class Encoder(nn.Module):
         Width, number of blocks, attention heads.
     position
         ``"absolute"``: a sine-cosine table, added to the tokens; ``"relative"``: a learned bias on the attention
-        scores, shared by the blocks.
+        scores, shared by the blocks; ``"relative_per_block"``: such a bias in each block.
     learned_positions
         Whether the table of ``"absolute"`` is a parameter; else it is fixed.
     layer_scale, recompute
@@ -380,7 +429,7 @@ class Encoder(nn.Module):
     ) -> None:
         super().__init__()
         if position not in get_args(Position):
-            raise ValueError(f"position: expected 'absolute' or 'relative', got {position!r}")
+            raise ValueError(f"position: expected {' or '.join(map(repr, get_args(Position)))}, got {position!r}")
         self.position = position
         self.patch_embed = PatchEmbed(dim, channels, patch_size)
         self.cls_token = nn.Parameter(torch.empty(1, 1, dim))
@@ -389,13 +438,14 @@ class Encoder(nn.Module):
         self._grid_shape = tuple(grid_shape)
         if position == "relative":
             self.rel_pos_bias = RelativePositionBias(grid_shape, num_heads)
-        elif learned_positions:
+        elif position == "absolute" and learned_positions:
             self.pos_embed = nn.Parameter(torch.empty(1, 1 + prod(grid_shape), dim))
-        else:
+        elif position == "absolute":
             self.register_buffer("pos_embed", torch.empty(1, 1 + prod(grid_shape), dim))
         self.reset_parameters()
+        rows = num_offsets(Grid(self._grid_shape)) + 3 if position == "relative_per_block" else None
         self.blocks = nn.ModuleList(
-            Block(dim, num_heads, layer_scale=layer_scale, recompute=recompute) for _ in range(depth)
+            Block(dim, num_heads, layer_scale=layer_scale, recompute=recompute, table_rows=rows) for _ in range(depth)
         )
         self.norm = LayerNorm(dim) if final_norm else nn.Identity()
 
@@ -429,7 +479,7 @@ class Encoder(nn.Module):
 
     def place(self, tokens: Tensor, index: Tensor | None = None) -> Tensor:
         """Add the position table at ``index``, if there is one, to embedded tokens ([batch,] length, dim)."""
-        if self.position == "relative":
+        if self.position != "absolute":
             return tokens
         table = self.pos_embed[0, 1:]
         return tokens + (table if index is None else F.embedding(index, table))
@@ -472,11 +522,13 @@ class Encoder(nn.Module):
         return torch.stack(states)
 
     def _start(self, tokens: Tensor, index: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Return the input of the first block, with the class token, and the bias of the attention scores."""
+        """Return the input of the first block, with the class token, and the blocks' argument ``bias``."""
         is_absolute = self.position == "absolute"
         cls_token = self.cls_token + self.pos_embed[:, :1] if is_absolute else self.cls_token
         # The residual stream has the precision of the parameters; under autocast, the tokens can have a lower one.
         x = torch.cat([cls_token.expand(tokens.shape[0], -1, -1), tokens.to(cls_token.dtype)], dim=1)
+        if self.position == "relative_per_block":
+            return x, bias_rows(Grid(self._grid_shape), index, x.device)
         return x, None if is_absolute else self.rel_pos_bias(index)
 
 

@@ -21,7 +21,7 @@ def main() -> int:
     keep_output()
     try:
         from prmim_train.cli.commands import main as run
-    except KeyboardInterrupt:  # imports take seconds
+    except KeyboardInterrupt:  # imports take a third of a second
         print("prmim: interrupted", file=sys.stderr)
         return 128 + signal.SIGINT
     except ModuleNotFoundError as error:

@@ -4,6 +4,8 @@ from math import ceil
 from pathlib import Path
 from typing import Any
 
+from prmim_methods.sizes import Transformer
+from prmim_train.config.packages import check_installed
 from prmim_train.config.pretrain import PretrainConfig
 from prmim_train.data.batches import Batch, BatchIterator, train_batches
 from prmim_train.evaluate.features import evaluate_run, format_evaluation, probe_run
@@ -64,7 +66,11 @@ class Pretraining(Job[Engine]):
 
     def __init__(self, config: PretrainConfig) -> None:
         self.config: PretrainConfig = config
+        if config.pictures:
+            check_installed("pictures", "matplotlib", otherwise="--pictures 0")
         self.data = open_data(config)
+        if config.eval_limit and not why_not(self.data):
+            check_installed("eval_limit", "sklearn", otherwise="--eval_limit 0")
         if config.resume:
             self.data = leave_out_trained(self.data, RunDirectory(config.run_path))
         self.budget = self.data.budget
@@ -73,6 +79,13 @@ class Pretraining(Job[Engine]):
             if reason := why_not(self.data):
                 raise ValueError(f"probe_every: expected labelled images, some of them held out, but {reason}")
             self.measure_epochs = config.probe_every
+        if not config.resume:
+            self._initial_weights()
+
+    @property
+    def size(self) -> Transformer:
+        """Size of the encoder."""
+        return self.config.method.encoder_size
 
     def create_engine(self) -> Engine:
         """Build the engine of the method, unless a training step is too large for any device."""
@@ -81,12 +94,17 @@ class Pretraining(Job[Engine]):
 
     def begin(self, engine: Engine) -> None:
         """Load `init_weights`, if given."""
+        if weights := self._initial_weights():
+            engine.load_weights(weights)
+
+    def _initial_weights(self) -> Path | None:
+        """Return the file of `init_weights`, if given; a missing file is found before the engine is built."""
         if self.config.init_weights is None:
-            return
+            return None
         weights = Path(self.config.init_weights)
         if not weights.is_file():
             raise FileNotFoundError(f"init_weights: expected a .safetensors file, there is none at {weights}")
-        engine.load_weights(weights)
+        return weights
 
     def describe(self, engine: Engine) -> str:
         """Summarize the run in a few lines."""
@@ -105,6 +123,7 @@ class Pretraining(Job[Engine]):
             total_steps=self.budget.total_steps,
             crop_scale=config.crop_scale,
             crop_ratio=config.crop_ratio,
+            crop_draw=config.crop_draw,
             flip=config.flip,
             workers=config.workers,
             rank=engine.rank,

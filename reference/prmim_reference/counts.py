@@ -24,6 +24,19 @@ class TokenCounts:
         return self.decoded + self.thrown
 
 
+def rounding_rule(rounding: str, float_rule: str) -> str:
+    """Return the rule of `count_tokens` for the option ``rounding`` of a method, whose code computes by ``float_rule``.
+
+    Examples
+    --------
+    >>> rounding_rule("exact", "simmim_float"), rounding_rule("float", "simmim_float")
+    ('mae', 'simmim_float')
+    """
+    if rounding not in ("exact", "float"):
+        raise ValueError(f'rounding: expected "exact" or "float", got {rounding!r}')
+    return float_rule if rounding == "float" else "mae"
+
+
 def count_tokens(
     num_tokens: int,
     mask_ratio: float,
@@ -35,7 +48,8 @@ def count_tokens(
 ) -> TokenCounts:
     """Convert ratios to token counts.
 
-    A ratio stands for the decimal number that it prints as: 0.7 is exactly 7/10.
+    A ratio stands for the decimal number that it prints as: 0.7 is exactly 7/10. The "float" rules compute with binary
+    floating-point numbers instead.
 
     Parameters
     ----------
@@ -43,8 +57,10 @@ def count_tokens(
         N, tokens per image.
     mask_ratio, throw_ratio : float
         Fractions of **all** tokens, in [0, 1].
-    rounding : {"mae", "amt"}
+    rounding : {"mae", "amt", "mae_float", "simmim_float"}
         "mae": the visible count is floor(N (1 - mask_ratio)). "amt": the masked count is floor(N mask_ratio).
+        "mae_float": as "mae", in floating point. "simmim_float": the masked count is ceil(N mask_ratio), in floating
+        point.
     mask_unit, throw_unit : int
         Numbers of tokens that are masked or thrown together. The rules above then count units instead of tokens.
 
@@ -63,8 +79,8 @@ def count_tokens(
     --------
     >>> count_tokens(196, 0.75, 0.5)
     TokenCounts(visible=49, decoded=49, thrown=98)
-    >>> count_tokens(10, 0.9).visible  # floating point would give 0
-    1
+    >>> count_tokens(10, 0.9).visible, count_tokens(10, 0.9, rounding="mae_float").visible
+    (1, 0)
     >>> count_tokens(196, 0.6, 0.25, mask_unit=4)  # 19 of 49 units are visible
     TokenCounts(visible=76, decoded=71, thrown=49)
     """
@@ -75,15 +91,21 @@ def count_tokens(
         raise ValueError(f"mask_unit: expected a divisor of {num_tokens}, got {mask_unit}")
     if throw_unit < 1 or mask_unit % throw_unit != 0:
         raise ValueError(f"throw_unit: expected a divisor of {mask_unit}, got {throw_unit}")
+    units = num_tokens // mask_unit
     masked_fraction = Fraction(str(mask_ratio))
-    thrown_fraction = Fraction(str(throw_ratio))
+    thrown_units = math.floor(num_tokens // throw_unit * Fraction(str(throw_ratio)))
     if rounding == "mae":
-        visible_units = math.floor(num_tokens // mask_unit * (1 - masked_fraction))
+        visible_units = math.floor(units * (1 - masked_fraction))
     elif rounding == "amt":
-        visible_units = num_tokens // mask_unit - math.floor(num_tokens // mask_unit * masked_fraction)
+        visible_units = units - math.floor(units * masked_fraction)
+    elif rounding == "mae_float":
+        visible_units = int(units * (1 - float(mask_ratio)))
+        thrown_units = int(num_tokens // throw_unit * float(throw_ratio))
+    elif rounding == "simmim_float":
+        visible_units = units - math.ceil(units * float(mask_ratio))
+        thrown_units = int(num_tokens // throw_unit * float(throw_ratio))
     else:
-        raise ValueError(f'rounding: expected "mae" or "amt", got {rounding!r}')
+        raise ValueError(f'rounding: expected "mae", "amt", "mae_float" or "simmim_float", got {rounding!r}')
     visible = visible_units * mask_unit
-    thrown_units = math.floor(num_tokens // throw_unit * thrown_fraction)
     thrown = min(thrown_units * throw_unit, num_tokens - visible)
     return TokenCounts(visible=visible, decoded=num_tokens - visible - thrown, thrown=thrown)

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from prmim_reference import grid
-from prmim_reference.counts import TokenCounts, count_tokens
+from prmim_reference.counts import TokenCounts, count_tokens, rounding_rule
 from prmim_reference.method import (
     PixelOutput,
     Targets,
@@ -76,6 +76,7 @@ def forward(
     decoder_heads: int,
     mask_ratio: float = 0.75,
     throw_ratio: float = 0.5,
+    rounding: str = "exact",
     throwing: str = "furthest",
     furthest_from: str = "visible",
     stages: int = 2,
@@ -105,6 +106,8 @@ def forward(
     num_heads, decoder_heads : int
     mask_ratio, throw_ratio : float
         Fractions of all tokens.
+    rounding : {"exact", "float"}
+        Arithmetic that turns ratios into counts: exact, or that of the original code (`counts.count_tokens`).
     throwing : {"furthest", "random", "weighted", "cell", "none"}
         "none" throws nothing (throw_ratio 0). If no token is thrown, masked tokens are in the order of "random"; their
         order has no effect then.
@@ -143,7 +146,9 @@ def forward(
     weights = as_weights(weights)
     images, noise = np.asarray(images), np.asarray(noise)
     shape = grid_shape(images.shape[1:-1], patch_size)
-    counts = count_tokens(grid.num_tokens(shape), mask_ratio, 0.0 if throwing == "none" else throw_ratio)
+    thrown_ratio = 0.0 if throwing == "none" else throw_ratio
+    rule = rounding_rule(rounding, "mae_float")
+    counts = count_tokens(grid.num_tokens(shape), mask_ratio, thrown_ratio, rule)
     if counts.thrown == 0:
         throwing = "random"
 

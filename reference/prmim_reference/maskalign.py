@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from prmim_reference import grid
-from prmim_reference.counts import TokenCounts, count_tokens
+from prmim_reference.counts import TokenCounts, count_tokens, rounding_rule
 from prmim_reference.masking import random_visible, weighted_visible
 from prmim_reference.method import (
     as_weights,
@@ -210,6 +210,7 @@ def forward(
     patch_size: Sequence[int],
     num_heads: int,
     mask_ratio: float = 0.7,
+    rounding: str = "exact",
     masking: str = "attention",
     stages: int = 2,
     reconstruction: str = "kernel",
@@ -237,6 +238,8 @@ def forward(
     patch_size : pixels of a patch along each axis
     num_heads : int
     mask_ratio : float
+    rounding : {"exact", "float"}
+        Arithmetic that turns ratios into counts: exact, or that of the original code (`counts.count_tokens`).
     masking : {"attention", "random"}
     stages : int
     reconstruction : {"kernel", "interpolate", "conv", "none"}
@@ -267,7 +270,7 @@ def forward(
     weights = as_weights(weights)
     images, noise = np.asarray(images), np.asarray(noise)
     shape = grid_shape(images.shape[1:-1], patch_size)
-    counts = count_tokens(grid.num_tokens(shape), mask_ratio, 1.0)
+    counts = count_tokens(grid.num_tokens(shape), mask_ratio, 1.0, rounding_rule(rounding, "mae_float"))
     hidden, attention = teacher_outputs(teacher_hidden, teacher_attention, weights, len(images), counts.num_tokens)
 
     layers = len(hidden)

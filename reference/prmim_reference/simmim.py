@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from prmim_reference import grid
-from prmim_reference.counts import TokenCounts, count_tokens
+from prmim_reference.counts import TokenCounts, count_tokens, rounding_rule
 from prmim_reference.masking import block_visible
 from prmim_reference.method import (
     PixelOutput,
@@ -43,7 +43,12 @@ def unit_shape(shape: Sequence[int], mask_unit: int) -> tuple[int, ...]:
 
 
 def unit_counts(
-    shape: Sequence[int], unit: Sequence[int], mask_ratio: float, throw_ratio: float, throw_by: str
+    shape: Sequence[int],
+    unit: Sequence[int],
+    mask_ratio: float,
+    throw_ratio: float,
+    throw_by: str,
+    rounding: str = "exact",
 ) -> TokenCounts:
     """Return the counts if whole units are masked, and single tokens or whole units thrown.
 
@@ -61,6 +66,7 @@ def unit_counts(
         grid.num_tokens(shape),
         mask_ratio,
         throw_ratio,
+        rounding_rule(rounding, "simmim_float"),
         mask_unit=tokens,
         throw_unit=tokens if throw_by == "unit" else 1,
     )
@@ -102,6 +108,7 @@ def forward(
     num_heads: int,
     mask_ratio: float = 0.6,
     throw_ratio: float = 0.25,
+    rounding: str = "exact",
     throwing: str = "furthest",
     furthest_from: str = "visible",
     stages: int = 2,
@@ -136,6 +143,8 @@ def forward(
     num_heads : int
     mask_ratio, throw_ratio : float
         Fractions of all tokens.
+    rounding : {"exact", "float"}
+        Arithmetic that turns ratios into counts: exact, or that of the original code (`counts.count_tokens`).
     throwing : {"furthest", "random", "cell", "none"}
         "none" throws nothing (throw_ratio 0). If no token is thrown, masked tokens are in the order of "random"; their
         order has no effect then.
@@ -184,7 +193,7 @@ def forward(
     images, noise = np.asarray(images), np.asarray(noise)
     shape = grid_shape(images.shape[1:-1], patch_size)
     unit = unit_shape(shape, mask_unit)
-    counts = unit_counts(shape, unit, mask_ratio, 0.0 if throwing == "none" else throw_ratio, throw_by)
+    counts = unit_counts(shape, unit, mask_ratio, 0.0 if throwing == "none" else throw_ratio, throw_by, rounding)
     if counts.thrown == 0:
         throwing, throw_by = "random", "token"
 

@@ -38,7 +38,15 @@ ARMS: dict[str, dict[str, Any]] = {
     "interpolate": {"reconstruction": "interpolate"},
     "conv": {"reconstruction": "conv", "stages": 1},
 }
-TRAINING = {"seed": 3, "total_steps": 20, "warmup_steps": 2, "learning_rate": 2e-3, "clip_grad": 1.0, "device": "cpu"}
+TRAINING = {
+    "seed": 3,
+    "total_steps": 20,
+    "warmup_steps": 2,
+    "learning_rate": 2e-3,
+    "precision": "float32",
+    "clip_grad": 1.0,
+    "device": "cpu",
+}
 CLASSIFIERS: dict[str, dict[str, Any]] = {
     "finetune": {"drop_path": 0.2, "layer_decay": 0.75, "ema_decay": 0.9},
     "linear": {"pool": "cls"},

@@ -1,5 +1,6 @@
 from fractions import Fraction
 from math import ceil, floor
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ from hypothesis import strategies as st
 
 import prmim_reference as reference
 from prmim_core import TokenCounts, count_tokens
+from prmim_core.counts import Rounding
 
 RATIOS = st.builds(lambda hundredths: hundredths / 1000, st.integers(0, 1000))
 
@@ -49,6 +51,28 @@ def test_rounding_rules_differ_where_they_should():
     assert count_tokens(196, 0.6).masked == 118
     assert count_tokens(196, 0.6, rounding="amt").masked == 117
     assert count_tokens(196, 0.75) == count_tokens(196, 0.75, rounding="amt")
+    assert [count_tokens(100, 0.9, rounding=rule).visible for rule in get_args(Rounding)] == [10, 10, 9, 10]
+    assert [count_tokens(25, 0.28, rounding=rule).masked for rule in get_args(Rounding)] == [7, 7, 7, 8]
+
+
+@pytest.mark.parametrize("num_tokens", [1, 5, 10, 25, 49, 100, 196, 256, 1568])
+def test_float_rules_are_the_formulas_in_python(num_tokens):
+    for thousandths in range(1001):
+        ratio = thousandths / 1000
+        by_mae = count_tokens(num_tokens, ratio, ratio, "mae_float")
+        assert by_mae.visible == int(num_tokens * (1 - ratio))
+        by_simmim = count_tokens(num_tokens, ratio, ratio, "simmim_float")
+        assert by_simmim.masked == ceil(num_tokens * ratio)
+        for counts in (by_mae, by_simmim):
+            assert counts.thrown == min(int(num_tokens * ratio), counts.masked)
+
+
+@pytest.mark.parametrize("num_tokens", [49, 196, 256, 1568])
+def test_the_arithmetic_does_not_matter_at_published_sizes(num_tokens):
+    for hundredths in range(101):
+        exact = count_tokens(num_tokens, hundredths / 100, hundredths / 100)
+        for rule in ("mae_float", "simmim_float"):
+            assert count_tokens(num_tokens, hundredths / 100, hundredths / 100, rule) == exact
 
 
 @pytest.mark.parametrize(
@@ -72,7 +96,7 @@ def test_units_are_counted_whole(arguments, units, expected):
 @given(
     throw_unit=st.integers(1, 9), factors=st.tuples(st.integers(1, 9), st.integers(1, 60)), mask=RATIOS, throw=RATIOS
 )
-@pytest.mark.parametrize("rounding", ["mae", "amt"])
+@pytest.mark.parametrize("rounding", get_args(Rounding))
 def test_units_match_the_reference(throw_unit, factors, mask, throw, rounding):
     mask_unit = throw_unit * factors[0]
     num_tokens = mask_unit * factors[1]
@@ -122,7 +146,12 @@ def test_more_masking_masks_more(num_tokens, ratios, throw):
         ((True, 0.5), TypeError, "num_tokens: expected an integer, got True"),
         ((np.bool_(True), 0.5), TypeError, "num_tokens: expected an integer, got np.True_"),
         ((np.arange(1000), 0.5), TypeError, r"num_tokens: expected an integer, got array\(.{1,40}$"),
-        ((196, 0.5, 0.5, "mean"), ValueError, "rounding: expected 'mae' or 'amt', got 'mean'"),
+        (
+            (196, 0.5, 0.5, "mean"),
+            ValueError,
+            "rounding: expected one of mae, amt, mae_float, simmim_float, got 'mean'",
+        ),
+        ((196, 0.5, 0.5, None), ValueError, "rounding: expected one of mae, amt, mae_float, simmim_float, got None"),
     ],
 )
 def test_errors_name_the_argument(arguments, error, message):

@@ -1,5 +1,6 @@
 """Every code block of the documentation runs, and every command in it is one that the program knows."""
 
+import importlib.util
 import re
 import shlex
 from pathlib import Path
@@ -53,8 +54,8 @@ def test_prmim_commands_name_options_that_exist(command):
 
 
 def test_make_targets_exist():
-    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
-    named = {word for page in PAGES for word in re.findall(r"\bmake ([a-z]+)\b", "\n".join(commands(page)))}
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
+    named = {word for page in PAGES for word in re.findall(r"\bmake ([a-z-]+)\b", "\n".join(commands(page)))}
     assert named
     assert named <= targets
 
@@ -71,3 +72,14 @@ def test_a_broken_block_would_be_noticed(tmp_path):
     assert blocks(page, "python") == ["assert False, 'noticed'\n"]
     with pytest.raises(AssertionError, match="noticed"):
         exec(blocks(page, "python")[0], {})
+
+
+def test_the_table_of_deviations_is_that_of_the_records():
+    spec = importlib.util.spec_from_file_location("write_deviations", ROOT / "docs" / "write_deviations.py")
+    writer = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(writer)
+    page = writer.PAGE.read_text(encoding="utf-8")
+    assert writer.with_table(page) == page, "run docs/write_deviations.py"
+    rows = [line for line in page.splitlines() if line.startswith("| ") and line.count(" | ") == 5]
+    assert len(rows) == 1 + len(writer.DEVIATIONS)
+    assert writer.with_table(page.replace("float16 with loss scaling", "float64")) == page

@@ -32,10 +32,19 @@ CLASSIFIERS = {
         {"drop_path": 0.3, "layer_decay": 0.7, "ema_decay": 0.8},
         {"accumulate": 2, "clip_grad": 0.5},
     ),
-    "probe": (METHODS["mae"], {"protocol": "linear", "pool": "cls"}, {"learning_rate": 0.5}),
+    "probe": (METHODS["mae"], {"protocol": "linear", "pool": "cls", "batch_norm": "all"}, {"learning_rate": 0.5}),
+    "device_probe": (METHODS["mae"], {"protocol": "linear", "pool": "cls"}, {"learning_rate": 0.5}),
 }
 CLASSES = 5
-TRAINING = {"seed": 3, "total_steps": 8, "warmup_steps": 2, "learning_rate": 1e-3, "device": "cpu", "timeout": 10.0}
+TRAINING = {
+    "seed": 3,
+    "total_steps": 8,
+    "warmup_steps": 2,
+    "learning_rate": 1e-3,
+    "precision": "float32",
+    "device": "cpu",
+    "timeout": 10.0,
+}
 COMPILER = {
     "jax_disable_most_optimizations": True,
     "jax_persistent_cache_min_compile_time_secs": 0.0,
@@ -163,12 +172,16 @@ def two_curves(shared, own):
     return draw_all([("mae", "fsdp"), ("simmim", "ddp")], shared, own)
 
 
+def make_classifier(name, parallel="ddp", **more):
+    method, options, training = CLASSIFIERS[name]
+    training = TrainingConfig(**{**TRAINING, "betas": (0.9, 0.999), **training, **more}, parallel=parallel)
+    config = create_config(**{"init_seed": 3, **method})
+    return ClassifierEngine(config, ClassifierConfig(**options), CLASSES, training)
+
+
 def classify(name, parallel, directory):
     """Train a classifier, and take it up again where it was saved on the way."""
-    method, options, training = CLASSIFIERS[name]
-    training = TrainingConfig(**{**TRAINING, "betas": (0.9, 0.999), **training}, parallel=parallel)
-    config = create_config(**{"init_seed": 3, **method})
-    engine = ClassifierEngine(config, ClassifierConfig(**options), CLASSES, training)
+    engine = make_classifier(name, parallel)
     curve = train_classifier(engine, STEP_SAVED)
     saving = save(engine, directory / name / parallel / "half")
     curve += train_classifier(engine, STEPS)
@@ -184,17 +197,23 @@ def classify(name, parallel, directory):
     return result
 
 
-def train_classifier(engine, last):
-    """Train up to a step; in one step a target of one device is not finite."""
+def draw_classes(step):
+    """Return images and targets; in one step, the last target is not finite."""
+    rng = np.random.default_rng(step)
+    images = rng.integers(0, 256, (BATCH, 16, 16, 3), dtype=np.uint8)
+    targets = rng.dirichlet(np.ones(CLASSES), BATCH).astype(np.float32)
+    if step + 1 == STEP_SPOILT:
+        targets[-1, 0] = np.nan
+    return images, targets
+
+
+def train_classifier(engine, last, rows=None):
+    """Train up to a step; ``rows``: those of the process, in another order than usual."""
     curve = []
     while engine.step < last:
-        rng = np.random.default_rng(engine.step)
-        images = rng.integers(0, 256, (BATCH, 16, 16, 3), dtype=np.uint8)
-        targets = rng.dirichlet(np.ones(CLASSES), BATCH).astype(np.float32)
-        if engine.step + 1 == STEP_SPOILT:
-            targets[-1, 0] = np.nan
+        images, targets = draw_classes(engine.step)
         sample = np.arange(engine.step * BATCH, (engine.step + 1) * BATCH)
-        mine = slice(engine.rank, None, engine.world_size)
+        mine = slice(engine.rank, None, engine.world_size) if rows is None else rows
         engine.train_step(images[mine], sample[mine], targets[mine])
         curve.append(engine.read_metrics())
     return curve
@@ -203,7 +222,7 @@ def train_classifier(engine, last):
 def classifiers(shared, own):
     return {
         f"{name} {parallel}": classify(name, parallel, own)
-        for name, parallel in (("finetune", "fsdp"), ("probe", "ddp"))
+        for name, parallel in (("finetune", "fsdp"), ("probe", "ddp"), ("device_probe", "ddp"))
     }
 
 

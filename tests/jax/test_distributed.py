@@ -13,6 +13,7 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
@@ -163,6 +164,34 @@ def test_several_devices_make_the_classifier_of_one(one_classifier, request, sha
         np.testing.assert_equal(rank["again"], rank["logits"])
         np.testing.assert_allclose(rank["logits"], expected["logits"], rtol=1e-4, atol=1e-6)
         assert rank["programs"] == 1
+
+
+@pytest.mark.parametrize(
+    ("who", "parts"),
+    [("local", [np.r_[0:8], np.r_[8:16]]), ("two", [np.r_[0:8:2], np.r_[8:16:2], np.r_[1:8:2], np.r_[9:16:2]])],
+    ids=["local", "two"],
+)
+def test_batch_norm_of_each_device(worker, request, shared, who, parts):
+    """A step is that of one device which accumulates the shares; running statistics are means over the devices."""
+    engine = worker.make_classifier("device_probe", accumulate=len(parts))
+    expected = worker.train_classifier(engine, worker.STEPS, np.concatenate(parts))
+    drawn = [rank["classifiers"]["device_probe ddp"] for rank in request.getfixturevalue(who)]
+    assert_same_run(drawn[0]["curve"], expected, ("loss", "accuracy"))
+    weights = load_file(shared / who / "device_probe" / "ddp" / "end" / "weights.safetensors")
+    np.testing.assert_allclose(weights["head.weight"], engine.module.head.weight[...], rtol=1e-4, atol=1e-5)
+    method, mean, variance = worker.make_engine("mae").module, 0, 0
+    method.eval()
+    features = jax.jit(lambda method, images: method.features(images, "cls"))
+    finite = [step for step in range(worker.STEPS) if step + 1 != worker.STEP_SPOILT]
+    for number, step in enumerate(finite, start=1):
+        seen = np.asarray(features(method, worker.draw_classes(step)[0]))
+        mean += (np.mean([seen[part].mean(0) for part in parts], 0) - mean) / number
+        variance += (np.mean([seen[part].var(0, ddof=1) for part in parts], 0) - variance) / number
+    np.testing.assert_allclose(weights["fc_norm.running_mean"], mean, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(weights["fc_norm.running_var"], variance, rtol=1e-4, atol=1e-5)
+    for rank in drawn:
+        np.testing.assert_equal(rank, drawn[0])
+        np.testing.assert_equal(rank["resumed"], rank["curve"][3:])
 
 
 @pytest.mark.parametrize(("who", "name", "parallel"), DRAWN)

@@ -2,6 +2,7 @@
 
 import shutil
 import threading
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -10,12 +11,20 @@ import pytest
 from flax import nnx
 
 from prmim_core import counter_noise, make_plan, patchify
-from prmim_jax import MAE, METHODS, Engine, create_method, interop
+from prmim_jax import MAE, METHODS, Engine, create_method, interop, trainer
 from prmim_jax.interop import named_variables, named_weights
 from prmim_jax.trainer import decay_mask
 from prmim_methods import TrainingConfig, create_config
+from prmim_methods.sizes import Transformer
 
-TRAINING = {"seed": 3, "total_steps": 8, "warmup_steps": 2, "learning_rate": 1e-3, "device": "cpu"}
+TRAINING = {
+    "seed": 3,
+    "total_steps": 8,
+    "warmup_steps": 2,
+    "learning_rate": 1e-3,
+    "precision": "float32",
+    "device": "cpu",
+}
 SAMPLE = np.arange(8)
 
 
@@ -432,3 +441,24 @@ def test_wrong_batches(make_engine, images):
     with pytest.raises(TypeError, match=r"^images: expected uint8, got float32$"):
         engine.train_step(images.astype(np.float32), SAMPLE)
     assert engine.step == 0
+
+
+@pytest.mark.parametrize(
+    ("platform", "capability", "expected"),
+    [
+        ("cpu", None, ("float32", "auto: XLA is slower in bfloat16 on CPUs")),
+        ("gpu", "8.0", ("bfloat16", "auto: compute capability 8.0")),
+        ("gpu", "7.5", ("float32", "auto: compute capability 7.5 is below 8.0")),
+        ("gpu", "gfx90a", ("float32", "auto: the compute capability is unknown")),
+        ("tpu", None, ("bfloat16", "auto: a TPU multiplies in bfloat16")),
+    ],
+)
+def test_the_precision_follows_the_device(platform, capability, expected):
+    device = SimpleNamespace(platform=platform, **({} if capability is None else {"compute_capability": capability}))
+    assert trainer._choose_precision("auto", device) == expected
+
+
+def test_the_slowdown_of_bfloat16_is_measured_on_a_cpu(make_engine):
+    size = Transformer(dim=8, depth=1, heads=2)
+    assert make_engine(precision="auto").measure_slowdown(size) is None
+    assert make_engine(precision="bfloat16").measure_slowdown(size) > 0

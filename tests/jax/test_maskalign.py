@@ -232,7 +232,7 @@ def test_features_are_compared_in_raster_order(make_case, reconstruction):
 
 def test_an_engine_trains_saves_and_resumes(teacher, make_images, tmp_path):
     def make_engine(scan_blocks):
-        training = TrainingConfig(total_steps=20, learning_rate=3e-3, device="cpu")
+        training = TrainingConfig(total_steps=20, learning_rate=3e-3, precision="float32", device="cpu")
         return prmim_jax.Engine(MaskAlignConfig(**SIZES, teacher=teacher, scan_blocks=scan_blocks), training)
 
     images, sample = make_images(8, 16, 16, 3), np.arange(8)

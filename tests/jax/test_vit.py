@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from prmim_jax.interop import named_variables, named_weights
+from prmim_jax.interop import named_variables, named_weights, put_weights
 from prmim_jax.vit import (
     Attention,
     Block,
@@ -291,8 +291,39 @@ def test_parts_of_teachers():
 
 
 def test_unknown_position():
-    with pytest.raises(ValueError, match=r"^position: expected 'absolute' or 'relative', got 'both'$"):
+    with pytest.raises(ValueError, match=r"^position: expected 'absolute' or .* 'relative_per_block', got 'both'$"):
         make_encoder(position="both")
+
+
+@pytest.mark.parametrize(("scan", "recompute"), [(False, False), (True, True)])
+def test_equal_tables_of_blocks_are_one_shared_table(scan, recompute):
+    options = {"dtype": np.float32, "scan": scan, "recompute": recompute}
+    shared, (patches, index, _) = make_encoder(position="relative", **options)
+    per_block, _ = make_encoder(position="relative_per_block", **options)
+    weights = named_weights(shared)
+    table = weights.pop("rel_pos_bias.relative_position_bias_table")
+    tables = [f"blocks.{block}.attn.relative_position_bias_table" for block in range(3)]
+    put_weights(per_block, {**weights, **dict.fromkeys(tables, table)})
+
+    def outputs_and_gradients(encoder):
+        graph, parameters, rest = nnx.split(encoder, nnx.Param, ...)
+
+        @jax.jit
+        def run(parameters):
+            def loss(parameters):
+                encoded = nnx.merge(graph, parameters, rest)(patches, index)
+                return jnp.square(encoded[:, 1:] - 1).sum(), encoded
+
+            return jax.grad(loss, has_aux=True)(parameters)
+
+        gradients, encoded = run(parameters)
+        return encoded, named_weights(nnx.merge(graph, gradients, rest))
+
+    (expected, wanted), (found, gradients) = outputs_and_gradients(shared), outputs_and_gradients(per_block)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+    total = sum(gradients[name] for name in tables)
+    np.testing.assert_allclose(total, wanted["rel_pos_bias.relative_position_bias_table"], rtol=1e-4, atol=1e-4)
+    assert (gradients[tables[0]] != gradients[tables[1]]).any()
 
 
 def test_relative_positions_need_no_channels_for_every_axis():

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from prmim_methods import ClassifierConfig, MAEConfig, SimMIMConfig
-from prmim_methods.classifier import FOREIGN, check_targets
+from prmim_methods.classifier import FOREIGN, SHARED_TABLE, check_targets, copy_table
 
 
 @pytest.mark.parametrize(
@@ -16,9 +16,9 @@ from prmim_methods.classifier import FOREIGN, check_targets
         ("encoder.patch_embed.proj.bias", 13),
         ("encoder.cls_token", 13),
         ("encoder.pos_embed", 13),
-        ("encoder.rel_pos_bias.relative_position_bias_table", 13),
         ("encoder.blocks.0.norm1.weight", 12),
         ("encoder.blocks.1.attn.qkv.weight", 11),
+        ("encoder.blocks.2.attn.relative_position_bias_table", 10),
         ("encoder.blocks.11.ls2.gamma", 1),
         ("encoder.norm.weight", 0),
         ("fc_norm.bias", 0),
@@ -34,11 +34,29 @@ def test_the_protocol_decides_what_is_trained():
     finetune, linear = ClassifierConfig(drop_path=0.3), ClassifierConfig(protocol="linear", pool="cls")
     assert (finetune.is_frozen, finetune.drop_rate, finetune.norm, finetune.head_std) == (False, 0.3, "layer", 2e-5)
     assert (linear.is_frozen, linear.drop_rate, linear.norm, linear.head_std) == (True, 0.0, "batch", 0.01)
-    assert finetune.not_decayed() == {
-        "encoder.cls_token",
-        "encoder.pos_embed",
-        "encoder.rel_pos_bias.relative_position_bias_table",
-    }
+    assert finetune.not_decayed() == {"encoder.cls_token", "encoder.pos_embed"}
+
+
+@pytest.mark.parametrize(
+    ("method", "protocol", "position"),
+    [
+        (MAEConfig(), "finetune", "absolute"),
+        (MAEConfig(), "linear", "absolute"),
+        (SimMIMConfig(), "finetune", "relative_per_block"),
+        (SimMIMConfig(), "linear", "relative"),
+        (SimMIMConfig(position="absolute"), "finetune", "absolute"),
+    ],
+)
+def test_fine_tuned_blocks_have_tables_of_their_own(method, protocol, position):
+    config = ClassifierConfig(protocol=protocol)
+    assert config.position(method) == config.architecture(method, 3)["position"] == position
+
+
+def test_the_shared_table_is_copied_under_the_names_of_the_blocks():
+    weights = {SHARED_TABLE: "table", "head.weight": "head"}
+    blocks = {f"encoder.blocks.{block}.attn.relative_position_bias_table": "table" for block in range(3)}
+    assert copy_table(weights, 3) == weights | blocks
+    assert copy_table({"head.weight": "head"}, 3) == {"head.weight": "head"}
 
 
 def test_an_architecture_describes_the_encoder_and_the_head():
@@ -79,9 +97,12 @@ WRONG = [
     ({"ema_decay": "0.9"}, TypeError, f"ema_decay: expected {NUMBER} (0, 1), or null, got '0.9'"),
     ({"momentum": 0.5}, ValueError, "momentum: protocol finetune has no such option"),
     ({"trust": 0.5}, ValueError, "trust: protocol finetune has no such option"),
+    ({"batch_norm": "all"}, ValueError, "batch_norm: protocol finetune has no such option"),
+    ({"protocol": "linear", "batch_norm": "sync"}, ValueError,
+     "batch_norm: expected one of device, all, got 'sync'"),
     ({"protocol": "linear", "drop_path": 0.2}, ValueError, "drop_path: protocol linear has no such option"),
     ({"protocol": "linear", "layer_decay": 0.5}, ValueError, "layer_decay: protocol linear has no such option"),
-]
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("given", "error", "message"), WRONG, ids=[str(given) for given, _, _ in WRONG])

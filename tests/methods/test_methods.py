@@ -14,6 +14,7 @@ from prmim_methods.record import options
 TEACHER = {"teacher": "owner/model"}
 BASE = {"mae": {}, "simmim": {}, "maskalign": TEACHER}
 SMALL = {"image_size": (16, 16), "patch_size": (4, 4), "embed_dim": 16, "depth": 2, "num_heads": 2}
+HUNDRED = {"image_size": (160, 160)}
 DECODER = {"decoder_dim": 8, "decoder_depth": 1, "decoder_heads": 2}
 
 
@@ -45,6 +46,14 @@ def make(method, **given):
         ("maskalign", {}, (58, 0, 138)),
         ("maskalign", {"reconstruction": "none"}, (58, 0, 138)),
         ("maskalign", {"mask_ratio": 0.5}, (98, 0, 98)),
+        # 100 tokens, or 25 units of 4. MAE's code keeps 9 tokens at 0.9; SimMIM's code masks 8 units at 0.28.
+        ("mae", {**HUNDRED, "mask_ratio": 0.9}, (10, 40, 50)),
+        ("mae", {**HUNDRED, "mask_ratio": 0.9, "rounding": "float"}, (9, 41, 50)),
+        ("mae", {**HUNDRED, "throw_ratio": 0.29, "rounding": "float"}, (25, 47, 28)),
+        ("maskalign", {**HUNDRED, "mask_ratio": 0.9, "rounding": "float"}, (9, 0, 91)),
+        ("simmim", {**HUNDRED, "mask_ratio": 0.28}, (72, 3, 25)),
+        ("simmim", {**HUNDRED, "mask_ratio": 0.28, "rounding": "float"}, (68, 7, 25)),
+        ("simmim", {**HUNDRED, "mask_ratio": 0.9, "mask_unit": 1, "rounding": "float"}, (10, 65, 25)),
     ],
     ids=str,
 )

@@ -64,6 +64,21 @@ def test_files_without_cells():
         check_metadata(MAEConfig(), dump_architecture(old), "w.safetensors")
 
 
+def test_classifiers_of_earlier_versions_are_refused_with_the_reason():
+    """Their blocks shared one table of relative position bias."""
+
+    class Tuned(Method):
+        def architecture(self):
+            return {"position": "relative_per_block"}
+
+    metadata = {METADATA_KEY: '{"position": "relative"}'}
+    hint = "earlier versions fine-tuned one bias table for all blocks"
+    with pytest.raises(
+        ValueError, match=rf"^weights: position: expected 'relative_per_block', got 'relative'; {hint}$"
+    ):
+        check_metadata(Tuned(), metadata, "w.safetensors")
+
+
 @pytest.mark.parametrize("metadata", [None, {}, {METADATA_KEY: "{"}, {METADATA_KEY: "[" * 100_000}])
 def test_missing_and_corrupt_metadata(metadata):
     with pytest.raises(ValueError, match=r"^path: expected weights written by prmim, got w.safetensors, whose"):

@@ -30,3 +30,17 @@ def assert_same_decay() -> Callable[[Any, Any], None]:
         }
 
     return check
+
+
+@pytest.fixture
+def count_learned() -> Callable[[Any, Any], tuple[int, int]]:
+    """Return a function that counts the trained parameters of a module in PyTorch and of one in JAX."""
+    import jax
+    from flax import nnx
+
+    def count(here: Any, there: Any) -> tuple[int, int]:
+        arrays = jax.tree.leaves(nnx.state(there, nnx.Param))
+        learned = (parameter.numel() for parameter in here.parameters() if parameter.requires_grad)
+        return sum(learned), sum(array.size for array in arrays)
+
+    return count

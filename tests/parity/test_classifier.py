@@ -1,5 +1,7 @@
 """Classifiers with equal weights say and learn the same on both frameworks."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,10 +12,39 @@ from flax import nnx
 import prmim_jax
 import prmim_torch
 from prmim_core import counter_noise
-from prmim_jax.interop import named_weights
-from prmim_methods import ClassifierConfig, MAEConfig, SimMIMConfig, TrainingConfig
+from prmim_jax.interop import file_names, named_variables, named_weights
+from prmim_jax.trainer import _rate_scales, decay_mask
+from prmim_methods import ClassifierConfig, MAEConfig, MaskAlignConfig, SimMIMConfig, TrainingConfig
+from prmim_torch.classifier import _with_rates
+from prmim_torch.trainer import parameter_groups
 
 CLASSES = 7
+OUTSIDE = {  # name: factor of the learning rate, weight decay
+    "encoder.patch_embed.proj.weight": (0.125, 0.05),
+    "encoder.patch_embed.proj.bias": (0.125, 0.0),
+    "encoder.cls_token": (0.125, 0.0),
+    "fc_norm.weight": (1.0, 0.0),
+    "fc_norm.bias": (1.0, 0.0),
+    "head.weight": (1.0, 0.05),
+    "head.bias": (1.0, 0.0),
+}
+IN_BLOCKS = {  # name: weight decay
+    "norm1.weight": 0.0,
+    "norm1.bias": 0.0,
+    "attn.qkv.weight": 0.05,
+    "attn.qkv.bias": 0.0,
+    "attn.proj.weight": 0.05,
+    "attn.proj.bias": 0.0,
+    "norm2.weight": 0.0,
+    "norm2.bias": 0.0,
+    "mlp.fc1.weight": 0.05,
+    "mlp.fc1.bias": 0.0,
+    "mlp.fc2.weight": 0.05,
+    "mlp.fc2.bias": 0.0,
+}
+ABSOLUTE = {"encoder.pos_embed": (0.125, 0.0)}, {}
+RELATIVE = {}, {"attn.relative_position_bias_table": 0.05, "ls1.gamma": 0.0, "ls2.gamma": 0.0}
+"""What one kind of encoder has more: outside the blocks, and in each of them."""
 SIZES = {"image_size": (16, 16), "patch_size": (4, 4), "embed_dim": 24, "depth": 2, "num_heads": 2}
 METHODS = {
     "mae": MAEConfig(**SIZES, decoder_dim=12, decoder_depth=1, decoder_heads=3),
@@ -22,6 +53,7 @@ METHODS = {
 FINETUNE = {"drop_path": 0.4, "layer_decay": 0.65, "ema_decay": 0.9}
 TUNED = {"learning_rate": 3e-3, "clip_grad": 1.0}
 PROBE = {"protocol": "linear", "trust": 0.02, "momentum": 0.9}
+ALIGNED = MaskAlignConfig(**SIZES, teacher="owner/model")
 CASES = {  # method, options of the classifier, options of the training
     "mae-mean": ("mae", FINETUNE, TUNED),
     "mae-cls": ("mae", {**FINETUNE, "pool": "cls"}, {**TUNED, "accumulate": 2}),
@@ -33,7 +65,9 @@ CASES = {  # method, options of the classifier, options of the training
 
 def make_engines(case):
     name, options, more = CASES[case]
-    training = TrainingConfig(seed=3, total_steps=12, warmup_steps=3, device="cpu", betas=(0.9, 0.999), **more)
+    training = TrainingConfig(
+        seed=3, total_steps=12, warmup_steps=3, precision="float32", device="cpu", betas=(0.9, 0.999), **more
+    )
     config = ClassifierConfig(**options)
     return [package.ClassifierEngine(METHODS[name], config, CLASSES, training) for package in (prmim_torch, prmim_jax)]
 
@@ -125,3 +159,34 @@ def test_architecture_and_counts_are_the_same(case, assert_same_decay):
     assert there.module.architecture() == here.module.architecture()
     assert there.module.not_decayed() == here.module.not_decayed()
     assert_same_decay(here.module, there.module)
+
+
+@pytest.mark.parametrize(
+    ("method", "more"), [(METHODS["mae"], ABSOLUTE), (ALIGNED, ABSOLUTE), (METHODS["simmim"], RELATIVE)]
+)
+def test_parameter_groups_of_fine_tuning_are_the_published_ones(method, more):
+    outside, in_blocks = more
+    expected = {**OUTSIDE, **outside}
+    for block, scale in enumerate((0.25, 0.5)):
+        expected |= {
+            f"encoder.blocks.{block}.{name}": (scale, decay) for name, decay in (IN_BLOCKS | in_blocks).items()
+        }
+    config = ClassifierConfig(layer_decay=0.5)
+
+    here = prmim_torch.Classifier(method, config, CLASSES)
+    names = {parameter: name for name, parameter in here.named_parameters()}
+    groups = _with_rates(here, parameter_groups(here, 0.05))
+    assert {
+        names[parameter]: (group["rate_scale"], group["weight_decay"])
+        for group in groups
+        for parameter in group["params"]
+    } == expected
+
+    there = prmim_jax.Classifier(method, config, CLASSES)
+    arrays = {name: variable[...] for name, variable in named_variables(there).items()}
+    mask, scales = decay_mask(there), _rate_scales(partial(config.rate_scale, depth=2), arrays)
+    assert {
+        part: (float(scale), 0.05 * mask[name])
+        for name, array in arrays.items()
+        for part, scale in zip(file_names(name, array.shape), np.ravel(scales[name]), strict=True)
+    } == expected

@@ -100,9 +100,10 @@ def without_keys(name, array):
     [(case, torch.float64, 1e-9) for case in CASES] + [("kernel", torch.float32, 1e-5)],
     ids=lambda value: str(value).removeprefix("torch."),
 )
-def test_loss_and_every_gradient(tmp_path, teacher, case, dtype, rtol):
+def test_loss_and_every_gradient(tmp_path, teacher, case, dtype, rtol, count_learned):
     with jax.enable_x64(True) if dtype == torch.float64 else contextlib.nullcontext():
         here, there = make_pair(tmp_path / "weights.safetensors", teacher, CASES[case], dtype)
+        assert count_learned(here, there) == (here.config.parameters().learned,) * 2
         rng = np.random.default_rng(0)
         images = rng.integers(0, 256, (3, 16, 16, 3), dtype=np.uint8)
         noise = counter_noise(5, 0, np.arange(3), 16)
@@ -143,12 +144,14 @@ def test_their_own_teachers_make_them_see_the_same_tokens(tmp_path, teacher):
 def test_training_goes_the_same_way(tmp_path, teacher):
     engines = []
     for package in (prmim_torch, prmim_jax):
-        training = TrainingConfig(seed=3, total_steps=20, warmup_steps=2, learning_rate=2e-3, device="cpu")
+        training = TrainingConfig(
+            seed=3, total_steps=20, warmup_steps=2, learning_rate=2e-3, precision="float32", device="cpu"
+        )
         engines.append(package.Engine(MaskAlignConfig(teacher=teacher, **SIZES), training))
     here, there = engines
     prmim_torch.save_weights(here.method, tmp_path / "start.safetensors")
     there.load_weights(tmp_path / "start.safetensors")
-    assert there.num_parameters == here.num_parameters
+    assert there.num_parameters == here.num_parameters == here.method.config.parameters().learned
     rng = np.random.default_rng(0)
     for step in range(10):
         images, sample = rng.integers(0, 256, (8, 16, 16, 3), dtype=np.uint8), np.arange(8) + 8 * step

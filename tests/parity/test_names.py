@@ -32,6 +32,7 @@ ONLY_TORCH = {
     "Processes": {"device"},
     "Classifier": {"train"},
     "Trainer": {"module", "moments", "statistics"},
+    "bias_rows": {"device"},
 }
 MODULES = [module.name for module in pkgutil.iter_modules(prmim_jax.__path__)]
 CLASSES = ["Engine", "Method", "MAE", "SimMIM", "MaskAlign", "Teacher", "Classifier", "ClassifierEngine"]

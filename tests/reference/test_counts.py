@@ -19,6 +19,11 @@ from prmim_reference.counts import TokenCounts, count_tokens
         (49, 0.6, 0.0, "mae", (19, 30, 0)),  # SimMIM masks ceil(29.4) units
         (10, 0.9, 0.0, "mae", (1, 9, 0)),  # 1 - 0.9 is below 0.1 in binary
         (100, 0.29, 0.29, "amt", (71, 0, 29)),  # 100 * 0.29 is below 29 in binary
+        (100, 0.29, 0.29, "mae_float", (71, 1, 28)),
+        (100, 0.9, 0.0, "mae_float", (9, 91, 0)),
+        (10, 0.9, 0.0, "mae_float", (0, 10, 0)),
+        (25, 0.28, 0.0, "simmim_float", (17, 8, 0)),  # 25 * 0.28 is above 7 in binary
+        (49, 0.6, 0.0, "simmim_float", (19, 30, 0)),
         (196, 0.75, 1.0, "mae", (49, 0, 147)),  # no more than the masked can be thrown
         (196, 0.75, 0.9, "mae", (49, 0, 147)),
         (196, 0, 0.5, "mae", (196, 0, 0)),

@@ -24,7 +24,15 @@ CONFIGS = {
     "mae": create_config("mae", **TINY, decoder_dim=8, decoder_depth=1, decoder_heads=2, init_seed=3),
     "simmim": create_config("simmim", **TINY, drop_path=0.3, recompute_blocks=True, init_seed=3),
 }
-TRAINING = {"seed": 3, "total_steps": 8, "warmup_steps": 2, "learning_rate": 1e-3, "device": "cpu", "timeout": 30.0}
+TRAINING = {
+    "seed": 3,
+    "total_steps": 8,
+    "warmup_steps": 2,
+    "learning_rate": 1e-3,
+    "precision": "float32",
+    "device": "cpu",
+    "timeout": 30.0,
+}
 PARALLEL = ("ddp", "fsdp")
 READINGS = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "_to_cpu")
 BATCH = 16
@@ -43,7 +51,8 @@ CLASSIFIERS = {
         ClassifierConfig(drop_path=0.3, layer_decay=0.7, ema_decay=0.8),
         {"accumulate": 2, "clip_grad": 0.5, "betas": (0.9, 0.999)},
     ),
-    "probe": ("mae", ClassifierConfig(protocol="linear", pool="cls"), {"learning_rate": 0.5}),
+    "probe": ("mae", ClassifierConfig(protocol="linear", pool="cls", batch_norm="all"), {"learning_rate": 0.5}),
+    "device_probe": ("mae", ClassifierConfig(protocol="linear", pool="cls"), {"learning_rate": 0.5}),
 }
 CLASSES = 5
 
@@ -148,11 +157,15 @@ def looks(shared, own):
     return {parallel: look(parallel, shared / "1" / "mae" / "ddp") for parallel in PARALLEL}
 
 
+def make_classifier(name, parallel="ddp", **more):
+    method, config, training = CLASSIFIERS[name]
+    training = TrainingConfig(**{**TRAINING, **training, **more}, parallel=parallel)
+    return ClassifierEngine(CONFIGS[method], config, CLASSES, training)
+
+
 def classify(name, parallel, directory):
     """Train a classifier, then resume it from halfway."""
-    method, config, training = CLASSIFIERS[name]
-    training = TrainingConfig(**{**TRAINING, **training}, parallel=parallel)
-    engine = ClassifierEngine(CONFIGS[method], config, CLASSES, training)
+    engine = make_classifier(name, parallel)
     curve = train_classifier(engine, STEP_SAVED)
     saving = save(engine, directory / "half")
     curve += train_classifier(engine, STEPS)
@@ -167,28 +180,31 @@ def classify(name, parallel, directory):
     return result
 
 
-def train_classifier(engine, last):
-    """Train up to a step, each process on its rows; in one step, a target of the last process is not finite."""
+def draw_classes(step):
+    """Return images and targets; in one step, the last target is not finite."""
+    rng = np.random.default_rng(step)
+    images = rng.integers(0, 256, (BATCH, 16, 16, 3), dtype=np.uint8)
+    targets = rng.dirichlet(np.ones(CLASSES), BATCH).astype(np.float32)
+    if step + 1 == STEP_SPOILT:
+        targets[-1, 0] = np.nan
+    return images, targets
+
+
+def train_classifier(engine, last, rows=None):
+    """Train up to a step; ``rows``: those of the process, in another order than usual."""
     curve = []
     while engine.step < last:
-        rng = np.random.default_rng(engine.step)
-        images = rng.integers(0, 256, (BATCH, 16, 16, 3), dtype=np.uint8)
-        targets = rng.dirichlet(np.ones(CLASSES), BATCH).astype(np.float32)
-        if engine.step + 1 == STEP_SPOILT:
-            targets[-1, 0] = np.nan
+        images, targets = draw_classes(engine.step)
         sample = np.arange(engine.step * BATCH, (engine.step + 1) * BATCH)
-        rows = slice(engine.rank, None, engine.world_size)
+        rows = slice(engine.rank, None, engine.world_size) if rows is None else rows
         engine.train_step(images[rows], sample[rows], targets[rows])
         curve.append(engine.read_metrics())
     return curve
 
 
 def classifiers(shared, own):
-    return {
-        f"{name} {parallel}": classify(name, parallel, own / name / parallel)
-        for name in CLASSIFIERS
-        for parallel in PARALLEL
-    }
+    pairs = [*((name, parallel) for name in ("finetune", "probe") for parallel in PARALLEL), ("device_probe", "ddp")]
+    return {f"{name} {parallel}": classify(name, parallel, own / name / parallel) for name, parallel in pairs}
 
 
 def message_of(call):

@@ -11,13 +11,21 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from prmim_core import counter_noise
 from prmim_methods import ClassifierConfig, TrainingConfig, create_config
+from prmim_methods.classifier import BLOCK_TABLE, SHARED_TABLE, copy_table
 from prmim_methods.record import options as options_of
 from prmim_methods.weight_files import dump_architecture
 from prmim_torch import METHODS, Classifier, ClassifierEngine, load_weights, save_weights
 from prmim_torch.classifier import BatchNorm, load_encoder
 from prmim_torch.interop import named_weights, write_weights
 
-TRAINING = {"seed": 3, "total_steps": 8, "warmup_steps": 2, "learning_rate": 1e-3, "betas": (0.9, 0.999)}
+TRAINING = {
+    "seed": 3,
+    "total_steps": 8,
+    "warmup_steps": 2,
+    "learning_rate": 1e-3,
+    "precision": "float32",
+    "betas": (0.9, 0.999),
+}
 PLAIN = {"drop_path": 0.0, "layer_decay": 1.0}
 INIT_SEED = 3
 SAMPLE = np.arange(8)
@@ -26,6 +34,7 @@ CLASSES = 5
 FINETUNE = {"drop_path": 0.5, "layer_decay": 0.7, "ema_decay": 0.9, "clip_grad": 1.0}
 PROBE = {"protocol": "linear", "pool": "cls", "learning_rate": 0.5, "weight_decay": 0.0}
 KINDS = {"finetune": FINETUNE, "probe": PROBE}
+BLOCK_TABLES = [BLOCK_TABLE.format(block) for block in range(2)]
 STATISTICS = {"running_mean", "running_var", "num_batches_tracked"}
 
 
@@ -66,6 +75,8 @@ def make_classifier(config, num_classes=CLASSES, init_seed=0, **options):
 def make_pair(config, path, **options):
     """Return a method and a classifier with its encoder."""
     method, classifier = METHODS[config.name](config), make_classifier(config, **options)
+    if config.position == "relative":
+        torch.nn.init.normal_(method.encoder.rel_pos_bias.relative_position_bias_table)
     save_weights(method, path)
     load_encoder(classifier, path)
     return method.eval(), classifier
@@ -135,8 +146,9 @@ def test_names_are_those_of_a_vision_transformer(make_config, name):
     encoder = METHODS[name](config).encoder
     names = {f"encoder.{key}" for key in encoder.state_dict()} - {"encoder.mask_token"}
     own_norm, head = {"encoder.norm.weight", "encoder.norm.bias"}, {"head.weight", "head.bias"}
-    assert set(make_classifier(config).state_dict()) == (names - own_norm) | head | {"fc_norm.weight", "fc_norm.bias"}
-    assert set(make_classifier(config, pool="cls").state_dict()) == names | head
+    tuned = (names - {SHARED_TABLE}) | {name for name in BLOCK_TABLES if SHARED_TABLE in names}
+    assert set(make_classifier(config).state_dict()) == (tuned - own_norm) | head | {"fc_norm.weight", "fc_norm.bias"}
+    assert set(make_classifier(config, pool="cls").state_dict()) == tuned | head
     statistics = {f"fc_norm.{name}" for name in STATISTICS}
     assert set(make_classifier(config, protocol="linear").state_dict()) == names | head | statistics
 
@@ -153,13 +165,10 @@ def test_the_head_starts_small_and_by_its_seed(make_config, protocol, std):
     assert torch.equal(torch.get_rng_state(), state)
 
 
-@pytest.mark.parametrize(
-    ("name", "table"), [("mae", "pos_embed"), ("simmim", "rel_pos_bias.relative_position_bias_table")]
-)
-def test_position_tables_learn_and_are_not_decayed(make_config, name, table):
-    classifier = make_classifier(make_config(name))
-    assert dict(classifier.named_parameters())[f"encoder.{table}"].requires_grad
-    assert {f"encoder.{table}", "encoder.cls_token"} <= classifier.not_decayed()
+@pytest.mark.parametrize(("name", "tables"), [("mae", ["encoder.pos_embed"]), ("simmim", BLOCK_TABLES)])
+def test_position_tables_learn(make_config, name, tables):
+    parameters = dict(make_classifier(make_config(name)).named_parameters())
+    assert all(parameters[table].requires_grad for table in tables)
     frozen = make_classifier(make_config(name), protocol="linear")
     assert not any(parameter.requires_grad for parameter in frozen.encoder.parameters())
 
@@ -495,8 +504,9 @@ def test_it_starts_from_the_weights_of_a_method(make_config, make_engine, images
 @pytest.mark.parametrize("name", ["mae", "simmim"])
 def test_without_a_file_it_starts_as_a_new_method(make_config, make_engine, name):
     weights = weights_of(make_engine(name, pool="cls"))
-    for key, tensor in METHODS[name](make_config(name)).encoder.state_dict().items():
-        assert key == "mask_token" or torch.equal(weights[f"encoder.{key}"], tensor), key
+    expected = METHODS[name](make_config(name)).encoder.state_dict()
+    for key, tensor in copy_table({f"encoder.{key}": tensor for key, tensor in expected.items()}, 2).items():
+        assert key in {"encoder.mask_token", SHARED_TABLE} or torch.equal(weights[key], tensor), key
 
 
 def test_weights_of_another_model_are_refused(make_config, make_engine, tmp_path):

@@ -11,7 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from prmim_core import counter_noise
-from prmim_methods import ClassifierConfig, MAEConfig, SimMIMConfig, TrainingConfig
+from prmim_methods import ClassifierConfig, MAEConfig, SimMIMConfig, TrainingConfig, hardware
+from prmim_methods.sizes import Transformer
 from prmim_torch import MAE, Classifier, ClassifierEngine, Engine, SimMIM, Teacher, trainer
 
 spec = importlib.util.spec_from_file_location("teachers", Path(__file__).parents[1] / "teachers.py")
@@ -77,7 +78,7 @@ def test_the_guard_notices_float64(nothing_wide):
 
 @pytest.mark.parametrize("config", [MAEConfig(**SIZES), SimMIMConfig(**SIZES, drop_path=0.5)], ids=["mae", "simmim"])
 def test_a_training_step_has_no_float64(config, nothing_wide, engines_use_meta):
-    engine = Engine(config, TrainingConfig(clip_grad=1.0, device="cpu"))
+    engine = Engine(config, TrainingConfig(clip_grad=1.0, precision="float32", device="cpu"))
     engine.train_step(np.zeros((2, 16, 16, 3), np.uint8), np.arange(2))
     assert engine.step == 1
     engine.close()
@@ -86,7 +87,7 @@ def test_a_training_step_has_no_float64(config, nothing_wide, engines_use_meta):
 @pytest.mark.parametrize("protocol", ["finetune", "linear"])
 def test_a_step_of_a_classifier_has_no_float64(protocol, nothing_wide, engines_use_meta):
     config = ClassifierConfig(protocol=protocol)
-    engine = ClassifierEngine(MAEConfig(**SIZES), config, 3, TrainingConfig(device="cpu"))
+    engine = ClassifierEngine(MAEConfig(**SIZES), config, 3, TrainingConfig(precision="float32", device="cpu"))
     engine.train_step(np.zeros((2, 16, 16, 3), np.uint8), np.arange(2), np.full((2, 3), 1 / 3, np.float32))
     assert engine.step == 1
     engine.close()
@@ -94,7 +95,7 @@ def test_a_step_of_a_classifier_has_no_float64(protocol, nothing_wide, engines_u
 
 def test_sums_without_float64_are_saved_in_float64(monkeypatch):
     monkeypatch.setattr(trainer, "HAVE_FLOAT64", ())
-    engine = Engine(MAEConfig(**SIZES), TrainingConfig(device="cpu"))
+    engine = Engine(MAEConfig(**SIZES), TrainingConfig(precision="float32", device="cpu"))
     assert engine._sums.dtype == torch.float32
     assert engine._state()["sums"].dtype == torch.float64
     engine.close()
@@ -125,3 +126,41 @@ def test_mps_is_refused_for_several_processes(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match=r"^device: expected cpu or cuda for 2 processes, got 'mps'$"):
         trainer._choose_device("mps")
+
+
+@pytest.mark.parametrize(
+    ("device", "capability", "expected"),
+    [
+        ("cpu", None, ("float32", "auto: the CPU has neither AMX-BF16 nor AVX512-BF16")),
+        ("cuda:1", (8, 0), ("bfloat16", "auto: compute capability 8.0")),
+        ("cuda:1", (7, 0), ("float32", "auto: compute capability 7.0 is below 8.0")),
+        ("mps", None, ("float32", "auto: bfloat16 is not measured on mps")),
+    ],
+)
+def test_the_precision_follows_the_device(monkeypatch, device, capability, expected):
+    monkeypatch.setattr(hardware, "cpu_flags", lambda: frozenset({"avx2"}))
+    capabilities = {torch.device("cuda:1"): capability}
+    monkeypatch.setattr(torch.cuda, "get_device_capability", capabilities.__getitem__)
+    assert trainer._choose_precision("auto", torch.device(device)) == expected
+
+
+def test_the_slowdown_of_bfloat16_is_measured_where_float32_is_chosen(monkeypatch):
+    size = Transformer(dim=8, depth=1, heads=2)
+    monkeypatch.setattr(hardware, "cpu_flags", lambda: frozenset({"avx2"}))
+    engines = {
+        precision: Engine(MAEConfig(**SIZES), TrainingConfig(precision=precision, device="cpu"))
+        for precision in ("auto", "bfloat16")
+    }
+    assert [engine.precision.value for engine in engines.values()] == ["float32", "bfloat16"]
+    assert not any(engine.compiled.value for engine in engines.values())
+    state = torch.random.get_rng_state()
+    assert engines["auto"].measure_slowdown(size) is None
+    assert engines["bfloat16"].measure_slowdown(size) > 0
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert all(parameter.grad is None for parameter in engines["bfloat16"].method.parameters())
+    monkeypatch.setattr(hardware, "cpu_flags", lambda: frozenset({"amx_bf16"}))
+    monkeypatch.delenv("ATEN_CPU_CAPABILITY", raising=False)
+    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
+    assert engines["bfloat16"].measure_slowdown(size) is None
+    for engine in engines.values():
+        engine.close()

@@ -125,7 +125,7 @@ def test_several_processes_make_the_run_of_one(one, several, shared, name, paral
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 @pytest.mark.parametrize("name", ["finetune", "probe"])
 def test_two_processes_make_the_classifier_of_one(one, two, shared, name, parallel):
-    """Batch norm uses the rows of all processes; the average of the weights is the same."""
+    """Batch norm over all uses the rows of all processes; the average of the weights is the same."""
     expected, ranks = one["classifiers"][f"{name} ddp"], [rank["classifiers"][f"{name} {parallel}"] for rank in two]
     assert_same_run(ranks[0]["curve"], expected["curve"], ("loss", "accuracy"))
     assert [step["nonfinite_step"] for step in expected["curve"]] == [None, None, None, 4, 4, 4]
@@ -140,6 +140,28 @@ def test_two_processes_make_the_classifier_of_one(one, two, shared, name, parall
         np.testing.assert_equal(rank["resumed"], rank["curve"][3:])
         np.testing.assert_equal(rank["again"], rank["logits"])
         np.testing.assert_allclose(rank["logits"], expected["logits"], rtol=1e-4, atol=1e-6)
+
+
+def test_batch_norm_of_each_process(worker, two, shared):
+    """A step is that of one process which accumulates the shares; running statistics are means over the processes."""
+    engine = worker.make_classifier("device_probe", accumulate=2)
+    expected = worker.train_classifier(engine, worker.STEPS, np.r_[0:16:2, 1:16:2])
+    ranks = [rank["classifiers"]["device_probe ddp"] for rank in two]
+    assert_same_run(ranks[0]["curve"], expected, ("loss", "accuracy"))
+    weights = load_file(shared / "2" / "device_probe" / "ddp" / "end" / "weights.safetensors")
+    torch.testing.assert_close(weights["head.weight"], engine.module.head.weight.detach(), rtol=1e-4, atol=1e-6)
+    encoder, mean, variance = worker.METHODS["mae"](worker.CONFIGS["mae"]).eval(), 0, 0
+    finite = [step for step in range(worker.STEPS) if step + 1 != worker.STEP_SPOILT]
+    for number, step in enumerate(finite, start=1):
+        seen = encoder.features(torch.from_numpy(worker.draw_classes(step)[0]), "cls").detach().numpy()
+        halves = seen[::2], seen[1::2]
+        mean += (np.mean([half.mean(0) for half in halves], 0) - mean) / number
+        variance += (np.mean([half.var(0, ddof=1) for half in halves], 0) - variance) / number
+    np.testing.assert_allclose(weights["fc_norm.running_mean"], mean, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(weights["fc_norm.running_var"], variance, rtol=1e-4, atol=1e-5)
+    for rank in ranks:
+        np.testing.assert_equal(rank, ranks[0])
+        np.testing.assert_equal(rank["resumed"], rank["curve"][3:])
 
 
 def test_one_process_is_the_same_either_way(one):

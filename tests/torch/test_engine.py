@@ -18,7 +18,7 @@ from prmim_methods import TrainingConfig, create_config
 from prmim_torch import Engine, create_method
 from prmim_torch.trainer import parameter_groups
 
-TRAINING = {"seed": 3, "total_steps": 8, "warmup_steps": 2, "learning_rate": 1e-3}
+TRAINING = {"seed": 3, "total_steps": 8, "warmup_steps": 2, "learning_rate": 1e-3, "precision": "float32"}
 INIT_SEED = 3
 SAMPLE = np.arange(8)
 

@@ -7,7 +7,8 @@ from torch.utils._pytree import tree_flatten, tree_map, treespec_dumps, treespec
 from torch.utils.data import default_collate
 
 from prmim_core import Grid, Plan, Schedule, TokenCounts, counter_noise
-from prmim_torch import ProgressiveReconstruction, create_method, make_plan
+from prmim_methods import ClassifierConfig, create_config
+from prmim_torch import Classifier, ProgressiveReconstruction, create_method, make_plan
 
 SIZES = {"image_size": (16, 16), "patch_size": (4, 4), "embed_dim": 16, "depth": 1, "num_heads": 2}
 OPTIONS = {"mae": {**SIZES, "decoder_dim": 8, "decoder_depth": 1, "decoder_heads": 2}, "simmim": SIZES}
@@ -35,6 +36,16 @@ def test_an_exported_method_takes_any_batch_and_returns_the_same(name):
         assert got.plan.schedule == wanted.plan.schedule
         torch.testing.assert_close(got.loss, wanted.loss)
         torch.testing.assert_close(got.predicted, wanted.predicted)
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_an_exported_classifier_takes_any_batch(name):
+    classifier = Classifier(create_config(name, **OPTIONS[name]), ClassifierConfig(), 3).eval()
+    for parameter in classifier.parameters():  # tables of relative positions start at 0
+        torch.nn.init.normal_(parameter)
+    program = export(classifier, inputs(4)[:1], dynamic_shapes=({0: Dim("batch")},)).module()
+    for size in (1, 40):
+        torch.testing.assert_close(program(*inputs(size)[:1]), classifier(*inputs(size)[:1]))
 
 
 def test_an_exported_reconstruction_takes_plans_of_any_batch():

@@ -17,7 +17,7 @@ import prmim_core
 from prmim_core import Grid, Schedule, TokenCounts, counter_noise
 
 if importlib.util.find_spec("triton") is None:
-    pytest.skip("Triton is not installed", allow_module_level=True)
+    pytest.skip("needs Triton: pip install 'prmim[gpu-tests]'", allow_module_level=True)
 
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 GRIDS = [

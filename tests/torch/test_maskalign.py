@@ -38,6 +38,7 @@ CASES = [
     {"mask_ratio": 0.5, "teacher_layers": 1},
     {"image_size": (8, 20), "patch_size": (2, 4)},
     {"image_size": (12, 20), "channels": 1},
+    {"image_size": (12, 20), "mask_ratio": 0.8, "rounding": "float"},  # 2 of 15 tokens visible, not 3
 ]
 
 
@@ -69,7 +70,8 @@ def reference_output(method, images, noise, drop_path=0.0):
         teacher_attention=seen.attention.cpu().numpy(),
         patch_size=config.patch_size,
         num_heads=config.encoder_size.heads,
-        mask_ratio=1 - (config.counts.visible + 0.5) / config.counts.num_tokens,
+        mask_ratio=config.mask_ratio,
+        rounding=config.rounding,
         masking=config.masking,
         stages=config.stages,
         reconstruction=config.reconstruction_in_effect,
@@ -321,7 +323,7 @@ def test_features_are_compared_in_raster_order(make_case, reconstruction):
 
 def test_an_engine_trains_saves_and_resumes(teacher, make_images, tmp_path):
     def make_engine():
-        training = TrainingConfig(total_steps=20, learning_rate=3e-3, device="cpu")
+        training = TrainingConfig(total_steps=20, learning_rate=3e-3, precision="float32", device="cpu")
         return prmim_torch.Engine(MaskAlignConfig(**SIZES, teacher=teacher), training)
 
     images, sample = make_images(8, 16, 16, 3), np.arange(8)

@@ -63,7 +63,7 @@ def test_weights_of_any_precision_are_taken_as_float32(dtype):
 
 
 def test_the_kernel_samples_where_there_is_triton_and_a_gpu(monkeypatch):
-    pytest.importorskip("triton")
+    pytest.importorskip("triton", reason="needs Triton: pip install 'prmim[gpu-tests]'")
     from prmim_torch import furthest
 
     on_gpu = SimpleNamespace(is_cuda=True)

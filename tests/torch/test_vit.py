@@ -98,8 +98,31 @@ def test_parts_of_an_encoder_are_chosen_by_arguments():
 
 
 def test_unknown_positions_are_refused():
-    with pytest.raises(ValueError, match=r"^position: expected 'absolute' or 'relative', got 'both'$"):
+    with pytest.raises(ValueError, match=r"^position: expected 'absolute' or .* 'relative_per_block', got 'both'$"):
         Encoder((2, 2), (2, 2), 3, dim=8, depth=1, num_heads=2, position="both")
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("index", [None, torch.tensor([[5, 0, 3, 1], [2, 4, 1, 0]])], ids=["all", "some"])
+def test_equal_tables_of_blocks_are_one_shared_table(index, recompute):
+    sizes = {"dim": 8, "depth": 2, "num_heads": 2, "recompute": recompute}
+    shared, per_block = (
+        Encoder((2, 3), (2, 2), 3, **sizes, position=position) for position in ("relative", "relative_per_block")
+    )
+    table = torch.randn(5 * 3 + 3, 2)
+    weights = shared.state_dict() | {"rel_pos_bias.relative_position_bias_table": table}
+    shared.load_state_dict(weights)
+    del weights["rel_pos_bias.relative_position_bias_table"]
+    tables = [f"blocks.{block}.attn.relative_position_bias_table" for block in range(2)]
+    per_block.load_state_dict({**weights, **dict.fromkeys(tables, table)})
+    patches = torch.randn(2, 6 if index is None else 4, 12)
+    expected, found = shared(patches, index), per_block(patches, index)
+    torch.testing.assert_close(found, expected)
+    for encoded in (expected, found):
+        (encoded[:, 1:] - 1).square().sum().backward()
+    gradients = [per_block.get_parameter(name).grad for name in tables]
+    torch.testing.assert_close(sum(gradients), shared.rel_pos_bias.relative_position_bias_table.grad)
+    assert not torch.equal(*gradients)
 
 
 @pytest.mark.parametrize("shape", [(5,), (3, 4), (2, 3, 2)])

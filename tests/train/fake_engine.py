@@ -18,6 +18,8 @@ from safetensors.numpy import load_file, save_file
 
 from prmim_core import Schedule, block_visible, counter_noise, make_plan, patchify
 from prmim_methods import ClassifierConfig, MethodConfig, TrainingConfig
+from prmim_methods.hardware import Choice, choose_precision, is_slow
+from prmim_methods.sizes import Transformer
 
 DIM = 32
 TEACHER_DIM = 24
@@ -40,6 +42,7 @@ class Engine:
     delay: ClassVar[float] = float(os.environ.get("PRMIM_FAKE_DELAY", "0"))
     bad_steps: ClassVar[tuple[int, ...]] = ()
     save_error: ClassVar[Exception | None] = None
+    slowdown: ClassVar[float | None] = None
     made: ClassVar[list["Engine"]] = []
 
     def __init__(self, config: MethodConfig, training: TrainingConfig) -> None:
@@ -56,6 +59,8 @@ class Engine:
         self.momentum = [np.zeros_like(self.encoder), np.zeros_like(self.decoder)]
         self.step = 0
         self.device = "numpy"
+        self.precision = choose_precision(training.precision, "cpu", backend="torch")
+        self.compiled = Choice(False, "as given")
         self.seen: list[np.ndarray] = []
         self.bad = -1
         self.skipped_in_a_row = 0
@@ -65,6 +70,9 @@ class Engine:
     @property
     def num_parameters(self) -> int:
         return self.encoder.size + self.decoder.size
+
+    def measure_slowdown(self, size: Transformer) -> float | None:
+        return self.slowdown if is_slow(self.precision.value, "cpu", backend="torch") else None
 
     def _forget(self) -> None:
         self.sums: list[tuple[float, ...]] = []

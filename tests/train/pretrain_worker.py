@@ -27,6 +27,11 @@ CLASSIFIER = {
     **{"epochs": 1, "batch_size": 120, "base_learning_rate": 0.02, "log_every": 2, "mixup": 0.8, "cutmix": 1},
     **{"rand_augment": 9, "erasing": 0.25},
 }
+# The statistics of all processes, so that their number changes nothing.
+PROTOCOLS = {
+    "finetune": ("--protocol", "finetune"),
+    "linear": ("--protocol", "linear", "--solver", "lars", "--pool", "mean", "--batch_norm", "all"),
+}
 """12 steps as well."""
 
 
@@ -81,7 +86,7 @@ if __name__ == "__main__":
     folder, nothing = Path(sys.argv[1]), contextlib.nullcontext()
     run_folder = folder / "run"
     photos = ("--data", str(folder / "photos"), "--holdout", "0")
-    probed, finetune, linear = folder / "probed", ("--protocol", "finetune"), ("--protocol", "linear")
+    probed, finetune, linear = folder / "probed", PROTOCOLS["finetune"], PROTOCOLS["linear"]
     commands = {
         "stopped": (command(run_folder), stopped(5, rank=1)),
         "taken": (command(run_folder), nothing),
@@ -98,7 +103,7 @@ if __name__ == "__main__":
             stopped(5, 1, prmim_torch.ClassifierEngine),
         ),
         "tuned": (classifier(probed, folder / "finetune", *finetune, "--resume", "--parallel", "fsdp"), nothing),
-        "linear": (classifier(probed, folder / "linear", *linear, "--solver", "lars", "--pool", "mean"), nothing),
+        "linear": (classifier(probed, folder / "linear", *linear), nothing),
         "picture": (["picture", "--run", str(probed)], nothing),
     }
     results = {name: run(*given) for name, given in commands.items()}

@@ -179,11 +179,11 @@ def test_probes_are_made_and_change_nothing(two, one, shared):
     assert_same_lines(lines, one.read_metrics())
 
 
-@pytest.mark.parametrize(("protocol", "more"), [("finetune", ()), ("linear", ("--solver", "lars", "--pool", "mean"))])
-def test_a_classifier_learns_as_in_one_process(protocol, more, two, shared, worker):
+@pytest.mark.parametrize("protocol", ["finetune", "linear"])
+def test_a_classifier_learns_as_in_one_process(protocol, two, shared, worker):
     """That which is fine-tuned was stopped, and resumed with FSDP."""
     out = shared / f"{protocol} in one"
-    assert main(worker.classifier(shared / "probed", out, "--protocol", protocol, *more)) == 0
+    assert main(worker.classifier(shared / "probed", out, *worker.PROTOCOLS[protocol])) == 0
     run, expected = RunDirectory(shared / protocol), RunDirectory(out)
     assert_same_lines(run.read_metrics(), expected.read_metrics())
     found, there = (json.loads((folder.path / "evaluation.json").read_text()) for folder in (run, expected))

@@ -161,15 +161,6 @@ def test_the_engine_has_the_record_of_the_configuration(method, tiny, options):
     assert engine.method.config == config.method
 
 
-def test_inspect_counts_parameters_without_training(tiny_words, capsys, tmp_path):
-    words = [*tiny_words, "--backend", "jax"]
-    assert main(["inspect", *words]) == 0
-    text = capsys.readouterr().out
-    assert "learned" in text
-    assert "decoder sequence    9 (dense: 17)" in text
-    assert list(tmp_path.iterdir()) == []
-
-
 TINY_RECIPE = {
     **{"image_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 3, "num_heads": 2, "channels": 3},
     **{"batch_size": 32, "precision": "float32", "device": "cpu", "backend": "jax"},

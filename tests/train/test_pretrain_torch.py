@@ -275,15 +275,6 @@ def test_resuming_another_model_is_told_in_one_line(tiny, options, capsys):
     assert "decoder_depth" in line
 
 
-def test_inspect_counts_parameters_without_training(tiny_words, capsys, tmp_path):
-    words = [*tiny_words, "--backend", "torch"]
-    assert main(["inspect", *words]) == 0
-    text = capsys.readouterr().out
-    assert "learned" in text
-    assert "decoder sequence    9 (dense: 17)" in text
-    assert list(tmp_path.iterdir()) == []
-
-
 TINY_RECIPE = {
     **{"image_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 3, "num_heads": 2, "channels": 3},
     **{"batch_size": 32, "compile": False, "precision": "float32", "device": "cpu", "backend": "torch"},

@@ -20,11 +20,13 @@ from prmim_train.cli.options import (
     command_option,
     convert,
     pretrain_options,
+    read_classify_options,
     read_config,
     split_words,
     suggest,
 )
-from prmim_train.config.layers import recipe_names
+from prmim_train.config.layers import merge_layers, recipe_names
+from prmim_train.config.packages import check_installed
 from prmim_train.run.processes import FailedElsewhereError, adopt_srun, is_main, launched, say
 
 EXIT_USAGE = 2
@@ -157,11 +159,17 @@ def _overview() -> str:
 
 
 def _pretrain_groups() -> dict[str, list[Option]]:
-    recipes = ", ".join(recipe_names())
-    config = command_option(
-        "config", str | None, f"A YAML file of options, or the name of a packaged recipe: {recipes}."
-    )
-    return {"": [config], **pretrain_options()}
+    return {"": [_config_option("pretrain")], **pretrain_options()}
+
+
+def _inspect_groups() -> dict[str, list[Option]]:
+    return {"": [_config_option("pretrain", "evaluate")], **pretrain_options()}
+
+
+def _config_option(*commands: str, note: str = "") -> Option:
+    names = ", ".join(name for command in commands for name in recipe_names(command))
+    text = f"A YAML file of options, or the name of a packaged recipe: {names}.{note}"
+    return command_option("config", str | None, text)
 
 
 def _pretrain(command: Command, name: str, given: dict[str, str]) -> None:
@@ -172,11 +180,27 @@ def _pretrain(command: Command, name: str, given: dict[str, str]) -> None:
 
 
 def _inspect(command: Command, name: str, given: dict[str, str]) -> None:
+    if _explain_recipe(given):
+        return
     from prmim_train.report.inspect import inspect_run
 
     options = command.options()
     given = {option: text for option, text in given.items() if option != "resume"}
     print(inspect_run(read_config(given, _parser(command, name), options, say)))
+
+
+def _explain_recipe(given: dict[str, str]) -> bool:
+    """Print what a packaged recipe is; return whether that is all, since `evaluate` takes it."""
+    from prmim_train.report.recipe import recipe_lines
+
+    name = given.get("config", "")
+    is_of_evaluate = name in recipe_names("evaluate")
+    if is_of_evaluate and len(given) > 1:
+        other = next(option for option in given if option != "config")
+        raise ValueError(f"{other}: expected no other option with {name}, a recipe of evaluate, got {given[other]}")
+    if is_of_evaluate or name in recipe_names():
+        print("\n".join(recipe_lines(name)), end="\n" * (1 if is_of_evaluate else 2))
+    return is_of_evaluate
 
 
 RUN_OPTION = command_option("run", str, "Folder of the run.")
@@ -199,6 +223,7 @@ def _evaluate_groups() -> dict[str, list[Option]]:
             command_option(
                 "solver", str | None, "For linear: lbfgs (fast, the default) or lars (MAE's published probe)."
             ),
+            _config_option("evaluate", note=" For finetune, and linear by lars, only."),
             *frozen,
             command_option("eval_limit", int | None, limit),
             command_option("baselines", bool, others, True),
@@ -209,6 +234,9 @@ def _evaluate_groups() -> dict[str, list[Option]]:
 
 def _evaluate(command: Command, name: str, given: dict[str, str]) -> None:
     arguments = _run_arguments(command, name, given)
+    config = arguments.pop("config", None)
+    if config is not None:
+        arguments = _with_classify_file(arguments, config, command, name)
     protocol, solver = arguments.get("protocol"), arguments.pop("solver", None)
     for option, value, known in (("protocol", protocol, EVALUATIONS), ("solver", solver, SOLVERS)):
         if value is not None and value not in known:
@@ -223,6 +251,7 @@ def _evaluate(command: Command, name: str, given: dict[str, str]) -> None:
             wanted = "knn, or linear by lbfgs" if is_trained else "finetune, or linear --solver lars"
             got = " ".join(word for word in (protocol, solver) if word) or "no protocol"
             raise ValueError(f"{option}: expected --protocol {wanted} with it, got {got}")
+    check_installed("evaluate", "sklearn", "scipy", "matplotlib")
     if is_trained:
         from prmim_train.evaluate.classifier import classify_command
 
@@ -231,6 +260,21 @@ def _evaluate(command: Command, name: str, given: dict[str, str]) -> None:
         from prmim_train.evaluate.features import evaluate_command
 
         evaluate_command(**arguments)
+
+
+def _with_classify_file(arguments: dict[str, Any], config: str, command: Command, name: str) -> dict[str, Any]:
+    """Return the arguments of the command line above the options of a file, which trains a classifier."""
+    trained = {item.name for items in classify_options().values() for item in items} | {"protocol"}
+    items = [item for item in command.options() if item.name in trained]
+    options = read_classify_options(config, _parser(command, name), items)
+    protocol = options.setdefault("protocol", arguments.get("protocol"))
+    if protocol not in TRAINED:
+        raise ValueError(f"protocol: expected {' or '.join(TRAINED)} with --config, got {protocol or 'no protocol'}")
+    expected = {"protocol": protocol, **({"solver": "lars"} if protocol == "linear" else {})}
+    for option, value in expected.items():
+        if (asked := arguments.get(option, value)) != value:
+            raise ValueError(f"{option}: expected {value} with --config {config}, got {asked}")
+    return merge_layers(options, arguments, expected)
 
 
 def _picture_groups() -> dict[str, list[Option]]:
@@ -270,6 +314,8 @@ SHARED_COMMANDS = ("pretrain", "evaluate")
 
 EVALUATIONS = ("knn", "linear", "finetune")
 SOLVERS = ("lbfgs", "lars")
+TRAINED = ("finetune", "linear")
+"""Protocols that can train a classifier by steps."""
 FROZEN_OPTIONS = {"data", "holdout", "test_data", "device", "checkpoint", "eval_limit", "baselines", "allow_changes"}
 
 COMMANDS = {
@@ -284,15 +330,17 @@ COMMANDS = {
     "inspect": Command(
         "show what a run would do and cost; trains nothing",
         "Show what pretrain would do with the same options: data found, tokens per stage, computation, memory, "
-        "learning rate. Trains nothing and writes nothing.",
-        _pretrain_groups,
+        "learning rate. Trains nothing and writes nothing. For a packaged recipe, also paper, published number, and "
+        "differences from the published run.",
+        _inspect_groups,
         _inspect,
     ),
     "evaluate": Command(
         "classify held-out images with frozen features, a linear probe or fine-tuning",
         "Classify held-out images with the frozen features of a run's last checkpoint (knn, linear), compared with an "
         "untrained encoder and raw pixels. Or train a classifier on the encoder: finetune, or linear with --solver "
-        "lars. Defaults are the published recipes of MAE; for the embedded digits, smaller ones.",
+        "lars. Defaults are the published recipes of MAE; for the embedded digits, smaller ones. The published recipes "
+        "of all methods are packaged: for example --config simmim_vit_base_finetune.",
         _evaluate_groups,
         _evaluate,
     ),

@@ -16,9 +16,14 @@ from prmim_methods import METHODS, MethodConfig
 from prmim_methods.messages import one_line, shown
 from prmim_methods.methods import METHOD_OPTION
 from prmim_methods.record import Option, Rule, options
-from prmim_train.config.classify import FOREIGN, INHERITED, RECIPES, ClassifyConfig
+from prmim_train.config.classify import FOREIGN, INHERITED, ClassifyConfig, protocol_defaults
 from prmim_train.config.layers import LARGEST_FILE, merge_layers, parse_options, read_options
-from prmim_train.config.pretrain import PretrainConfig, pretrain_config, special_option_names
+from prmim_train.config.pretrain import (
+    PretrainConfig,
+    pretrain_config,
+    pretrain_option_names,
+    special_option_names,
+)
 from prmim_train.config.training import DIGITS
 from prmim_train.run.directory import RunDirectory
 
@@ -76,6 +81,7 @@ def classify_options() -> dict[str, list[Option]]:
 
     The help says where an option has no effect, and what its default depends on.
     """
+    defaults = {protocol: protocol_defaults(protocol) for protocol in FOREIGN}
 
     def complete(item: Option) -> Option:
         if item.name in INHERITED:
@@ -83,8 +89,9 @@ def classify_options() -> dict[str, list[Option]]:
             return dataclasses.replace(item, default=None, rule=_with_help(item.rule, text))
         owners = [name for name, foreign in FOREIGN.items() if item.name not in foreign]
         text = item.help + (f" For {owners[0]} only." if len(owners) == 1 else "")
-        if item.name in RECIPES["linear"]:
-            text += f" Default for linear: {RECIPES['linear'][item.name]}."
+        values = {protocol: item.check(recipe.get(item.name, item.default)) for protocol, recipe in defaults.items()}
+        different = [f"for {protocol}: {value}" for protocol, value in values.items() if value != item.default]
+        text += f" Default {', '.join(different)}." if different else ""
         return dataclasses.replace(item, rule=_with_help(item.rule, text))
 
     grouped = _grouped(ClassifyConfig)
@@ -176,7 +183,8 @@ def split_words(words: Sequence[str], items: Sequence[Option]) -> dict[str, str]
         if not has_value:
             is_alone = not rest or rest[0].startswith("--")
             if known[name].is_flag:
-                is_alone = is_alone or rest[0].lower() not in TRUE_WORDS + FALSE_WORDS
+                values = TRUE_WORDS + FALSE_WORDS + (NULL_WORDS if known[name].is_optional else ())
+                is_alone = is_alone or rest[0].lower() not in values
             if is_alone and not known[name].is_flag:
                 raise ValueError(f"{name}: expected {known[name].expected}, got nothing")
             text = "true" if is_alone else rest.pop(0)
@@ -228,12 +236,12 @@ def _prepare(item: Option, value: Any) -> Any:
         return value
     if len(value) > LARGEST_FILE:
         raise ValueError(value)
+    if item.is_optional and value in NULL_WORDS:
+        return None
     if item.is_flag:
         if value.lower() not in TRUE_WORDS + FALSE_WORDS:
             raise ValueError(value)
         return value.lower() in TRUE_WORDS
-    if item.is_optional and value in NULL_WORDS:
-        return None
     listed = value.removeprefix("[").removesuffix("]")
     if "," in value or listed != value:
         return [_number(part) for part in listed.split(",")]
@@ -299,6 +307,30 @@ def read_config(
             "(see prmim pretrain --help)."
         )
     return config
+
+
+def read_classify_options(name_or_path: str, parser: ArgumentParser, items: Sequence[Option]) -> dict[str, Any]:
+    """Read the options of a classifier's training from a packaged recipe or a YAML file.
+
+    Parameters
+    ----------
+    name_or_path
+        Name of the recipe, or path of the file.
+    parser
+        The parser of the command.
+    items
+        The options that a file can have.
+
+    Raises
+    ------
+    ValueError, TypeError, FileNotFoundError
+        If there is no such file, or an option is unknown, not allowed or one of `prmim pretrain`.
+    """
+    found = read_options(name_or_path, "evaluate")
+    for name in found:
+        if name in pretrain_option_names() and name not in {item.name for item in items}:
+            raise ValueError(f"{name}: expected an option of prmim evaluate in {name_or_path}, got one of pretrain")
+    return _convert_file(found, name_or_path, parser, items)
 
 
 def _with_recipe(layers: Sequence[Mapping[str, Any]]) -> PretrainConfig:

@@ -1,7 +1,7 @@
 """The options of a classifier's training.
 
-Options that are not given come from the run whose encoder is used (`INHERITED`), then from the recipe of the protocol
-(`RECIPES`), then from the defaults below.
+Options that are not given come from the run whose encoder is used (`INHERITED`), then from the packaged recipe of the
+protocol (`RECIPES`), then from the defaults below.
 """
 
 from collections.abc import Collection, Mapping
@@ -10,29 +10,27 @@ from typing import Any, ClassVar
 
 from prmim_methods import ClassifierConfig, classifier
 from prmim_methods.record import Record, find_option, option, record
+from prmim_train.config.layers import merge_layers, read_options
 from prmim_train.config.pretrain import PretrainConfig
 from prmim_train.config.training import DIGITS, TrainingOptions
 
-INHERITED = ("data", "holdout", "flip", "max_pixels", "workers", "precision", "device", "parallel", "seed", "backend")
+INHERITED = (
+    "data",
+    "holdout",
+    "flip",
+    "max_pixels",
+    "workers",
+    "precision",
+    "compile",
+    "device",
+    "parallel",
+    "seed",
+    "backend",
+)
 """Options of the run whose encoder is used, unless given."""
 
-RECIPES: dict[str, dict[str, Any]] = {
-    "finetune": {},
-    "linear": {
-        "pool": "cls",
-        "rand_augment": 0.0,
-        "erasing": 0.0,
-        "mixup": 0.0,
-        "cutmix": 0.0,
-        "label_smoothing": 0.0,
-        "epochs": 90,
-        "batch_size": 16384,
-        "base_learning_rate": 0.1,
-        "min_learning_rate": 0.0,
-        "weight_decay": 0.0,
-    },
-}
-"""Differences from the defaults, by protocol."""
+RECIPES = {"finetune": "mae_vit_base_finetune", "linear": "mae_vit_base_linear"}
+"""The packaged recipe that each protocol takes its defaults from."""
 
 DIGITS_RECIPES: dict[str, dict[str, Any]] = {
     "finetune": {
@@ -46,6 +44,7 @@ DIGITS_RECIPES: dict[str, dict[str, Any]] = {
     },
     "linear": {
         "crop_scale": (0.8, 1.0),
+        "crop_draw": "retry",
         "test_crop": 1.0,
         "epochs": 30,
         "batch_size": 64,
@@ -54,9 +53,16 @@ DIGITS_RECIPES: dict[str, dict[str, Any]] = {
 }
 """Differences for the embedded digits, which are few and small."""
 
+LARGEST_CROPPED = 224
+CROPPED_SHARE = 0.875
+"""Share of a test image's sides that is seen by models of at most 224 pixels, as after resizing to 256; larger ones see
+all of it."""
+
 FOREIGN = {**classifier.FOREIGN, "linear": (*classifier.FOREIGN["linear"], "betas")}
 """Options without effect, by protocol."""
+
 WARMUP = {"finetune": 1 / 20, "linear": 1 / 9}
+"""Share of the epochs that is warm-up where no number of epochs is given: that of the published recipe."""
 
 
 @record
@@ -89,9 +95,10 @@ class AugmentOptions(Record):
     test_data: str | None = option(
         "Other labelled images to test on, with the same class names. Null: the held-out images.", default=None
     )
-    test_crop: float = option(
-        "Side of the central crop of a test image, relative to the largest such crop.",
-        default=0.875,
+    test_crop: float | None = option(
+        "Side of the central crop of a test image, relative to the largest such crop. Null: 0.875 up to 224 pixels, 1 "
+        "above.",
+        default=None,
         above=0,
         at_most=1,
     )
@@ -101,7 +108,8 @@ class AugmentOptions(Record):
 class ClassifyConfig(AugmentOptions, TrainingOptions, ClassifierConfig):
     """The options of a classifier's training.
 
-    The defaults are the published recipe of MAE for fine-tuning ViT-B/16 on ImageNet.
+    The defaults are the published recipe of MAE for fine-tuning ViT-B/16 on ImageNet (`mae_vit_base_finetune`), but for
+    the epochs of warm-up.
     """
 
     group: ClassVar[str] = "Run"
@@ -112,7 +120,6 @@ class ClassifyConfig(AugmentOptions, TrainingOptions, ClassifierConfig):
     base_learning_rate: float = 5e-4
     min_learning_rate: float = 1e-6
     betas: tuple[float, float] = (0.9, 0.999)
-    precision: str = "bfloat16"
     out: str | None = option(
         "Folder of the classifier. Null: a folder named after the protocol, in that of the run.", default=None
     )
@@ -137,9 +144,22 @@ class ClassifyConfig(AugmentOptions, TrainingOptions, ClassifierConfig):
         """Share of the epochs that is warm-up if `warmup_epochs` is None."""
         return WARMUP[self.protocol]
 
+    def test_share(self, image_size: tuple[int, int]) -> float:
+        """Return `test_crop`, or its default for images of this height and width."""
+        if self.test_crop is not None:
+            return self.test_crop
+        return CROPPED_SHARE if max(image_size) <= LARGEST_CROPPED else 1.0
+
+
+def protocol_defaults(protocol: str) -> dict[str, Any]:
+    """Return the options of the packaged recipe of a protocol, without the protocol."""
+    defaults = read_options(RECIPES[protocol], "evaluate")
+    del defaults["protocol"]
+    return defaults
+
 
 def classify_config(base: PretrainConfig, given: Mapping[str, Any]) -> ClassifyConfig:
-    """Return the configuration of a classifier: given options above those of the run and of the recipe.
+    """Return the configuration of a classifier: given options above those of the run and of the protocol's recipe.
 
     Parameters
     ----------
@@ -163,7 +183,6 @@ def classify_config(base: PretrainConfig, given: Mapping[str, Any]) -> ClassifyC
     """
     protocol = find_option(ClassifyConfig, "protocol").check(given["protocol"])
     inherited = {name: getattr(base, name) for name in INHERITED}
-    layers = {**inherited, **RECIPES[protocol]}
-    if given.get("data", base.data) == DIGITS:
-        layers |= DIGITS_RECIPES[protocol]
-    return ClassifyConfig(**{**layers, "out": str(base.run_path / protocol), **given})
+    digits = DIGITS_RECIPES[protocol] if given.get("data", base.data) == DIGITS else {}
+    own = {"out": str(base.run_path / protocol), **given}
+    return ClassifyConfig(**merge_layers(protocol_defaults(protocol), inherited, digits, own))

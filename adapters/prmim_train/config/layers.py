@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from importlib import resources
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,15 @@ from prmim_methods.methods import METHOD_OPTION
 from prmim_train.config.plain_yaml import PlainLoader
 from prmim_train.config.pretrain import special_option_names
 from prmim_train.config.training import TrainingOptions
+
+RECIPE_FOLDERS = {"pretrain": "recipes", "evaluate": "recipes/evaluate"}
+"""Folders of the packaged recipes, by the command that takes them."""
+
+KIND_OPTIONS = {"method": "pretrain", "protocol": "evaluate"}
+"""Options that only a file of one command has."""
+
+RECIPE_COMMANDS = {"pretrain": "prmim pretrain --config", "evaluate": "prmim evaluate --run RUN --config"}
+"""How to use a recipe."""
 
 DEPENDENT_OPTIONS = {"model": ("embed_dim", "depth", "num_heads"), "channels": ("mean", "std")}
 """Options that belong to another one: a layer that sets the key drops them from lower layers. A recipe's width must not
@@ -28,7 +38,8 @@ def merge_layers(*layers: Mapping[str, Any]) -> dict[str, Any]:
     """Merge dictionaries of options; later ones override earlier ones.
 
     A layer that sets an option drops the options that belong to it (`DEPENDENT_OPTIONS`) from the layers below. A layer
-    that changes the method drops the options that differ between methods.
+    that changes the method drops the options that differ between methods. A layer with fewer epochs drops the epochs of
+    warm-up, which were meant for a longer run: unless given again, they are a share of the epochs.
 
     Examples
     --------
@@ -36,6 +47,8 @@ def merge_layers(*layers: Mapping[str, Any]) -> dict[str, Any]:
     {'model': 'vit_small', 'epochs': 10}
     >>> merge_layers({"mask_ratio": 0.8, "norm_pix": False, "stages": 3}, {"method": "simmim"})
     {'stages': 3, 'method': 'simmim'}
+    >>> merge_layers({"epochs": 800, "warmup_epochs": 40}, {"epochs": 100})
+    {'epochs': 100}
     """
     special = special_option_names()
     merged: dict[str, Any] = {}
@@ -44,23 +57,55 @@ def merge_layers(*layers: Mapping[str, Any]) -> dict[str, Any]:
         method = merged.get("method", METHOD_OPTION.default)
         if layer.get("method", method) != method:
             dropped |= special
+        if "epochs" in merged and layer.get("epochs", merged["epochs"]) < merged["epochs"]:
+            dropped.add("warmup_epochs")
         merged = {name: value for name, value in merged.items() if name not in dropped} | dict(layer)
     return merged
 
 
-def recipe_names() -> list[str]:
-    """Return the names of the packaged recipes, sorted."""
-    folder = resources.files("prmim_train.config") / "recipes"
+def recipe_names(command: str = "pretrain") -> list[str]:
+    """Return the names of the packaged recipes of a command, sorted: `pretrain` or `evaluate`."""
+    folder = resources.files("prmim_train.config") / RECIPE_FOLDERS[command]
     return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
 
 
-def read_options(name_or_path: str | Path) -> dict[str, Any]:
+def read_recipe(name: str) -> str | None:
+    """Return the text of a packaged recipe of any command; None if there is none of that name."""
+    for command, folder in RECIPE_FOLDERS.items():
+        if name in recipe_names(command):
+            return (resources.files("prmim_train.config") / folder / f"{name}.yaml").read_text(encoding="utf-8")
+    return None
+
+
+def read_header(name: str) -> dict[str, str]:
+    """Return the first comment of a packaged recipe: what it is (`title`), its paper, command, and so on.
+
+    Examples
+    --------
+    >>> header = read_header("simmim_vit_base_finetune")
+    >>> header["expected"], header["measured"]
+    ('published: 83.8 % top-1 after 800 epochs of pre-training', 'not by us')
+    """
+    lines = (read_recipe(name) or "").splitlines()
+    comment = [line.removeprefix("#").removeprefix(" ") for line in takewhile(lambda line: line[:1] == "#", lines)]
+    title, fields, *_ = "\n".join(comment).split("\n\n")
+    header = {"title": " ".join(title.split())}
+    for line in fields.splitlines():
+        key, _, text = line.partition(" ")
+        last = key or list(header)[-1]
+        header[last] = f"{header.get(last, '')} {text.strip()}".strip()
+    return header
+
+
+def read_options(name_or_path: str | Path, command: str = "pretrain") -> dict[str, Any]:
     """Read the options of a packaged recipe or of a YAML file.
 
     Parameters
     ----------
     name_or_path
         The name of a packaged recipe (`recipe_names`), else the path of a file.
+    command
+        The command that takes the options: `pretrain` or `evaluate`.
 
     Returns
     -------
@@ -72,20 +117,24 @@ def read_options(name_or_path: str | Path) -> dict[str, Any]:
     FileNotFoundError
         If there is neither a recipe nor a file of that name.
     ValueError
-        If the file is longer than `LARGEST_FILE`, not YAML, or not a list of `name: value`. Anchors, aliases, tags,
-        nested values and duplicate names are refused.
+        If the options are those of the other command, the file is longer than `LARGEST_FILE`, not YAML, or not a list
+        of `name: value`. Anchors, aliases, tags, nested values and duplicate names are refused.
     """
     text = str(name_or_path)
-    if text in recipe_names():
-        content = (resources.files("prmim_train.config") / "recipes" / f"{text}.yaml").read_text(encoding="utf-8")
-    else:
+    content = read_recipe(text)
+    if content is None:
         path = Path(name_or_path)
         if not path.is_file():
-            known = ", ".join(recipe_names())
+            known = ", ".join(recipe_names(command))
             raise FileNotFoundError(f"config: expected a YAML file or one of the recipes {known}, got {text!r}")
         with path.open("rb") as file:
             content = file.read(4 * LARGEST_FILE + 1).decode("utf-8", errors="surrogateescape")
-    return parse_options(content, text)
+    options = parse_options(content, text)
+    for option, owner in KIND_OPTIONS.items():
+        if option in options and owner != command:
+            hint = f"use {RECIPE_COMMANDS[owner]} {text}"
+            raise ValueError(one_line(f"config: expected options of prmim {command}, got those of {owner}; {hint}"))
+    return options
 
 
 def parse_options(content: str, name: str) -> dict[str, Any]:

@@ -26,7 +26,11 @@ class PretrainConfig(TrainingOptions):
 
     method: MethodConfig = MAEConfig()  # frozen
 
-    precision: str = "bfloat16"
+    scale_learning_rate: bool = option(
+        "Multiply the learning rate by supervised / masked tokens, as CrossMAE does. The ratio is less than 1 with "
+        "reconstruction none or thrown_weight 0.",
+        default=False,
+    )
     init_weights: str | None = option("A .safetensors file of initial weights. Null: random weights.", default=None)
     eval_limit: int = option(
         "Most images for the evaluation of frozen features at the end. 0: no evaluation.", default=5000, at_least=0
@@ -42,6 +46,8 @@ class PretrainConfig(TrainingOptions):
 
     def check(self) -> None:
         """Validate options that depend on one another."""
+        if self.scale_learning_rate and self.method.num_supervised is None:
+            raise ValueError(f"scale_learning_rate: method {self.method.name} has no such option")
         super().check()
         if len(self.method.image_size) != 2:
             raise ValueError(f"image_size: expected one number or height,width, got {self.method.image_size}")
@@ -49,6 +55,18 @@ class PretrainConfig(TrainingOptions):
             raise ValueError(f"scan_blocks: backend {self.backend} has no such option, only jax")
         if self.probe_every is not None and self.eval_limit == 0:
             raise ValueError(f"probe_every: expected null, since eval_limit is 0, got {self.probe_every}")
+
+    @property
+    def learning_rate(self) -> float:
+        """The peak learning rate, scaled by the batch size and, if wanted, by the share of supervised tokens."""
+        supervised, masked = self.supervision
+        return super().learning_rate * supervised / masked
+
+    @property
+    def supervision(self) -> tuple[int, int]:
+        """Supervised and masked tokens, whose ratio scales the learning rate; (1, 1) if it is not scaled."""
+        supervised = self.method.num_supervised if self.scale_learning_rate else None
+        return (1, 1) if supervised is None else (supervised, self.method.counts.masked)
 
     def flat(self) -> dict[str, Any]:
         """Return all options by name, those of the method included; :func:`pretrain_config` reverses it.

@@ -16,8 +16,9 @@ TRACKERS = ("none", "tensorboard", "wandb", "mlflow")
 
 CHANGEABLE = (
     *("data", "teacher", "workers", "max_pixels"),  # the origin of the run says whether images or teacher are others
-    *("epochs", "warmup_epochs", "base_learning_rate", "min_learning_rate", "decay", "weight_decay", "betas"),
-    *("clip_grad", "accumulate", "precision", "compile", "scan_blocks", "device", "parallel"),
+    *("epochs", "warmup_epochs", "base_learning_rate", "scale_learning_rate", "min_learning_rate", "decay"),
+    *("weight_decay", "betas", "warmup_learning_rate", "clip_grad", "accumulate", "precision", "compile"),
+    *("scan_blocks", "device", "parallel"),
     *("nonfinite", "max_skipped", "backend", "log_every", "checkpoint_every", "checkpoint_minutes"),
     *("keep_checkpoints", "tracker", "eval_limit", "probe_every", "pictures", "test_every", "checkpoint"),
 )
@@ -44,6 +45,14 @@ class DataOptions(Record):
     )
     crop_ratio: tuple[float, float] = option(
         "Smallest and largest ratio of width to height of a random crop.", default=(0.75, 4 / 3), above=0, rising=True
+    )
+    crop_draw: str = option(
+        "What happens to a drawn crop that is larger than the image along one side.",
+        default="retry",
+        choices={
+            "retry": "it is drawn again, up to ten times, then the largest central crop is taken, as in torchvision",
+            "clamp": "that side becomes the image's, as in MAE's linear probe",
+        },
     )
     flip: bool = option("Mirror half of the crops left to right.", default=True)
     holdout: float = option(
@@ -106,7 +115,7 @@ class TrainingOptions(RunOptions, EngineOptions, DataOptions, ABC):
         above=0,
     )
     warmup_epochs: float | None = option(
-        "Epochs of linear warm-up from 0. Null: a share of the epochs.", default=None, at_least=0
+        "Epochs of linear warm-up. Null: a share of the epochs.", default=None, at_least=0
     )
     nonfinite: str = option(
         "What to do after a step whose loss or gradient is not finite, which never changes the weights.",
@@ -122,7 +131,7 @@ class TrainingOptions(RunOptions, EngineOptions, DataOptions, ABC):
         super().check()
         if self.batch_size % self.accumulate:
             raise ValueError(f"batch_size: expected a multiple of accumulate {self.accumulate}, got {self.batch_size}")
-        check_peak(self.min_learning_rate, self.learning_rate)
+        check_peak(self, self.learning_rate)
         if self.warmup_epochs is not None and self.warmup_epochs >= self.epochs:
             raise ValueError(f"warmup_epochs: expected fewer than the {self.epochs} epochs, got {self.warmup_epochs:g}")
 

@@ -234,6 +234,7 @@ def train_batches(
     total_steps: int,
     crop_scale: tuple[float, float] = (0.2, 1.0),
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3),
+    crop_draw: str = "retry",
     flip: bool = True,
     augment: Augment | None = None,
     mix: Mix | None = None,
@@ -261,6 +262,7 @@ def train_batches(
     total_steps : int
         Step at which the stream ends, counted from the beginning of the run.
     crop_scale, crop_ratio : tuple of two floats, optional
+    crop_draw : "retry" or "clamp", optional
         See `prmim_train.data.transforms.random_crop_box`.
     flip : bool, optional
         Mirror images left to right with probability 0.5.
@@ -316,7 +318,7 @@ def train_batches(
     _check_at_least("total_steps", total_steps, start_step)
     _check_at_least("workers", workers, 0)
     _check_image_size(image_size)
-    check_crop_options(crop_scale, crop_ratio)
+    check_crop_options(crop_scale, crop_ratio, crop_draw)
     if not 0 <= seed < 2**32:
         raise ValueError(f"seed: expected 0 to 2**32 - 1, got {seed}")
     _check_processes(rank, world_size, batch_size)
@@ -331,7 +333,8 @@ def train_batches(
         .batch(batch_size // world_size, drop_remainder=True, batch_fn=list)
     )
     # Threads and workers get whole batches, so the content of a batch does not depend on their number.
-    make = _TrainingBatch(source, records, image_size, seed, crop_scale, crop_ratio, flip, augment, mix, batch_size)
+    crop = partial(random_crop_box, scale=crop_scale, ratio=crop_ratio, draw=crop_draw)
+    make = _TrainingBatch(source, records, image_size, seed, crop, flip, augment, mix, batch_size)
     ignore_pillow_warnings()
     if workers > 0:
         tasks = (places[step] for step in range(len(places)))
@@ -458,15 +461,14 @@ class _TrainingBatch:
         records: IndexArray,
         image_size: tuple[int, int],
         seed: int,
-        crop_scale: tuple[float, float],
-        crop_ratio: tuple[float, float],
+        crop: Callable[..., tuple[int, int, int, int]],
         flip: bool,
         augment: Augment | None,
         mix: Mix | None,
         global_batch: int,
     ) -> None:
         self.source, self.records, self.image_size, self.seed = source, records, image_size, seed
-        self.crop_scale, self.crop_ratio, self.flip = crop_scale, crop_ratio, flip
+        self.crop, self.flip = crop, flip
         self.augment, self.mix, self.global_batch = augment, mix, global_batch
         self.failed: dict[int, str] = {}  # this process does not try them again
 
@@ -504,8 +506,7 @@ class _TrainingBatch:
     def _augmented(self, epoch: int, record: int) -> ImageArray:
         # The order of the draws (crop, flip, augment) is fixed: workers and resumed runs must draw the same values.
         rng = np.random.default_rng((self.seed, epoch, record))
-        choose = partial(random_crop_box, rng=rng, scale=self.crop_scale, ratio=self.crop_ratio)
-        image = self.source.read_crop(record, self.image_size, choose)
+        image = self.source.read_crop(record, self.image_size, partial(self.crop, rng=rng))
         image = random_flip(image, rng) if self.flip else image
         return image if self.augment is None else self.augment(image, rng)
 

@@ -12,8 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prmim_methods.record import options as options_of
+from prmim_methods.sizes import Transformer
 from prmim_train.config.classify import ClassifyConfig, classify_config
-from prmim_train.config.layers import NOT_STORED, parse_options
+from prmim_train.config.layers import NOT_STORED, merge_layers, parse_options
 from prmim_train.config.pretrain import PretrainConfig, change
 from prmim_train.data.augment import Augment
 from prmim_train.data.batches import Batch, BatchIterator, evaluation_batches, train_batches
@@ -39,6 +40,8 @@ from prmim_train.run.processes import launched, on_main, say
 __all__ = ["Classification", "Predictions", "classify_command", "cross_entropy", "predict"]
 
 TITLES = {"finetune": "Fine-tuning", "linear": "Linear probe with LARS"}
+EARLIER = {"linear": {"crop_draw": "retry", "batch_norm": "all"}}
+"""What classifiers of a protocol did before these options existed, where the recipe differs today."""
 FEWEST_STEPS = 10  # per epoch; fewer suggest that batch_size is unintentionally large
 ENOUGH_REACH = 10.0  # trust x learning rate x steps with which a linear head converged under LARS
 
@@ -106,6 +109,11 @@ class Classification(Job[ClassifierEngine]):
         self.command = f"prmim evaluate --run {pretrained.path} --protocol {config.protocol}{solver}{out} --resume"
         self._tested: tuple[int, Predictions] | None = None
 
+    @property
+    def size(self) -> Transformer:
+        """Size of the encoder."""
+        return self.base.method.encoder_size
+
     def create_engine(self) -> ClassifierEngine:
         """Build the engine of the classifier."""
         return create_classifier_engine(
@@ -172,6 +180,7 @@ class Classification(Job[ClassifierEngine]):
             total_steps=self.budget.total_steps,
             crop_scale=config.crop_scale,
             crop_ratio=config.crop_ratio,
+            crop_draw=config.crop_draw,
             flip=config.flip,
             augment=_augment(config, self.base) if config.rand_augment or config.erasing else None,
             mix=mixing,
@@ -222,7 +231,7 @@ class Classification(Job[ClassifierEngine]):
     def _test(self, engine: ClassifierEngine) -> Predictions:
         """Predict the test images. Cached, since the predictions after the last step are needed twice."""
         if self._tested is None or self._tested[0] != engine.step:
-            size, share = min(256, self.config.micro_batch), self.config.test_crop
+            size, share = min(256, self.config.micro_batch), self.config.test_share(self.base.image_plane)
             tested = predict(engine, self.test, self.base.image_plane, batch_size=size, share=share)
             self._tested = (engine.step, tested)
         return self._tested[1]
@@ -254,7 +263,7 @@ def classify_command(run: str, *, protocol: str, **given: Any) -> None:
     protocol
         `finetune` or `linear`.
     **given
-        Options of `ClassifyConfig`. None keeps the default.
+        Options of `ClassifyConfig`.
 
     Raises
     ------
@@ -263,14 +272,14 @@ def classify_command(run: str, *, protocol: str, **given: Any) -> None:
     """
     directory = RunDirectory.open(Path(run))
     base = read_run_config(directory)
-    given = {"protocol": protocol, **{name: value for name, value in given.items() if value is not None}}
-    folder = Path(given.get("out", directory.path / protocol))
+    folder = Path(given.get("out") or directory.path / protocol)
+    given = {**given, "protocol": protocol, "out": str(folder)}
     if given.get("resume"):
         if RunDirectory.holds_run(folder):
-            given = {**_read_classifier(RunDirectory(folder), protocol), **given}
+            given = merge_layers(_read_classifier(RunDirectory(folder), protocol), given)
         else:
             say(f"No classifier in {folder} yet: starting a new one.")
-    train(Classification(classify_config(base, {**given, "out": str(folder)}), directory))
+    train(Classification(classify_config(base, given), directory))
 
 
 def _read_classifier(run: RunDirectory, protocol: str) -> dict[str, Any]:
@@ -281,7 +290,7 @@ def _read_classifier(run: RunDirectory, protocol: str) -> dict[str, Any]:
     unknown = set(options) - {item.name for item in options_of(ClassifyConfig)}
     if unknown:
         raise ValueError(f"out: expected options of prmim evaluate in {run.path / 'config.yaml'}, got {min(unknown)}")
-    return options
+    return {**EARLIER.get(protocol, {}), **options}
 
 
 def predict(

@@ -1,10 +1,8 @@
 """`prmim inspect`: what a run will do and cost, before it starts."""
 
-from contextlib import closing
-
 import numpy as np
 
-from prmim_methods import Accounting, CostReport
+from prmim_methods import CostReport
 from prmim_methods.method import times
 from prmim_methods.record import find_option
 from prmim_train.config.pretrain import PretrainConfig
@@ -12,17 +10,19 @@ from prmim_train.data.batches import UnreadableImages
 from prmim_train.data.image_files import counted, ignore_pillow_warnings
 from prmim_train.data.sources import ArraySource, ImageSource, UnreadableImageError
 from prmim_train.run.budget import Budget
-from prmim_train.run.engine import Engine, create_engine
+from prmim_train.run.engine import Engine, check_backend
 from prmim_train.run.prepare import RunData, open_data
-from prmim_train.run.size import OPTIMIZED_BYTES, excess
+from prmim_train.run.size import OPTIMIZED_BYTES, accounting, excess, expected_precision
 
-NO_COST = "unknown until the teacher is downloaded"
+UNKNOWN = "unknown until the teacher is downloaded"
 MAX_HEADERS = 2000
 NUM_NAMED = 3
 
 
 def inspect_run(config: PretrainConfig) -> str:
-    """Describe what `pretrain` would do with the same options. Trains nothing and writes nothing.
+    """Describe what `pretrain` would do with the same options, by formula. Trains nothing and writes nothing.
+
+    Imports neither torch nor jax, and downloads no teacher. A device that is not there is found when a run starts.
 
     Parameters
     ----------
@@ -32,8 +32,8 @@ def inspect_run(config: PretrainConfig) -> str:
     Returns
     -------
     str
-        Several paragraphs: data, tokens, computation, memory, optimisation. A model that is too large to be built is
-        described from its options alone, with the reason why `pretrain` would refuse it.
+        Several paragraphs: data, tokens, computation, memory, optimisation. They say why `pretrain` would refuse a
+        model that is too large, and which package of the backend is missing.
 
     Raises
     ------
@@ -41,13 +41,12 @@ def inspect_run(config: PretrainConfig) -> str:
         As `pretrain` would.
     """
     data = open_data(config)
-    parameters = _parameter_lines(config, data.budget)  # first: an engine downloads the teacher
     paragraphs = [
         _data_lines(config, data),
         ["Tokens per image", *(_row(name, text) for name, text in config.method.describe())],
         _cost_lines(config),
         _memory_lines(config),
-        parameters,
+        _parameter_lines(config),
         _optimisation_lines(config, data.budget),
     ]
     return "\n\n".join("\n".join(lines) for lines in paragraphs)
@@ -83,15 +82,15 @@ def cost_reports(config: PretrainConfig) -> tuple[CostReport, CostReport] | None
     (CostReport, CostReport) or None
         None until a teacher that the cost depends on is downloaded.
     """
-    accounting = Accounting(compute_bytes=4 if config.precision == "float32" else 2)
-    ours, baseline = config.method.cost(accounting), config.method.baseline().cost(accounting)
+    counted = accounting(config)
+    ours, baseline = config.method.cost(counted), config.method.baseline().cost(counted)
     return None if ours is None or baseline is None else (ours, baseline)
 
 
 def _brief_cost(config: PretrainConfig) -> str:
     reports = cost_reports(config)
     if reports is None:
-        return f"cost {NO_COST}"
+        return f"cost {UNKNOWN}"
     ours, baseline = reports
     change = _change(ours.macs, baseline.macs)
     compared = f"{change} against" if change else "as"
@@ -138,7 +137,7 @@ def _cost_lines(config: PretrainConfig) -> list[str]:
     title = "Multiply-accumulates per image, forward"
     reports = cost_reports(config)
     if reports is None:
-        return [title, _row(NO_COST, "")]
+        return [title, _row(UNKNOWN, "")]
     ours, baseline = reports
     factor = "four" if config.method.recompute_blocks else "three"
     teacher = "; the teacher once" if "teacher" in ours.parts else ""
@@ -155,11 +154,14 @@ def _cost_row(name: str, ours: int, baseline: int) -> str:
 
 
 def _memory_lines(config: PretrainConfig) -> list[str]:
-    how = f"estimate, fused attention, {config.precision}" + ", blocks recomputed" * config.method.recompute_blocks
+    how = (
+        f"estimate, fused attention, {expected_precision(config).value}"
+        + ", blocks recomputed" * config.method.recompute_blocks
+    )
     title = f"Memory for activations saved for the backward pass ({how})"
     reports = cost_reports(config)
     if reports is None:
-        return [title, _row(NO_COST, "")]
+        return [title, _row(UNKNOWN, "")]
     ours, baseline = (report.peak_activation_bytes for report in reports)
     batch = config.micro_batch
     return [
@@ -181,28 +183,34 @@ def _change(ours: float, baseline: float) -> str:
     return f"{100 * (ours / baseline - 1):+.1f} %" if baseline and ours != baseline else ""
 
 
-def _parameter_lines(config: PretrainConfig, budget: Budget) -> list[str]:
-    if reason := excess(config):
-        return [*_learned_lines(config.method.parameters().learned), _row("too large", reason)]
-    reason = excess(config, images=config.micro_batch)
-    try:
-        with closing(create_engine(config, budget)) as engine:
-            lines = [*_learned_lines(engine.num_parameters), _row("device", engine.device)]
-            return [*lines, _row("too large", reason)] if reason else lines
-    except ImportError as error:  # the rest of this page needs no framework
-        return ["Parameters", _row("unknown", str(error))]
-
-
-def _learned_lines(learned: int) -> list[str]:
+def _parameter_lines(config: PretrainConfig) -> list[str]:
+    learned = config.method.parameters().learned
     memory = f"{_bytes(OPTIMIZED_BYTES * learned)} with gradients and optimizer"
-    return ["Parameters", _row("learned", f"{learned:,} ({memory})")]
+    lines = [
+        "Parameters",
+        _row("learned", UNKNOWN if cost_reports(config) is None else f"{learned:,} ({memory})"),
+        _row("backend", _backend_text(config.backend)),
+        _row("device", "auto: a GPU if there is one" if config.device == "auto" else config.device),
+    ]
+    reason = excess(config) or excess(config, images=config.micro_batch)
+    return [*lines, _row("too large", reason)] if reason else lines
+
+
+def _backend_text(backend: str) -> str:
+    try:
+        check_backend(backend)
+    except ImportError as error:  # the rest of this page needs no framework
+        return str(error).removeprefix("backend: ")
+    return backend
 
 
 def _optimisation_lines(config: PretrainConfig, budget: Budget) -> list[str]:
     parts = f", in {config.accumulate} parts of {config.micro_batch}" if config.accumulate > 1 else ""
-    rate = f"{config.base_learning_rate:g} x {config.batch_size} / 256 = {config.learning_rate:.4g}"
+    supervised = " x {} / {}".format(*config.supervision) * config.scale_learning_rate
+    rate = f"{config.base_learning_rate:g} x {config.batch_size} / 256{supervised} = {config.learning_rate:.4g}"
     decay = find_option(type(config), "decay").rule.choices[config.decay]
     minutes = f" or {config.checkpoint_minutes:g} minutes" if config.checkpoint_minutes is not None else ""
+    precision = expected_precision(config)
     return [
         "Optimisation",
         _row("effective batch", f"{config.batch_size} images per step{parts}"),
@@ -210,6 +218,7 @@ def _optimisation_lines(config: PretrainConfig, budget: Budget) -> list[str]:
         _row("steps", f"{budget.total_steps:,} ({config.epochs} epochs of {budget.steps_per_epoch:.4g} steps)"),
         _row("warm-up", f"{budget.warmup_steps:,} steps, then {decay}"),
         _row("lowest rate", f"{config.min_learning_rate:g}"),
+        _row("precision", f"{precision.value} ({precision.reason})"),
         _row(
             "checkpoints", f"every {budget.checkpoint_steps:,} steps{minutes}; the last {config.keep_checkpoints} kept"
         ),

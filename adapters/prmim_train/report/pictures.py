@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from prmim_core import Schedule, nearest_known_distance, patchify, unpatchify
 from prmim_methods import PixelConfig
 from prmim_methods.method import times
+from prmim_train.config.packages import check_installed
 from prmim_train.config.pretrain import PretrainConfig
 from prmim_train.data.sources import ImageSource, UnreadableImageError
 from prmim_train.data.transforms import center_crop
@@ -28,6 +29,7 @@ from prmim_train.report.similarity import draw_similarity
 from prmim_train.run.directory import RunDirectory
 from prmim_train.run.engine import Engine, Reconstruction
 from prmim_train.run.prepare import RunData, open_run_data, read_run_config, restore_engine
+from prmim_train.run.processes import say
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -106,6 +108,8 @@ def draw_images(
         If no image can be read.
     """
     shown = data.held_out if len(data.held_out) else data.train
+    if not len(data.held_out):
+        say("No images are held out: the pictures show training images.")
     images, sample = _read_some(data.source, shown, max(1, config.pictures), config.image_plane)
     paths = []
     if engine.rank > 0:  # the main process draws, but all processes have to compute
@@ -169,16 +173,18 @@ def picture_command(
     """
     if kind is not None and kind not in KINDS:
         raise ValueError(f"kind: expected {' or '.join(KINDS)}, got {kind!r}")
+    check_installed("pictures", "matplotlib")
     kinds = KINDS if kind is None else (kind,)
     directory = RunDirectory.open(Path(run))
     paths = draw_curve(directory) if "loss" in kinds else []
     if kind != "loss":
         config = read_run_config(directory, data=data, holdout=holdout, device=device, pictures=pictures)
+        method = config.method
+        if kind is not None and kind not in KINDS_OF[method.predicts]:
+            expected = " or ".join(KINDS_OF[method.predicts])
+            raise ValueError(f"kind: expected {expected} of a run of method {method.name}, got {kind!r}")
         images = open_run_data(directory, config, allow_changes=allow_changes)
         with closing(restore_engine(directory, config, images.budget)) as engine:
-            if kind is not None and kind not in KINDS_OF[engine.predicts]:
-                expected = " or ".join(KINDS_OF[engine.predicts])
-                raise ValueError(f"kind: expected {expected} of a run of method {config.method.name}, got {kind!r}")
             paths = draw_images(directory, config, images, engine, kinds) + paths
     if not paths:
         raise ValueError(f"run: expected at least two lines in {directory.path / 'metrics.jsonl'} to draw a curve")

@@ -6,7 +6,9 @@ or jax.
 
 import importlib
 import re
+from collections.abc import Mapping
 from concurrent.futures import Future
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -15,8 +17,10 @@ from numpy.typing import NDArray
 
 from prmim_core import Schedule
 from prmim_methods import TrainingConfig
+from prmim_methods.hardware import Choice
 from prmim_methods.messages import shown
 from prmim_methods.record import options
+from prmim_methods.sizes import Transformer
 from prmim_methods.training import EngineOptions
 from prmim_train.config.classify import ClassifyConfig
 from prmim_train.config.pretrain import PretrainConfig
@@ -25,7 +29,11 @@ from prmim_train.run.budget import Budget
 from prmim_train.run.processes import launched
 from prmim_train.run.size import check_batch, check_size
 
-KNOWN_BACKENDS = ("torch", "jax")
+BACKENDS: Mapping[str, tuple[str, ...]] = {
+    "torch": ("torch", "safetensors"),
+    "jax": ("jax", "flax", "optax", "orbax", "safetensors"),
+}
+"""Packages that a backend needs."""
 
 
 class Reconstruction(Protocol):
@@ -97,6 +105,20 @@ class Trainer(Protocol):
     @property
     def device(self) -> str:
         """Description of the device."""
+
+    @property
+    def precision(self) -> Choice[str]:
+        """Number format of the training step in effect."""
+
+    @property
+    def compiled(self) -> Choice[bool]:
+        """Whether the training step is compiled."""
+
+    def measure_slowdown(self, size: Transformer) -> float | None:
+        """Time a layer of a transformer in bfloat16, relative to float32; takes about a second at most.
+
+        None if the step is in float32 or bfloat16 suits the device.
+        """
 
     def read_metrics(self) -> dict[str, Any]:
         """Wait for pending steps, and return the metrics of all steps since the last call.
@@ -185,6 +207,24 @@ class ClassifierEngine(Trainer, Protocol):
         """Logits (batch, classes) in evaluation mode: independent of the other images of the batch."""
 
 
+def check_backend(backend: str) -> None:
+    """Check that a backend exists and that its packages are installed. Does not import torch or jax.
+
+    Raises
+    ------
+    ValueError
+        If the backend is unknown.
+    ImportError
+        If a package of the backend is not installed. The message says how to install it.
+    """
+    if backend not in BACKENDS:
+        _import_backend(backend)
+        return
+    missing = [name for name in (f"prmim_{backend}", *BACKENDS[backend]) if find_spec(name) is None]
+    if missing:
+        raise _import_error(backend, missing[0])
+
+
 def create_engine(config: PretrainConfig, budget: Budget) -> Engine:
     """Import the backend and build an engine with random weights, at step 0.
 
@@ -270,19 +310,21 @@ def check_launcher(backend: str, engine: Trainer) -> None:
 
 def _import_backend(backend: str) -> Any:
     package = f"prmim_{backend}"
-    unknown = ValueError(f"backend: expected {' or '.join(KNOWN_BACKENDS)}, got {shown(backend)}")
+    unknown = ValueError(f"backend: expected {' or '.join(BACKENDS)}, got {shown(backend)}")
     if not re.fullmatch(r"[a-z0-9_]{1,30}", backend):
         raise unknown
     try:
         module = importlib.import_module(package)
     except ModuleNotFoundError as error:
-        if error.name == package and backend not in KNOWN_BACKENDS:
+        if error.name == package and backend not in BACKENDS:
             raise unknown from error
-        if error.name == package:
-            raise ImportError(f"backend: {backend} is not part of this installation of prmim") from error
-        raise ImportError(
-            f"backend: {backend} needs {error.name}, which is not installed; pip install 'prmim[{backend}]'"
-        ) from error
+        raise _import_error(backend, str(error.name)) from error
     if not hasattr(module, "Engine"):  # another package of prmim, such as the core
         raise unknown
     return module
+
+
+def _import_error(backend: str, missing: str) -> ImportError:
+    if missing == f"prmim_{backend}":
+        return ImportError(f"backend: {backend} is not part of this installation of prmim")
+    return ImportError(f"backend: {backend} needs {missing}, which is not installed; pip install 'prmim[{backend}]'")

@@ -184,7 +184,7 @@ class Log:
         self.checkpoints.start(step, RESCUE)
         place = self.checkpoints.finish()
         advice = "" if self.config.clip_grad is not None else " --clip_grad 1,"
-        advice += "" if self.config.precision == "float32" else " --precision float32,"
+        advice += "" if self.engine.precision.value == "float32" else " --precision float32,"
         raise NonFiniteLoss(
             f"loss: expected a finite loss and gradient, got {reason}; the last finite weights are in {place}; "
             f"try{advice} or a lower --base_learning_rate"

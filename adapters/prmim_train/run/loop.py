@@ -14,6 +14,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Generic, TypeVar
 
+from prmim_methods.sizes import Transformer
 from prmim_train.config.layers import dump_options, parse_options
 from prmim_train.config.pretrain import PretrainConfig
 from prmim_train.config.training import CHANGEABLE, TrainingOptions
@@ -21,7 +22,7 @@ from prmim_train.data.batches import Batch, BatchIterator
 from prmim_train.run.budget import Budget
 from prmim_train.run.checkpoints import Checkpoints, agreed
 from prmim_train.run.directory import CHECKPOINTS, RunDirectory
-from prmim_train.run.engine import Trainer, check_launcher
+from prmim_train.run.engine import Trainer, check_backend, check_launcher
 from prmim_train.run.log import Log, NonFiniteLoss, duration, loss_text
 from prmim_train.run.manifest import step_of
 from prmim_train.run.origin import Origin, check_origin, record_origin
@@ -34,6 +35,8 @@ E = TypeVar("E", bound=Trainer)
 
 STOPPING = ("SIGINT", "SIGTERM", "SIGHUP")
 """Signals of Ctrl-C, of batch systems, and of a terminal that closes (not on Windows)."""
+SLOW = 1.1
+"""Time in bfloat16, relative to float32, above which the user is warned."""
 MOMENT = 1.0
 """Seconds within which a repeated Ctrl-C counts as one."""
 
@@ -73,6 +76,11 @@ class Job(ABC, Generic[E]):
     budget: Budget
     command: str
     measure_epochs: int | None = None
+
+    @property
+    @abstractmethod
+    def size(self) -> Transformer:
+        """Size of the encoder."""
 
     @abstractmethod
     def create_engine(self) -> E:
@@ -135,6 +143,7 @@ def train(job: Job[E]) -> dict[str, Any]:
     """
     run = RunDirectory(job.config.run_path)
     _check_processes(job.config)
+    check_backend(job.config.backend)
     check_tracker(job.config.tracker)
     with run.locked() if launched().rank == 0 else nullcontext():
         return _train(job, run)
@@ -143,8 +152,10 @@ def train(job: Job[E]) -> dict[str, Any]:
 def _train(job: Job[E], run: RunDirectory) -> dict[str, Any]:
     """Train in a folder that no other process uses."""
     config = job.config
-    origin = job.origin() if launched().rank == 0 else None
     is_resumed = config.resume and RunDirectory.holds_run(run.path)
+    if not is_resumed:
+        run.check_is_free()  # before work that takes time: examining the images, building the engine
+    origin = job.origin() if launched().rank == 0 else None
     if is_resumed:
         _check_backend(job, run)
         if origin is not None:
@@ -154,8 +165,6 @@ def _train(job: Job[E], run: RunDirectory) -> dict[str, Any]:
             say(f"The run in {run.path} is finished. Its summary:")
             say(json.dumps(summary, indent=2))
             return summary
-    else:
-        run.check_is_free()  # before building the engine, which takes time
 
     with closing(job.create_engine()) as engine:
         # Engines of a distributed run wait for each other, so every process has examined the folder by now.
@@ -168,12 +177,28 @@ def _train(job: Job[E], run: RunDirectory) -> dict[str, Any]:
         on_main(engine, partial(_record, run, config, origin, has_stepped=engine.step > 0))
 
         say(job.describe(engine))
+        _say_choices(job, engine)
         say(f"Run directory: {run.path}" + (f", resuming after step {engine.step}" if engine.step else ""))
         summary = _take_steps(job, run, engine)
         job.conclude(run, engine, summary)
         on_main(engine, lambda: run.write_summary(summary))
     say(f"Summary: {run.path / 'summary.json'}")
     return summary
+
+
+def _say_choices(job: Job[E], engine: E) -> None:
+    """Print number format and compilation in effect; warn about a number format that is slow on this CPU."""
+    precision, compiled = engine.precision, engine.compiled
+    how = "compiled" if compiled.value else "not compiled"
+    say(f"Precision: {precision.value} ({precision.reason}); {how} ({compiled.reason})")
+    slowdown = engine.measure_slowdown(job.size) if engine.rank == 0 else None
+    if slowdown is not None and slowdown > SLOW:
+        print(
+            f"prmim: warning: precision: bfloat16 takes {slowdown:.1f} times as long as float32 on this CPU (measured "
+            "on a layer of the encoder); --precision auto avoids it",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def _take_steps(job: Job[E], run: RunDirectory, engine: E) -> dict[str, Any]:
@@ -222,6 +247,7 @@ def _take_steps(job: Job[E], run: RunDirectory, engine: E) -> dict[str, Any]:
     return {
         **job.facts(),
         "device": engine.device,
+        "precision": engine.precision.value,
         "parameters": engine.num_parameters,
         "steps": engine.step,
         "epochs": config.epochs,

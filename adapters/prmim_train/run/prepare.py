@@ -133,7 +133,7 @@ def why_not(data: RunData, *, needs_held_out: bool = True) -> str:
     if data.source.labels is None:
         return "the images have no labels"
     if needs_held_out and not len(data.held_out):
-        return "no images are held out (holdout is 0, or all of them were trained on)"
+        return "no images are held out (holdout is 0, or all were trained on); prmim evaluate --test_data takes others"
     names = data.source.class_names or ()
     if len(set(names)) < len(names):
         return "two classes have the same name"

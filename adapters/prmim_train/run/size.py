@@ -4,6 +4,7 @@ import os
 from math import prod
 
 from prmim_methods import Accounting, MethodConfig
+from prmim_methods.hardware import Choice, choose_precision, may_have_accelerator
 from prmim_train.config.pretrain import PretrainConfig
 from prmim_train.config.training import TrainingOptions
 from prmim_train.run.processes import launched
@@ -72,7 +73,7 @@ def _excess_of_memory(config: PretrainConfig, images: int) -> str:
     if weights > memory:
         return f"model: expected weights that fit into memory, got {_gigabytes(weights)}"
     trained = weights + (OPTIMIZED_BYTES - 4) * parameters.learned // shares
-    cost = method.cost(Accounting(compute_bytes=4 if config.precision == "float32" else 2))
+    cost = method.cost(accounting(config))
     activations = method.shared_bytes + (0 if cost is None else images * cost.peak_activation_bytes)
     limit = memory if config.device.startswith("cpu") else max(memory, ACCELERATORS)
     if trained + activations <= limit:
@@ -81,6 +82,21 @@ def _excess_of_memory(config: PretrainConfig, images: int) -> str:
         f"model: expected a training step that fits into memory, got {_gigabytes(trained)} of weights with gradients "
         f"and optimizer, and {_gigabytes(activations)} of activations for {images} image{'s' * (images > 1)} at once"
     )
+
+
+def expected_precision(config: TrainingOptions) -> Choice[str]:
+    """Return the number format of a run as far as it is known without a framework: not on accelerators."""
+    platform = config.device.partition(":")[0]
+    if platform == "auto":
+        platform = "unknown" if may_have_accelerator() else "cpu"
+    if config.precision == "auto" and platform in ("cuda", "unknown"):
+        return Choice("bfloat16", "auto: expected on an accelerator; decided when the run starts")
+    return choose_precision(config.precision, platform, backend=config.backend)
+
+
+def accounting(config: TrainingOptions) -> Accounting:
+    """Return how the memory of a run is counted: in the number format that is expected."""
+    return Accounting(compute_bytes=4 if expected_precision(config).value == "float32" else 2)
 
 
 def physical_memory() -> int:

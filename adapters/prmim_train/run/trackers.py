@@ -8,14 +8,12 @@ import os
 import time
 from collections.abc import Mapping
 from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
+from prmim_train.config.packages import check_installed
 from prmim_train.run.directory import RunDirectory
 
-# Tracker to the package that it needs.
-PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "mlflow": "mlflow"}
 PROJECT = "prmim"
 """Default project or experiment of the tracked runs."""
 
@@ -38,8 +36,8 @@ def check_tracker(name: str) -> None:
     ImportError
         If its package is not installed. The message says how to install it.
     """
-    if name != "none" and find_spec(PACKAGES[name]) is None:
-        raise ImportError(f"tracker: {name} is not installed; pip install 'prmim[{name}]'")
+    if name != "none":
+        check_installed("tracker", name)
 
 
 def open_tracker(name: str, run: RunDirectory, options: Mapping[str, Any], step: int) -> Tracker:
@@ -48,7 +46,7 @@ def open_tracker(name: str, run: RunDirectory, options: Mapping[str, Any], step:
     Parameters
     ----------
     name
-        `none` or one of `PACKAGES`.
+        `none`, or the package of the tracker.
     run
         The run.
     options

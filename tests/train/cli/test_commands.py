@@ -91,6 +91,23 @@ def test_a_wrong_option_gives_one_line(command, words, message, capsys, tmp_path
 
 
 @pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ["inspect", "--epochs", "3"],
+            "epochs: expected no other option with mae_vit_base_linear, a recipe of evaluate",
+        ),
+        (
+            ["pretrain"],
+            "config: expected options of prmim pretrain, got those of evaluate; use prmim evaluate --run RUN",
+        ),
+    ],
+)
+def test_a_recipe_of_evaluate_is_none_of_other_commands(words, message, capsys):
+    assert fail([*words, "--config", "mae_vit_base_linear"], capsys).startswith(message)
+
+
+@pytest.mark.parametrize(
     ("content", "message"),
     [
         ("epoch: 3", "epoch: unknown option in"),
@@ -162,7 +179,7 @@ def test_help_states_every_option_once(command, capsys, monkeypatch):
 OWN = {
     "pretrain": {"config", "method"},
     "inspect": {"config", "method"},
-    "evaluate": {"run", "protocol", "solver", "eval_limit", "baselines"},
+    "evaluate": {"run", "protocol", "solver", "config", "eval_limit", "baselines"},
 }
 """Options that belong to a command and to no record."""
 
@@ -259,6 +276,21 @@ def test_layers_file_over_recipe_and_words_over_file(tiny_words, capsys, tmp_pat
     options = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
     assert (options["epochs"], options["stages"], options["base_learning_rate"]) == (3, 3, 1e-3)
     assert options["decoder_dim"] == 64  # of the digits' recipe
+
+
+@pytest.mark.parametrize(
+    ("words", "value"),
+    [
+        ([], False),  # as in the recipe of the digits
+        (["--compile"], True),
+        (["--compile", "null"], None),
+        (["--no_compile"], False),
+        (["--compile=on"], True),
+    ],
+)
+def test_a_flag_may_be_null(fake, tiny_words, tmp_path, words, value):
+    assert main(["pretrain", *tiny_words, *words]) == 0
+    assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["compile"] is value
 
 
 def test_common_spellings(tiny_words, tmp_path):
@@ -409,6 +441,25 @@ def test_wrong_options_of_a_run_give_one_line(words, message, tiny_words, tmp_pa
         words[words.index("9")] = "0"
     capsys.readouterr()
     assert fail([str(names.get(word, word)) for word in words], capsys).startswith(message)
+
+
+def test_a_run_on_all_images_is_evaluated_on_others(tiny_words, tmp_path, capsys):
+    rng, names = np.random.default_rng(0), np.array([str(digit) for digit in range(10)])
+    images = rng.integers(0, 255, (30, 8, 8), dtype=np.uint8)
+    np.savez(tmp_path / "others.npz", images=images, labels=np.arange(30) % 10, names=names)
+    words = ["--holdout", "0", "--eval_limit", "50", "--pictures", "2"]
+    assert main(["pretrain", *tiny_words, *words]) == 0
+    out = capsys.readouterr().out
+    reason = "no images are held out (holdout is 0, or all were trained on); prmim evaluate --test_data takes others"
+    assert f"No evaluation: {reason}." in out
+    assert "No images are held out: the pictures show training images." in out
+    run = tmp_path / "run"
+    assert (run / "reconstructions.png").is_file()
+    summary = json.loads((run / "summary.json").read_text())
+    assert (summary["train_images"], summary["held_out_images"]) == (1797, 0)
+    assert reason in fail(["evaluate", "--run", str(run)], capsys)
+    assert main(["evaluate", "--run", str(run), "--test_data", str(tmp_path / "others.npz")]) == 0
+    assert "Accuracy on 30 held-out images" in capsys.readouterr().out
 
 
 def test_ctrl_c_outside_the_loop(tiny_words, fake, monkeypatch, capsys):

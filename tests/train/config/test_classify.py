@@ -7,7 +7,15 @@ import yaml
 
 from prmim_methods.record import options
 from prmim_train.cli.options import classify_options
-from prmim_train.config.classify import DIGITS_RECIPES, FOREIGN, INHERITED, RECIPES, ClassifyConfig, classify_config
+from prmim_train.config.classify import (
+    DIGITS_RECIPES,
+    FOREIGN,
+    INHERITED,
+    RECIPES,
+    ClassifyConfig,
+    classify_config,
+    protocol_defaults,
+)
 from prmim_train.config.layers import dump_options, parse_options
 from prmim_train.config.pretrain import pretrain_config
 
@@ -22,8 +30,46 @@ def test_the_published_recipe_of_fine_tuning_is_the_default():
     assert (config.erasing, config.crop_scale, config.crop_ratio) == (0.25, (0.08, 1.0), (0.75, 4 / 3))
     assert (config.warmup, config.drop_path, config.betas, config.weight_decay) == (5, 0.1, (0.9, 0.999), 0.05)
     assert (config.clip_grad, config.ema_decay, config.pool) == (None, None, "mean")
-    assert config.test_crop == 224 / 256
+    assert config.test_share((224, 224)) == 224 / 256
     assert (config.flip, config.seed, config.precision) == (False, 7, "float32")  # as in the run
+
+
+def test_the_recipe_of_fine_tuning_repeats_the_defaults():
+    config = ClassifyConfig(**{"protocol": "finetune", **protocol_defaults("finetune")})
+    different = {name for name, value in config.flat().items() if value != ClassifyConfig().flat()[name]}
+    assert different == {"holdout", "warmup_epochs"}
+    assert config.warmup == ClassifyConfig().warmup
+
+
+@pytest.mark.parametrize(
+    ("size", "share"), [((16, 16), 0.875), ((224, 224), 0.875), ((224, 225), 1.0), ((384, 384), 1.0)]
+)
+def test_large_test_images_are_not_cropped(size, share):
+    assert ClassifyConfig().test_share(size) == share
+    assert ClassifyConfig(test_crop=0.5).test_share(size) == 0.5
+
+
+@pytest.mark.parametrize(
+    ("given", "warmup"),
+    [
+        ({"protocol": "finetune"}, 5),
+        ({"protocol": "finetune", "epochs": 200}, 5),
+        ({"protocol": "finetune", "epochs": 50}, 2.5),
+        ({"protocol": "finetune", "epochs": 50, "warmup_epochs": 5.0}, 5),
+        ({"protocol": "finetune", "warmup_epochs": None, "epochs": 200}, 10),
+        ({"protocol": "linear", "epochs": 9}, 1),
+        ({"protocol": "linear", "data": "digits"}, 30 / 9),
+    ],
+    ids=str,
+)
+def test_shorter_trainings_warm_up_for_a_share(given, warmup):
+    assert classify_config(pretrain_config(data="photos"), given).warmup == pytest.approx(warmup)
+
+
+def test_the_run_overrides_the_recipe_in_its_own_options():
+    base = pretrain_config(data="photos", holdout=0.3, flip=False)
+    config = classify_config(base, {"protocol": "finetune"})
+    assert (config.holdout, config.flip) == (0.3, False)  # the recipe: 0, true
 
 
 def test_the_published_recipe_of_the_linear_probe():
@@ -32,6 +78,8 @@ def test_the_published_recipe_of_the_linear_probe():
     assert (probe.mixup, probe.cutmix, probe.label_smoothing, probe.rand_augment, probe.erasing) == (0,) * 5
     assert (probe.momentum, probe.trust, probe.min_learning_rate) == (0.9, 0.001, 0)
     assert (probe.pool, probe.batch_size, probe.learning_rate) == ("cls", 16384, pytest.approx(6.4))
+    assert (probe.crop_draw, probe.batch_norm) == ("clamp", "device")
+    assert classify_config(pretrain_config(data="photos"), {"protocol": "finetune"}).crop_draw == "retry"
     smaller = classify_config(pretrain_config(data="photos"), {"protocol": "linear", "batch_size": 4096})
     assert smaller.learning_rate == pytest.approx(1.6)
 
@@ -61,7 +109,7 @@ def test_the_digits_have_their_own_recipes(protocol):
 
 @pytest.mark.parametrize(("protocol", "name"), [(protocol, name) for protocol in FOREIGN for name in FOREIGN[protocol]])
 def test_options_without_effect_are_refused(protocol, name):
-    value = (0.5, 0.5) if name == "betas" else 0.123
+    value = {"betas": (0.5, 0.5), "batch_norm": "all"}.get(name, 0.123)
     with pytest.raises(ValueError, match=f"^{name}: protocol {protocol} has no such option$"):
         ClassifyConfig(protocol=protocol, **{name: value})
 
@@ -76,7 +124,7 @@ WRONG = [
     ({"mix_switch": 2.0}, "mix_switch: expected a number in [0, 1], got 2.0"),
     ({"label_smoothing": 1.0}, "label_smoothing: expected a number in [0, 1), got 1.0"),
     ({"test_data": ""}, "test_data: expected text, or null, got ''"),
-    ({"test_crop": 0.0}, "test_crop: expected a number in (0, 1], got 0.0"),
+    ({"test_crop": 0.0}, "test_crop: expected a number in (0, 1], or null, got 0.0"),
     ({"test_every": 0}, "test_every: expected a whole number of at least 1, got 0"),
     ({"checkpoint": -1}, "checkpoint: expected a whole number of at least 0, or null, got -1"),
     # Options with defaults of their own, or with conditions, in each record that this one inherits from.
@@ -86,7 +134,7 @@ WRONG = [
     ({"min_learning_rate": 1.0}, "min_learning_rate: expected at most the peak learning rate 0.002, got 1"),
     ({"warmup_epochs": 100.0}, "warmup_epochs: expected fewer than the 100 epochs, got 100"),
     ({"betas": (1.0, 0.9)}, "betas: expected two numbers in [0, 1), got (1.0, 0.9)"),
-    ({"precision": "float16"}, "precision: expected one of float32, bfloat16, got 'float16'"),
+    ({"precision": "float16"}, "precision: expected one of auto, float32, bfloat16, got 'float16'"),
     ({"device": "tpu"}, "device: expected auto, cpu, cuda, cuda:N or mps, got 'tpu'"),
     ({"protocol": "knn"}, "protocol: expected one of finetune, linear, got 'knn'"),
 ]
@@ -117,7 +165,10 @@ def test_the_command_line_has_every_option():
     named = {item.name: item for item in found}
     assert named["betas"].help == "Decay rates of AdamW. For finetune only."
     assert named["momentum"].help == "Momentum of LARS. For linear only."
+    assert named["batch_norm"].help.endswith("so that their number changes nothing; ours). For linear only.")
+    assert named["crop_draw"].help.endswith("as in MAE's linear probe). Default for linear: clamp.")
     assert named["epochs"].help == "Passes through the training images. Default for linear: 90."
+    assert named["warmup_epochs"].help.endswith(" Default for finetune: 5.0, for linear: 10.0.")
     assert named["flip"].help == "Mirror half of the crops left to right. Not given: as in the run."
     assert named["flip"].is_flag
     assert named["out"].help == "Folder of the classifier. Null: a folder named after the protocol, in that of the run."

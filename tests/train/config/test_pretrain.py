@@ -39,7 +39,7 @@ WRONG = [
      "min_learning_rate: expected at most the peak learning rate 0.0024, got 1"),
     ({"warmup_epochs": -1}, ValueError, "warmup_epochs: expected a number of at least 0, or null, got -1"),
     ({"warmup_epochs": 800}, ValueError, "warmup_epochs: expected fewer than the 800 epochs, got 800"),
-    ({"decay": "linear"}, ValueError, "decay: expected one of cosine, step, got 'linear'"),
+    ({"decay": "linear"}, ValueError, "decay: expected one of cosine, whole_cosine, step, got 'linear'"),
     ({"nonfinite": "ignore"}, ValueError, "nonfinite: expected one of stop, skip, got 'ignore'"),
     ({"max_skipped": -1}, ValueError, "max_skipped: expected a whole number of at least 0, got -1"),
     ({"device": "gpu7"}, ValueError, "device: expected auto, cpu, cuda, cuda:N or mps, got 'gpu7'"),
@@ -59,9 +59,33 @@ WRONG = [
     ({"probe_every": 2, "eval_limit": 0}, ValueError, "probe_every: expected null, since eval_limit is 0, got 2"),
     ({"pictures": -1}, ValueError, "pictures: expected a whole number in [0, 1000], got -1"),
     ({"scan_blocks": True}, ValueError, "scan_blocks: backend torch has no such option, only jax"),
+    ({"scale_learning_rate": True, "method": "maskalign", "teacher": "owner/model"}, ValueError,
+     "scale_learning_rate: method maskalign has no such option"),
+    ({"scale_learning_rate": True, "reconstruction": "none", "min_learning_rate": 1e-3}, ValueError,
+     "min_learning_rate: expected at most the peak learning rate 0.0008, got 0.001"),
     ({"mask_unit": 4}, ValueError, "mask_unit: method mae has no such option"),
     ({"method": "simclr"}, ValueError, "method: expected one of mae, simmim, maskalign, got 'simclr'"),
 ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("given", "factor"),
+    [
+        ({}, 1),
+        ({"throw_ratio": 0}, 1),
+        ({"reconstruction": "none"}, 49 / 147),
+        ({"thrown_weight": 0, "extra_cells": "known"}, 49 / 147),
+        ({"reconstruction": "none", "throw_ratio": 0.25}, 98 / 147),
+        ({"method": "simmim", "reconstruction": "none"}, 71 / 120),
+        ({"reconstruction": "none", "scale_learning_rate": False}, 1),
+    ],
+    ids=str,
+)
+def test_the_learning_rate_follows_the_supervised_tokens(given, factor):
+    """CrossMAE: 8e-4 if a third of the masked tokens is supervised."""
+    config = pretrain_config(**{"scale_learning_rate": True, "min_learning_rate": 7e-4, **given})
+    assert config.learning_rate == pytest.approx(factor * 2.4e-3, rel=1e-12)
+    assert pretrain_config(**config.flat()) == config
 
 
 @pytest.mark.parametrize(("given", "error", "message"), WRONG, ids=[str(given) for given, _, _ in WRONG])

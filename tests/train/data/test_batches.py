@@ -182,9 +182,11 @@ def test_augmentation_can_be_switched_off():
 
 
 def test_crop_options_reach_the_crops(photos):
-    small = run(photos, indices=np.array([0]), batch_size=1, total_steps=1, crop_scale=(0.2, 0.2), flip=False)
-    expected = random_crop(photos.read(0), np.random.default_rng((3, 0, 0)), scale=(0.2, 0.2))
-    np.testing.assert_array_equal(small[0].images[0], expected)
+    options = {"indices": np.array([0]), "batch_size": 1, "total_steps": 1, "flip": False}
+    for given in ({"scale": (0.2, 0.2)}, {"scale": (1.0, 1.0), "ratio": (0.5, 0.5), "draw": "clamp"}):
+        batch = run(photos, **options, **{f"crop_{name}": value for name, value in given.items()})[0]
+        expected = random_crop(photos.read(0), np.random.default_rng((3, 0, 0)), **given)
+        np.testing.assert_array_equal(batch.images[0], expected)
 
 
 @pytest.fixture(scope="module")
@@ -230,6 +232,7 @@ def test_a_closed_iterator_gives_nothing_more(photos):
         ({"threads": -1}, "threads: expected at least 0, got -1"),
         ({"crop_scale": (0.0, 1.0)}, "crop_scale: expected 0 <"),
         ({"crop_ratio": (2.0, 1.0)}, "crop_ratio: expected 0 <"),
+        ({"crop_draw": "once"}, "crop_draw: expected 'retry' or 'clamp', got 'once'"),
         ({"indices": np.array([], int)}, r"indices: expected a non-empty 1-d integer array, got int64 \(0,\)"),
         ({"indices": np.array([0.5])}, "indices: expected a non-empty 1-d integer array, got float64"),
         ({"indices": np.array([0, 20])}, "indices: expected 0 to 19, got 0 to 20"),

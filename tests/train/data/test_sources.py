@@ -10,6 +10,7 @@ from sklearn.datasets import load_digits
 
 from prmim_train.config.classify import classify_config
 from prmim_train.config.pretrain import pretrain_config
+from prmim_train.data import sources
 from prmim_train.data.image_files import MAX_PIXELS
 from prmim_train.data.sources import ArraySource, UnreadableImageError, open_source
 from prmim_train.data.transforms import resize
@@ -236,6 +237,14 @@ def test_digits(channels):
     assert pixels[..., 0].max() == 255
     np.testing.assert_array_equal(pixels[..., 0], np.rint(digits.images[5] * 255 / 16))
     assert source.name(5) == "image 5"
+
+
+def test_digits_of_another_version_of_scikit_learn(monkeypatch):
+    expected = open_source("digits", channels=1)
+    monkeypatch.setattr(sources, "find_spec", lambda name: None)  # the file is elsewhere
+    source = open_source("digits", channels=1)
+    np.testing.assert_array_equal(source.images, expected.images)
+    np.testing.assert_array_equal(source.labels, expected.labels)
 
 
 def test_digits_have_1_3_or_4_channels():

@@ -91,6 +91,11 @@ def test_crop_ranges_are_checked(scale, ratio, message):
         random_crop_box((8, 8), np.random.default_rng(0), scale=scale, ratio=ratio)
 
 
+def test_an_unknown_draw_is_refused():
+    with pytest.raises(ValueError, match=r"^crop_draw: expected 'retry' or 'clamp', got 'once'$"):
+        random_crop_box((8, 8), np.random.default_rng(0), draw="once")
+
+
 def test_crop_boxes_have_the_area_and_the_ratio_that_were_asked_for():
     rng = np.random.default_rng(0)
     boxes = np.array([random_crop_box((500, 400), rng) for _ in range(3000)])
@@ -138,6 +143,32 @@ def test_crop_falls_back_to_the_whole_image_if_its_ratio_is_allowed():
     for seed in range(20):
         rng = np.random.default_rng(seed)
         assert random_crop_box((90, 100), rng, scale=(1.0, 1.0), ratio=(1.0, 1.2)) == (0, 0, 90, 100)
+
+
+@pytest.mark.parametrize(("draw", "mean"), [("retry", 0.432), ("clamp", 0.519)])
+def test_the_mean_area_of_the_crops_of_a_common_photo(draw, mean):
+    """At 375 x 500 pixels, by the two rules of the published recipes."""
+    rng = np.random.default_rng(0)
+    boxes = np.array([random_crop_box((375, 500), rng, scale=(0.08, 1.0), draw=draw) for _ in range(20_000)])
+    top, left, height, width = boxes.T
+    assert np.mean(height * width / (375 * 500)) == pytest.approx(mean, abs=0.005)
+    assert min(top.min(), left.min()) >= 0
+    assert min(height.min(), width.min()) >= 1
+    assert (top + height).max() <= 375
+    assert (left + width).max() <= 500
+    assert (np.mean(height == 375) > 0.1) == (draw == "clamp")
+
+
+@pytest.mark.parametrize("shape", [(375, 500), (1, 50), (50, 1), (1, 1)])
+def test_clamped_crops_are_drawn_once(shape):
+    for seed in range(50):
+        rng, same = np.random.default_rng(seed), np.random.default_rng(seed)
+        top, left, height, width = random_crop_box(shape, rng, scale=(0.08, 1.0), draw="clamp")
+        area = shape[0] * shape[1] * same.uniform(0.08, 1.0)
+        ratio = np.exp(same.uniform(np.log(3 / 4), np.log(4 / 3)))
+        assert height == min(max(round(np.sqrt(area / ratio)), 1), shape[0])
+        assert width == min(max(round(np.sqrt(area * ratio)), 1), shape[1])
+        assert (top, left) == (same.integers(0, shape[0] - height + 1), same.integers(0, shape[1] - width + 1))
 
 
 def test_crop_boxes_depend_on_the_generator_only():

@@ -134,6 +134,17 @@ def test_stop_and_resume_is_the_same_as_no_stop(protocol, run, tmp_path, stop_at
     assert found[0] == found[1]
 
 
+def test_a_probe_of_an_earlier_version_continues_as_it_began(run, stop_at):
+    """Its options have no crop_draw and no batch_norm."""
+    earlier = [*FEW[:-4], "--crop_draw", "retry", "--batch_norm", "all"]
+    with stop_at(7):
+        evaluate(run, "linear", *earlier, code=128 + signal.SIGTERM)
+    path = run / "linear" / "config.yaml"
+    path.write_text(re.sub(r"^(crop_draw|batch_norm): .*\n", "", path.read_text(), flags=re.MULTILINE))
+    evaluate(run, "linear", "--resume")
+    assert {"crop_draw: retry", "batch_norm: all"} <= set(path.read_text().splitlines())
+
+
 def test_a_finished_classifier_says_so_and_another_needs_a_folder(run, capsys):
     evaluate(run, "finetune", *FEW)
     line = fail(capsys, "--run", run, "--protocol", "finetune", *FEW)
@@ -245,6 +256,67 @@ def test_what_is_wrong_is_told_in_one_line(run, tmp_path, capsys, tiny):
     ]:
         assert fail(capsys, *words).startswith(message), message
     assert not (run / "finetune").exists()
+
+
+def test_a_file_lies_between_the_recipe_of_the_protocol_and_the_command_line(run, fake, tmp_path, capsys):
+    file = tmp_path / "own.yaml"
+    file.write_text(f"protocol: finetune\nlayer_decay: 0.5\nclip_grad: 3.0\nout: {tmp_path / 'own'}\nepochs: 3\n")
+    words = [word for word in FEW if word != "2" and word != "--epochs"]
+    assert main(["evaluate", "--run", str(run), "--config", str(file), *words, "--clip_grad", "2"]) == 0
+    options = RunDirectory(tmp_path / "own").read_config()
+    assert all(line in options for line in ("layer_decay: 0.5", "clip_grad: 2.0", "epochs: 3", "warmup_epochs: null"))
+    assert fake.made[-1].training.warmup_steps == round(3 / 20 * 1438 / 120)
+    capsys.readouterr()
+    assert main(["evaluate", "--run", str(run), "--config", str(file), "--resume"]) == 0
+    assert "is finished" in capsys.readouterr().out
+
+
+def test_a_packaged_recipe(run, fake, tmp_path):
+    short = ["--epochs", "2", "--batch_size", "120", "--log_every", "4", "--out", str(tmp_path / "probe")]
+    words = ["--config", "maskalign_vit_base_linear", "--holdout", "0.2", *short]
+    assert main(["evaluate", "--run", str(run), *words]) == 0
+    engine = fake.made[-1]
+    assert (engine.classifier.protocol, engine.classifier.pool) == ("linear", "cls")
+    assert engine.training.learning_rate == pytest.approx(0.025 * 120 / 256)
+    record = json.loads((tmp_path / "probe" / "evaluation.json").read_text())
+    assert (record["options"]["mixup"], record["options"]["weight_decay"]) == (0, 0)
+
+
+def test_what_is_wrong_with_a_file_is_told_in_one_line(run, tmp_path, capsys):
+    files = {
+        "UNKNOWN": "protocol: finetune\nepoch: 3",
+        "PRETRAIN": "protocol: finetune\ndecoder_dim: 3",
+        "VALUE": "protocol: linear\nepochs: many",
+        "FOREIGN": "protocol: linear\nlayer_decay: 0.5",
+        "FROZEN": "protocol: knn",
+        "ALONE": "epochs: 3",
+        "COMMAND": "protocol: linear\nsolver: lars",
+    }
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    for words, message in [
+        (["UNKNOWN"], f"epoch: unknown option in {tmp_path / 'UNKNOWN'}; did you mean epochs?"),
+        (["PRETRAIN"], "decoder_dim: expected an option of prmim evaluate in"),
+        (["VALUE"], "epochs: expected a whole number of at least 1, got 'many'"),
+        (["FOREIGN"], "layer_decay: protocol linear has no such option"),
+        (["FROZEN"], "protocol: expected finetune or linear with --config, got knn"),
+        (["ALONE"], "protocol: expected finetune or linear with --config, got no protocol"),
+        (["COMMAND"], "solver: unknown option in"),
+        (["mae_vit_base"], "config: expected options of prmim evaluate, got those of pretrain; use prmim pretrain --c"),
+        (["nowhere"], "config: expected a YAML file or one of the recipes mae_vit_base_finetune, mae_vit_base_linear"),
+        (["mae_vit_base_linear", "--protocol", "finetune"], "protocol: expected linear with --config mae_vit_base_lin"),
+        (
+            ["mae_vit_base_linear", "--solver", "lbfgs"],
+            "solver: expected lars with --config mae_vit_base_linear, got",
+        ),
+        (["mae_vit_base_finetune", "--solver", "lars"], "solver: expected --protocol linear with it, got finetune"),
+        (["mae_vit_base_linear", "--eval_limit", "5"], "eval_limit: expected --protocol knn, or linear by lbfgs with"),
+        (["mae_vit_base_linear"], "data: expected labelled images, some of them held out, but no images are held out"),
+    ]:
+        file = tmp_path / words[0]
+        words[0] = str(file) if file.exists() else words[0]
+        assert fail(capsys, "--run", run, "--config", *words).startswith(message), message
+    assert not (run / "linear").exists()
 
 
 def test_the_folder_of_a_classifier_is_no_run(run, capsys):

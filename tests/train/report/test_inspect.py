@@ -1,6 +1,9 @@
 """`prmim inspect`: what a run will do and cost."""
 
 import re
+import sys
+import tomllib
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -9,6 +12,7 @@ from prmim_methods import Accounting
 from prmim_train.config.pretrain import pretrain_config
 from prmim_train.report import inspect
 from prmim_train.report.inspect import cost_reports, format_brief, inspect_run
+from prmim_train.run.engine import BACKENDS
 from prmim_train.run.prepare import open_data
 
 
@@ -48,7 +52,9 @@ def test_the_report_of_a_run(tiny, fake):
     assert row(text, "steps") == "12 (1 epochs of 11.98 steps)"
     assert row(text, "warm-up") == "6 steps, then half a cosine to min_learning_rate"
     assert row(text, "lowest rate") == "0"
-    assert row(text, "learned").startswith("16,384 ")  # 256 pixels x 32, twice
+    assert row(text, "learned").startswith("17,768 (284.3 kB ")
+    assert (row(text, "backend"), row(text, "device")) == ("fake", "cpu")
+    assert fake.made == []
     assert "30 images at once" in text
     assert "plain" not in text
 
@@ -151,7 +157,8 @@ def test_the_teacher_may_be_missing(tiny, fake):
     text = inspect_run(config)
     assert row(text, "teacher") == "owner/model: size unknown until the teacher is downloaded"
     assert row(text, "aligned layers").startswith("the teacher's last 5, each with a learned mix of")
-    assert text.count("unknown until the teacher is downloaded") == 3
+    assert row(text, "learned") == "unknown until the teacher is downloaded"
+    assert text.count("unknown until the teacher is downloaded") == 4
     assert "cost unknown until the teacher is downloaded" in brief(config, fake)
 
 
@@ -193,16 +200,29 @@ def test_dense_changes_nothing(tiny, fake):
     assert re.search(r"^  total +(\S+ \w) +\1$", text, flags=re.MULTILINE)
 
 
-def test_without_the_framework_the_rest_is_shown(tiny, tmp_path, monkeypatch):
-    (tmp_path / "prmim_absent.py").write_text("import a_framework_nobody_has")
-    monkeypatch.syspath_prepend(str(tmp_path))
-    text = inspect_run(tiny(backend="absent"))
-    assert "absent needs a_framework_nobody_has" in row(text, "unknown")
-    assert row(text, "decoder sequence")
+@pytest.mark.parametrize("package", ["torch", "safetensors", "prmim_torch"])
+def test_a_missing_package_is_named_beside_the_rest(package, tiny, monkeypatch):
+    monkeypatch.setitem(sys.modules, package, None)
+    text = inspect_run(tiny(backend="torch", device="auto"))
+    pip = f"torch needs {package}, which is not installed; pip install 'prmim[torch]'"
+    expected = "torch is not part of this installation of prmim" if package == "prmim_torch" else pip
+    assert row(text, "backend") == expected
+    assert row(text, "device") == "auto: a GPU if there is one"
+    assert row(text, "learned")
+
+
+def test_the_packages_of_a_backend_are_those_of_its_extra():
+    project = tomllib.loads((Path(__file__).parents[3] / "pyproject.toml").read_text(encoding="utf-8"))
+    for backend, packages in BACKENDS.items():
+        extra = project["project"]["optional-dependencies"][backend]
+        assert [re.match(r"[a-z]+", requirement)[0] for requirement in extra] == list(packages)
 
 
 def test_unsupervised_tokens_are_not_counted(tiny, fake):
     text = inspect_run(tiny(reconstruction="none"))
+    assert row(text, "peak learning rate") == "0.01 x 120 / 256 = 0.004687"
+    scaled = inspect_run(tiny(reconstruction="none", scale_learning_rate=True))
+    assert row(scaled, "peak learning rate") == "0.01 x 120 / 256 x 4 / 12 = 0.001562"
     assert row(text, "supervised") == "4 of 12 masked"
     assert " from " not in text[text.index("thrown") : text.index("supervised")]
 

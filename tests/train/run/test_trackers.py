@@ -192,7 +192,7 @@ def test_tensorboard_reads_what_is_written(tiny, fake, monkeypatch):
 
 @pytest.mark.parametrize("tracker", ["tensorboard", "wandb", "mlflow"])
 def test_a_missing_package_is_told_in_one_line(tracker, tiny_words, fake, monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr("prmim_train.run.trackers.find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, tracker, None)
     assert main(["pretrain", *tiny_words, "--tracker", tracker]) == 2
     line = f"prmim: error: tracker: {tracker} is not installed; pip install 'prmim[{tracker}]'\n"
     assert capsys.readouterr().err == line

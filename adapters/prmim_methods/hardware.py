@@ -1,0 +1,148 @@
+"""Options left to the hardware (``auto`` or null), resolved from facts about the device, without a framework."""
+
+import os
+import sys
+from functools import cache
+from pathlib import Path
+from typing import Generic, NamedTuple, TypeVar
+
+T = TypeVar("T")
+
+CUDA_CAPABILITY = (8, 0)
+"""Lowest compute capability with fast bfloat16 products (Ampere)."""
+CPU_FLAGS = {"amx_bf16": "AMX-BF16", "avx512_bf16": "AVX512-BF16"}
+"""Flags of CPUs that multiply bfloat16 faster than float32, and their names; the fastest first."""
+ONEDNN_ISA = {"amx_bf16": ("AMX",), "avx512_bf16": ("AMX", "BF16", "FP16")}
+"""Parts of the values of ``ONEDNN_MAX_CPU_ISA`` with which oneDNN may use a flag."""
+DEVICES = Path("/dev")
+ACCELERATORS = ("nvidiactl", "dxg", "kfd", "accel*", "vfio/[0-9]*")
+"""Device files on Linux of GPUs (CUDA, WSL, ROCm) and of TPUs."""
+
+
+class Choice(NamedTuple, Generic[T]):
+    """The value of an option that is in effect, and why.
+
+    Parameters
+    ----------
+    value
+        The value.
+    reason
+        Why, in a few words.
+    """
+
+    value: T
+    reason: str
+
+
+def choose_precision(
+    asked: str, platform: str, *, backend: str, capability: tuple[int, int] | None = None
+) -> Choice[str]:
+    """Return the number format of a training step: ``"float32"`` or ``"bfloat16"``.
+
+    Parameters
+    ----------
+    asked
+        The option; all but ``"auto"`` is returned as it is.
+    platform
+        ``"cpu"``, ``"cuda"``, ``"mps"`` or ``"tpu"``.
+    backend
+        ``"torch"`` or ``"jax"``.
+    capability
+        Compute capability of a CUDA device. None: unknown.
+
+    Examples
+    --------
+    >>> choose_precision("auto", "cuda", backend="torch", capability=(7, 5))
+    Choice(value='float32', reason='auto: compute capability 7.5 is below 8.0')
+    >>> choose_precision("bfloat16", "cpu", backend="torch")
+    Choice(value='bfloat16', reason='as given')
+    """
+    if asked != "auto":
+        return Choice(asked, "as given")
+    value, reason = _precision_on_cpu(backend) if platform == "cpu" else _precision_on_accelerator(platform, capability)
+    return Choice(value, f"auto: {reason}")
+
+
+def is_slow(precision: str, platform: str, *, backend: str) -> bool:
+    """Return whether a number format is bfloat16 on a CPU for which ``"auto"`` chooses float32."""
+    return precision == "bfloat16" and platform == "cpu" and _precision_on_cpu(backend)[0] == "float32"
+
+
+def choose_compile(asked: bool | None, platform: str, *, has_compiler: bool) -> Choice[bool]:
+    """Return whether PyTorch compiles a training step.
+
+    Parameters
+    ----------
+    asked
+        The option; None leaves the choice.
+    platform
+        ``"cpu"``, ``"cuda"`` or ``"mps"``.
+    has_compiler
+        Whether the compiler for the platform is installed.
+
+    Examples
+    --------
+    >>> choose_compile(None, "cpu", has_compiler=True)
+    Choice(value=False, reason='auto: compiled steps are not faster on a CPU')
+    """
+    if asked is not None:
+        return Choice(asked, "as given")
+    if platform != "cuda":
+        known = "compiled steps are not faster on a CPU" if platform == "cpu" else f"not measured on {platform}"
+        return Choice(False, f"auto: {known}")
+    return Choice(has_compiler, "auto: the device is a GPU" if has_compiler else "auto: Triton is not installed")
+
+
+def _precision_on_accelerator(platform: str, capability: tuple[int, int] | None) -> tuple[str, str]:
+    if platform == "tpu":
+        return "bfloat16", "a TPU multiplies in bfloat16"
+    if platform != "cuda":
+        return "float32", f"bfloat16 is not measured on {platform}"
+    if capability is None:
+        return "float32", "the compute capability is unknown"
+    found, lowest = ("{}.{}".format(*version) for version in (capability, CUDA_CAPABILITY))
+    if capability >= CUDA_CAPABILITY:
+        return "bfloat16", f"compute capability {found}"
+    return "float32", f"compute capability {found} is below {lowest}"
+
+
+def _precision_on_cpu(backend: str) -> tuple[str, str]:
+    if backend == "jax":
+        return "float32", "XLA is slower in bfloat16 on CPUs"
+    flags = cpu_flags()
+    if not flags:
+        return "float32", "the instruction set of the CPU is unknown"
+    for flag, name in CPU_FLAGS.items():
+        if flag in flags and not _hidden_by(flag):
+            return "bfloat16", f"the CPU has {name}"
+    hidden = [flag for flag in CPU_FLAGS if flag in flags]
+    if hidden:
+        return "float32", f"{_hidden_by(hidden[0])} excludes {', '.join(CPU_FLAGS[flag] for flag in hidden)}"
+    return "float32", f"the CPU has neither {' nor '.join(CPU_FLAGS.values())}"
+
+
+@cache
+def cpu_flags() -> frozenset[str]:
+    """Return the flags of the CPU as Linux names them; empty where they are unknown."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return frozenset()
+    return frozenset(next((line for line in lines if line.startswith(("flags", "Features"))), "").split()[2:])
+
+
+def may_have_accelerator() -> bool:
+    """Return whether this machine may have a GPU or a TPU, which only a framework knows for certain."""
+    if sys.platform == "linux":
+        return any(any(DEVICES.glob(name)) for name in ACCELERATORS)
+    return sys.platform != "darwin"  # without being asked, neither framework uses Metal
+
+
+def _hidden_by(flag: str) -> str:
+    """Return the setting that keeps PyTorch from using a flag; empty if there is none."""
+    capability, isa = (os.environ.get(name, "") for name in ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA"))
+    if capability.lower() in ("default", "avx2"):
+        return f"ATEN_CPU_CAPABILITY={capability}"
+    if isa.upper() not in ("", "ALL", "DEFAULT") and not any(part in isa.upper() for part in ONEDNN_ISA[flag]):
+        return f"ONEDNN_MAX_CPU_ISA={isa}"
+    return ""
