@@ -302,6 +302,11 @@ def _quiet(transformers: ModuleType) -> Iterator[None]:
 
 def _full_precision(device: str) -> AbstractContextManager[Any]:
     """Disable autocast inside, if the device has it."""
-    if torch.amp.is_autocast_available(device):
+    if _has_autocast(device):
         return torch.autocast(device, enabled=False)
     return nullcontext()
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch 2.11 cannot trace it
+def _has_autocast(device: str) -> bool:
+    return torch.amp.is_autocast_available(device)
