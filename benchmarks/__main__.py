@@ -16,6 +16,7 @@ SHORT = {
     "targets": [["--channels", "1", "--patch_size", "2"]],
     "step": [["--models", "vit_small", "--batch", "16", "--repeats", "2"]],
     "memory": [["--models", "vit_small", "--precisions", "float32"]],
+    "methods": [["--recipes", "mae", "--batch", "2", "--repeats", "1"]],
     "profile": [["--model", "vit_small", "--arms", "PR-MIM 0.5", "--repeats", "1"]],
     "plan": [["--images", "64", "--repeats", "3"]],
     "backends": [["--repeats", "5"]],
@@ -37,6 +38,7 @@ FULL = {
         ["--models", "vit_base", "--methods", "mae", "simmim"],
         ["--models", "vit_small", "--precisions", "float32", "--jax"],
     ],
+    "methods": [[]],
     "profile": [
         ["--model", "vit_base", "--repeats", "5"],
         ["--model", "vit_small", "--repeats", "5"],
@@ -54,7 +56,7 @@ FULL = {
 
 KEPT_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "4000000000", "MALLOC_TRIM_THRESHOLD_": "16000000000"}
 """Make glibc keep large blocks between steps instead of returning them to the system: times become repeatable."""
-TIMED = ("step", "profile", "backends")
+TIMED = ("step", "methods", "profile", "backends")
 """Benchmarks that time large allocations."""
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from prmim_core import counter_noise, normalize_patches, patchify, take_tokens
 from prmim_methods import Accounting, CostReport, TrainingConfig, create_config, vit_size
 from prmim_torch import MAE, create_method, make_plan
+from prmim_torch.cross_decoder import CrossAttention
 from prmim_torch.method import Method
 
 ARMS: dict[str, dict[str, Any]] = {
@@ -25,8 +26,14 @@ ARMS: dict[str, dict[str, Any]] = {
 METHODS = {
     "mae": ARMS,
     "simmim": {name: options for name, options in ARMS.items() if name in ("dense", "PR-MIM 0.25", "PR-MIM 0.5")},
+    "crossmae": {
+        name: {"decoder": "cross", "decoder_depth": 12, **ARMS[name]} for name in ("dense", "partial 0.5", "PR-MIM 0.5")
+    },
 }
 """Arms by method."""
+
+RECORDS = {"crossmae": "mae"}
+"""The record of a method that is not a record of its own."""
 
 OFFICIAL = "official layout"
 PEERS = {f"transformers {attention}": attention for attention in ("sdpa", "eager")}
@@ -41,7 +48,7 @@ def build(arm: str, model: str = "vit_base", *, method: str = "mae", **options: 
         return TransformersMAE(model, PEERS[arm])
     if arm == OFFICIAL:
         return OfficialLayout(create_method("mae", model=model, **ARMS["dense"], **options))
-    return create_method(method, model=model, **{**METHODS[method][arm], **options})
+    return create_method(RECORDS.get(method, method), model=model, **{**METHODS[method][arm], **options})
 
 
 def jax_engine(arm: str, model: str, *, method: str, precision: str, device: str = "auto", **options: Any) -> Any:
@@ -49,7 +56,8 @@ def jax_engine(arm: str, model: str, *, method: str, precision: str, device: str
     from prmim_jax import Engine
 
     training = TrainingConfig(total_steps=1000, learning_rate=1e-4, precision=precision, device=device)
-    return Engine(create_config(method, model=model, **METHODS[method][arm], **options), training)
+    config = create_config(RECORDS.get(method, method), model=model, **METHODS[method][arm], **options)
+    return Engine(config, training)
 
 
 def compile_step(engine: Any, batch: int) -> Any:
@@ -64,9 +72,9 @@ def inputs(batch: int, device: str = "cpu") -> tuple[Tensor, Tensor]:
     return images, counter_noise(0, 0, torch.arange(batch, device=device), NUM_TOKENS)
 
 
-def loss(module: nn.Module, images: Tensor, noise: Tensor) -> Tensor:
-    """Return the loss of a batch, for any arm or peer."""
-    output = module(images, noise)
+def loss(module: nn.Module, *inputs: Tensor) -> Tensor:
+    """Return the loss of a batch, for any arm or peer: images, noise and, for some methods, weights."""
+    output = module(*inputs)
     return output if isinstance(output, Tensor) else output.loss
 
 
@@ -155,6 +163,28 @@ class TransformersMAE(nn.Module):
         return loss
 
 
+class ExplicitCrossAttention(nn.Module):
+    """Attention to a context with explicit scores and the weights of ``attention``."""
+
+    def __init__(self, attention: CrossAttention) -> None:
+        super().__init__()
+        self.num_heads, self.q, self.kv, self.proj = attention.num_heads, attention.q, attention.kv, attention.proj
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        """Map (batch, length, dim) to the same shape; the context is (batch, context length, context_dim)."""
+        q = self.q(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        k, v = self.kv(context).unflatten(-1, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        return self.proj(_attend(q, k, v).transpose(1, 2).flatten(2))
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
+    scores = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5
+    scores = scores if bias is None else scores + bias
+    # Always float32: autocast does so on GPUs, but not on CPUs.
+    weights = scores.softmax(-1, dtype=torch.float32).to(v.dtype)
+    return weights @ v
+
+
 class ExplicitAttention(nn.Module):
     """Attention with explicit scores and the weights of ``attention``, as in timm 0.3."""
 
@@ -165,11 +195,7 @@ class ExplicitAttention(nn.Module):
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """Map (batch, length, dim) to the same shape; ``bias`` is added to the scores."""
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-        scores = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5
-        scores = scores if bias is None else scores + bias
-        # Always float32: autocast does so on GPUs, but not on CPUs.
-        weights = scores.softmax(-1, dtype=torch.float32).to(v.dtype)
-        return self.proj((weights @ v).transpose(1, 2).flatten(2))
+        return self.proj(_attend(q, k, v, bias).transpose(1, 2).flatten(2))
 
 
 def explicit(method: Method) -> Any:
@@ -177,5 +203,6 @@ def explicit(method: Method) -> Any:
     method = copy.deepcopy(method)
     for name, part in list(method.named_modules()):
         if name.endswith(".attn"):
-            method.get_submodule(name.removesuffix(".attn")).attn = ExplicitAttention(part)
+            explicit_part = ExplicitCrossAttention if isinstance(part, CrossAttention) else ExplicitAttention
+            method.get_submodule(name.removesuffix(".attn")).attn = explicit_part(part)
     return method

@@ -224,7 +224,7 @@ def waiting(config: PretrainConfig, steps: int, warm_up: int = 3) -> tuple[float
         data.source,
         indices=data.train,
         batch_size=config.batch_size,
-        image_size=config.image_plane,
+        image_size=config.method.image_size,
         seed=config.seed,
         total_steps=warm_up + steps,
         crop_scale=config.crop_scale,

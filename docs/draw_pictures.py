@@ -1,5 +1,6 @@
 """Draw the pictures of the documentation that no run leaves: python docs/draw_pictures.py."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,17 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from prmim_core import Grid, Schedule, count_tokens, counter_noise, is_member, make_plan, nearest_known_distance
+from prmim_core import (
+    Grid,
+    Plan,
+    Schedule,
+    block_visible,
+    count_tokens,
+    counter_noise,
+    is_member,
+    make_plan,
+    nearest_known_distance,
+)
 from prmim_train.report.pictures import token_kinds
 
 IMAGES = Path(__file__).parent / "images"
@@ -46,28 +57,26 @@ def draw_coverage(path: Path, images: int = 4096) -> None:
     figure.savefig(path)
 
 
-def draw_plans(path: Path, images: int = 4) -> None:
-    """Draw the plans of a few images under furthest and under random throwing, from the same noise."""
-    noise = counter_noise(0, 0, np.arange(images), GRID.num_tokens)
+def draw_plans(path: Path, plans: Mapping[str, Plan], images: int = 4) -> None:
+    """Draw a row of plans under each label: those of a few images."""
     names = ["visible", "decoded", *(f"thrown, stage {stage}" for stage in (1, 2))]
     colours = ["#3d4651", "#e07b28", "#bfe3c0", "#3f88c5"]
-    figure = Figure(figsize=(9.2, 5.0), dpi=150, layout="constrained")
-    axes = figure.subplots(2, images)
-    for row, throwing in zip(axes, ("furthest", "random"), strict=True):
-        schedule = Schedule(GRID, COUNTS, throwing=throwing)
-        plan = make_plan(schedule, noise)
-        kinds = token_kinds(plan.order, schedule)
-        distance = nearest_known_distance(GRID, kinds <= 1)
+    figure = Figure(figsize=(9.2, 0.5 + 2.25 * len(plans)), dpi=150, layout="constrained")
+    axes = figure.subplots(len(plans), images)
+    for row, (label, plan) in zip(axes, plans.items(), strict=True):
+        grid = plan.schedule.grid
+        kinds = token_kinds(plan.order, plan.schedule)
+        distance = nearest_known_distance(grid, kinds <= 1)
         for image, place in enumerate(row):
-            place.imshow(kinds[image].reshape(GRID.shape), cmap=ListedColormap(colours), vmin=-0.5, vmax=3.5)
-            place.set_xticks(np.arange(0.5, GRID.shape[1]), [])
-            place.set_yticks(np.arange(0.5, GRID.shape[0]), [])
+            place.imshow(kinds[image].reshape(grid.shape), cmap=ListedColormap(colours), vmin=-0.5, vmax=3.5)
+            place.set_xticks(np.arange(0.5, grid.shape[1]), [])
+            place.set_yticks(np.arange(0.5, grid.shape[0]), [])
             place.grid(color="white", linewidth=0.8)
             place.tick_params(length=0)
             place.spines[:].set_visible(False)
-            rows, columns = np.divmod(np.flatnonzero(distance[image] > 1), GRID.shape[1])
+            rows, columns = np.divmod(np.flatnonzero(distance[image] > 1), grid.shape[1])
             place.plot(columns, rows, "x", color="#c1121f", markersize=6, markeredgewidth=1.8)
-        row[0].set_ylabel(f"{throwing} sampling", fontsize=11)
+        row[0].set_ylabel(label, fontsize=11)
     handles = [Patch(facecolor=colour, label=name) for name, colour in zip(names, colours, strict=True)]
     cross = {"marker": "x", "color": "#c1121f", "linestyle": "none", "markeredgewidth": 1.8}
     handles.append(Line2D([], [], label="thrown, no known neighbour", **cross))
@@ -75,9 +84,35 @@ def draw_plans(path: Path, images: int = 4) -> None:
     figure.savefig(path)
 
 
+def mae_plans(images: int = 4) -> dict[str, Plan]:
+    """Return plans of MAE under furthest and under random throwing, from the same noise."""
+    noise = counter_noise(0, 0, np.arange(images), GRID.num_tokens)
+    return {
+        f"{throwing} sampling": make_plan(Schedule(GRID, COUNTS, throwing=throwing), noise)
+        for throwing in ("furthest", "random")
+    }
+
+
+def pixio_plans(images: int = 4) -> dict[str, Plan]:
+    """Return plans of 16 x 16 tokens: masked one by one as in MAE, and in units of 4 x 4 as in Pixio."""
+    grid = Grid((16, 16))
+    noise = counter_noise(0, 0, np.arange(images), grid.num_tokens)
+    plans = {}
+    for label, side, throwing in (
+        ("MAE, furthest", 1, "furthest"),
+        ("Pixio, furthest", 4, "furthest"),
+        ("Pixio, random", 4, "random"),
+    ):
+        counts = count_tokens(grid.num_tokens, 0.75, 0.5, mask_unit=side**2)
+        visible = block_visible(grid, (side, side), counts.visible // side**2, noise)
+        plans[label] = make_plan(Schedule(grid, counts, throwing=throwing), noise, visible=visible)
+    return plans
+
+
 def main() -> None:
     """Draw them all into docs/images."""
-    draw_plans(IMAGES / "schedule.png")
+    draw_plans(IMAGES / "schedule.png", mae_plans())
+    draw_plans(IMAGES / "pixio.png", pixio_plans())
     draw_coverage(IMAGES / "coverage.png")
 
 

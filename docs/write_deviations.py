@@ -3,8 +3,7 @@
 import re
 from pathlib import Path
 
-from prmim_methods import METHODS
-from prmim_train.config.deviations import DEVIATIONS, STAGES, Deviation
+from prmim_train.config.deviations import DEVIATIONS, FAMILIES, STAGES, Deviation
 
 PAGE = Path(__file__).with_name("deviations.md")
 HEAD = "| where | what | published | read in | here | why |\n|---|---|---|---|---|---|\n"
@@ -18,7 +17,7 @@ def table() -> str:
 
 def where(found: Deviation) -> str:
     """Return the methods and stages of a record in words."""
-    methods = ", ".join(METHODS[method].title for method in found.methods) or "all"
+    methods = ", ".join(FAMILIES[method] for method in found.methods) or "all"
     return f"{methods}: {', '.join(STAGES[stage] for stage in found.stages)}"
 
 

@@ -12,8 +12,17 @@ from prmim_core.counts import TokenCounts, count_tokens
 from prmim_core.coverage import covering_radius, nearest_known_distance
 from prmim_core.drop_path import drop_path_scales
 from prmim_core.grid import Grid
-from prmim_core.masking import block_visible, random_visible, tube_visible, weighted_visible
+from prmim_core.hog import hog, hog_pyramid
+from prmim_core.masking import (
+    attention_weights,
+    block_visible,
+    random_visible,
+    tube_visible,
+    unattended_visible,
+    weighted_visible,
+)
 from prmim_core.noise import counter_noise
+from prmim_core.pooling import pool_units, unit_index
 from prmim_core.reconstruct import interpolate, num_offsets, offset_index, offset_squared_distances, reconstruct_stages
 from prmim_core.sampling import furthest_point_sampling
 from prmim_core.schedule import Plan, Schedule, is_member, make_plan, take_tokens
@@ -28,6 +37,7 @@ from prmim_core.targets import (
     normalize_patches,
     normalize_values,
     patch_grid,
+    patch_statistics,
     patchify,
     unpatchify,
     window_statistics,
@@ -39,6 +49,7 @@ __all__ = [
     "Plan",
     "Schedule",
     "TokenCounts",
+    "attention_weights",
     "block_visible",
     "cell_decoded",
     "cell_means",
@@ -51,6 +62,8 @@ __all__ = [
     "expand_cells",
     "furthest_decoded",
     "furthest_point_sampling",
+    "hog",
+    "hog_pyramid",
     "image_statistics",
     "interpolate",
     "is_member",
@@ -64,12 +77,16 @@ __all__ = [
     "offset_index",
     "offset_squared_distances",
     "patch_grid",
+    "patch_statistics",
     "patchify",
+    "pool_units",
     "random_decoded",
     "random_visible",
     "reconstruct_stages",
     "take_tokens",
     "tube_visible",
+    "unattended_visible",
+    "unit_index",
     "unpatchify",
     "weighted_decoded",
     "weighted_visible",

@@ -55,7 +55,8 @@ def check_arrays(**arrays: Array) -> Namespace:
 def check_noise(noise: Array, num_tokens: int | None = None) -> None:
     """Raise unless ``noise`` holds real numbers of shape (batch, num_tokens); None accepts any number of tokens."""
     xp = array_namespace(noise)
-    if noise.ndim != 2 or num_tokens not in (None, noise.shape[1]):
+    # Compared with !=, not with "in": PyTorch's compiler does not find a size that it made dynamic in a tuple.
+    if noise.ndim != 2 or (num_tokens is not None and noise.shape[1] != num_tokens):
         length = "N" if num_tokens is None else num_tokens
         raise ValueError(f"noise: expected shape (batch, {length}), got {tuple(noise.shape)}")
     if not xp.isdtype(noise.dtype, ("integral", "real floating")):

@@ -8,7 +8,7 @@ from typing import Literal
 
 from prmim_core._checks import check_choice, check_integer, shown
 
-Rounding = Literal["mae", "amt", "mae_float", "simmim_float"]
+Rounding = Literal["mae", "amt", "mae_float", "simmim_float", "amt_float"]
 
 
 @dataclass(frozen=True)
@@ -68,9 +68,11 @@ def count_tokens(
         Thrown fraction of **all** tokens, in [0, 1]. Only masked tokens are thrown, so 1 means that none are decoded.
     rounding
         ``"mae"`` rounds the visible count down, V = floor(N (1 - mask_ratio)), as MAE, SimMIM and MaskAlign define it.
-        ``"amt"`` rounds the masked count down, N - V = floor(N mask_ratio), as AMT does. Both compute exactly.
+        ``"amt"`` rounds the masked count down, N - V = floor(N mask_ratio), as AMT and VideoMAE do. Both compute
+        exactly.
         ``"mae_float"`` computes V = int(N * (1 - mask_ratio)) in floating point, as the code of MAE and MaskAlign.
         ``"simmim_float"`` computes N - V = ceil(N * mask_ratio) in floating point, as the code of SimMIM.
+        ``"amt_float"`` computes N - V = int(N * mask_ratio) in floating point, as the code of VideoMAE.
     mask_unit
         Number of tokens that are masked together; a divisor of ``num_tokens``. SimMIM's 2x2 units have 4.
     throw_unit
@@ -121,7 +123,7 @@ def count_tokens(
     masked_part = number(_exact_ratio("mask_ratio", mask_ratio))
     thrown_part = number(_exact_ratio("throw_ratio", throw_ratio))
     units = num_tokens // mask_unit
-    if rounding == "amt":
+    if rounding in ("amt", "amt_float"):
         visible = mask_unit * (units - floor(units * masked_part))
     elif rounding == "simmim_float":
         visible = mask_unit * (units - ceil(units * masked_part))

@@ -100,7 +100,7 @@ def block_visible(grid: Grid, unit: tuple[int, ...], num_visible_units: int, noi
 
 
 def weighted_visible(num_visible: int, noise: Array, weights: Array) -> Array:
-    """Draw visible tokens without replacement, in proportion to weights (MaskAlign, AMT).
+    """Draw visible tokens without replacement, in proportion to weights (MaskAlign).
 
     Parameters
     ----------
@@ -141,6 +141,107 @@ def weighted_visible(num_visible: int, noise: Array, weights: Array) -> Array:
     check_count("num_visible", num_visible, noise.shape[1])
     check_weights(xp, noise, weights)
     return argsort(xp, _arrival_times(xp, noise, weights))[:, :num_visible]
+
+
+def unattended_visible(
+    grid: Grid, unit: tuple[int, ...], num_visible_units: int, noise: Array, weights: Array
+) -> Array:
+    """Draw all units without replacement, in proportion to weights; those drawn last are visible (AMT).
+
+    Parameters
+    ----------
+    grid
+        The grid of the tokens.
+    unit
+        Tokens per unit along each axis; must divide ``grid.shape``. All 1: single tokens.
+    num_visible_units
+        Number of visible units.
+    noise
+        int32 (batch, N), from :func:`prmim_core.counter_noise`. A unit takes the noise of its first token.
+    weights
+        float (batch, N), non-negative, for instance :func:`attention_weights`. A unit takes the sum of its weights.
+
+    Returns
+    -------
+    array
+        int (batch, num_visible_units * tokens per unit): the units drawn last, the last one first; the tokens of a unit
+        in raster order.
+
+    Raises
+    ------
+    TypeError
+        If ``grid`` is not a Grid, a size of the unit is not an integer or ``noise`` is not int32.
+    ValueError
+        If the unit does not divide the grid, a shape does not fit it, ``num_visible_units`` is out of range or a weight
+        is NaN.
+
+    Notes
+    -----
+    The race of :func:`weighted_visible`; equal weights are a uniform draw. With the same noise and weights,
+    :func:`prmim_core.weighted_decoded` returns the tokens that were drawn first.
+
+    References
+    ----------
+    Liu et al., "Good Helper Is around You: Attention-driven Masked Image Modeling", arXiv 2211.15362.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from prmim_core import counter_noise
+    >>> weights = np.asarray([[0.0, 1.0, 9.0, 5.0]])
+    >>> unattended_visible(Grid((4,)), (1,), 2, counter_noise(0, 0, np.arange(1), 4), weights).tolist()
+    [[0, 1]]
+    """
+    check_type("grid", grid, Grid)
+    xp = check_arrays(noise=noise, weights=weights)
+    check_noise(noise, grid.num_tokens)
+    check_count("num_visible_units", num_visible_units, grid.units(unit).num_tokens)
+    check_weights(xp, noise, weights)
+    tokens = _unit_tokens(xp, grid, unit, device_of(noise))
+    unit_noise = xp.take(noise, tokens[:, 0], axis=1)
+    times = _arrival_times(xp, unit_noise, _unit_weights(xp, tokens, weights))
+    return _take_units(xp, tokens, argsort(xp, -times)[:, :num_visible_units])
+
+
+def attention_weights(attention: Array) -> Array:
+    """Turn the attention of several heads into one weight per token: min-max normalised per head, averaged (AMT).
+
+    Parameters
+    ----------
+    attention
+        float (batch, heads, N), of the class token to the N patches.
+
+    Returns
+    -------
+    array
+        float (batch, N), in [0, 1]. A head that attends to all patches alike gives each the weight 1.
+
+    Raises
+    ------
+    TypeError
+        If ``attention`` does not hold floats.
+    ValueError
+        If ``attention`` is not (batch, heads, N).
+
+    References
+    ----------
+    Liu et al., "Good Helper Is around You: Attention-driven Masked Image Modeling", arXiv 2211.15362.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> attention_weights(np.asarray([[[0.2, 0.4, 0.3], [0.1, 0.1, 0.1]]])).round(2).tolist()
+    [[0.5, 1.0, 0.75]]
+    """
+    xp = check_arrays(attention=attention)
+    if not xp.isdtype(attention.dtype, "real floating"):
+        raise TypeError(f"attention: expected floats, got {attention.dtype}")
+    if attention.ndim != 3:
+        raise ValueError(f"attention: expected shape (batch, heads, N), got {tuple(attention.shape)}")
+    low, high = xp.min(attention, axis=2, keepdims=True), xp.max(attention, axis=2, keepdims=True)
+    is_even = high == low
+    spread = xp.where(is_even, xp.ones_like(high), high - low)
+    return xp.mean(xp.where(is_even, xp.ones_like(attention), (attention - low) / spread), axis=1)
 
 
 def tube_visible(grid: Grid, num_visible: int, noise: Array) -> Array:
@@ -216,6 +317,12 @@ def _unit_tokens(xp: Namespace, grid: Grid, unit: tuple[int, ...], device: objec
     outer, inner = range(0, 2 * grid.axes, 2), range(1, 2 * grid.axes, 2)
     by_unit = xp.permute_dims(xp.reshape(tokens, split), (*outer, *inner))
     return xp.reshape(by_unit, (prod(units), prod(unit)))
+
+
+def _unit_weights(xp: Namespace, tokens: Array, weights: Array) -> Array:
+    """Sum the weights (batch, N) of each unit's tokens (units, tokens per unit): (batch, units)."""
+    by_unit = xp.take(weights, xp.reshape(tokens, (-1,)), axis=1)
+    return xp.sum(xp.reshape(by_unit, (weights.shape[0], *tokens.shape)), axis=2)
 
 
 def _take_units(xp: Namespace, tokens: Array, units: Array) -> Array:

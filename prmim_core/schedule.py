@@ -28,7 +28,7 @@ from prmim_core._checks import (
 from prmim_core.counts import TokenCounts
 from prmim_core.coverage import _nearest_known_distance
 from prmim_core.grid import Grid
-from prmim_core.masking import _block_visible, _take_units, _unit_tokens
+from prmim_core.masking import _block_visible, _take_units, _unit_tokens, _unit_weights
 from prmim_core.sampling import Sampler
 from prmim_core.throwing import FurthestFrom, Throwing, _choose_decoded
 
@@ -423,8 +423,7 @@ def _decoded(
     tokens = _unit_tokens(xp, grid, unit, device_of(noise))
     first = tokens[:, 0]
     if weights is not None:
-        by_unit = xp.take(weights, xp.reshape(tokens, (-1,)), axis=1)
-        weights = xp.sum(xp.reshape(by_unit, (noise.shape[0], *tokens.shape)), axis=2)
+        weights = _unit_weights(xp, tokens, weights)
     units = choose(
         grid.units(unit),
         number // prod(unit),
@@ -483,14 +482,14 @@ def take_tokens(x: Array, index: Array) -> Array:
     Parameters
     ----------
     x
-        (batch, N, ...).
+        (batch, N, ...); or (1, N, ...), shared by all images, such as a position table.
     index
         int (batch, n), in [0, N). Negative values do not count from the end.
 
     Returns
     -------
     array
-        (batch, n, ...), ``x[b, index[b, i]]``.
+        (batch, n, ...), ``x[b, index[b, i]]``; ``x[0, index[b, i]]`` if ``x`` is shared.
 
     Raises
     ------
@@ -515,7 +514,7 @@ def take_tokens(x: Array, index: Array) -> Array:
     [[[3.0], [1.0]]]
     """
     xp = check_arrays(x=x, index=index)
-    if index.ndim != 2 or x.ndim < 2 or x.shape[0] != index.shape[0]:
+    if index.ndim != 2 or x.ndim < 2 or (x.shape[0] != index.shape[0] and x.shape[0] != 1):
         expected = "x (batch, N, ...) and index (batch, n)"
         raise ValueError(f"index: expected {expected}, got {tuple(x.shape)} and {tuple(index.shape)}")
     batch, length = x.shape[:2]

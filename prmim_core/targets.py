@@ -352,6 +352,45 @@ def window_statistics(patches: Array, channels: int, grid: Grid) -> tuple[Array,
     return mean + center[:, :, 0, :], xp.sqrt(xp.where(variance > 0, variance, xp.zeros_like(variance)))
 
 
+def patch_statistics(patches: Array, channels: int) -> tuple[Array, Array]:
+    """Return mean and standard deviation of each channel over the pixels of a patch (VideoMAE's target).
+
+    Parameters
+    ----------
+    patches
+        float (batch, n, P).
+    channels
+        Channels of the images.
+
+    Returns
+    -------
+    tuple of array
+        Mean and standard deviation, each (batch, n, channels), with unbiased variance. Of a patch of one colour, the
+        mean is exact and the deviation 0.
+
+    Raises
+    ------
+    ValueError
+        If ``channels`` does not divide P, or a patch has less than 2 pixels.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> mean, deviation = patch_statistics(np.asarray([[[1.0, 5.0, 3.0, 5.0]]]), channels=2)
+    >>> mean[0, 0].tolist(), deviation[0, 0].round(3).tolist()
+    ([2.0, 5.0], [1.414, 0.0])
+    """
+    xp = array_namespace(patches)
+    pixels = _pixels(xp, patches, channels)
+    number = pixels.shape[2]
+    if number < 2:
+        raise ValueError(f"patches: expected at least 2 pixels in a patch for an unbiased variance, got {number}")
+    first = pixels[:, :, :1, :]
+    mean = first + xp.mean(pixels - first, axis=2, keepdims=True)
+    variance = xp.sum((pixels - mean) ** 2, axis=2) / (number - 1)
+    return mean[:, :, 0, :], xp.sqrt(variance)
+
+
 def normalize_values(values: Array, mean: Array, deviation: Array, eps: float = CELL_EPS) -> Array:
     """Normalise values per channel with given statistics.
 

@@ -159,7 +159,7 @@ def weighted_decoded(num_decoded: int, noise: Array, is_visible: Array, weights:
 
     References
     ----------
-    Gui et al., "Good Helper Is around You: Attention-driven Masked Image Modeling", arXiv 2211.15362.
+    Liu et al., "Good Helper Is around You: Attention-driven Masked Image Modeling", arXiv 2211.15362.
 
     Examples
     --------

@@ -2,12 +2,13 @@
 
 import json
 import subprocess
+from dataclasses import replace
 
 import pytest
 import torch
 
 from benchmarks import __main__ as every
-from benchmarks import arms, macs, memory, profile, scale, step
+from benchmarks import arms, macs, memory, methods, profile, scale, step
 from prmim_torch import create_method
 
 SMALL = {"depth": 2, "embed_dim": 24, "num_heads": 2, "decoder_dim": 16, "decoder_depth": 2, "decoder_heads": 2}
@@ -18,7 +19,11 @@ SHALLOWEST = {"depth": 1, "decoder_depth": 1}
 @pytest.fixture
 def shallow(monkeypatch):
     """Give all our arms two narrow blocks."""
-    small = {"mae": SMALL, "simmim": {name: SMALL[name] for name in ("depth", "embed_dim", "num_heads")}}
+    small = {
+        "mae": SMALL,
+        "crossmae": SMALL,
+        "simmim": {name: SMALL[name] for name in ("depth", "embed_dim", "num_heads")},
+    }
     methods = {
         method: {arm: {**options, **small[method]} for arm, options in named.items()}
         for method, named in arms.METHODS.items()
@@ -63,12 +68,15 @@ def test_the_peer_has_our_size():
 
 
 def test_step_measures_every_arm_in_turns(capsys, tmp_path, shallow):
-    words = ["--models", "vit_tiny", "--methods", "mae", "simmim", "--batch", "2", "--repeats", "1"]
+    words = ["--models", "vit_tiny", "--methods", "mae", "simmim", "crossmae", "--batch", "2", "--repeats", "1"]
     step.main([*words, "--json", f"{tmp_path}"])
-    assert "goal 0.90" in capsys.readouterr().out
-    mae, simmim = (tables(tmp_path)[f"{method}, vit_tiny"] for method in ("mae", "simmim"))
+    text = capsys.readouterr().out
+    assert "goal 0.90" in text
+    assert "of partial 0.5, goal 1.02: " in text
+    mae, simmim, cross = (tables(tmp_path)[f"{method}, vit_tiny"] for method in ("mae", "simmim", "crossmae"))
     assert list(mae) == [*arms.ARMS, arms.OFFICIAL, *arms.PEERS, "plan of PR-MIM 0.5"]
     assert list(simmim) == ["dense", "PR-MIM 0.25", "PR-MIM 0.5", "plan of PR-MIM 0.5"]
+    assert list(cross) == ["dense", "partial 0.5", "PR-MIM 0.5", "plan of PR-MIM 0.5"]
     assert mae["dense"]["to dense"] == simmim["dense"]["to dense"] == 1
     assert min(row["to fastest peer"] for name, row in mae.items() if name in arms.PEERS) == 1
     assert all(row["ms per image"] > 0 for row in (*mae.values(), *simmim.values()))
@@ -119,6 +127,23 @@ def test_memory_measures_the_peak():
         return second + 1  # two tensors at a time, never three
 
     assert memory.peak_bytes(run, "cpu") == pytest.approx(2 * 4 * 2**20, rel=1e-3)  # and small constants
+
+
+def test_methods_compares_dense_partial_and_pr_mim(tmp_path, monkeypatch):
+    read = methods.read_config
+    monkeypatch.setattr(methods, "read_config", lambda recipe: replace(read(recipe), **SMALL))
+    words = ["--batch", "2", "--repeats", "1", "--device", "cpu", "--json", f"{tmp_path}"]
+    for name in ("mae", "amt_mae"):
+        methods.main(["--recipes", name, *words])
+    files = (tmp_path / f"methods-{name}.json" for name in ("mae", "amt_mae"))
+    found = {name: rows for file in files for name, rows in json.loads(file.read_text())["tables"].items()}
+    supervised = {name: [row["supervised"] for row in rows.values()] for name, rows in found.items()}
+    assert supervised == {"mae": [147, 49, 147], "amt_mae": [166, 88, 166]}
+    for rows in found.values():
+        assert list(rows) == ["dense", "partial", "PR-MIM"]
+        assert rows["partial"]["GMACs"] < rows["PR-MIM"]["GMACs"] < rows["dense"]["GMACs"]
+        assert rows["partial"]["saved MB"] < rows["PR-MIM"]["saved MB"] < rows["dense"]["saved MB"]
+        assert all(row["ms per image"] > 0 for row in rows.values())
 
 
 def test_profile_sorts_operations_by_kind(tmp_path, shallow):

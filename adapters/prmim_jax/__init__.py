@@ -2,7 +2,8 @@
 
 from prmim_jax.classifier import Classifier, ClassifierEngine
 from prmim_jax.engine import Comparison, Engine, Reconstruction
-from prmim_jax.interop import load_weights, save_weights
+from prmim_jax.interop import load_official_weights, load_weights, save_weights
+from prmim_jax.localmim import LocalMIM, LocalOutput
 from prmim_jax.mae import MAE
 from prmim_jax.maskalign import AlignOutput, MaskAlign
 from prmim_jax.method import Method, PixelOutput
@@ -11,6 +12,7 @@ from prmim_jax.plan import make_plan
 from prmim_jax.reconstruct import ProgressiveReconstruction
 from prmim_jax.simmim import SimMIM
 from prmim_jax.teacher import Teacher, TeacherOutput
+from prmim_jax.videomae import VideoMAE
 
 __all__ = [
     "MAE",
@@ -20,6 +22,8 @@ __all__ = [
     "ClassifierEngine",
     "Comparison",
     "Engine",
+    "LocalMIM",
+    "LocalOutput",
     "MaskAlign",
     "Method",
     "PixelOutput",
@@ -28,7 +32,9 @@ __all__ = [
     "SimMIM",
     "Teacher",
     "TeacherOutput",
+    "VideoMAE",
     "create_method",
+    "load_official_weights",
     "load_weights",
     "make_plan",
     "save_weights",

@@ -146,6 +146,7 @@ class Classifier(ImageModule):
         dtype: DTypeLike | None = None,
     ) -> None:
         super().__init__(method_config)
+        method_config.check_pool(config.pool)
         self.method_config, self.config, self.num_classes = method_config, config, num_classes
         dim = method_config.encoder_size.dim
         has_layer_norm = config.pool == "mean" and not config.is_frozen
@@ -190,10 +191,9 @@ class Classifier(ImageModule):
         ValueError
             If a shape does not fit, ``noise`` is needed and missing, or there are no images in training mode.
         """
-        encoder, scales = self.encoder, self._scales(noise, images)
-        tokens = encoder.place(encoder.patch_embed(self._normalize(self._patches(images))))
-        encoded = encoder.encode(tokens, None, scales)
-        pooled = encoded[:, 0] if self.config.pool == "cls" else encoded[:, 1:].mean(1)
+        scales = self._scales(noise, images)
+        encoded = self.encoder(self._normalize(self._patches(images)), None, scales)
+        pooled = self._pool(encoded, self.config.pool)
         logits = self.head(pooled if self.fc_norm is None else self.fc_norm(pooled))
         return logits.astype(wide(logits.dtype))
 

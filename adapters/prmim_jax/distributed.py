@@ -282,6 +282,13 @@ class Layout:
         sharding = NamedSharding(self._mesh, ROWS)
         return jax.make_array_from_process_local_data(sharding, array)  # type: ignore[no-untyped-call]
 
+    def local_rows(self, array: Array) -> NDArray[Any]:
+        """Return the rows of an array that the devices of this process hold; the opposite of :meth:`put_rows`."""
+        if self.num_devices == 1:
+            return np.asarray(array)
+        parts = sorted(array.addressable_shards, key=lambda part: part.index[0].start or 0)
+        return np.concatenate([np.asarray(part.data) for part in parts])
+
     def compile(self, program: Callable[..., Any], inputs: Any, outputs: Any, donate: tuple[int, ...] = ()) -> Any:
         """Compile a program that every device runs on its parts of the arguments.
 

@@ -115,7 +115,9 @@ class Engine(Trainer[Method]):
         """What the method predicts: ``"pixels"`` (see :meth:`reconstruct`) or ``"features"`` (see :meth:`compare`)."""
         return self._config.predicts
 
-    def train_step(self, images: NDArray[np.uint8], sample: NDArray[np.int64]) -> None:
+    def train_step(
+        self, images: NDArray[np.uint8], sample: NDArray[np.int64], weights: NDArray[np.float32] | None = None
+    ) -> None:
         """Take one optimizer step, without waiting for the device.
 
         Parameters
@@ -125,13 +127,15 @@ class Engine(Trainer[Method]):
             its devices share it.
         sample
             int64 (batch,): index of each image in the data set. Seed, step and this index determine its mask.
+        weights
+            float32 (batch, N): weight of each token, for ``throwing="weighted"`` only; see :meth:`attention`.
 
         Raises
         ------
         TypeError, ValueError
             If a shape or dtype does not fit, or devices of the process times ``accumulate`` do not divide the batch.
         """
-        self._take_step(images, sample)
+        self._take_step(images, sample, *(() if weights is None else (weights,)))
 
     def features(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Return the mean patch feature of whole images, nothing masked: float32 (batch, dim).
@@ -141,8 +145,18 @@ class Engine(Trainer[Method]):
         check_images(images, self._image_shape)
         return np.asarray(self._evaluate(_features, images))
 
+    def attention(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """Return the attention to the patches of whole images, in [0, 1]: float32 (batch, N).
+
+        All processes must call it, with a batch of the same size; the images may differ. The devices share the batch.
+        """
+        check_images(images, self._image_shape)
+        return self._evaluate_rows(_attention, images)
+
     def reconstruct(self, images: NDArray[np.uint8], sample: NDArray[np.int64]) -> Reconstruction:
         """Mask images as in step 0, and predict their pixels.
+
+        With ``throwing="weighted"``, the attention to these images is computed first.
 
         Parameters
         ----------
@@ -162,7 +176,8 @@ class Engine(Trainer[Method]):
         return Reconstruction(np.asarray(order, np.int64), self._config.schedule, np.asarray(patches, np.float32))
 
     def _rebuilt(self, method: PixelMethod, images: Array, sample: Array) -> tuple[Array, Array]:
-        output = method(images, self._noise(sample, 0))
+        weights = (method.attention(images),) if method.config.needs_weights else ()
+        output = method(images, self._noise(sample, 0), *weights)
         return output.plan.order, method.rebuilt_pixels(images, output)
 
     def compare(self, images: NDArray[np.uint8], sample: NDArray[np.int64]) -> Comparison:
@@ -191,9 +206,12 @@ class Engine(Trainer[Method]):
         return output.plan.order, *method.compared_features(images, output)
 
 
-def _loss(method: Method, images: Array, noise: Array) -> Sequence[Array]:
-    output = method(images, noise)
-    return [getattr(output, name) for name in method.losses]
+def _loss(method: Method, images: Array, noise: Array, *weights: Array) -> Sequence[Array]:
+    return method.measured(method(images, noise, *weights))
+
+
+def _attention(method: Method, images: Array) -> Array:
+    return method.attention(images).astype(jnp.float32)
 
 
 def _features(method: Method, images: Array) -> Array:

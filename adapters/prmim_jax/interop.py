@@ -20,7 +20,13 @@ from safetensors.numpy import save
 from prmim_jax.vit import Buffer
 from prmim_methods.files import open_regular
 from prmim_methods.messages import one_line
-from prmim_methods.weight_files import check_metadata, check_tensors, dump_architecture, write_atomically
+from prmim_methods.weight_files import (
+    check_metadata,
+    check_tensors,
+    dump_architecture,
+    official_names,
+    write_atomically,
+)
 
 Variables = dict[str, nnx.Variable[Array]]
 Weights = dict[str, NDArray[Any]]
@@ -60,6 +66,36 @@ def load_weights(method: nnx.Module, path: str | os.PathLike[str]) -> None:
         the first field that differs), or holds other tensors. The method is unchanged then.
     """
     put_weights(method, read_weights(method, path))
+
+
+def load_official_weights(method: nnx.Module, weights: Mapping[str, NDArray[Any]] | str | os.PathLike[str]) -> None:
+    """Load the state dict of the authors' code of MAE or Pixio.
+
+    Parameters
+    ----------
+    method
+        The MAE to fill; its dtype and device do not change. Parts that the authors do not have, reconstruction and cell
+        head, are unchanged.
+    weights
+        Arrays by official name, or a ``.safetensors`` file of them. Without names of the decoder, only the encoder
+        is loaded.
+
+    Raises
+    ------
+    FileNotFoundError
+        If the file does not exist.
+    ValueError
+        If the names are of another layout, or tensors are missing, surplus or of another shape. The method is unchanged
+        then.
+    """
+    if isinstance(weights, str | os.PathLike):
+        place, tensors = os.fspath(weights), read_file(weights)[1]
+    else:
+        place, tensors = "the state dict", {name: np.asarray(array) for name, array in weights.items()}
+    expected = named_weights(method)
+    names = official_names(expected, tensors)
+    check_fit({official: expected[name] for name, official in names.items()}, tensors, place)
+    put_weights(method, {name: tensors[official] for name, official in names.items()})
 
 
 def named_variables(method: nnx.Module) -> Variables:

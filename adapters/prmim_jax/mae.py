@@ -1,14 +1,17 @@
 """Masked autoencoder with partial and progressive reconstruction."""
 
+from dataclasses import replace
+
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 from jax.typing import DTypeLike
 
-from prmim_core import take_tokens
+from prmim_core import Plan, take_tokens
+from prmim_jax.cross_decoder import CrossDecoder
+from prmim_jax.fusion import Fusion
 from prmim_jax.method import PixelMethod, PixelOutput, build_encoder
-from prmim_jax.plan import make_plan
-from prmim_jax.vit import Decoder
+from prmim_jax.vit import Decoder, freeze
 from prmim_methods import MAEConfig
 
 
@@ -29,6 +32,9 @@ class MAE(PixelMethod):
     Pixels stay uint8 until they are gathered along the plan; only visible patches are embedded. The output is a pure
     function of weights, images and noise, for ``jax.jit``, ``jax.grad``, ``jax.vmap`` and ``jax.checkpoint``.
 
+    With ``decoder="cross"``, the encoder's final norm takes no part in the loss. It keeps its initial weights, which
+    are part of weight files.
+
     Examples
     --------
     >>> import jax.numpy as jnp
@@ -46,24 +52,16 @@ class MAE(PixelMethod):
     def __init__(self, config: MAEConfig, rngs: nnx.Rngs | None = None, dtype: DTypeLike | None = None) -> None:
         super().__init__(config)
         rngs = nnx.Rngs(config.init_seed) if rngs is None else rngs
-        size = config.decoder_size
         self.encoder = build_encoder(config, dtype=dtype, rngs=rngs)
-        self.decoder = Decoder(
-            config.grid.shape,
-            config.encoder_size.dim,
-            config.patch_dim,
-            dim=size.dim,
-            depth=size.depth,
-            num_heads=size.heads,
-            recompute=config.recompute_blocks,
-            scan=config.scan_blocks,
-            dtype=dtype,
-            rngs=rngs,
-        )
-        self.reconstruct = self._build_reconstruction(size.dim, dtype)
-        self.cell_head = self._build_cell_head(size.dim, dtype, rngs)
+        self.decoder = _build_decoder(config, dtype, rngs)
+        if config.is_cross:
+            freeze(self.encoder.norm)  # type: ignore[arg-type]  # not None
+        self.reconstruct = self._build_reconstruction(config.decoder_dim, dtype)
+        self.cell_head = self._build_cell_head(config.decoder_dim, dtype, rngs)
+        dim, blocks = config.encoder_size.dim, config.fused_blocks
+        self.fusion = Fusion(dim, blocks, dtype=dtype, rngs=rngs) if blocks else None
 
-    def __call__(self, images: Array, noise: Array) -> PixelOutput:
+    def __call__(self, images: Array, noise: Array, weights: Array | None = None) -> PixelOutput:
         """Compute the loss of a batch.
 
         Parameters
@@ -71,7 +69,11 @@ class MAE(PixelMethod):
         images
             uint8 (batch, image_size..., channels).
         noise
-            int (batch, N), for example from ``prmim_core.counter_noise``.
+            int (batch, N), for example from ``prmim_core.counter_noise``. It also decides which branches drop path
+            drops, in training mode.
+        weights
+            float (batch, N), for ``throwing="weighted"`` only, for example from :meth:`attention`. Attended tokens
+            tend to be masked.
 
         Returns
         -------
@@ -82,17 +84,68 @@ class MAE(PixelMethod):
         TypeError
             If ``images`` are not uint8 or ``noise`` does not hold real numbers.
         ValueError
-            If a shape does not fit, or there are no images.
+            If a shape does not fit, there are no images, or weights are missing or not needed.
         """
         patches = self._patches(images)
         self._check_batch(images, noise)
-        plan = make_plan(self._schedule, noise)
-        encoded = self.encoder(self._normalize(take_tokens(patches, plan.visible)), plan.visible)
-        features = self.decoder(encoded, plan.known(1))
+        plan = self._plan(noise, weights)
+        features = self._decode(self._normalize(take_tokens(patches, plan.visible)), plan, noise)
         if self.reconstruct is not None:
             features = self.reconstruct(features, plan)
-        return self._supervise(features, patches, plan, self.decoder.pred)
+        output = self._supervise(features, patches, plan, self.decoder.pred)
+        return output if self.fusion is None else replace(output, layer_weights=self.fusion.named_weights())
+
+    def _decode(self, visible: Array, plan: Plan, noise: Array) -> Array:
+        """Encode the visible patches and decode: the features from ``config.first_feature`` on, in plan order."""
+        encoder, scales = self.encoder, self._drop_path(noise, self.config.drop_rate)
+        if isinstance(self.decoder, Decoder) and self.fusion is None:
+            return self.decoder(encoder(visible, plan.visible, scales), self._decoder_index(plan, noise))
+        tokens = encoder.place(encoder.patch_embed(visible), plan.visible)
+        layers = encoder.hidden_states(tokens, plan.visible, scales)
+        if self.fusion is None:
+            return self.decoder(layers, plan.decoded)
+        return self.decoder(encoder.norm(self.fusion(layers)), self._decoder_index(plan, noise))  # type: ignore[misc]  # not None
+
+    def _decoder_index(self, plan: Plan, noise: Array) -> Array:
+        """Return the tokens that a decoder of self-attention sees: int, the visible tokens first."""
+        return plan.known(1)
 
     def _error(self, predicted: Array, target: Array) -> Array:
         # The error has the precision of the target; the prediction can have a lower one.
         return jnp.square(predicted.astype(target.dtype) - target).mean(-1)
+
+
+def _build_decoder(config: MAEConfig, dtype: DTypeLike | None, rngs: nnx.Rngs) -> Decoder | CrossDecoder:
+    size = config.decoder_size
+    if config.is_cross:
+        return CrossDecoder(
+            config.grid.shape,
+            config.encoder_size.dim,
+            config.encoder_size.depth,
+            config.patch_dim,
+            dim=size.dim,
+            depth=size.depth,
+            num_heads=size.heads,
+            position=config.position,  # type: ignore[arg-type]  # one of the choices
+            class_tokens=config.class_tokens,
+            visible_features=config.has_visible_features,
+            recompute=config.recompute_blocks,
+            scan=config.scan_blocks,
+            dtype=dtype,
+            rngs=rngs,
+        )
+    return Decoder(
+        config.grid.shape,
+        config.encoder_size.dim,
+        config.patch_dim,
+        dim=size.dim,
+        depth=size.depth,
+        num_heads=size.heads,
+        position=config.position,  # type: ignore[arg-type]  # one of the choices
+        class_tokens=config.class_tokens,
+        embed_bias=config.embed_bias,
+        recompute=config.recompute_blocks,
+        scan=config.scan_blocks,
+        dtype=dtype,
+        rngs=rngs,
+    )

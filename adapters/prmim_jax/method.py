@@ -4,7 +4,8 @@ A method is one file that adds its parts and its loss; see :class:`Method`.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from math import prod
 from typing import Any, Literal
 
 import jax
@@ -17,6 +18,8 @@ from numpy.typing import NDArray
 
 from prmim_core import (
     Plan,
+    attention_weights,
+    block_visible,
     cell_means,
     denormalize_patches,
     denormalize_values,
@@ -28,9 +31,11 @@ from prmim_core import (
     normalize_values,
     patchify,
     take_tokens,
+    unattended_visible,
     unpatchify,
     window_statistics,
 )
+from prmim_jax.plan import make_plan
 from prmim_jax.reconstruct import ProgressiveReconstruction
 from prmim_jax.vit import Encoder, Linear
 from prmim_methods import MethodConfig, PixelConfig
@@ -84,13 +89,17 @@ class ImageModule(nnx.Module):
         return (self._by_channel(patches).astype(scale.dtype) * scale + shift).reshape(patches.shape)
 
     def _scale_and_shift(self) -> list[Array]:
-        dtype = self.encoder.cls_token.dtype
-        return [jnp.asarray(values, dtype) for values in (self._pixel_scale, self._pixel_shift)]
+        return [jnp.asarray(values, self.encoder.dtype) for values in (self._pixel_scale, self._pixel_shift)]
 
     def _by_channel(self, patches: Array) -> Array:
         """Separate the channels: (batch, length, P) to (batch, length, P / C, C); the length may be 0."""
         channels = self.image_shape[-1]
         return patches.reshape(*patches.shape[:2], patches.shape[2] // channels, channels)
+
+    def _pool(self, encoded: Array, pool: str) -> Array:
+        """Return one vector (batch, dim) per image from the encoded tokens (batch, C + N, dim)."""
+        num_class = self.encoder.class_tokens
+        return (encoded[:, :num_class] if pool == "cls" else encoded[:, num_class:]).mean(1)
 
     def _drop_path(self, noise: Array, rate: float) -> Array | None:
         """Return the factors of the encoder's branches, (batch, depth, 2); None if no branch is dropped."""
@@ -123,18 +132,47 @@ class Method(ImageModule):
         raise NotImplementedError
 
     def encode(self, images: Array) -> Array:
-        """Encode whole images, nothing masked: uint8 (batch, image_size..., channels) to (batch, 1 + N, dim).
+        """Encode whole images, nothing masked: uint8 (batch, image_size..., channels) to (batch, C + N, dim).
 
-        The class token comes first.
+        The C class tokens come first.
         """
         return self.encoder(self._normalize(self._patches(images)))
 
     def features(self, images: Array, pool: Pool = "mean") -> Array:
-        """Return one vector (batch, dim) per image: the ``"mean"`` of the encoded tokens, or the ``"cls"`` token."""
-        if pool not in ("mean", "cls"):
-            raise ValueError(f"pool: expected 'mean' or 'cls', got {pool!r}")
-        encoded = self.encode(images)
-        return encoded[:, 0] if pool == "cls" else encoded[:, 1:].mean(1)
+        """Return one vector (batch, dim) per image.
+
+        Parameters
+        ----------
+        images
+            uint8 (batch, image_size..., channels).
+        pool
+            ``"mean"``: the mean of the encoded tokens; ``"cls"``: the class token, or the mean of several.
+
+        Raises
+        ------
+        ValueError
+            If the pool is unknown, or there is no class token.
+        """
+        self.config.check_pool(pool)
+        return self._pool(self.encode(images), pool)
+
+    def attention(self, images: Array) -> Array:
+        """Return the attention to the patches of whole images, for ``throwing="weighted"``.
+
+        Parameters
+        ----------
+        images
+            uint8 (batch, image_size..., channels).
+
+        Returns
+        -------
+        jax.Array
+            (batch, N), in raster order, in [0, 1]: the class token's attention in the last block; see
+            ``prmim_core.attention_weights``.
+        """
+        encoder = self.encoder
+        tokens = encoder.place(encoder.patch_embed(self._normalize(self._patches(images))))
+        return attention_weights(encoder.cls_attention(tokens))
 
     def architecture(self) -> dict[str, Any]:
         """Return what the weights mean; see :meth:`prmim_methods.MethodConfig.architecture`."""
@@ -143,6 +181,10 @@ class Method(ImageModule):
     def not_decayed(self) -> frozenset[str]:
         """Return the parameters of several axes that the recipe exempts from weight decay."""
         return self.config.not_decayed()
+
+    def measured(self, output: Any) -> list[Array]:
+        """Return the scalars of an output that a training step measures, in the order of ``losses``."""
+        return [getattr(output, name) for name in self.losses]
 
     def _check_batch(self, images: Array, noise: Array) -> None:
         """Validate the images and the noise of a loss: a mean over no images would be NaN."""
@@ -187,6 +229,8 @@ class PixelOutput:
         (batch, n, prod(cells) * C): predicted cells of ``config.cell_places``, likewise; None if there are none.
     plan
         The plan of the batch.
+    layer_weights
+        Scalars: the weight of each fused block of the encoder, by its name in ``config.losses``; empty without fusion.
     """
 
     loss: Array
@@ -196,6 +240,7 @@ class PixelOutput:
     predicted: Array
     predicted_cells: Array | None
     plan: Plan
+    layer_weights: dict[str, Array] = field(default_factory=dict)
 
 
 class PixelMethod(Method):
@@ -207,6 +252,25 @@ class PixelMethod(Method):
     config: PixelConfig
     reconstruct: ProgressiveReconstruction | None
     cell_head: Linear | None
+
+    def _plan(self, noise: Array, weights: Array | None) -> Plan:
+        """Choose visible, decoded and thrown tokens; attended ones tend to be masked if there are weights."""
+        config, schedule = self.config, self._schedule
+        if config.needs_weights != (weights is not None):
+            got = "none" if weights is None else "an array"
+            raise ValueError(f"weights: expected an array with throwing 'weighted' only, got {got}")
+        visible, unit = None, config.mask_shape
+        num_units = schedule.counts.visible // prod(unit)
+        if weights is not None:
+            visible = unattended_visible(schedule.grid, unit, num_units, noise, weights)
+        elif prod(unit) > 1:
+            visible = block_visible(schedule.grid, unit, num_units, noise)
+        return make_plan(schedule, noise, visible, weights if schedule.throwing == "weighted" else None)
+
+    def measured(self, output: PixelOutput) -> list[Array]:
+        """Return the scalars of an output that a training step measures, in the order of ``losses``."""
+        found = {**vars(output), **output.layer_weights}
+        return [found[name] for name in self.losses]
 
     def rebuilt_pixels(self, images: Array, output: PixelOutput) -> Array:
         """Return images with their predicted pixels, for pictures.
@@ -231,7 +295,7 @@ class PixelMethod(Method):
         predicted_index = _places(plan.order, config.patch_places)
         truth = self._patch_target(patches, predicted_index)
         predicted = output.predicted.astype(truth.dtype)
-        predicted = denormalize_patches(predicted, truth) if config.norm_pix else predicted
+        predicted = self._denormalize_target(predicted, truth) if config.norm_pix else predicted
         known = [take_tokens(patches, plan.visible).astype(truth.dtype) / 255, self._to_unit_range(predicted)]
         index = [plan.visible, predicted_index]
         if config.thrown_cells and output.predicted_cells is not None:
@@ -263,7 +327,7 @@ class PixelMethod(Method):
         Parameters
         ----------
         features
-            (batch, V + M or N, dim), in plan order.
+            (batch, V + M or N, dim), in plan order, without those before ``config.first_feature``.
         patches
             uint8 (batch, N, prod(patch) * C), in raster order.
         plan
@@ -274,13 +338,13 @@ class PixelMethod(Method):
             Added to an image's sum of weights: a decoded token weighs 1, a thrown one ``thrown_weight``.
         """
         config, counts, batch = self.config, plan.schedule.counts, patches.shape[0]
-        predicted = head(_places(features, config.patch_places))
+        predicted = head(_places(features, config.patch_places, config.first_feature))
         target = self._patch_target(patches, _places(plan.order, config.patch_places))
-        errors = self._error(predicted, normalize_patches(target) if config.norm_pix else target)
+        errors = self._error(predicted, self._normalize_target(target) if config.norm_pix else target)
         thrown, predicted_cells = errors[:, counts.decoded :], None
         loss_cells = jnp.zeros((), errors.dtype)
         if self.cell_head is not None:
-            predicted_cells = self.cell_head(_places(features, config.cell_places))
+            predicted_cells = self.cell_head(_places(features, config.cell_places, config.first_feature))
             target = self._cell_target(patches, _places(plan.order, config.cell_places))
             cell_errors = self._error(predicted_cells, target)
             loss_cells = cell_errors[:, : config.num_extra_cells].sum() / (max(config.num_extra_cells, 1) * batch)
@@ -298,9 +362,17 @@ class PixelMethod(Method):
     def _patch_target(self, patches: Array, index: Array) -> Array:
         """Return the pixels (batch, n, prod(patch) * C) that the tokens ``index`` predict, normalised per channel."""
         if self.config.low_pass is not None:
-            pixels = unpatchify(patches.astype(self.encoder.cls_token.dtype), self._patch_size, self.config.grid)
+            pixels = unpatchify(patches.astype(self.encoder.dtype), self._patch_size, self.config.grid)
             patches = patchify(low_pass(pixels, self.config.low_pass), self._patch_size)
         return self._normalize(take_tokens(patches, index))
+
+    def _normalize_target(self, target: Array) -> Array:
+        """Normalise the pixels of target patches (batch, n, prod(patch) * C) over each patch."""
+        return normalize_patches(target)
+
+    def _denormalize_target(self, predicted: Array, target: Array) -> Array:
+        """Undo :meth:`_normalize_target` with the statistics of the true patches."""
+        return denormalize_patches(predicted, target)
 
     def _cell_target(self, patches: Array, index: Array) -> Array:
         """Return the normalised cells (batch, n, prod(cells) * C) of the tokens ``index``."""
@@ -321,9 +393,9 @@ class PixelMethod(Method):
         return take_tokens(mean, index), take_tokens(deviation, index)
 
 
-def _places(tokens: Array, places: range) -> Array:
-    """Return the tokens (batch, n, ...) at these places of a batch in plan order."""
-    return tokens[:, places.start : places.stop]
+def _places(tokens: Array, places: range, first: int = 0) -> Array:
+    """Return the tokens (batch, n, ...) at these places of a batch in plan order that starts at place ``first``."""
+    return tokens[:, places.start - first : places.stop - first]
 
 
 class FeatureMethod(Method):
@@ -373,6 +445,7 @@ def build_encoder(
         position=position or config.position,  # type: ignore[arg-type]  # one of the choices
         learned_positions=learned_positions,
         layer_scale=config.layer_scale,
+        class_tokens=config.class_tokens,
         mask_token=mask_token,
         final_norm=final_norm,
         recompute=config.recompute_blocks,

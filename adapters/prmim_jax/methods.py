@@ -5,13 +5,21 @@ from typing import Any
 
 from flax import nnx
 
+from prmim_jax.localmim import LocalMIM
 from prmim_jax.mae import MAE
 from prmim_jax.maskalign import MaskAlign
 from prmim_jax.method import Method
 from prmim_jax.simmim import SimMIM
+from prmim_jax.videomae import VideoMAE
 from prmim_methods import create_config
 
-METHODS: dict[str, Callable[..., Method]] = {"mae": MAE, "simmim": SimMIM, "maskalign": MaskAlign}
+METHODS: dict[str, Callable[..., Method]] = {
+    "mae": MAE,
+    "simmim": SimMIM,
+    "maskalign": MaskAlign,
+    "localmim": LocalMIM,
+    "videomae": VideoMAE,
+}
 """The class of each method; it is built from the method's record, for example ``MAE(MAEConfig())``."""
 
 

@@ -9,9 +9,8 @@ from flax import nnx
 from jax import Array
 from jax.typing import DTypeLike
 
-from prmim_core import Plan, block_visible, take_tokens
+from prmim_core import Plan, take_tokens
 from prmim_jax.method import PixelMethod, PixelOutput, build_encoder
-from prmim_jax.plan import make_plan
 from prmim_jax.vit import BLOCK, Encoder, Linear, constant, draw, uniform
 from prmim_methods import SimMIMConfig
 
@@ -46,7 +45,6 @@ class SimMIM(PixelMethod):
     def __init__(self, config: SimMIMConfig, rngs: nnx.Rngs | None = None, dtype: DTypeLike | None = None) -> None:
         super().__init__(config)
         rngs = nnx.Rngs(config.init_seed) if rngs is None else rngs
-        self._mask_shape = config.mask_shape
         dim = config.encoder_size.dim
         self.encoder = build_encoder(config, mask_token=True, dtype=dtype, rngs=rngs)
         self.head = Linear(dim, config.patch_dim, dtype=dtype, rngs=rngs)
@@ -57,7 +55,7 @@ class SimMIM(PixelMethod):
         _initialize(self.encoder, rngs)
         self.cell_head = self._build_cell_head(dim, dtype, rngs)
 
-    def __call__(self, images: Array, noise: Array) -> PixelOutput:
+    def __call__(self, images: Array, noise: Array, weights: Array | None = None) -> PixelOutput:
         """Compute the loss of a batch.
 
         Parameters
@@ -67,6 +65,9 @@ class SimMIM(PixelMethod):
         noise
             int (batch, N), for example from ``prmim_core.counter_noise``. It also decides which branches drop path
             drops, in training mode.
+        weights
+            float (batch, N), for ``throwing="weighted"`` only, for example from :meth:`attention`. Attended units tend
+            to be masked.
 
         Returns
         -------
@@ -77,13 +78,11 @@ class SimMIM(PixelMethod):
         TypeError
             If ``images`` are not uint8 or ``noise`` does not hold real numbers.
         ValueError
-            If a shape does not fit, or there are no images.
+            If a shape does not fit, there are no images, or weights are missing or not needed.
         """
-        patches, schedule = self._patches(images), self._schedule
+        patches = self._patches(images)
         self._check_batch(images, noise)
-        num_units = schedule.counts.visible // prod(self._mask_shape)
-        visible = block_visible(schedule.grid, self._mask_shape, num_units, noise)
-        plan = make_plan(schedule, noise, visible=visible)
+        plan = self._plan(noise, weights)
         features = self._encode_known(patches, plan, self._drop_path(noise, self.config.drop_rate))
         if self.reconstruct is not None:
             features = self.reconstruct(features, plan)

@@ -492,6 +492,24 @@ class Trainer(Generic[Module]):
             state.average or state.parameters, state.statistics, self._buffers, *self._layout.put(inputs)
         )
 
+    def _evaluate_rows(self, function: Callable[..., Any], images: NDArray[Any]) -> NDArray[Any]:
+        """Call ``function(module, images)`` in evaluation mode; the devices share the rows of the result.
+
+        All processes must pass the same number of images.
+        """
+        rows = len(images)
+        missing = -rows % self._layout.num_local  # the devices get the same number
+        images = np.concatenate([images, np.zeros((missing, *images.shape[1:]), images.dtype)])
+        if function not in self._evaluations:
+            self._evaluations[function] = self._layout.compile(
+                partial(self._evaluation_program, function), (self._specs.parameters, WHOLE, WHOLE, ROWS), ROWS
+            )
+        state = self._state
+        found = self._evaluations[function](
+            state.average or state.parameters, state.statistics, self._buffers, self._layout.put_rows(images)
+        )
+        return self._layout.local_rows(found)[:rows]
+
     def _evaluation_program(
         self, function: Callable[..., Any], parameters: Arrays, statistics: State, buffers: State, *inputs: Array
     ) -> Any:

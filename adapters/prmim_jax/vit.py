@@ -25,7 +25,7 @@ from prmim_core import Grid, num_offsets, offset_index
 LAYER_NORM_EPS = 1e-6
 BLOCK = 2**16
 
-Position = Literal["absolute", "relative", "relative_per_block"]
+Position = Literal["absolute", "raster", "learned", "relative", "relative_per_block"]
 Activation = Literal["gelu", "quick_gelu"]
 
 
@@ -45,8 +45,8 @@ def freeze(module: nnx.Module) -> None:
                 setattr(part, name, Buffer(variable[...]))
 
 
-def sincos_table(shape: Sequence[int], dim: int) -> Array:
-    """Return the fixed sine-cosine position table of a grid; its first row, zeros, belongs to the class token.
+def sincos_table(shape: Sequence[int], dim: int, class_tokens: int = 1) -> Array:
+    """Return the fixed sine-cosine position table of a grid; its first rows, zeros, belong to the class tokens.
 
     Parameters
     ----------
@@ -54,11 +54,13 @@ def sincos_table(shape: Sequence[int], dim: int) -> Array:
         Tokens along each axis; tokens are numbered in raster order.
     dim
         Channels; a multiple of twice the number of axes.
+    class_tokens
+        Number of class tokens, C.
 
     Returns
     -------
     jax.Array
-        float32 (1, 1 + N, dim), computed in float64.
+        float32 (1, C + N, dim), computed in float64.
 
     Raises
     ------
@@ -86,7 +88,42 @@ def sincos_table(shape: Sequence[int], dim: int) -> Array:
     omega = 10000.0 ** (-np.arange(width // 2) * 2 / width)
     angles = [index.reshape(-1, 1) * omega for index in reversed(np.indices(shape))]
     table = np.concatenate([part for angle in angles for part in (np.sin(angle), np.cos(angle))], axis=1)
-    return jnp.asarray(np.concatenate([np.zeros((1, dim)), table])[None].astype(np.float32))
+    return jnp.asarray(np.concatenate([np.zeros((class_tokens, dim)), table])[None].astype(np.float32))
+
+
+def raster_table(number: int, dim: int, class_tokens: int) -> Array:
+    """Return VideoMAE's fixed sine-cosine position table of tokens in raster order.
+
+    Parameters
+    ----------
+    number
+        Tokens, N.
+    dim
+        Channels; even.
+    class_tokens
+        Number of class tokens, C. Their rows come first and are zeros.
+
+    Returns
+    -------
+    jax.Array
+        float32 (1, C + N, dim), computed in float64. Channels 2k and 2k + 1 of token p are the sine and the cosine of
+        p 10000^(-2k / dim).
+
+    Raises
+    ------
+    ValueError
+        If ``dim`` is odd.
+
+    Examples
+    --------
+    >>> raster_table(2, 4, 0)[0, 1]
+    Array([0.84147096, 0.5403023 , 0.00999983, 0.99995   ], dtype=float32)
+    """
+    if dim < 1 or dim % 2:
+        raise ValueError(f"dim: expected a positive even number, got {dim}")
+    angles = np.arange(number)[:, None] * 10000.0 ** (-np.arange(0, dim, 2) / dim)
+    table = np.stack([np.sin(angles), np.cos(angles)], axis=2).reshape(number, dim)
+    return jnp.asarray(np.concatenate([np.zeros((class_tokens, dim)), table])[None].astype(np.float32))
 
 
 def wide(dtype: DTypeLike) -> np.dtype:
@@ -94,11 +131,11 @@ def wide(dtype: DTypeLike) -> np.dtype:
     return jnp.promote_types(dtype, jnp.float32)
 
 
-def project(x: Array, weight: Array, bias: Array, dtype: DTypeLike | None) -> Array:
+def project(x: Array, weight: Array, bias: Array | None, dtype: DTypeLike | None) -> Array:
     """Return ``x @ weight.T + bias``, computed in ``dtype`` (None: that of the weight)."""
     dtype = weight.dtype if dtype is None else dtype
-    x, weight, bias = (array.astype(dtype) for array in (x, weight, bias))
-    return jnp.einsum("...i,oi->...o", x, weight, precision=precision(dtype)) + bias
+    product = jnp.einsum("...i,oi->...o", x.astype(dtype), weight.astype(dtype), precision=precision(dtype))
+    return product if bias is None else product + bias.astype(dtype)
 
 
 def precision(dtype: DTypeLike) -> lax.Precision | None:
@@ -154,14 +191,19 @@ def constant(value: float, *shape: int) -> Array:
 class Linear(nnx.Module):
     """A linear layer with MAE's initialisation: Xavier-uniform weight (a fused qkv matrix counts as one), zero bias."""
 
-    def __init__(self, in_features: int, out_features: int, *, dtype: DTypeLike | None = None, rngs: nnx.Rngs) -> None:
+    bias: nnx.Param[Array]
+
+    def __init__(
+        self, in_features: int, out_features: int, *, bias: bool = True, dtype: DTypeLike | None = None, rngs: nnx.Rngs
+    ) -> None:
         self.dtype = dtype
         self.weight = nnx.Param(xavier_uniform(rngs, (out_features, in_features)))
-        self.bias = nnx.Param(constant(0.0, out_features))
+        if bias:
+            self.bias = nnx.Param(constant(0.0, out_features))
 
     def __call__(self, x: Array) -> Array:
         """Map (..., in_features) to (..., out_features)."""
-        return project(x, self.weight[...], self.bias[...], self.dtype)
+        return project(x, self.weight[...], self.bias[...] if hasattr(self, "bias") else None, self.dtype)
 
 
 class LayerNorm(nnx.Module):
@@ -290,13 +332,28 @@ class Attention(nnx.Module):
         batch, length, dim = x.shape
         qkv = self.qkv(x).reshape(batch, length, 3, self.num_heads, dim // self.num_heads)
         q, k, v = (qkv[:, :, part] for part in range(3))  # batch, length, heads, head_dim
-        # jax.nn.dot_product_attention is slower on CPUs, and its softmax is float32 for float64 input.
-        exact = precision(q.dtype)
-        scores = jnp.einsum("bqhd,bkhd->bhqk", q, k, precision=exact, preferred_element_type=wide(q.dtype))
+        return self.proj(attend(q, k, v, bias).reshape(batch, length, dim))
+
+    def first_query(self, x: Array, bias: Array | None = None) -> Array:
+        """Return the attention of the first token to all: (batch, length, dim) to (batch, heads, length).
+
+        ``bias`` is added to the scores: ([batch,] heads, length, length).
+        """
+        qkv = self.qkv(x).reshape(*x.shape[:2], 3, self.num_heads, -1)
+        q, k = qkv[:, 0, 0], qkv[:, :, 1]
+        scores = jnp.einsum("bhd,blhd->bhl", q, k, precision=precision(q.dtype), preferred_element_type=wide(q.dtype))
         scores = scores / sqrt(q.shape[-1])
-        weights = jax.nn.softmax(scores if bias is None else scores + bias, axis=-1).astype(v.dtype)
-        mixed = jnp.einsum("bhqk,bkhd->bqhd", weights, v, precision=exact)
-        return self.proj(mixed.reshape(batch, length, dim))
+        return jax.nn.softmax(scores if bias is None else scores + bias[..., 0, :], axis=-1)
+
+
+def attend(q: Array, k: Array, v: Array, bias: Array | None = None) -> Array:
+    """Return scaled dot-product attention; all inputs are (batch, length, heads, head_dim)."""
+    # jax.nn.dot_product_attention is slower on CPUs, and its softmax is float32 for float64 input.
+    exact = precision(q.dtype)
+    scores = jnp.einsum("bqhd,bkhd->bhqk", q, k, precision=exact, preferred_element_type=wide(q.dtype))
+    scores = scores / sqrt(q.shape[-1])
+    weights = jax.nn.softmax(scores if bias is None else scores + bias, axis=-1).astype(v.dtype)
+    return jnp.einsum("bhqk,bkhd->bqhd", weights, v, precision=exact)
 
 
 class Mlp(nnx.Module):
@@ -403,6 +460,10 @@ class Block(nnx.Module):
         """
         add = jax.checkpoint(Block._add) if self.recompute else Block._add
         return add(self, x, bias, scales)
+
+    def first_query(self, x: Array, bias: Array | None = None) -> Array:
+        """Return the attention of the first token of the block's input; see :meth:`Attention.first_query`."""
+        return self.attn.first_query(self.norm1(x), bias)
 
     def _add(self, x: Array, bias: Array | None, scales: Array | None) -> Array:
         """Add both branches to the residual stream."""
@@ -529,8 +590,20 @@ class RelativePositionBias(nnx.Module):
         return look_up(self.relative_position_bias_table[...], bias_rows(self.grid, index))
 
 
-def _token(rngs: nnx.Rngs, dim: int) -> nnx.Param[Array]:
-    return nnx.Param(normal(rngs, (1, 1, dim), 0.02))
+def _tokens(rngs: nnx.Rngs, number: int, dim: int) -> nnx.Param[Array]:
+    return nnx.Param(normal(rngs, (1, number, dim), 0.02))
+
+
+def position_table(
+    rngs: nnx.Rngs, grid_shape: Sequence[int], dim: int, class_tokens: int, position: str
+) -> nnx.Variable[Array]:
+    """Return the initial position table (1, C + N, dim): a parameter for ``"learned"``, else a sine-cosine buffer."""
+    if position == "learned":
+        # Truncating at +-2, as timm does, has no effect.
+        return _tokens(rngs, class_tokens + prod(grid_shape), dim)
+    if position == "raster":
+        return Buffer(raster_table(prod(grid_shape), dim, class_tokens))
+    return Buffer(sincos_table(grid_shape, dim, class_tokens))
 
 
 class Encoder(nnx.Module):
@@ -547,12 +620,15 @@ class Encoder(nnx.Module):
     dim, depth, num_heads
         Width, number of blocks, attention heads.
     position
-        ``"absolute"``: a sine-cosine table, added to the tokens; ``"relative"``: a learned bias on the attention
+        ``"absolute"``: a sine-cosine table, added to the tokens; ``"raster"``: one of the tokens' numbers in raster
+        order; ``"learned"``: a learned table, added to the tokens; ``"relative"``: a learned bias on the attention
         scores, shared by the blocks; ``"relative_per_block"``: such a bias in each block.
     learned_positions
         Whether the table of ``"absolute"`` is a parameter; else it is fixed.
     layer_scale, recompute
         See :class:`Block`.
+    class_tokens
+        Number of class tokens, C, each with a position of its own. Relative positions need exactly one.
     mask_token
         Whether there is a mask token, ``mask_token``. It starts at zero, and :meth:`encode` does not use it.
     final_norm
@@ -567,9 +643,10 @@ class Encoder(nnx.Module):
     Raises
     ------
     ValueError
-        If ``dim`` cannot be divided among the axes or the position is unknown.
+        If ``dim`` cannot be divided among the axes, the position is unknown, or the class tokens do not fit it.
     """
 
+    cls_token: nnx.Param[Array]
     mask_token: nnx.Param[Array]
     pos_embed: nnx.Variable[Array]
 
@@ -585,6 +662,7 @@ class Encoder(nnx.Module):
         position: Position = "absolute",
         learned_positions: bool = False,
         layer_scale: float | None = None,
+        class_tokens: int = 1,
         mask_token: bool = False,
         final_norm: bool = True,
         recompute: bool = False,
@@ -594,18 +672,24 @@ class Encoder(nnx.Module):
     ) -> None:
         if position not in get_args(Position):
             raise ValueError(f"position: expected {' or '.join(map(repr, get_args(Position)))}, got {position!r}")
+        self._has_table = position in ("absolute", "raster", "learned")
+        if class_tokens != 1 and not self._has_table:
+            raise ValueError(f"class_tokens: expected 1 for position {position!r}, got {class_tokens}")
         self.position = position
+        self.class_tokens = class_tokens
         self.scan = scan
         self.patch_embed = PatchEmbed(dim, channels, patch_size, dtype=dtype, rngs=rngs)
-        self.cls_token = _token(rngs, dim)
+        if class_tokens:
+            self.cls_token = _tokens(rngs, class_tokens, dim)
         if mask_token:
             self.mask_token = nnx.Param(constant(0.0, 1, 1, dim))
         self.grid = Grid(tuple(grid_shape))
         rows = num_offsets(self.grid) + 3 if position == "relative_per_block" else None
         if position == "relative":
             self.rel_pos_bias = RelativePositionBias(grid_shape, num_heads)
-        elif position == "absolute":
-            self.pos_embed = (nnx.Param if learned_positions else Buffer)(sincos_table(grid_shape, dim))
+        elif self._has_table:
+            table = position_table(rngs, grid_shape, dim, class_tokens, position)
+            self.pos_embed = nnx.Param(table[...]) if learned_positions else table
         self.blocks = stack_blocks(
             [
                 Block(
@@ -622,7 +706,12 @@ class Encoder(nnx.Module):
         )
         self.norm = LayerNorm(dim) if final_norm else None
 
-    def __call__(self, patches: Array, index: Array | None = None) -> Array:
+    @property
+    def dtype(self) -> np.dtype:
+        """The dtype of the parameters."""
+        return self.patch_embed.proj.bias.dtype
+
+    def __call__(self, patches: Array, index: Array | None = None, scales: Array | None = None) -> Array:
         """Encode patches.
 
         Parameters
@@ -631,19 +720,21 @@ class Encoder(nnx.Module):
             (batch, length, prod(patch) * C), normalised pixels.
         index
             int (batch, length): the token of each patch; None: the patches are all N tokens, in raster order.
+        scales
+            See :meth:`encode`.
 
         Returns
         -------
         jax.Array
-            (batch, 1 + length, dim), class token first.
+            (batch, C + length, dim), class tokens first.
         """
-        return self.encode(self.place(self.patch_embed(patches), index), index)
+        return self.encode(self.place(self.patch_embed(patches), index), index, scales)
 
     def place(self, tokens: Array, index: Array | None = None) -> Array:
         """Add the position table at ``index``, if there is one, to embedded tokens ([batch,] length, dim)."""
-        if self.position != "absolute":
+        if not self._has_table:
             return tokens
-        table = self.pos_embed[0, 1:]
+        table = self.pos_embed[0, self.class_tokens :]
         return tokens + (table if index is None else table[index])
 
     def encode(self, tokens: Array, index: Array | None = None, scales: Array | None = None) -> Array:
@@ -661,9 +752,9 @@ class Encoder(nnx.Module):
         Returns
         -------
         jax.Array
-            (batch, 1 + length, dim), class token first.
+            (batch, C + length, dim), class tokens first.
         """
-        x = run_blocks(self.blocks, self._with_cls(tokens), self._bias(index), scales, scan=self.scan)
+        x = run_blocks(self.blocks, self._with_class_tokens(tokens), self._bias(index), scales, scan=self.scan)
         return x if self.norm is None else self.norm(x)
 
     def hidden_states(self, tokens: Array, index: Array | None = None, scales: Array | None = None) -> Array:
@@ -672,14 +763,39 @@ class Encoder(nnx.Module):
         Returns
         -------
         jax.Array
-            (depth, batch, 1 + length, dim): the outputs of the blocks, class token first, before the final norm.
+            (1 + depth, batch, C + length, dim), class tokens first, before the final norm: item 0 is the input of the
+            first block, item k the output of block k, counted from 1.
         """
-        return block_outputs(self.blocks, self._with_cls(tokens), self._bias(index), scales, scan=self.scan)
+        x = self._with_class_tokens(tokens)
+        outputs = block_outputs(self.blocks, x, self._bias(index), scales, scan=self.scan)
+        return jnp.concatenate([x[None].astype(outputs.dtype), outputs])
 
-    def _with_cls(self, tokens: Array) -> Array:
+    def cls_attention(self, tokens: Array) -> Array:
+        """Return the attention of the class token to all N patches in the last block.
+
+        Parameters
+        ----------
+        tokens
+            (batch, N, dim): all tokens, embedded and placed, in raster order.
+
+        Returns
+        -------
+        jax.Array
+            (batch, heads, N).
+        """
+        bias = self._bias(None)
+        before, last = (jax.tree.map(lambda array, part=part: array[part], self.blocks) for part in (slice(-1), -1))
+        x = run_blocks(before, self._with_class_tokens(tokens), bias, scan=self.scan)
+        return last.first_query(x, bias)[:, :, -tokens.shape[1] :]
+
+    def _with_class_tokens(self, tokens: Array) -> Array:
+        # The residual stream has at least the precision of the parameters.
+        tokens = tokens.astype(jnp.promote_types(tokens.dtype, self.dtype))
+        if not self.class_tokens:
+            return tokens
         cls_token = self.cls_token[...]
-        if self.position == "absolute":
-            cls_token = cls_token + self.pos_embed[:, :1]
+        if self._has_table:
+            cls_token = cls_token + self.pos_embed[:, : self.class_tokens]
         return jnp.concatenate([jnp.broadcast_to(cls_token, (tokens.shape[0], *cls_token.shape[1:])), tokens], axis=1)
 
     def _bias(self, index: Array | None) -> Array | None:
@@ -699,9 +815,15 @@ class Decoder(nnx.Module):
     encoder_dim
         Width of the encoder.
     output_dim
-        Values to predict per token.
+        Values to predict per token; None: no prediction head.
     dim, depth, num_heads
         Width, number of blocks, attention heads.
+    position
+        ``"absolute"``, ``"raster"`` or ``"learned"``, see :class:`Encoder`.
+    class_tokens
+        Number of class tokens, C, each with a position of its own.
+    embed_bias
+        Whether the layer that narrows the encoder's tokens has a bias.
     recompute
         See :class:`Block`.
     scan
@@ -721,25 +843,30 @@ class Decoder(nnx.Module):
         self,
         grid_shape: Sequence[int],
         encoder_dim: int,
-        output_dim: int,
+        output_dim: int | None,
         *,
         dim: int,
         depth: int,
         num_heads: int,
+        position: Position = "absolute",
+        class_tokens: int = 1,
+        embed_bias: bool = True,
         recompute: bool = False,
         scan: bool = False,
         dtype: DTypeLike | None = None,
         rngs: nnx.Rngs,
     ) -> None:
+        self.class_tokens = class_tokens
         self.scan = scan
-        self.embed = Linear(encoder_dim, dim, dtype=dtype, rngs=rngs)
-        self.mask_token = _token(rngs, dim)
-        self.pos_embed = Buffer(sincos_table(grid_shape, dim))
+        self.embed = Linear(encoder_dim, dim, bias=embed_bias, dtype=dtype, rngs=rngs)
+        self.mask_token = _tokens(rngs, 1, dim)
+        self.pos_embed = position_table(rngs, grid_shape, dim, class_tokens, position)
         self.blocks = stack_blocks(
             [Block(dim, num_heads, recompute=recompute, dtype=dtype, rngs=rngs) for _ in range(depth)]
         )
         self.norm = LayerNorm(dim)
-        self.pred = Linear(dim, output_dim, dtype=dtype, rngs=rngs)
+        if output_dim is not None:
+            self.pred = Linear(dim, output_dim, dtype=dtype, rngs=rngs)
 
     def __call__(self, encoded: Array, index: Array) -> Array:
         """Decode, without the prediction head ``pred``: the caller applies it to the tokens that need it.
@@ -747,24 +874,25 @@ class Decoder(nnx.Module):
         Parameters
         ----------
         encoded
-            (batch, 1 + V, encoder_dim), class token first.
+            (batch, C + V, encoder_dim), class tokens first.
         index
             int (batch, V + M): the visible tokens, in the order of ``encoded``, then the tokens to decode.
 
         Returns
         -------
         jax.Array
-            (batch, V + M, dim): normalised features of the tokens at ``index``, without the class token.
+            (batch, V + M, dim): normalised features of the tokens at ``index``, without the class tokens.
         """
-        places = self.pos_embed[0, 1:][index]
-        seen = self.embed(encoded)  # batch, 1 + V, dim
-        num_visible = seen.shape[1] - 1
+        num_class = self.class_tokens
+        places = self.pos_embed[0, num_class:][index]
+        seen = self.embed(encoded)  # batch, C + V, dim
+        num_visible = seen.shape[1] - num_class
         x = jnp.concatenate(
             [
-                seen[:, :1] + self.pos_embed[:, :1],
-                seen[:, 1:] + places[:, :num_visible],
+                seen[:, :num_class] + self.pos_embed[:, :num_class],
+                seen[:, num_class:] + places[:, :num_visible],
                 self.mask_token[...] + places[:, num_visible:],
             ],
             axis=1,
         )
-        return self.norm(run_blocks(self.blocks, x, scan=self.scan)[:, 1:])
+        return self.norm(run_blocks(self.blocks, x, scan=self.scan)[:, num_class:])

@@ -51,7 +51,7 @@ class ClassifierConfig(Record):
     pool: str = option(
         "Input of the head.",
         default="mean",
-        choices={"mean": "the mean of the patch tokens, normalised", "cls": "the class token"},
+        choices={"mean": "the mean of the patch tokens, normalised", "cls": "the class token, or the mean of several"},
     )
     drop_path: float = drop_path_option()
     layer_decay: float = option(

@@ -10,7 +10,7 @@ from itertools import accumulate
 
 from prmim_core import Schedule
 from prmim_methods.record import Record, option, record
-from prmim_methods.sizes import Transformer
+from prmim_methods.sizes import CrossTransformer, Transformer
 
 RECONSTRUCTION_HEADS = 4
 """Groups of channels with their own weights, for reconstruction ``"kernel"``."""
@@ -73,6 +73,14 @@ class PartCost:
     macs: int
     activation_bytes: int
     recomputed_bytes: int = 0
+
+    def __add__(self, other: "PartCost") -> "PartCost":
+        """Return the cost of both parts; one at a time is recomputed."""
+        return PartCost(
+            self.macs + other.macs,
+            self.activation_bytes + other.activation_bytes,
+            max(self.recomputed_bytes, other.recomputed_bytes),
+        )
 
     def times(self, number: int) -> "PartCost":
         """Return the cost of several such parts; one at a time is recomputed."""
@@ -178,6 +186,20 @@ class Accounting(Record):
             return PartCost(size.macs(length), inside + norm)
         # The residual stream before each block.
         return PartCost(size.macs(length), size.depth * length * size.dim * 4 + norm, inside // size.depth)
+
+    def cross_blocks(self, size: CrossTransformer, queries: int, keys: int, *, recompute: bool) -> PartCost:
+        """Return the cost of blocks of cross-attention and the norm after them; see :meth:`blocks`."""
+        inside = size.activation_bytes(queries, keys, compute_bytes=self.compute_bytes, attention=self.attention)
+        norm = queries * (4 * size.dim + 2 * 4)
+        if not recompute:
+            return PartCost(size.macs(queries, keys), inside + norm)
+        inputs = queries * size.dim * 4 + keys * size.context_dim * self.compute_bytes
+        return PartCost(size.macs(queries, keys), size.depth * inputs + norm, inside // size.depth)
+
+    def layer_mixes(self, number: int, layers: int, length: int, dim: int) -> PartCost:
+        """Return the cost of weighted sums of ``layers`` feature maps of ``length`` tokens of width ``dim``."""
+        values = length * dim
+        return PartCost(number * layers * values, layers * values * self.compute_bytes)
 
     def stages(self, schedule: Schedule, dim: int, reconstruction: str) -> PartCost:
         """Return the cost of progressive reconstruction of features of width ``dim``."""

@@ -37,6 +37,7 @@ class MaskAlignConfig(MethodConfig):
     name: ClassVar[str] = "maskalign"
     title: ClassVar[str] = "MaskAlign"
     predicts: ClassVar[Predicts] = "features"
+    compared: ClassVar[tuple[str, str]] = ("student", "teacher")
     baseline_name: ClassVar[str] = "plain"
 
     mask_ratio: float = 0.7
@@ -70,6 +71,15 @@ class MaskAlignConfig(MethodConfig):
     def losses(self) -> tuple[str, ...]:
         """Names of the scalars that a training step measures, ``"loss"`` first."""
         return "loss", "loss_visible", "loss_thrown"
+
+    @property
+    def compared_text(self) -> str:
+        """What the compared features are, for pictures."""
+        text = "Features of the last aligned layer, normalized as in the loss. The teacher sees the whole image."
+        rebuilt = (
+            f" The student's features of the {self.counts.masked} masked tokens are rebuilt from their neighbours."
+        )
+        return text + rebuilt * self.is_reconstructed
 
     @property
     def drop_rate(self) -> float:
@@ -187,7 +197,7 @@ class MaskAlignConfig(MethodConfig):
             ("visible", f"{counts.visible}, drawn {drawn}"),
             ("masked", f"{counts.masked}, not seen by the student"),
             *self._describe_stages(),
-            ("encoder sequence", f"{self.encoder_length}, with the class token"),
+            ("encoder sequence", f"{self.encoder_length}, {self._class_text()}"),
             ("teacher", self._teacher_text()),
             ("aligned layers", self._layer_text()),
             ("supervised", supervised),

@@ -9,7 +9,15 @@ from typing import Any, ClassVar, Literal, Self
 from prmim_core import Grid, Schedule, TokenCounts, count_tokens, num_offsets, patch_grid
 from prmim_core.counts import Rounding
 from prmim_core.throwing import STRATEGIES, WEIGHTED
-from prmim_methods.cost import RECONSTRUCTION_HEADS, Accounting, CostReport, Parameters, linear_parameters, stages
+from prmim_methods.cost import (
+    RECONSTRUCTION_HEADS,
+    Accounting,
+    CostReport,
+    Parameters,
+    PartCost,
+    linear_parameters,
+    stages,
+)
 from prmim_methods.messages import shown
 from prmim_methods.record import Record, find_option, option, record
 from prmim_methods.sizes import VIT_SIZES, Transformer, vit_size
@@ -22,13 +30,32 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
-def drop_path_option() -> Any:
+def drop_path_option(default: float = 0.1) -> Any:
     """Declare the option ``drop_path`` of a record whose recipe has it."""
     return option(
-        "Rate at which branches of the last block are dropped; it rises linearly from 0 at the first.",
-        default=0.1,
+        "Rate at which branches of the encoder's last block are dropped; it rises linearly from 0 at the first.",
+        default=default,
         at_least=0,
         below=1,
+    )
+
+
+def mask_unit_option(default: int) -> Any:
+    """Declare the option ``mask_unit`` of a record whose masking draws squares of tokens."""
+    return option(
+        "Tokens along each side that are masked together: 2 with patches of 16 masks squares of 32.",
+        default=default,
+        at_least=1,
+    )
+
+
+def throwing_option(**more: str) -> Any:
+    """Declare the option ``throwing``: the strategies of the core that need no weights, and more choices."""
+    strategies: dict[str, str] = {name: how for name, how in STRATEGIES.items() if name not in WEIGHTED}
+    return option(
+        "How the decoded tokens are chosen (the other masked tokens are thrown).",
+        default="furthest",
+        choices={**strategies, **more},
     )
 
 
@@ -50,6 +77,8 @@ class MethodConfig(Record, ABC):
     """Name of the method in text."""
     predicts: ClassVar[Predicts]
     """What masked tokens predict; decides which pictures a run draws."""
+    compared: ClassVar[tuple[str, str]] = ("prediction", "target")
+    """What predicted and target features are called in pictures."""
     baseline_name: ClassVar[str] = "dense"
     """What :meth:`baseline` is called."""
     float_rounding: ClassVar[Rounding] = "mae_float"
@@ -121,7 +150,7 @@ class MethodConfig(Record, ABC):
                 raise ValueError(
                     f"{name}: expected one number for each of the {self.channels} channels, got {shown(list(values))}"
                 )
-        self._check_width("embed_dim", "num_heads", self.encoder_size, has_position_table=self.has_position_table)
+        self._check_width("embed_dim", "num_heads", self.encoder_size)
         counts = self.counts
         if counts.visible == 0:
             raise ValueError(
@@ -143,12 +172,14 @@ class MethodConfig(Record, ABC):
             )
         _ = self.grid
 
-    def _check_width(self, name: str, heads_name: str, size: Transformer, *, has_position_table: bool) -> None:
+    def _check_width(self, name: str, heads_name: str, size: Transformer) -> None:
         if size.dim % size.heads:
             raise ValueError(f"{name}: expected a multiple of {heads_name} {size.heads}, got {size.dim}")
         axes = len(self.image_size)
-        if has_position_table and size.dim % (2 * axes):
+        if self.position == "absolute" and size.dim % (2 * axes):
             raise ValueError(f"{name}: expected a multiple of {2 * axes} for images of {axes} axes, got {size.dim}")
+        if self.position == "raster" and size.dim % 2:
+            raise ValueError(f"{name}: expected an even number for position 'raster', got {size.dim}")
 
     @cached_property
     def grid(self) -> Grid:
@@ -182,8 +213,13 @@ class MethodConfig(Record, ABC):
 
     @property
     def position(self) -> str:
-        """How the encoder represents positions: ``"absolute"`` (a table) or ``"relative"`` (an attention bias)."""
+        """How positions are represented: ``"absolute"``, ``"learned"`` (tables) or ``"relative"`` (attention bias)."""
         return "absolute"
+
+    @property
+    def class_tokens(self) -> int:
+        """Number of class tokens."""
+        return 1
 
     @property
     def layer_scale(self) -> float | None:
@@ -191,14 +227,14 @@ class MethodConfig(Record, ABC):
         return None
 
     @property
-    def has_position_table(self) -> bool:
-        """Whether the encoder adds a position table to its tokens."""
-        return self.position == "absolute"
-
-    @property
     def drop_rate(self) -> float:
         """The rate at which branches of the last block are dropped in training."""
         return 0.0
+
+    @property
+    def compared_text(self) -> str:
+        """What the compared features are, for pictures."""
+        return ""
 
     @property
     @abstractmethod
@@ -226,6 +262,11 @@ class MethodConfig(Record, ABC):
         return Schedule(self.grid, self.counts, stages=self.stages, throwing="random")
 
     @property
+    def needs_weights(self) -> bool:
+        """Whether a forward pass needs weights of the tokens, from the encoder's attention to whole images."""
+        return False
+
+    @property
     def is_reconstructed(self) -> bool:
         """Whether thrown tokens are reconstructed and supervised."""
         return self.counts.thrown > 0 and self.reconstruction != "none" and self.thrown_weight > 0
@@ -242,8 +283,8 @@ class MethodConfig(Record, ABC):
 
     @property
     def encoder_length(self) -> int:
-        """Tokens of the encoder's sequence, with the class token."""
-        return self.counts.visible + 1
+        """Tokens of the encoder's sequence, with the class tokens."""
+        return self.counts.visible + self.class_tokens
 
     @abstractmethod
     def parameters(self) -> Parameters:
@@ -255,14 +296,20 @@ class MethodConfig(Record, ABC):
         return 0
 
     def _encoder_parameters(self) -> Parameters:
-        """Return those of the patch embedding, the class token, the positions, the blocks and the final norm."""
+        """Return those of the patch embedding, the class tokens, the positions, the blocks and the final norm."""
         size = self.encoder_size
-        learned = linear_parameters(self.patch_dim, size.dim) + size.dim + size.parameters() + 2 * size.dim
+        learned = linear_parameters(self.patch_dim, size.dim) + self.class_tokens * size.dim
+        learned += size.parameters() + 2 * size.dim
         if self.layer_scale is not None:
             learned += 2 * size.depth * size.dim
         if self.position == "relative":
             return Parameters(learned + (num_offsets(self.grid) + 3) * size.heads)
-        return Parameters(learned, fixed=(self.grid.num_tokens + 1) * size.dim)
+        return Parameters(learned) + self._table_parameters(size.dim)
+
+    def _table_parameters(self, dim: int) -> Parameters:
+        """Return those of a position table of width ``dim``."""
+        size = (self.class_tokens + self.grid.num_tokens) * dim
+        return Parameters(size) if self.position == "learned" else Parameters(fixed=size)
 
     def _reconstruction_parameters(self, dim: int) -> Parameters:
         """Return those of progressive reconstruction of features of width ``dim``."""
@@ -300,7 +347,15 @@ class MethodConfig(Record, ABC):
             "embed_dim": size.dim,
             "depth": size.depth,
             "num_heads": size.heads,
+            **({} if self.class_tokens == 1 else {"class_tokens": self.class_tokens}),
         }
+
+    def check_pool(self, pool: str) -> None:
+        """Raise ValueError unless ``pool`` is ``"mean"``, or ``"cls"`` and the encoder has a class token."""
+        if pool not in ("mean", "cls"):
+            raise ValueError(f"pool: expected 'mean' or 'cls', got {shown(pool)}")
+        if pool == "cls" and self.class_tokens == 0:
+            raise ValueError("pool: expected 'mean' for an encoder without class tokens, got 'cls'")
 
     def not_decayed(self) -> frozenset[str]:
         """Return the parameters of several axes that the recipe exempts from weight decay."""
@@ -311,6 +366,10 @@ class MethodConfig(Record, ABC):
         return [
             ("grid", f"{times(self.grid.shape)} = {self.counts.num_tokens} patches of {times(self.patch_size)} pixels")
         ]
+
+    def _class_text(self) -> str:
+        number = self.class_tokens
+        return "with the class token" if number == 1 else f"with {number} class tokens" if number else "no class token"
 
     def _describe_stages(self) -> Rows:
         if not self.is_reconstructed:
@@ -332,10 +391,8 @@ class MethodConfig(Record, ABC):
 
 
 @record
-class PixelConfig(MethodConfig):
-    """Options of the methods that predict pixels: of decoded and of thrown tokens."""
-
-    predicts: ClassVar[Predicts] = "pixels"
+class DecodingConfig(MethodConfig):
+    """Options of the methods that decode masked tokens, and may throw some of them."""
 
     throw_ratio: float = option(
         "Fraction of all tokens (not of the masked ones) that is thrown; 0 is the dense method.",
@@ -343,16 +400,158 @@ class PixelConfig(MethodConfig):
         at_least=0,
         below=1,
     )
-    throwing: str = option(
-        "How the decoded tokens are chosen (the other masked tokens are thrown).",
-        default="furthest",
-        choices={name: how for name, how in STRATEGIES.items() if name not in WEIGHTED},
-    )
+    throwing: str = throwing_option()
     furthest_from: str = option(
         "What furthest sampling keeps its distance from at the start.",
         default="visible",
         choices={"visible": "the visible tokens", "none": "nothing: the first decoded token is random"},
     )
+
+    def check(self) -> None:
+        """Validate options that depend on one another."""
+        if self.throw_ratio > self.mask_ratio:
+            raise ValueError(f"throw_ratio: expected at most mask_ratio {self.mask_ratio}, got {self.throw_ratio}")
+        super().check()
+        if self.num_supervised == 0:
+            raise ValueError(
+                f"throw_ratio: expected at least one supervised token, got none ({self.counts}, "
+                f"reconstruction {self.reconstruction!r}, thrown_weight {self.thrown_weight:g})"
+            )
+
+    def _check_grid(self) -> None:
+        super()._check_grid()
+        shape = self.grid.shape
+        if any(length % size for length, size in zip(shape, self.mask_shape, strict=True)):
+            raise ValueError(f"mask_unit: expected a divisor of the grid {times(shape)}, got {self.mask_unit}")
+
+    @property
+    def losses(self) -> tuple[str, ...]:
+        """Names of the scalars that a training step measures, ``"loss"`` first."""
+        return "loss", "loss_decoded", "loss_thrown"
+
+    @property
+    def norm_text(self) -> str:
+        """What target patches are normalised over, in words."""
+        return "the patch"
+
+    @property
+    def mask_unit(self) -> int:
+        """Tokens along each side that are masked together."""
+        return 1
+
+    @property
+    def mask_shape(self) -> tuple[int, ...]:
+        """Tokens along each axis that are masked together."""
+        return (self.mask_unit,) * self.grid.axes
+
+    @property
+    def throw_shape(self) -> tuple[int, ...] | None:
+        """Tokens along each axis that are thrown together; None: single tokens."""
+        return None
+
+    @cached_property
+    def counts(self) -> TokenCounts:
+        """Number of visible, decoded and thrown tokens."""
+        return count_tokens(
+            self.grid.num_tokens,
+            self.mask_ratio,
+            self.throw_ratio,
+            self.count_rounding,
+            mask_unit=prod(self.mask_shape),
+            throw_unit=prod(self.throw_shape or ()),
+        )
+
+    @property
+    def plan_throwing(self) -> str:
+        """The strategy that chooses the decoded tokens of a plan."""
+        return self.throwing
+
+    @cached_property
+    def schedule(self) -> Schedule:
+        """The static part of the plans."""
+        if self.counts.thrown == 0 or self.counts.decoded == 0:
+            return super().schedule  # nothing is chosen, and this is the cheapest way to do so
+        return Schedule(
+            self.grid,
+            self.counts,
+            stages=self.stages,
+            throwing=self.plan_throwing,  # type: ignore[arg-type]  # one of the choices
+            furthest_from=self.furthest_from,  # type: ignore[arg-type]
+            unit=self.throw_shape,
+        )
+
+    @property
+    def num_supervised(self) -> int:
+        """Number of masked tokens that the loss supervises."""
+        return self.counts.masked if self.is_reconstructed else self.counts.decoded
+
+    def baseline(self) -> Self:
+        """Return the published method: nothing is thrown."""
+        return replace(self, throw_ratio=0.0)
+
+    def architecture(self) -> dict[str, Any]:
+        """Return what the weights mean; see :meth:`MethodConfig.architecture`."""
+        return {**super().architecture(), "reconstruction": self.reconstruction_in_effect}
+
+    def describe(self) -> Rows:
+        """Return the tokens of an image, for ``prmim inspect``."""
+        counts = self.counts
+        return [
+            *super().describe(),
+            *self._describe_masking(),
+            ("visible", f"{counts.visible}" + ", drawn by attention" * self.needs_weights),
+            ("decoded", f"{counts.decoded}, {self._choice_text()}"),
+            ("thrown", f"{counts.thrown} ({100 * counts.thrown / counts.num_tokens:.1f} % of all)"),
+            *self._describe_stages(),
+            *self._describe_sequences(f"dense: {counts.num_tokens + self.class_tokens}"),
+            ("supervised", f"{self.num_supervised} of {counts.masked} masked"),
+            *self._describe_targets(),
+        ]
+
+    @abstractmethod
+    def _describe_targets(self) -> Rows:
+        """Return what tokens predict, for ``prmim inspect``."""
+
+    def _describe_masking(self) -> Rows:
+        unit = self.mask_shape
+        if prod(unit) == 1:
+            return []
+        units = self.grid.units(unit).shape
+        pixels = tuple(size * patch for size, patch in zip(unit, self.patch_size, strict=True))
+        masked = self.counts.masked // prod(unit)
+        text = f"{masked} of {times(units)} = {prod(units)} units of {times(unit)} tokens, {times(pixels)} pixels"
+        return [("masked", text)]
+
+    @abstractmethod
+    def _describe_sequences(self, dense: str) -> Rows:
+        """Return the lengths of the sequences, for ``prmim inspect``."""
+
+    def _choice_text(self) -> str:
+        if not self.counts.thrown:
+            return "all masked tokens: nothing is thrown"
+        how = find_option(type(self), "throwing").rule.choices[self.throwing]
+        if self.throwing == "furthest" and self.furthest_from == "visible":
+            how += ", away from the visible ones"
+        return f"whole units chosen by {how}" if self.throw_shape else f"chosen by {how}"
+
+    def summary(self) -> str:
+        """Return the tokens of an image in one line, for the start of a run."""
+        counts = self.counts
+        thrown = f"{counts.thrown} thrown" + (f", reconstructed {self._stage_text()}" if self.is_reconstructed else "")
+        return f"{counts.visible} visible, {counts.decoded} decoded, {thrown}; {self._sequence_text()}"
+
+    @abstractmethod
+    def _sequence_text(self) -> str:
+        """Return the length of the longest sequence in words."""
+
+
+@record
+class PixelConfig(DecodingConfig):
+    """Options of the methods that predict pixels: of decoded and of thrown tokens."""
+
+    predicts: ClassVar[Predicts] = "pixels"
+
+    throwing: str = throwing_option(weighted="the encoder's attention: attended tokens tend to be masked (AMT)")
     low_pass: float | None = option(
         "Radius, in periods per image, of the low-pass filter on predicted patches (PixMIM: 40 at 224 pixels). Null: "
         "no filter.",
@@ -390,69 +589,28 @@ class PixelConfig(MethodConfig):
 
     def check(self) -> None:
         """Validate options that depend on one another."""
-        if self.throw_ratio > self.mask_ratio:
-            raise ValueError(f"throw_ratio: expected at most mask_ratio {self.mask_ratio}, got {self.throw_ratio}")
         super().check()
-        if self.num_supervised == 0:
-            raise ValueError(
-                f"throw_ratio: expected at least one supervised token, got none ({self.counts}, "
-                f"reconstruction {self.reconstruction!r}, thrown_weight {self.thrown_weight:g})"
-            )
         if self.cells is not None and any(size % self.cells for size in self.patch_size):
             raise ValueError(
                 f"cells: expected a divisor of the patch {times(self.patch_size)}, or null, got {self.cells}"
             )
+        if self.needs_weights and not self.class_tokens:
+            raise ValueError("class_tokens: expected at least 1 for throwing 'weighted', got 0")
 
     @property
     def losses(self) -> tuple[str, ...]:
         """Names of the scalars that a training step measures, ``"loss"`` first."""
-        return ("loss", "loss_decoded", "loss_thrown") + (("loss_cells",) if self.num_extra_cells else ())
+        return super().losses + (("loss_cells",) if self.num_extra_cells else ())
+
+    @property
+    def needs_weights(self) -> bool:
+        """Whether a forward pass needs weights of the tokens, from the encoder's attention to whole images."""
+        return self.throwing in WEIGHTED
 
     @property
     def norm_pix(self) -> bool:
         """Whether target patches are normalised."""
         return False
-
-    @property
-    def mask_shape(self) -> tuple[int, ...]:
-        """Tokens along each axis that are masked together."""
-        return (1,) * self.grid.axes
-
-    @property
-    def throw_shape(self) -> tuple[int, ...] | None:
-        """Tokens along each axis that are thrown together; None: single tokens."""
-        return None
-
-    @cached_property
-    def counts(self) -> TokenCounts:
-        """Number of visible, decoded and thrown tokens."""
-        return count_tokens(
-            self.grid.num_tokens,
-            self.mask_ratio,
-            self.throw_ratio,
-            self.count_rounding,
-            mask_unit=prod(self.mask_shape),
-            throw_unit=prod(self.throw_shape or ()),
-        )
-
-    @cached_property
-    def schedule(self) -> Schedule:
-        """The static part of the plans."""
-        if self.counts.thrown == 0 or self.counts.decoded == 0:
-            return super().schedule  # nothing is chosen, and this is the cheapest way to do so
-        return Schedule(
-            self.grid,
-            self.counts,
-            stages=self.stages,
-            throwing=self.throwing,  # type: ignore[arg-type]  # one of the choices
-            furthest_from=self.furthest_from,  # type: ignore[arg-type]
-            unit=self.throw_shape,
-        )
-
-    @property
-    def num_supervised(self) -> int:
-        """Number of masked tokens that predict pixels or cells."""
-        return self.counts.masked if self.is_reconstructed else self.counts.decoded
 
     @property
     def cell_shape(self) -> tuple[int, ...]:
@@ -480,6 +638,11 @@ class PixelConfig(MethodConfig):
         return Parameters(linear_parameters(dim, self.cell_dim) if self.cell_places else 0)
 
     @property
+    def first_feature(self) -> int:
+        """Place in plan order of the first token that has features for the heads: 0, or the first decoded token."""
+        return 0
+
+    @property
     def patch_places(self) -> range:
         """Places in plan order of the tokens that predict all pixels of their patch."""
         counts = self.counts
@@ -493,66 +656,41 @@ class PixelConfig(MethodConfig):
         return range(num_known - self.num_extra_cells, self.counts.num_tokens if self.thrown_cells else num_known)
 
     def baseline(self) -> Self:
-        """Return the published method: nothing is thrown, no token predicts cells, and no target is filtered."""
-        return replace(self, throw_ratio=0.0, extra_cells="none", low_pass=None)
+        """Return the published method: random masking, nothing thrown, no cells, and no target filtered."""
+        return replace(super().baseline(), throwing="furthest", extra_cells="none", low_pass=None)
+
+    def attention_cost(self, accounting: Accounting = Accounting()) -> PartCost:  # noqa: B008  # frozen
+        """Return the cost of the weights of a whole image, for ``throwing="weighted"``; there is no backward pass.
+
+        Examples
+        --------
+        >>> from prmim_methods import MAEConfig
+        >>> round(MAEConfig().attention_cost().macs / 1e9, 3)
+        16.458
+        """
+        size, length = self.encoder_size, self.grid.num_tokens + self.class_tokens
+        embedding = accounting.linear(self.grid.num_tokens, self.patch_dim, size.dim).macs
+        # Of the last block, queries, keys and values, and the scores of the class token's query.
+        last = 3 * length * size.dim**2 + length * size.dim
+        return PartCost(embedding + replace(size, depth=size.depth - 1).macs(length) + last, 0)
 
     def architecture(self) -> dict[str, Any]:
         """Return what the weights mean; see :meth:`MethodConfig.architecture`."""
         cells = {"cells": list(self.cell_shape), "cell_norm": self.cell_norm} if self.cell_places else {}
         filtered = {} if self.low_pass is None else {"low_pass": self.low_pass}
-        return {**super().architecture(), "reconstruction": self.reconstruction_in_effect, **cells, **filtered}
-
-    def describe(self) -> Rows:
-        """Return the tokens of an image, for ``prmim inspect``."""
-        counts = self.counts
-        return [
-            *super().describe(),
-            *self._describe_masking(),
-            ("visible", f"{counts.visible}"),
-            ("decoded", f"{counts.decoded}, {self._choice_text()}"),
-            ("thrown", f"{counts.thrown} ({100 * counts.thrown / counts.num_tokens:.1f} % of all)"),
-            *self._describe_stages(),
-            *self._describe_sequences(f"dense: {counts.num_tokens + 1}"),
-            ("supervised", f"{self.num_supervised} of {counts.masked} masked"),
-            *self._describe_targets(),
-        ]
+        return {**super().architecture(), **cells, **filtered}
 
     def _describe_targets(self) -> Rows:
         rows = []
         if self.patch_places:
             patches = f"{len(self.patch_places)} tokens predict all {times(self.patch_size)} pixels"
             filtered = "" if self.low_pass is None else f", up to {self.low_pass:g} periods per image"
-            rows.append(("  patches", patches + filtered + ", normalised over the patch" * self.norm_pix))
+            rows.append(("  patches", patches + filtered + f", normalised over {self.norm_text}" * self.norm_pix))
         if self.cell_places:
             cells = f"{len(self.cell_places)} tokens predict the means of {times(self.cell_shape)} cells"
             over = find_option(type(self), "cell_norm").rule.choices[self.cell_norm]
             rows.append(("  cells", f"{cells}, normalised over {over}"))
         return rows
-
-    def _describe_masking(self) -> Rows:
-        return []
-
-    @abstractmethod
-    def _describe_sequences(self, dense: str) -> Rows:
-        """Return the lengths of the sequences, for ``prmim inspect``."""
-
-    def _choice_text(self) -> str:
-        if not self.counts.thrown:
-            return "all masked tokens: nothing is thrown"
-        how = find_option(type(self), "throwing").rule.choices[self.throwing]
-        if self.throwing == "furthest" and self.furthest_from == "visible":
-            how += ", away from the visible ones"
-        return f"whole units chosen by {how}" if self.throw_shape else f"chosen by {how}"
-
-    def summary(self) -> str:
-        """Return the tokens of an image in one line, for the start of a run."""
-        counts = self.counts
-        thrown = f"{counts.thrown} thrown" + (f", reconstructed {self._stage_text()}" if self.is_reconstructed else "")
-        return f"{counts.visible} visible, {counts.decoded} decoded, {thrown}; {self._sequence_text()}"
-
-    @abstractmethod
-    def _sequence_text(self) -> str:
-        """Return the length of the longest sequence in words."""
 
 
 def times(shape: tuple[int, ...]) -> str:

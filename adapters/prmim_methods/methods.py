@@ -2,13 +2,17 @@
 
 from typing import Any
 
+from prmim_methods.localmim import LocalMIMConfig
 from prmim_methods.mae import MAEConfig
 from prmim_methods.maskalign import MaskAlignConfig
 from prmim_methods.method import MethodConfig
 from prmim_methods.record import Option, Rule, options
 from prmim_methods.simmim import SimMIMConfig
+from prmim_methods.videomae import VideoMAEConfig
 
-METHODS: dict[str, type[MethodConfig]] = {config.name: config for config in (MAEConfig, SimMIMConfig, MaskAlignConfig)}
+METHODS: dict[str, type[MethodConfig]] = {
+    config.name: config for config in (MAEConfig, SimMIMConfig, MaskAlignConfig, LocalMIMConfig, VideoMAEConfig)
+}
 """The record of each method."""
 
 METHOD_OPTION = Option(

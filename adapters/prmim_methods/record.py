@@ -12,7 +12,7 @@ import os
 import re
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any, TypeVar, dataclass_transform
 
@@ -28,6 +28,8 @@ WORDS: dict[Any, str] = {
     tuple[float, float]: "two numbers{}",
     tuple[float, ...]: "one number{} for each channel",
     tuple[int, ...]: "a whole number{}, or one for each axis",
+    Sequence[int]: "whole numbers{}",
+    Sequence[float]: "numbers{}",
 }
 """The types of options in words, with a place for the bounds."""
 
@@ -135,7 +137,7 @@ class Option:
         if self.rule.choices:
             words = f"one of {', '.join(self.rule.choices)}"
         if self.rule.rising:
-            words = words.replace("numbers", "rising numbers")
+            words = re.sub("(whole )?numbers", r"rising \g<0>", words)
         return words + (", or null" if self.is_optional else "")
 
     @property
@@ -228,6 +230,11 @@ def _tuple(convert: Callable[[Any], Any], length: int | None = None) -> Callable
     return convert_all
 
 
+def _list(convert: Callable[[Any], Any]) -> Callable[[Any], tuple[Any, ...]]:
+    """Convert any number of values; a single one need not be in a list."""
+    return lambda value: _tuple(convert)(value if isinstance(value, tuple | list) else (value,))
+
+
 def _size(value: Any) -> tuple[int, ...]:
     """Convert one number for each axis; a single number stands for two equal sides."""
     return _tuple(_whole_number)(value if isinstance(value, tuple | list) else (value, value))
@@ -241,6 +248,8 @@ _CONVERTERS: dict[Any, Callable[[Any], Any]] = {
     tuple[float, float]: _tuple(_number, 2),
     tuple[float, ...]: _tuple(_number),
     tuple[int, ...]: _size,
+    Sequence[int]: _list(_whole_number),
+    Sequence[float]: _list(_number),
 }
 
 

@@ -124,20 +124,22 @@ def resize_images(images: Array, shape: tuple[int, ...]) -> Array:
     return images
 
 
-def resize_table(table: Array, from_shape: tuple[int, ...], to_shape: tuple[int, ...]) -> Array:
-    """Resize a table of positions to another grid; the row of the cls token stays as it is.
+def resize_table(table: Array, from_shape: tuple[int, ...], to_shape: tuple[int, ...], class_tokens: int = 1) -> Array:
+    """Resize a table of positions to another grid; the rows of the class tokens stay as they are.
 
     Parameters
     ----------
     table
-        float (1, 1 + N, dim): a row for the cls token, then one for every token of a grid, in raster order.
+        float (1, C + N, dim): a row for each class token, then one for every token of a grid, in raster order.
     from_shape, to_shape
         Tokens along each axis of the grid of the table, and of the grid that is wanted.
+    class_tokens
+        Number of class tokens, C.
 
     Returns
     -------
     array
-        float (1, 1 + tokens of ``to_shape``, dim); ``table`` itself where the shapes are equal.
+        float (1, C + tokens of ``to_shape``, dim); ``table`` itself where the shapes are equal.
 
     Raises
     ------
@@ -154,10 +156,12 @@ def resize_table(table: Array, from_shape: tuple[int, ...], to_shape: tuple[int,
     [[[9.0], [-3.0], [35.0]]]
     """
     xp = array_namespace(table)
-    if table.ndim != 3 or table.shape[0] != 1 or table.shape[1] != 1 + prod(from_shape):
-        raise ValueError(f"table: expected shape (1, {1 + prod(from_shape)}, dim), got {tuple(table.shape)}")
+    rows = class_tokens + prod(from_shape)
+    if table.ndim != 3 or table.shape[0] != 1 or table.shape[1] != rows:
+        raise ValueError(f"table: expected shape (1, {rows}, dim), got {tuple(table.shape)}")
     if tuple(from_shape) == tuple(to_shape):
         return table
     dim = table.shape[2]
-    resized = resize_images(xp.reshape(table[:, 1:, :], (1, *from_shape, dim)), to_shape)
-    return xp.concat([xp.astype(table[:, :1, :], resized.dtype), xp.reshape(resized, (1, -1, dim))], axis=1)
+    resized = resize_images(xp.reshape(table[:, class_tokens:, :], (1, *from_shape, dim)), to_shape)
+    kept = xp.astype(table[:, :class_tokens, :], resized.dtype)
+    return xp.concat([kept, xp.reshape(resized, (1, -1, dim))], axis=1)

@@ -1,12 +1,11 @@
 """SimMIM: mask tokens in the encoder and one linear layer after it; dense, partial or PR-MIM."""
 
 from dataclasses import replace
-from math import prod
 from typing import Any, ClassVar
 
 from prmim_core.counts import Rounding
 from prmim_methods.cost import Accounting, CostReport, Parameters, linear_parameters
-from prmim_methods.method import PixelConfig, Rows, drop_path_option, times
+from prmim_methods.method import PixelConfig, Rows, drop_path_option, mask_unit_option
 from prmim_methods.record import option, record
 
 
@@ -41,11 +40,7 @@ class SimMIMConfig(PixelConfig):
 
     mask_ratio: float = 0.6
     throw_ratio: float = 0.25
-    mask_unit: int = option(
-        "Tokens along each side that are masked together: 2 with patches of 16 masks squares of 32.",
-        default=2,
-        at_least=1,
-    )
+    mask_unit: int = mask_unit_option(default=2)
     throw_by: str = option(
         "What is thrown together.", default="token", choices={"token": "single tokens", "unit": "units of mask_unit"}
     )
@@ -57,21 +52,10 @@ class SimMIMConfig(PixelConfig):
     layer_scale: float = option("Initial value of LayerScale on each branch of a block.", default=0.1, above=0, below=1)
     drop_path: float = drop_path_option()
 
-    def _check_grid(self) -> None:
-        super()._check_grid()
-        shape = self.grid.shape
-        if any(length % self.mask_unit for length in shape):
-            raise ValueError(f"mask_unit: expected a divisor of the grid {times(shape)}, got {self.mask_unit}")
-
     @property
     def drop_rate(self) -> float:
         """The rate at which branches of the last block are dropped in training."""
         return self.drop_path
-
-    @property
-    def mask_shape(self) -> tuple[int, ...]:
-        """Tokens along each axis that are masked together."""
-        return (self.mask_unit,) * self.grid.axes
 
     @property
     def throw_shape(self) -> tuple[int, ...] | None:
@@ -139,14 +123,6 @@ class SimMIMConfig(PixelConfig):
     def architecture(self) -> dict[str, Any]:
         """Return what the weights mean; see :meth:`MethodConfig.architecture`."""
         return {**super().architecture(), "position": self.position}
-
-    def _describe_masking(self) -> Rows:
-        unit = self.mask_shape
-        units = self.grid.units(unit).shape
-        pixels = tuple(size * patch for size, patch in zip(unit, self.patch_size, strict=True))
-        masked = self.counts.masked // prod(unit)
-        text = f"{masked} of {times(units)} = {prod(units)} units of {times(unit)} tokens, {times(pixels)} pixels"
-        return [("masked", text)]
 
     def _describe_sequences(self, dense: str) -> Rows:
         return [("encoder sequence", f"{self.encoder_length}, with mask tokens and class token ({dense})")]

@@ -49,14 +49,63 @@ class Transformer:
         return self.depth * (norms + linear + scores)
 
 
+@dataclass(frozen=True)
+class CrossTransformer:
+    """The size of a stack of blocks whose attention is from queries to a context: no self-attention.
+
+    Parameters
+    ----------
+    dim
+        Width.
+    depth
+        Number of blocks.
+    heads
+        Attention heads.
+    context_dim
+        Width of the context.
+    mlp_ratio
+        Width of the hidden layer over ``dim``.
+    """
+
+    dim: int
+    depth: int
+    heads: int
+    context_dim: int
+    mlp_ratio: int = 4
+
+    def macs(self, queries: int, keys: int) -> int:
+        """Return the MACs of all blocks: depth * ((2 + 2 mlp_ratio) n d**2 + 2 m d (c + n)), c the context's width."""
+        linear = (2 + 2 * self.mlp_ratio) * queries * self.dim**2
+        keys_and_values = 2 * keys * self.context_dim * self.dim
+        attention = 2 * queries * keys * self.dim
+        return self.depth * (linear + keys_and_values + attention)
+
+    def parameters(self) -> int:
+        """Return the number of parameters of all blocks, with biases and three norms, one of them the context's."""
+        linear = (2 + 2 * self.mlp_ratio) * self.dim**2 + (3 + self.mlp_ratio) * self.dim
+        keys_and_values = 2 * (self.context_dim + 1) * self.dim
+        return self.depth * (linear + keys_and_values + 4 * self.dim + 2 * self.context_dim)
+
+    def activation_bytes(self, queries: int, keys: int, *, compute_bytes: int, attention: str) -> int:
+        """Return the bytes that all blocks save for the backward pass; see :meth:`Transformer.activation_bytes`."""
+        norms = 2 * queries * (4 * self.dim + 2 * 4) + keys * (4 * self.context_dim + 2 * 4)
+        of_queries = (1 + 1 + 1 + 1 + 2 * self.mlp_ratio) * queries * self.dim * compute_bytes
+        of_keys = keys * (self.context_dim + 2 * self.dim) * compute_bytes
+        softmax_bytes = 4 if compute_bytes == 4 else 4 + compute_bytes
+        scores = self.heads * queries * (4 if attention == "fused" else keys * softmax_bytes)
+        return self.depth * (norms + of_queries + of_keys + scores)
+
+
 VIT_SIZES = {
     "vit_tiny": Transformer(192, 12, 3),
     "vit_small": Transformer(384, 12, 6),
     "vit_base": Transformer(768, 12, 12),
     "vit_large": Transformer(1024, 24, 16),
     "vit_huge": Transformer(1280, 32, 16),
+    "vit_1b": Transformer(1536, 48, 24),
+    "vit_5b": Transformer(3072, 48, 32),
 }
-"""Vision transformers by name."""
+"""Vision transformers by name. The last two are Pixio's."""
 
 
 def vit_size(

@@ -3,7 +3,7 @@
 import json
 import os
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -12,6 +12,9 @@ from prmim_methods.messages import shown
 METADATA_KEY = "prmim_architecture"
 """Where a file's metadata holds the JSON of the method's ``architecture()``."""
 
+
+MOST_NAMED = 3
+"""Most names of tensors that a message lists."""
 
 RENAMED_FIELDS = {"variant": "reconstruction"}
 """Fields of files that earlier versions wrote, by their names of today."""
@@ -63,6 +66,49 @@ def check_metadata(method: object, metadata: Mapping[str, str] | None, path: str
             if (ours, theirs) == ("relative_per_block", "relative"):
                 hint = "; earlier versions fine-tuned one bias table for all blocks"
             raise ValueError(f"weights: {shown(field)[1:-1]}: expected {shown(ours)}, got {shown(theirs)}{hint}")
+
+
+def official_name(name: str) -> str | None:
+    """Return the name of a weight in the state dicts of MAE's and Pixio's code; None for parts that they do not have.
+
+    The encoder has the names of timm's ViT; names of the decoder begin with ``decoder_``, but for the mask token.
+
+    Examples
+    --------
+    >>> names = ("encoder.blocks.0.attn.qkv.bias", "decoder.norm.bias", "decoder.mask_token", "cell_head.bias")
+    >>> [official_name(name) for name in names]
+    ['blocks.0.attn.qkv.bias', 'decoder_norm.bias', 'mask_token', None]
+    """
+    part, _, rest = name.partition(".")
+    if part == "decoder" and rest != "mask_token":
+        return f"decoder_{rest}"
+    return rest if part in ("encoder", "decoder") else None
+
+
+def official_names(expected: Collection[str], got: Collection[str]) -> dict[str, str]:
+    """Return the official name of each weight of a method that an official state dict sets.
+
+    Parameters
+    ----------
+    expected
+        Names of the weights of the method.
+    got
+        Names of the tensors of the state dict. Those of the decoder may be missing, all of them.
+
+    Raises
+    ------
+    ValueError
+        If the names are of another layout.
+    """
+    if "patch_embed.proj.weight" not in got:
+        listed = ", ".join(map(shown, sorted(got)[:MOST_NAMED])) or "none"
+        raise ValueError(
+            "weights: expected the names of MAE's and Pixio's code, such as 'patch_embed.proj.weight', got " + listed
+        )
+    has_decoder = any(name.startswith("decoder_") for name in got)
+    parts = ("encoder.", "decoder.") if has_decoder else ("encoder.",)
+    names = {name: official_name(name) for name in expected if name.startswith(parts)}
+    return {name: official for name, official in names.items() if official is not None}
 
 
 def check_tensors(

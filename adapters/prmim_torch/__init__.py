@@ -2,7 +2,8 @@
 
 from prmim_torch.classifier import Classifier, ClassifierEngine
 from prmim_torch.engine import Comparison, Engine, Reconstruction
-from prmim_torch.interop import load_weights, save_weights
+from prmim_torch.interop import load_official_weights, load_weights, save_weights
+from prmim_torch.localmim import LocalMIM, LocalOutput
 from prmim_torch.mae import MAE
 from prmim_torch.maskalign import AlignOutput, MaskAlign
 from prmim_torch.method import Method, PixelOutput
@@ -11,6 +12,7 @@ from prmim_torch.plan import make_plan
 from prmim_torch.reconstruct import ProgressiveReconstruction
 from prmim_torch.simmim import SimMIM
 from prmim_torch.teacher import Teacher, TeacherOutput
+from prmim_torch.videomae import VideoMAE
 
 __all__ = [
     "MAE",
@@ -20,6 +22,8 @@ __all__ = [
     "ClassifierEngine",
     "Comparison",
     "Engine",
+    "LocalMIM",
+    "LocalOutput",
     "MaskAlign",
     "Method",
     "PixelOutput",
@@ -28,7 +32,9 @@ __all__ = [
     "SimMIM",
     "Teacher",
     "TeacherOutput",
+    "VideoMAE",
     "create_method",
+    "load_official_weights",
     "load_weights",
     "make_plan",
     "save_weights",

@@ -138,6 +138,7 @@ class Classifier(ImageModule):
         self, method_config: MethodConfig, config: ClassifierConfig, num_classes: int, init_seed: int = 0
     ) -> None:
         super().__init__(method_config)
+        method_config.check_pool(config.pool)
         self.method_config, self.config, self.num_classes = method_config, config, num_classes
         self._init_seed = init_seed
         dim = method_config.encoder_size.dim
@@ -192,11 +193,9 @@ class Classifier(ImageModule):
         ValueError
             If a shape does not fit, ``noise`` is needed and missing, or there are no images in training mode.
         """
-        encoder, scales = self.encoder, self._scales(noise, images)
-        tokens = encoder.place(encoder.patch_embed(self._normalize(self._patches(images))))
-        encoded = encoder.encode(tokens, None, scales)
-        pooled = encoded[:, 0] if self.config.pool == "cls" else encoded[:, 1:].mean(1)
-        logits = self.head(self.fc_norm(pooled))
+        scales = self._scales(noise, images)
+        encoded = self.encoder(self._normalize(self._patches(images)), None, scales)
+        logits = self.head(self.fc_norm(self._pool(encoded, self.config.pool)))
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
     def _scales(self, noise: Tensor | None, images: Tensor) -> Tensor | None:

@@ -14,7 +14,7 @@ SHORT_SEQUENCE = 256
 """Most tokens for which bfloat16 matrix products on a CPU beat the fused attention kernel; at 577 the kernel wins."""
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Return ``x @ weight.T + bias``; drop-in for ``torch.nn.functional.linear``.
 
     Notes

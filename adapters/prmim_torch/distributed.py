@@ -32,6 +32,7 @@ from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from prmim_torch.cross_decoder import CrossBlock
 from prmim_torch.vit import Block
 
 Parallel = Literal["ddp", "fsdp"]
@@ -266,7 +267,7 @@ def shard(
     """
     mesh = init_device_mesh(device_type, (dist.get_world_size(),))
     frozen = {parameter for parameter in method.parameters() if not parameter.requires_grad}
-    blocks = [part for part in method.modules() if isinstance(part, Block)]
+    blocks = [part for part in method.modules() if isinstance(part, Block | CrossBlock)]
     if compiled is not None:
         for block in blocks:
             block.forward = compiled(block.forward)  # type: ignore[method-assign]
@@ -274,8 +275,10 @@ def shard(
     method.register_forward_hook(_detach_predictions)
     for part in (*blocks, method):
         fully_shard(part, mesh=mesh, ignored_params=frozen)
-    if hasattr(method, "features"):
-        register_fsdp_forward_method(method, "features")
+    for part in (*blocks, method):
+        for name in ("first_query", "features", "attention"):
+            if hasattr(part, name):
+                register_fsdp_forward_method(part, name)
 
 
 def _detach_predictions(method: nn.Module, arguments: Any, output: Any) -> None:

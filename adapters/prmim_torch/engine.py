@@ -99,9 +99,8 @@ class Engine(Trainer[Method]):
 
         method = METHODS[config.name](config)
 
-        def loss(forward: Callable[..., Any], images: Tensor, noise: Tensor) -> Sequence[Tensor]:
-            output = forward(images, noise)
-            return [getattr(output, name) for name in method.losses]
+        def loss(forward: Callable[..., Any], images: Tensor, noise: Tensor, *weights: Tensor) -> Sequence[Tensor]:
+            return method.measured(forward(images, noise, *weights))
 
         super().__init__(method, training, loss, make_optimizer)
 
@@ -115,7 +114,9 @@ class Engine(Trainer[Method]):
         """What the method predicts: ``"pixels"`` (see :meth:`reconstruct`) or ``"features"`` (see :meth:`compare`)."""
         return self.method.config.predicts
 
-    def train_step(self, images: NDArray[np.uint8], sample: NDArray[np.int64]) -> None:
+    def train_step(
+        self, images: NDArray[np.uint8], sample: NDArray[np.int64], weights: NDArray[np.float32] | None = None
+    ) -> None:
         """Take one optimizer step, without waiting for the device.
 
         Parameters
@@ -124,13 +125,15 @@ class Engine(Trainer[Method]):
             uint8 (batch, image_size..., channels): this process's share of the batch, the same size in all processes.
         sample
             int64 (batch,): index of each image in the data set. Seed, step and this index determine its mask.
+        weights
+            float32 (batch, N): weight of each token, for ``throwing="weighted"`` only; see :meth:`attention`.
 
         Raises
         ------
         TypeError, ValueError
             If a shape or dtype does not fit, or ``accumulate`` does not divide the batch.
         """
-        self._take_step(images, sample)
+        self._take_step(images, sample, *(() if weights is None else (weights,)))
 
     def features(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Return the mean patch feature of whole images, nothing masked: float32 (batch, dim).
@@ -141,8 +144,19 @@ class Engine(Trainer[Method]):
             features = self.method.features(self._upload(images))
         return features.float().cpu().numpy()
 
+    def attention(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """Return the attention to the patches of whole images, in [0, 1]: float32 (batch, N).
+
+        All processes must call it, with a batch of the same size; the images may differ.
+        """
+        with self._evaluation():
+            attention = self.method.attention(self._upload(images))
+        return attention.float().cpu().numpy()
+
     def reconstruct(self, images: NDArray[np.uint8], sample: NDArray[np.int64]) -> Reconstruction:
         """Mask images as in step 0, and predict their pixels.
+
+        With ``throwing="weighted"``, the attention to these images is computed first.
 
         Parameters
         ----------
@@ -161,7 +175,8 @@ class Engine(Trainer[Method]):
             raise TypeError("method: expected one that predicts pixels, got one that predicts features")
         pixels, noise = self._to_device(images, sample, 0)
         with self._evaluation():
-            output = method(pixels, noise)
+            weights = (method.attention(pixels).float(),) if method.config.needs_weights else ()
+            output = method(pixels, noise, *weights)
             patches = method.rebuilt_pixels(pixels, output)
         return Reconstruction(output.plan.order.cpu().numpy(), output.plan.schedule, patches.float().cpu().numpy())
 

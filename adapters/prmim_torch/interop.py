@@ -9,7 +9,13 @@ from torch import Tensor, nn
 
 from prmim_methods.files import open_regular
 from prmim_methods.messages import one_line
-from prmim_methods.weight_files import check_metadata, check_tensors, dump_architecture, write_atomically
+from prmim_methods.weight_files import (
+    check_metadata,
+    check_tensors,
+    dump_architecture,
+    official_names,
+    write_atomically,
+)
 
 FROZEN = "teacher."
 """Prefix of tensors that a method holds but does not train; they are not part of its files."""
@@ -47,6 +53,36 @@ def load_weights(method: nn.Module, path: str | os.PathLike[str]) -> None:
         the first field that differs), or holds other tensors. The method is unchanged then.
     """
     put_weights(method, read_weights(method, path))
+
+
+def load_official_weights(method: nn.Module, weights: Mapping[str, Tensor] | str | os.PathLike[str]) -> None:
+    """Load the state dict of the authors' code of MAE or Pixio.
+
+    Parameters
+    ----------
+    method
+        The MAE to fill; its dtype and device do not change. Parts that the authors do not have, reconstruction and cell
+        head, are unchanged.
+    weights
+        Tensors by official name, or a ``.safetensors`` file of them. Without names of the decoder, only the encoder
+        is loaded.
+
+    Raises
+    ------
+    FileNotFoundError
+        If the file does not exist.
+    ValueError
+        If the names are of another layout, or tensors are missing, surplus or of another shape. The method is unchanged
+        then.
+    """
+    if isinstance(weights, str | os.PathLike):
+        place, tensors = os.fspath(weights), read_file(weights)[1]
+    else:
+        place, tensors = "the state dict", dict(weights)
+    expected = named_weights(method)
+    names = official_names(expected, tensors)
+    check_fit({official: expected[name] for name, official in names.items()}, tensors, place)
+    put_weights(method, {name: tensors[official] for name, official in names.items()})
 
 
 def named_weights(method: nn.Module) -> dict[str, Tensor]:

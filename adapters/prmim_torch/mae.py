@@ -1,11 +1,14 @@
 """Masked autoencoder with partial and progressive reconstruction."""
 
+from dataclasses import replace
+
 from torch import Tensor
 
-from prmim_core import take_tokens
+from prmim_core import Plan, take_tokens
 from prmim_methods import MAEConfig
+from prmim_torch.cross_decoder import CrossDecoder
+from prmim_torch.fusion import Fusion
 from prmim_torch.method import PixelMethod, PixelOutput, build_encoder, initial_weights
-from prmim_torch.plan import make_plan
 from prmim_torch.vit import Decoder
 
 
@@ -20,6 +23,9 @@ class MAE(PixelMethod):
     Notes
     -----
     Pixels stay uint8 until they are gathered along the plan; only visible patches are embedded.
+
+    With ``decoder="cross"``, the encoder's final norm takes no part in the loss. It keeps its initial weights, which
+    are part of weight files.
 
     Examples
     --------
@@ -37,22 +43,16 @@ class MAE(PixelMethod):
 
     def __init__(self, config: MAEConfig) -> None:
         super().__init__(config)
-        size = config.decoder_size
         with initial_weights(config.init_seed):
             self.encoder = build_encoder(config)
-            self.decoder = Decoder(
-                config.grid.shape,
-                config.encoder_size.dim,
-                config.patch_dim,
-                dim=size.dim,
-                depth=size.depth,
-                num_heads=size.heads,
-                recompute=config.recompute_blocks,
-            )
-            self.reconstruct = self._build_reconstruction(size.dim)
-            self.cell_head = self._build_cell_head(size.dim)
+            self.decoder = _build_decoder(config)
+            if config.is_cross:
+                self.encoder.norm.requires_grad_(False)
+            self.reconstruct = self._build_reconstruction(config.decoder_dim)
+            self.cell_head = self._build_cell_head(config.decoder_dim)
+            self.fusion = Fusion(config.encoder_size.dim, config.fused_blocks) if config.fused_blocks else None
 
-    def forward(self, images: Tensor, noise: Tensor) -> PixelOutput:
+    def forward(self, images: Tensor, noise: Tensor, weights: Tensor | None = None) -> PixelOutput:
         """Compute the loss of a batch.
 
         Parameters
@@ -60,7 +60,11 @@ class MAE(PixelMethod):
         images
             uint8 (batch, image_size..., channels).
         noise
-            int (batch, N), for example from ``prmim_core.counter_noise``.
+            int (batch, N), for example from ``prmim_core.counter_noise``. It also decides which branches drop path
+            drops, in training mode.
+        weights
+            float (batch, N), for ``throwing="weighted"`` only, for example from :meth:`attention`. Attended tokens
+            tend to be masked.
 
         Returns
         -------
@@ -71,17 +75,62 @@ class MAE(PixelMethod):
         TypeError
             If ``images`` are not uint8 or ``noise`` does not hold real numbers.
         ValueError
-            If a shape does not fit, or there are no images.
+            If a shape does not fit, there are no images, or weights are missing or not needed.
         """
         patches = self._patches(images)
         self._check_batch(images, noise)
-        plan = make_plan(self._schedule, noise)
-        encoded = self.encoder(self._normalize(take_tokens(patches, plan.visible)), plan.visible)
-        features = self.decoder(encoded, plan.known(1))
+        plan = self._plan(noise, weights)
+        features = self._decode(self._normalize(take_tokens(patches, plan.visible)), plan, noise)
         if self.reconstruct is not None:
             features = self.reconstruct(features, plan)
-        return self._supervise(features, patches, plan, self.decoder.pred)
+        output = self._supervise(features, patches, plan, self.decoder.pred)
+        return output if self.fusion is None else replace(output, layer_weights=self.fusion.named_weights())
+
+    def _decode(self, visible: Tensor, plan: Plan, noise: Tensor) -> Tensor:
+        """Encode the visible patches and decode: the features from ``config.first_feature`` on, in plan order."""
+        encoder, scales = self.encoder, self._drop_path(noise, self.config.drop_rate)
+        if isinstance(self.decoder, Decoder) and self.fusion is None:
+            return self.decoder(encoder(visible, plan.visible, scales), self._decoder_index(plan, noise))
+        tokens = encoder.place(encoder.patch_embed(visible), plan.visible)
+        layers = encoder.hidden_states(tokens, plan.visible, scales)
+        if self.fusion is None:
+            return self.decoder(layers, plan.decoded)
+        return self.decoder(encoder.norm(self.fusion(layers)), self._decoder_index(plan, noise))
+
+    def _decoder_index(self, plan: Plan, noise: Tensor) -> Tensor:
+        """Return the tokens that a decoder of self-attention sees: int, the visible tokens first."""
+        return plan.known(1)
 
     def _error(self, predicted: Tensor, target: Tensor) -> Tensor:
         # The error has the precision of the target; under autocast, the prediction can have a lower one.
         return (predicted.to(target.dtype) - target).square().mean(-1)
+
+
+def _build_decoder(config: MAEConfig) -> Decoder | CrossDecoder:
+    size = config.decoder_size
+    if config.is_cross:
+        return CrossDecoder(
+            config.grid.shape,
+            config.encoder_size.dim,
+            config.encoder_size.depth,
+            config.patch_dim,
+            dim=size.dim,
+            depth=size.depth,
+            num_heads=size.heads,
+            position=config.position,  # type: ignore[arg-type]  # one of the choices
+            class_tokens=config.class_tokens,
+            visible_features=config.has_visible_features,
+            recompute=config.recompute_blocks,
+        )
+    return Decoder(
+        config.grid.shape,
+        config.encoder_size.dim,
+        config.patch_dim,
+        dim=size.dim,
+        depth=size.depth,
+        num_heads=size.heads,
+        position=config.position,  # type: ignore[arg-type]  # one of the choices
+        class_tokens=config.class_tokens,
+        embed_bias=config.embed_bias,
+        recompute=config.recompute_blocks,
+    )

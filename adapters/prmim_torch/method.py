@@ -5,7 +5,8 @@ A method is one file that adds its parts and its loss; see :class:`Method`.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from math import prod
 from typing import Any, Literal
 
 import numpy as np
@@ -16,6 +17,8 @@ from torch.export import register_dataclass
 
 from prmim_core import (
     Plan,
+    attention_weights,
+    block_visible,
     cell_means,
     denormalize_patches,
     denormalize_values,
@@ -27,12 +30,14 @@ from prmim_core import (
     normalize_values,
     patchify,
     take_tokens,
+    unattended_visible,
     unpatchify,
     window_statistics,
 )
 from prmim_methods import MethodConfig, PixelConfig
 from prmim_methods.cost import CONV_REPEATS, RECONSTRUCTION_HEADS
 from prmim_torch.distributed import spread
+from prmim_torch.plan import make_plan
 from prmim_torch.reconstruct import ProgressiveReconstruction
 from prmim_torch.vit import Encoder, Linear, constant_like
 
@@ -92,7 +97,7 @@ class ImageModule(nn.Module):
 
     def _normalize(self, patches: Tensor) -> Tensor:
         """Turn patches (batch, length, prod(patch) * C) of values 0 .. 255 into floats, normalised per channel."""
-        pixels = self._by_channel(patches).to(self.encoder.cls_token.dtype)
+        pixels = self._by_channel(patches).to(self.encoder.dtype)
         return (pixels * constant_like(self._pixel_scale, pixels) + constant_like(self._pixel_shift, pixels)).flatten(
             -2
         )
@@ -101,6 +106,11 @@ class ImageModule(nn.Module):
         """Separate the channels: (batch, length, P) to (batch, length, P / C, C); the length may be 0."""
         channels = self._image_shape[-1]
         return patches.reshape(*patches.shape[:2], patches.shape[2] // channels, channels)
+
+    def _pool(self, encoded: Tensor, pool: str) -> Tensor:
+        """Return one vector (batch, dim) per image from the encoded tokens (batch, C + N, dim)."""
+        num_class = self.encoder.class_tokens
+        return (encoded[:, :num_class] if pool == "cls" else encoded[:, num_class:]).mean(1)
 
     def _drop_path(self, noise: Tensor, rate: float) -> Tensor | None:
         """Return the factors of the encoder's branches, (batch, depth, 2); None if no branch is dropped."""
@@ -132,18 +142,47 @@ class Method(ImageModule):
         return type(self)(self.config)
 
     def encode(self, images: Tensor) -> Tensor:
-        """Encode whole images, nothing masked: uint8 (batch, image_size..., channels) to (batch, 1 + N, dim).
+        """Encode whole images, nothing masked: uint8 (batch, image_size..., channels) to (batch, C + N, dim).
 
-        The class token comes first.
+        The C class tokens come first.
         """
         return self.encoder(self._normalize(self._patches(images)))
 
     def features(self, images: Tensor, pool: Pool = "mean") -> Tensor:
-        """Return one vector (batch, dim) per image: the ``"mean"`` of the encoded tokens, or the ``"cls"`` token."""
-        if pool not in ("mean", "cls"):
-            raise ValueError(f"pool: expected 'mean' or 'cls', got {pool!r}")
-        encoded = self.encode(images)
-        return encoded[:, 0] if pool == "cls" else encoded[:, 1:].mean(1)
+        """Return one vector (batch, dim) per image.
+
+        Parameters
+        ----------
+        images
+            uint8 (batch, image_size..., channels).
+        pool
+            ``"mean"``: the mean of the encoded tokens; ``"cls"``: the class token, or the mean of several.
+
+        Raises
+        ------
+        ValueError
+            If the pool is unknown, or there is no class token.
+        """
+        self.config.check_pool(pool)
+        return self._pool(self.encode(images), pool)
+
+    def attention(self, images: Tensor) -> Tensor:
+        """Return the attention to the patches of whole images, for ``throwing="weighted"``.
+
+        Parameters
+        ----------
+        images
+            uint8 (batch, image_size..., channels).
+
+        Returns
+        -------
+        Tensor
+            (batch, N), in raster order, in [0, 1]: the class token's attention in the last block; see
+            ``prmim_core.attention_weights``.
+        """
+        encoder = self.encoder
+        tokens = encoder.place(encoder.patch_embed(self._normalize(self._patches(images))))
+        return attention_weights(encoder.cls_attention(tokens))
 
     def architecture(self) -> dict[str, Any]:
         """Return what the weights mean; see :meth:`prmim_methods.MethodConfig.architecture`."""
@@ -152,6 +191,10 @@ class Method(ImageModule):
     def not_decayed(self) -> frozenset[str]:
         """Return the parameters of several axes that the recipe exempts from weight decay."""
         return self.config.not_decayed()
+
+    def measured(self, output: Any) -> list[Tensor]:
+        """Return the scalars of an output that a training step measures, in the order of ``losses``."""
+        return [getattr(output, name) for name in self.losses]
 
     def _check_batch(self, images: Tensor, noise: Tensor) -> None:
         """Validate the images and the noise of a loss: a mean over no images would be NaN."""
@@ -194,6 +237,8 @@ class PixelOutput:
         (batch, n, prod(cells) * C): predicted cells of ``config.cell_places``, likewise; None if there are none.
     plan
         The plan of the batch.
+    layer_weights
+        Scalars: the weight of each fused block of the encoder, by its name in ``config.losses``; empty without fusion.
     """
 
     loss: Tensor
@@ -203,6 +248,7 @@ class PixelOutput:
     predicted: Tensor
     predicted_cells: Tensor | None
     plan: Plan
+    layer_weights: dict[str, Tensor] = field(default_factory=dict)
 
 
 register_dataclass(PixelOutput, serialized_type_name="prmim_torch.PixelOutput")
@@ -217,6 +263,25 @@ class PixelMethod(Method):
     config: PixelConfig
     reconstruct: ProgressiveReconstruction | None
     cell_head: Linear | None
+
+    def _plan(self, noise: Tensor, weights: Tensor | None) -> Plan:
+        """Choose visible, decoded and thrown tokens; attended ones tend to be masked if there are weights."""
+        config, schedule = self.config, self._schedule
+        if config.needs_weights != (weights is not None):
+            got = "none" if weights is None else "a tensor"
+            raise ValueError(f"weights: expected a tensor with throwing 'weighted' only, got {got}")
+        visible, unit = None, config.mask_shape
+        num_units = schedule.counts.visible // prod(unit)
+        if weights is not None:
+            visible = unattended_visible(schedule.grid, unit, num_units, noise, weights)
+        elif prod(unit) > 1:
+            visible = block_visible(schedule.grid, unit, num_units, noise)
+        return make_plan(schedule, noise, visible, weights if schedule.throwing == "weighted" else None)
+
+    def measured(self, output: PixelOutput) -> list[Tensor]:
+        """Return the scalars of an output that a training step measures, in the order of ``losses``."""
+        found = {**vars(output), **output.layer_weights}
+        return [found[name] for name in self.losses]
 
     def rebuilt_pixels(self, images: Tensor, output: PixelOutput) -> Tensor:
         """Return images with their predicted pixels, for pictures.
@@ -241,7 +306,7 @@ class PixelMethod(Method):
         predicted_index = _places(plan.order, config.patch_places)
         truth = self._patch_target(patches, predicted_index)
         predicted = output.predicted.to(truth.dtype)
-        predicted = denormalize_patches(predicted, truth) if config.norm_pix else predicted
+        predicted = self._denormalize_target(predicted, truth) if config.norm_pix else predicted
         known = [take_tokens(patches, plan.visible).to(truth.dtype) / 255, self._to_unit_range(predicted)]
         index = [plan.visible, predicted_index]
         if config.thrown_cells and output.predicted_cells is not None:
@@ -275,7 +340,7 @@ class PixelMethod(Method):
         Parameters
         ----------
         features
-            (batch, V + M or N, dim), in plan order.
+            (batch, V + M or N, dim), in plan order, without those before ``config.first_feature``.
         patches
             uint8 (batch, N, prod(patch) * C), in raster order.
         plan
@@ -286,13 +351,13 @@ class PixelMethod(Method):
             Added to an image's sum of weights: a decoded token weighs 1, a thrown one ``thrown_weight``.
         """
         config, counts, batch = self.config, plan.schedule.counts, patches.shape[0]
-        predicted = head(_places(features, config.patch_places))
+        predicted = head(_places(features, config.patch_places, config.first_feature))
         target = self._patch_target(patches, _places(plan.order, config.patch_places))
-        errors = self._error(predicted, normalize_patches(target) if config.norm_pix else target)
+        errors = self._error(predicted, self._normalize_target(target) if config.norm_pix else target)
         thrown, predicted_cells = errors[:, counts.decoded :], None
         loss_cells = errors.new_zeros(())
         if self.cell_head is not None:
-            predicted_cells = self.cell_head(_places(features, config.cell_places))
+            predicted_cells = self.cell_head(_places(features, config.cell_places, config.first_feature))
             target = self._cell_target(patches, _places(plan.order, config.cell_places))
             cell_errors = self._error(predicted_cells, target)
             loss_cells = cell_errors[:, : config.num_extra_cells].sum() / (max(config.num_extra_cells, 1) * batch)
@@ -310,9 +375,17 @@ class PixelMethod(Method):
     def _patch_target(self, patches: Tensor, index: Tensor) -> Tensor:
         """Return the pixels (batch, n, prod(patch) * C) that the tokens ``index`` predict, normalised per channel."""
         if self.config.low_pass is not None:
-            pixels = unpatchify(patches.to(self.encoder.cls_token.dtype), self._patch_size, self.config.grid)
+            pixels = unpatchify(patches.to(self.encoder.dtype), self._patch_size, self.config.grid)
             patches = patchify(low_pass(pixels, self.config.low_pass), self._patch_size)
         return self._normalize(take_tokens(patches, index))
+
+    def _normalize_target(self, target: Tensor) -> Tensor:
+        """Normalise the pixels of target patches (batch, n, prod(patch) * C) over each patch."""
+        return normalize_patches(target)
+
+    def _denormalize_target(self, predicted: Tensor, target: Tensor) -> Tensor:
+        """Undo :meth:`_normalize_target` with the statistics of the true patches."""
+        return denormalize_patches(predicted, target)
 
     def _cell_target(self, patches: Tensor, index: Tensor) -> Tensor:
         """Return the normalised cells (batch, n, prod(cells) * C) of the tokens ``index``."""
@@ -333,9 +406,9 @@ class PixelMethod(Method):
         return take_tokens(mean, index), take_tokens(deviation, index)
 
 
-def _places(tokens: Tensor, places: range) -> Tensor:
-    """Return the tokens (batch, n, ...) at these places of a batch in plan order."""
-    return tokens[:, places.start : places.stop]
+def _places(tokens: Tensor, places: range, first: int = 0) -> Tensor:
+    """Return the tokens (batch, n, ...) at these places of a batch in plan order that starts at place ``first``."""
+    return tokens[:, places.start - first : places.stop - first]
 
 
 class FeatureMethod(Method):
@@ -383,6 +456,7 @@ def build_encoder(
         position=position or config.position,  # type: ignore[arg-type]  # one of the choices
         learned_positions=learned_positions,
         layer_scale=config.layer_scale,
+        class_tokens=config.class_tokens,
         mask_token=mask_token,
         final_norm=final_norm,
         recompute=config.recompute_blocks,

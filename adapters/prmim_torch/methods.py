@@ -3,12 +3,20 @@
 from typing import Any
 
 from prmim_methods import create_config
+from prmim_torch.localmim import LocalMIM
 from prmim_torch.mae import MAE
 from prmim_torch.maskalign import MaskAlign
 from prmim_torch.method import Method
 from prmim_torch.simmim import SimMIM
+from prmim_torch.videomae import VideoMAE
 
-METHODS: dict[str, type[Method]] = {"mae": MAE, "simmim": SimMIM, "maskalign": MaskAlign}
+METHODS: dict[str, type[Method]] = {
+    "mae": MAE,
+    "simmim": SimMIM,
+    "maskalign": MaskAlign,
+    "localmim": LocalMIM,
+    "videomae": VideoMAE,
+}
 """The class of each method; it is built from the method's record, for example ``MAE(MAEConfig())``."""
 
 

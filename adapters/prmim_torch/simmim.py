@@ -5,10 +5,9 @@ from math import prod, sqrt
 import torch
 from torch import Tensor, nn
 
-from prmim_core import Plan, block_visible, take_tokens
+from prmim_core import Plan, take_tokens
 from prmim_methods import SimMIMConfig
 from prmim_torch.method import PixelMethod, PixelOutput, build_encoder, initial_weights
-from prmim_torch.plan import make_plan
 from prmim_torch.vit import Block, Encoder, Linear, PatchProjection
 
 LOSS_EPS = 1e-5
@@ -37,7 +36,6 @@ class SimMIM(PixelMethod):
 
     def __init__(self, config: SimMIMConfig) -> None:
         super().__init__(config)
-        self._mask_shape = config.mask_shape
         dim = config.encoder_size.dim
         with initial_weights(config.init_seed):
             self.encoder = build_encoder(config, mask_token=True)
@@ -49,7 +47,7 @@ class SimMIM(PixelMethod):
             _initialize(self.encoder)
             self.cell_head = self._build_cell_head(dim)
 
-    def forward(self, images: Tensor, noise: Tensor) -> PixelOutput:
+    def forward(self, images: Tensor, noise: Tensor, weights: Tensor | None = None) -> PixelOutput:
         """Compute the loss of a batch.
 
         Parameters
@@ -59,6 +57,9 @@ class SimMIM(PixelMethod):
         noise
             int (batch, N), for example from ``prmim_core.counter_noise``. It also decides which branches drop path
             drops, in training mode.
+        weights
+            float (batch, N), for ``throwing="weighted"`` only, for example from :meth:`attention`. Attended units tend
+            to be masked.
 
         Returns
         -------
@@ -69,13 +70,11 @@ class SimMIM(PixelMethod):
         TypeError
             If ``images`` are not uint8 or ``noise`` does not hold real numbers.
         ValueError
-            If a shape does not fit, or there are no images.
+            If a shape does not fit, there are no images, or weights are missing or not needed.
         """
-        patches, schedule = self._patches(images), self._schedule
+        patches = self._patches(images)
         self._check_batch(images, noise)
-        num_units = schedule.counts.visible // prod(self._mask_shape)
-        visible = block_visible(schedule.grid, self._mask_shape, num_units, noise)
-        plan = make_plan(schedule, noise, visible=visible)
+        plan = self._plan(noise, weights)
         features = self._encode_known(patches, plan, self._drop_path(noise, self.config.drop_rate))
         if self.reconstruct is not None:
             features = self.reconstruct(features, plan)

@@ -6,7 +6,7 @@ decoder take tokens and the indices of their positions.
 
 from collections.abc import Sequence
 from math import prod, sqrt
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 import torch.nn.functional as F
@@ -16,13 +16,13 @@ from torch.utils.checkpoint import checkpoint
 from prmim_core import Grid, num_offsets
 from prmim_torch.cpu_kernels import attend, linear
 
-Position = Literal["absolute", "relative", "relative_per_block"]
+Position = Literal["absolute", "raster", "learned", "relative", "relative_per_block"]
 
 LAYER_NORM_EPS = 1e-6
 
 
-def sincos_table(shape: Sequence[int], dim: int) -> Tensor:
-    """Return the fixed sine-cosine position table of a grid; its first row, zeros, belongs to the class token.
+def sincos_table(shape: Sequence[int], dim: int, class_tokens: int = 1) -> Tensor:
+    """Return the fixed sine-cosine position table of a grid; its first rows, zeros, belong to the class tokens.
 
     Parameters
     ----------
@@ -30,11 +30,13 @@ def sincos_table(shape: Sequence[int], dim: int) -> Tensor:
         Tokens along each axis; tokens are numbered in raster order.
     dim
         Channels; a multiple of twice the number of axes.
+    class_tokens
+        Number of class tokens, C.
 
     Returns
     -------
     Tensor
-        float32 (1, 1 + N, dim), computed in float64, on the CPU whatever the default device.
+        float32 (1, C + N, dim), computed in float64, on the CPU whatever the default device.
 
     Raises
     ------
@@ -64,7 +66,44 @@ def sincos_table(shape: Sequence[int], dim: int) -> Tensor:
     indices = torch.meshgrid(*(torch.arange(n, **float64) for n in shape), indexing="ij")
     angles = [index.reshape(-1, 1) * omega for index in reversed(indices)]
     table = torch.cat([part for angle in angles for part in (angle.sin(), angle.cos())], dim=1)
-    return torch.cat([torch.zeros(1, dim, **float64), table]).float()[None]
+    return torch.cat([torch.zeros(class_tokens, dim, **float64), table]).float()[None]
+
+
+def raster_table(number: int, dim: int, class_tokens: int) -> Tensor:
+    """Return VideoMAE's fixed sine-cosine position table of tokens in raster order.
+
+    Parameters
+    ----------
+    number
+        Tokens, N.
+    dim
+        Channels; even.
+    class_tokens
+        Number of class tokens, C. Their rows come first and are zeros.
+
+    Returns
+    -------
+    Tensor
+        float32 (1, C + N, dim), computed in float64. Channels 2k and 2k + 1 of token p are the sine and the cosine of
+        p 10000^(-2k / dim).
+
+    Raises
+    ------
+    ValueError
+        If ``dim`` is odd.
+
+    Examples
+    --------
+    >>> raster_table(2, 4, 0)[0, 1]
+    tensor([0.8415, 0.5403, 0.0100, 0.9999])
+    """
+    if dim < 1 or dim % 2:
+        raise ValueError(f"dim: expected a positive even number, got {dim}")
+    float64: dict[str, Any] = {"dtype": torch.float64, "device": "cpu"}
+    omega = 10000.0 ** (-torch.arange(0, dim, 2, **float64) / dim)
+    angles = torch.arange(number, **float64)[:, None] * omega
+    table = torch.stack([angles.sin(), angles.cos()], dim=2).flatten(1)
+    return torch.cat([torch.zeros(class_tokens, dim, **float64), table]).float()[None]
 
 
 def constant_like(values: Sequence[float], like: Tensor) -> Tensor:
@@ -83,13 +122,34 @@ def fill(tensor: Tensor, values: Tensor) -> None:
         tensor.copy_(spread(values, tensor))
 
 
+def add_table(module: nn.Module, grid_shape: Sequence[int], dim: int, class_tokens: int, *, is_learned: bool) -> None:
+    """Give a module an uninitialised position table ``pos_embed`` (1, C + N, dim): a parameter if it is learned."""
+    table = torch.empty(1, class_tokens + prod(grid_shape), dim)
+    if is_learned:
+        module.register_parameter("pos_embed", nn.Parameter(table))
+    else:
+        module.register_buffer("pos_embed", table)
+
+
+def reset_table(table: Tensor, grid_shape: Sequence[int], class_tokens: int, position: str) -> None:
+    """Give a position table its initial values: normal with deviation 0.02 for ``"learned"``, else sine-cosine."""
+    if position == "learned":
+        # Truncating at +-2, as timm does, has no effect.
+        nn.init.normal_(table, std=0.02)
+    elif position == "raster":
+        fill(table, raster_table(prod(grid_shape), table.shape[-1], class_tokens))
+    else:
+        fill(table, sincos_table(grid_shape, table.shape[-1], class_tokens))
+
+
 class Linear(nn.Linear):
     """``nn.Linear`` with MAE's initialisation: Xavier-uniform weight (a fused qkv matrix counts as one), zero bias."""
 
     def reset_parameters(self) -> None:
         """Redraw the weight from torch's global random state."""
         nn.init.xavier_uniform_(self.weight)
-        nn.init.zeros_(self.bias)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., in_features) to (..., out_features)."""
@@ -193,6 +253,15 @@ class Attention(nn.Module):
         q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))
         mixed = attend(q, k, v, None if bias is None else bias.to(q.dtype))  # batch, heads, length, head_dim
         return self.proj(mixed.transpose(1, 2).flatten(2))
+
+    def first_query(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Return the attention of the first token to all: (batch, length, dim) to (batch, heads, length).
+
+        ``bias`` is added to the scores: ([batch,] heads, length, length).
+        """
+        q, k, _ = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(2)  # batch, length, heads, head_dim
+        scores = torch.einsum("bhd,blhd->bhl", q[:, 0], k).to(x.dtype) * q.shape[-1] ** -0.5
+        return (scores if bias is None else scores + bias[..., 0, :]).softmax(-1)
 
 
 def offset_code(grid: Grid, device: torch.device) -> Tensor:
@@ -370,6 +439,10 @@ class Block(nn.Module):
             return checkpoint(self._add, x, bias, scales, use_reentrant=False, preserve_rng_state=False)
         return self._add(x, bias, scales)
 
+    def first_query(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Return the attention of the first token of the block's input; see :meth:`Attention.first_query`."""
+        return self.attn.first_query(self.norm1(x), bias)
+
     def _add(self, x: Tensor, bias: Tensor | None, scales: Tensor | None) -> Tensor:
         """Add both branches to the residual stream."""
         attended = self.ls1(self.attn(self.norm1(x), bias))
@@ -392,12 +465,15 @@ class Encoder(nn.Module):
     dim, depth, num_heads
         Width, number of blocks, attention heads.
     position
-        ``"absolute"``: a sine-cosine table, added to the tokens; ``"relative"``: a learned bias on the attention
+        ``"absolute"``: a sine-cosine table, added to the tokens; ``"raster"``: one of the tokens' numbers in raster
+        order; ``"learned"``: a learned table, added to the tokens; ``"relative"``: a learned bias on the attention
         scores, shared by the blocks; ``"relative_per_block"``: such a bias in each block.
     learned_positions
         Whether the table of ``"absolute"`` is a parameter; else it is fixed.
     layer_scale, recompute
         See :class:`Block`.
+    class_tokens
+        Number of class tokens, C, each with a position of its own. Relative positions need exactly one.
     mask_token
         Whether there is a mask token, ``mask_token``. It starts at zero, and :meth:`encode` does not use it.
     final_norm
@@ -406,9 +482,10 @@ class Encoder(nn.Module):
     Raises
     ------
     ValueError
-        If ``dim`` cannot be divided among the axes or the position is unknown.
+        If ``dim`` cannot be divided among the axes, the position is unknown, or the class tokens do not fit it.
     """
 
+    cls_token: nn.Parameter
     pos_embed: Tensor
 
     def __init__(
@@ -423,6 +500,7 @@ class Encoder(nn.Module):
         position: Position = "absolute",
         learned_positions: bool = False,
         layer_scale: float | None = None,
+        class_tokens: int = 1,
         mask_token: bool = False,
         final_norm: bool = True,
         recompute: bool = False,
@@ -430,18 +508,21 @@ class Encoder(nn.Module):
         super().__init__()
         if position not in get_args(Position):
             raise ValueError(f"position: expected {' or '.join(map(repr, get_args(Position)))}, got {position!r}")
+        self._has_table = position in ("absolute", "raster", "learned")
+        if class_tokens != 1 and not self._has_table:
+            raise ValueError(f"class_tokens: expected 1 for position {position!r}, got {class_tokens}")
         self.position = position
+        self.class_tokens = class_tokens
         self.patch_embed = PatchEmbed(dim, channels, patch_size)
-        self.cls_token = nn.Parameter(torch.empty(1, 1, dim))
+        if class_tokens:
+            self.cls_token = nn.Parameter(torch.empty(1, class_tokens, dim))
         if mask_token:
             self.mask_token = nn.Parameter(torch.empty(1, 1, dim))
         self._grid_shape = tuple(grid_shape)
         if position == "relative":
             self.rel_pos_bias = RelativePositionBias(grid_shape, num_heads)
-        elif position == "absolute" and learned_positions:
-            self.pos_embed = nn.Parameter(torch.empty(1, 1 + prod(grid_shape), dim))
-        elif position == "absolute":
-            self.register_buffer("pos_embed", torch.empty(1, 1 + prod(grid_shape), dim))
+        elif self._has_table:
+            add_table(self, grid_shape, dim, class_tokens, is_learned=learned_positions or position == "learned")
         self.reset_parameters()
         rows = num_offsets(Grid(self._grid_shape)) + 3 if position == "relative_per_block" else None
         self.blocks = nn.ModuleList(
@@ -450,17 +531,23 @@ class Encoder(nn.Module):
         self.norm = LayerNorm(dim) if final_norm else nn.Identity()
 
     def reset_parameters(self) -> None:
-        """Redraw the class token; give the mask token and the position table their initial values.
+        """Redraw the class tokens; give the mask token and the position table their initial values.
 
         The parts of the encoder are not changed. Each has a ``reset_parameters`` of its own.
         """
-        nn.init.normal_(self.cls_token, std=0.02)
+        if self.class_tokens:
+            nn.init.normal_(self.cls_token, std=0.02)
         if hasattr(self, "mask_token"):
             nn.init.zeros_(self.mask_token)
-        if self.position == "absolute":
-            fill(self.pos_embed, sincos_table(self._grid_shape, self.pos_embed.shape[-1]))
+        if self._has_table:
+            reset_table(self.pos_embed, self._grid_shape, self.class_tokens, self.position)
 
-    def forward(self, patches: Tensor, index: Tensor | None = None) -> Tensor:
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the parameters."""
+        return self.patch_embed.proj.bias.dtype
+
+    def forward(self, patches: Tensor, index: Tensor | None = None, scales: Tensor | None = None) -> Tensor:
         """Encode patches.
 
         Parameters
@@ -469,19 +556,21 @@ class Encoder(nn.Module):
             (batch, length, prod(patch) * C), normalised pixels.
         index
             int (batch, length): the token of each patch; None: the patches are all N tokens, in raster order.
+        scales
+            See :meth:`encode`.
 
         Returns
         -------
         Tensor
-            (batch, 1 + length, dim), class token first.
+            (batch, C + length, dim), class tokens first.
         """
-        return self.encode(self.place(self.patch_embed(patches), index), index)
+        return self.encode(self.place(self.patch_embed(patches), index), index, scales)
 
     def place(self, tokens: Tensor, index: Tensor | None = None) -> Tensor:
         """Add the position table at ``index``, if there is one, to embedded tokens ([batch,] length, dim)."""
-        if self.position != "absolute":
+        if not self._has_table:
             return tokens
-        table = self.pos_embed[0, 1:]
+        table = self.pos_embed[0, self.class_tokens :]
         return tokens + (table if index is None else F.embedding(index, table))
 
     def encode(self, tokens: Tensor, index: Tensor | None = None, scales: Tensor | None = None) -> Tensor:
@@ -499,37 +588,57 @@ class Encoder(nn.Module):
         Returns
         -------
         Tensor
-            (batch, 1 + length, dim), class token first.
+            (batch, C + length, dim), class tokens first.
         """
         x, bias = self._start(tokens, index)
         for number, block in enumerate(self.blocks):
             x = block(x, bias, None if scales is None else scales[:, number])
         return self.norm(x)
 
-    def hidden_states(self, tokens: Tensor, index: Tensor | None = None, scales: Tensor | None = None) -> Tensor:
+    def hidden_states(self, tokens: Tensor, index: Tensor | None = None, scales: Tensor | None = None) -> list[Tensor]:
         """Run the blocks on embedded and placed tokens; see :meth:`encode` for the arguments.
 
         Returns
         -------
-        Tensor
-            (depth, batch, 1 + length, dim): the outputs of the blocks, class token first, before the final norm.
+        list of Tensor
+            (batch, C + length, dim) each, class tokens first, before the final norm: item 0 is the input of the first
+            block, item k the output of block k, counted from 1.
         """
         x, bias = self._start(tokens, index)
-        states = []
+        states = [x]
         for number, block in enumerate(self.blocks):
             x = block(x, bias, None if scales is None else scales[:, number])
             states.append(x)
-        return torch.stack(states)
+        return states
+
+    def cls_attention(self, tokens: Tensor) -> Tensor:
+        """Return the attention of the class token to all N patches in the last block.
+
+        Parameters
+        ----------
+        tokens
+            (batch, N, dim): all tokens, embedded and placed, in raster order.
+
+        Returns
+        -------
+        Tensor
+            (batch, heads, N).
+        """
+        x, bias = self._start(tokens, None)
+        for block in self.blocks[:-1]:
+            x = block(x, bias)
+        return cast(Block, self.blocks[-1]).first_query(x, bias)[:, :, -tokens.shape[1] :]
 
     def _start(self, tokens: Tensor, index: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Return the input of the first block, with the class token, and the blocks' argument ``bias``."""
-        is_absolute = self.position == "absolute"
-        cls_token = self.cls_token + self.pos_embed[:, :1] if is_absolute else self.cls_token
+        """Return the input of the first block, with the class tokens, and the blocks' argument ``bias``."""
         # The residual stream has the precision of the parameters; under autocast, the tokens can have a lower one.
-        x = torch.cat([cls_token.expand(tokens.shape[0], -1, -1), tokens.to(cls_token.dtype)], dim=1)
+        x = tokens.to(self.dtype)
+        if self.class_tokens:
+            cls_token = self.cls_token + self.pos_embed[:, : self.class_tokens] if self._has_table else self.cls_token
+            x = torch.cat([cls_token.expand(tokens.shape[0], -1, -1), x], dim=1)
         if self.position == "relative_per_block":
             return x, bias_rows(Grid(self._grid_shape), index, x.device)
-        return x, None if is_absolute else self.rel_pos_bias(index)
+        return x, None if self._has_table else self.rel_pos_bias(index)
 
 
 class Decoder(nn.Module):
@@ -542,9 +651,15 @@ class Decoder(nn.Module):
     encoder_dim
         Width of the encoder.
     output_dim
-        Values to predict per token.
+        Values to predict per token; None: no prediction head.
     dim, depth, num_heads
         Width, number of blocks, attention heads.
+    position
+        ``"absolute"``, ``"raster"`` or ``"learned"``, see :class:`Encoder`.
+    class_tokens
+        Number of class tokens, C, each with a position of its own.
+    embed_bias
+        Whether the layer that narrows the encoder's tokens has a bias.
     recompute
         See :class:`Block`.
 
@@ -560,27 +675,33 @@ class Decoder(nn.Module):
         self,
         grid_shape: Sequence[int],
         encoder_dim: int,
-        output_dim: int,
+        output_dim: int | None,
         *,
         dim: int,
         depth: int,
         num_heads: int,
+        position: Position = "absolute",
+        class_tokens: int = 1,
+        embed_bias: bool = True,
         recompute: bool = False,
     ) -> None:
         super().__init__()
-        self.embed = Linear(encoder_dim, dim)
+        self.position = position
+        self.class_tokens = class_tokens
+        self.embed = Linear(encoder_dim, dim, bias=embed_bias)
         self.mask_token = nn.Parameter(torch.empty(1, 1, dim))
         self._grid_shape = tuple(grid_shape)
-        self.register_buffer("pos_embed", torch.empty(1, 1 + prod(grid_shape), dim))
+        add_table(self, grid_shape, dim, class_tokens, is_learned=position == "learned")
         self.reset_parameters()
         self.blocks = nn.ModuleList(Block(dim, num_heads, recompute=recompute) for _ in range(depth))
         self.norm = LayerNorm(dim)
-        self.pred = Linear(dim, output_dim)
+        if output_dim is not None:
+            self.pred = Linear(dim, output_dim)
 
     def reset_parameters(self) -> None:
-        """Redraw the mask token and restore the position table; the parts of the decoder are not changed."""
+        """Redraw the mask token, reset the position table; the parts of the decoder are not changed."""
         nn.init.normal_(self.mask_token, std=0.02)
-        fill(self.pos_embed, sincos_table(self._grid_shape, self.pos_embed.shape[-1]))
+        reset_table(self.pos_embed, self._grid_shape, self.class_tokens, self.position)
 
     def forward(self, encoded: Tensor, index: Tensor) -> Tensor:
         """Decode, without the prediction head ``pred``: the caller applies it to the tokens that need it.
@@ -588,26 +709,27 @@ class Decoder(nn.Module):
         Parameters
         ----------
         encoded
-            (batch, 1 + V, encoder_dim), class token first.
+            (batch, C + V, encoder_dim), class tokens first.
         index
             int (batch, V + M): the visible tokens, in the order of ``encoded``, then the tokens to decode.
 
         Returns
         -------
         Tensor
-            (batch, V + M, dim): normalised features of the tokens at ``index``, without the class token.
+            (batch, V + M, dim): normalised features of the tokens at ``index``, without the class tokens.
         """
-        places = F.embedding(index, self.pos_embed[0, 1:])
-        seen = self.embed(encoded)  # batch, 1 + V, dim
-        num_visible = seen.shape[1] - 1
+        num_class = self.class_tokens
+        places = F.embedding(index, self.pos_embed[0, num_class:])
+        seen = self.embed(encoded)  # batch, C + V, dim
+        num_visible = seen.shape[1] - num_class
         x = torch.cat(
             [
-                seen[:, :1] + self.pos_embed[:, :1],
-                seen[:, 1:] + places[:, :num_visible],
+                seen[:, :num_class] + self.pos_embed[:, :num_class],
+                seen[:, num_class:] + places[:, :num_visible],
                 self.mask_token + places[:, num_visible:],
             ],
             dim=1,
         )
         for block in self.blocks:
             x = block(x)
-        return self.norm(x[:, 1:])
+        return self.norm(x[:, num_class:])

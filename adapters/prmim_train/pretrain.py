@@ -11,6 +11,7 @@ from prmim_train.data.batches import Batch, BatchIterator, train_batches
 from prmim_train.evaluate.features import evaluate_run, format_evaluation, probe_run
 from prmim_train.report.inspect import format_brief
 from prmim_train.report.pictures import draw_run
+from prmim_train.run.attention import AttentionMaps
 from prmim_train.run.directory import RunDirectory
 from prmim_train.run.engine import Engine, create_engine
 from prmim_train.run.loop import Job, train
@@ -74,6 +75,9 @@ class Pretraining(Job[Engine]):
         if config.resume:
             self.data = leave_out_trained(self.data, RunDirectory(config.run_path))
         self.budget = self.data.budget
+        self.attention = (
+            AttentionMaps(RunDirectory(config.run_path), config, self.data) if config.method.needs_weights else None
+        )
         self.command = f"prmim pretrain --out {config.run_path} --resume"
         if config.probe_every is not None:
             if reason := why_not(self.data):
@@ -117,13 +121,14 @@ class Pretraining(Job[Engine]):
             self.data.source,
             indices=self.data.train,
             batch_size=config.batch_size,
-            image_size=config.image_plane,
+            image_size=config.method.image_size,
             seed=config.seed,
             start_step=engine.step,
             total_steps=self.budget.total_steps,
             crop_scale=config.crop_scale,
             crop_ratio=config.crop_ratio,
             crop_draw=config.crop_draw,
+            crop_padding=config.crop_padding,
             flip=config.flip,
             workers=config.workers,
             rank=engine.rank,
@@ -131,8 +136,11 @@ class Pretraining(Job[Engine]):
         )
 
     def take_step(self, engine: Engine, batch: Batch) -> None:
-        """Mask the images and take one optimizer step."""
-        engine.train_step(batch.images, batch.index)
+        """Mask the images, by the attention to them if the method needs it, and take one optimizer step."""
+        if self.attention is None:
+            engine.train_step(batch.images, batch.index)
+        else:
+            engine.train_step(batch.images, batch.index, self.attention.weights(engine, batch))
 
     def measure(self, engine: Engine) -> dict[str, Any]:
         """Evaluate the current frozen features."""

@@ -23,7 +23,7 @@ def time_steps(study: Study, arms: list[str], repeats: int, backend: str, report
     timed = [DENSE, *(arm for arm in arms if arm != DENSE and not (ARMS[arm].detached or ARMS[arm].equal_compute))]
     configs = {arm: config_of({**study.options(arm), "backend": backend}) for arm in timed}
     batch = configs[DENSE].batch_size
-    shape = (batch, *configs[DENSE].image_plane, configs[DENSE].method.channels)
+    shape = (batch, *configs[DENSE].method.image_size, configs[DENSE].method.channels)
     images = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
 
     def step(engine: Engine) -> None:

@@ -20,8 +20,11 @@ A module has the name of its counterpart in ``prmim_core`` or in the adapters.
 from prmim_reference import (
     counts,
     coverage,
+    cross_decoder,
     drop_path,
     grid,
+    hog,
+    localmim,
     mae,
     maskalign,
     masking,
@@ -34,14 +37,18 @@ from prmim_reference import (
     simmim,
     targets,
     throwing,
+    videomae,
     vit,
 )
 
 __all__ = [
     "counts",
     "coverage",
+    "cross_decoder",
     "drop_path",
     "grid",
+    "hog",
+    "localmim",
     "mae",
     "maskalign",
     "masking",
@@ -54,5 +61,6 @@ __all__ = [
     "simmim",
     "targets",
     "throwing",
+    "videomae",
     "vit",
 ]

@@ -24,7 +24,7 @@ class TokenCounts:
         return self.decoded + self.thrown
 
 
-def rounding_rule(rounding: str, float_rule: str) -> str:
+def rounding_rule(rounding: str, float_rule: str, exact_rule: str = "mae") -> str:
     """Return the rule of `count_tokens` for the option ``rounding`` of a method, whose code computes by ``float_rule``.
 
     Examples
@@ -34,7 +34,7 @@ def rounding_rule(rounding: str, float_rule: str) -> str:
     """
     if rounding not in ("exact", "float"):
         raise ValueError(f'rounding: expected "exact" or "float", got {rounding!r}')
-    return float_rule if rounding == "float" else "mae"
+    return float_rule if rounding == "float" else exact_rule
 
 
 def count_tokens(
@@ -57,10 +57,10 @@ def count_tokens(
         N, tokens per image.
     mask_ratio, throw_ratio : float
         Fractions of **all** tokens, in [0, 1].
-    rounding : {"mae", "amt", "mae_float", "simmim_float"}
+    rounding : {"mae", "amt", "mae_float", "simmim_float", "amt_float"}
         "mae": the visible count is floor(N (1 - mask_ratio)). "amt": the masked count is floor(N mask_ratio).
         "mae_float": as "mae", in floating point. "simmim_float": the masked count is ceil(N mask_ratio), in floating
-        point.
+        point. "amt_float": as "amt", in floating point.
     mask_unit, throw_unit : int
         Numbers of tokens that are masked or thrown together. The rules above then count units instead of tokens.
 
@@ -104,8 +104,12 @@ def count_tokens(
     elif rounding == "simmim_float":
         visible_units = units - math.ceil(units * float(mask_ratio))
         thrown_units = int(num_tokens // throw_unit * float(throw_ratio))
+    elif rounding == "amt_float":
+        visible_units = units - int(units * float(mask_ratio))
+        thrown_units = int(num_tokens // throw_unit * float(throw_ratio))
     else:
-        raise ValueError(f'rounding: expected "mae", "amt", "mae_float" or "simmim_float", got {rounding!r}')
+        rules = '"mae", "amt", "mae_float", "simmim_float" or "amt_float"'
+        raise ValueError(f"rounding: expected {rules}, got {rounding!r}")
     visible = visible_units * mask_unit
     thrown = min(thrown_units * throw_unit, num_tokens - visible)
     return TokenCounts(visible=visible, decoded=num_tokens - visible - thrown, thrown=thrown)

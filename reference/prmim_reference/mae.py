@@ -8,21 +8,28 @@ from numpy.typing import ArrayLike, NDArray
 
 from prmim_reference import grid
 from prmim_reference.counts import TokenCounts, count_tokens, rounding_rule
+from prmim_reference.cross_decoder import cross_decode
+from prmim_reference.fusion import fuse
+from prmim_reference.masking import block_visible, unattended_visible, unit_shape
 from prmim_reference.method import (
     PixelOutput,
     Targets,
     as_weights,
     check_reconstruction,
     encode_tokens,
+    encoder_input,
+    encoder_scales,
+    encoder_states,
     image_patches,
     pixel_output,
     rebuild,
     supervise,
 )
+from prmim_reference.method import attention as attention  # re-exported: the same for all methods
 from prmim_reference.method import encode as encode  # re-exported: the same for all methods
 from prmim_reference.schedule import make_order
 from prmim_reference.targets import grid_shape
-from prmim_reference.vit import Weights, linear, transformer
+from prmim_reference.vit import Weights, linear, norm, transformer
 
 Array = NDArray[np.float64]
 
@@ -30,15 +37,16 @@ Array = NDArray[np.float64]
 def decode_tokens(
     encoded: Array, visible: Sequence[int], decoded: Sequence[int], weights: Weights, num_heads: int
 ) -> Array:
-    """Run the decoder on class token, visible and decoded tokens; return (V + M, dim) without class token."""
+    """Run the decoder on class tokens, visible and decoded tokens; return (V + M, dim) without class tokens."""
     table = weights["decoder.pos_embed"][0]
     embedded = linear(encoded, weights, "decoder.embed")
-    sequence = [embedded[0] + table[0]]
-    for place, token in enumerate(visible, start=1):
-        sequence.append(embedded[place] + table[1 + token])
+    class_tokens = len(embedded) - len(visible)
+    sequence = [embedded[place] + table[place] for place in range(class_tokens)]
+    for place, token in enumerate(visible, start=class_tokens):
+        sequence.append(embedded[place] + table[class_tokens + token])
     for token in decoded:
-        sequence.append(weights["decoder.mask_token"][0, 0] + table[1 + token])
-    return transformer(np.array(sequence), weights, "decoder", num_heads)[1:]
+        sequence.append(weights["decoder.mask_token"][0, 0] + table[class_tokens + token])
+    return transformer(np.array(sequence), weights, "decoder", num_heads)[class_tokens:]
 
 
 def image_features(
@@ -50,14 +58,31 @@ def image_features(
     *,
     num_heads: int,
     decoder_heads: int,
+    decoder: str,
     stages: int,
     reconstruction: str,
+    fusion: str,
+    scales: Array | None,
+    repeated: Sequence[int] = (),
 ) -> Array:
-    """Return the features of one image that the heads read, in plan order: (V + M, dim), or (N, dim) if rebuilt."""
+    """Return the features of one image that the heads read, in plan order: (V + M, dim), or (N, dim) if rebuilt.
+
+    The visible tokens in `repeated` pass through the decoder once more, as mask tokens.
+    """
     visible = order[: counts.visible]
     decoded = order[counts.visible : counts.visible + counts.decoded]
-    encoded = encode_tokens(patches, visible, shape, weights, num_heads)
-    features = decode_tokens(encoded, visible, decoded, weights, decoder_heads)
+    if decoder == "cross":
+        start, _ = encoder_input(patches, visible, shape, weights)
+        layers = [start, *encoder_states(patches, visible, shape, weights, num_heads, scales=scales)]
+        features = cross_decode(layers, visible, decoded, weights, decoder_heads)
+    else:
+        if fusion == "mff":
+            states = encoder_states(patches, visible, shape, weights, num_heads, scales=scales)
+            encoded = norm(fuse(states, weights), weights, "encoder.norm")
+        else:
+            encoded = encode_tokens(patches, visible, shape, weights, num_heads, scales=scales)
+        features = decode_tokens(encoded, visible, [*decoded, *repeated], weights, decoder_heads)
+        features = features[: counts.visible + counts.decoded]
     return rebuild(features, order, counts, shape, weights, stages=stages, reconstruction=reconstruction)
 
 
@@ -88,18 +113,26 @@ def forward(
     cell_norm: str = "image",
     extra_cells: str = "none",
     extra_cells_weight: float = 1.0,
+    fusion: str = "none",
     norm_pix: bool = True,
+    decoder: str = "self",
+    mask_unit: int = 1,
+    drop_path: float = 0.0,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     visible: ArrayLike | None = None,
     draw_weights: ArrayLike | None = None,
+    counts: TokenCounts | None = None,
+    repeated: Sequence[Sequence[int]] | None = None,
+    wanted: Sequence[Array] | None = None,
 ) -> PixelOutput:
     """Compute the loss and the predictions of a batch.
 
     Parameters
     ----------
     weights : mapping of str to array, or a path
-        The arrays of a saved method, or a ``.safetensors`` file. Position tables are not recomputed.
+        The arrays of a saved method, or a ``.safetensors`` file. Position tables are not recomputed. The rows of
+        ``encoder.cls_token`` determine the number of class tokens.
     images : uint8 (batch, axes..., channels)
     noise : int (batch, N)
     patch_size : pixels of a patch along each axis
@@ -129,29 +162,56 @@ def forward(
         Which other tokens also predict cells: none, the decoded ones, or those and the visible ones.
     extra_cells_weight : float
         Weight of the cells of such a token in the loss.
+    fusion : {"none", "mff"}
+        What the decoder reads: the output of the encoder's last block, or a learned mean of several (`fusion.fuse`).
     norm_pix : bool
         Normalise target patches by their own statistics.
+    decoder : {"self", "cross"}
+        What decoder blocks attend to: visible and decoded tokens, or mixes of the encoder's layers.
+    mask_unit : int
+        Tokens per masked unit along each axis; divides the grid.
+    drop_path : float
+        Rate of the encoder's last block in training; 0 is evaluation.
     mean, std : numbers per channel
         Defaults: ImageNet's for three channels, else 0.5.
     visible : int (batch, V), optional
-        The visible tokens; by default those of lowest noise.
+        The visible tokens; by default those of the units of lowest noise.
     draw_weights : float (batch, N), optional
-        Token weights for ``throwing="weighted"``.
+        Token weights for ``throwing="weighted"``. They also draw the visible units, if these are not given: those
+        drawn last are visible.
+    counts : TokenCounts, optional
+        The counts; by default those of the ratios.
+    repeated : for each image, visible tokens that are decoded once more, without a loss; optional
+    wanted : for each image, the patches (N, patch_dim) that tokens predict, already normalised; optional
 
     Returns
     -------
     PixelOutput
     """
     check_reconstruction(reconstruction)
+    if decoder not in ("self", "cross"):
+        raise ValueError(f'decoder: expected "self" or "cross", got {decoder!r}')
     weights = as_weights(weights)
     images, noise = np.asarray(images), np.asarray(noise)
     shape = grid_shape(images.shape[1:-1], patch_size)
     thrown_ratio = 0.0 if throwing == "none" else throw_ratio
     rule = rounding_rule(rounding, "mae_float")
-    counts = count_tokens(grid.num_tokens(shape), mask_ratio, thrown_ratio, rule)
+    unit = unit_shape(shape, mask_unit)
+    tokens = grid.num_tokens(unit)
+    if counts is None:
+        counts = count_tokens(grid.num_tokens(shape), mask_ratio, thrown_ratio, rule, mask_unit=tokens)
+    num_units = counts.visible // tokens
+    if visible is None and throwing == "weighted":
+        if draw_weights is None:
+            raise ValueError('draw_weights: expected token weights for throwing="weighted", got None')
+        drawn = zip(noise.tolist(), np.asarray(draw_weights).tolist(), strict=True)
+        visible = [unattended_visible(shape, unit, num_units, *image) for image in drawn]
+    elif visible is None:
+        visible = [block_visible(shape, unit, num_units, drawn) for drawn in noise.tolist()]
     if counts.thrown == 0:
         throwing = "random"
 
+    norm_pix = norm_pix and wanted is None
     targets = Targets(patch_size, norm_pix, reconstruction != "none", thrown_target, cells, cell_norm, extra_cells)
     orders, found = [], []
     for number, image in enumerate(images):
@@ -161,11 +221,11 @@ def forward(
             noise[number].tolist(),
             throwing=throwing,
             furthest_from=furthest_from,
-            visible=None if visible is None else np.asarray(visible)[number].tolist(),
+            visible=np.asarray(visible)[number].tolist(),
             weights=None if draw_weights is None else np.asarray(draw_weights)[number].tolist(),
         )
         patches = image_patches(image, patch_size, mean, std)
-        wanted_patches = image_patches(image, patch_size, mean, std, low_pass)
+        wanted_patches = image_patches(image, patch_size, mean, std, low_pass) if wanted is None else wanted[number]
         features = image_features(
             patches,
             order,
@@ -174,8 +234,12 @@ def forward(
             weights,
             num_heads=num_heads,
             decoder_heads=decoder_heads,
+            decoder=decoder,
             stages=stages,
             reconstruction=reconstruction,
+            fusion=fusion,
+            scales=encoder_scales(noise[number].tolist(), weights, drop_path),
+            repeated=() if repeated is None else repeated[number],
         )
         found.append(
             supervise(

@@ -27,6 +27,19 @@ def random_visible(num_visible: int, noise: Sequence[float]) -> list[int]:
     return by_noise(noise, range(len(noise)))[:num_visible]
 
 
+def unit_shape(shape: Sequence[int], mask_unit: int) -> tuple[int, ...]:
+    """Return the number of tokens of a unit along each axis of the grid.
+
+    Examples
+    --------
+    >>> unit_shape((14, 14), 2)
+    (2, 2)
+    """
+    if mask_unit < 1 or any(length % mask_unit for length in shape):
+        raise ValueError(f"mask_unit: expected a divisor of the grid {'x'.join(map(str, shape))}, got {mask_unit}")
+    return (mask_unit,) * len(shape)
+
+
 def block_visible(
     shape: Sequence[int], unit: Sequence[int], num_visible_units: int, noise: Sequence[float]
 ) -> list[int]:
@@ -99,7 +112,7 @@ def weighted_draw(
 
 
 def weighted_visible(num_visible: int, noise: Sequence[int], weights: Sequence[float]) -> list[int]:
-    """Draw visible tokens without replacement, in proportion to ``weights`` (MaskAlign, AMT).
+    """Draw visible tokens without replacement, in proportion to ``weights`` (MaskAlign).
 
     Parameters
     ----------
@@ -113,6 +126,56 @@ def weighted_visible(num_visible: int, noise: Sequence[int], weights: Sequence[f
     [1, 2]
     """
     return weighted_draw(num_visible, noise, weights, range(len(noise)))
+
+
+def unattended_visible(
+    shape: Sequence[int], unit: Sequence[int], num_visible_units: int, noise: Sequence[int], weights: Sequence[float]
+) -> list[int]:
+    """Draw all units without replacement, in proportion to weights; return the tokens of those drawn last (AMT).
+
+    A unit takes the noise of its first token and the sum of its weights. The unit drawn last comes first, the tokens of
+    a unit are in raster order.
+
+    Parameters
+    ----------
+    shape : lengths of the grid
+    unit : tokens per unit along each axis; divisors of the lengths
+    num_visible_units : int
+    noise : sequence of int, N signed 32-bit values
+    weights : sequence of float, N non-negative values
+
+    Examples
+    --------
+    >>> unattended_visible((1, 4), (1, 1), 2, [0, 0, 0, 0], [4.0, 3.0, 1.0, 2.0])
+    [2, 3]
+    """
+    units = unit_tokens(shape, unit)
+    if not 0 <= num_visible_units <= len(units):
+        raise ValueError(f"num_visible_units: expected 0 to {len(units)}, got {num_visible_units}")
+    unit_noise = [noise[tokens[0]] for tokens in units]
+    sums = [sum(weights[token] for token in tokens) for tokens in units]
+    drawn = weighted_draw(len(units), unit_noise, sums, range(len(units)))
+    visible = []
+    for number in drawn[::-1][:num_visible_units]:
+        visible.extend(units[number])
+    return visible
+
+
+def attention_weights(attention: Sequence[Sequence[float]]) -> list[float]:
+    """Turn the attention of several heads to N patches into N weights: min-max normalised per head, averaged (AMT).
+
+    A head that attends to all patches alike gives each the weight 1.
+
+    Examples
+    --------
+    >>> attention_weights([[0.25, 0.5, 0.25], [0.1, 0.1, 0.1]])
+    [0.5, 1.0, 0.5]
+    """
+    heads = []
+    for values in attention:
+        low, high = min(values), max(values)
+        heads.append([1.0 if high == low else (value - low) / (high - low) for value in values])
+    return [sum(of_token) / len(heads) for of_token in zip(*heads, strict=True)]
 
 
 def tube_visible(shape: Sequence[int], num_visible: int, noise: Sequence[float]) -> list[int]:

@@ -9,10 +9,12 @@ from numpy.typing import ArrayLike, NDArray
 
 from prmim_reference.counts import TokenCounts
 from prmim_reference.drop_path import drop_path_scales
+from prmim_reference.masking import attention_weights
 from prmim_reference.reconstruct import progressive_reconstruction
 from prmim_reference.targets import cell_targets, grid_shape, low_pass, normalize_patches, patchify
 from prmim_reference.vit import (
     Weights,
+    attention_maps,
     depth,
     hidden_states,
     linear,
@@ -74,6 +76,46 @@ def image_patches(
     return patchify((image / 255 - channel_mean) / channel_std, patch_size)
 
 
+def encoder_input(
+    patches: Array,
+    tokens: Sequence[int],
+    shape: Sequence[int],
+    weights: Weights,
+    *,
+    mask_tokens: Sequence[int] = (),
+) -> tuple[Array, Array | None]:
+    """Return the input of the encoder's first block, (1 + n + m, dim), and the bias on attention scores, if any.
+
+    Positions are absolute (``encoder.pos_embed``, added to the tokens) or relative (``encoder.rel_pos_bias``, a bias on
+    attention scores), depending on the weights. So is the number of class tokens, C: the rows of ``encoder.cls_token``,
+    or 0 without it.
+
+    Parameters
+    ----------
+    patches : array (N, patch_dim)
+    tokens : n raster numbers of visible tokens
+    shape : the grid
+    weights : the layers under ``encoder``
+    mask_tokens : m raster numbers of tokens that are replaced by ``encoder.mask_token``
+    """
+    if (POSITION_TABLE in weights) == (RELATIVE_TABLE in weights):
+        raise ValueError(f"weights: expected either {POSITION_TABLE} or {RELATIVE_TABLE}, got both or neither")
+    sequence = list(weights["encoder.cls_token"][0]) if "encoder.cls_token" in weights else []
+    class_tokens = len(sequence)
+    for token in tokens:
+        sequence.append(patch_embedding(patches[token : token + 1], weights, "encoder.patch_embed.proj")[0])
+    for _ in mask_tokens:
+        sequence.append(weights["encoder.mask_token"][0, 0])
+    seen = [*tokens, *mask_tokens]
+    if POSITION_TABLE in weights:
+        table, bias = weights[POSITION_TABLE][0], None
+        rows = [*range(class_tokens), *(class_tokens + token for token in seen)]
+        sequence = [x + table[row] for x, row in zip(sequence, rows, strict=True)]
+    else:
+        bias = relative_position_bias(seen, shape, weights[RELATIVE_TABLE])
+    return np.array(sequence), bias
+
+
 def encoder_states(
     patches: Array,
     tokens: Sequence[int],
@@ -84,19 +126,12 @@ def encoder_states(
     mask_tokens: Sequence[int] = (),
     scales: Sequence[Sequence[float]] | Array | None = None,
 ) -> list[Array]:
-    """Run the encoder's blocks on some tokens of an image.
-
-    Positions are absolute (``encoder.pos_embed``, added to the tokens) or relative (``encoder.rel_pos_bias``, a bias on
-    attention scores), depending on the weights.
+    """Run the encoder's blocks on some tokens of an image; see `encoder_input`.
 
     Parameters
     ----------
-    patches : array (N, patch_dim)
-    tokens : n raster numbers of visible tokens
-    shape : the grid
-    weights : the layers under ``encoder``
+    patches, tokens, shape, weights, mask_tokens : see `encoder_input`
     num_heads : int
-    mask_tokens : m raster numbers of tokens that are replaced by ``encoder.mask_token``
     scales : (depth, 2), optional
         See `vit.hidden_states`.
 
@@ -105,20 +140,8 @@ def encoder_states(
     list of array (1 + n + m, dim), the class token first
         The output of every block, before the final norm.
     """
-    if (POSITION_TABLE in weights) == (RELATIVE_TABLE in weights):
-        raise ValueError(f"weights: expected either {POSITION_TABLE} or {RELATIVE_TABLE}, got both or neither")
-    sequence = [weights["encoder.cls_token"][0, 0]]
-    for token in tokens:
-        sequence.append(patch_embedding(patches[token : token + 1], weights, "encoder.patch_embed.proj")[0])
-    for _ in mask_tokens:
-        sequence.append(weights["encoder.mask_token"][0, 0])
-    seen = [*tokens, *mask_tokens]
-    if POSITION_TABLE in weights:
-        table, bias = weights[POSITION_TABLE][0], None
-        sequence = [x + table[row] for x, row in zip(sequence, [0, *(1 + token for token in seen)], strict=True)]
-    else:
-        bias = relative_position_bias(seen, shape, weights[RELATIVE_TABLE])
-    return hidden_states(np.array(sequence), weights, "encoder", num_heads, bias, scales)
+    x, bias = encoder_input(patches, tokens, shape, weights, mask_tokens=mask_tokens)
+    return hidden_states(x, weights, "encoder", num_heads, bias, scales)
 
 
 def encode_tokens(
@@ -131,7 +154,7 @@ def encode_tokens(
     mask_tokens: Sequence[int] = (),
     scales: Sequence[Sequence[float]] | Array | None = None,
 ) -> Array:
-    """Encode some tokens of an image and apply the final norm: (1 + n + m, dim); see `encoder_states`."""
+    """Encode some tokens of an image and apply the final norm: (C + n + m, dim); see `encoder_states`."""
     states = encoder_states(patches, tokens, shape, weights, num_heads, mask_tokens=mask_tokens, scales=scales)
     return norm(states[-1], weights, "encoder.norm")
 
@@ -362,7 +385,7 @@ def encode(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
 ) -> Array:
-    """Encode whole images without masking or drop path: float64 (batch, 1 + N, dim), class token first.
+    """Encode whole images without masking or drop path: float64 (batch, C + N, dim), class tokens first.
 
     Parameters
     ----------
@@ -381,3 +404,30 @@ def encode(
         patches = image_patches(image, patch_size, mean, std)
         encoded.append(encode_tokens(patches, range(len(patches)), shape, weights, num_heads))
     return np.array(encoded)
+
+
+def attention(
+    weights: Mapping[str, ArrayLike] | str | Path,
+    images: ArrayLike,
+    *,
+    patch_size: Sequence[int],
+    num_heads: int,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+) -> Array:
+    """Return the attention of the class token to the patches of whole images in the last block: float64 (batch, N).
+
+    Min-max normalised per head and averaged (`masking.attention_weights`). The arguments are those of `encode`.
+    """
+    weights, images = as_weights(weights), np.asarray(images)
+    shape = grid_shape(images.shape[1:-1], patch_size)
+    found = []
+    for image in images:
+        patches = image_patches(image, patch_size, mean, std)
+        x, bias = encoder_input(patches, range(len(patches)), shape, weights)
+        last = depth(weights, "encoder") - 1
+        x = [x, *hidden_states(x, weights, "encoder", num_heads, bias)][last]
+        x = norm(x, weights, f"encoder.blocks.{last}.norm1")
+        maps = attention_maps(x, weights, f"encoder.blocks.{last}.attn", num_heads, bias)
+        found.append(attention_weights([head[0, 1:].tolist() for head in maps]))
+    return np.array(found)

@@ -74,8 +74,10 @@ def resize_image(image: ArrayLike, shape: Sequence[int]) -> NDArray[np.float64]:
     return resized
 
 
-def resize_table(table: ArrayLike, from_shape: Sequence[int], to_shape: Sequence[int]) -> NDArray[np.float64]:
-    """Resize a position table (1 + N, dim); the first row (class token) is kept.
+def resize_table(
+    table: ArrayLike, from_shape: Sequence[int], to_shape: Sequence[int], class_tokens: int = 1
+) -> NDArray[np.float64]:
+    """Resize a position table (class_tokens + N, dim); the first rows (class tokens) are kept.
 
     Examples
     --------
@@ -83,7 +85,7 @@ def resize_table(table: ArrayLike, from_shape: Sequence[int], to_shape: Sequence
     [[9.0], [-3.0], [35.0]]
     """
     rows = np.asarray(table, dtype=np.float64)
-    if rows.ndim != 2 or len(rows) != 1 + math.prod(from_shape):
-        raise ValueError(f"table: expected {1 + math.prod(from_shape)} rows, got shape {rows.shape}")
-    resized = resize_image(rows[1:].reshape(*from_shape, rows.shape[1]), to_shape)
-    return np.concatenate([rows[:1], resized.reshape(-1, rows.shape[1])])
+    if rows.ndim != 2 or len(rows) != class_tokens + math.prod(from_shape):
+        raise ValueError(f"table: expected {class_tokens + math.prod(from_shape)} rows, got shape {rows.shape}")
+    resized = resize_image(rows[class_tokens:].reshape(*from_shape, rows.shape[1]), to_shape)
+    return np.concatenate([rows[:class_tokens], resized.reshape(-1, rows.shape[1])])

@@ -8,7 +8,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from prmim_reference import grid
 from prmim_reference.counts import TokenCounts, count_tokens, rounding_rule
-from prmim_reference.masking import block_visible
+from prmim_reference.masking import block_visible, unattended_visible, unit_shape
 from prmim_reference.method import (
     PixelOutput,
     Targets,
@@ -21,25 +21,13 @@ from prmim_reference.method import (
     rebuild,
     supervise,
 )
+from prmim_reference.method import attention as attention  # re-exported: the same for all methods
 from prmim_reference.method import encode as encode  # re-exported: the same for all methods
 from prmim_reference.schedule import make_order
 from prmim_reference.targets import grid_shape
 from prmim_reference.vit import Weights
 
 Array = NDArray[np.float64]
-
-
-def unit_shape(shape: Sequence[int], mask_unit: int) -> tuple[int, ...]:
-    """Return the number of tokens of a unit along each axis of the grid.
-
-    Examples
-    --------
-    >>> unit_shape((14, 14), 2)
-    (2, 2)
-    """
-    if mask_unit < 1 or any(length % mask_unit for length in shape):
-        raise ValueError(f"mask_unit: expected a divisor of the grid {'x'.join(map(str, shape))}, got {mask_unit}")
-    return (mask_unit,) * len(shape)
 
 
 def unit_counts(
@@ -125,6 +113,7 @@ def forward(
     drop_path: float = 0.0,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
+    draw_weights: ArrayLike | None = None,
 ) -> PixelOutput:
     """Compute the loss and the predictions of a batch.
 
@@ -145,7 +134,7 @@ def forward(
         Fractions of all tokens.
     rounding : {"exact", "float"}
         Arithmetic that turns ratios into counts: exact, or that of the original code (`counts.count_tokens`).
-    throwing : {"furthest", "random", "cell", "none"}
+    throwing : {"furthest", "random", "weighted", "cell", "none"}
         "none" throws nothing (throw_ratio 0). If no token is thrown, masked tokens are in the order of "random"; their
         order has no effect then.
     furthest_from : {"visible", "none"}
@@ -174,6 +163,8 @@ def forward(
         Rate of the last block in training; 0 is evaluation.
     mean, std : numbers per channel
         Defaults: ImageNet's for three channels, else 0.5.
+    draw_weights : float (batch, N), optional
+        Token weights for ``throwing="weighted"``. They also draw the visible units: those drawn last are visible.
 
     Returns
     -------
@@ -194,6 +185,14 @@ def forward(
     shape = grid_shape(images.shape[1:-1], patch_size)
     unit = unit_shape(shape, mask_unit)
     counts = unit_counts(shape, unit, mask_ratio, 0.0 if throwing == "none" else throw_ratio, throw_by, rounding)
+    num_units = counts.visible // grid.num_tokens(unit)
+    if throwing == "weighted":
+        if draw_weights is None:
+            raise ValueError('draw_weights: expected token weights for throwing="weighted", got None')
+        drawn = zip(noise.tolist(), np.asarray(draw_weights).tolist(), strict=True)
+        visible = [unattended_visible(shape, unit, num_units, *image) for image in drawn]
+    else:
+        visible = [block_visible(shape, unit, num_units, image_noise) for image_noise in noise.tolist()]
     if counts.thrown == 0:
         throwing, throw_by = "random", "token"
 
@@ -207,7 +206,8 @@ def forward(
             image_noise,
             throwing=throwing,
             furthest_from=furthest_from,
-            visible=block_visible(shape, unit, counts.visible // grid.num_tokens(unit), image_noise),
+            visible=visible[number],
+            weights=None if draw_weights is None else np.asarray(draw_weights)[number].tolist(),
             unit=unit if throw_by == "unit" else None,
         )
         patches = image_patches(image, patch_size, mean, std)

@@ -20,8 +20,9 @@ _erf = np.vectorize(math.erf, otypes=[np.float64])
 
 
 def linear(x: Array, weights: Weights, name: str) -> Array:
-    """Apply the linear layer ``name``: (n, in) to (n, out)."""
-    return x @ weights[f"{name}.weight"].T + weights[f"{name}.bias"]
+    """Apply the linear layer ``name``: (n, in) to (n, out). It may have no bias."""
+    y = x @ weights[f"{name}.weight"].T
+    return y + weights[f"{name}.bias"] if f"{name}.bias" in weights else y
 
 
 def layer_norm(x: Array, weight: Array | None = None, bias: Array | None = None, eps: float = LAYER_NORM_EPS) -> Array:
@@ -274,6 +275,29 @@ def patch_embedding(patches: Array, weights: Weights, name: str) -> Array:
     weight = weights[f"{name}.weight"]
     rows = np.array([np.moveaxis(kernel, 0, -1).reshape(-1) for kernel in weight], np.float64)
     return patches @ rows.T + weights[f"{name}.bias"]
+
+
+def raster_table(number: int, dim: int) -> Array:
+    """Return VideoMAE's frozen position table of tokens in raster order.
+
+    Channels 2k and 2k + 1 are the sine and the cosine of the token's number times 10000^(-2k / dim).
+
+    Examples
+    --------
+    >>> raster_table(2, 4).round(3)
+    array([[0.   , 1.   , 0.   , 1.   ],
+           [0.841, 0.54 , 0.01 , 1.   ]])
+    """
+    if dim % 2:
+        raise ValueError(f"dim: expected an even number, got {dim}")
+    rows = []
+    for token in range(number):
+        row = []
+        for k in range(dim // 2):
+            angle = token * 10000 ** (-2 * k / dim)
+            row += [math.sin(angle), math.cos(angle)]
+        rows.append(row)
+    return np.array(rows)
 
 
 def sin_cos_table(shape: Sequence[int], dim: int) -> Array:

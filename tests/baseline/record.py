@@ -30,6 +30,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "mae": {**DECODER, **PATCHES},
     "simmim": {"drop_path": 0.3, **PATCHES},
     "maskalign": {"teacher_layers": 2, "fusion": "sum"},
+    "localmim": {**DECODER, "scales": (2, 0.5), "layers": (1, 2)},
 }
 ARMS: dict[str, dict[str, Any]] = {
     "dense": {},
@@ -164,7 +165,7 @@ def costs() -> dict[str, dict[str, list[int]]]:
         teacher = {"model_type": "vit", "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12}
         (Path(folder) / "config.json").write_text(json.dumps(teacher))
         for name, config in methods.METHODS.items():
-            given = {"teacher": folder} if name == "maskalign" else PATCHES
+            given = {"maskalign": {"teacher": folder}, "localmim": {}}.get(name, PATCHES)
             for reconstruction in ("kernel", "interpolate", "conv", "none"):
                 for key, options in accountings.items():
                     recompute = "compute_bytes" in options

@@ -51,8 +51,8 @@ def test_rounding_rules_differ_where_they_should():
     assert count_tokens(196, 0.6).masked == 118
     assert count_tokens(196, 0.6, rounding="amt").masked == 117
     assert count_tokens(196, 0.75) == count_tokens(196, 0.75, rounding="amt")
-    assert [count_tokens(100, 0.9, rounding=rule).visible for rule in get_args(Rounding)] == [10, 10, 9, 10]
-    assert [count_tokens(25, 0.28, rounding=rule).masked for rule in get_args(Rounding)] == [7, 7, 7, 8]
+    assert [count_tokens(100, 0.9, rounding=rule).visible for rule in get_args(Rounding)] == [10, 10, 9, 10, 10]
+    assert [count_tokens(25, 0.28, rounding=rule).masked for rule in get_args(Rounding)] == [7, 7, 7, 8, 7]
 
 
 @pytest.mark.parametrize("num_tokens", [1, 5, 10, 25, 49, 100, 196, 256, 1568])
@@ -63,7 +63,9 @@ def test_float_rules_are_the_formulas_in_python(num_tokens):
         assert by_mae.visible == int(num_tokens * (1 - ratio))
         by_simmim = count_tokens(num_tokens, ratio, ratio, "simmim_float")
         assert by_simmim.masked == ceil(num_tokens * ratio)
-        for counts in (by_mae, by_simmim):
+        by_amt = count_tokens(num_tokens, ratio, ratio, "amt_float")
+        assert by_amt.masked == int(num_tokens * ratio)
+        for counts in (by_mae, by_simmim, by_amt):
             assert counts.thrown == min(int(num_tokens * ratio), counts.masked)
 
 
@@ -84,6 +86,7 @@ def test_the_arithmetic_does_not_matter_at_published_sizes(num_tokens):
         ((196, 0.6, 0.26), {"mask_unit": 4, "throw_unit": 2}, (76, 70, 50)),
         ((196, 0.6, 1.0), {"mask_unit": 4, "throw_unit": 4}, (76, 0, 120)),
         ((196, 0.44, 0.26, "amt"), {"mask_unit": 4}, (112, 34, 50)),  # 21 of 49 units are masked
+        ((1568, 0.9, 0.5, "amt"), {"mask_unit": 8}, (160, 624, 784)),  # VideoMAE: 176 of 196 tubes are masked
         ((24, 0.5), {"mask_unit": 24}, (0, 24, 0)),
         ((24, 0.0, 0.5), {"mask_unit": 24}, (24, 0, 0)),
     ],
@@ -149,9 +152,13 @@ def test_more_masking_masks_more(num_tokens, ratios, throw):
         (
             (196, 0.5, 0.5, "mean"),
             ValueError,
-            "rounding: expected one of mae, amt, mae_float, simmim_float, got 'mean'",
+            "rounding: expected one of mae, amt, mae_float, simmim_float, amt_float, got 'mean'",
         ),
-        ((196, 0.5, 0.5, None), ValueError, "rounding: expected one of mae, amt, mae_float, simmim_float, got None"),
+        (
+            (196, 0.5, 0.5, None),
+            ValueError,
+            "rounding: expected one of mae, amt, mae_float, simmim_float, amt_float, got None",
+        ),
     ],
 )
 def test_errors_name_the_argument(arguments, error, message):

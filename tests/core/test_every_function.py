@@ -16,6 +16,7 @@ from prmim_core import (
     Plan,
     Schedule,
     TokenCounts,
+    attention_weights,
     block_visible,
     cell_decoded,
     cell_means,
@@ -27,6 +28,8 @@ from prmim_core import (
     expand_cells,
     furthest_decoded,
     furthest_point_sampling,
+    hog,
+    hog_pyramid,
     image_statistics,
     interpolate,
     is_member,
@@ -37,12 +40,16 @@ from prmim_core import (
     normalize_patches,
     normalize_values,
     offset_index,
+    patch_statistics,
     patchify,
+    pool_units,
     random_decoded,
     random_visible,
     reconstruct_stages,
     take_tokens,
     tube_visible,
+    unattended_visible,
+    unit_index,
     unpatchify,
     weighted_decoded,
     weighted_visible,
@@ -74,6 +81,7 @@ def rebuilt(order, features):
 
 # Name and variant: (function of arrays with a batch axis first, its arguments).
 FUNCTIONS = {
+    "attention_weights": (attention_weights, np.abs(PATCHES)),
     "block_visible": (lambda noise: block_visible(GRID, (2, 2), 2, noise), NOISE),
     "cell_decoded": (lambda *a: cell_decoded(GRID, 5, *a), NOISE, IS_KNOWN),
     "cell_means": (lambda patches: cell_means(patches, (2, 2), (1, 2)), PATCHES),
@@ -86,6 +94,8 @@ FUNCTIONS = {
     "furthest_decoded": (lambda *a: furthest_decoded(GRID, 4, *a), NOISE, IS_KNOWN),
     "furthest_decoded none": (lambda *a: furthest_decoded(GRID, 4, *a, furthest_from="none"), NOISE, IS_KNOWN),
     "furthest_point_sampling": (lambda *a: furthest_point_sampling(GRID, 4, *a), NOISE, IS_KNOWN),
+    "hog": (lambda images: hog(images, (4, 3), 2), SMOOTH),
+    "hog_pyramid": (lambda images: hog_pyramid(images, ((2, 3), (4, 6)), 2)[1], SMOOTH),
     "image_statistics": (lambda patches: image_statistics(patches, 2)[1], PATCHES),
     "interpolate": (lambda order, features: interpolate(features, Plan(order, SCHEDULE)), ORDER, FEATURES),
     "is_member": (lambda index: is_member(index, 24), ORDER[:, :7]),
@@ -111,12 +121,16 @@ FUNCTIONS = {
     "normalize_patches": (normalize_patches, PATCHES),
     "normalize_values": (normalize_values, PATCHES, *STATISTICS),
     "offset_index": (lambda *a: offset_index(GRID, *a), ORDER[:, :5], ORDER[:, 5:]),
+    "patch_statistics": (lambda patches: patch_statistics(patches, 2)[1], PATCHES),
     "patchify": (lambda images: patchify(images, (2, 3)), IMAGES),
+    "pool_units": (lambda order, x: pool_units(x, Plan(order, SCHEDULE), (2, 3)), ORDER, FEATURES),
     "random_decoded": (lambda *a: random_decoded(5, *a), NOISE, IS_KNOWN),
     "random_visible": (lambda noise: random_visible(6, noise), NOISE),
     "reconstruct_stages": (rebuilt, ORDER, FEATURES),
     "take_tokens": (take_tokens, PATCHES, ORDER[:, :7]),
     "tube_visible": (lambda noise: tube_visible(GRID, 8, noise), NOISE),
+    "unattended_visible": (lambda *a: unattended_visible(GRID, (2, 2), 2, *a), NOISE, WEIGHTS),
+    "unit_index": (lambda tokens: unit_index(GRID, (2, 3), tokens), ORDER),
     "unpatchify": (lambda tokens: unpatchify(tokens, (2, 1), GRID), PATCHES),
     "weighted_decoded": (lambda *a: weighted_decoded(5, *a), NOISE, IS_KNOWN, WEIGHTS),
     "weighted_visible": (lambda *a: weighted_visible(6, *a), NOISE, WEIGHTS),
@@ -172,6 +186,7 @@ def test_arguments_are_left_as_they_were(xp, name):
 
 # What a compiled training step of a foreign trainer would call. Loops are unrolled there, so picks are few.
 COMPILED = [
+    "attention_weights",
     "block_visible",
     "cell_means",
     "counter_noise",
@@ -182,6 +197,7 @@ COMPILED = [
     "normalize_patches",
     "patchify",
     "random_visible",
+    "unattended_visible",
     "window_statistics",
 ]
 

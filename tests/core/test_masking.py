@@ -3,7 +3,18 @@ import pytest
 from scipy import stats
 
 import prmim_reference as reference
-from prmim_core import Grid, block_visible, count_tokens, counter_noise, random_visible, tube_visible, weighted_visible
+from prmim_core import (
+    Grid,
+    attention_weights,
+    block_visible,
+    count_tokens,
+    counter_noise,
+    random_visible,
+    tube_visible,
+    unattended_visible,
+    weighted_decoded,
+    weighted_visible,
+)
 from prmim_core._arrays import array_namespace, device_of
 from prmim_core.masking import _unit_tokens
 
@@ -109,6 +120,47 @@ def test_draws_are_in_proportion_to_weights():
     assert stats.chisquare(second[:3], second.sum() * np.asarray([1, 2, 3]) / 6).pvalue > 1e-6
 
 
+UNEQUAL = 1 + np.random.default_rng(2).permutation(3 * GRID.num_tokens).reshape(3, -1) ** 2.0
+"""Weights whose times of arrival lie far apart."""
+
+
+@pytest.mark.parametrize(("unit", "number"), [((1, 1), 0), ((1, 1), 7), ((2, 2), 2), ((2, 3), 4)], ids=str)
+def test_unattended_visible_matches_the_reference(library, unit, number):
+    visible = library.run(lambda *given: unattended_visible(GRID, unit, number, *given), NOISE, UNEQUAL)
+    rows = zip(NOISE.tolist(), UNEQUAL.tolist(), strict=True)
+    expected = [reference.masking.unattended_visible(GRID.shape, unit, number, *row) for row in rows]
+    expected = np.reshape(np.asarray(expected, dtype=int), (3, number * int(np.prod(unit))))
+    library.assert_equal(visible, expected, dtype="index")
+
+
+def test_one_draw_masks_throws_and_leaves_tokens_visible():
+    drawn = weighted_visible(24, NOISE, UNEQUAL)
+    visible = unattended_visible(GRID, (1, 1), 7, NOISE, UNEQUAL)
+    np.testing.assert_array_equal(visible, drawn[:, :-8:-1])
+    is_visible = np.zeros((3, 24), dtype=bool)
+    np.put_along_axis(is_visible, visible, True, axis=1)
+    np.testing.assert_array_equal(weighted_decoded(9, NOISE, is_visible, UNEQUAL), drawn[:, :9])
+
+
+def test_attended_tokens_tend_to_be_masked_and_equal_weights_draw_evenly():
+    noise = counter_noise(0, 0, np.arange(20_000), 4)
+    shares = []
+    for weights in ([1, 1, 1, 1], [1, 2, 3, 4]):
+        visible = unattended_visible(Grid((4,)), (1,), 1, noise, np.broadcast_to(np.float32(weights), noise.shape))
+        shares.append(np.bincount(visible[:, 0], minlength=4))
+    assert stats.chisquare(shares[0]).pvalue > 1e-6
+    assert sorted(shares[1], reverse=True) == shares[1].tolist()
+    assert shares[1][0] > 3 * shares[1][3]
+
+
+def test_attention_weights_match_the_reference(library):
+    attention = np.random.default_rng(3).random((3, 4, 24), dtype=np.float32)
+    attention[1, 2] = 0.25  # a head that attends to all patches alike
+    expected = [reference.masking.attention_weights(heads) for heads in attention.astype(float).tolist()]
+    found = library.run(attention_weights, attention)
+    library.assert_close(found, np.float32(expected), rtol=1e-5, atol=1e-6, dtype="float32")
+
+
 @pytest.mark.parametrize(
     ("shape", "num_visible"), [((2, 12), 0), ((2, 12), 6), ((2, 3, 4), 8), ((2, 3, 4), 24), ((24, 1), 24)], ids=str
 )
@@ -133,6 +185,19 @@ def test_tube_visible_matches_the_reference(library, shape, num_visible):
         (lambda: weighted_visible(3, NOISE, WEIGHTS[:1]), ValueError, r"weights: .* \(3, 24\), got \(1, 24\)"),
         (lambda: weighted_visible(25, NOISE, WEIGHTS), ValueError, "num_visible: expected 0 to 24, got 25"),
         (lambda: weighted_visible(3, NOISE.astype(int), WEIGHTS), TypeError, "noise: expected int32, got int64"),
+        (lambda: unattended_visible(GRID, (5, 1), 1, NOISE, WEIGHTS), ValueError, r"unit: .* got \(5, 1\)"),
+        (
+            lambda: unattended_visible(GRID, (2, 2), 7, NOISE, WEIGHTS),
+            ValueError,
+            "num_visible_units: expected 0 to 6, got 7",
+        ),
+        (lambda: unattended_visible(GRID, (2, 2), 1, NOISE, WEIGHTS[:1]), ValueError, r"weights: .* got \(1, 24\)"),
+        (lambda: attention_weights(NOISE[None]), TypeError, "attention: expected floats, got int32"),
+        (
+            lambda: attention_weights(WEIGHTS),
+            ValueError,
+            r"attention: expected shape \(batch, heads, N\), got \(3, 24\)",
+        ),
         (lambda: tube_visible(Grid((24,)), 3, NOISE), ValueError, r"grid: expected a time axis .* got shape \(24,\)"),
         (lambda: tube_visible(Grid((2, 12)), 3, NOISE), ValueError, "num_visible: expected a multiple of the 2 time"),
         (lambda: tube_visible(Grid((2, 12)), 26, NOISE), ValueError, "num_visible: expected 0 to 24, got 26"),

@@ -20,6 +20,9 @@ from prmim_core import (
 from prmim_core._arrays import array_namespace
 from prmim_core.reconstruct import _inverse_distance_weights, _pair_squared_distances, _standardize
 
+# Many shapes, each a program of JAX; test_every_function.py has every function under the full compiler.
+pytestmark = pytest.mark.usefixtures("quick_compiler")
+
 GRIDS = [Grid((9,), (3,)), Grid((4, 6)), Grid((5, 4), (3, 1)), Grid((3, 4, 2), (4, 1, 1))]
 
 

@@ -13,6 +13,9 @@ from prmim_core.coverage import _squared_distances
 from prmim_core.grid import INT32_MAX
 from prmim_core.noise import _noise_rank
 
+# Many shapes, each a program of JAX; test_every_function.py has every function under the full compiler.
+pytestmark = pytest.mark.usefixtures("quick_compiler")
+
 GRIDS = [Grid((7,), (3,)), Grid((4, 6)), Grid((5, 4), (3, 1)), Grid((3, 4, 2), (4, 1, 1))]
 
 

@@ -24,6 +24,9 @@ from prmim_core import (
 )
 from prmim_core.throwing import STRATEGIES, WEIGHTED
 
+# Many shapes, each a program of JAX; test_every_function.py has every function under the full compiler.
+pytestmark = pytest.mark.usefixtures("quick_compiler")
+
 GRIDS = [Grid((11,)), Grid((4, 6)), Grid((5, 4), (3, 1)), Grid((3, 4, 2), (4, 1, 1))]
 CHOICES = [("furthest", "none"), *((name, "visible") for name in STRATEGIES if name not in WEIGHTED)]
 
@@ -431,6 +434,13 @@ def test_take_tokens_gathers(library, trailing, number):
     index = generator.integers(0, 7, (3, number))
     expected = np.stack([row[picked] for row, picked in zip(x, index, strict=True)])
     library.assert_equal(library.run(take_tokens, x, index), expected, dtype="float32")
+
+
+@pytest.mark.parametrize("trailing", [(), (4,)])
+def test_take_tokens_shares_what_has_a_batch_of_one(library, trailing):
+    table = np.random.default_rng(0).random((1, 7, *trailing), dtype=np.float32)
+    index = np.random.default_rng(1).integers(0, 7, (3, 5))
+    library.assert_equal(library.run(take_tokens, table, index), table[0][index], dtype="float32")
 
 
 OUTSIDE = [[[4], [0]], [[-1], [0]], [[0], [4]], [[0], [-4]], [[100], [-100]]]

@@ -16,11 +16,15 @@ from prmim_core import (
     normalize_patches,
     normalize_values,
     patch_grid,
+    patch_statistics,
     patchify,
     take_tokens,
     unpatchify,
     window_statistics,
 )
+
+# Many shapes, each a program of JAX; test_every_function.py has every function under the full compiler.
+pytestmark = pytest.mark.usefixtures("quick_compiler")
 
 CASES = [  # (image axes, channels, patch)
     ((12,), 2, (3,)),
@@ -107,6 +111,19 @@ def test_normalised_patches_have_mean_zero_and_unbiased_variance_one():
 
 def test_flat_patches_become_zero(xp):
     xp.assert_equal(xp.run(normalize_patches, PATCHES[:1, :1]), np.zeros((1, 1, 12)))
+
+
+def test_normalisation_per_channel_matches_the_reference(xp):
+    expected = np.stack([reference.targets.normalize_patch_channels(image.astype(float), 3) for image in PATCHES])
+    normalized = xp.run(lambda x: normalize_values(x, *patch_statistics(x, 3), 1e-6), PATCHES)
+    xp.assert_close(normalized, expected, rtol=1e-4, atol=1e-5, dtype="float32")
+
+
+@pytest.mark.parametrize("xp", ["numpy", "torch", "jax:jit"], indirect=True)
+def test_patches_of_one_colour_become_zero_per_channel(xp):
+    patches = np.tile(np.float32([0.3, -1.7, 0.1]), (2, 4, 512))
+    normalized = xp.run(lambda x: normalize_values(x, *patch_statistics(x, 3), 1e-6), patches)
+    xp.assert_equal(normalized, np.zeros(patches.shape))
 
 
 CELLS = [  # image axes, channels, patch, cells
@@ -231,6 +248,7 @@ def test_a_window_is_accurate_where_the_image_is_bright_and_flat():
         (lambda: image_statistics(np.zeros((1, 4, 9)), 2), ValueError, "channels: expected a divisor .* 9 .* got 2"),
         (lambda: image_statistics(np.zeros((1, 4, 9)), 0), ValueError, "channels: expected a divisor .* 9 .* got 0"),
         (lambda: image_statistics(np.zeros((4, 9)), 3), ValueError, r"patches: .* \(batch, N, P\), got \(4, 9\)"),
+        (lambda: patch_statistics(np.zeros((1, 4, 3)), 3), ValueError, "patches: expected at least 2 pixels .* got 1"),
         (lambda: low_pass(np.zeros((1, 4, 4, 1)), 0), ValueError, "radius: expected a positive number, got 0"),
         (lambda: window_statistics(np.zeros((1, 4, 9)), 3, Grid((5,))), ValueError, "patches: expected 5 .* got 4"),
     ],

@@ -17,7 +17,8 @@ from prmim_methods import ClassifierConfig, TrainingConfig, create_config
 
 TINY = {"image_size": (16, 16), "patch_size": (4, 4), "embed_dim": 16, "depth": 2, "num_heads": 2}
 METHODS = {
-    "mae": {"name": "mae", **TINY, "depth": 1, "decoder_dim": 8, "decoder_depth": 1, "decoder_heads": 2},
+    "mae": {"name": "mae", **TINY, "depth": 1, "decoder_dim": 8, "decoder_depth": 1, "decoder_heads": 2}
+    | {"class_tokens": 3, "position": "learned", "mask_unit": 2},
     "simmim": {"name": "simmim", **TINY, "drop_path": 0.3, "scan_blocks": True, "recompute_blocks": True},
 }
 OPTIONS = {
@@ -145,7 +146,11 @@ def rush(engine, steps=30):
 def look(engine):
     images = np.random.default_rng(0).integers(0, 256, (3, 16, 16, 3), dtype=np.uint8)
     patches = engine.reconstruct(images, np.arange(3)).patches
-    return {"features": engine.features(images).tolist(), "patches": np.nan_to_num(patches, nan=-9).tolist()}
+    return {
+        "features": engine.features(images).tolist(),
+        "patches": np.nan_to_num(patches, nan=-9).tolist(),
+        "attention": engine.attention(images).tolist(),
+    }
 
 
 def held(engine):

@@ -230,7 +230,7 @@ def test_one_device_takes_up_the_run_of_several(worker, one, ranks, shared, who,
 
 def test_images_look_the_same(one, two):
     for rank in two:
-        for what in ("features", "patches"):
+        for what in ("features", "patches", "attention"):
             seen = rank["two_curves"]["mae fsdp"][what]
             np.testing.assert_allclose(seen, one["mae"][what], rtol=1e-4, atol=1e-5)
 
@@ -253,7 +253,7 @@ def test_devices_talk_once_a_step(local, name, parallel):
         assert drawn["talk"] == {"all-reduce": 1}
     else:  # each of the arrays that are cut is gathered, and its gradient scattered; and some are whole
         assert set(drawn["talk"]) == {"all-gather", "reduce-scatter", "all-reduce"}
-        assert drawn["talk"]["all-gather"] == drawn["talk"]["reduce-scatter"] < 42
+        assert drawn["talk"]["all-gather"] == drawn["talk"]["reduce-scatter"] < 44
         assert drawn["talk"]["all-reduce"] == 1
 
 

@@ -1,9 +1,11 @@
 """Methods by name."""
 
+import jax.numpy as jnp
 import pytest
 from flax import nnx
 
 import prmim_methods
+from prmim_core import counter_noise
 from prmim_jax import METHODS, create_method
 from prmim_jax.interop import named_weights
 from prmim_methods import create_config
@@ -45,3 +47,11 @@ def test_initial_weights_come_from_the_seed_or_from_given_rngs(tiny):
     assert (token() == token(init_seed=0)).all()
     assert (token() != token(init_seed=1)).any()
     assert (token(init_seed=1) == token(rngs=nnx.Rngs(1))).all()
+
+
+def test_weights_are_given_if_and_only_if_they_are_needed(tiny):
+    images, noise = jnp.zeros((1, 16, 16, 3), jnp.uint8), counter_noise(0, 0, jnp.arange(1), 16)
+    with pytest.raises(ValueError, match="weights: expected an array with throwing 'weighted' only, got none"):
+        create_method("mae", **tiny, throwing="weighted")(images, noise)
+    with pytest.raises(ValueError, match="weights: expected an array with throwing 'weighted' only, got an array"):
+        create_method("mae", **tiny)(images, noise, jnp.ones((1, 16)))

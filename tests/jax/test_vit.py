@@ -161,14 +161,14 @@ def test_outputs_of_all_blocks_are_the_reference_ones(kind, scan):
         states = encoder.hidden_states(tokens, index, scales)
         encoded = encoder.encode(tokens, index, scales)
         weights = {f"encoder.{name}": array for name, array in named_weights(encoder).items()}
-    assert states.shape == (3, 2, 8, 8)
+    assert states.shape == (4, 2, 8, 8)
     for image in range(2):
         all_patches = np.zeros((12, 12))
         all_patches[index[image]] = patches[image]
         expected = reference_method.encoder_states(
             all_patches, index[image].tolist(), SHAPE, weights, 2, scales=np.asarray(scales[image], np.float64)
         )
-        np.testing.assert_allclose(states[:, image], expected, rtol=1e-10, atol=1e-12)
+        np.testing.assert_allclose(states[1:, image], expected, rtol=1e-10, atol=1e-12)
         norm = reference.norm(expected[-1], weights, "encoder.norm")
         np.testing.assert_allclose(encoded[image], norm, rtol=1e-10, atol=1e-12)
 
@@ -180,7 +180,7 @@ def loss_of(encoder, inputs):
     def loss(parameters, patches, index, scales):
         encoder = nnx.merge(graph, parameters, buffers)
         tokens = encoder.place(encoder.patch_embed(patches), index)
-        states = encoder.hidden_states(tokens, index, scales)[1:]
+        states = encoder.hidden_states(tokens, index, scales)[2:]
         return jnp.square(encoder.encode(tokens, index, scales)).mean() + jnp.sin(states).sum()
 
     return parameters, loss
@@ -293,6 +293,8 @@ def test_parts_of_teachers():
 def test_unknown_position():
     with pytest.raises(ValueError, match=r"^position: expected 'absolute' or .* 'relative_per_block', got 'both'$"):
         make_encoder(position="both")
+    with pytest.raises(ValueError, match=r"^class_tokens: expected 1 for position 'relative', got 2$"):
+        make_encoder(position="relative", class_tokens=2)
 
 
 @pytest.mark.parametrize(("scan", "recompute"), [(False, False), (True, True)])
@@ -327,7 +329,8 @@ def test_equal_tables_of_blocks_are_one_shared_table(scan, recompute):
 
 
 def test_relative_positions_need_no_channels_for_every_axis():
-    encoder = Encoder((2, 2), (2, 2), 3, dim=6, depth=1, num_heads=3, position="relative", rngs=rngs())
-    assert "pos_embed" not in named_weights(encoder)
+    for position in ("relative", "relative_per_block"):
+        encoder = Encoder((2, 2), (2, 2), 3, dim=6, depth=1, num_heads=3, position=position, rngs=rngs())
+        assert "pos_embed" not in named_weights(encoder)
     with pytest.raises(ValueError, match=r"^dim: expected a positive multiple of 4 for a grid of 2 axes, got 6$"):
         Encoder((2, 2), (2, 2), 3, dim=6, depth=1, num_heads=3, rngs=rngs())

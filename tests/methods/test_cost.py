@@ -6,7 +6,15 @@ import re
 import pytest
 
 from prmim_core import Grid, Schedule, TokenCounts
-from prmim_methods import Accounting, MAEConfig, MaskAlignConfig, SimMIMConfig, Transformer, create_config
+from prmim_methods import (
+    Accounting,
+    LocalMIMConfig,
+    MAEConfig,
+    MaskAlignConfig,
+    SimMIMConfig,
+    Transformer,
+    create_config,
+)
 
 MODELS = {
     "B/16": {"model": "vit_base"},
@@ -56,6 +64,14 @@ def test_official_mae(model, patch_embed, encoder, decoder, total):
     assert giga(costs.parts["encoder"].macs) == printed(encoder, 3)
     assert giga(whole_decoder(costs)) == printed(decoder, 3)
     assert giga(costs.macs) == printed(total, 3)
+
+
+def test_official_mff():
+    dense, half = official("B/16", fusion="mff"), official("B/16", 0.5, fusion="mff")
+    assert dense.parts["fusion"].macs == 5 * 50 * 768**2
+    assert giga(dense.macs) == printed(9.929, 3)
+    assert saved(half.macs, dense.macs) == printed(27.6, 1)
+    assert MAEConfig(fusion="mff").parameters().learned - MAEConfig().parameters().learned == 5 * 769 * 768 + 6
 
 
 HALF_OF_MASKED = 0.375  # half of the masked three quarters, as a fraction of all tokens
@@ -260,6 +276,44 @@ def test_wrong_accounting(given, error, message):
         Accounting(**given)
 
 
+# --- CrossMAE ------------------------------------------------------------------------------------------------------
+
+CROSS = {"decoder": "cross", "decoder_depth": 12}
+PLAIN = {"throwing": "random", "reconstruction": "none"}
+
+
+@pytest.mark.parametrize(
+    ("model", "throw_ratio", "total"),
+    [("B/16", 0.5, 6.471), ("B/16", 0.0, 9.653), ("L/16", 0.5, 17.596), ("H/14", 0.5, 44.539)],
+)
+def test_official_crossmae(model, throw_ratio, total):
+    costs = official_crossmae(model, throw_ratio)
+    assert giga(costs.macs - costs.parts["layer_mixes"].macs) == printed(total, 3)
+    assert costs.parts["decoder_embed"].macs == costs.parts["stages"].macs == 0
+
+
+def official_crossmae(model, throw_ratio):
+    return report(model, throw_ratio, bookkeeping="official", **CROSS)
+
+
+def test_mixes_of_layers_are_read_by_blocks_and_visible_tokens():
+    one = 13 * 50 * 768
+    assert official_crossmae("B/16", 0.5).parts["layer_mixes"].macs == 12 * one
+    assert report("B/16", 0.5, **CROSS, **PLAIN).parts["layer_mixes"].macs == 12 * one
+    ours = report("B/16", 0.5, **CROSS)
+    assert ours.parts["layer_mixes"].macs == 13 * one
+    assert ours.parts["decoder_embed"].macs == 49 * 768 * 512
+    assert ours.parts["decoder"].macs == 12 * (10 * 49 * 512**2 + 50 * 768 * 1024 + 2 * 49 * 50 * 512)
+    assert ours.macs <= 6.55e9
+
+
+def test_recomputed_cross_blocks_save_their_inputs():
+    kept, recomputed = (report("B/16", 0.5, **CROSS, recompute_blocks=flag).parts["decoder"] for flag in (False, True))
+    assert recomputed.macs == kept.macs
+    assert recomputed.activation_bytes == 12 * 4 * (49 * 512 + 50 * 768) + 49 * (4 * 512 + 8)
+    assert 12 * recomputed.recomputed_bytes == kept.activation_bytes - 49 * (4 * 512 + 8)
+
+
 # --- SimMIM --------------------------------------------------------------------------------------------------------
 
 
@@ -313,6 +367,44 @@ def test_layer_scale_and_position_bias_save_more():
     assert encoder_bytes(0.25, "relative") - encoder_bytes(0.25, "absolute") == 148**2 * (12 * 2 + 8)
     assert simmim(0.25, position="absolute").macs == simmim(0.25).macs
     assert 1 - simmim(0.25, compute_bytes=2).macs / simmim(compute_bytes=2).macs == pytest.approx(0.256, abs=0.001)
+
+
+# --- LocalMIM ------------------------------------------------------------------------------------------------------
+
+
+def test_official_localmim():
+    code = Accounting(bookkeeping="official")
+    costs = LocalMIMConfig(throw_ratio=0).cost(code)
+    assert giga(costs.macs) == printed(5.234, 3)
+    assert giga(costs.parts["patch_embed"].macs + costs.parts["encoder"].macs) == printed(4.408, 3)
+    decoders = [giga(part.macs) for name, part in costs.parts.items() if name.startswith("decoder_")]
+    assert decoders == [printed(number, 3) for number in (0.241, 0.213, 0.186, 0.185)]
+    assert saved(LocalMIMConfig().cost(code).macs, costs.macs) == printed(7.9, 1)
+    large = {"model": "vit_large", "bins": 18}
+    assert giga(LocalMIMConfig(**large, throw_ratio=0).cost(code).macs) == printed(16.225, 3)
+    assert saved(LocalMIMConfig(**large).cost(code).macs, 16.225e9) == printed(2.6, 1)
+
+
+def test_heads_of_localmim_run_on_supervised_tokens():
+    decoder = Transformer(256, 1, 8)
+
+    def heads(**options):
+        config = LocalMIMConfig(**options)
+        shared = config.encoder_length * 768 * 256 + decoder.macs(config.decoder_length)
+        return [part.macs - shared for name, part in config.cost().parts.items() if name.startswith("decoder_")]
+
+    per_token = [256 * 512 + 4 * 128 * 256 + 16 * 64 * 27, 256 * 512 + 4 * 128 * 27, 256 * 27]
+    assert heads() == heads(throw_ratio=0) == [147 * macs for macs in per_token] + [49 * 256 * 27]
+    assert heads(reconstruction="none") == [49 * macs for macs in per_token] + [49 * 256 * 27]
+    assert LocalMIMConfig().cost().parts["stages"].macs == 4 * (49 * 98 + 49 * 147) * 256
+    assert LocalMIMConfig().cost().activation_bytes < LocalMIMConfig(throw_ratio=0).cost().activation_bytes
+
+
+def test_the_last_head_of_localmim_saves_its_error():
+    costs = LocalMIMConfig(scales=(2, 1), layers=(1, 12), channels=1).cost(Accounting(compute_bytes=2))
+    coarse, fine = costs.parts["decoder_x1"].activation_bytes, costs.parts["decoder_x2"].activation_bytes
+    # Of 147 tokens: the inputs of both layers and the errors of 4 cells, against those of one.
+    assert fine - coarse == 147 * ((256 + 4 * 128) * 2 + 4 * 9 * 4 - 256 * 2 - 9 * 4)
 
 
 # --- MaskAlign -----------------------------------------------------------------------------------------------------
@@ -377,12 +469,14 @@ def test_the_cost_is_unknown_until_the_teacher_is_here():
         ("mae", {"throw_ratio": 0}),
         ("simmim", {}),
         ("simmim", {"position": "absolute", "thrown_target": "patch"}),
+        ("localmim", {}),
+        ("localmim", {"scales": (4, 2), "layers": (1, 2), "target": "pixels"}),
     ],
 )
 def test_parameters_are_those_of_the_model(name, options, reconstruction):
     torch_methods = pytest.importorskip("prmim_torch.methods")
     sizes = {"image_size": (16, 24), "patch_size": (4, 4), "channels": 1, "embed_dim": 16, "depth": 2, "num_heads": 2}
-    if name == "mae":
+    if name in ("mae", "localmim"):
         sizes |= {"decoder_dim": 8, "decoder_depth": 1, "decoder_heads": 2}
     config = create_config(name, **sizes, reconstruction=reconstruction, **options)
     method = torch_methods.METHODS[name](config)

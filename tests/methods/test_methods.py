@@ -7,12 +7,21 @@ from dataclasses import replace
 import pytest
 
 from prmim_core import Grid, Schedule, TokenCounts
-from prmim_methods import METHODS, MAEConfig, MaskAlignConfig, SimMIMConfig, Transformer, create_config
+from prmim_methods import (
+    METHODS,
+    LocalMIMConfig,
+    MAEConfig,
+    MaskAlignConfig,
+    PixelConfig,
+    SimMIMConfig,
+    Transformer,
+    create_config,
+)
 from prmim_methods.method import IMAGENET_MEAN, IMAGENET_STD
 from prmim_methods.record import options
 
 TEACHER = {"teacher": "owner/model"}
-BASE = {"mae": {}, "simmim": {}, "maskalign": TEACHER}
+BASE = {"mae": {}, "simmim": {}, "maskalign": TEACHER, "localmim": {}, "videomae": {}}
 SMALL = {"image_size": (16, 16), "patch_size": (4, 4), "embed_dim": 16, "depth": 2, "num_heads": 2}
 HUNDRED = {"image_size": (160, 160)}
 DECODER = {"decoder_dim": 8, "decoder_depth": 1, "decoder_heads": 2}
@@ -36,10 +45,19 @@ def make(method, **given):
         ("mae", {"mask_ratio": 0.5, "throw_ratio": 0.5}, (98, 0, 98)),
         ("mae", {"mask_ratio": 0.4, "throw_ratio": 0}, (117, 79, 0)),
         ("mae", {"image_size": (224, 448)}, (98, 98, 196)),
+        ("mae", {"image_size": 256, "mask_unit": 4}, (64, 64, 128)),
+        ("mae", {"mask_unit": 2}, (48, 50, 98)),  # 12 of 49 units are visible
         ("mae", {"image_size": (32, 32, 32), "patch_size": (8, 8, 8), "decoder_dim": 48}, (16, 16, 32)),
         ("simmim", {}, (76, 71, 49)),
         ("simmim", {"throw_by": "unit"}, (76, 72, 48)),
         ("simmim", {"throw_ratio": 0.5}, (76, 22, 98)),
+        # AMT: 88 masked, 78 thrown of 196 tokens; 22 masked, 13 thrown of 49 units.
+        ("mae", {"throwing": "weighted", "mask_ratio": 0.846, "throw_ratio": 0.4}, (30, 88, 78)),
+        (
+            "simmim",
+            {"throwing": "weighted", "mask_ratio": 0.7, "throw_ratio": 0.27, "throw_by": "unit"},
+            (56, 88, 52),
+        ),
         ("simmim", {"mask_ratio": 0.5, "throw_ratio": 0.5}, (96, 2, 98)),
         ("simmim", {"throw_ratio": 0, "throw_by": "unit"}, (76, 120, 0)),
         ("simmim", {"mask_unit": 1}, (78, 69, 49)),
@@ -117,6 +135,32 @@ def test_sequences_and_supervised_tokens():
 
 
 @pytest.mark.parametrize(
+    ("given", "mixes", "first_feature", "visible_features", "queries"),
+    [
+        ({}, (13, 13), 0, True, 49),
+        ({"reconstruction": "none"}, (12, 13), 49, False, 49),
+        ({"thrown_weight": 0, "depth": 3}, (12, 4), 49, False, 49),
+        ({"throw_ratio": 0}, (12, 13), 49, False, 147),
+        ({"throw_ratio": 0, "extra_cells": "decoded"}, (12, 13), 49, False, 147),
+        ({"throw_ratio": 0, "extra_cells": "known"}, (13, 13), 0, True, 147),
+    ],
+    ids=str,
+)
+def test_what_a_decoder_of_cross_attention_reads(given, mixes, first_feature, visible_features, queries):
+    config = MAEConfig(decoder="cross", decoder_depth=12, **given)
+    assert (config.layer_mixes, config.first_feature, config.decoder_length) == (mixes, first_feature, queries)
+    architecture = config.architecture()
+    assert (architecture["decoder"], architecture["visible_features"]) == ("cross", visible_features)
+    attended = "attend to 50 encoder tokens in 12 mixes of layers"
+    assert dict(config.describe())["decoder queries"] == f"{queries} (dense: 147), {attended}"
+    assert "decoder sequence" not in dict(config.describe())
+    assert config.summary().endswith(f"; decoder queries {queries}")
+    assert config.baseline().decoder == "cross"
+    assert "decoder" not in MAEConfig(**given).architecture()
+    assert MAEConfig(**given).first_feature == 0
+
+
+@pytest.mark.parametrize(
     ("given", "patches", "cells", "num_extra"),
     [
         ({}, range(49, 98), range(98, 196), 0),
@@ -175,10 +219,12 @@ def test_reports_of_targets():
 
 @pytest.mark.parametrize("method", METHODS)
 def test_the_baseline_is_the_published_method(method):
-    given = {} if method == "maskalign" else {"extra_cells": "known", "extra_cells_weight": 2}
+    predicts_pixels = issubclass(METHODS[method], PixelConfig)
+    given = {"extra_cells": "known", "extra_cells_weight": 2} if predicts_pixels else {}
     config = make(method, stages=3, depth=2, **given)
     baseline = config.baseline()
-    changed = {"reconstruction": "none"} if method == "maskalign" else {"throw_ratio": 0.0, "extra_cells": "none"}
+    changed = {"reconstruction": "none"} if method == "maskalign" else {"throw_ratio": 0.0}
+    changed |= {"extra_cells": "none"} if predicts_pixels else {}
     assert baseline == replace(config, **changed)
     assert not baseline.is_reconstructed
     assert baseline.baseline() == baseline
@@ -207,18 +253,62 @@ def test_pixel_statistics():
 
 
 def test_encoders_of_the_methods():
-    mae, simmim, maskalign = (make(method) for method in METHODS)
+    mae, simmim, maskalign = (make(method) for method in ("mae", "simmim", "maskalign"))
     assert [config.position for config in (mae, simmim, maskalign)] == ["absolute", "relative", "absolute"]
     assert [config.layer_scale for config in (mae, simmim, maskalign)] == [None, 0.1, None]
     assert [config.drop_rate for config in (mae, simmim, maskalign)] == [0.0, 0.1, 0.1]
+    assert MAEConfig(drop_path=0.4).drop_rate == 0.4
     assert [config.predicts for config in (mae, simmim, maskalign)] == ["pixels", "pixels", "features"]
     assert SimMIMConfig(position="absolute", drop_path=0.2).drop_rate == 0.2
-    assert not simmim.has_position_table
-    assert SimMIMConfig(position="absolute").has_position_table
+    assert [config.class_tokens for config in (mae, simmim, maskalign)] == [1, 1, 1]
+
+
+def test_class_tokens_and_learned_positions_of_mae():
+    config = MAEConfig(**SMALL, **DECODER, class_tokens=3, position="learned")
+    assert (config.encoder_length, config.decoder_length, config.baseline().decoder_length) == (4 + 3, 8 + 3, 16 + 3)
+    plain = MAEConfig(**SMALL, **DECODER)
+    # Two class tokens more, and the tables of 16 tokens and 3 class tokens in both widths.
+    assert config.parameters().learned - plain.parameters().learned == 2 * 16 + 19 * (16 + 8)
+    assert (config.parameters().fixed, plain.parameters().fixed) == (0, 17 * (16 + 8))
+    assert MAEConfig(**SMALL, **DECODER, class_tokens=0).parameters().fixed == 16 * (16 + 8)
+    changed = {"class_tokens": 3, "position": "learned"}
+    assert config.architecture() == {**plain.architecture(), **changed}
+    assert not changed.keys() & plain.architecture().keys()
+    assert config.encoder_architecture() == {**plain.encoder_architecture(), "class_tokens": 3}
+    rows = dict(config.describe())
+    assert (rows["encoder sequence"], rows["decoder sequence"]) == ("7, with 3 class tokens", "11 (dense: 19)")
+    assert dict(MAEConfig(class_tokens=0).describe())["encoder sequence"] == "49, no class token"
+    # Only a sine-cosine table divides the width among the axes.
+    assert MAEConfig(embed_dim=10, num_heads=2, decoder_dim=12, decoder_heads=2, position="learned").position
+
+
+def test_a_pool_needs_the_tokens_that_it_averages():
+    MAEConfig(class_tokens=3).check_pool("cls")
+    MAEConfig(class_tokens=0).check_pool("mean")
+    with pytest.raises(ValueError, match=r"^pool: expected 'mean' for an encoder without class tokens, got 'cls'$"):
+        MAEConfig(class_tokens=0).check_pool("cls")
+    with pytest.raises(ValueError, match=r"^pool: expected 'mean' or 'cls', got 'max'$"):
+        MAEConfig().check_pool("max")
 
 
 def test_parameters_without_weight_decay():
-    assert [make(method).not_decayed() for method in METHODS] == [set(), {"encoder.cls_token"}, {"fusion"}]
+    tokens = {"encoder.cls_token", "decoder.mask_token"}
+    exempt = {"simmim": {"encoder.cls_token"}, "maskalign": {"fusion"}, "videomae": tokens}
+    assert all(make(method).not_decayed() == exempt.get(method, set()) for method in METHODS)
+    assert MAEConfig(token_decay=False).not_decayed() == tokens
+
+
+@pytest.mark.parametrize(
+    ("depth", "blocks"),
+    [(1, (0,)), (2, (0, 1)), (6, (0, 1, 2, 3, 4, 5)), (12, (0, 2, 4, 6, 8, 11)), (32, (0, 5, 10, 16, 21, 31))],
+)
+def test_fused_blocks_are_spread_over_the_encoder(depth, blocks):
+    config = MAEConfig(depth=depth, fusion="mff")
+    assert config.fused_blocks == blocks
+    assert config.losses == ("loss", "loss_decoded", "loss_thrown", *(f"layer_weight_{block}" for block in blocks))
+    assert dict(config.describe())["fused blocks"] == ", ".join(map(str, blocks))
+    assert MAEConfig(depth=depth).fused_blocks == ()
+    assert config.baseline().fusion == "mff"
 
 
 @pytest.mark.parametrize("method", ["mae", "simmim"])
@@ -232,6 +322,7 @@ def test_an_architecture_is_plain_and_free_of_sampling(method):
     weights = {"thrown_weight": 2, "extra_cells": "known", "extra_cells_weight": 2}
     assert replace(config, **sampling, **weights).architecture() == architecture
     other_weights = [{"channels": 1}, {"depth": 2}, {"low_pass": 9.0}, {"reconstruction": "conv"}, {"throw_ratio": 0}]
+    other_weights += [{"fusion": "mff"}] if method == "mae" else []
     for changes in (*other_weights, {"cells": 4}, {"cell_norm": "window"}):
         assert replace(config, **changes).architecture() != architecture
     patches = {name: value for name, value in architecture.items() if name not in ("cells", "cell_norm")}
@@ -240,7 +331,7 @@ def test_an_architecture_is_plain_and_free_of_sampling(method):
 
 
 def test_methods_are_named_once():
-    assert list(METHODS) == ["mae", "simmim", "maskalign"]
+    assert list(METHODS) == ["mae", "simmim", "maskalign", "localmim", "videomae"]
     assert all(config.name == name for name, config in METHODS.items())
 
 
@@ -248,9 +339,43 @@ def test_none_stands_for_the_default():
     assert create_config("simmim", mask_ratio=None, depth=None) == SimMIMConfig()
 
 
+@pytest.mark.parametrize(
+    ("given", "scales", "layers", "cells"),
+    [
+        ({}, (4, 2, 1, 0.5), (2, 4, 10, 12), (4, 8, 16, 32)),
+        ({"model": "vit_large"}, (4, 2, 1, 0.5), (2, 4, 22, 24), (4, 8, 16, 32)),
+        ({"depth": 3}, (4, 2, 1, 0.5), (1, 2, 3, 3), (4, 8, 16, 32)),
+        ({"depth": 1}, (4, 2, 1, 0.5), (1, 1, 1, 1), (4, 8, 16, 32)),
+        ({"image_size": 240}, (4, 2, 1), (4, 10, 12), (4, 8, 16)),
+        ({"image_size": 16, "patch_size": 2}, (2, 1, 0.5), (4, 10, 12), (1, 2, 4)),
+        ({"image_size": 8, "patch_size": 1}, (1, 0.5), (10, 12), (1, 2)),
+        ({"image_size": 7, "patch_size": 1}, (1,), (12,), (1,)),
+        ({"scales": (8, 0.5), "layers": (3, 12)}, (8, 0.5), (3, 12), (2, 32)),
+        ({"scales": 1}, (1,), (12,), (16,)),
+    ],
+    ids=str,
+)
+def test_scales_and_layers_of_localmim_suit_the_sizes(given, scales, layers, cells):
+    config = LocalMIMConfig(**given)
+    assert (config.scales_in_effect, config.layers_in_effect) == (scales, layers)
+    assert config.cell_sizes == tuple((cell, cell) for cell in cells)
+    assert (config.architecture()["scales"], config.architecture()["layers"]) == (list(scales), list(layers))
+    assert [row for row, _ in config.describe() if row.startswith("  scale")] == [f"  scale {n:g}" for n in scales]
+
+
+def test_an_architecture_of_localmim_says_what_the_weights_mean():
+    config = LocalMIMConfig()
+    architecture = config.architecture()
+    assert json.loads(json.dumps(architecture)) == architecture
+    assert replace(config, throw_ratio=0.25, stages=3, thrown_weight=2, mask_ratio=0.5).architecture() == architecture
+    for changes in ({"bins": 18}, {"target": "pixels"}, {"scales": 1}, {"decoder_dim": 128}, {"throw_ratio": 0}):
+        assert replace(config, **changes).architecture() != architecture
+    assert "bins" not in LocalMIMConfig(target="pixels").architecture()
+
+
 # --- wrong options -------------------------------------------------------------------------------------------------
 
-MODELS = "vit_tiny, vit_small, vit_base, vit_large, vit_huge"
+MODELS = "vit_tiny, vit_small, vit_base, vit_large, vit_huge, vit_1b, vit_5b"
 RECONSTRUCTIONS = "kernel, interpolate, conv, none"
 PER_AXIS = "a whole number of at least 1, or one for each axis"
 SEED = "a whole number in [0, 4294967295]"
@@ -260,8 +385,8 @@ ALIGN = {**SMALL, **TEACHER}
 
 WRONG = [
     # every method
-    ("mea", {}, ValueError, "method: expected one of mae, simmim, maskalign, got 'mea'"),
-    (["mae"], {}, TypeError, "method: expected one of mae, simmim, maskalign, got ['mae']"),
+    ("mea", {}, ValueError, f"method: expected one of {', '.join(METHODS)}, got 'mea'"),
+    (["mae"], {}, TypeError, f"method: expected one of {', '.join(METHODS)}, got ['mae']"),
     ("mae", {"stage": 3}, ValueError, "stage: method mae has no such option"),
     ("mae", {"seed": 0}, ValueError, "seed: method mae has no such option"),
     ("mae", {"model": "resnet50"}, ValueError, f"model: expected one of {MODELS}, got 'resnet50'"),
@@ -332,8 +457,7 @@ WRONG = [
     ("mae", {**MAE, "throw_ratio": 0.75, "thrown_weight": 0}, ValueError,
      f"throw_ratio: expected at least one supervised token, got none ({THROWN}, reconstruction 'kernel', "
      "thrown_weight 0)"),
-    ("mae", {"throwing": "weighted"}, ValueError, "throwing: expected one of furthest, random, cell, got 'weighted'"),
-    ("mae", {"throwing": "none"}, ValueError, "throwing: expected one of furthest, random, cell, got 'none'"),
+    ("mae", {"throwing": "none"}, ValueError, "throwing: expected one of furthest, random, cell, weighted, got 'none'"),
     ("mae", {"furthest_from": "all"}, ValueError, "furthest_from: expected one of visible, none, got 'all'"),
     ("mae", {"furthest_from": "all", "throw_ratio": 0}, ValueError,
      "furthest_from: expected one of visible, none, got 'all'"),
@@ -360,14 +484,18 @@ WRONG = [
     ("mae", {"decoder_depth": 0}, ValueError, "decoder_depth: expected a whole number of at least 1, got 0"),
     ("mae", {"decoder_heads": 0}, ValueError, "decoder_heads: expected a whole number of at least 1, got 0"),
     ("mae", {"decoder_dim": 100}, ValueError, "decoder_dim: expected a multiple of decoder_heads 16, got 100"),
+    ("mae", {"mask_unit": 4}, ValueError, "mask_unit: expected a divisor of the grid 14 x 14, got 4"),
+    ("mae", {"class_tokens": -1}, ValueError, "class_tokens: expected a whole number in [0, 1000], got -1"),
+    ("mae", {"position": "relative"}, ValueError,
+     "position: expected one of absolute, raster, learned, got 'relative'"),
     ("mae", {**MAE, "decoder_heads": 3}, ValueError, "decoder_dim: expected a multiple of decoder_heads 3, got 8"),
     ("mae", {**MAE, "decoder_dim": 6, "decoder_heads": 3, "reconstruction": "conv"}, ValueError,
      "decoder_dim: expected a multiple of 4 for images of 2 axes, got 6"),
     ("mae", {**MAE, "image_size": (16,), "patch_size": (4,), "decoder_dim": 6}, ValueError,
      "decoder_dim: expected a multiple of 4 for reconstruction 'kernel', got 6"),
-    ("mae", {"mask_unit": 4}, ValueError, "mask_unit: method mae has no such option"),
+    ("mae", {"throw_by": "unit"}, ValueError, "throw_by: method mae has no such option"),
     ("mae", {"teacher": "clip"}, ValueError, "teacher: method mae has no such option"),
-    ("mae", {"drop_path": 0.1}, ValueError, "drop_path: method mae has no such option"),
+    ("mae", {"layer_scale": 0.1}, ValueError, "layer_scale: method mae has no such option"),
     # SimMIM
     ("simmim", {"image_size": 112}, ValueError, "mask_unit: expected a divisor of the grid 7 x 7, got 2"),
     ("simmim", {"image_size": (96, 112)}, ValueError, "mask_unit: expected a divisor of the grid 6 x 7, got 2"),
@@ -388,6 +516,39 @@ WRONG = [
     ("simmim", {"decoder_dim": 256}, ValueError, "decoder_dim: method simmim has no such option"),
     ("simmim", {"norm_pix": False}, ValueError, "norm_pix: method simmim has no such option"),
     ("simmim", {"fusion": "sum"}, ValueError, "fusion: method simmim has no such option"),
+    # LocalMIM
+    ("localmim", {**MAE, "target": "sift"}, ValueError, "target: expected one of hog, pixels, got 'sift'"),
+    ("localmim", {**MAE, "bins": 0}, ValueError, "bins: expected a whole number in [1, 1000], got 0"),
+    ("localmim", {**MAE, "scales": (2, 0.25)}, ValueError,
+     "scales: expected numbers of at least 0.5, or null, got (2, 0.25)"),
+    ("localmim", {**MAE, "scales": (3, 1)}, ValueError, "scales: expected 0.5 or powers of 2, got [3.0, 1.0]"),
+    ("localmim", {**MAE, "scales": (1, 2)}, ValueError, "scales: expected falling numbers, got [1.0, 2.0]"),
+    ("localmim", {**MAE, "scales": 8}, ValueError,
+     "scales: expected scales that cut patches of 4 x 4 pixels, or a grid of 4 x 4 tokens, into whole cells, got 8"),
+    ("localmim", {**MAE, "image_size": (12, 16), "scales": 0.5}, ValueError,
+     "scales: expected scales that cut patches of 4 x 4 pixels, or a grid of 3 x 4 tokens, into whole cells, got 0.5"),
+    ("localmim", {**MAE, "scales": ()}, ValueError, "scales: expected numbers of at least 0.5, or null, got ()"),
+    ("localmim", {**MAE, "layers": (1, 2)}, ValueError, "layers: expected one for each of the 4 scales, got [1, 2]"),
+    ("localmim", {**MAE, "scales": (1, 0.5), "layers": (1, 1)}, ValueError,
+     "layers: expected the last to be the depth 2, got [1, 1]"),
+    ("localmim", {**MAE, "scales": (1, 0.5), "layers": (2, 1)}, ValueError,
+     "layers: expected rising whole numbers of at least 1, or null, got (2, 1)"),
+    ("localmim", {**MAE, "layers": (1.5, 2)}, TypeError,
+     "layers: expected rising whole numbers of at least 1, or null, got (1.5, 2)"),
+    ("localmim", {**MAE, "image_size": (16, 16, 16), "patch_size": (4, 4, 4), "embed_dim": 12, "decoder_dim": 12},
+     ValueError,
+     "target: expected 'pixels' unless images have two axes of at least 2 pixels, got 'hog' for 16 x 16 x 16"),
+    ("localmim", {"image_size": 32, "decoder_dim": 20, "decoder_heads": 2, "scales": (8, 1), "layers": (2, 12)},
+     ValueError, "decoder_dim: expected a multiple of 8 for scale 8, got 20"),
+    ("localmim", {**MAE, "decoder_heads": 3}, ValueError, "decoder_dim: expected a multiple of decoder_heads 3, got 8"),
+    ("localmim", {"cells": 2}, ValueError, "cells: method localmim has no such option"),
+    ("mae", {"decoder": "both"}, ValueError, "decoder: expected one of self, cross, got 'both'"),
+    (
+        "mae",
+        {**MAE, "decoder": "cross", "fusion": "mff"},
+        ValueError,
+        "fusion: expected 'none' for decoder 'cross', got 'mff'",
+    ),
     # MaskAlign
     ("maskalign", {}, ValueError,
      "teacher: expected the folder of a vision transformer, or its name on the hub, got null"),

@@ -1,6 +1,7 @@
 """Declarations of options: validation, messages and documentation."""
 
 import re
+from collections.abc import Sequence
 from dataclasses import FrozenInstanceError, replace
 from pathlib import Path
 from typing import ClassVar
@@ -73,6 +74,10 @@ def one(type, **rule):
         (one(tuple[int, ...]), 8, (8, 8)),
         (one(tuple[int, ...]), [8], (8,)),
         (one(tuple[int, ...]), (8, 4, 2), (8, 4, 2)),
+        (one(Sequence[int]), [8, 4], (8, 4)),
+        (one(Sequence[int]), 8, (8,)),
+        (one(Sequence[float]), (2, 0.5), (2.0, 0.5)),
+        (one(Sequence[float]), 1, (1.0,)),
         (one(int | None), None, None),
         (one(int | None), 3, 3),
         (one(str | None), None, None),
@@ -133,6 +138,11 @@ WRONG = [
     (one(tuple[int, ...]), (8, 4.0), TypeError, "a whole number, or one for each axis"),
     (one(tuple[int, ...]), "88", TypeError, "a whole number, or one for each axis"),
     (one(tuple[int, ...]), (), ValueError, "a whole number, or one for each axis"),
+    (one(Sequence[int], at_least=1, rising=True), (2, 1), ValueError, "rising whole numbers of at least 1"),
+    (one(Sequence[int]), (1, 2.0), TypeError, "whole numbers"),
+    (one(Sequence[float], above=0), (1, 0), ValueError, "numbers above 0"),
+    (one(Sequence[float] | None), "1", TypeError, "numbers, or null"),
+    (one(Sequence[float]), (), ValueError, "numbers"),
 ]
 
 

@@ -86,13 +86,15 @@ def test_mirrored_images_stay_mirrored(source, target):
     np.testing.assert_allclose(resize_images(images[:, ::-1, ::-1], target), expected, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize(("source", "target"), [((4, 4), (2, 3)), ((3,), (7,)), ((2, 3, 2), (2, 4, 3))], ids=str)
-def test_tables_match_the_reference_and_keep_the_row_of_cls(xp, source, target):
-    table = GENERATOR.random((1, 1 + int(np.prod(source)), 6), dtype=np.float32)
-    expected = reference.resize.resize_table(table[0], source, target)[None]
-    resized = xp.run(lambda table: resize_table(table, source, target), table)
+@pytest.mark.parametrize(
+    ("source", "target", "number"), [((4, 4), (2, 3), 1), ((3,), (7,), 0), ((2, 3, 2), (2, 4, 3), 3)], ids=str
+)
+def test_tables_match_the_reference_and_keep_the_rows_of_class_tokens(xp, source, target, number):
+    table = GENERATOR.random((1, number + int(np.prod(source)), 6), dtype=np.float32)
+    expected = reference.resize.resize_table(table[0], source, target, number)[None]
+    resized = xp.run(lambda table: resize_table(table, source, target, number), table)
     xp.assert_close(resized, expected, rtol=0, atol=1e-5, dtype="float32")
-    np.testing.assert_array_equal(xp.to_numpy(resized)[:, 0], table[:, 0])
+    np.testing.assert_array_equal(xp.to_numpy(resized)[:, :number], table[:, :number])
 
 
 @pytest.mark.parametrize(

@@ -13,9 +13,10 @@ import prmim_torch
 ONLY_JAX = {
     "create_method": {"rngs"},
     # PyTorch has autocast, and draws from a global random state.
-    **{name: {"rngs", "dtype"} for name in ("MAE", "SimMIM", "MaskAlign", "build_encoder")},
-    **{name: {"rngs", "dtype"} for name in ("Linear", "PatchProjection", "PatchEmbed", "Attention")},
-    **{name: {"rngs", "dtype", "scan"} for name in ("Encoder", "Decoder")},
+    **{name: {"rngs", "dtype"} for name in ("MAE", "SimMIM", "MaskAlign", "LocalMIM", "ScaleHead", "build_encoder")},
+    **{name: {"rngs", "dtype"} for name in ("Linear", "PatchProjection", "PatchEmbed", "Attention", "Fusion")},
+    **{name: {"rngs", "dtype"} for name in ("CrossAttention", "CrossBlock")},
+    **{name: {"rngs", "dtype", "scan"} for name in ("Encoder", "Decoder", "CrossDecoder")},
     **{name: {"dtype"} for name in ("Classifier", "ProgressiveReconstruction")},
     "Teacher": {"scan"},
     # A teacher's blocks are those of transformers in PyTorch.
@@ -35,15 +36,16 @@ ONLY_TORCH = {
     "bias_rows": {"device"},
 }
 MODULES = [module.name for module in pkgutil.iter_modules(prmim_jax.__path__)]
-CLASSES = ["Engine", "Method", "MAE", "SimMIM", "MaskAlign", "Teacher", "Classifier", "ClassifierEngine"]
+CLASSES = ["Engine", "Method", "MAE", "SimMIM", "MaskAlign", "LocalMIM", "Teacher", "Classifier", "ClassifierEngine"]
 PARTS = [
     ("trainer", "Trainer"),
     ("method", "PixelMethod"),
     ("method", "FeatureMethod"),
     ("vit", "Encoder"),
     ("vit", "Decoder"),
+    ("cross_decoder", "CrossDecoder"),
 ]
-OUTPUTS = ["PixelOutput", "AlignOutput", "TeacherOutput", "Reconstruction", "Comparison"]
+OUTPUTS = ["PixelOutput", "AlignOutput", "LocalOutput", "TeacherOutput", "Reconstruction", "Comparison"]
 
 
 def parameters(thing):

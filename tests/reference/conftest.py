@@ -34,16 +34,29 @@ class RandomWeights(dict):
             if layer_scale:
                 self |= {f"{block}.ls1.gamma": 1 + self.normal(dim), f"{block}.ls2.gamma": 1 + self.normal(dim)}
 
-    def encoder(self, shape, patch_size, channels, dim, depth, *, heads=1, position="absolute", layer_scale=False):
+    def encoder(
+        self,
+        shape,
+        patch_size,
+        channels,
+        dim,
+        depth,
+        *,
+        heads=1,
+        position="absolute",
+        layer_scale=False,
+        class_tokens=1,
+    ):
         """An encoder with its patch embedding, mask token, final norm, and the table that positions come from."""
         self.blocks("encoder", dim, depth, layer_scale=layer_scale)
         self.norm("encoder.norm", dim)
         self["encoder.patch_embed.proj.weight"] = self.normal(dim, channels, *patch_size)
         self["encoder.patch_embed.proj.bias"] = self.normal(dim)
-        self["encoder.cls_token"] = self.normal(1, 1, dim)
+        if class_tokens:
+            self["encoder.cls_token"] = self.normal(1, class_tokens, dim)
         self["encoder.mask_token"] = self.normal(1, 1, dim)
         if position == "absolute":
-            self["encoder.pos_embed"] = self.normal(1, 1 + np.prod(shape), dim)
+            self["encoder.pos_embed"] = self.normal(1, class_tokens + np.prod(shape), dim)
         else:
             rows = np.prod([2 * n - 1 for n in shape]) + 3
             self["encoder.rel_pos_bias.relative_position_bias_table"] = self.normal(rows, heads) * 5
@@ -181,22 +194,24 @@ def low_passed(images, radius):
 
 
 def encoder_outputs(patches, weights, shape, heads, *, tokens=None, is_masked=None, scales=None):
-    """Outputs of all blocks (batch, 1 + n, dim) for some tokens (batch, n), by default all in raster order.
+    """Outputs of all blocks (batch, C + n, dim) for some tokens (batch, n), by default all in raster order.
 
     As in SimMIM all patches are embedded, and where ``is_masked`` (batch, N) the mask token takes their place.
     """
-    batch, dim = len(patches), weights["encoder.cls_token"].shape[-1]
+    batch, dim = len(patches), len(weights["encoder.norm.bias"])
     weight = np.moveaxis(weights["encoder.patch_embed.proj.weight"], 1, -1).reshape(dim, -1)
     x = patches @ weight.T + weights["encoder.patch_embed.proj.bias"]
     if is_masked is not None:
         x = np.where(is_masked[:, :, None], weights["encoder.mask_token"], x)
-    x = np.concatenate([np.broadcast_to(weights["encoder.cls_token"], (batch, 1, dim)), x], axis=1)
+    cls_token = weights.get("encoder.cls_token", np.zeros((1, 0, dim)))
+    num_class = cls_token.shape[1]
+    x = np.concatenate([np.broadcast_to(cls_token, (batch, num_class, dim)), x], axis=1)
     x = x + weights.get("encoder.pos_embed", 0)
     table = weights.get("encoder.rel_pos_bias.relative_position_bias_table")
     bias = np.zeros((1, x.shape[1], x.shape[1])) if table is None else relative_bias(shape, table)
     bias = np.broadcast_to(bias, (batch, *bias.shape))
     if tokens is not None:
-        rows = np.concatenate([np.zeros((batch, 1), int), 1 + tokens], axis=1)
+        rows = np.concatenate([np.tile(np.arange(num_class), (batch, 1)), num_class + tokens], axis=1)
         image = np.arange(batch)[:, None]
         x = x[image, rows]
         bias = np.moveaxis(bias, 1, -1)[image[:, :, None], rows[:, :, None], rows[:, None, :]]

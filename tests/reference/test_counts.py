@@ -20,6 +20,7 @@ from prmim_reference.counts import TokenCounts, count_tokens
         (10, 0.9, 0.0, "mae", (1, 9, 0)),  # 1 - 0.9 is below 0.1 in binary
         (100, 0.29, 0.29, "amt", (71, 0, 29)),  # 100 * 0.29 is below 29 in binary
         (100, 0.29, 0.29, "mae_float", (71, 1, 28)),
+        (100, 0.29, 0.29, "amt_float", (72, 0, 28)),
         (100, 0.9, 0.0, "mae_float", (9, 91, 0)),
         (10, 0.9, 0.0, "mae_float", (0, 10, 0)),
         (25, 0.28, 0.0, "simmim_float", (17, 8, 0)),  # 25 * 0.28 is above 7 in binary

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from prmim_reference import mae, method, reconstruct
+from prmim_reference import drop_path, mae, method, reconstruct
 from prmim_reference.noise import counter_noise
 
 DIM, DECODER_DIM, HEADS, DECODER_HEADS = 12, 24, 3, 4
@@ -18,7 +18,7 @@ CASES = {
 class Problem:
     """Random weights, images and noise of a small method."""
 
-    def __init__(self, random_weights, name="image", *, batch=2, seed=0):
+    def __init__(self, random_weights, name="image", *, batch=2, seed=0, class_tokens=1):
         case = CASES[name]
         self.patch_size, self.channels, lengths = case["patch_size"], case["channels"], case["lengths"]
         self.shape = tuple(n // side for n, side in zip(lengths, self.patch_size, strict=True))
@@ -27,13 +27,14 @@ class Problem:
         self.images = np.random.default_rng(seed).integers(0, 256, (batch, *lengths, self.channels), np.uint8)
         self.noise = np.array([counter_noise(seed, 0, sample, self.num_tokens) for sample in range(batch)])
         self.weights = random_weights(seed)
-        self.weights.encoder(self.shape, self.patch_size, self.channels, DIM, depth=2)
+        self.class_tokens = class_tokens
+        self.weights.encoder(self.shape, self.patch_size, self.channels, DIM, depth=2, class_tokens=class_tokens)
         self.weights.blocks("decoder", DECODER_DIM, depth=1)
         self.weights.norm("decoder.norm", DECODER_DIM)
         self.weights.linear("decoder.embed", DIM, DECODER_DIM)
         self.weights.linear("decoder.pred", DECODER_DIM, self.patch_dim)
         self.weights["decoder.mask_token"] = self.weights.normal(1, 1, DECODER_DIM)
-        self.weights["decoder.pos_embed"] = self.weights.normal(1, 1 + self.num_tokens, DECODER_DIM)
+        self.weights["decoder.pos_embed"] = self.weights.normal(1, class_tokens + self.num_tokens, DECODER_DIM)
         self.weights.reconstruct(self.shape, DECODER_DIM)
         self.weights.linear("cell_head", DECODER_DIM, self.channels * math.prod(2 - n % 2 for n in self.patch_size))
 
@@ -56,21 +57,21 @@ def image_problem(random_weights):
 # order, the loss through a boolean mask.
 
 
-def raster_features(oracle, problem, patches, num_visible, order, num_decoded):
+def raster_features(oracle, problem, patches, num_visible, order, num_decoded, scales=None):
     """Decoder features of the tokens in raster order, attention among visible and decoded ones only; (B, N, dim)."""
-    weights = problem.weights
+    weights, num_class = problem.weights, problem.class_tokens
     visible = order[:, :num_visible]
-    states = oracle.encoder_outputs(patches, weights, problem.shape, HEADS, tokens=visible)
+    states = oracle.encoder_outputs(patches, weights, problem.shape, HEADS, tokens=visible, scales=scales)
     embedded = oracle.affine(oracle.normed(states[-1], weights, "encoder.norm"), weights, "decoder.embed")
     features = np.full((len(patches), problem.num_tokens, DECODER_DIM), np.nan)
     full = np.broadcast_to(weights["decoder.mask_token"], features.shape).copy()
-    np.put_along_axis(full, visible[:, :, None], embedded[:, 1:], axis=1)
-    sequence = np.concatenate([embedded[:, :1], full], axis=1) + weights["decoder.pos_embed"]
+    np.put_along_axis(full, visible[:, :, None], embedded[:, num_class:], axis=1)
+    sequence = np.concatenate([embedded[:, :num_class], full], axis=1) + weights["decoder.pos_embed"]
     for image, tokens in enumerate(order):
         seen = np.sort(tokens[: num_visible + num_decoded])
-        rows = np.concatenate([[0], 1 + seen])
+        rows = np.concatenate([np.arange(num_class), num_class + seen])
         states = oracle.block_outputs(sequence[image : image + 1, rows], weights, "decoder", DECODER_HEADS)
-        features[image, seen] = oracle.normed(states[-1], weights, "decoder.norm")[0, 1:]
+        features[image, seen] = oracle.normed(states[-1], weights, "decoder.norm")[0, num_class:]
     return features
 
 
@@ -114,12 +115,47 @@ def test_without_throwing_it_is_mae(problem, oracle, norm_pix, throwing):
     assert np.allclose(output.predicted, np.take_along_axis(predicted, masked[:, :, None], axis=1), atol=1e-10)
 
 
+def test_units_are_masked_together_and_drop_path_scales_the_encoder(image_problem, oracle):
+    problem = image_problem
+    half = [0.5] * problem.channels
+    options = {"reconstruction": "none", "norm_pix": False, "mean": half, "std": half}
+    output = problem.forward(mask_unit=2, drop_path=0.5, **options)
+    assert output.order.shape == (2, 16)
+    rows, columns = np.divmod(np.sort(output.order[:, :4], axis=1), 4)
+    assert (rows - rows[:, :1]).tolist() == [[0, 0, 1, 1]] * 2
+    assert (columns - columns[:, :1]).tolist() == [[0, 1, 0, 1]] * 2
+    assert not (rows[:, 0] % 2).any()
+    assert not (columns[:, 0] % 2).any()
+    units = problem.noise.reshape(2, 4, 4)[:, ::2, ::2].reshape(2, 4).argmin(axis=1)
+    assert units.tolist() == (rows[:, 0] + columns[:, 0] // 2).tolist()
+    patches = oracle.raster_patches(problem.images, problem.patch_size, half, half)
+    scales = np.array([drop_path.drop_path_scales(2, 0.5, noise.tolist()) for noise in problem.noise])
+    features = raster_features(oracle, problem, patches, 4, output.order, 4, scales)
+    decoded = output.order[:, 4:8, None]
+    predicted = np.take_along_axis(oracle.affine(features, problem.weights, "decoder.pred"), decoded, axis=1)
+    assert np.allclose(output.predicted, predicted, atol=1e-10)
+
+
+@pytest.mark.parametrize("class_tokens", [0, 3])
+def test_class_tokens_are_seen_by_encoder_and_decoder_and_predict_nothing(random_weights, oracle, class_tokens):
+    problem = Problem(random_weights, class_tokens=class_tokens)
+    half = [0.5] * problem.channels
+    output = problem.forward(reconstruction="none", norm_pix=False, mean=half, std=half)
+    patches = oracle.raster_patches(problem.images, problem.patch_size, half, half)
+    features = raster_features(oracle, problem, patches, 4, output.order, 4)
+    decoded = output.order[:, 4:8, None]
+    predicted = np.take_along_axis(oracle.affine(features, problem.weights, "decoder.pred"), decoded, axis=1)
+    assert np.allclose(output.predicted, predicted, atol=1e-10)
+    found = mae.encode(problem.weights, problem.images, patch_size=problem.patch_size, num_heads=HEADS)
+    assert found.shape == (2, class_tokens + problem.num_tokens, DIM)
+
+
 def test_throwing_none_ignores_the_throw_ratio(problem):
     dense = problem.forward(throwing="none", throw_ratio=0.5)
     assert dense.predicted.shape == (2, problem.num_tokens - problem.num_tokens // 4, problem.patch_dim)
 
 
-@pytest.mark.parametrize("throwing", ["none", "furthest", "random", "weighted", "cell"])
+@pytest.mark.parametrize("throwing", ["none", "furthest", "random", "cell"])
 def test_where_nothing_is_thrown_tokens_come_in_order_of_noise(image_problem, throwing):
     output = image_problem.forward(throwing=throwing, throw_ratio=0.0)
     assert np.array_equal(output.order, np.argsort(image_problem.noise, axis=1))
@@ -280,6 +316,31 @@ def test_visible_tokens_and_draw_weights_may_be_given(image_problem):
     assert set(output.order[0, 4:8]) == set(output.order[1, 4:8]) == {2, 4, 7, 9}
 
 
+def test_draw_weights_also_draw_the_visible_tokens(image_problem):
+    draw_weights = np.ones((2, 16))
+    draw_weights[:, [2, 4, 7, 9]] = 1e12
+    draw_weights[:, [0, 5, 6, 15]] = 1e-12
+    output = image_problem.forward(throwing="weighted", draw_weights=draw_weights)
+    for order in output.order.tolist():
+        assert (set(order[:4]), set(order[4:8])) == ({0, 5, 6, 15}, {2, 4, 7, 9})
+    with pytest.raises(ValueError, match="draw_weights: expected token weights"):
+        image_problem.forward(throwing="weighted")
+
+
+def test_attention_of_the_class_token(problem, oracle):
+    found = mae.attention(problem.weights, problem.images, patch_size=problem.patch_size, num_heads=HEADS)
+    mean, std = method.channel_statistics(problem.channels, None, None)
+    patches = oracle.raster_patches(problem.images, problem.patch_size, mean, std)
+    x = oracle.encoder_outputs(patches, problem.weights, problem.shape, HEADS)[0]
+    block = "encoder.blocks.1"
+    qkv = oracle.affine(oracle.normed(x, problem.weights, f"{block}.norm1"), problem.weights, f"{block}.attn.qkv")
+    query, key, _ = qkv.reshape(*x.shape[:2], 3, HEADS, DIM // HEADS).transpose(2, 0, 3, 1, 4)
+    scores = np.exp(query @ key.swapaxes(2, 3) / np.sqrt(DIM // HEADS))
+    maps = (scores / scores.sum(-1, keepdims=True))[:, :, 0, 1:]
+    maps -= maps.min(-1, keepdims=True)
+    assert np.allclose(found, (maps / maps.max(-1, keepdims=True)).mean(1), atol=1e-11)
+
+
 def test_encode_sees_the_whole_image(problem, oracle):
     found = mae.encode(problem.weights, problem.images, patch_size=problem.patch_size, num_heads=HEADS)
     mean, std = method.channel_statistics(problem.channels, None, None)
@@ -295,6 +356,7 @@ def test_encode_sees_the_whole_image(problem, oracle):
         ({"thrown_target": "pixels"}, 'thrown_target: expected "cells" or "patch", got \'pixels\''),
         ({"extra_cells": "all"}, 'extra_cells: expected "none", "decoded" or "known", got \'all\''),
         ({"cell_norm": "patch"}, "cell_norm: expected"),
+        ({"mask_unit": 3}, "mask_unit: expected a divisor of the grid 4x4, got 3"),
         ({"cells": 3}, r"cells: expected divisors of the patch \(2, 3\), got \(3, 3\)"),
     ],
 )

@@ -46,11 +46,13 @@ def test_axes_are_resized_one_by_one():
     np.testing.assert_allclose(resize_image(image, (6, 4)), in_turn, rtol=0, atol=1e-14)
 
 
-def test_a_table_keeps_its_first_row():
-    table = np.random.default_rng(0).random((1 + 6, 3))
-    resized = resize_table(table, (2, 3), (4, 2))
-    np.testing.assert_array_equal(resized[0], table[0])
-    np.testing.assert_array_equal(resized[1:], resize_image(table[1:].reshape(2, 3, 3), (4, 2)).reshape(8, 3))
+@pytest.mark.parametrize("number", [0, 1, 3])
+def test_a_table_keeps_the_rows_of_its_class_tokens(number):
+    table = np.random.default_rng(0).random((number + 6, 3))
+    resized = resize_table(table, (2, 3), (4, 2), number)
+    np.testing.assert_array_equal(resized[:number], table[:number])
+    expected = resize_image(table[number:].reshape(2, 3, 3), (4, 2)).reshape(8, 3)
+    np.testing.assert_array_equal(resized[number:], expected)
 
 
 def test_bad_shapes_are_refused():

@@ -1,6 +1,7 @@
 """Fixtures of the tests of the PyTorch adapter."""
 
 import importlib.util
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -20,6 +21,14 @@ def single_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def forgetful_compiler() -> Iterator[None]:
+    """Forget the programs of a test: PyTorch compiles a function, which several methods share, only a few times."""
+    yield
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()
 
 
 @pytest.fixture(params=["cpu", "gpu"])

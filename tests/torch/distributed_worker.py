@@ -20,8 +20,10 @@ from prmim_methods import ClassifierConfig, TrainingConfig, create_config
 from prmim_torch import MAE, METHODS, ClassifierEngine, Engine
 
 TINY = {"image_size": (16, 16), "patch_size": (4, 4), "embed_dim": 16, "depth": 2, "num_heads": 2}
+DECODER = {"decoder_dim": 8, "decoder_depth": 1, "decoder_heads": 2}
+DECODER |= {"class_tokens": 3, "position": "learned", "mask_unit": 2}
 CONFIGS = {
-    "mae": create_config("mae", **TINY, decoder_dim=8, decoder_depth=1, decoder_heads=2, init_seed=3),
+    "mae": create_config("mae", **TINY, **DECODER, init_seed=3),
     "simmim": create_config("simmim", **TINY, drop_path=0.3, recompute_blocks=True, init_seed=3),
 }
 TRAINING = {
@@ -134,6 +136,7 @@ def look(parallel, directory):
     result = {
         "features": engine.features(images).tolist(),
         "patches": np.nan_to_num(engine.reconstruct(images, np.arange(4)).patches, nan=-9).tolist(),
+        "attention": engine.attention(images[engine.rank :]).tolist(),  # other images in each process
         "curve": train(engine, STEPS),
     }
     engine.close()

@@ -217,8 +217,9 @@ def test_each_process_writes_its_share(several, shared):
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_looking_at_images_does_not_disturb(worker, one, two, shared, parallel):
     expected = worker.look("ddp", shared / "1" / "mae" / "ddp")
-    for rank in two:
+    for number, rank in enumerate(two):
         seen = rank["looks"][parallel]
+        np.testing.assert_allclose(seen["attention"], expected["attention"][number:], rtol=1e-4, atol=1e-5)
         np.testing.assert_allclose(seen["features"], expected["features"], rtol=1e-4, atol=1e-5)
         np.testing.assert_allclose(seen["patches"], expected["patches"], rtol=1e-4, atol=1e-5)
         np.testing.assert_equal(seen["curve"], rank["curves"][f"mae {parallel} from 1 ddp"])

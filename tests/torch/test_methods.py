@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 import prmim_methods
 from prmim_core import counter_noise
@@ -77,3 +79,19 @@ def test_recomputed_blocks_compile_to_one_graph(tiny, make_images):
     same_loss, same_gradients, _ = losses_and_gradients(method, *batch, compiled)
     torch.testing.assert_close(same_loss, loss)
     torch.testing.assert_close(same_gradients, gradients)
+
+
+def test_attention_drives_a_step_that_compiles_to_one_graph(tiny_simmim, make_images):
+    method = create_method("simmim", **tiny_simmim, throwing="weighted")
+    images, noise = torch.from_numpy(make_images(2, 16, 16, 3)), counter_noise(0, 0, torch.arange(2), 16)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
+        weights = method.attention(images)
+    assert counter.get_total_flops() == 2 * 2 * method.config.attention_cost().macs
+    compiled = torch.compile(method, fullgraph=True, backend="aot_eager")
+    output, expected = compiled(images, noise, weights), method(images, noise, weights)
+    torch.testing.assert_close(output.loss, expected.loss)
+    assert torch.equal(output.plan.order, expected.plan.order)
+    with pytest.raises(ValueError, match="weights: expected a tensor with throwing 'weighted' only, got none"):
+        method(images, noise)
+    with pytest.raises(ValueError, match="weights: expected a tensor with throwing 'weighted' only, got a tensor"):
+        create_method("simmim", **tiny_simmim)(images, noise, weights)

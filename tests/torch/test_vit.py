@@ -100,6 +100,8 @@ def test_parts_of_an_encoder_are_chosen_by_arguments():
 def test_unknown_positions_are_refused():
     with pytest.raises(ValueError, match=r"^position: expected 'absolute' or .* 'relative_per_block', got 'both'$"):
         Encoder((2, 2), (2, 2), 3, dim=8, depth=1, num_heads=2, position="both")
+    with pytest.raises(ValueError, match=r"^class_tokens: expected 1 for position 'relative', got 2$"):
+        Encoder((2, 2), (2, 2), 3, dim=8, depth=1, num_heads=2, position="relative", class_tokens=2)
 
 
 @pytest.mark.parametrize("recompute", [False, True])

@@ -10,9 +10,12 @@ from typing import Any
 
 import pytest
 
+from prmim_train.config.layers import merge_layers, read_options
 from prmim_train.config.pretrain import PretrainConfig, pretrain_config
 
 HERE = Path(__file__).parent
+
+DECODER = {"decoder_dim": 16, "decoder_depth": 1, "decoder_heads": 2}
 
 TINY = {
     "data": "digits",
@@ -25,9 +28,7 @@ TINY = {
     "embed_dim": 32,
     "depth": 1,
     "num_heads": 2,
-    "decoder_dim": 16,
-    "decoder_depth": 1,
-    "decoder_heads": 2,
+    **DECODER,
     "epochs": 1,
     "batch_size": 120,
     "base_learning_rate": 0.01,
@@ -39,8 +40,6 @@ TINY = {
     "pictures": 0,
 }
 """1,438 training images and batches of 120: 12 steps an epoch."""
-
-MAE_ONLY = ("decoder_dim", "decoder_depth", "decoder_heads")
 
 
 @pytest.fixture
@@ -59,8 +58,26 @@ def tiny(fake: Any, tmp_path: Path) -> Callable[..., PretrainConfig]:
     def make(**changes: Any) -> PretrainConfig:
         options = {**TINY, "out": str(tmp_path / "run")}
         if changes.get("method", "mae") != "mae":
-            options = {name: value for name, value in options.items() if name not in MAE_ONLY}
+            options = {name: value for name, value in options.items() if name not in DECODER}
         return pretrain_config(**{**options, **changes})
+
+    return make
+
+
+@pytest.fixture
+def tiny_recipe() -> Callable[..., PretrainConfig]:
+    """Return a function from the name of a recipe to its configuration with small sizes, and some options changed."""
+
+    def make(name: str, **changes: Any) -> PretrainConfig:
+        recipe = read_options(name)
+        size = 4 * 4 * recipe.get("mask_unit", 1) if recipe["method"] == "mae" else 16  # units of 4 x 4 tokens
+        tiny = {"image_size": size, "patch_size": 4, "embed_dim": 32, "depth": 3, "num_heads": 2, "channels": 3}
+        if recipe["method"] == "videomae":
+            tiny |= {"image_size": (4, 16, 16), "patch_size": (1, 4, 4)}
+        tiny |= {name: size for name, size in DECODER.items() if name in recipe}
+        # The lowest rate of a recipe can be higher than the peak rate of so small a batch.
+        tiny |= {"batch_size": 32, "min_learning_rate": 0.0, "precision": "float32", "device": "cpu"}
+        return pretrain_config(**merge_layers(recipe, {**tiny, **changes}))
 
     return make
 

@@ -16,7 +16,7 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from prmim_core import Schedule, block_visible, counter_noise, make_plan, patchify
+from prmim_core import Schedule, block_visible, counter_noise, make_plan, patchify, unattended_visible
 from prmim_methods import ClassifierConfig, MethodConfig, TrainingConfig
 from prmim_methods.hardware import Choice, choose_precision, is_slow
 from prmim_methods.sizes import Transformer
@@ -78,12 +78,17 @@ class Engine:
         self.sums: list[tuple[float, ...]] = []
         self.skipped = 0
 
-    def _plan(self, sample: np.ndarray, step: int) -> Any:
+    def _plan(self, sample: np.ndarray, step: int, weights: np.ndarray | None = None) -> Any:
         grid = self.schedule.grid
         noise = counter_noise(self.training.seed, step, sample, grid.num_tokens)
         unit = getattr(self.config, "mask_shape", (1,) * grid.axes)
-        visible = block_visible(grid, unit, self.schedule.counts.visible // math.prod(unit), noise)
-        return make_plan(self.schedule, noise, visible=visible)
+        number = self.schedule.counts.visible // math.prod(unit)
+        if weights is None:
+            visible = block_visible(grid, unit, number, noise)
+        else:
+            assert weights.dtype == np.float32
+            visible = unattended_visible(grid, unit, number, noise, weights)
+        return make_plan(self.schedule, noise, visible=visible, weights=weights)
 
     def _masks(self, plan: Any) -> tuple[np.ndarray, np.ndarray]:
         batch, length = plan.order.shape
@@ -98,11 +103,11 @@ class Engine:
         assert images.dtype == np.uint8
         return patchify(images / 255.0, self.config.patch_size).reshape(len(images), -1)
 
-    def train_step(self, images: np.ndarray, sample: np.ndarray) -> None:
+    def train_step(self, images: np.ndarray, sample: np.ndarray, weights: np.ndarray | None = None) -> None:
         time.sleep(self.delay)
         self.seen.append(sample)
         pixels = self._flat(images)
-        is_decoded, is_thrown = self._masks(self._plan(sample, self.step))
+        is_decoded, is_thrown = self._masks(self._plan(sample, self.step, weights))
         is_masked = is_decoded | is_thrown
         encoded = np.where(is_masked, 0, pixels) @ self.encoder
         error = np.where(is_masked, encoded @ self.decoder - pixels, 0)
@@ -146,9 +151,16 @@ class Engine:
     def features(self, images: np.ndarray) -> np.ndarray:
         return (self._flat(images) @ self.encoder).astype(np.float32)
 
+    def attention(self, images: np.ndarray) -> np.ndarray:
+        """The error of each token's reconstruction from the whole image, which changes in every step."""
+        pixels = self._flat(images)
+        error = np.abs(pixels @ self.encoder @ self.decoder - pixels)
+        error = error.reshape(len(images), self.schedule.counts.num_tokens, -1).mean(2)
+        return (error / error.max(1, keepdims=True)).astype(np.float32)
+
     def reconstruct(self, images: np.ndarray, sample: np.ndarray) -> Reconstruction:
         assert self.predicts == "pixels"
-        plan = self._plan(sample, 0)
+        plan = self._plan(sample, 0, self.attention(images) if self.config.needs_weights else None)
         pixels = self._flat(images)
         is_decoded, is_thrown = self._masks(plan)
         predicted = np.where(is_decoded | is_thrown, 0, pixels) @ self.encoder @ self.decoder

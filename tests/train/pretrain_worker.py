@@ -43,6 +43,12 @@ def command(out, *more):
     return ["pretrain", *words(WORDS), *more, "--out", str(out)]
 
 
+def attention_command(folder, out):
+    """Return a run of 10 steps, with attention maps after 5."""
+    options = {"throwing": "weighted", "attention_start": 1, "epochs": 2, "batch_size": 60, "holdout": 0}
+    return command(folder / out, *words({**options, "data": folder / "photos", "eval_limit": 0, "pictures": 0}))
+
+
 def classifier(run, out, *more):
     return ["evaluate", "--run", str(run), *words(CLASSIFIER), *more, "--out", str(out)]
 
@@ -95,6 +101,7 @@ if __name__ == "__main__":
         "finished": (command(run_folder, "--resume"), nothing),
         "uneven": (command(run_folder, "--resume", "--accumulate", "40"), nothing),
         "photos": (command(folder / "photos run", *photos, "--batch_size", "40"), nothing),
+        "attention": (attention_command(folder, "attention"), nothing),
         "half": (command(folder / "half"), stopped(3, rank=0)),
         "probed": (command(probed, "--probe_every", "1"), nothing),
         "frozen": (["evaluate", "--run", str(probed), "--eval_limit", "40"], nothing),

@@ -90,7 +90,7 @@ def test_features_and_accuracy_of_the_same_weights_agree(first):
     other_config = replace(config, backend=there)
     other = create_engine(other_config, data.budget)
     other.load_weights(weights_of(begun))
-    with evaluation_batches(data.source, data.held_out, batch_size=64, image_size=config.image_plane) as batches:
+    with evaluation_batches(data.source, data.held_out, batch_size=64, image_size=config.method.image_size) as batches:
         images = next(batches).images
     np.testing.assert_allclose(other.features(images), engine.features(images), rtol=1e-4, atol=1e-5)
     result = evaluate_run(other_config, data, other, ("knn",))

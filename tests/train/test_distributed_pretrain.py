@@ -160,6 +160,18 @@ def test_images_that_any_process_could_not_read_are_reported(two, shared):
     assert [entry.name for entry in run.path.glob(".*")] == [".lock"]
 
 
+def test_attention_maps_are_those_of_one_process(two, shared, worker):
+    assert main(worker.attention_command(shared, "attention in one")) == 0
+    here, there = (
+        np.load(shared / name / "attention_00000005.npz")["maps"] for name in ("attention", "attention in one")
+    )
+    np.testing.assert_allclose(here, there, atol=0.01)
+    assert here.shape == (300, 16)
+    assert (here[:3] == 1).all()  # unreadable
+    assert (here[3:] != 1).any(1).all()
+    assert not list((shared / "attention").glob(".attention*"))
+
+
 def test_nothing_is_written_twice_or_left_over(two, shared):
     run = RunDirectory(shared / "run")
     pictures = {"reconstructions.png", "schedule.png", "loss.png"}

@@ -13,8 +13,7 @@ jax = pytest.importorskip("jax")
 pytest.importorskip("flax")
 
 from prmim_train.cli.commands import main  # noqa: E402
-from prmim_train.config.layers import merge_layers, read_options, recipe_names  # noqa: E402
-from prmim_train.config.pretrain import pretrain_config  # noqa: E402
+from prmim_train.config.layers import recipe_names  # noqa: E402
 from prmim_train.pretrain import pretrain  # noqa: E402
 from prmim_train.run.budget import training_budget  # noqa: E402
 from prmim_train.run.engine import create_engine  # noqa: E402
@@ -23,7 +22,15 @@ from prmim_train.run.loop import Interrupted  # noqa: E402
 SMALL = {"backend": "jax", "epochs": 1, "batch_size": 240}  # 6 steps
 SIMMIM = {"method": "simmim", "depth": 2}
 MASKALIGN = {"method": "maskalign", "depth": 3, "teacher_layers": 2}
-METHODS = {"mae": {}, "simmim": SIMMIM, "maskalign": MASKALIGN}
+LOCALMIM = {"method": "localmim", "depth": 2, "decoder_dim": 16, "decoder_heads": 2}
+VIDEOMAE = {
+    "method": "videomae",
+    "image_size": (4, 16, 16),
+    "patch_size": (2, 4, 4),
+    "decoder_dim": 16,
+    "decoder_heads": 2,
+}
+METHODS = {"mae": {}, "simmim": SIMMIM, "maskalign": MASKALIGN, "localmim": LOCALMIM, "videomae": VIDEOMAE}
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -55,7 +62,13 @@ def weights(config):
     return load_file(latest / "weights.safetensors")
 
 
-RUNS = {"mae": {}, "simmim": {"decay": "step"}, "maskalign": {"scan_blocks": True}}
+RUNS: dict[str, dict[str, object]] = {
+    "mae": {"decoder": "cross", "class_tokens": 2, "position": "learned"},
+    "simmim": {"decay": "step"},
+    "maskalign": {"scan_blocks": True},
+    "localmim": {},
+    "videomae": {"fusion": "mff"},
+}
 
 
 @pytest.mark.parametrize("method", RUNS)
@@ -69,7 +82,7 @@ def test_a_run_goes_the_whole_way_and_stopping_changes_nothing(method, tiny, opt
     assert records[-1]["loss"] < records[0]["loss"]
     assert summary["loss"] == records[-1]["loss"]
     assert summary["evaluation"]["trained"]["linear"] > 0.3  # chance is 0.1
-    first = "similarity.png" if method == "maskalign" else "reconstructions.png"
+    first = "reconstructions.png" if whole.method.predicts == "pixels" else "similarity.png"
     assert {p.name for p in whole.run_path.glob("*.png")} == {first, "schedule.png", "loss.png"}
 
     config = tiny(**given)
@@ -161,21 +174,10 @@ def test_the_engine_has_the_record_of_the_configuration(method, tiny, options):
     assert engine.method.config == config.method
 
 
-TINY_RECIPE = {
-    **{"image_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 3, "num_heads": 2, "channels": 3},
-    **{"batch_size": 32, "precision": "float32", "device": "cpu", "backend": "jax"},
-}
-
-
 @pytest.mark.parametrize("name", recipe_names())
-def test_every_recipe_is_built(name, request):
-    tiny = dict(TINY_RECIPE)
-    method = read_options(name)["method"]
-    if method == "mae":
-        tiny |= {"decoder_dim": 16, "decoder_depth": 1, "decoder_heads": 2}
-    if method == "maskalign":
-        tiny |= {"teacher": request.getfixturevalue("vit"), "teacher_layers": 2}
-    config = pretrain_config(**merge_layers(read_options(name), tiny))
+def test_every_recipe_is_built(name, tiny_recipe, request):
+    teacher = {"teacher": request.getfixturevalue("vit"), "teacher_layers": 2} if "maskalign" in name else {}
+    config = tiny_recipe(name, backend="jax", **teacher)
     engine = create_engine(config, training_budget(config, 80))
     assert engine.num_parameters > 0
 

@@ -9,8 +9,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from prmim_train.cli.commands import main  # noqa: E402
-from prmim_train.config.layers import merge_layers, read_options, recipe_names  # noqa: E402
-from prmim_train.config.pretrain import pretrain_config  # noqa: E402
+from prmim_train.config.layers import recipe_names  # noqa: E402
 from prmim_train.pretrain import pretrain  # noqa: E402
 from prmim_train.run.budget import training_budget  # noqa: E402
 from prmim_train.run.engine import create_engine  # noqa: E402
@@ -19,7 +18,15 @@ from prmim_train.run.loop import Interrupted, NonFiniteLoss  # noqa: E402
 SMALL = {"backend": "torch", "epochs": 1, "batch_size": 240}  # 6 steps
 SIMMIM = {"method": "simmim", "depth": 2}
 MASKALIGN = {"method": "maskalign", "depth": 3, "teacher_layers": 2}
-METHODS = {"mae": {}, "simmim": SIMMIM, "maskalign": MASKALIGN}
+LOCALMIM = {"method": "localmim", "depth": 2, "decoder_dim": 16, "decoder_heads": 2}
+VIDEOMAE = {
+    "method": "videomae",
+    "image_size": (4, 16, 16),
+    "patch_size": (2, 4, 4),
+    "decoder_dim": 16,
+    "decoder_heads": 2,
+}
+METHODS = {"mae": {}, "simmim": SIMMIM, "maskalign": MASKALIGN, "localmim": LOCALMIM, "videomae": VIDEOMAE}
 
 
 @pytest.fixture(autouse=True)
@@ -80,7 +87,7 @@ def test_a_run_trains_evaluates_and_draws(method, tiny, options):
     if method == "maskalign":  # the last norm of its student is no part of the loss
         learned = {name: value for name, value in learned.items() if not name.startswith("encoder.norm.")}
     assert summary["parameters"] == sum(value.size for value in learned.values())
-    first = "similarity.png" if method == "maskalign" else "reconstructions.png"
+    first = "reconstructions.png" if config.method.predicts == "pixels" else "similarity.png"
     assert {p.name for p in config.run_path.glob("*.png")} == {first, "schedule.png", "loss.png"}
 
 
@@ -93,9 +100,14 @@ def test_a_run_trains_evaluates_and_draws(method, tiny, options):
         ("mae", {"norm_pix": False}),
         ("mae", {"thrown_target": "patch"}),
         ("mae", {"extra_cells": "decoded", "extra_cells_weight": 0.5}),
+        ("mae", {"decoder": "cross"}),
+        ("mae", {"fusion": "mff", "depth": 2}),
+        ("mae", {"class_tokens": 3, "position": "learned", "mask_unit": 2, "drop_path": 0.5, "depth": 2}),
         ("simmim", {}),
         ("simmim", {"throw_ratio": 0.0, "position": "absolute", "decay": "step"}),
         ("simmim", {"throw_by": "unit", "throw_ratio": 0.5, "accumulate": 2}),
+        ("localmim", {}),
+        ("videomae", {}),
         ("maskalign", {}),
         ("maskalign", {"reconstruction": "none", "masking": "random", "fusion": "sum"}),
     ],
@@ -275,24 +287,13 @@ def test_resuming_another_model_is_told_in_one_line(tiny, options, capsys):
     assert "decoder_depth" in line
 
 
-TINY_RECIPE = {
-    **{"image_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 3, "num_heads": 2, "channels": 3},
-    **{"batch_size": 32, "compile": False, "precision": "float32", "device": "cpu", "backend": "torch"},
-}
-
-
 @pytest.mark.parametrize("name", recipe_names())
-def test_every_recipe_is_built_and_takes_a_step(name, request):
-    tiny = dict(TINY_RECIPE)
-    method = read_options(name)["method"]
-    if method == "mae":
-        tiny |= {"decoder_dim": 16, "decoder_depth": 1, "decoder_heads": 2}
-    if method == "maskalign":
-        tiny |= {"teacher": request.getfixturevalue("clip"), "teacher_layers": 2}
-    config = pretrain_config(**merge_layers(read_options(name), tiny))
+def test_every_recipe_is_built_and_takes_a_step(name, tiny_recipe, request):
+    teacher = {"teacher": request.getfixturevalue("clip"), "teacher_layers": 2} if "maskalign" in name else {}
+    config = tiny_recipe(name, backend="torch", compile=False, **teacher)
     engine = create_engine(config, training_budget(config, 80))
-    images = np.random.default_rng(0).integers(0, 255, (32, 16, 16, 3), dtype=np.uint8)
-    engine.train_step(images, np.arange(32))
+    images = np.random.default_rng(0).integers(0, 255, (32, *config.method.image_size, 3), dtype=np.uint8)
+    engine.train_step(images, np.arange(32), engine.attention(images) if config.method.needs_weights else None)
     metrics = engine.read_metrics()
     assert metrics["nonfinite_step"] is None
     assert metrics["loss"] > 0

@@ -30,6 +30,12 @@ from prmim_train.run.directory import RunDirectory
 TRUE_WORDS = ("true", "yes", "on", "1")
 FALSE_WORDS = ("false", "no", "off", "0")
 NULL_WORDS = ("null", "~")
+NUMBERS: dict[Any, Any] = {
+    tuple[int, ...]: int | tuple[int, ...],
+    Sequence[int]: int | tuple[int, ...],
+    Sequence[float]: float | tuple[float, ...],
+}
+"""Types of several numbers, and those that the command line takes for them: a single number need not be in a list."""
 
 
 def command_option(name: str, type: Any, help: str, default: Any = None) -> Option:
@@ -58,17 +64,24 @@ def _ordered(names: Iterable[str]) -> list[str]:
 
 
 def _special_option(name: str) -> Option:
-    """Return an option that not all methods have, or not with the same default; its help says so."""
+    """Return an option that not all methods have, or not with the same default or choices; its help says so."""
     owners = {method: item for method, record in METHODS.items() for item in options(record) if item.name == name}
     item = next(iter(owners.values()))
+    texts: dict[str, list[str]] = {}
+    for method, owner in owners.items():
+        texts.setdefault(owner.help, []).append(method)
     text = item.help
-    if len(owners) < len(METHODS):
+    if len(texts) > 1:
+        text = " ".join(f"For {' and '.join(names)}: {help}" for help, names in texts.items())
+    elif len(owners) < len(METHODS):
         text += f" For {' and '.join(owners)} only."
     defaults = {method: owner.default for method, owner in owners.items()}
     if len(set(defaults.values())) > 1:
         text += f" Default: {', '.join(f'{value} for {method}' for method, value in defaults.items())}."
         item = dataclasses.replace(item, default=None)
-    return dataclasses.replace(item, rule=_with_help(item.rule, text))
+    # Each method has its own choices; its record refuses those of the others.
+    choices = {choice: meaning for owner in owners.values() for choice, meaning in owner.rule.choices.items()}
+    return dataclasses.replace(item, rule=dataclasses.replace(_with_help(item.rule, text), choices=choices))
 
 
 def _with_help(rule: Rule, text: str) -> Rule:
@@ -131,7 +144,8 @@ def build_parser(command: str, description: str, groups: Mapping[str, Sequence[O
         for item in items:
             text = item.help.replace("%", "%%") + (f" Off: --no_{item.name}." if item.is_flag else "")
             metavar = "" if item.is_flag else "VALUE"
-            kind = int | item.type if item.kind == tuple[int, ...] else item.type
+            kind = NUMBERS.get(item.kind, item.kind)
+            kind = kind | None if item.is_optional else kind
             group.add_argument(f"--{item.name}", type=kind, default=item.default, help=text, metavar=metavar)
     return parser
 

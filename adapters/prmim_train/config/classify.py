@@ -144,11 +144,11 @@ class ClassifyConfig(AugmentOptions, TrainingOptions, ClassifierConfig):
         """Share of the epochs that is warm-up if `warmup_epochs` is None."""
         return WARMUP[self.protocol]
 
-    def test_share(self, image_size: tuple[int, int]) -> float:
-        """Return `test_crop`, or its default for images of this height and width."""
+    def test_share(self, image_size: tuple[int, ...]) -> float:
+        """Return `test_crop`, or its default for images of this size."""
         if self.test_crop is not None:
             return self.test_crop
-        return CROPPED_SHARE if max(image_size) <= LARGEST_CROPPED else 1.0
+        return CROPPED_SHARE if max(image_size[-2:]) <= LARGEST_CROPPED else 1.0
 
 
 def protocol_defaults(protocol: str) -> dict[str, Any]:

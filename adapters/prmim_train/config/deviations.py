@@ -4,7 +4,9 @@
 """
 
 from dataclasses import dataclass
+from itertools import takewhile
 
+from prmim_methods import METHODS
 from prmim_train.config.layers import read_header, read_options, recipe_names
 from prmim_train.config.pretrain import pretrain_config
 
@@ -18,6 +20,20 @@ STAGES = {
 
 EVERY_STAGE = ("pretrain", "finetune", "linear")
 CLASSIFIERS = ("finetune", "linear")
+
+FAMILIES = {
+    **{name: config.title for name, config in METHODS.items()},
+    "mff": "MFF",
+    "pixmim": "PixMIM",
+    "crossmae": "CrossMAE",
+    "pixio": "Pixio",
+    "amt": "AMT",
+}
+"""What the first words of the names of recipes stand for."""
+
+LIKE_MAE = ("mae", "mff", "pixmim", "crossmae")
+AREA_CROPS = ("mae", "crossmae", "pixio", "simmim", "maskalign", "localmim")
+FLOAT16 = ("mae", "mff", "pixmim", "crossmae", "simmim", "maskalign", "localmim")
 
 
 @dataclass(frozen=True)
@@ -39,7 +55,7 @@ class Deviation:
     reason
         Why.
     methods
-        Methods that it applies to. Empty: all.
+        Methods that it applies to, keys of `FAMILIES`. Empty: all.
     """
 
     stages: tuple[str, ...]
@@ -59,6 +75,7 @@ DEVIATIONS = (
         "MAE engine_pretrain.py, engine_finetune.py; SimMIM main_simmim.py (apex O1); MaskAlign engine_pretrain.py",
         "bfloat16 or float32, without loss scaling",
         "chosen by hardware (`precision: auto`); bfloat16 has the range of float32 and needs no scaling",
+        FLOAT16,
     ),
     Deviation(
         EVERY_STAGE,
@@ -83,6 +100,7 @@ DEVIATIONS = (
         "torchvision `RandomResizedCrop`; timm `RandomResizedCropAndInterpolation`",
         "resized from the image in one pass: near its edges, the filter also sees pixels outside the crop",
         "saves a copy",
+        AREA_CROPS,
     ),
     Deviation(
         EVERY_STAGE,
@@ -91,6 +109,7 @@ DEVIATIONS = (
         "torchvision `ImageFolder`",
         "decoded at 1/2, 1/4 or 1/8 where the crop is then still twice as large as the result, or larger",
         "reading is faster",
+        AREA_CROPS,
     ),
     Deviation(
         EVERY_STAGE,
@@ -104,16 +123,25 @@ DEVIATIONS = (
         ("pretrain",),
         "number of visible tokens",
         "int(N * (1 - ratio)) in floating point: 100 tokens at 0.9 keep 9",
-        "MAE models_mae.py; MaskAlign models_pretrain.py",
+        "MAE models_mae.py; MaskAlign models_pretrain.py; LocalMIM ViT/models_mim.py",
         "exact arithmetic: 100 tokens at 0.9 keep 10; the recipes keep the same 49 and 58 of 196",
         "rounding errors do not change counts; `--rounding float` computes as published",
-        ("mae", "maskalign"),
+        (*LIKE_MAE, "maskalign", "localmim"),
+    ),
+    Deviation(
+        ("pretrain",),
+        "number of masked tubes",
+        "int(N * ratio) in floating point: 50 tubes at 0.58 mask 28",
+        "VideoMAE V2 dataset/masking_generator.py",
+        "exact arithmetic: 50 tubes at 0.58 mask 29; the recipes mask the same 176 of 196",
+        "rounding errors do not change counts; `--rounding float` computes as published",
+        ("videomae",),
     ),
     Deviation(
         ("pretrain",),
         "embedded patches",
         "all",
-        "MAE models_mae.py; SimMIM models/simmim.py; MaskAlign models_pretrain.py",
+        "MAE models_mae.py; SimMIM models/simmim.py; MaskAlign models_pretrain.py; LocalMIM ViT/models_mim.py",
         "the visible ones",
         "the same result at less cost",
     ),
@@ -121,10 +149,127 @@ DEVIATIONS = (
         ("pretrain",),
         "predicted tokens",
         "all; the loss ignores visible ones",
-        "MAE models_mae.py; SimMIM models/simmim.py",
+        "MAE models_mae.py; SimMIM models/simmim.py; Pixio pretraining/; LocalMIM ViT/models_mim.py",
         "the masked ones",
         "the same loss at less cost",
-        ("mae", "simmim"),
+        ("mae", "mff", "pixmim", "pixio", "simmim", "localmim"),
+    ),
+    Deviation(
+        ("pretrain",),
+        "epoch",
+        "1,605 steps, for any data",
+        "Pixio pretraining/",
+        "one pass over the data: 156 steps of 8,192 images for ImageNet-1k",
+        "as in the other methods; `--epochs` sets the length",
+        ("pixio",),
+    ),
+    Deviation(
+        ("pretrain",),
+        "size of the encoder",
+        "H/16, 1B/16 and 5B/16",
+        "Pixio pretraining/",
+        "`pixio_vit_base` has B/16, with the learning rate of H/16 and without drop path",
+        "a recipe for few GPUs; throwing saves most there",
+        ("pixio",),
+    ),
+    Deviation(
+        ("pretrain",),
+        "drop path of the blocks",
+        "rate 0.4; how the blocks share it was not read",
+        "Pixio pretraining/",
+        "rises linearly from 0 at the first block to 0.4 at the last",
+        "as in the other methods",
+        ("pixio",),
+    ),
+    Deviation(
+        ("pretrain",),
+        "predicted tokens",
+        "all that the decoder mask keeps; the loss ignores visible ones",
+        "VideoMAE V2 modeling_pretrain.py, engine_for_pretraining.py",
+        "the masked ones",
+        "the same loss at less cost",
+        ("videomae",),
+    ),
+    Deviation(
+        ("pretrain",),
+        "clips of a video",
+        "a step has 1,024 videos, and four clips of each, drawn anew; 200 epochs",
+        "VideoMAE V2 run_mae_pretraining.py, dataset/pretrain_datasets.py",
+        "a clip is an image of three axes, in a `.npz` file; 4,096 of a step are drawn like images, for 800 epochs",
+        "as many steps, clips and visits of a video; `--data` reads no videos",
+        ("videomae",),
+    ),
+    Deviation(
+        ("pretrain",),
+        "crops of clips",
+        "sides of 1, 0.875, 0.75 or 0.66 of the short side",
+        "VideoMAE V2 dataset/pretrain_datasets.py",
+        "random areas of 0.4356 to 1, with sides of 3/4 to 4/3",
+        "one kind of crop for all methods; the same range",
+        ("videomae",),
+    ),
+    Deviation(
+        ("pretrain",),
+        "lowest rate and batch size",
+        "the lowest rate is scaled by videos / 256",
+        "VideoMAE V2 run_mae_pretraining.py",
+        "`min_learning_rate` is not scaled; the recipes have the value for 1,024 videos",
+        "as in the other methods, whose lowest rates are not scaled",
+        ("videomae",),
+    ),
+    Deviation(
+        ("pretrain",),
+        "half of the channels of the position table",
+        "the first encodes the row of a token, the second the column",
+        "mmpretrain utils/position_encoding.py",
+        "the first encodes the column, the second the row, as in MAE",
+        "one table for all methods; the same up to the order of channels",
+        ("mff", "pixmim"),
+    ),
+    Deviation(
+        ("pretrain",),
+        "final norm of the encoder",
+        "none",
+        "CrossMAE models_cross.py",
+        "a layer norm that takes no part in the loss and keeps its initial weights",
+        "the same encoder for all methods; evaluation reads its normalised output",
+        ("crossmae",),
+    ),
+    Deviation(
+        ("pretrain",),
+        "pixels of the histograms of oriented gradients",
+        "normalised with mean and deviation of each channel",
+        "LocalMIM ViT/models_mim.py",
+        "not normalised",
+        "the same function; integer gradients are exact, so those on the edge of a bin do not fall to either side",
+        ("localmim",),
+    ),
+    Deviation(
+        ("pretrain",),
+        "heads",
+        "transposed convolutions on the grid of all tokens",
+        "LocalMIM ViT/models_mim.py",
+        "linear layers on each token, initial weights as in all linear layers",
+        "the same function, for any tokens: the kernel is as large as the stride",
+        ("localmim",),
+    ),
+    Deviation(
+        ("pretrain",),
+        "layer norm of the last decoder",
+        "its own",
+        "LocalMIM ViT/models_mim.py",
+        "the final norm of the encoder",
+        "the same function; frozen features are taken after this norm",
+        ("localmim",),
+    ),
+    Deviation(
+        ("throwing",),
+        "targets of thrown tokens",
+        "unknown",
+        "arXiv 2411.15746 (no text on LocalMIM)",
+        "those of the decoded tokens, at every scale, from features that each decoder's stages rebuild",
+        "one head per scale; each decoder reconstructs at almost no cost",
+        ("localmim",),
     ),
     Deviation(
         ("pretrain",),
@@ -181,13 +326,76 @@ DEVIATIONS = (
         ("maskalign",),
     ),
     Deviation(
+        ("pretrain",),
+        "ratios",
+        "0.45 masked and 0.40 thrown of 196 tokens, rounded down; 0.44 and 0.26 of 49 units, rounded up",
+        "AMT mae-AMT/models_mae.py; SimMIM-AMT data/amtdatasets.py",
+        "`mask_ratio` counts masked and thrown tokens; the ratios of the recipes give the same counts",
+        "one vocabulary for all methods",
+        ("amt",),
+    ),
+    Deviation(
+        ("pretrain",),
+        "masks before the first attention maps",
+        "nothing is thrown: MAE masks 0.75 at random",
+        "AMT mae-AMT/models_mae.py",
+        "an even draw with the counts of the recipe",
+        "one program and one cost per step for the whole run",
+        ("amt",),
+    ),
+    Deviation(
+        ("pretrain",),
+        "crop of the attention maps",
+        "offsets are divided as integers, so that only the first rows and columns of a map are used",
+        "AMT amtdatasets.py",
+        "cropped and mirrored like the image; a token has the mean of the map over its area",
+        "the published code has a defect",
+        ("amt",),
+    ),
+    Deviation(
+        ("pretrain",),
+        "time of the attention maps",
+        "the end of an epoch",
+        "AMT mae-AMT/main_pretrain.py",
+        "the step nearest to the end of an epoch; maps are stored in float16",
+        "batches may straddle two epochs; half the memory",
+        ("amt",),
+    ),
+    Deviation(
+        ("pretrain",),
+        "loss of AMT on SimMIM",
+        "compares whole images with predictions of a part of their tokens, whose shape differs",
+        "AMT SimMIM-AMT models/simmim.py",
+        "SimMIM's, over the pixels of the decoded tokens",
+        "the published code has a defect",
+        ("amt",),
+    ),
+    Deviation(
+        ("pretrain",),
+        "batch size and decay of AMT on SimMIM",
+        "not read",
+        "none",
+        "2,048 images; a tenth of the learning rate over the last eighth, as in SimMIM",
+        "needed for a recipe",
+        ("amt",),
+    ),
+    Deviation(
         ("throwing",),
         "thrown tokens",
         "the readable text of PR-MIM leaves operator, order, targets and weights open",
         "arXiv 2411.15746, abstract and introduction",
         "the decisions in docs/paper.md",
         "needed to implement the method",
-        ("mae", "simmim"),
+        (*LIKE_MAE, "pixio", "simmim", "localmim", "videomae"),
+    ),
+    Deviation(
+        ("throwing",),
+        "features of visible tokens",
+        "the decoder has none; PR-MIM on CrossMAE is not described",
+        "CrossMAE models_cross.py",
+        "one more mix of the encoder's layers, normalised and projected to the width of the decoder",
+        "thrown tokens are reconstructed from visible and decoded ones, as in MAE",
+        ("crossmae",),
     ),
     Deviation(
         ("throwing",),
@@ -206,6 +414,15 @@ DEVIATIONS = (
         "their features are rebuilt from the visible ones and aligned too, each token with weight 1",
         "supervises all tokens",
         ("maskalign",),
+    ),
+    Deviation(
+        ("throwing",),
+        "choice of the decoded tokens",
+        "a running cell over all tokens, visible ones included; PR-MIM on clips is not described",
+        "VideoMAE V2 dataset/masking_generator.py, modeling_pretrain.py",
+        "furthest sampling among the masked tokens, distances counted in cubes; the others are rebuilt",
+        "supervises all masked tokens, and decodes no token twice",
+        ("videomae",),
     ),
     Deviation(
         ("throwing",),
@@ -295,10 +512,21 @@ def deviations_of(recipe: str) -> list[Deviation]:
     """
     if read_header(recipe)["paper"].startswith("none"):
         return []
-    method, stages = recipe.partition("_")[0], recipe_stages(recipe)
+    methods, stages = recipe_methods(recipe), recipe_stages(recipe)
     return [
-        found for found in DEVIATIONS if stages & {*found.stages} and (not found.methods or method in found.methods)
+        found for found in DEVIATIONS if stages & {*found.stages} and (not found.methods or methods & {*found.methods})
     ]
+
+
+def recipe_methods(recipe: str) -> set[str]:
+    """Return the keys of `FAMILIES` that the name of a packaged recipe starts with.
+
+    Examples
+    --------
+    >>> sorted(recipe_methods("amt_simmim_vit_base")), recipe_methods("mae_vit_base_linear")
+    (['amt', 'simmim'], {'mae'})
+    """
+    return set(takewhile(FAMILIES.__contains__, recipe.split("_")))
 
 
 def recipe_stages(recipe: str) -> set[str]:

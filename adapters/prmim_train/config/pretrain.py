@@ -14,6 +14,9 @@ from prmim_methods.methods import METHOD_OPTION
 from prmim_methods.record import option, options, record
 from prmim_train.config.training import DIGITS, TrainingOptions
 
+OF_IMAGES = {"image_size", "patch_size"}
+"""Options of methods that follow from the images, so that they outlast a change of the method."""
+
 
 @record
 class PretrainConfig(TrainingOptions):
@@ -31,6 +34,13 @@ class PretrainConfig(TrainingOptions):
         "reconstruction none or thrown_weight 0.",
         default=False,
     )
+    attention_start: int = option(
+        "Epochs after which throwing=weighted computes the attention to all training images for the first time. Until "
+        "then, masks are drawn evenly.",
+        default=41,
+        at_least=1,
+    )
+    attention_every: int = option("Epochs between two such passes over the images.", default=40, at_least=1)
     init_weights: str | None = option("A .safetensors file of initial weights. Null: random weights.", default=None)
     eval_limit: int = option(
         "Most images for the evaluation of frozen features at the end. 0: no evaluation.", default=5000, at_least=0
@@ -49,12 +59,29 @@ class PretrainConfig(TrainingOptions):
         if self.scale_learning_rate and self.method.num_supervised is None:
             raise ValueError(f"scale_learning_rate: method {self.method.name} has no such option")
         super().check()
-        if len(self.method.image_size) != 2:
-            raise ValueError(f"image_size: expected one number or height,width, got {self.method.image_size}")
+        self._check_axes()
         if self.method.scan_blocks and self.backend != "jax":
             raise ValueError(f"scan_blocks: backend {self.backend} has no such option, only jax")
+        if self.method.needs_weights and self.attention_start >= self.epochs:
+            raise ValueError(
+                f"attention_start: expected fewer than the {self.epochs} epochs, got {self.attention_start}"
+            )
+        if self.method.needs_weights and self.crop_padding is not None:
+            raise ValueError(f"crop_padding: expected null with throwing weighted, got {self.crop_padding}")
         if self.probe_every is not None and self.eval_limit == 0:
             raise ValueError(f"probe_every: expected null, since eval_limit is 0, got {self.probe_every}")
+
+    def _check_axes(self) -> None:
+        axes = len(self.method.image_size)
+        if axes != 2 and self.method.needs_weights:
+            raise ValueError(f"throwing: expected another choice than weighted for images of {axes} axes, got weighted")
+        if axes == 2 or (axes == 3 and self.method.predicts == "pixels"):
+            return
+        expected = {
+            "pixels": "one number, height,width or frames,height,width",
+            "features": "one number or height,width",
+        }
+        raise ValueError(f"image_size: expected {expected[self.method.predicts]}, got {self.method.image_size}")
 
     @property
     def learning_rate(self) -> float:
@@ -67,6 +94,13 @@ class PretrainConfig(TrainingOptions):
         """Supervised and masked tokens, whose ratio scales the learning rate; (1, 1) if it is not scaled."""
         supervised = self.method.num_supervised if self.scale_learning_rate else None
         return (1, 1) if supervised is None else (supervised, self.method.counts.masked)
+
+    @property
+    def attention_passes(self) -> int:
+        """Number of passes over the training images that compute attention maps."""
+        if not self.method.needs_weights:
+            return 0
+        return len(range(self.attention_start, self.epochs, self.attention_every))
 
     def flat(self) -> dict[str, Any]:
         """Return all options by name, those of the method included; :func:`pretrain_config` reverses it.
@@ -82,10 +116,9 @@ class PretrainConfig(TrainingOptions):
         return {"method": self.method.name, **method, **super().flat()}
 
     @property
-    def image_plane(self) -> tuple[int, int]:
-        """Height and width of the training images."""
-        height, width = self.method.image_size
-        return height, width
+    def frames(self) -> int | None:
+        """Number of frames of the clips to train on; None for images."""
+        return self.method.image_size[0] if len(self.method.image_size) == 3 else None
 
     @property
     def run_path(self) -> Path:
@@ -139,8 +172,8 @@ def pretrain_option_names() -> set[str]:
 
 
 def special_option_names() -> set[str]:
-    """Return the names of the options that not all methods have, or not with the same default."""
+    """Return the names of the options that not all methods have, or not with the same default and choices."""
     records = [{item.name: item for item in options(method)} for method in METHODS.values()]
-    defaults = [{name: item.default for name, item in known.items()} for known in records]
+    defaults = [{name: (item.default, item.help) for name, item in known.items()} for known in records]
     shared = {name for name, value in defaults[0].items() if all(name in d and d[name] == value for d in defaults)}
-    return {name for known in defaults for name in known} - shared
+    return {name for known in defaults for name in known} - shared - OF_IMAGES

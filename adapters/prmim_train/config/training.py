@@ -54,6 +54,13 @@ class DataOptions(Record):
             "clamp": "that side becomes the image's, as in MAE's linear probe",
         },
     )
+    crop_padding: int | None = option(
+        "Train on random windows of the whole image in place of random areas: it is resized (bilinear) until it just "
+        "covers image_size, and extended on all sides by this many mirrored pixels. Null: random areas.",
+        default=None,
+        at_least=0,
+        at_most=1024,
+    )
     flip: bool = option("Mirror half of the crops left to right.", default=True)
     holdout: float = option(
         "Share of the images that is held out: never trained on, used to evaluate.", default=0.1, at_least=0, below=1

@@ -10,7 +10,6 @@ import os
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from types import TracebackType
 from typing import Any, Generic, NamedTuple, Self, TypeVar
 
@@ -20,7 +19,15 @@ from numpy.typing import NDArray
 from prmim_methods.messages import shorten
 from prmim_train.data.image_files import ignore_pillow_warnings
 from prmim_train.data.sources import ImageSource, UnreadableImageError
-from prmim_train.data.transforms import center_crop, check_crop_options, random_crop_box, random_flip
+from prmim_train.data.transforms import (
+    center_crop,
+    check_crop_options,
+    plane_of,
+    random_crop_box,
+    random_flip,
+    random_padded_crop,
+    unfold_frames,
+)
 from prmim_train.data.workers import WorkerPool
 
 __all__ = [
@@ -36,10 +43,12 @@ __all__ = [
 ImageArray = NDArray[np.uint8]
 IndexArray = NDArray[np.int64]
 TargetArray = NDArray[np.float32]
+BoxArray = NDArray[np.float32]
+Box = tuple[float, float, float, float]
 Failures = tuple[tuple[int, str], ...]  # (record, reason)
 Augment = Callable[[ImageArray, np.random.Generator], ImageArray]
 Mix = Callable[[int, ImageArray, IndexArray], tuple[ImageArray, TargetArray]]
-_Rest = tuple[IndexArray, Failures, TargetArray | None]  # a batch without its images
+_Rest = tuple[IndexArray, BoxArray, Failures, TargetArray | None]  # a batch without its images
 Places = list[tuple[int, int]]  # (position in the stream, index into the records in use)
 
 _NUM_NAMED = 20
@@ -47,6 +56,7 @@ _NUM_NAMED_IN_ERRORS = 3
 _MAX_NAMED = 110  # characters of a name with its reason
 _MAX_THREADS = 8
 _RECORDS_AHEAD = 256
+_NO_BOX: Box = (np.nan, np.nan, np.nan, np.nan)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,9 +65,12 @@ class Batch:
 
     Attributes
     ----------
-    images : uint8 array (batch, height, width, channels)
+    images : uint8 array (batch, [frames,] height, width, channels)
     index : int64 array (batch,)
         Record of the source of each image.
+    boxes : float32 array (batch, 4)
+        Top, left, bottom, right of each crop as fractions of its image. Left is greater than right in mirrored crops.
+        NaN with `crop_padding`.
     unreadable : tuple of (int, str)
         Records that could not be read for this batch, and the reasons.
     targets : float32 array (batch, classes) or None
@@ -66,6 +79,7 @@ class Batch:
 
     images: ImageArray
     index: IndexArray
+    boxes: BoxArray
     unreadable: Failures
     targets: TargetArray | None = None
 
@@ -76,7 +90,7 @@ class EvaluationBatch:
 
     Attributes
     ----------
-    images : uint8 array (batch, height, width, channels)
+    images : uint8 array (batch, [frames,] height, width, channels)
     labels : int64 array (batch,) or None
         None if the source has no labels.
     index : int64 array (batch,)
@@ -228,13 +242,14 @@ def train_batches(
     *,
     indices: IndexArray | None = None,
     batch_size: int,
-    image_size: tuple[int, int],
+    image_size: tuple[int, ...],
     seed: int,
     start_step: int = 0,
     total_steps: int,
     crop_scale: tuple[float, float] = (0.2, 1.0),
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3),
     crop_draw: str = "retry",
+    crop_padding: int | None = None,
     flip: bool = True,
     augment: Augment | None = None,
     mix: Mix | None = None,
@@ -253,7 +268,7 @@ def train_batches(
     batch_size : int
         Images per global batch, over all distributed processes. All batches are full. A batch can be larger than an
         epoch.
-    image_size : (height, width)
+    image_size : (height, width) or (frames, height, width)
         In pixels.
     seed : int
         From 0 to 2**32 - 1. Determines the order of the images and their augmentation.
@@ -264,6 +279,8 @@ def train_batches(
     crop_scale, crop_ratio : tuple of two floats, optional
     crop_draw : "retry" or "clamp", optional
         See `prmim_train.data.transforms.random_crop_box`.
+    crop_padding : int, optional
+        In place of such crops: see `prmim_train.data.transforms.random_padded_crop`.
     flip : bool, optional
         Mirror images left to right with probability 0.5.
     augment : callable, optional
@@ -333,7 +350,11 @@ def train_batches(
         .batch(batch_size // world_size, drop_remainder=True, batch_fn=list)
     )
     # Threads and workers get whole batches, so the content of a batch does not depend on their number.
-    crop = partial(random_crop_box, scale=crop_scale, ratio=crop_ratio, draw=crop_draw)
+    crop: _Crop
+    if crop_padding is None:
+        crop = _AreaCrop(plane_of(image_size), crop_scale, crop_ratio, crop_draw)
+    else:
+        crop = _PaddedCrop(plane_of(image_size), crop_padding)
     make = _TrainingBatch(source, records, image_size, seed, crop, flip, augment, mix, batch_size)
     ignore_pillow_warnings()
     if workers > 0:
@@ -350,11 +371,11 @@ def evaluation_batches(
     indices: IndexArray | None = None,
     *,
     batch_size: int,
-    image_size: tuple[int, int],
-    share: float = 1.0,
+    image_size: tuple[int, ...],
+    share: float | None = 1.0,
     threads: int | None = None,
 ) -> BatchIterator[EvaluationBatch]:
-    """Return the centre crops of images in order, once, without augmentation.
+    """Return the centre crops of images, or whole images, in order, once, without augmentation.
 
     Parameters
     ----------
@@ -363,10 +384,10 @@ def evaluation_batches(
         Records of the source, in this order. Default: all.
     batch_size : int
         Images per batch. The last batch can have fewer.
-    image_size : (height, width)
+    image_size : (height, width) or (frames, height, width)
         In pixels.
-    share : float, optional
-        See `prmim_train.data.transforms.center_crop`.
+    share : float or None, optional
+        See `prmim_train.data.transforms.center_crop`. None: whole images, resized whatever their proportions.
     threads : int, optional
         Number of prefetching threads. 0 reads on demand. Default: one per available core, at most 8.
 
@@ -452,6 +473,42 @@ def _place(position: int, choice: int) -> tuple[int, int]:
     return position, int(choice)
 
 
+@dataclass(frozen=True)
+class _AreaCrop:
+    """Reads a resized random area of an image."""
+
+    size: tuple[int, int]
+    scale: tuple[float, float]
+    ratio: tuple[float, float]
+    draw: str
+
+    def __call__(self, source: ImageSource, record: int, rng: np.random.Generator) -> tuple[ImageArray, Box]:
+        box = _NO_BOX
+
+        def choose(shape: tuple[int, int]) -> tuple[int, int, int, int]:
+            nonlocal box
+            chosen = random_crop_box(shape, rng, scale=self.scale, ratio=self.ratio, draw=self.draw)
+            (top, left, height, width), (rows, columns) = chosen, shape
+            box = top / rows, left / columns, (top + height) / rows, (left + width) / columns
+            return chosen
+
+        return source.read_crop(record, self.size, choose), box
+
+
+@dataclass(frozen=True)
+class _PaddedCrop:
+    """Reads a whole image and cuts a random window of it."""
+
+    size: tuple[int, int]
+    padding: int
+
+    def __call__(self, source: ImageSource, record: int, rng: np.random.Generator) -> tuple[ImageArray, Box]:
+        return random_padded_crop(source.read(record), self.size, rng, padding=self.padding), _NO_BOX
+
+
+_Crop = _AreaCrop | _PaddedCrop
+
+
 class _TrainingBatch:
     """Makes the training batch of given places in the stream. Pickled for worker processes."""
 
@@ -459,9 +516,9 @@ class _TrainingBatch:
         self,
         source: ImageSource,
         records: IndexArray,
-        image_size: tuple[int, int],
+        image_size: tuple[int, ...],
         seed: int,
-        crop: Callable[..., tuple[int, int, int, int]],
+        crop: _Crop,
         flip: bool,
         augment: Augment | None,
         mix: Mix | None,
@@ -474,20 +531,22 @@ class _TrainingBatch:
 
     def __call__(self, places: Places, note: Callable[[int], None] = lambda record: None) -> tuple[ImageArray, _Rest]:
         parts: list[ImageArray] = []
+        boxes: list[Box] = []
         records: list[int] = []
         failures: list[tuple[int, str]] = []
         for position, choice in places:
-            image, record = self._read(position // len(self.records), choice, failures, note)
+            image, box, record = self._read(position // len(self.records), choice, failures, note)
             parts.append(image)
+            boxes.append(box)
             records.append(record)
         images, index, targets = np.stack(parts), np.array(records, np.int64), None
         if self.mix is not None:
             images, targets = self.mix(places[0][0] // self.global_batch, images, index)
-        return images, (index, tuple(failures), targets)
+        return images, (index, np.array(boxes, np.float32), tuple(failures), targets)
 
     def _read(
         self, epoch: int, choice: int, failures: list[tuple[int, str]], note: Callable[[int], None]
-    ) -> tuple[ImageArray, int]:
+    ) -> tuple[ImageArray, Box, int]:
         """Read the chosen record, or else the next readable one; append unreadable records to `failures`."""
         unreadable = UnreadableImages(self.source, len(self.records))
         while True:
@@ -495,7 +554,7 @@ class _TrainingBatch:
             if record not in self.failed:
                 note(record)
                 try:
-                    return self._augmented(epoch, record), record
+                    return *self._augmented(epoch, record), record
                 except UnreadableImageError as error:
                     self.failed[record] = error.reason
             failures.append((record, self.failed[record]))
@@ -503,12 +562,16 @@ class _TrainingBatch:
             unreadable.check()  # ends the search after a few records
             choice = (choice + 1) % len(self.records)
 
-    def _augmented(self, epoch: int, record: int) -> ImageArray:
+    def _augmented(self, epoch: int, record: int) -> tuple[ImageArray, Box]:
+        """Return the augmented crop of an image, and its box; see `Batch`."""
         # The order of the draws (crop, flip, augment) is fixed: workers and resumed runs must draw the same values.
         rng = np.random.default_rng((self.seed, epoch, record))
-        image = self.source.read_crop(record, self.image_size, partial(self.crop, rng=rng))
-        image = random_flip(image, rng) if self.flip else image
-        return image if self.augment is None else self.augment(image, rng)
+        crop, box = self.crop(self.source, record, rng)
+        image = random_flip(crop, rng) if self.flip else crop
+        if image is not crop:
+            box = box[0], box[3], box[2], box[1]
+        image = image if self.augment is None else self.augment(image, rng)
+        return unfold_frames(image, self.image_size), box
 
 
 class _Example(NamedTuple):
@@ -518,26 +581,30 @@ class _Example(NamedTuple):
 
 
 class _EvaluationRecord:
-    def __init__(self, source: ImageSource, image_size: tuple[int, int], share: float) -> None:
+    def __init__(self, source: ImageSource, image_size: tuple[int, ...], share: float | None) -> None:
         self.source, self.image_size, self.share = source, image_size, share
 
     def __call__(self, record: Any) -> _Example:
         record = int(record)
         try:
-            image = center_crop(self.source.read(record), self.image_size, share=self.share)
+            plane = plane_of(self.image_size)
+            if self.share is None:
+                image = self.source.read_crop(record, plane, lambda shape: (0, 0, *shape))
+            else:
+                image = center_crop(self.source.read(record), plane, share=self.share)
         except UnreadableImageError as error:
             return _Example(None, record, ((record, error.reason),))
-        return _Example(image, record, ())
+        return _Example(unfold_frames(image, self.image_size), record, ())
 
 
 # -------------------------------------------------------------------------------------------------------- batches
 
 
 def _checked(stream: Iterator[tuple[ImageArray, _Rest]], unreadable: UnreadableImages) -> Iterator[Batch]:
-    for images, (index, failures, targets) in stream:
+    for images, (index, boxes, failures, targets) in stream:
         unreadable.add(failures)
         unreadable.check()
-        yield Batch(images, index, failures, targets)
+        yield Batch(images, index, boxes, failures, targets)
 
 
 def _regrouped(
@@ -608,9 +675,9 @@ def _check_processes(rank: int, world_size: int, batch_size: int) -> None:
         raise ValueError(f"batch_size: expected a multiple of the {world_size} processes, got {batch_size}")
 
 
-def _check_image_size(image_size: tuple[int, int]) -> None:
-    if len(image_size) != 2 or min(image_size) < 1:
-        raise ValueError(f"image_size: expected (height, width) of at least 1 pixel, got {image_size}")
+def _check_image_size(image_size: tuple[int, ...]) -> None:
+    if len(image_size) not in (2, 3) or min(image_size) < 1:
+        raise ValueError(f"image_size: expected ([frames,] height, width) of at least 1 pixel, got {image_size}")
 
 
 def _check_indices(indices: IndexArray | None, number: int) -> IndexArray:

@@ -73,7 +73,7 @@ class Mixing:
         step
             From 0.
         images
-            uint8 (batch, height, width, channels); not modified.
+            uint8 (batch, [frames,] height, width, channels); not modified.
         index
             int64 (batch,). Record of the source of each image.
 
@@ -141,12 +141,12 @@ def _paste(
     images: NDArray[np.uint8], partners: NDArray[np.uint8], share: float, rng: np.random.Generator
 ) -> tuple[NDArray[np.uint8], float]:
     """Paste the same box of every partner; return the images and their remaining share, after clipping to the edges."""
-    height, width = images.shape[1:3]
+    height, width = images.shape[-3:-1]
     side = np.sqrt(1 - share)
     top, bottom = _stretch(height, side, rng)
     left, right = _stretch(width, side, rng)
     pasted = images.copy()
-    pasted[:, top:bottom, left:right] = partners[:, top:bottom, left:right]
+    pasted[..., top:bottom, left:right, :] = partners[..., top:bottom, left:right, :]
     return pasted, 1 - (bottom - top) * (right - left) / (height * width)
 
 

@@ -28,20 +28,24 @@ _MAX_LISTED = 10
 _USED = ("images", "labels", "names")
 
 
-def read_npz(path: Path, channels: int) -> tuple[PixelArray, NDArray[np.int64] | None, tuple[str, ...] | None]:
-    """Read images, and labels and class names if present, from a ``.npz`` file.
+def read_npz(
+    path: Path, channels: int, frames: int | None = None
+) -> tuple[PixelArray, NDArray[np.int64] | None, tuple[str, ...] | None]:
+    """Read images or clips, and labels and class names if present, from a ``.npz`` file.
 
     Parameters
     ----------
     path : Path
         Archive with ``images`` (N, height, width) or (N, height, width, channels), uint8 or uint16, and optionally
-        ``labels`` (N,), integers from 0, and ``names``, one string per class.
+        ``labels`` (N,), integers from 0, and ``names``, one string per class. Clips have the frames after N.
     channels : int
         Number of channels that the images must have.
+    frames : int, optional
+        Number of frames that the clips must have. Default: images, no clips.
 
     Returns
     -------
-    images : uint8 or uint16 array (N, height, width, channels)
+    images : uint8 or uint16 array (N, height, width, channels) or (N, frames, height, width, channels)
     labels : int64 array (N,) or None
     class_names : tuple of str or None
         None without labels; the class numbers if the file has labels but no names.
@@ -57,7 +61,7 @@ def read_npz(path: Path, channels: int) -> tuple[PixelArray, NDArray[np.int64] |
     if not path.exists():
         raise FileNotFoundError(f"data: no such file: {path}")
     with _opened(path) as archive:
-        images = _read_images(archive, channels)
+        images = _read_images(archive, channels, frames)
         labels = _read_labels(archive, len(images))
         return images, labels, _read_names(archive, labels)
 
@@ -148,7 +152,7 @@ def _read_header(file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype[np.generic]
     return shape, dtype, content.tell()
 
 
-def _read_images(archive: _Archive, channels: int) -> PixelArray:
+def _read_images(archive: _Archive, channels: int, frames: int | None) -> PixelArray:
     path = archive.path
     if "images" not in archive.names:
         listed = [printable(name) for name in archive.names[:_MAX_LISTED]] + ["..."] * (
@@ -158,15 +162,17 @@ def _read_images(archive: _Archive, channels: int) -> PixelArray:
     shape, dtype = archive.header("images")
     if dtype not in (np.uint8, np.uint16):
         raise ValueError(f"data: 'images' of {path}: expected uint8 or uint16, got {dtype}")
-    if len(shape) not in (3, 4):
-        raise ValueError(
-            f"data: 'images' of {path}: expected (N, height, width) or (N, height, width, channels), got {shape}"
-        )
-    shape = shape if len(shape) == 4 else (*shape, 1)
+    axes = "N, height, width" if frames is None else "N, frames, height, width"
+    axes_count = axes.count(",") + 1
+    if len(shape) not in (axes_count, axes_count + 1):
+        raise ValueError(f"data: 'images' of {path}: expected ({axes}) or ({axes}, channels), got {shape}")
+    shape = (*shape, 1) if len(shape) == axes_count else shape
     if 0 in shape:
         raise ValueError(f"data: no images in {path}: 'images' is {shape}")
-    if shape[3] != channels:
-        raise ValueError(f"channels: {path} has {shape[3]} channels, got {channels}")
+    if shape[-1] != channels:
+        raise ValueError(f"channels: {path} has {shape[-1]} channels, got {channels}")
+    if frames not in (None, shape[1]):
+        raise ValueError(f"image_size: {path} has clips of {shape[1]} frames, got {frames}")
     images = archive.read("images").reshape(shape)
     return images.astype(np.uint8, copy=False) if dtype == np.uint8 else images.astype(np.uint16, copy=False)
 

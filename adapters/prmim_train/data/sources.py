@@ -1,6 +1,7 @@
 """Image sources: the embedded digits, a folder of image files, tar files, or a `.npz` file.
 
 A source returns single images by index, as uint8 arrays (height, width, channels). The order of its images is fixed.
+The frames of clips are folded into channels.
 """
 
 import glob
@@ -35,7 +36,7 @@ from prmim_train.data.image_files import (
 from prmim_train.data.names import PackedNames, number_classes
 from prmim_train.data.npz import read_npz
 from prmim_train.data.tar_shards import TarSource, open_tars
-from prmim_train.data.transforms import resize
+from prmim_train.data.transforms import fold_frames, resize
 
 __all__ = [
     "IMAGE_ENDINGS",
@@ -59,6 +60,11 @@ class ImageSource(Protocol):
     @property
     def channels(self) -> int:
         """Number of channels of every image."""
+        ...
+
+    @property
+    def frames(self) -> int | None:
+        """Number of frames of every clip, which `read` folds into channels; None for images."""
         ...
 
     @property
@@ -113,11 +119,11 @@ class ImageSource(Protocol):
 
 @dataclass(frozen=True)
 class ArraySource:
-    """Images of one size, held in memory.
+    """Images or clips of one size, held in memory.
 
     Parameters
     ----------
-    images : array (number of images, height, width, channels)
+    images : array (number of images, height, width, channels) or (number of clips, frames, height, width, channels)
         uint8 or uint16; `read` scales uint16 to 8 bits.
     description : str
     labels : int64 array (number of images,), optional
@@ -141,15 +147,24 @@ class ArraySource:
     @property
     def channels(self) -> int:
         """Number of channels of every image."""
-        return int(self.images.shape[3])
+        return int(self.images.shape[-1])
+
+    @property
+    def frames(self) -> int | None:
+        """Number of frames of every clip; None for images."""
+        return int(self.images.shape[1]) if self.images.ndim == 5 else None
 
     def __len__(self) -> int:
         """Return the number of images."""
         return len(self.images)
 
     def read(self, index: int) -> ImageArray:
-        """Return one image, uint8 (height, width, channels). For uint8 images this is a view: do not modify it."""
-        return to_8_bits(self.images[index])
+        """Return one image, uint8 (height, width, channels). For uint8 images this is a view: do not modify it.
+
+        Of a clip, (height, width, frames * channels).
+        """
+        image = to_8_bits(self.images[index])
+        return image if self.frames is None else fold_frames(image)
 
     def read_crop(self, index: int, size: tuple[int, int], choose: ChooseBox) -> ImageArray:
         """Return a resized box of one image; see `ImageSource`."""
@@ -194,6 +209,7 @@ class FolderSource:
     labels: NDArray[np.int64] | None = None
     class_names: tuple[str, ...] | None = None
     max_pixels: int = MAX_PIXELS
+    frames: None = None
 
     def __len__(self) -> int:
         """Return the number of images."""
@@ -239,7 +255,7 @@ class FolderSource:
         return status.st_size, int(status.st_mtime)
 
 
-def open_source(spec: str, *, channels: int, max_pixels: int = MAX_PIXELS) -> ImageSource:
+def open_source(spec: str, *, channels: int, max_pixels: int = MAX_PIXELS, frames: int | None = None) -> ImageSource:
     """Open an image source.
 
     Parameters
@@ -256,12 +272,15 @@ def open_source(spec: str, *, channels: int, max_pixels: int = MAX_PIXELS) -> Im
           ``"photos/train-*.tar"``: the images in these files, which are sorted by path. Compressed files are refused.
           For the labels see `prmim_train.data.tar_shards.open_tars`.
         - a ``.npz`` file with ``images`` (N, height, width) or (N, height, width, channels), uint8 or uint16, and
-          optionally ``labels`` (N,), integers from 0, and ``names``, the class names. Read without pickle.
+          optionally ``labels`` (N,), integers from 0, and ``names``, the class names. Read without pickle. Clips are
+          (N, frames, height, width) or (N, frames, height, width, channels).
     channels : int
         Number of channels. Files and digits are converted to 1 (grey), 3 (RGB) or 4 (RGBA); a ``.npz`` file must have
         this number, which can be any.
     max_pixels : int, optional
         Images of more pixels are unreadable, whatever size they are cropped to. No effect on digits and ``.npz`` files.
+    frames : int, optional
+        Number of frames of clips, which a ``.npz`` file must have; digits are still clips then. Default: images.
 
     Returns
     -------
@@ -289,13 +308,15 @@ def open_source(spec: str, *, channels: int, max_pixels: int = MAX_PIXELS) -> Im
     """
     if channels < 1:
         raise ValueError(f"channels: expected at least 1, got {channels}")
-    if spec == "digits":
-        return _open_digits(channels, max_pixels)
     path = Path(os.path.expanduser(spec))  # noqa: PTH111  # pathlib raises for an unknown user
+    if path.suffix.lower() == ".npz" and not path.is_dir():
+        return _open_npz(path, channels, max_pixels, frames)
+    if spec == "digits":
+        return _open_digits(channels, max_pixels, frames)
+    if frames is not None:
+        raise ValueError(f"image_size: expected height,width: clips come from .npz files, got {printable(spec)}")
     if path.is_dir():
         return _open_folder(path, channels, max_pixels)
-    if path.suffix.lower() == ".npz":
-        return _open_npz(path, channels, max_pixels)
     if path.exists():
         return _open_tars([path], channels, max_pixels)
     matches = sorted(Path(match) for match in glob.glob(str(path), recursive=True))  # noqa: PTH207  # absolute patterns
@@ -308,8 +329,8 @@ def open_source(spec: str, *, channels: int, max_pixels: int = MAX_PIXELS) -> Im
 _EXPECTED = 'a folder of images, .tar files, a .npz file, or "digits"'
 
 
-def _describe(where: str, number: int, size: tuple[int, int] | None, class_names: Sequence[str] | None) -> str:
-    pixels = "" if size is None else f" of {size[0]} x {size[1]} pixels"
+def _describe(where: str, number: int, size: tuple[int, ...] | None, class_names: Sequence[str] | None) -> str:
+    pixels = "" if size is None else f" of {' x '.join(map(str, size))} pixels"
     classes = ", no labels" if class_names is None else f" in {counted(len(class_names), 'class', 'classes')}"
     return f"{where}: {counted(number, 'image')}{pixels}{classes}"
 
@@ -317,7 +338,7 @@ def _describe(where: str, number: int, size: tuple[int, int] | None, class_names
 # -------------------------------------------------------------------------------------------------------- digits
 
 
-def _open_digits(channels: int, max_pixels: int) -> ArraySource:
+def _open_digits(channels: int, max_pixels: int, frames: int | None) -> ArraySource:
     check_file_channels(channels, "the digits")
     check_installed("data", "sklearn", otherwise="--data FOLDER")
     table = _read_digits()
@@ -326,9 +347,12 @@ def _open_digits(channels: int, max_pixels: int) -> ArraySource:
     bands = [grey] if channels == 1 else [grey, grey, grey]
     if channels == 4:
         bands.append(np.full_like(grey, 255))
+    images = np.concatenate(bands, axis=3)
+    if frames is not None:
+        images = np.broadcast_to(images[:, None], (len(images), frames, *images.shape[1:]))
     return ArraySource(
-        images=np.concatenate(bands, axis=3),
-        description=_describe("digits", len(grey), (8, 8), class_names),
+        images=images,
+        description=_describe("digits", len(grey), images.shape[1:-1], class_names),
         labels=table[:, -1].astype(np.int64),
         class_names=class_names,
         max_pixels=max_pixels,
@@ -450,12 +474,11 @@ def _open_tars(paths: Sequence[Path], channels: int, max_pixels: int) -> TarSour
 _COMPRESSED_TARS = (".tgz", ".tbz2", ".txz", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst")
 
 
-def _open_npz(path: Path, channels: int, max_pixels: int) -> ArraySource:
-    images, labels, class_names = read_npz(path, channels)
-    height, width = images.shape[1:3]
+def _open_npz(path: Path, channels: int, max_pixels: int, frames: int | None) -> ArraySource:
+    images, labels, class_names = read_npz(path, channels, frames)
     return ArraySource(
         images=images,
-        description=_describe(f"file {printable(str(path))}", len(images), (height, width), class_names),
+        description=_describe(f"file {printable(str(path))}", len(images), images.shape[1:-1], class_names),
         labels=labels,
         class_names=class_names,
         max_pixels=max_pixels,

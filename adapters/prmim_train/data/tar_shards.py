@@ -111,6 +111,7 @@ class TarSource:
     labels: NDArray[np.int64] | None = None
     class_names: tuple[str, ...] | None = None
     max_pixels: int = MAX_PIXELS
+    frames: None = None
 
     def __len__(self) -> int:
         """Return the number of images."""

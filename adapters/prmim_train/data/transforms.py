@@ -1,11 +1,13 @@
 """Crops, flips and resizing of uint8 arrays (height, width, channels) with any number of channels.
 
-All resizing uses Pillow's antialiased bicubic filter, like the published recipes of masked autoencoders. All random
-numbers come from the `numpy.random.Generator` that the caller passes.
+The frames of a clip are folded into channels, so that all of them are cropped and flipped alike.
+
+All resizing uses Pillow's antialiased bicubic filter, like the published recipes of masked autoencoders; that of
+`random_padded_crop` is bilinear. All random numbers come from the `numpy.random.Generator` that the caller passes.
 """
 
 import math
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,10 +17,15 @@ __all__ = [
     "center_crop",
     "check_crop_options",
     "check_size",
+    "crop_maps",
+    "fold_frames",
+    "plane_of",
     "random_crop_box",
     "random_flip",
+    "random_padded_crop",
     "resize",
     "resize_picture",
+    "unfold_frames",
 ]
 
 ImageArray = NDArray[np.uint8]
@@ -70,9 +77,13 @@ def check_crop_options(scale: tuple[float, float], ratio: tuple[float, float], d
 
 
 def resize(
-    image: ImageArray, size: tuple[int, int], *, box: tuple[float, float, float, float] | None = None
+    image: ImageArray,
+    size: tuple[int, int],
+    *,
+    box: tuple[float, float, float, float] | None = None,
+    filter: Image.Resampling = Image.Resampling.BICUBIC,
 ) -> ImageArray:
-    """Resize an image or a box of it with Pillow's antialiased bicubic filter.
+    """Resize an image or a box of it with one of Pillow's antialiased filters.
 
     Parameters
     ----------
@@ -83,6 +94,7 @@ def resize(
     box : (left, top, right, bottom), optional
         Region to resize, in pixels; may be fractional. Default: the whole image. Near the edges of the box, the filter
         also uses pixels outside it.
+    filter : PIL.Image.Resampling, optional
 
     Returns
     -------
@@ -102,14 +114,18 @@ def resize(
     height, width, channels = image.shape
     mode = _MODE_OF_CHANNELS.get(channels)
     if mode is None:
-        planes = [resize(image[..., channel : channel + 1], size, box=box) for channel in range(channels)]
+        planes = [resize(image[..., [channel]], size, box=box, filter=filter) for channel in range(channels)]
         return np.concatenate(planes, axis=2)
     picture = Image.frombuffer(mode, (width, height), np.ascontiguousarray(image), "raw", mode, 0, 1)
-    return resize_picture(picture, size, box=box)
+    return resize_picture(picture, size, box=box, filter=filter)
 
 
 def resize_picture(
-    picture: Image.Image, size: tuple[int, int], *, box: tuple[float, float, float, float] | None = None
+    picture: Image.Image,
+    size: tuple[int, int],
+    *,
+    box: tuple[float, float, float, float] | None = None,
+    filter: Image.Resampling = Image.Resampling.BICUBIC,
 ) -> ImageArray:
     """Resize a Pillow image like `resize`, without copying all of it into an array first.
 
@@ -120,6 +136,7 @@ def resize_picture(
     size : (height, width)
         Of the result, in pixels.
     box : (left, top, right, bottom), optional
+    filter : PIL.Image.Resampling, optional
         See `resize`.
 
     Returns
@@ -138,11 +155,51 @@ def resize_picture(
     """
     check_size(size)
     if picture.mode == "RGBA":  # see `_MODE_OF_CHANNELS`
-        return resize(np.asarray(picture), size, box=box)
+        return resize(np.asarray(picture), size, box=box, filter=filter)
     if picture.mode not in _MODE_OF_CHANNELS.values():
         raise ValueError(f"picture: expected mode L, RGB, RGBX or RGBA, got {picture.mode}")
-    resized = picture.resize((size[1], size[0]), Image.Resampling.BICUBIC, box=box)
+    resized = picture.resize((size[1], size[0]), filter, box=box)
     return np.asarray(resized).reshape(*size, len(picture.getbands()))
+
+
+def plane_of(image_size: tuple[int, ...]) -> tuple[int, int]:
+    """Return the height and the width of images or clips."""
+    height, width = image_size[-2:]
+    return height, width
+
+
+def fold_frames(clip: ImageArray) -> ImageArray:
+    """Fold the frames of a clip into channels: (frames, height, width, channels) to (height, width, frames * channels).
+
+    Examples
+    --------
+    >>> fold_frames(np.zeros((16, 8, 6, 3), np.uint8)).shape
+    (8, 6, 48)
+    """
+    _, height, width, _ = clip.shape
+    return np.moveaxis(clip, 0, 2).reshape(height, width, -1)
+
+
+def unfold_frames(image: ImageArray, image_size: tuple[int, ...]) -> ImageArray:
+    """Undo `fold_frames`, if the images are clips.
+
+    Parameters
+    ----------
+    image : uint8 array (height, width, frames * channels)
+    image_size : (height, width) or (frames, height, width)
+
+    Returns
+    -------
+    uint8 array (height, width, channels) or (frames, height, width, channels)
+
+    Examples
+    --------
+    >>> unfold_frames(np.zeros((8, 6, 48), np.uint8), (16, 8, 6)).shape
+    (16, 8, 6, 3)
+    """
+    if len(image_size) == 2:
+        return image
+    return np.moveaxis(image.reshape(*image.shape[:2], image_size[0], -1), 2, 0)
 
 
 def random_crop_box(
@@ -221,6 +278,91 @@ def _central_box(shape: tuple[int, int], ratio: tuple[float, float]) -> tuple[in
     height = min(image_height, max(1, round(image_width / ratio[0])))
     width = min(image_width, max(1, round(image_height * ratio[1])))
     return (image_height - height) // 2, (image_width - width) // 2, height, width
+
+
+def crop_maps(maps: NDArray[np.floating[Any]], boxes: NDArray[np.floating[Any]]) -> NDArray[np.float32]:
+    """Crop and mirror maps of one value per token as the images were, and resize them to the tokens of the crops.
+
+    Parameters
+    ----------
+    maps : float array (batch, rows, columns)
+        Values of the tokens of whole images.
+    boxes : float array (batch, 4)
+        Top, left, bottom, right of each crop as fractions of its image. Left is greater than right in mirrored crops.
+
+    Returns
+    -------
+    float32 array (batch, rows, columns)
+        The mean of the map over the area of each token of the crop.
+
+    Examples
+    --------
+    >>> maps = np.array([[[1.0, 0.0], [0.0, 0.0]]])
+    >>> crop_maps(maps, np.array([[0, 0, 1, 1], [0, 1, 1, 0], [0, 0, 0.5, 0.75]])[:1]).tolist()
+    [[[1.0, 0.0], [0.0, 0.0]]]
+    >>> crop_maps(maps, np.array([[0, 1, 0.5, 0]])).tolist()  # mirrored
+    [[[0.0, 1.0], [0.0, 1.0]]]
+    """
+    top, left, bottom, right = np.asarray(boxes, np.float64).T
+    rows, columns = _shares(top, bottom, maps.shape[1]), _shares(left, right, maps.shape[2])
+    return (rows @ maps.astype(np.float64) @ columns.mT).astype(np.float32)
+
+
+def _shares(start: NDArray[np.float64], end: NDArray[np.float64], number: int) -> NDArray[np.float64]:
+    """Return which share of each token of a crop lies in each token of the image: (batch, number, number)."""
+    edges = number * (start[:, None] + (end - start)[:, None] * np.linspace(0, 1, number + 1))
+    before = np.clip(edges[:, :, None] - np.arange(number), 0, 1)  # the part of each token before each edge
+    return np.diff(before, axis=1) / np.diff(edges)[:, :, None]
+
+
+def random_padded_crop(
+    image: ImageArray, size: tuple[int, int], rng: np.random.Generator, *, padding: int
+) -> ImageArray:
+    """Resize an image until it just covers `size`, extend it by mirrored pixels, and cut out a random window.
+
+    The crop of MFF and PixMIM, which is milder than that of MAE: it shows most of the image.
+
+    Parameters
+    ----------
+    image : uint8 array (height, width, channels)
+    size : (height, width)
+        Of the result, in pixels.
+    rng : numpy.random.Generator
+        Advanced by two draws.
+    padding : int
+        Pixels on each side. The pixels at the edge are not repeated.
+
+    Returns
+    -------
+    uint8 array (height, width, channels)
+
+    Raises
+    ------
+    ValueError
+        If an argument is invalid.
+
+    References
+    ----------
+    Liu et al., "Improving Pixel-based MIM by Reducing Wasted Modeling Capability", arXiv 2308.00261, released code.
+
+    Examples
+    --------
+    >>> image = np.arange(4, dtype=np.uint8).reshape(1, 4, 1)
+    >>> random_padded_crop(image, (1, 4), np.random.default_rng(2), padding=2)[0, :, 0].tolist()
+    [1, 0, 1, 2]
+    """
+    _check_image(image)
+    check_size(size)
+    if padding < 0:
+        raise ValueError(f"padding: expected at least 0, got {padding}")
+    zoom = max(wanted / have for wanted, have in zip(size, image.shape[:2], strict=True))
+    covering = [max(wanted, round(have * zoom)) for wanted, have in zip(size, image.shape[:2], strict=True)]
+    resized = resize(image, (covering[0], covering[1]), filter=Image.Resampling.BILINEAR)
+    padded = np.pad(resized, ((padding, padding), (padding, padding), (0, 0)), mode="reflect")
+    top, left = (
+        int(rng.integers(0, have + 2 * padding - wanted + 1)) for wanted, have in zip(size, covering, strict=True)
+    )
+    return np.ascontiguousarray(padded[top : top + size[0], left : left + size[1]])
 
 
 def random_flip(image: ImageArray, rng: np.random.Generator) -> ImageArray:

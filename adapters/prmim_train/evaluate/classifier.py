@@ -174,13 +174,14 @@ class Classification(Job[ClassifierEngine]):
             self.train.source,
             indices=self.train.indices,
             batch_size=config.batch_size,
-            image_size=self.base.image_plane,
+            image_size=self.base.method.image_size,
             seed=config.seed,
             start_step=engine.step,
             total_steps=self.budget.total_steps,
             crop_scale=config.crop_scale,
             crop_ratio=config.crop_ratio,
             crop_draw=config.crop_draw,
+            crop_padding=config.crop_padding,
             flip=config.flip,
             augment=_augment(config, self.base) if config.rand_augment or config.erasing else None,
             mix=mixing,
@@ -231,8 +232,8 @@ class Classification(Job[ClassifierEngine]):
     def _test(self, engine: ClassifierEngine) -> Predictions:
         """Predict the test images. Cached, since the predictions after the last step are needed twice."""
         if self._tested is None or self._tested[0] != engine.step:
-            size, share = min(256, self.config.micro_batch), self.config.test_share(self.base.image_plane)
-            tested = predict(engine, self.test, self.base.image_plane, batch_size=size, share=share)
+            size, share = min(256, self.config.micro_batch), self.config.test_share(self.base.method.image_size)
+            tested = predict(engine, self.test, self.base.method.image_size, batch_size=size, share=share)
             self._tested = (engine.step, tested)
         return self._tested[1]
 
@@ -296,7 +297,7 @@ def _read_classifier(run: RunDirectory, protocol: str) -> dict[str, Any]:
 def predict(
     engine: ClassifierEngine,
     images: LabelledImages,
-    image_size: tuple[int, int],
+    image_size: tuple[int, ...],
     *,
     batch_size: int = 256,
     share: float = 1.0,
@@ -310,7 +311,7 @@ def predict(
     images
         The images.
     image_size
-        Height and width in pixels.
+        [Frames,] height and width in pixels.
     batch_size
         Images per forward pass. Affects only the speed.
     share
@@ -350,9 +351,10 @@ def cross_entropy(logits: NDArray[np.float32], truth: NDArray[np.int64]) -> floa
 
 
 def _augment(config: ClassifyConfig, base: PretrainConfig) -> Augment:
+    frames = base.frames or 1  # sources fold them into channels
     return Augment(
-        base.method.pixel_mean,
-        base.method.pixel_std,
+        frames * base.method.pixel_mean,
+        frames * base.method.pixel_std,
         operations=config.rand_augment_operations,
         level=config.rand_augment,
         spread=config.rand_augment_spread,

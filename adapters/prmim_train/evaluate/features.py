@@ -246,7 +246,7 @@ def shrunken_pixels(images: NDArray[np.uint8]) -> NDArray[np.float32]:
     Parameters
     ----------
     images
-        uint8 (batch, height, width, channels).
+        uint8 (batch, [frames,] height, width, channels).
 
     Returns
     -------
@@ -257,12 +257,16 @@ def shrunken_pixels(images: NDArray[np.uint8]) -> NDArray[np.float32]:
     --------
     >>> shrunken_pixels(np.zeros((2, 64, 48, 3), dtype=np.uint8)).shape  # blocks of 2 x 2
     (2, 2304)
+    >>> shrunken_pixels(np.zeros((2, 16, 64, 64, 1), dtype=np.uint8)).shape
+    (2, 16384)
     """
-    batch, height, width, channels = images.shape
-    rows, columns = -(-height // LARGEST_PIXEL_SIDE), -(-width // LARGEST_PIXEL_SIDE)
-    cut = images[:, : height // rows * rows, : width // columns * columns].astype(np.float32) / 255
-    blocks = cut.reshape(batch, height // rows, rows, width // columns, columns, channels)
-    means: NDArray[np.float32] = blocks.mean(axis=(2, 4)).reshape(batch, -1)
+    batch, *lengths, channels = images.shape
+    factors = [-(-length // LARGEST_PIXEL_SIDE) for length in lengths]
+    counts = [length // factor for length, factor in zip(lengths, factors, strict=True)]
+    kept = tuple(slice(count * factor) for count, factor in zip(counts, factors, strict=True))
+    split = [size for pair in zip(counts, factors, strict=True) for size in pair]
+    blocks = (images[:, *kept].astype(np.float32) / 255).reshape(batch, *split, channels)
+    means: NDArray[np.float32] = blocks.mean(axis=tuple(range(2, 2 * len(lengths) + 1, 2))).reshape(batch, -1)
     return means
 
 
@@ -302,7 +306,7 @@ def _extract(config: PretrainConfig, images: LabelledImages, extractors: Mapping
     labels = []
     size = min(256, config.micro_batch)
     indices = _spread(images.indices, config.eval_limit)
-    with evaluation_batches(images.source, indices, batch_size=size, image_size=config.image_plane) as batches:
+    with evaluation_batches(images.source, indices, batch_size=size, image_size=config.method.image_size) as batches:
         for batch in _progress(batches, -(-len(indices) // size), "features"):
             labels.append(images.labels[batch.index])
             for name, extract in extractors.items():

@@ -5,7 +5,7 @@ matplotlib is imported only when a picture is drawn.
 
 import textwrap
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,8 +26,20 @@ def to_rgb(images: NDArray[np.float64]) -> NDArray[np.float64]:
     return images[..., :3] if images.shape[-1] >= 3 else np.repeat(images[..., :1], 3, axis=-1)
 
 
+def frames_in_a_row(values: NDArray[Any], fill: float) -> NDArray[Any]:
+    """Put the frames of clips side by side: (batch, frames, height, width, ...) to (batch, height, total width, ...).
+
+    A gap of this value separates them.
+    """
+    gap = max(1, values.shape[3] // 16)
+    pads = [(0, 0)] * values.ndim
+    pads[3] = (0, gap)
+    padded = np.pad(values, pads, constant_values=fill)
+    return np.concatenate([*np.moveaxis(padded, 1, 0)], axis=2)[:, :, :-gap]
+
+
 def token_pixels(is_token: NDArray[np.bool_], patch_size: tuple[int, ...], grid: Grid) -> NDArray[np.bool_]:
-    """Convert a token mask (batch, N) to a pixel mask (batch, height, width, 1)."""
+    """Convert a token mask (batch, N) to a pixel mask (batch, [frames,] height, width, 1)."""
     patches = np.broadcast_to(is_token[..., None], (*is_token.shape, int(np.prod(patch_size))))
     pixels: NDArray[np.bool_] = unpatchify(patches, patch_size, grid)
     return pixels

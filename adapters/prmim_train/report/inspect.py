@@ -2,7 +2,8 @@
 
 import numpy as np
 
-from prmim_methods import CostReport
+from prmim_methods import CostReport, PixelConfig
+from prmim_methods.cost import PartCost
 from prmim_methods.method import times
 from prmim_methods.record import find_option
 from prmim_train.config.pretrain import PretrainConfig
@@ -16,6 +17,10 @@ from prmim_train.run.size import OPTIMIZED_BYTES, accounting, excess, expected_p
 
 UNKNOWN = "unknown until the teacher is downloaded"
 MAX_HEADERS = 2000
+MAPS = "attention_maps"
+"""Name of the cost of the passes that compute attention maps."""
+ONCE = {"teacher": "the teacher", MAPS: "attention maps"}
+"""Parts without a backward pass."""
 NUM_NAMED = 3
 
 
@@ -77,14 +82,21 @@ def format_brief(config: PretrainConfig, data: RunData, engine: Engine) -> str:
 def cost_reports(config: PretrainConfig) -> tuple[CostReport, CostReport] | None:
     """Return the cost per image of a run and of its baseline, the published method without throwing.
 
+    The passes over whole images that compute attention maps are spread over all epochs.
+
     Returns
     -------
     (CostReport, CostReport) or None
         None until a teacher that the cost depends on is downloaded.
     """
-    counted = accounting(config)
-    ours, baseline = config.method.cost(counted), config.method.baseline().cost(counted)
-    return None if ours is None or baseline is None else (ours, baseline)
+    how = accounting(config)
+    ours, baseline = config.method.cost(how), config.method.baseline().cost(how)
+    if ours is None or baseline is None:
+        return None
+    if isinstance(config.method, PixelConfig) and config.attention_passes:
+        macs = config.attention_passes * config.method.attention_cost(how).macs // config.epochs
+        ours = CostReport({**ours.parts, MAPS: PartCost(macs, 0)})
+    return ours, baseline
 
 
 def _brief_cost(config: PretrainConfig) -> str:
@@ -102,9 +114,10 @@ def _data_lines(config: PretrainConfig, data: RunData) -> list[str]:
     number = len(source.class_names or ())
     labels = "none" if source.labels is None else f"{number} {'class' if number == 1 else 'classes'}"
     low, high = config.crop_scale
-    crops = f"{times(config.image_plane)} pixels, {low:g} to {high:g} of the area" + (
-        ", mirrored" if config.flip else ""
-    )
+    kind = f"{low:g} to {high:g} of the area"
+    if config.crop_padding is not None:
+        kind = f"windows of the resized image with {config.crop_padding} mirrored pixels around it"
+    crops = f"{times(config.method.image_size)} pixels, {kind}" + (", mirrored" if config.flip else "")
     held_out = 100 * len(data.held_out) / len(source)
     return [
         "Data",
@@ -140,12 +153,17 @@ def _cost_lines(config: PretrainConfig) -> list[str]:
         return [title, _row(UNKNOWN, "")]
     ours, baseline = reports
     factor = "four" if config.method.recompute_blocks else "three"
-    teacher = "; the teacher once" if "teacher" in ours.parts else ""
-    lines = [f"{title} (a training step: about {factor} times as many{teacher})", _table_head(config)]
+    once = "".join(f"; {what} once" for name, what in ONCE.items() if name in ours.parts)
+    lines = [f"{title} (a training step: about {factor} times as many{once})", _table_head(config)]
     for name, part in ours.parts.items():
-        if part.macs or baseline.parts[name].macs:
-            lines.append(_cost_row(name.replace("_", " "), part.macs, baseline.parts[name].macs))
+        compared = baseline.parts[name].macs if name in baseline.parts else 0
+        if part.macs or compared:
+            lines.append(_cost_row(name.replace("_", " "), part.macs, compared))
     lines.append(_cost_row("total", ours.macs, baseline.macs))
+    if isinstance(config.method, PixelConfig) and config.attention_passes:
+        macs = _macs(config.method.attention_cost(accounting(config)).macs)
+        passes = counted(config.attention_passes, "pass", "passes")
+        lines.append(_row(MAPS.replace("_", " "), f"{passes} of {macs} in {config.epochs} epochs"))
     return lines
 
 

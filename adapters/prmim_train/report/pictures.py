@@ -8,16 +8,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from prmim_core import Schedule, nearest_known_distance, patchify, unpatchify
+from prmim_core import Grid, Schedule, nearest_known_distance, patchify, unpatchify
 from prmim_methods import PixelConfig
 from prmim_methods.method import times
 from prmim_train.config.packages import check_installed
 from prmim_train.config.pretrain import PretrainConfig
 from prmim_train.data.sources import ImageSource, UnreadableImageError
-from prmim_train.data.transforms import center_crop
+from prmim_train.data.transforms import center_crop, plane_of, unfold_frames
 from prmim_train.report.figures import (
     HIDDEN,
     draw_cells,
+    frames_in_a_row,
     new_figure,
     save_figure,
     show_image,
@@ -110,25 +111,27 @@ def draw_images(
     shown = data.held_out if len(data.held_out) else data.train
     if not len(data.held_out):
         say("No images are held out: the pictures show training images.")
-    images, sample = _read_some(data.source, shown, max(1, config.pictures), config.image_plane)
+    images, sample = _read_some(data.source, shown, max(1, config.pictures), config.method.image_size)
     paths = []
     if engine.rank > 0:  # the main process draws, but all processes have to compute
         kinds = ()
     if isinstance(config.method, PixelConfig):
+        attention = engine.attention(images) if config.method.needs_weights else None
         reconstruction = engine.reconstruct(images, sample)
         order, schedule = reconstruction.order, reconstruction.schedule
         if "reconstructions" in kinds:
             paths.append(run.path / "reconstructions.png")
             draw_reconstructions(paths[-1], images, reconstruction, config.method)
     else:
-        comparison = engine.compare(images, sample)
+        attention, comparison = None, engine.compare(images, sample)
         order, schedule = comparison.order, comparison.schedule
         if "similarity" in kinds:
             paths.append(run.path / "similarity.png")
-            draw_similarity(paths[-1], images, comparison, config.method.patch_size)
+            draw_similarity(paths[-1], images, comparison, config.method)
     if "schedule" in kinds:
         paths.append(run.path / "schedule.png")
-        draw_schedule(paths[-1], np.asarray(order), schedule, is_rebuilt=config.method.is_reconstructed)
+        is_rebuilt = config.method.is_reconstructed
+        draw_schedule(paths[-1], np.asarray(order), schedule, is_rebuilt=is_rebuilt, attention=attention)
     return paths
 
 
@@ -197,12 +200,14 @@ def draw_reconstructions(
 ) -> None:
     """Draw one row per image: input, visible, decoded and thrown tokens, and all of them together.
 
+    Of a clip, each of these is a row of frames.
+
     Parameters
     ----------
     path
         The `.png` file.
     images
-        uint8 (batch, height, width, channels).
+        uint8 (batch, [frames,] height, width, channels).
     reconstruction
         Reconstruction of the images.
     method
@@ -219,14 +224,23 @@ def draw_reconstructions(
     }
     if not method.is_reconstructed:
         titles["thrown"] = f"thrown: {schedule.counts.thrown}"
-    rows, height, width = images.shape[:3]
-    panel = 1.45
-    figure = new_figure(len(columns) * panel * max(1.0, width / height), rows * panel * max(1.0, height / width) + 0.75)
-    axes = figure.subplots(rows, len(columns), squeeze=False)
+    is_clip = images.ndim == 5
+    if is_clip:
+        columns = {name: frames_in_a_row(panels, 1.0) for name, panels in columns.items()}
+    rows, height, width = columns["input"].shape[:3]
+    if is_clip:
+        figure = new_figure(max(6.0, 0.9 * width / height), rows * len(columns) * 1.15 + 0.75)
+        axes = figure.subplots(rows * len(columns), 1, squeeze=False).reshape(rows, len(columns))
+    else:
+        panel = 1.45
+        size = len(columns) * panel * max(1.0, width / height), rows * panel * max(1.0, height / width) + 0.75
+        figure = new_figure(*size)
+        axes = figure.subplots(rows, len(columns), squeeze=False)
     for column, (name, panels) in enumerate(columns.items()):
-        axes[0, column].set_title(titles[name], fontsize=9)
         for row in range(rows):
             show_image(axes[row, column], panels[row])
+            if is_clip or row == 0:
+                axes[row, column].set_title(titles[name], fontsize=9)
     write_caption(figure, _reconstruction_caption(method))
     save_figure(figure, path)
 
@@ -239,17 +253,17 @@ def reconstruction_panels(
     Parameters
     ----------
     images
-        uint8 (batch, height, width, channels).
+        uint8 (batch, [frames,] height, width, channels).
     reconstruction
         Reconstruction of the images.
     patch_size
-        Height and width of a patch.
+        Pixels of a patch along each axis.
 
     Returns
     -------
     dict
-        Column name to RGB images, float (batch, height, width, 3) in [0, 1]. Without the column `thrown` if no tokens
-        are thrown.
+        Column name to RGB images, float (batch, [frames,] height, width, 3) in [0, 1]. Without the column `thrown` if
+        no tokens are thrown.
     """
     schedule = reconstruction.schedule
     kinds = token_kinds(np.asarray(reconstruction.order), schedule)
@@ -276,7 +290,14 @@ def reconstruction_panels(
     return panels
 
 
-def draw_schedule(path: Path, order: NDArray[Any], schedule: Schedule, *, is_rebuilt: bool = True) -> None:
+def draw_schedule(
+    path: Path,
+    order: NDArray[Any],
+    schedule: Schedule,
+    *,
+    is_rebuilt: bool = True,
+    attention: NDArray[np.floating[Any]] | None = None,
+) -> None:
     """Draw the roles of tokens, and the distance of thrown tokens to the nearest known token.
 
     Parameters
@@ -289,6 +310,9 @@ def draw_schedule(path: Path, order: NDArray[Any], schedule: Schedule, *, is_reb
         Static boundaries of `order`.
     is_rebuilt
         Whether thrown tokens are rebuilt in stages. Otherwise they are shown as one group.
+    attention
+        Attention maps that the tokens were drawn by, float (batch, N) in [0, 1], drawn in a third row. None: there are
+        none.
     """
     from matplotlib.colors import ListedColormap
     from matplotlib.patches import Patch
@@ -305,22 +329,31 @@ def draw_schedule(path: Path, order: NDArray[Any], schedule: Schedule, *, is_reb
     colours = [VISIBLE_COLOUR, DECODED_COLOUR, *_stage_colours(len(names) - 2)]
 
     columns = len(order)
-    height, width = grid.shape[-2:] if grid.axes > 1 else (1, grid.shape[0])
+    kind_maps, distance_maps = (_token_maps(values, grid) for values in (kinds, distance))
+    height, width = kind_maps.shape[1:]
     panel = 1.7
-    figure = new_figure(columns * panel * max(1.0, width / height) + 0.7, 2 * panel * max(1.0, height / width) + 1.1)
-    axes = figure.subplots(2, columns, squeeze=False)
+    rows = 2 if attention is None else 3
+    if grid.axes == 3:  # a row of frames for each map
+        figure = new_figure(max(6.0, 0.9 * width / height), rows * columns * 1.3 + 1.1)
+        axes = figure.subplots(rows * columns, 1, squeeze=False).reshape(columns, rows).T
+    else:
+        size = columns * panel * max(1.0, width / height) + 0.7, rows * panel * max(1.0, height / width) + 1.1
+        figure = new_figure(*size)
+        axes = figure.subplots(rows, columns, squeeze=False)
     colour_map = ListedColormap(colours)
     shown = None
     for column in range(columns):
-        top, bottom = axes[:, column]
-        top.imshow(kinds[column].reshape(height, width), cmap=colour_map, vmin=-0.5, vmax=len(colours) - 0.5)
+        top, bottom = axes[:2, column]
+        top.imshow(kind_maps[column], cmap=colour_map, vmin=-0.5, vmax=len(colours) - 0.5)
         draw_cells(top, height, width)
         top.set_title(f"image {column + 1}", fontsize=9)
-        shown = bottom.imshow(
-            distance[column].reshape(height, width), cmap="YlGnBu", vmin=0, vmax=max(2.0, float(distance.max()))
-        )
+        shown = bottom.imshow(distance_maps[column], cmap="YlGnBu", vmin=0, vmax=max(2.0, float(distance.max())))
         draw_cells(bottom, height, width)
         bottom.set_title(f"largest distance: {distance[column].max():.2f}", fontsize=8)
+        if attention is not None:
+            axes[2, column].imshow(_token_maps(attention, grid)[column], cmap="magma", vmin=0, vmax=1)
+            draw_cells(axes[2, column], height, width)
+            axes[2, column].set_title("attention, 0 to 1", fontsize=8)
     if shown is not None:
         bar = figure.colorbar(shown, ax=axes[1, :].tolist(), fraction=0.05, pad=0.02)
         bar.set_label(
@@ -332,6 +365,13 @@ def draw_schedule(path: Path, order: NDArray[Any], schedule: Schedule, *, is_reb
     handles = [Patch(facecolor=colour, label=name) for name, colour in legend]
     figure.legend(handles=handles, loc="outside upper center", ncols=len(handles), fontsize=8, frameon=False)
     save_figure(figure, path)
+
+
+def _token_maps(values: NDArray[Any], grid: Grid) -> NDArray[np.float64]:
+    """Arrange values of tokens (batch, N) as maps (batch, height, width); frames side by side, with NaN in between."""
+    if grid.axes == 3:
+        return frames_in_a_row(values.astype(np.float64).reshape(-1, *grid.shape), np.nan)
+    return values.astype(np.float64).reshape(len(values), -1, grid.shape[-1])
 
 
 def token_kinds(order: NDArray[Any], schedule: Schedule) -> NDArray[np.int64]:
@@ -419,7 +459,7 @@ def _draw_probes(figure: "Figure", axes: "Axes", records: Sequence[Mapping[str, 
 
 
 def _read_some(
-    source: ImageSource, indices: NDArray[np.int64], count: int, image_size: tuple[int, int]
+    source: ImageSource, indices: NDArray[np.int64], count: int, image_size: tuple[int, ...]
 ) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
     """Read center crops of evenly spaced images. Replaces an unreadable image by the next one."""
     count = min(count, len(indices))
@@ -429,7 +469,8 @@ def _read_some(
             if index in images:
                 continue
             try:
-                images[index] = center_crop(source.read(index), image_size)
+                image = center_crop(source.read(index), plane_of(image_size))
+                images[index] = unfold_frames(image, image_size)
             except UnreadableImageError:
                 continue
             break

@@ -1,4 +1,4 @@
-"""Picture of a method that predicts features: cosine similarities of student and teacher features."""
+"""Picture of a method that predicts features: cosine similarities of predicted and target features."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,6 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prmim_core import Grid, is_member
+from prmim_methods import MethodConfig
+from prmim_methods.method import times
 from prmim_train.report.figures import (
     HIDDEN,
     new_figure,
@@ -54,8 +56,8 @@ class SimilarityMaps:
 def similarity_maps(comparison: Comparison) -> SimilarityMaps:
     """Compute the maps of `similarity.png`.
 
-    The query is the visible token nearest to the centre: photographs show their subject there, and the student has a
-    feature for every visible token.
+    The query is the visible token nearest to the centre: photographs show their subject there. If visible tokens have
+    no student feature, it is the nearest token that has one.
 
     Parameters
     ----------
@@ -68,7 +70,8 @@ def similarity_maps(comparison: Comparison) -> SimilarityMaps:
     """
     schedule, order = comparison.schedule, np.asarray(comparison.order)
     is_visible = is_member(order[:, : schedule.counts.visible], schedule.counts.num_tokens)
-    query = central_token(schedule.grid, is_visible)
+    has_feature = np.isfinite(comparison.student).all(-1)
+    query = central_token(schedule.grid, has_feature & (is_visible | ~(has_feature & is_visible).any(1, keepdims=True)))
     student, teacher = _unit_length(comparison.student), _unit_length(comparison.teacher)
     rows = np.arange(len(order))
     return SimilarityMaps(
@@ -106,7 +109,7 @@ def central_token(grid: Grid, is_candidate: NDArray[np.bool_]) -> NDArray[np.int
     return np.asarray(np.argmin(np.where(is_candidate, distance, np.inf), axis=1), dtype=np.int64)
 
 
-def draw_similarity(path: Path, images: NDArray[np.uint8], comparison: Comparison, patch_size: tuple[int, ...]) -> None:
+def draw_similarity(path: Path, images: NDArray[np.uint8], comparison: Comparison, method: MethodConfig) -> None:
     """Draw one row per image: input, visible tokens, and maps of feature similarity.
 
     Parameters
@@ -117,9 +120,10 @@ def draw_similarity(path: Path, images: NDArray[np.uint8], comparison: Compariso
         uint8 (batch, height, width, channels).
     comparison
         Features of student and teacher.
-    patch_size
-        Height and width of a patch.
+    method
+        Options of the method. It names the features.
     """
+    patch_size, (student, teacher) = method.patch_size, method.compared
     maps = similarity_maps(comparison)
     grid = comparison.schedule.grid
     rows, height, width = images.shape[:3]
@@ -131,7 +135,7 @@ def draw_similarity(path: Path, images: NDArray[np.uint8], comparison: Compariso
     places = figure.add_gridspec(rows + 1, 5, height_ratios=[*[panel_height] * rows, 0.1])
     axes = np.array([[figure.add_subplot(places[row, column]) for column in range(5)] for row in range(rows)])
     titles = ["input and query", f"visible: {comparison.schedule.counts.visible}"]
-    titles += ["teacher vs. query", "student vs. query", "student vs. teacher"]
+    titles += [f"{teacher} vs. query", f"{student} vs. query", f"{student} vs. {teacher}"]
     for place, title in zip(axes[0], titles, strict=True):
         place.set_title(title, fontsize=9)
     likeness = {"cmap": "viridis", "vmin": _lower_end(maps.teacher, maps.student)}
@@ -147,13 +151,13 @@ def draw_similarity(path: Path, images: NDArray[np.uint8], comparison: Compariso
         axes[row, 4].set_xlabel(_mean_text(maps.agreement[row], maps.is_visible[row]), fontsize=8, labelpad=2)
     for shown, place, label in (
         (to_query, places[-1, 2:4], "cosine with the query"),
-        (to_teacher, places[-1, 4], "cosine with the teacher"),
+        (to_teacher, places[-1, 4], f"cosine with the {teacher}"),
     ):
         bar = figure.colorbar(shown, cax=figure.add_subplot(place), orientation="horizontal")
         bar.set_label(label, fontsize=8)
         bar.ax.tick_params(labelsize=7.5)
         bar.ax.locator_params(nbins=4)
-    write_caption(figure, _caption_text(comparison, bool(np.isfinite(maps.student).all())))
+    write_caption(figure, _caption_text(comparison, maps.is_visible[0], method))
     save_figure(figure, path)
 
 
@@ -204,20 +208,22 @@ def _frame_token(axes: "Axes", token: int, grid: Grid, patch_size: tuple[int, ..
 
 
 def _mean_text(agreement: NDArray[np.float64], is_visible: NDArray[np.bool_]) -> str:
-    parts = {"visible": agreement[is_visible], "rebuilt": agreement[~is_visible]}
-    return ", ".join(f"{name} {values.mean():.2f}" for name, values in parts.items() if np.isfinite(values).all())
+    has_value = np.isfinite(agreement)
+    parts = {"visible": agreement[is_visible & has_value], "masked": agreement[~is_visible & has_value]}
+    return ", ".join(f"{name} {values.mean():.2f}" for name, values in parts.items() if values.size)
 
 
-def _caption_text(comparison: Comparison, is_complete: bool) -> str:
-    counts, grid = comparison.schedule.counts, comparison.schedule.grid
+def _caption_text(comparison: Comparison, is_visible: NDArray[np.bool_], method: MethodConfig) -> str:
+    has_feature = np.isfinite(comparison.student[0]).all(-1)
+    shown = "visible" if has_feature[is_visible].any() else "predicted"
     parts = [
-        f"Features of the last aligned layer, {comparison.teacher.shape[-1]} numbers for each of the "
-        f"{' x '.join(map(str, grid.shape))} tokens, normalized as in the loss. The teacher sees the whole image. The "
-        "query (red frame) is the visible token nearest to the centre."
+        f"{method.compared_text} {comparison.teacher.shape[-1]} numbers for each of the "
+        f"{times(comparison.schedule.grid.shape)} tokens. The query (red frame) is the {shown} token nearest to the "
+        "centre."
     ]
-    if is_complete:
-        parts.append(f"The student's features of the {counts.masked} masked tokens are rebuilt from their neighbours.")
-    else:
-        parts.append(f"Hatched: {counts.masked} masked tokens, which this method does not predict.")
+    hatched = {"visible": int((is_visible & ~has_feature).sum()), "masked": int((~is_visible & ~has_feature).sum())}
+    if any(hatched.values()):
+        counted = " and ".join(f"{number} {kind}" for kind, number in hatched.items() if number)
+        parts.append(f"Hatched: {counted} tokens, which this method does not predict.")
     parts.append("Numbers below the last column are its means.")
     return " ".join(parts)

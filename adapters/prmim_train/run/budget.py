@@ -1,6 +1,7 @@
 """Length of a run: the only place where epochs become optimizer steps."""
 
 from dataclasses import dataclass
+from math import ceil
 
 from prmim_train.config.training import TrainingOptions
 
@@ -40,6 +41,19 @@ class Budget:
         """
         length = epochs * self.steps_per_epoch
         return step == round(max(1, round(step / length)) * length)
+
+    def steps_of(self, start: int, every: int) -> tuple[int, ...]:
+        """Return the steps before the last one that end `start` epochs, and every `every` epochs from then on.
+
+        Examples
+        --------
+        >>> budget = Budget(num_images=1438, steps_per_epoch=11.98, total_steps=60, warmup_steps=3, checkpoint_steps=12)
+        >>> budget.steps_of(1, 2)
+        (12, 36)
+        """
+        number = ceil(self.total_steps / self.steps_per_epoch / every)
+        ends = (round((start + turn * every) * self.steps_per_epoch) for turn in range(number))
+        return tuple(sorted({max(1, step) for step in ends if step < self.total_steps}))
 
 
 def training_budget(config: TrainingOptions, num_images: int) -> Budget:

@@ -3,6 +3,7 @@
 ```
 config.yaml                  every option of the run
 run.json, trained.npz        ID of the run, and what it was trained on
+attention_00001234.npz       attention maps after a step, with `throwing: weighted`
 metrics.jsonl                one JSON object per line
 checkpoints/step_00000120/   weights.safetensors, the training state, and manifest.json
 summary.json                 final numbers

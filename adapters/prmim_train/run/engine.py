@@ -161,7 +161,9 @@ class Engine(Trainer, Protocol):
     def predicts(self) -> str:
         """Targets of the masked tokens: `pixels` or `features`."""
 
-    def train_step(self, images: NDArray[np.uint8], sample: NDArray[np.int64]) -> None:
+    def train_step(
+        self, images: NDArray[np.uint8], sample: NDArray[np.int64], weights: NDArray[np.float32] | None = None
+    ) -> None:
         """Start one optimizer step (non-blocking).
 
         A step with a non-finite loss or gradient leaves the weights unchanged, and is counted in the metrics.
@@ -172,6 +174,14 @@ class Engine(Trainer, Protocol):
             uint8 (batch, axes..., channels): this process's share of the batch.
         sample
             int64 (batch,): index of each image in its source. With seed and step, it determines the mask.
+        weights
+            float32 (batch, N): weight of each token. Only for methods that need weights.
+        """
+
+    def attention(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """Attention to the patches of unmasked images, in [0, 1]: (batch, N).
+
+        Called by all processes, with equally many images, which differ.
         """
 
     def features(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:

@@ -197,11 +197,11 @@ def _finite(value: float) -> float | None:
 
 
 def _measured(numbers: Mapping[str, Any]) -> dict[str, Any]:
-    """Select `loss`, its parts (`loss_...`) and `accuracy`."""
+    """Select `loss`, its parts (`loss_...`), `accuracy` and weights of layers (`layer_weight_...`)."""
     return {
         name: value if value is None else _finite(value)
         for name, value in numbers.items()
-        if name in ("loss", "accuracy") or name.startswith("loss_")
+        if name in ("loss", "accuracy") or name.startswith(("loss_", "layer_weight_"))
     }
 
 

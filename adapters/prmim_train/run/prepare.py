@@ -82,7 +82,8 @@ def open_data(config: PretrainConfig) -> RunData:
     ValueError, OSError
         If there are no images, or no training images.
     """
-    source = open_source(config.data, channels=config.method.channels, max_pixels=config.max_pixels)
+    method = config.method
+    source = open_source(config.data, channels=method.channels, max_pixels=config.max_pixels, frames=config.frames)
     split_by = len(source) if source.labels is None else source.labels
     train, held_out = split_indices(split_by, holdout=config.holdout, seed=config.seed)
     return RunData(source, train, held_out, training_budget(config, len(train)))
@@ -177,7 +178,7 @@ def labelled_sides(
     if test_data is None:
         return train, LabelledImages(source, data.held_out, source.labels, names)
     try:
-        test = open_source(test_data, channels=source.channels, max_pixels=source.max_pixels)
+        test = open_source(test_data, channels=source.channels, max_pixels=source.max_pixels, frames=source.frames)
     except (ValueError, OSError) as error:
         raise ValueError(f"test_data: {str(error).removeprefix('data: ')}") from error
     if test.labels is None or test.class_names is None:

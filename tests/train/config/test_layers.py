@@ -12,7 +12,13 @@ from prmim_train.config.layers import dump_options, merge_layers, parse_options,
 from prmim_train.config.pretrain import pretrain_config
 from prmim_train.report.inspect import cost_reports
 
-BASE = {"mae": {}, "simmim": {"method": "simmim"}, "maskalign": {"method": "maskalign", "teacher": "clip"}}
+BASE = {
+    "mae": {},
+    "simmim": {"method": "simmim"},
+    "maskalign": {"method": "maskalign", "teacher": "clip"},
+    "localmim": {"method": "localmim"},
+    "videomae": {"method": "videomae", "patch_size": 16},
+}
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -37,6 +43,11 @@ def test_a_layer_that_changes_the_method_drops_options_of_the_other(method):
     assert config.method.name == method
     assert (config.method.embed_dim, config.method.stages, config.base_learning_rate) == (96, 2, 8e-3)  # shared ones
     assert config.method.mask_ratio == METHODS[method].mask_ratio
+
+
+def test_the_size_of_the_images_outlasts_a_change_of_the_method():
+    method = pretrain_config(**merge_layers(read_options("digits"), {"method": "videomae"})).method
+    assert (method.name, method.image_size, method.patch_size) == ("videomae", (16, 16), (2, 2))
 
 
 @pytest.mark.parametrize("lower", [{"method": "mae"}, {}])
@@ -166,5 +177,5 @@ def test_a_recipe_of_the_other_command_is_refused(name, command, hint, tmp_path)
 
 
 def test_a_missing_file_names_the_recipes():
-    with pytest.raises(FileNotFoundError, match="or one of the recipes digits, mae_vit_base"):
+    with pytest.raises(FileNotFoundError, match=r"or one of the recipes .*digits, .*mae_vit_base"):
         read_options("nowhere.yaml")

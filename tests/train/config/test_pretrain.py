@@ -16,7 +16,13 @@ from prmim_train.config.pretrain import (
     special_option_names,
 )
 
-BASE = {"mae": {}, "simmim": {"method": "simmim"}, "maskalign": {"method": "maskalign", "teacher": "owner/model"}}
+BASE = {
+    "mae": {},
+    "simmim": {"method": "simmim"},
+    "maskalign": {"method": "maskalign", "teacher": "owner/model"},
+    "localmim": {"method": "localmim"},
+    "videomae": {"method": "videomae", "patch_size": 16},
+}
 RISING = "two rising numbers in (0, 1]"
 WRONG = [
     ({"data": ""}, ValueError, "data: expected text, got ''"),
@@ -27,8 +33,8 @@ WRONG = [
     ({"flip": "yes"}, TypeError, "flip: expected true or false, got 'yes'"),
     ({"holdout": 1.0}, ValueError, "holdout: expected a number in [0, 1), got 1.0"),
     ({"workers": -1}, ValueError, "workers: expected a whole number in [0, 1024], got -1"),
-    ({"image_size": (224, 224, 224), "patch_size": (16, 16, 16), "decoder_dim": 96}, ValueError,
-     "image_size: expected one number or height,width, got (224, 224, 224)"),
+    ({"image_size": (224,), "patch_size": (16,)}, ValueError,
+     "image_size: expected one number, height,width or frames,height,width, got (224,)"),
     ({"epochs": True}, TypeError, "epochs: expected a whole number of at least 1, got True"),
     ({"epochs": 1.5}, TypeError, "epochs: expected a whole number of at least 1, got 1.5"),
     ({"epochs": 0}, ValueError, "epochs: expected a whole number of at least 1, got 0"),
@@ -63,8 +69,8 @@ WRONG = [
      "scale_learning_rate: method maskalign has no such option"),
     ({"scale_learning_rate": True, "reconstruction": "none", "min_learning_rate": 1e-3}, ValueError,
      "min_learning_rate: expected at most the peak learning rate 0.0008, got 0.001"),
-    ({"mask_unit": 4}, ValueError, "mask_unit: method mae has no such option"),
-    ({"method": "simclr"}, ValueError, "method: expected one of mae, simmim, maskalign, got 'simclr'"),
+    ({"throw_by": "unit"}, ValueError, "throw_by: method mae has no such option"),
+    ({"method": "simclr"}, ValueError, f"method: expected one of {', '.join(METHODS)}, got 'simclr'"),
 ]  # fmt: skip
 
 
@@ -99,11 +105,11 @@ def test_wrong_options(given, error, message):
     [
         ({"mask_ratio": 1.5}, "mask_ratio: expected a number in (0, 1), got 1.5"),
         ({"throw_ratio": 0.8}, "throw_ratio: expected at most mask_ratio 0.75, got 0.8"),
-        ({"throwing": "none"}, "throwing: expected one of furthest, random, cell, got 'none'"),
+        ({"thrown_target": "none"}, "thrown_target: expected one of cells, patch, got 'none'"),
         ({"mask_ratio": "half"}, "mask_ratio: expected a number in (0, 1), got 'half'"),
         ({"depth": "deep"}, "depth: expected a whole number of at least 1, or null, got 'deep'"),
-        ({"mask_unit": 4}, "mask_unit: method mae has no such option"),
-        ({"method": "beit"}, "method: expected one of mae, simmim, maskalign, got 'beit'"),
+        ({"throw_by": "unit"}, "throw_by: method mae has no such option"),
+        ({"method": "beit"}, f"method: expected one of {', '.join(METHODS)}, got 'beit'"),
     ],
     ids=str,
 )
@@ -168,4 +174,20 @@ def test_the_run_folder_is_named_after_method_and_data():
     assert pretrain_config().run_path.as_posix() == "runs/mae-digits"
     assert pretrain_config(data="/data/my photos/", method="simmim").run_path.as_posix() == "runs/simmim-my-photos"
     assert pretrain_config(data="x.npz", out="here").run_path.as_posix() == "here"
-    assert pretrain_config(image_size=(32, 96), patch_size=(8, 16)).image_plane == (32, 96)
+
+
+def test_clips_have_frames():
+    assert pretrain_config(image_size=(32, 96), patch_size=(8, 16)).frames is None
+    assert pretrain_config(image_size=(4, 32, 96), patch_size=(2, 8, 16), decoder_dim=96, decoder_heads=4).frames == 4
+
+
+def test_attention_maps_are_computed_before_the_last_epoch():
+    with pytest.raises(ValueError, match="attention_start: expected fewer than the 5 epochs, got 41"):
+        pretrain_config(throwing="weighted", epochs=5)
+    with pytest.raises(ValueError, match="crop_padding: expected null with throwing weighted, got 4"):
+        pretrain_config(throwing="weighted", crop_padding=4)
+    with pytest.raises(ValueError, match="throwing: expected another choice than weighted for images of 3 axes"):
+        pretrain_config(throwing="weighted", image_size=(4, 32, 96), patch_size=(2, 8, 16), decoder_dim=96)
+    assert pretrain_config(epochs=5).attention_passes == 0
+    # Published: after the epochs 40, 80, ..., 360 of 400, counted from 0.
+    assert pretrain_config(throwing="weighted", epochs=400).attention_passes == 9

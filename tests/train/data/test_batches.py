@@ -17,7 +17,7 @@ from PIL import Image
 import prmim_train
 from prmim_train.data.batches import Batch, UnreadableImages, evaluation_batches, split_indices, train_batches
 from prmim_train.data.sources import ArraySource, open_source
-from prmim_train.data.transforms import center_crop, random_crop_box, random_flip, resize
+from prmim_train.data.transforms import center_crop, random_crop_box, random_flip, random_padded_crop, resize
 
 NUM_IMAGES = 20
 
@@ -52,6 +52,7 @@ def assert_equal(first: list[Batch], second: list[Batch]) -> None:
     for a, b in zip(first, second, strict=True):
         np.testing.assert_array_equal(a.images, b.images)
         np.testing.assert_array_equal(a.index, b.index)
+        np.testing.assert_array_equal(a.boxes, b.boxes)
         assert sorted(a.unreadable) == sorted(b.unreadable)
 
 
@@ -171,6 +172,17 @@ def test_the_order_of_a_run_is_what_it_was():
     assert hashlib.sha256(images.tobytes()).hexdigest()[:16] == "41b870e3e65b7d70"
 
 
+def test_all_frames_of_a_clip_are_cropped_and_flipped_alike():
+    ramps = np.random.default_rng(0).integers(0, 256, (4, 1, 20, 24, 2), dtype=np.uint8)
+    clips = ArraySource(np.concatenate([ramps, 255 - ramps, ramps], axis=1), "clips")
+    batch = run(clips, image_size=(3, 10, 12), total_steps=1)[0]
+    assert batch.images.shape == (8, 3, 10, 12, 2)
+    np.testing.assert_array_equal(batch.images[:, 0], batch.images[:, 2])
+    assert np.abs(batch.images[:, 0].astype(int) + batch.images[:, 1] - 255).max() <= 1
+    with evaluation_batches(clips, batch_size=4, image_size=(3, 20, 24)) as batches:
+        np.testing.assert_array_equal(next(iter(batches)).images, clips.images)
+
+
 def test_augmentation_can_be_switched_off():
     ramp = ArraySource(np.tile(np.arange(16, dtype=np.uint8) * 10, (4, 16, 1))[..., None], "ramps")
     options = {"crop_scale": (1.0, 1.0), "crop_ratio": (1.0, 1.0), "batch_size": 4, "total_steps": 25}
@@ -181,12 +193,33 @@ def test_augmentation_can_be_switched_off():
     assert 30 < (flipped == 150).sum() < 70
 
 
+def test_boxes_are_the_places_of_the_crops():
+    rows, columns = np.mgrid[:64, :64].astype(np.uint8)
+    ramps = ArraySource(np.stack([4 * rows, 4 * columns], axis=2)[None], "two ramps")
+    batches = run(ramps, batch_size=8, image_size=(8, 8), total_steps=2)
+    centres = (np.arange(8) + 0.5) / 8
+    for batch in batches:
+        assert batch.boxes.shape == (8, 4)
+        assert batch.boxes.dtype == np.float32
+        for image, (top, left, bottom, right) in zip(batch.images, batch.boxes, strict=True):
+            expected = 256 * (top + (bottom - top) * centres) - 2
+            np.testing.assert_allclose(image[:, 4, 0], expected, atol=4)
+            np.testing.assert_allclose(image[4, :, 1], 256 * (left + (right - left) * centres) - 2, atol=4)
+    mirrored = np.concatenate([batch.boxes[:, 1] > batch.boxes[:, 3] for batch in batches])
+    assert 0 < mirrored.sum() < 16
+
+
 def test_crop_options_reach_the_crops(photos):
     options = {"indices": np.array([0]), "batch_size": 1, "total_steps": 1, "flip": False}
     for given in ({"scale": (0.2, 0.2)}, {"scale": (1.0, 1.0), "ratio": (0.5, 0.5), "draw": "clamp"}):
         batch = run(photos, **options, **{f"crop_{name}": value for name, value in given.items()})[0]
         expected = random_crop(photos.read(0), np.random.default_rng((3, 0, 0)), **given)
         np.testing.assert_array_equal(batch.images[0], expected)
+    for padding in (0, 3):
+        rng = np.random.default_rng((3, 0, 0))
+        expected = random_padded_crop(photos.read(0), (16, 16), rng, padding=padding)
+        (batch,) = run(photos, **options | {"flip": True}, crop_padding=padding)
+        np.testing.assert_array_equal(batch.images[0], random_flip(expected, rng))
 
 
 @pytest.fixture(scope="module")
@@ -224,7 +257,10 @@ def test_a_closed_iterator_gives_nothing_more(photos):
     ("options", "message"),
     [
         ({"batch_size": 0}, "batch_size: expected at least 1, got 0"),
-        ({"image_size": (16, 0)}, r"image_size: expected \(height, width\) of at least 1 pixel, got \(16, 0\)"),
+        (
+            {"image_size": (16, 0)},
+            r"image_size: expected \(\[frames,\] height, width\) of at least 1 pixel, got \(16, 0\)",
+        ),
         ({"seed": -1}, r"seed: expected 0 to 2\*\*32 - 1, got -1"),
         ({"start_step": -1}, "start_step: expected at least 0, got -1"),
         ({"start_step": 9}, "total_steps: expected at least 9, got 8"),
@@ -447,6 +483,12 @@ def test_evaluation_takes_the_centres_in_order(photos, threads):
         assert batch.images.dtype == np.uint8
         for image, record in zip(batch.images, batch.index, strict=True):
             np.testing.assert_array_equal(image, center_crop(photos.read(record), (10, 12)))
+
+
+def test_evaluation_takes_whole_images(photos):
+    with evaluation_batches(photos, batch_size=20, image_size=(16, 12), share=None) as batches:
+        (batch,) = batches
+    np.testing.assert_array_equal(batch.images, [resize(photos.read(k), (16, 12)) for k in range(NUM_IMAGES)])
 
 
 def test_evaluation_leaves_unreadable_images_out_and_fills_the_batches(broken_photos):

@@ -247,6 +247,13 @@ def test_digits_of_another_version_of_scikit_learn(monkeypatch):
     np.testing.assert_array_equal(source.labels, expected.labels)
 
 
+def test_digits_as_clips_stand_still():
+    source = open_source("digits", channels=1, frames=3)
+    assert source.description == "digits: 1,797 images of 3 x 8 x 8 pixels in 10 classes"
+    np.testing.assert_array_equal(source.read(7), open_source("digits", channels=1).read(7).repeat(3, axis=2))
+    assert len(source.identities().keys) == 1797
+
+
 def test_digits_have_1_3_or_4_channels():
     with pytest.raises(ValueError, match="channels: the digits give 1"):
         open_source("digits", channels=2)

@@ -7,6 +7,7 @@ from prmim_train.data.transforms import (
     check_crop_options,
     random_crop_box,
     random_flip,
+    random_padded_crop,
     resize,
     resize_picture,
 )
@@ -212,3 +213,30 @@ def test_center_crop_can_take_less_than_the_largest_box():
     for share in (0.0, 1.1):
         with pytest.raises(ValueError, match="share: expected a number in"):
             center_crop(image, (32, 32), share=share)
+
+
+@pytest.mark.parametrize(("shape", "size"), [((8, 8), (8, 8)), ((9, 15), (6, 6)), ((20, 9), (5, 7))])
+def test_a_padded_crop_is_a_window_of_the_resized_image(shape, size):
+    image, (height, width), padding = noise_image(*shape, 3), size, 2
+    zoom = max(height / shape[0], width / shape[1])
+    covering = (round(shape[0] * zoom), round(shape[1] * zoom))
+    resized = np.asarray(Image.fromarray(image).resize(covering[::-1], Image.Resampling.BILINEAR))
+    rows, columns = (np.abs(np.arange(-padding, n + padding)) for n in covering)
+    rows, columns = (np.where(i < n, i, 2 * n - 2 - i) for i, n in zip((rows, columns), covering, strict=True))
+    padded = resized[rows][:, columns]
+    rng, places = np.random.default_rng(0), set()
+    windows = np.lib.stride_tricks.sliding_window_view(padded, (height, width, 3))[:, :, 0]
+    for _ in range(1000):
+        crop = random_padded_crop(image, size, rng, padding=padding)
+        found = np.argwhere((windows == crop).all(axis=(2, 3, 4)))
+        assert len(found) == 1
+        places.add(tuple(found[0].tolist()))
+    assert len(places) == windows.shape[0] * windows.shape[1]  # all of them
+
+
+@pytest.mark.parametrize(
+    ("size", "padding", "message"), [((4, 4), -1, "padding: expected at least 0, got -1"), ((0, 4), 1, "size: expect")]
+)
+def test_options_of_a_padded_crop_are_checked(size, padding, message):
+    with pytest.raises(ValueError, match=message):
+        random_padded_crop(noise_image(5, 5, 1), size, np.random.default_rng(0), padding=padding)

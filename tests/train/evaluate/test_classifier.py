@@ -178,8 +178,8 @@ def test_predictions_do_not_depend_on_the_batch(tiny, fake):
             flat = images.reshape(len(images), -1) / np.float32(255)
             return (flat @ np.random.default_rng(0).normal(size=(flat.shape[1], 10))).astype(np.float32)
 
-    whole = predict(Linear(), test, config.image_plane, batch_size=1000)
-    parts = predict(Linear(), test, config.image_plane, batch_size=7)
+    whole = predict(Linear(), test, config.method.image_size, batch_size=1000)
+    parts = predict(Linear(), test, config.method.image_size, batch_size=7)
     np.testing.assert_allclose(parts.logits, whole.logits, rtol=1e-5)
     np.testing.assert_array_equal(parts.truth, whole.truth)
     assert len(whole.truth) == 359

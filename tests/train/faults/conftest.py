@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-EPOCHS = 14
-"""50 steps: 12 checkpoints, and one at the end."""
+EPOCHS = 7
+"""25 steps: 6 checkpoints, and one at the end. The command `soak.py` makes longer runs."""
 
 
 @pytest.fixture(scope="session")

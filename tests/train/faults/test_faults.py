@@ -15,6 +15,8 @@ from safetensors.numpy import load_file
 from prmim_train.cli.commands import main
 from prmim_train.pretrain import pretrain
 
+EPOCHS = 7  # as in conftest.py
+
 # Program of a child process: does something in the middle of a run, after step `step`.
 HURT = """
 import ctypes, os, resource, sys
@@ -49,7 +51,7 @@ def hurt(soak, undisturbed, tmp_path):
 
     def start(backend, step, deed="pass", before="pass"):
         folder, _, _ = undisturbed(backend)
-        program, _, _, *words = soak.command(backend, tmp_path / "run", 14)
+        program, _, _, *words = soak.command(backend, tmp_path / "run", EPOCHS)
         code = HURT.format(backend=backend, step=step, deed=deed, before=before)
         return subprocess.run(
             [program, "-c", code, *words],
@@ -63,7 +65,7 @@ def hurt(soak, undisturbed, tmp_path):
     def go_on(backend):
         folder, run, _ = undisturbed(backend)
         result = subprocess.run(
-            soak.command(backend, tmp_path / "run", 14),
+            soak.command(backend, tmp_path / "run", EPOCHS),
             capture_output=True,
             text=True,
             env=soak.environment(folder / "programs"),
@@ -140,10 +142,10 @@ def act_at(monkeypatch, fake, step, deed):
     """Do something after a step."""
     take = fake.train_step
 
-    def train_step(self, images, sample):
+    def train_step(self, *batch):
         if self.step == step:
             deed()
-        take(self, images, sample)
+        take(self, *batch)
 
     monkeypatch.setattr(fake, "train_step", train_step)
 
@@ -184,6 +186,33 @@ def test_images_that_vanish_under_the_run(workers, photos, tiny, fake, monkeypat
     away.rename(photos)
     pretrain(tiny(**options, resume=True))
     assert final_weights(config) == final_weights(whole)
+
+
+# Checkpoints follow steps 10, 20 and 30; maps are computed after steps 14, 24 and 34. A run that ends in step 16
+# computes its first maps again; one that ends in step 22 reads them.
+@pytest.mark.parametrize("step", [16, 22])
+def test_a_run_that_ends_between_two_passes_goes_on_with_the_same_attention_maps(
+    step, tiny, fake, monkeypatch, tmp_path
+):
+    pixels = np.random.default_rng(0).integers(0, 256, (240, 16, 16, 1), dtype=np.uint8)
+    np.savez(tmp_path / "images.npz", images=pixels)
+    options = {"data": str(tmp_path / "images.npz"), "batch_size": 40, "epochs": 8, "checkpoint_every": 2, "flip": True}
+    options |= {"throwing": "weighted", "attention_start": 3, "attention_every": 2}
+    whole = tiny(out=str(tmp_path / "whole"), **options)
+    pretrain(whole)
+    config = tiny(**options)
+
+    def fail():
+        raise KeyError("killed")
+
+    with monkeypatch.context() as patch:
+        act_at(patch, fake, step, fail)
+        with pytest.raises(KeyError, match="killed"):
+            pretrain(config)
+    pretrain(tiny(**options, resume=True))
+    assert final_weights(config) == final_weights(whole)
+    for name in ("attention_00000024.npz", "attention_00000034.npz"):
+        assert (config.run_path / name).read_bytes() == (whole.run_path / name).read_bytes()
 
 
 def final_weights(config):

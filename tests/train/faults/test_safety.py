@@ -74,6 +74,7 @@ def test_the_bomb_goes_off_where_something_unpickles(packing, tmp_path):
 def trained(request, tiny):
     """A saved engine of a real backend."""
     pytest.importorskip("torch" if request.param == "torch" else "flax")
+    request.getfixturevalue({"torch": "one_thread", "jax": "quick_compiler"}[request.param])
     options = {"backend": request.param, "batch_size": 240, "epochs": 2, "checkpoint_every": 1}
     config = tiny(**options)
     budget = training_budget(config, 1438)

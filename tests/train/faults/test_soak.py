@@ -7,7 +7,7 @@ import shutil
 import pytest
 
 SEED = 5
-EPOCHS = 14  # as in conftest.py
+EPOCHS = 7  # as in conftest.py
 
 
 @pytest.mark.parametrize(
@@ -138,7 +138,7 @@ def test_a_failure_says_how_to_repeat_it(pair, soak, tmp_path, monkeypatch):
         raise soak.Failure("something differs")
 
     monkeypatch.setattr(soak.Soak, "_live", live)
-    with pytest.raises(soak.Failure, match=r"torch, sigkill, seed 71, after 0 of 2 \(14 epochs\).*something differs"):
+    with pytest.raises(soak.Failure, match=r"torch, sigkill, seed 71, after 0 of 2 \(7 epochs\).*something differs"):
         hurt.run(run, soak.Pace(1.0, 1.0))
 
 

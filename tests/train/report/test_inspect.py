@@ -124,6 +124,17 @@ def test_units_may_be_thrown_whole(tiny, fake):
     assert row(text, "decoded") == "24, whole units chosen by a uniform draw"
 
 
+def test_passes_for_attention_maps_are_spread_over_the_epochs(tiny, fake):
+    config = tiny(throwing="weighted", epochs=10, attention_start=4, attention_every=3)  # after epochs 4 and 7
+    text = inspect_run(config)
+    macs = config.method.attention_cost().macs
+    assert [row.strip() for row in rows(text, "attention maps")][-1] == f"2 passes of {macs / 1e6:.3f} M in 10 epochs"
+    assert "; attention maps once)" in text
+    ours, _ = cost_reports(config)
+    assert ours.macs == config.method.cost().macs + macs // 5
+    assert row(text, "visible") == "4, drawn by attention"
+
+
 def test_the_report_of_maskalign(tiny, fake, teacher):
     text = inspect_run(tiny(method="maskalign", teacher=str(teacher), teacher_layers=2, fusion="sum"))
     assert row(text, "visible") == "4, drawn in proportion to the teacher's attention"

@@ -5,7 +5,7 @@ from PIL import Image
 from prmim_core import Grid, Schedule, count_tokens, counter_noise, make_plan, patchify
 from prmim_methods import MAEConfig, SimMIMConfig
 from prmim_train.data.sources import ArraySource, UnreadableImageError
-from prmim_train.report.figures import HIDDEN
+from prmim_train.report.figures import HIDDEN, frames_in_a_row
 from prmim_train.report.pictures import (
     NOT_PREDICTED,
     _read_some,
@@ -51,6 +51,7 @@ CASES = {
     "windows": {"cell_norm": "window", "low_pass": 8.0},
     "one": {"count": 1},
     "stages": {"stages": 5},
+    "clip": {"image_size": (4, 16, 24), "patch_size": (2, 4, 4), "decoder_dim": 96, "count": 1},
 }
 
 
@@ -80,6 +81,12 @@ def test_the_panels_show_each_group_of_tokens_and_nothing_else():
     assert np.array_equal(sum(is_hidden.astype(int) for is_hidden in hidden), np.full(images.shape[:3], 2))
     assert hidden[0].mean() == pytest.approx(0.75, abs=0.01)
     assert hidden[2].mean() == pytest.approx(0.5, abs=0.01)
+
+
+def test_frames_are_put_side_by_side():
+    clips = np.arange(12.0).reshape(1, 3, 2, 2)
+    assert frames_in_a_row(clips, np.nan)[0, 1].tolist()[:2] == [2, 3]
+    assert frames_in_a_row(clips, -1)[0, 1].tolist() == [2, 3, -1, 6, 7, -1, 10, 11]
 
 
 def test_what_is_not_predicted_is_shown_as_such():

@@ -4,7 +4,7 @@ import pytest
 
 from prmim_train.cli.commands import main
 from prmim_train.config.deviations import DEVIATIONS, STAGES, deviations_of, recipe_stages
-from prmim_train.config.layers import read_header, recipe_names
+from prmim_train.config.layers import read_header, read_options, recipe_names
 from prmim_train.report.recipe import recipe_lines
 
 EVERY = [*recipe_names(), *recipe_names("evaluate")]
@@ -15,7 +15,9 @@ TINY = ["--image_size", "64", "--embed_dim", "32", "--depth", "1", "--num_heads"
 def test_inspect_prints_paper_number_and_deviations(name, fake, teacher, capsys):
     words = []
     if name in recipe_names():
-        words = [*TINY, *(["--decoder_dim", "16"] if name.startswith("mae") else [])]
+        words = [*TINY, *(["--decoder_dim", "48"] if "decoder_dim" in read_options(name) else [])]
+        words += ["--image_size", "128"] * name.startswith("pixio")  # units of 4 x 4 tokens
+        words += ["--image_size", "8,64,64"] * name.startswith("videomae")
         words += ["--teacher", str(teacher), "--teacher_layers", "1", "--fusion", "sum"] * name.startswith("maskalign")
     assert main(["inspect", "--config", name, *words]) == 0
     text = capsys.readouterr().out
@@ -26,7 +28,7 @@ def test_inspect_prints_paper_number_and_deviations(name, fake, teacher, capsys)
     for found in deviations_of(name):
         for words in (found.item, found.published, found.ours, found.reason):
             assert words in text
-    assert ("Differences from the published run" in text) == ("vit_base" in name)
+    assert ("Differences from the published run" in text) == (not header["paper"].startswith("none"))
     assert ("Tokens per image" in text) == (name in recipe_names())
     assert ("\nOptions\n" in text) == (name in recipe_names("evaluate"))
 
@@ -38,8 +40,17 @@ def test_deviations_belong_to_stages_and_methods():
     items = {name: {found.item for found in deviations_of(name)} for name in EVERY}
     assert items["digits"] == items["photos_vit_tiny"] == set()
     assert "filter of the crops" in items["simmim_vit_base_dense"] - items["mae_vit_base_dense"]
+    assert "crops of clips" in items["videomae_vit_base_dual"] - items["mae_vit_base_dense"]
+    assert "half of the channels of the position table" in items["mff_vit_base_dense"] - items["mae_vit_base_dense"]
+    assert "random crop" in items["mae_vit_base"] - items["pixmim_vit_base"]
+    assert "final norm of the encoder" in items["crossmae_vit_base_partial"] - items["mae_vit_base"]
+    assert "features of visible tokens" in items["crossmae_vit_base"] - items["crossmae_vit_base_partial"]
+    assert "epoch" in items["pixio_vit_huge"] - items["mae_vit_base"]
+    assert "precision" in items["mae_vit_base"] - items["pixio_vit_huge"]
     assert "weight decay of the reconstruction" in items["mae_vit_base"] - items["mae_vit_base_dense"]
     assert "rows of the batch norm's statistics" in items["mae_vit_base_linear"] - items["mae_vit_base_finetune"]
+    assert "crop of the attention maps" in items["amt_mae_vit_base"] & items["amt_simmim_vit_base"]
+    assert "attention keys" in items["amt_simmim_vit_base"] - items["amt_mae_vit_base"]
     assert all(any(found.item in items[name] for name in EVERY) for found in DEVIATIONS)
     assert all(set(found.stages) <= set(STAGES) for found in DEVIATIONS)
 

@@ -3,6 +3,7 @@ import pytest
 from PIL import Image
 
 from prmim_core import Grid, Schedule, count_tokens, counter_noise, make_plan
+from prmim_methods import LocalMIMConfig, MaskAlignConfig
 from prmim_train.report.similarity import (
     _caption_text,
     _lower_end,
@@ -26,6 +27,11 @@ class Compared:
         self.student = (3 * self.teacher + noise * rng.normal(size=self.teacher.shape)).astype(np.float32)
         if is_plain:
             np.put_along_axis(self.student, plan.thrown[..., None], np.nan, axis=1)
+
+
+def method_of(compared, **options):
+    size = [4 * length for length in compared.schedule.grid.shape]
+    return MaskAlignConfig(teacher="owner/model", image_size=size, patch_size=4, **options)
 
 
 def cosine(a, b):
@@ -91,7 +97,7 @@ def test_the_picture_is_drawn_whole_and_not_blank(case, tmp_path):
     compared, channels = Compared(**CASES[case]), 1 if case == "noisy" else 3
     size = [4 * length for length in compared.schedule.grid.shape]
     images = np.random.default_rng(0).integers(0, 255, (len(compared.order), *size, channels), dtype=np.uint8)
-    draw_similarity(tmp_path / "similarity.png", images, compared, (4, 4))
+    draw_similarity(tmp_path / "similarity.png", images, compared, method_of(compared))
     with Image.open(tmp_path / "similarity.png") as picture:
         pixels = np.asarray(picture.convert("RGB"), dtype=np.float64)
     assert min(pixels.shape[:2]) > 150
@@ -103,14 +109,31 @@ def test_the_picture_is_drawn_whole_and_not_blank(case, tmp_path):
 
 def test_the_caption_says_what_hatching_means():
     compared = Compared(is_plain=True)
-    assert "Hatched: 26 masked tokens" in _caption_text(compared, is_complete=False)
-    assert "26 masked tokens are rebuilt" in _caption_text(compared, is_complete=True)
-    assert "8 numbers for each of the 6 x 6 tokens" in _caption_text(compared, is_complete=True)
+    is_visible = similarity_maps(compared).is_visible[0]
+    text = _caption_text(compared, is_visible, method_of(compared, reconstruction="none"))
+    assert "Hatched: 26 masked tokens, which" in text
+    assert "are rebuilt" not in text
+    text = _caption_text(Compared(), is_visible, method_of(compared))
+    assert "26 masked tokens are rebuilt" in text
+    assert "8 numbers for each of the 6 x 6 tokens" in text
+    assert "Hatched" not in text
+
+
+def test_a_method_that_predicts_masked_tokens_only_has_such_a_query():
+    compared = Compared()
+    np.put_along_axis(compared.student, compared.visible[..., None], np.nan, axis=1)
+    maps = similarity_maps(compared)
+    assert not maps.is_visible[np.arange(3), maps.query].any()
+    np.testing.assert_array_equal(np.isfinite(maps.student), ~maps.is_visible)
+    text = _caption_text(compared, maps.is_visible[0], LocalMIMConfig(image_size=24, patch_size=4))
+    assert "is the predicted token nearest to the centre" in text
+    assert "Hatched: 10 visible tokens, which" in text
+    assert _mean_text(maps.agreement[0], maps.is_visible[0]) == "masked 1.00"
 
 
 def test_means_of_what_is_missing_are_not_told():
     values, is_visible = np.array([0.5, 0.7, 0.1]), np.array([True, True, False])
-    assert _mean_text(values, is_visible) == "visible 0.60, rebuilt 0.10"
+    assert _mean_text(values, is_visible) == "visible 0.60, masked 0.10"
     assert _mean_text(np.array([0.5, 0.7, np.nan]), is_visible) == "visible 0.60"
 
 
