@@ -1,6 +1,7 @@
 """Masked autoencoder with partial and progressive reconstruction."""
 
 from dataclasses import replace
+from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
@@ -116,36 +117,21 @@ class MAE(PixelMethod):
 
 
 def _build_decoder(config: MAEConfig, dtype: DTypeLike | None, rngs: nnx.Rngs) -> Decoder | CrossDecoder:
-    size = config.decoder_size
+    size, encoder, grid_shape = config.decoder_size, config.encoder_size, config.grid.shape
+    shared: dict[str, Any] = {
+        "dim": size.dim,
+        "depth": size.depth,
+        "num_heads": size.heads,
+        "position": config.position,
+        "class_tokens": config.class_tokens,
+        "recompute": config.recompute_blocks,
+        "scan": config.scan_blocks,
+        "dtype": dtype,
+        "rngs": rngs,
+    }
     if config.is_cross:
+        visible_features = config.has_visible_features
         return CrossDecoder(
-            config.grid.shape,
-            config.encoder_size.dim,
-            config.encoder_size.depth,
-            config.patch_dim,
-            dim=size.dim,
-            depth=size.depth,
-            num_heads=size.heads,
-            position=config.position,  # type: ignore[arg-type]  # one of the choices
-            class_tokens=config.class_tokens,
-            visible_features=config.has_visible_features,
-            recompute=config.recompute_blocks,
-            scan=config.scan_blocks,
-            dtype=dtype,
-            rngs=rngs,
+            grid_shape, encoder.dim, encoder.depth, config.patch_dim, visible_features=visible_features, **shared
         )
-    return Decoder(
-        config.grid.shape,
-        config.encoder_size.dim,
-        config.patch_dim,
-        dim=size.dim,
-        depth=size.depth,
-        num_heads=size.heads,
-        position=config.position,  # type: ignore[arg-type]  # one of the choices
-        class_tokens=config.class_tokens,
-        embed_bias=config.embed_bias,
-        recompute=config.recompute_blocks,
-        scan=config.scan_blocks,
-        dtype=dtype,
-        rngs=rngs,
-    )
+    return Decoder(grid_shape, encoder.dim, config.patch_dim, embed_bias=config.embed_bias, **shared)
