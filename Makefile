@@ -2,19 +2,21 @@
 #   make pretrain [BACKEND=torch|jax] [OUT=runs/digits]   set up, pre-train on the embedded digits, leave numbers and pictures
 #   make test | lint | docs                           set up, then check
 #   make test-lowest                                  the main job and the main tests, with every dependency at its lower bound
+#   make test-foreign                                 examples for Keras, TensorFlow, MLX and tinygrad, in an environment of their own
 #   make bench | bench-full                           set up, then measure: in minutes, or at length
 #   make sizes                                        the installed size of every extra
 #   make verdicts                                     set up, then check the claims about accuracy against their records
-# Everything is installed into .venv, at the versions in constraints.txt; test-lowest has .venv-lowest. PIP_ARGS passes options on to pip.
+# Everything is installed into .venv, at the versions in constraints.txt; test-lowest has .venv-lowest,
+# test-foreign .venv-foreign. PIP_ARGS passes options on to pip.
 
 PYTHON ?= python3
 BACKEND ?= torch
 OUT ?= runs/digits
 PIP_ARGS ?=
-ALL := torch,jax,train,evaluate,teachers,tensorboard,test
+ALL := torch,jax,train,evaluate,hf,tensorboard,parquet,testing,test
 BIN := .venv/bin
 
-.PHONY: pretrain test test-lowest lint docs bench bench-full verdicts sizes wheel clean
+.PHONY: pretrain test test-lowest test-foreign lint docs bench bench-full verdicts sizes wheel clean
 
 pretrain: .venv/installed-$(BACKEND)
 	$(BIN)/prmim pretrain --backend $(BACKEND) --out $(OUT) --resume
@@ -37,6 +39,11 @@ test-lowest: $(LOWEST)/installed
 		tests/parity/test_numbers.py tests/train/test_pretrain_torch.py \
 		tests/train/test_pretrain_jax.py tests/train/data/test_sources.py tests/train/run/test_trackers.py
 
+# Keras runs on each of its backends that is installed: TensorFlow here.
+FOREIGN := .venv-foreign
+test-foreign: $(FOREIGN)/installed
+	$(FOREIGN)/bin/python -m pytest -q -rs tests/foreign
+
 lint: .venv/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -55,7 +62,7 @@ verdicts: .venv/installed-dev
 	$(BIN)/python -m benchmarks.quality.verdicts
 
 # MB in an environment of its own, without pip; torch is listed by itself.
-SIZES := core torch jax train evaluate teachers tensorboard wandb mlflow gpu-tests
+SIZES := core torch jax train evaluate hf parquet testing tensorboard wandb mlflow gpu-tests
 sizes:
 	@for extra in $(SIZES); do \
 		$(PYTHON) -m venv --clear .venv-size; \
@@ -70,11 +77,14 @@ wheel: .venv/installed-dev
 	$(BIN)/python -m build --wheel --outdir dist .
 
 clean:
-	rm -rf .venv .venv-lowest .venv-size build dist docs/_build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-lowest .venv-foreign .venv-size build dist docs/_build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 $(BIN)/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
 	$(PYTHON) -m venv .venv
+
+# Libraries that tests exchange weights with, without what they depend on: timm's models do not need torchvision.
+HOSTS := timm
 
 # A stamp for every set of extras; a change of the pins or of the project file installs again.
 .venv/installed-torch: $(BIN)/python pyproject.toml constraints.txt
@@ -87,6 +97,7 @@ $(BIN)/python:
 
 .venv/installed-dev: $(BIN)/python pyproject.toml constraints.txt
 	$(BIN)/python -m pip install -q $(PIP_ARGS) -c constraints.txt -e '.[$(ALL),docs,dev]'
+	$(BIN)/python -m pip install -q $(PIP_ARGS) -c constraints.txt --no-deps $(HOSTS)
 	@touch $@
 
 # Triton is large; its tests are skipped without it.
@@ -98,4 +109,9 @@ $(LOWEST)/installed: pyproject.toml tests/lowest.py
 	$(PYTHON) -m venv --clear $(LOWEST)
 	$(LOWEST)/bin/python tests/lowest.py > $(LOWEST)/pins.txt
 	$(LOWEST)/bin/python -m pip install -q $(PIP_ARGS) -c $(LOWEST)/pins.txt -e '.[$(ALL)]'
+	@touch $@
+
+$(FOREIGN)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv --clear $(FOREIGN)
+	$(FOREIGN)/bin/python -m pip install -q $(PIP_ARGS) -c constraints.txt -e '.[foreign-tests,evaluate,testing,test]'
 	@touch $@

@@ -2,4 +2,6 @@
 
 import importlib.util
 
-collect_ignore = [] if importlib.util.find_spec("triton") else ["prmim_torch/furthest.py"]
+NEEDS = {"prmim_torch/furthest.py": "triton", "prmim_torch/transformers.py": "transformers"}
+
+collect_ignore = [file for file, package in NEEDS.items() if importlib.util.find_spec(package) is None]

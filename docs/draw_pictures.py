@@ -1,7 +1,9 @@
 """Draw the pictures of the documentation that no run leaves: python docs/draw_pictures.py."""
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.colors import ListedColormap
@@ -23,6 +25,7 @@ from prmim_core import (
 from prmim_train.report.pictures import token_kinds
 
 IMAGES = Path(__file__).parent / "images"
+STRATEGIES = Path(__file__).parent / "strategies.md"
 GRID = Grid((14, 14))
 COUNTS = count_tokens(GRID.num_tokens, 0.75, 0.5)
 
@@ -93,6 +96,16 @@ def mae_plans(images: int = 4) -> dict[str, Plan]:
     }
 
 
+def own_plans(images: int = 4) -> dict[str, Plan]:
+    """Return plans of MAE under furthest and random throwing, and under the strategies of docs/strategies.md."""
+    block = re.search(r"^```python\n(.*?)^```$", STRATEGIES.read_text(), flags=re.MULTILINE | re.DOTALL)
+    page: dict[str, Any] = {}
+    exec(block[1], page)  # type: ignore[index]  # there is one
+    noise = counter_noise(0, 0, np.arange(images), GRID.num_tokens)
+    strategies = {"furthest": "furthest", **{n: page[n] for n in ("checkerboard", "centre_first")}, "random": "random"}
+    return {name: make_plan(Schedule(GRID, COUNTS, throwing=throwing), noise) for name, throwing in strategies.items()}
+
+
 def pixio_plans(images: int = 4) -> dict[str, Plan]:
     """Return plans of 16 x 16 tokens: masked one by one as in MAE, and in units of 4 x 4 as in Pixio."""
     grid = Grid((16, 16))
@@ -113,6 +126,7 @@ def main() -> None:
     """Draw them all into docs/images."""
     draw_plans(IMAGES / "schedule.png", mae_plans())
     draw_plans(IMAGES / "pixio.png", pixio_plans())
+    draw_plans(IMAGES / "strategies.png", own_plans())
     draw_coverage(IMAGES / "coverage.png")
 
 

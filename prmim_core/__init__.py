@@ -23,7 +23,14 @@ from prmim_core.masking import (
 )
 from prmim_core.noise import counter_noise
 from prmim_core.pooling import pool_units, unit_index
-from prmim_core.reconstruct import interpolate, num_offsets, offset_index, offset_squared_distances, reconstruct_stages
+from prmim_core.reconstruct import (
+    interpolate,
+    num_offsets,
+    offset_index,
+    offset_squared_distances,
+    reconstruct_stages,
+    stage_weights,
+)
 from prmim_core.sampling import furthest_point_sampling
 from prmim_core.schedule import Plan, Schedule, is_member, make_plan, take_tokens
 from prmim_core.targets import (
@@ -83,6 +90,7 @@ __all__ = [
     "random_decoded",
     "random_visible",
     "reconstruct_stages",
+    "stage_weights",
     "take_tokens",
     "tube_visible",
     "unattended_visible",

@@ -23,7 +23,7 @@ def array_namespace(*arrays: Array) -> Namespace:
     Raises
     ------
     TypeError
-        If an argument is not an array, or the arguments come from different libraries.
+        If an argument is not an array of the standard, or the arguments come from different libraries.
     """
     if {_library(array) for array in arrays} == {"torch"}:
         # Avoids the caches of array_api_compat, which make torch.compile warn.
@@ -31,11 +31,34 @@ def array_namespace(*arrays: Array) -> Namespace:
 
         return array_api_compat.torch
     try:
-        return compat.array_namespace(*arrays)
+        xp = compat.array_namespace(*arrays)
     except TypeError:
-        names = {f"{_library(array)}.{type(array).__name__}".removeprefix("builtins.") for array in arrays}
-        found = " and ".join(sorted(names))
-        raise TypeError(f"arrays: expected arrays of one library, got {found}") from None
+        xp = None
+    if hasattr(xp, "bool"):  # MLX has a namespace without this dtype, and without stable sorting
+        return xp
+    foreign = {_class_name(array) for array in arrays if _is_foreign(array)}
+    if foreign:
+        raise TypeError(
+            f"arrays: expected arrays of the array API standard (NumPy, PyTorch, JAX, ...), got "
+            f"{' and '.join(sorted(foreign))}: make the plan from NumPy noise, and pass plan.order and "
+            "stage_weights(plan) as NumPy arrays (docs/foreign_frameworks.md)"
+        )
+    found = " and ".join(sorted({_class_name(array) for array in arrays}))
+    raise TypeError(f"arrays: expected arrays of one library, got {found}")
+
+
+def _is_foreign(array: object) -> bool:
+    """Return whether an object is an array, but not of the array API standard."""
+    if not (hasattr(array, "dtype") and hasattr(array, "shape")):
+        return False
+    try:
+        return not hasattr(compat.array_namespace(array), "bool")
+    except TypeError:
+        return True
+
+
+def _class_name(array: object) -> str:
+    return f"{_library(array)}.{type(array).__name__}".removeprefix("builtins.")
 
 
 def compat_namespace(module: Namespace) -> Namespace:
@@ -68,13 +91,20 @@ def on_host(array: Array) -> NDArray[Any] | None:
         return None
 
 
+def to_numpy(array: Array) -> NDArray[Any]:
+    """Copy an array to the host, waiting for its device. For tests, never for a training step."""
+    return np.asarray(array.cpu() if _library(array) == "torch" else array)
+
+
 def as_index(xp: Namespace, index: Array) -> Array:
     """Cast token indices to the default integer dtype, since sums of narrower ones would overflow."""
     return xp.astype(index, xp.arange(0).dtype, copy=False)
 
 
 def _library(array: Array) -> str:
-    return type(array).__module__.partition(".")[0]
+    # Not type(array): torch.compile does not trace it for a Parameter.
+    module: str = array.__class__.__module__
+    return module.partition(".")[0]
 
 
 def _is_jax(array: Array) -> bool:
@@ -92,6 +122,13 @@ def argsort(xp: Namespace, x: Array) -> Array:
     packed.sort(axis=1)
     packed &= 2**32 - 1
     return packed
+
+
+def take_along_rows(xp: Namespace, x: Array, index: Array) -> Array:
+    """Take ``x[b, index[b, i]]`` of every row: (batch, n), from (batch, N) and the indices of :func:`argsort`."""
+    if _library(x) == "torch":
+        return x.gather(1, index)  # take_along_dim would fix the batch size of a program that torch.export makes
+    return xp.take_along_axis(x, index, axis=1)
 
 
 def scatter(xp: Namespace, index: Array, values: Array, length: int) -> Array:

@@ -32,10 +32,10 @@ def check_count(name: str, value: object, maximum: int) -> None:
         raise ValueError(f"{name}: expected 0 to {maximum}, got {value}")
 
 
-def check_choice(name: str, value: object, choices: Any) -> None:
-    """Raise ValueError unless ``value`` is a member of the ``Literal`` type."""
+def check_choice(name: str, value: object, choices: Any, other: str = "") -> None:
+    """Raise ValueError unless ``value`` is a member of the ``Literal`` type; ``other`` says what else is accepted."""
     if value not in get_args(choices):
-        raise ValueError(f"{name}: expected one of {', '.join(get_args(choices))}, got {shown(value)}")
+        raise ValueError(f"{name}: expected one of {', '.join(get_args(choices))}{other}, got {shown(value)}")
 
 
 def check_type(name: str, value: object, expected: type) -> None:
@@ -70,9 +70,17 @@ def check_integers(xp: Namespace, name: str, array: Array) -> None:
         raise TypeError(f"{name}: expected integers, got {array.dtype}")
 
 
+def check_index(xp: Namespace, name: str, index: Array) -> None:
+    """Raise TypeError unless the array holds integers; for a mask, the message says how to convert it."""
+    if index.dtype == xp.bool:
+        how = "(~mask).argsort(1)[:, :n] are the n tokens where it is True"
+        raise TypeError(f"{name}: expected token indices, got a boolean mask; {how}")
+    check_integers(xp, name, index)
+
+
 def check_tokens(xp: Namespace, name: str, index: Array, num_tokens: int) -> None:
     """Raise TypeError unless the array holds integers, and IndexError unless they lie in [0, num_tokens)."""
-    check_integers(xp, name, index)
+    check_index(xp, name, index)
     values = on_host(index)
     if values is None or values.size == 0:
         return

@@ -6,7 +6,7 @@ from math import prod
 import numpy as np
 from numpy.typing import NDArray
 
-from prmim_core._arrays import Array, Namespace
+from prmim_core._arrays import Array, array_namespace, device_of
 
 INT32_MAX = 2**31 - 1
 
@@ -78,7 +78,7 @@ class Grid:
     @property
     def positions(self) -> NDArray[np.int32]:
         """Positions of the tokens, spacing applied: int32 (N, axes)."""
-        return np.stack(self.coordinates(np, None), axis=1)
+        return np.stack(self.coordinates(np.empty(0)), axis=1)
 
     def units(self, unit: tuple[int, ...]) -> "Grid":
         """Return the coarser grid of units, blocks of several tokens.
@@ -108,9 +108,27 @@ class Grid:
             tuple(step * size for step, size in zip(self.spacing, unit, strict=True)),
         )
 
-    def coordinates(self, xp: Namespace, device: object) -> list[Array]:
-        """Compute positions on a device, without a copy: one int32 array (N,) per axis, spacing applied."""
-        token = xp.arange(self.num_tokens, dtype=xp.int32, device=device)
+    def coordinates(self, like: Array) -> list[Array]:
+        """Compute the positions of the tokens along each axis, where an array is, without a copy.
+
+        Parameters
+        ----------
+        like
+            An array of the wanted library, on the wanted device.
+
+        Returns
+        -------
+        list of array
+            int32 (N,) for each axis, spacing applied.
+
+        Examples
+        --------
+        >>> rows, columns = Grid((2, 3)).coordinates(np.empty(0))
+        >>> rows.tolist(), columns.tolist()
+        ([0, 0, 0, 1, 1, 1], [0, 1, 2, 0, 1, 2])
+        """
+        xp = array_namespace(like)
+        token = xp.arange(self.num_tokens, dtype=xp.int32, device=device_of(like))
         columns = []
         stride = self.num_tokens
         for size, step in zip(self.shape, self.spacing, strict=True):

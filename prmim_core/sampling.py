@@ -182,7 +182,7 @@ def _distance_rows(xp: Namespace, positions: Grid | Array, scale: int, like: Arr
     if isinstance(positions, Grid):
         if length > _TABLE_TOKENS:
             return _grid_rows(xp, positions, scale, device)
-        points = xp.stack(positions.coordinates(xp, device), axis=1)
+        points = xp.stack(positions.coordinates(like), axis=1)
     else:
         points = _int32_points(xp, positions, device)
     if length <= _TABLE_TOKENS:

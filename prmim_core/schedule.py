@@ -1,7 +1,6 @@
 """Schedules and plans: one permutation of an image's tokens, cut at static boundaries."""
 
 from dataclasses import dataclass
-from functools import partial
 from math import prod
 
 from prmim_core._arrays import (
@@ -14,10 +13,12 @@ from prmim_core._arrays import (
     on_host,
     register_pytree,
     scatter,
+    take_along_rows,
 )
 from prmim_core._checks import (
     check_arrays,
     check_choice,
+    check_index,
     check_integer,
     check_integers,
     check_noise,
@@ -30,7 +31,7 @@ from prmim_core.coverage import _nearest_known_distance
 from prmim_core.grid import Grid
 from prmim_core.masking import _block_visible, _take_units, _unit_tokens, _unit_weights
 from prmim_core.sampling import Sampler
-from prmim_core.throwing import FurthestFrom, Throwing, _choose_decoded
+from prmim_core.throwing import FurthestFrom, Throwing, ThrowingFunction, _choose_decoded
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,10 @@ class Schedule:
         S, number of reconstruction stages of the thrown tokens, at least 1. Stages beyond the number of thrown tokens
         are empty.
     throwing
-        ``"furthest"``, ``"random"``, ``"weighted"`` or ``"cell"``: a strategy of :mod:`prmim_core.throwing`.
+        ``"furthest"``, ``"random"``, ``"weighted"`` or ``"cell"``: a strategy of :mod:`prmim_core.throwing`. Or a
+        function ``(grid, counts, noise, is_visible) -> decoded``, from noise and mask (batch, N) to distinct masked
+        tokens, int (batch, M). Schedules are equal if they have the same function. With a unit, all of these are of
+        units, on the grid of units.
     furthest_from
         ``"visible"`` or ``"none"``: see :func:`prmim_core.furthest_decoded`. Other strategies ignore it.
     unit
@@ -76,7 +80,7 @@ class Schedule:
     grid: Grid
     counts: TokenCounts
     stages: int = 2
-    throwing: Throwing = "furthest"
+    throwing: Throwing | ThrowingFunction = "furthest"
     furthest_from: FurthestFrom = "visible"
     unit: tuple[int, ...] | None = None
 
@@ -88,7 +92,8 @@ class Schedule:
                 f"counts: expected {self.grid.num_tokens} tokens in all, as in the grid, got {self.counts.num_tokens}"
             )
         object.__setattr__(self, "stages", check_integer("stages", self.stages, 1))
-        check_choice("throwing", self.throwing, Throwing)
+        if not callable(self.throwing):
+            check_choice("throwing", self.throwing, Throwing, ", or a function")
         check_choice("furthest_from", self.furthest_from, FurthestFrom)
         if self.unit is not None:
             self._check_unit(self.unit)
@@ -294,7 +299,8 @@ def make_plan(
         int (batch, V), distinct tokens from a masking strategy; None: :func:`prmim_core.random_visible`, or
         :func:`prmim_core.block_visible` if the schedule has a unit. Must be whole units then.
     decoded
-        int (batch, M), distinct masked tokens from a throwing strategy; None: the strategy of the schedule.
+        int (batch, M), distinct masked tokens from a throwing strategy; None: the strategy of the schedule. In whole
+        units if the schedule has a unit.
     weights
         float (batch, N), for ``throwing="weighted"`` only.
     sampler
@@ -315,6 +321,8 @@ def make_plan(
         ``visible`` or ``decoded`` repeats a token, cuts a unit or has tokens in common.
     IndexError
         If ``visible`` or ``decoded`` has a value outside of [0, N).
+
+    The result of a function in ``schedule.throwing`` is checked alike; messages have its name.
 
     Notes
     -----
@@ -339,16 +347,9 @@ def make_plan(
     True
     """
     xp = check_plan_arguments(schedule, noise, visible, decoded, weights)
-    grid, counts = schedule.grid, schedule.counts
+    grid = schedule.grid
     by_noise = argsort(xp, noise)
-    if visible is None:
-        if schedule.unit is None:
-            visible = by_noise[:, : counts.visible]
-        else:
-            visible = _block_visible(xp, grid, schedule.unit, counts.visible // prod(schedule.unit), noise)
-    else:
-        visible = as_index(xp, visible)
-        _check_known(xp, schedule, "visible", visible, "distinct tokens")
+    visible = _visible(xp, schedule, noise, by_noise) if visible is None else _given(xp, schedule, visible)
     is_visible = _is_member(xp, visible, grid.num_tokens)
     if decoded is None:
         decoded = _decoded(xp, schedule, noise, is_visible, weights, sampler)
@@ -356,8 +357,8 @@ def make_plan(
         decoded = as_index(xp, decoded)
         _check_known(xp, schedule, "decoded", xp.concat([visible, decoded], axis=1), "distinct masked tokens")
     is_known = is_visible | _is_member(xp, decoded, grid.num_tokens)
-    distance = xp.take_along_axis(_nearest_known_distance(xp, grid, is_known), by_noise, axis=1)
-    by_distance = xp.take_along_axis(by_noise, argsort(xp, distance), axis=1)
+    distance = take_along_rows(xp, _nearest_known_distance(xp, grid, is_known), by_noise)
+    by_distance = take_along_rows(xp, by_noise, argsort(xp, distance))
     thrown = by_distance[:, schedule.num_known(1) :]  # known tokens lie at distance 0, so they come first
     parts = [xp.astype(part, thrown.dtype) for part in (visible, decoded, thrown)]
     return Plan(xp.concat(parts, axis=1), schedule)
@@ -379,10 +380,37 @@ def check_plan_arguments(
     for name, index, count in (("visible", visible, counts.visible), ("decoded", decoded, counts.decoded)):
         if index is None:
             continue
+        check_index(xp, name, index)
         if tuple(index.shape) != (noise.shape[0], count):
             raise ValueError(f"{name}: expected shape {(noise.shape[0], count)}, got {tuple(index.shape)}")
         check_tokens(xp, name, index, counts.num_tokens)
     return xp
+
+
+def choose_by_function(schedule: Schedule, noise: Array, visible: Array | None) -> tuple[Array, Array]:
+    """Return visible tokens, and those that the function of the schedule decodes, for adapters whose plan is opaque.
+
+    The arguments have passed :func:`check_plan_arguments`.
+    """
+    xp = array_namespace(noise)
+    if visible is None:
+        visible = _visible(xp, schedule, noise, argsort(xp, noise))
+    visible = _given(xp, schedule, visible)
+    is_visible = _is_member(xp, visible, schedule.grid.num_tokens)
+    return visible, _decoded(xp, schedule, noise, is_visible, None, None)
+
+
+def _visible(xp: Namespace, schedule: Schedule, noise: Array, by_noise: Array) -> Array:
+    """Choose the visible tokens, or whole units of them: int (batch, V), lowest noise first."""
+    grid, unit, number = schedule.grid, schedule.unit, schedule.counts.visible
+    return by_noise[:, :number] if unit is None else _block_visible(xp, grid, unit, number // prod(unit), noise)
+
+
+def _given(xp: Namespace, schedule: Schedule, visible: Array) -> Array:
+    """Check the values of visible tokens that a caller chose; return them as indices."""
+    visible = as_index(xp, visible)
+    _check_known(xp, schedule, "visible", visible, "distinct tokens")
+    return visible
 
 
 def _check_known(xp: Namespace, schedule: Schedule, name: str, known: Array, distinct: str) -> None:
@@ -416,22 +444,71 @@ def _decoded(
     sampler: Sampler | None,
 ) -> Array:
     """Choose the decoded tokens, or whole units of them: int (batch, M)."""
-    grid, unit, number = schedule.grid, schedule.unit, schedule.counts.decoded
-    choose = partial(_choose_decoded, xp, schedule.throwing, furthest_from=schedule.furthest_from, sampler=sampler)
+    grid, unit, counts = schedule.grid, schedule.unit, schedule.counts
     if unit is None:
-        return choose(grid, number, noise, is_visible, weights=weights)
-    tokens = _unit_tokens(xp, grid, unit, device_of(noise))
+        return _choose(xp, schedule, grid, counts, noise, is_visible, weights, sampler)
+    tokens, size = _unit_tokens(xp, grid, unit, device_of(noise)), prod(unit)
     first = tokens[:, 0]
-    if weights is not None:
-        weights = _unit_weights(xp, tokens, weights)
-    units = choose(
+    units = _choose(
+        xp,
+        schedule,
         grid.units(unit),
-        number // prod(unit),
+        TokenCounts(counts.visible // size, counts.decoded // size, counts.thrown // size),
         xp.take(noise, first, axis=1),
         xp.take(is_visible, first, axis=1),
-        weights=weights,
+        None if weights is None else _unit_weights(xp, tokens, weights),
+        sampler,
     )
     return _take_units(xp, tokens, units)
+
+
+def _choose(
+    xp: Namespace,
+    schedule: Schedule,
+    grid: Grid,
+    counts: TokenCounts,
+    noise: Array,
+    is_visible: Array,
+    weights: Array | None,
+    sampler: Sampler | None,
+) -> Array:
+    """Choose decoded tokens of a grid, of tokens or of units, by the strategy of the schedule: int (batch, decoded)."""
+    throwing = schedule.throwing
+    if callable(throwing):
+        return _call(xp, throwing, grid, counts, noise, is_visible)
+    return _choose_decoded(
+        xp,
+        throwing,
+        grid,
+        counts.decoded,
+        noise,
+        is_visible,
+        furthest_from=schedule.furthest_from,
+        weights=weights,
+        sampler=sampler,
+    )
+
+
+def _call(
+    xp: Namespace, throwing: ThrowingFunction, grid: Grid, counts: TokenCounts, noise: Array, is_visible: Array
+) -> Array:
+    """Call a function that throws, and check what it returns: int (batch, decoded)."""
+    name = f"throwing {getattr(throwing, '__name__', type(throwing).__name__)}"
+    decoded = throwing(grid, counts, noise, is_visible)
+    if check_arrays(**{name: decoded}) is not xp:
+        raise TypeError(f"{name}: expected an array of the library of its arguments, got a {type(decoded).__name__}")
+    check_index(xp, name, decoded)
+    expected = (noise.shape[0], counts.decoded)
+    if tuple(decoded.shape) != expected:
+        raise ValueError(f"{name}: expected decoded tokens of shape {expected}, got {tuple(decoded.shape)}")
+    check_tokens(xp, name, decoded, grid.num_tokens)
+    decoded = as_index(xp, decoded)
+    if on_host(decoded) is not None:
+        ranked = xp.sort(decoded, axis=1)
+        is_distinct = xp.all(ranked[:, 1:] != ranked[:, :-1], axis=1)
+        is_masked = xp.all(~take_along_rows(xp, is_visible, decoded), axis=1)
+        _check_rows(xp, name, is_distinct & is_masked, "distinct masked tokens")
+    return decoded
 
 
 def is_member(index: Array, num_tokens: int) -> Array:

@@ -5,9 +5,10 @@ Pass the result to :func:`prmim_core.make_plan` as ``decoded``, or name the stra
 PyTorch on a CPU when not compiled.
 """
 
+from collections.abc import Callable
 from typing import Literal
 
-from prmim_core._arrays import Array, Namespace, argsort, device_of
+from prmim_core._arrays import Array, Namespace, argsort, take_along_rows
 from prmim_core._checks import (
     check_arrays,
     check_choice,
@@ -18,6 +19,7 @@ from prmim_core._checks import (
     check_type,
     check_weights,
 )
+from prmim_core.counts import TokenCounts
 from prmim_core.grid import Grid
 from prmim_core.masking import _arrival_times
 from prmim_core.noise import _noise_rank
@@ -25,6 +27,11 @@ from prmim_core.sampling import Sampler, _furthest_point_sampling
 
 Throwing = Literal["furthest", "random", "weighted", "cell"]
 FurthestFrom = Literal["visible", "none"]
+ThrowingFunction = Callable[[Grid, TokenCounts, Array, Array], Array]
+"""A strategy of one's own: (grid, counts, noise, is_visible) -> decoded, int (batch, M); noise and mask are (batch, N).
+
+It is a pure function of its arguments. A schedule with a unit passes the grid of units, and counts and arrays of units.
+"""
 
 STRATEGIES: dict[Throwing, str] = {
     "furthest": "furthest sampling, spread over the image",
@@ -276,7 +283,7 @@ def _furthest(
 def _cell_score(xp: Namespace, grid: Grid, noise: Array) -> Array:
     """Rank tokens by phase, then by noise: int32 (batch, N)."""
     # Unit spacing, because cells are made of neighbours at any distance.
-    columns = Grid(grid.shape).coordinates(xp, device_of(noise))
+    columns = Grid(grid.shape).coordinates(noise)
     place = columns[-1] if grid.axes == 1 else columns[-2] % 2 * 2 + columns[-1] % 2
     time = columns[0] if grid.axes == 3 else xp.zeros_like(place)
     offset = noise[:, :1] & 3
@@ -288,6 +295,6 @@ def _lowest_masked(xp: Namespace, num_decoded: int, score: Array, is_visible: Ar
     """Take the masked tokens of lowest score, lowest first: int (batch, num_decoded)."""
     by_score = argsort(xp, score)
     # A second stable sort moves visible tokens behind masked ones and keeps the order otherwise.
-    is_visible_by_score = xp.astype(xp.take_along_axis(is_visible, by_score, axis=1), xp.int32)
+    is_visible_by_score = xp.astype(take_along_rows(xp, is_visible, by_score), xp.int32)
     masked_first = argsort(xp, is_visible_by_score)
-    return xp.take_along_axis(by_score, masked_first[:, :num_decoded], axis=1)
+    return take_along_rows(xp, by_score, masked_first[:, :num_decoded])

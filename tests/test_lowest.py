@@ -32,7 +32,7 @@ def test_every_extra_but_those_of_developers_and_trackers_is_installed_at_its_bo
         )
     )
     named = set(re.search(r"^ALL := (.*)$", (ROOT / "Makefile").read_text(), flags=re.MULTILINE).group(1).split(","))
-    assert extras - named == {"gpu-tests", "docs", "dev", "wandb", "mlflow"}
+    assert extras - named == {"gpu-tests", "foreign-tests", "docs", "dev", "wandb", "mlflow"}
     assert named <= extras
 
 

@@ -1,15 +1,18 @@
 """Masked image modelling in JAX: methods, engines that train them, and parts for other trainers."""
 
 from prmim_jax.classifier import Classifier, ClassifierEngine
+from prmim_jax.encoder import EncoderEngine, ImageEncoder, load_encoder
 from prmim_jax.engine import Comparison, Engine, Reconstruction
-from prmim_jax.interop import load_official_weights, load_weights, save_weights
+from prmim_jax.foreign import import_weights, init_weights
+from prmim_jax.interop import load_weights, save_weights
 from prmim_jax.localmim import LocalMIM, LocalOutput
 from prmim_jax.mae import MAE
 from prmim_jax.maskalign import AlignOutput, MaskAlign
 from prmim_jax.method import Method, PixelOutput
 from prmim_jax.methods import METHODS, create_method
+from prmim_jax.pixel_loss import PixelLoss
 from prmim_jax.plan import make_plan
-from prmim_jax.reconstruct import ProgressiveReconstruction
+from prmim_jax.reconstruct import ProgressiveReconstruction, no_weight_decay
 from prmim_jax.simmim import SimMIM
 from prmim_jax.teacher import Teacher, TeacherOutput
 from prmim_jax.videomae import VideoMAE
@@ -21,11 +24,14 @@ __all__ = [
     "Classifier",
     "ClassifierEngine",
     "Comparison",
+    "EncoderEngine",
     "Engine",
+    "ImageEncoder",
     "LocalMIM",
     "LocalOutput",
     "MaskAlign",
     "Method",
+    "PixelLoss",
     "PixelOutput",
     "ProgressiveReconstruction",
     "Reconstruction",
@@ -34,8 +40,11 @@ __all__ = [
     "TeacherOutput",
     "VideoMAE",
     "create_method",
-    "load_official_weights",
+    "import_weights",
+    "init_weights",
+    "load_encoder",
     "load_weights",
     "make_plan",
+    "no_weight_decay",
     "save_weights",
 ]

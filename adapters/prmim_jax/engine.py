@@ -1,8 +1,9 @@
 """The JAX engine: a method with its optimizer and device, as used by the training loop."""
 
+import os
 from collections.abc import Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +12,7 @@ from jax.typing import DTypeLike
 from numpy.typing import NDArray
 
 from prmim_core import Schedule
+from prmim_jax.foreign import read_start
 from prmim_jax.method import FeatureMethod, Method, PixelMethod, check_images
 from prmim_jax.methods import METHODS
 from prmim_jax.trainer import Trainer, adamw
@@ -116,14 +118,14 @@ class Engine(Trainer[Method]):
         return self._config.predicts
 
     def train_step(
-        self, images: NDArray[np.uint8], sample: NDArray[np.int64], weights: NDArray[np.float32] | None = None
+        self, images: NDArray[Any], sample: NDArray[np.int64], weights: NDArray[np.float32] | None = None
     ) -> None:
         """Take one optimizer step, without waiting for the device.
 
         Parameters
         ----------
         images
-            uint8 (batch, image_size..., channels): this process's share of the batch, the same size in all processes;
+            (batch, image_size..., channels): this process's share of the batch, the same size in all processes;
             its devices share it.
         sample
             int64 (batch,): index of each image in the data set. Seed, step and this index determine its mask.
@@ -137,23 +139,33 @@ class Engine(Trainer[Method]):
         """
         self._take_step(images, sample, *(() if weights is None else (weights,)))
 
-    def features(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
+    def init_weights(self, source: str | os.PathLike[str]) -> str:
+        """Start from the weights of other code or of another method; see :func:`prmim_jax.init_weights`.
+
+        All processes must call it.
+        """
+        method = self.method
+        start = self._processes.together(lambda: read_start(method, source))
+        self._put_weights(start.weights)
+        return start.line
+
+    def features(self, images: NDArray[Any]) -> NDArray[np.float32]:
         """Return the mean patch feature of whole images, nothing masked: float32 (batch, dim).
 
         All processes must pass the same images, here and in :meth:`reconstruct` and :meth:`compare`.
         """
-        check_images(images, self._image_shape)
+        check_images(images, self._image_shape, self._image_dtypes)
         return np.asarray(self._evaluate(_features, images))
 
-    def attention(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
+    def attention(self, images: NDArray[Any]) -> NDArray[np.float32]:
         """Return the attention to the patches of whole images, in [0, 1]: float32 (batch, N).
 
         All processes must call it, with a batch of the same size; the images may differ. The devices share the batch.
         """
-        check_images(images, self._image_shape)
+        check_images(images, self._image_shape, self._image_dtypes)
         return self._evaluate_rows(_attention, images)
 
-    def reconstruct(self, images: NDArray[np.uint8], sample: NDArray[np.int64]) -> Reconstruction:
+    def reconstruct(self, images: NDArray[Any], sample: NDArray[np.int64]) -> Reconstruction:
         """Mask images as in step 0, and predict their pixels.
 
         With ``throwing="weighted"``, the attention to these images is computed first.
@@ -161,7 +173,7 @@ class Engine(Trainer[Method]):
         Parameters
         ----------
         images
-            uint8 (batch, image_size..., channels).
+            uint8 (batch, image_size..., channels); with a ``pixel_range``, also uint16 or float32.
         sample
             int64 (batch,): index of each image in the data set.
 
@@ -180,13 +192,13 @@ class Engine(Trainer[Method]):
         output = method(images, self._noise(sample, 0), *weights)
         return output.plan.order, method.rebuilt_pixels(images, output)
 
-    def compare(self, images: NDArray[np.uint8], sample: NDArray[np.int64]) -> Comparison:
+    def compare(self, images: NDArray[Any], sample: NDArray[np.int64]) -> Comparison:
         """Mask images as in step 0, and return predicted and target features.
 
         Parameters
         ----------
         images
-            uint8 (batch, image_size..., channels).
+            uint8 (batch, image_size..., channels); with a ``pixel_range``, also uint16 or float32.
         sample
             int64 (batch,): index of each image in the data set.
 

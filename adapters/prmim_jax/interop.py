@@ -18,13 +18,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from prmim_jax.vit import Buffer
+from prmim_methods.architecture import encoder_of, fit_encoder, fit_method
+from prmim_methods.encoder import EncoderConfig
 from prmim_methods.files import open_regular
 from prmim_methods.messages import one_line
 from prmim_methods.weight_files import (
-    check_metadata,
+    architecture_of,
+    check_architecture,
     check_tensors,
     dump_architecture,
-    official_names,
+    read_architecture,
     write_atomically,
 )
 
@@ -47,7 +50,7 @@ def save_weights(method: nnx.Module, path: str | os.PathLike[str]) -> None:
     write_weights(named_weights(method), dump_architecture(method), path)
 
 
-def load_weights(method: nnx.Module, path: str | os.PathLike[str]) -> None:
+def load_weights(method: nnx.Module, path: str | os.PathLike[str], *, resize: bool = False) -> None:
     """Load a ``.safetensors`` file that :func:`save_weights` of either adapter wrote.
 
     Parameters
@@ -56,6 +59,9 @@ def load_weights(method: nnx.Module, path: str | os.PathLike[str]) -> None:
         The module to fill; its dtype and device do not change.
     path
         The file.
+    resize
+        Whether images of the file may have another size. Then tables of positions are fitted to the method's; see
+        :func:`prmim_methods.positions.fit_positions`.
 
     Raises
     ------
@@ -65,37 +71,7 @@ def load_weights(method: nnx.Module, path: str | os.PathLike[str]) -> None:
         If the file is not a safetensors file, was not written by prmim, is of another architecture (the message names
         the first field that differs), or holds other tensors. The method is unchanged then.
     """
-    put_weights(method, read_weights(method, path))
-
-
-def load_official_weights(method: nnx.Module, weights: Mapping[str, NDArray[Any]] | str | os.PathLike[str]) -> None:
-    """Load the state dict of the authors' code of MAE or Pixio.
-
-    Parameters
-    ----------
-    method
-        The MAE to fill; its dtype and device do not change. Parts that the authors do not have, reconstruction and cell
-        head, are unchanged.
-    weights
-        Arrays by official name, or a ``.safetensors`` file of them. Without names of the decoder, only the encoder
-        is loaded.
-
-    Raises
-    ------
-    FileNotFoundError
-        If the file does not exist.
-    ValueError
-        If the names are of another layout, or tensors are missing, surplus or of another shape. The method is unchanged
-        then.
-    """
-    if isinstance(weights, str | os.PathLike):
-        place, tensors = os.fspath(weights), read_file(weights)[1]
-    else:
-        place, tensors = "the state dict", {name: np.asarray(array) for name, array in weights.items()}
-    expected = named_weights(method)
-    names = official_names(expected, tensors)
-    check_fit({official: expected[name] for name, official in names.items()}, tensors, place)
-    put_weights(method, {name: tensors[official] for name, official in names.items()})
+    put_weights(method, read_weights(method, path, resize=resize))
 
 
 def named_variables(method: nnx.Module) -> Variables:
@@ -155,12 +131,45 @@ def put_weights(method: nnx.Module, weights: Weights) -> None:
             variable.set_value(jax.device_put(array.astype(value.dtype), value.sharding))
 
 
-def read_weights(method: nnx.Module, path: str | os.PathLike[str]) -> Weights:
+def read_weights(method: nnx.Module, path: str | os.PathLike[str], *, resize: bool = False) -> Weights:
     """Return the validated weights that :func:`load_weights` would load."""
     metadata, tensors = read_file(path)
-    check_metadata(method, metadata, path)
+    got, expected = read_architecture(metadata, path), architecture_of(method)
+    if resize:
+        tensors = fit_method(expected, got, tensors)
+    else:
+        check_architecture(expected, got)
     check_fit(named_weights(method), tensors, path)
     return tensors
+
+
+def read_encoder(
+    path: str | os.PathLike[str], image_size: int | tuple[int, ...] | None = None
+) -> tuple[EncoderConfig, Weights]:
+    """Return the encoder in a file of weights: its record, and its weights by name, ``encoder.`` first.
+
+    Parameters
+    ----------
+    path
+        A file of a method, or of an encoder alone.
+    image_size
+        Size of the images in place of the file's.
+
+    Raises
+    ------
+    FileNotFoundError
+        If the file does not exist.
+    ValueError
+        If the file does not describe an encoder, lacks some of its weights, or the patches do not divide the images.
+    """
+    metadata, tensors = read_file(path)
+    got = read_architecture(metadata, path)
+    source = encoder_of(got)
+    number, wanted = sum(array.size for array in tensors.values()), source.parameters()
+    if wanted.learned + wanted.fixed > number:  # before such a model is built
+        raise ValueError(f"path: expected the weights of an encoder, got {number:,} values in {os.fspath(path)}")
+    config = source.encoder_config(image_size)
+    return config, fit_encoder(config, got, tensors)
 
 
 def read_file(path: str | os.PathLike[str]) -> tuple[dict[str, str] | None, Weights]:

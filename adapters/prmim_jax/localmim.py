@@ -107,11 +107,13 @@ class LocalMIM(FeatureMethod):
     Examples
     --------
     >>> import jax.numpy as jnp
+    >>> from flax import nnx
     >>> from prmim_core import counter_noise
     >>> method = LocalMIM(LocalMIMConfig(image_size=(32, 32), patch_size=(8, 8), embed_dim=32, depth=2, num_heads=2,
     ...                                  decoder_dim=16, decoder_heads=2))
     >>> images = jnp.zeros((2, 32, 32, 3), jnp.uint8)
-    >>> output = method(images, counter_noise(0, 0, jnp.arange(2), method.config.grid.num_tokens))
+    >>> noise = counter_noise(0, 0, jnp.arange(2), method.config.grid.num_tokens)
+    >>> output = nnx.jit(method)(images, noise)
     >>> output.predicted.shape  # 12 masked tokens, (16 + 4 + 1 + 1) cells of 27 values
     (2, 12, 594)
     """
@@ -144,7 +146,7 @@ class LocalMIM(FeatureMethod):
             ]
         )
         self.heads = nnx.List([ScaleHead(config, scale, dtype=dtype, rngs=rngs) for scale in scales])
-        stages = [self._build_reconstruction(size.dim, dtype) for _ in scales]
+        stages = [self._build_reconstruction(size.dim, dtype, rngs) for _ in scales]
         self.reconstruct = nnx.List([stage for stage in stages if stage is not None])
 
     def __call__(self, images: Array, noise: Array) -> LocalOutput:
@@ -153,7 +155,7 @@ class LocalMIM(FeatureMethod):
         Parameters
         ----------
         images
-            uint8 (batch, image_size..., channels).
+            uint8 (batch, image_size..., channels); with a ``pixel_range``, also uint16 or float32.
         noise
             int (batch, N), for example from ``prmim_core.counter_noise``.
 
@@ -164,7 +166,7 @@ class LocalMIM(FeatureMethod):
         Raises
         ------
         TypeError
-            If ``images`` are not uint8 or ``noise`` does not hold real numbers.
+            If ``images`` are of another dtype or ``noise`` does not hold real numbers.
         ValueError
             If a shape does not fit, or there are no images.
         """
@@ -224,6 +226,7 @@ class LocalMIM(FeatureMethod):
     def _cell_maps(self, images: Array) -> list[Array]:
         """Return what is predicted of each cell, (batch, cells..., values) for each scale."""
         config, dtype = self.config, self.encoder.cls_token.dtype
+        images = self._pixels(images)
         if config.target == "hog":
             # Of pixels that are not normalised: their gradients are exact, and histograms ignore the scale.
             return hog_pyramid(images.astype(dtype), config.cell_sizes, config.bins)  # type: ignore[arg-type]  # two axes

@@ -57,7 +57,7 @@ class MAE(PixelMethod):
         self.decoder = _build_decoder(config, dtype, rngs)
         if config.is_cross:
             freeze(self.encoder.norm)  # type: ignore[arg-type]  # not None
-        self.reconstruct = self._build_reconstruction(config.decoder_dim, dtype)
+        self.reconstruct = self._build_reconstruction(config.decoder_dim, dtype, rngs)
         self.cell_head = self._build_cell_head(config.decoder_dim, dtype, rngs)
         dim, blocks = config.encoder_size.dim, config.fused_blocks
         self.fusion = Fusion(dim, blocks, dtype=dtype, rngs=rngs) if blocks else None
@@ -68,7 +68,7 @@ class MAE(PixelMethod):
         Parameters
         ----------
         images
-            uint8 (batch, image_size..., channels).
+            uint8 (batch, image_size..., channels); with a ``pixel_range``, also uint16 or float32.
         noise
             int (batch, N), for example from ``prmim_core.counter_noise``. It also decides which branches drop path
             drops, in training mode.
@@ -83,7 +83,7 @@ class MAE(PixelMethod):
         Raises
         ------
         TypeError
-            If ``images`` are not uint8 or ``noise`` does not hold real numbers.
+            If ``images`` are of another dtype or ``noise`` does not hold real numbers.
         ValueError
             If a shape does not fit, there are no images, or weights are missing or not needed.
         """

@@ -98,7 +98,7 @@ class MaskAlign(FeatureMethod):
         self.heads = nnx.List(
             [Linear(size.dim, self.teacher.dim, dtype=dtype, rngs=rngs) for _ in range(config.teacher_layers)]
         )
-        self.reconstruct = self._build_reconstruction(size.dim, dtype)
+        self.reconstruct = self._build_reconstruction(size.dim, dtype, rngs)
 
     def __call__(self, images: Array, noise: Array) -> AlignOutput:
         """Compute the loss of a batch.
@@ -106,7 +106,7 @@ class MaskAlign(FeatureMethod):
         Parameters
         ----------
         images
-            uint8 (batch, image_size..., channels).
+            uint8 (batch, image_size..., channels); with a ``pixel_range``, also uint16 or float32.
         noise
             int32 (batch, N), for example from ``prmim_core.counter_noise``. It also decides which branches drop path
             drops, in training mode.
@@ -118,13 +118,13 @@ class MaskAlign(FeatureMethod):
         Raises
         ------
         TypeError
-            If ``images`` are not uint8, or ``noise`` is not of an integer dtype (int32 for masking by attention).
+            If ``images`` are of another dtype, or ``noise`` is not of an integer dtype (int32 to mask by attention).
         ValueError
             If a shape does not fit, or there are no images.
         """
         patches = self._patches(images)
         self._check_batch(images, noise)
-        seen = self.teacher(images)
+        seen = self.teacher(self._pixels(images))
         plan = make_plan(self._schedule, noise, visible=self._visible(noise, seen.attention))
         features = self._features(patches, plan, noise)
         rows = self._supervised_rows(plan)
@@ -180,7 +180,7 @@ class MaskAlign(FeatureMethod):
     def compared_features(self, images: Array, output: AlignOutput) -> tuple[Array, Array]:
         """Return predicted and target features, for pictures; see :meth:`FeatureMethod.compared_features`."""
         self._check_output(output)
-        target = _whiten(self.teacher(images).hidden[-1][:, 1:])
+        target = _whiten(self.teacher(self._pixels(images)).hidden[-1][:, 1:])
         student = output.predicted[:, 1:].astype(target.dtype)
         rows = jnp.arange(len(target))[:, None]
         return jnp.full_like(target, jnp.nan).at[rows, self._supervised(output.plan)].set(student), target

@@ -10,7 +10,6 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax import Array
 from jax.typing import DTypeLike
@@ -36,10 +35,11 @@ from prmim_core import (
     window_statistics,
 )
 from prmim_jax.plan import make_plan
-from prmim_jax.reconstruct import ProgressiveReconstruction
+from prmim_jax.reconstruct import ProgressiveReconstruction, no_weight_decay
 from prmim_jax.vit import Encoder, Linear
 from prmim_methods import MethodConfig, PixelConfig
 from prmim_methods.cost import CONV_REPEATS, RECONSTRUCTION_HEADS
+from prmim_methods.encoder import EncoderOptions
 
 Pool = Literal["mean", "cls"]
 
@@ -50,7 +50,7 @@ class ImageModule(nnx.Module):
     Parameters
     ----------
     config
-        The record of the method whose images and encoder the module has.
+        The record of the encoder and of the images.
 
     Notes
     -----
@@ -63,21 +63,30 @@ class ImageModule(nnx.Module):
 
     encoder: Encoder
 
-    def __init__(self, config: MethodConfig) -> None:
+    def __init__(self, config: EncoderOptions) -> None:
         self.num_tokens = config.grid.num_tokens
         self.image_shape = (*config.image_size, config.channels)
+        self.image_dtypes = config.image_dtypes
         self._patch_size = config.patch_size
         self._depth = config.encoder_size.depth
         mean, std = config.pixel_mean, config.pixel_std
         # Plain numbers: they are constants of the compiled program, not state.
+        self._pixel_range = config.pixel_range
         self._pixel_scale = tuple(1 / (255 * deviation) for deviation in std)
         self._pixel_shift = tuple(-m / s for m, s in zip(mean, std, strict=True))
         self.deterministic = False
 
     def _patches(self, images: Array) -> Array:
-        """Cut images into uint8 patches (batch, N, prod(patch) * C); validate dtype and shape."""
-        check_images(images, self.image_shape)
-        return patchify(images, self._patch_size)
+        """Cut images into patches (batch, N, prod(patch) * C) of values 0 .. 255; validate dtype and shape."""
+        return patchify(self._pixels(images), self._patch_size)
+
+    def _pixels(self, images: Array) -> Array:
+        """Return images of values 0 .. 255: uint8, or float32 with a ``pixel_range``; validate dtype and shape."""
+        check_images(images, self.image_shape, self.image_dtypes)
+        if self._pixel_range is None:
+            return images
+        low, high = self._pixel_range
+        return jnp.clip((images.astype(jnp.float32) - low) * (255 / (high - low)), 0, 255)
 
     def _check_noise(self, noise: Array, images: Array) -> None:
         if tuple(noise.shape) != (images.shape[0], self.num_tokens):
@@ -144,7 +153,7 @@ class Method(ImageModule):
         Parameters
         ----------
         images
-            uint8 (batch, image_size..., channels).
+            uint8 (batch, image_size..., channels); with a ``pixel_range``, also uint16 or float32.
         pool
             ``"mean"``: the mean of the encoded tokens; ``"cls"``: the class token, or the mean of several.
 
@@ -162,7 +171,7 @@ class Method(ImageModule):
         Parameters
         ----------
         images
-            uint8 (batch, image_size..., channels).
+            uint8 (batch, image_size..., channels); with a ``pixel_range``, also uint16 or float32.
 
         Returns
         -------
@@ -178,9 +187,9 @@ class Method(ImageModule):
         """Return what the weights mean; see :meth:`prmim_methods.MethodConfig.architecture`."""
         return self.config.architecture()
 
-    def not_decayed(self) -> frozenset[str]:
-        """Return the parameters of several axes that the recipe exempts from weight decay."""
-        return self.config.not_decayed()
+    def no_weight_decay(self) -> frozenset[str]:
+        """Return the parameters of several axes that the recipe or a reconstruction exempts from weight decay."""
+        return self.config.not_decayed() | no_weight_decay(self)
 
     def measured(self, output: Any) -> list[Array]:
         """Return the scalars of an output that a training step measures, in the order of ``losses``."""
@@ -195,14 +204,23 @@ class Method(ImageModule):
         if output.plan.schedule != self._schedule:
             raise ValueError(f"output: expected one of this method, got one with the plan of {output.plan.schedule}")
 
-    def _build_reconstruction(self, dim: int, dtype: DTypeLike | None) -> ProgressiveReconstruction | None:
+    def _build_reconstruction(
+        self, dim: int, dtype: DTypeLike | None, rngs: nnx.Rngs
+    ) -> ProgressiveReconstruction | None:
         """Return the reconstruction of features of ``dim`` channels; None if no token is reconstructed."""
-        if not self.config.is_reconstructed:
+        config = self.config
+        if not config.is_reconstructed:
             return None
+        if config.mix_factory is not None:
+            mix = config.mix_factory(dim, config.grid, rngs=rngs)
+            if not callable(mix):
+                how = config.in_words("reconstruction")
+                raise TypeError(f"reconstruction: expected {how} to return a mixing module, got {type(mix).__name__}")
+            return ProgressiveReconstruction(dim, config.grid, mix=mix, dtype=dtype)
         return ProgressiveReconstruction(
             dim,
-            self.config.grid,
-            self.config.reconstruction,  # type: ignore[arg-type]  # one of the choices
+            config.grid,
+            config.reconstruction,  # type: ignore[arg-type]  # one of the choices
             heads=RECONSTRUCTION_HEADS,
             repeats=CONV_REPEATS,
             dtype=dtype,
@@ -265,7 +283,7 @@ class PixelMethod(Method):
             visible = unattended_visible(schedule.grid, unit, num_units, noise, weights)
         elif prod(unit) > 1:
             visible = block_visible(schedule.grid, unit, num_units, noise)
-        return make_plan(schedule, noise, visible, weights if schedule.throwing == "weighted" else None)
+        return make_plan(schedule, noise, visible, weights=weights if schedule.throwing == "weighted" else None)
 
     def measured(self, output: PixelOutput) -> list[Array]:
         """Return the scalars of an output that a training step measures, in the order of ``losses``."""
@@ -421,7 +439,7 @@ class FeatureMethod(Method):
 
 
 def build_encoder(
-    config: MethodConfig,
+    config: EncoderOptions,
     *,
     position: str | None = None,
     learned_positions: bool = False,
@@ -455,16 +473,21 @@ def build_encoder(
     )
 
 
-def check_not_empty(images: Array | NDArray[np.uint8]) -> None:
+def check_not_empty(images: Array | NDArray[Any]) -> None:
     """Raise ValueError if a batch has no images."""
     if images.shape[0] == 0:
         raise ValueError("images: expected at least one image, got an empty batch")
 
 
-def check_images(images: Array | NDArray[np.uint8], shape: Sequence[int]) -> None:
-    """Raise TypeError or ValueError unless images are uint8, of shape ``(batch, *shape)``."""
-    if images.dtype != np.uint8:
-        raise TypeError(f"images: expected uint8, got {images.dtype}")
+def check_images(images: Array | NDArray[Any], shape: Sequence[int], dtypes: Sequence[str]) -> None:
+    """Raise TypeError or ValueError unless images are of one of the dtypes and of shape ``(batch, *shape)``."""
+    if images.dtype.name not in dtypes:
+        raise TypeError(f"images: expected {' or '.join(dtypes)}, got {images.dtype}")
+    check_shape(images, shape)
+
+
+def check_shape(images: Array | NDArray[Any], shape: Sequence[int]) -> None:
+    """Raise ValueError unless images have the shape ``(batch, *shape)``."""
     if tuple(images.shape[1:]) != tuple(shape):
         sizes = ", ".join(map(str, shape))
         raise ValueError(f"images: expected shape (batch, {sizes}), got {tuple(images.shape)}")

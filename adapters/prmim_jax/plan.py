@@ -6,7 +6,13 @@ import prmim_core
 from prmim_core import Plan, Schedule
 
 
-def make_plan(schedule: Schedule, noise: Array, visible: Array | None = None, weights: Array | None = None) -> Plan:
+def make_plan(
+    schedule: Schedule,
+    noise: Array,
+    visible: Array | None = None,
+    decoded: Array | None = None,
+    weights: Array | None = None,
+) -> Plan:
     """Return the plan of a batch; ``prmim_core.make_plan`` for JAX arrays.
 
     Parameters
@@ -19,6 +25,9 @@ def make_plan(schedule: Schedule, noise: Array, visible: Array | None = None, we
     visible
         int (batch, V): the visible tokens, distinct, and in whole units if the schedule has a unit; None: the tokens or
         units of lowest noise.
+    decoded
+        int (batch, M): the decoded tokens, distinct and masked, and in whole units if the schedule has a unit; None:
+        those that the strategy of the schedule chooses. A function in ``schedule.throwing`` is traced.
     weights
         float (batch, N), for ``throwing="weighted"``.
 
@@ -48,7 +57,7 @@ def make_plan(schedule: Schedule, noise: Array, visible: Array | None = None, we
     >>> plan.visible.tolist()
     [[3, 1]]
     """
-    for name, array in (("noise", noise), ("visible", visible), ("weights", weights)):
+    for name, array in (("noise", noise), ("visible", visible), ("decoded", decoded), ("weights", weights)):
         if array is not None and not isinstance(array, Array):
             raise TypeError(f"{name}: expected a jax.Array, got {type(array).__name__}")
-    return prmim_core.make_plan(schedule, noise, visible=visible, weights=weights)
+    return prmim_core.make_plan(schedule, noise, visible, decoded, weights)

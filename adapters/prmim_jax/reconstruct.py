@@ -11,6 +11,7 @@ from jax import Array, lax
 from jax.typing import DTypeLike
 
 from prmim_core import Grid, Plan, offset_index, offset_squared_distances, reconstruct_stages, take_tokens
+from prmim_core.reconstruct import Mix, check_rebuilt
 from prmim_jax.vit import LayerNorm, constant, precision, wide
 
 ReconstructionKind = Literal["kernel", "interpolate", "conv"]
@@ -48,13 +49,20 @@ class ProgressiveReconstruction(nnx.Module):
         Groups of channels with their own weights (``"kernel"`` only); divides ``dim``.
     repeats
         Convolutions per stage (``"conv"`` only).
+    mix
+        A module of one's own in place of these: ``mix(features, known, thrown) -> (batch, n, dim)``, from the features
+        (batch, K, dim) of known tokens (batch, K) to those of thrown tokens (batch, n); the norm follows. Its
+        parameters are part of this module's. A function has none.
     dtype
         Dtype of the matrix products; None: that of the parameters.
 
     Raises
     ------
     ValueError
-        If the reconstruction is unknown, or ``heads`` does not divide ``dim``.
+        If the reconstruction is unknown, ``heads`` does not divide ``dim``, or both a reconstruction and a mix are
+        given.
+    TypeError
+        If ``mix`` cannot be called.
 
     Notes
     -----
@@ -80,49 +88,66 @@ class ProgressiveReconstruction(nnx.Module):
         reconstruction: ReconstructionKind = "kernel",
         heads: int = 4,
         repeats: int = 3,
+        mix: Mix | None = None,
         *,
         dtype: DTypeLike | None = None,
     ) -> None:
         if reconstruction not in RECONSTRUCTIONS:
             raise ValueError(f"reconstruction: expected one of {', '.join(RECONSTRUCTIONS)}, got {reconstruction!r}")
+        if mix is not None and not callable(mix):
+            raise TypeError(f"mix: expected a module or a function, got {type(mix).__name__}")
+        if mix is not None and reconstruction != "kernel":
+            raise ValueError(f"mix: expected None with reconstruction {reconstruction!r}, got {type(mix).__name__}")
         if dim < 1:
             raise ValueError(f"dim: expected at least 1, got {dim}")
-        if reconstruction == "kernel" and (heads < 1 or dim % heads):
+        if mix is None and reconstruction == "kernel" and (heads < 1 or dim % heads):
             raise ValueError(f"heads: expected a divisor of dim={dim}, got {heads}")
         if reconstruction == "conv" and repeats < 1:
             raise ValueError(f"repeats: expected at least 1, got {repeats}")
         self.dim = dim
         self.grid = grid
-        self.reconstruction = reconstruction
+        self.reconstruction = reconstruction if mix is None else "custom"
         self.heads = heads
         self.repeats = repeats
+        self.mix = mix
         self.dtype = dtype
         self.norm = LayerNorm(dim, elementwise_affine=reconstruction != "interpolate")
-        if reconstruction == "kernel":
+        if self.reconstruction == "kernel":
             start = -offset_squared_distances(grid)
             self.table = nnx.Param(jnp.asarray(np.tile(start.astype(np.float32), (heads, 1))))
-        elif reconstruction == "conv":
+        elif self.reconstruction == "conv":
             self.kernel = nnx.Param(constant(1.0, dim, *(3,) * grid.axes))
 
-    def __call__(self, features: Array, plan: Plan) -> Array:
+    def no_weight_decay(self) -> frozenset[str]:
+        """Return the names of all parameters: decay towards 0 would give near and far tokens the same weight."""
+        found = (path for path, value in nnx.iter_graph(self) if isinstance(value, nnx.Param))
+        return frozenset(".".join(map(str, path)) for path in found)
+
+    def __call__(self, features: Array, plan: Plan, *, visible_features: bool = True) -> Array:
         """Reconstruct the thrown tokens.
 
         Parameters
         ----------
         features
-            (batch, V + M, dim): features of the visible, then of the decoded tokens, in plan order.
+            (batch, V + M, dim): features of the visible, then of the decoded tokens, in plan order; (batch, M, dim)
+            without ``visible_features``.
         plan
             The plan of the batch, on the grid of this module.
+        visible_features
+            Whether visible tokens have features. False for a decoder that returns those of decoded tokens only (such as
+            CrossMAE's): thrown tokens are reconstructed from decoded tokens and those of earlier stages.
 
         Returns
         -------
         jax.Array
-            (batch, N, dim): the features of all tokens, in plan order; the given ones are unchanged.
+            (batch, N, dim): the features of all tokens, in plan order; the given ones are unchanged. Without
+            ``visible_features``, (batch, M + T, dim): those of the masked tokens.
 
         Raises
         ------
         ValueError
-            If ``features`` do not fit the plan, the plan is on another grid, or no token is known.
+            If ``features`` do not fit the plan, the plan is on another grid, no token is known, or ``mix`` returns
+            another shape.
         """
         if plan.schedule.grid != self.grid:
             raise ValueError(f"plan: expected one on {self.grid}, got {plan.schedule.grid}")
@@ -135,10 +160,14 @@ class ProgressiveReconstruction(nnx.Module):
             mixed = self._mix(features.astype(dtype), known, thrown)
             return self.norm(mixed.astype(dtype)).astype(features.dtype)
 
-        return reconstruct_stages(features, plan, mix)
+        return reconstruct_stages(features, plan, mix, visible_features=visible_features)
 
     def _mix(self, features: Array, known: Array, thrown: Array) -> Array:
         """Return weighted means (batch, n, dim) of the known features, for the thrown tokens (batch, n)."""
+        if self.mix is not None:
+            mixed: Array = self.mix(features, known, thrown)
+            check_rebuilt(mixed, features, thrown)
+            return mixed
         if self.reconstruction == "kernel":
             return self._mix_by_kernel(features, known, thrown)
         if self.reconstruction == "interpolate":
@@ -190,3 +219,20 @@ def _shifts(x: Array) -> list[Array]:
     return [
         padded[:, *(slice(start, start + size) for start, size in zip(corner, axes, strict=True))] for corner in starts
     ]
+
+
+def no_weight_decay(module: nnx.Module) -> frozenset[str]:
+    """Return the names of the parameters that the reconstructions inside a module exempt from weight decay.
+
+    Examples
+    --------
+    >>> from prmim_core import Grid
+    >>> sorted(no_weight_decay(nnx.Dict({"rebuild": ProgressiveReconstruction(8, Grid((4, 4)))})))
+    ['rebuild.norm.bias', 'rebuild.norm.weight', 'rebuild.table']
+    """
+    return frozenset(
+        ".".join(map(str, (*path, name)))
+        for path, part in nnx.iter_modules(module)
+        if isinstance(part, ProgressiveReconstruction)
+        for name in part.no_weight_decay()
+    )

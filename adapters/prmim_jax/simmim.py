@@ -32,10 +32,12 @@ class SimMIM(PixelMethod):
     Examples
     --------
     >>> import jax.numpy as jnp
+    >>> from flax import nnx
     >>> from prmim_core import counter_noise
     >>> method = SimMIM(SimMIMConfig(image_size=(32, 32), patch_size=(4, 4), embed_dim=32, depth=1, num_heads=2))
     >>> images = jnp.zeros((2, 32, 32, 3), jnp.uint8)
-    >>> output = method(images, counter_noise(0, 0, jnp.arange(2), method.config.grid.num_tokens))
+    >>> noise = counter_noise(0, 0, jnp.arange(2), method.config.grid.num_tokens)
+    >>> output = nnx.jit(method)(images, noise)
     >>> output.predicted.shape, output.predicted_cells.shape
     ((2, 24, 48), (2, 16, 12))
     """
@@ -51,7 +53,7 @@ class SimMIM(PixelMethod):
         # The official head is a convolution, with PyTorch's initialisation of convolutions.
         for parameter in (self.head.weight, self.head.bias):
             parameter.set_value(uniform(rngs, parameter.shape, 1 / sqrt(dim)))
-        self.reconstruct = self._build_reconstruction(dim, dtype)
+        self.reconstruct = self._build_reconstruction(dim, dtype, rngs)
         _initialize(self.encoder, rngs)
         self.cell_head = self._build_cell_head(dim, dtype, rngs)
 
@@ -61,7 +63,7 @@ class SimMIM(PixelMethod):
         Parameters
         ----------
         images
-            uint8 (batch, image_size..., channels).
+            uint8 (batch, image_size..., channels); with a ``pixel_range``, also uint16 or float32.
         noise
             int (batch, N), for example from ``prmim_core.counter_noise``. It also decides which branches drop path
             drops, in training mode.
@@ -76,7 +78,7 @@ class SimMIM(PixelMethod):
         Raises
         ------
         TypeError
-            If ``images`` are not uint8 or ``noise`` does not hold real numbers.
+            If ``images`` are of another dtype or ``noise`` does not hold real numbers.
         ValueError
             If a shape does not fit, there are no images, or weights are missing or not needed.
         """

@@ -32,12 +32,12 @@ from prmim_jax.interop import (
     write_weights,
 )
 from prmim_jax.method import ImageModule, check_images, check_not_empty
-from prmim_jax.reconstruct import ProgressiveReconstruction
+from prmim_jax.reconstruct import no_weight_decay
 from prmim_jax.vit import Statistic, project
 from prmim_methods import TrainingConfig
 from prmim_methods.hardware import Choice, choose_precision, is_slow
 from prmim_methods.sizes import Transformer
-from prmim_methods.weight_files import dump_architecture
+from prmim_methods.weight_files import WEIGHTS_FILE, dump_architecture
 
 Module = TypeVar("Module", bound=ImageModule)
 Loss = Callable[..., Sequence[Array]]
@@ -46,7 +46,6 @@ State = nnx.State[Any, Any]
 Arrays = dict[str, Array]
 """Arrays by the name of the parameter, as in ``prmim_jax.interop.named_variables``."""
 
-WEIGHTS_FILE = "weights.safetensors"
 STATE_FOLDER = "training_state"
 TIMED_IMAGES, TIMED_TOKENS = 8, 16
 """Input of the layer that is timed in both number formats."""
@@ -90,7 +89,7 @@ class Trainer(Generic[Module]):
     ----------
     make_module
         Returns the module, for a dtype of matrix products (None: that of the weights); called when processes are
-        connected, with the device set. The module has ``losses``, ``architecture()`` and ``not_decayed()``.
+        connected, with the device set. The module has ``losses``, ``architecture()`` and ``no_weight_decay()``.
     training
         The options; ``training.compile`` has no effect, since JAX always compiles the step.
     loss
@@ -135,14 +134,14 @@ class Trainer(Generic[Module]):
         self._ema_decay = ema_decay
         self._processes = Processes(training.timeout)
         self._layout = Layout(choose_devices(training.device), training.parallel)  # type: ignore[arg-type]
-        self.precision: Choice[str] = _choose_precision(training.precision, self._layout.local_device)
+        self.precision: Choice[str] = precision_on(training.precision, self._layout.local_device)
         self.compiled: Choice[bool] = Choice(True, "JAX always compiles")
         with jax.default_device(self._layout.local_device):
             module = make_module(jnp.bfloat16 if self.precision.value == "bfloat16" else None)
             self._optimizer = make_optimizer(module)
         self._measured = (*module.losses, "grad_norm")
         self._num_tokens = module.num_tokens
-        self._image_shape = module.image_shape
+        self._image_shape, self._image_dtypes = module.image_shape, module.image_dtypes
         self._graph, parameters, statistics, buffers = split(module)
         self._buffers = self._layout.put(buffers)
         leaves, self._tree = jax.tree.flatten(parameters)
@@ -228,7 +227,7 @@ class Trainer(Generic[Module]):
         parameters = self._layout.whole(self._state.parameters, self._specs.parameters)
         return self._merge(*map(self._layout.local, (parameters, self._state.statistics, self._buffers)))
 
-    def _take_step(self, images: NDArray[np.uint8], sample: NDArray[np.int64], *more: NDArray[Any]) -> None:
+    def _take_step(self, images: NDArray[Any], sample: NDArray[np.int64], *more: NDArray[Any]) -> None:
         """Take one optimizer step on images, their sample numbers, and further inputs of the loss."""
         check_not_empty(images)
         self._check_batch(len(images))
@@ -443,12 +442,15 @@ class Trainer(Generic[Module]):
         self._step = int(state["step"])
 
     def load_weights(self, path: str | os.PathLike[str]) -> None:
-        """Load weights from a ``.safetensors`` file, without a training state; all processes must call it."""
-        self._put_weights(self._read_weights(path))
+        """Load weights from a ``.safetensors`` file, without a training state; all processes must call it.
 
-    def _read_weights(self, path: str | os.PathLike[str]) -> dict[str, NDArray[Any]]:
+        The file may be one for images of another size; see :func:`prmim_jax.load_weights`.
+        """
+        self._put_weights(self._read_weights(path, resize=True))
+
+    def _read_weights(self, path: str | os.PathLike[str], *, resize: bool = False) -> dict[str, NDArray[Any]]:
         module = self.module
-        return self._processes.together(lambda: read_weights(module, path))
+        return self._processes.together(lambda: read_weights(module, path, resize=resize))
 
     def _put_weights(self, weights: dict[str, NDArray[Any]]) -> None:
         module = self.module
@@ -526,11 +528,9 @@ class Trainer(Generic[Module]):
             shared = f"accumulate={parts} divides" if devices == 1 else f"{devices} devices x accumulate={parts} divide"
             raise ValueError(f"images: expected a batch that {shared}, got {batch}")
 
-    def _inputs(
-        self, images: NDArray[np.uint8], sample: NDArray[np.int64], *more: NDArray[Any]
-    ) -> tuple[NDArray[Any], ...]:
+    def _inputs(self, images: NDArray[Any], sample: NDArray[np.int64], *more: NDArray[Any]) -> tuple[NDArray[Any], ...]:
         """Validate and copy images, their sample numbers, and further inputs of the loss."""
-        check_images(images, self._image_shape)
+        check_images(images, self._image_shape, self._image_dtypes)
         if tuple(sample.shape) != (len(images),):
             raise ValueError(f"sample: expected shape {(len(images),)}, got {tuple(sample.shape)}")
         if not np.issubdtype(sample.dtype, np.integer):
@@ -561,9 +561,8 @@ def adamw(module: nnx.Module, training: TrainingConfig) -> optax.GradientTransfo
 def decay_mask(module: nnx.Module) -> dict[str, bool]:
     """Return whether each parameter has weight decay, by name.
 
-    Exempt from weight decay are parameters of one axis (biases, norms), those in ``module.not_decayed()``, and those of
-    :class:`prmim_jax.ProgressiveReconstruction`. The last exemption is ours: decay towards 0 would give near and far
-    tokens the same weight.
+    Exempt from weight decay are parameters of one axis (biases, norms), those in ``module.no_weight_decay()`` if there
+    is such a method, and those of :class:`prmim_jax.ProgressiveReconstruction`, which is our decision.
 
     Examples
     --------
@@ -571,15 +570,9 @@ def decay_mask(module: nnx.Module) -> dict[str, bool]:
     >>> decay_mask(nnx.Linear(2, 2, rngs=nnx.Rngs(0)))
     {'bias': False, 'kernel': True}
     """
-    named: frozenset[str] = getattr(module, "not_decayed", frozenset)()
-    reconstruction = {
-        id(variable)
-        for _, part in nnx.iter_modules(module)
-        if isinstance(part, ProgressiveReconstruction)
-        for variable in named_variables(part).values()
-    }
+    named = no_weight_decay(module) | frozenset(getattr(module, "no_weight_decay", frozenset)())
     return {
-        name: variable.ndim - is_stacked(name) > 1 and name not in named and id(variable) not in reconstruction
+        name: variable.ndim - is_stacked(name) > 1 and name not in named
         for name, variable in named_variables(module).items()
         if isinstance(variable, nnx.Param)
     }
@@ -622,7 +615,8 @@ def _lacks(text: str, record: logging.LogRecord) -> bool:
     return text not in record.getMessage()
 
 
-def _choose_precision(asked: str, device: jax.Device) -> Choice[str]:
+def precision_on(asked: str, device: jax.Device) -> Choice[str]:
+    """Return the number format in effect on a device, with the reason."""
     platform = "cuda" if device.platform == "gpu" else device.platform
     major, _, minor = str(getattr(device, "compute_capability", "")).partition(".")
     is_known = major.isdecimal() and minor.isdecimal()  # ROCm has names

@@ -21,6 +21,7 @@ from jax import Array, lax
 from jax.typing import DTypeLike
 
 from prmim_core import Grid, num_offsets, offset_index
+from prmim_methods.positions import fixed_table
 
 LAYER_NORM_EPS = 1e-6
 BLOCK = 2**16
@@ -43,87 +44,6 @@ def freeze(module: nnx.Module) -> None:
         for name, variable in list(vars(part).items()):
             if isinstance(variable, nnx.Param):
                 setattr(part, name, Buffer(variable[...]))
-
-
-def sincos_table(shape: Sequence[int], dim: int, class_tokens: int = 1) -> Array:
-    """Return the fixed sine-cosine position table of a grid; its first rows, zeros, belong to the class tokens.
-
-    Parameters
-    ----------
-    shape
-        Tokens along each axis; tokens are numbered in raster order.
-    dim
-        Channels; a multiple of twice the number of axes.
-    class_tokens
-        Number of class tokens, C.
-
-    Returns
-    -------
-    jax.Array
-        float32 (1, C + N, dim), computed in float64.
-
-    Raises
-    ------
-    ValueError
-        If ``dim`` cannot be divided among the axes.
-
-    Notes
-    -----
-    The channels are split evenly among the axes, the **last axis first** (in images: column, then row, as in MAE).
-    A part of width w holds sin(p omega_k), then cos(p omega_k), for k = 0 .. w/2 - 1, with omega_k = 10000^(-2k/w) and
-    p the token's index along the axis.
-
-    Examples
-    --------
-    >>> table = sincos_table((2, 3), 4)
-    >>> table.shape
-    (1, 7, 4)
-    >>> table[0, 2].round(4).tolist() == [0.8414999842643738, 0.5403000116348267, 0.0, 1.0]  # row 0, column 1
-    True
-    """
-    axes = len(shape)
-    if dim < 1 or dim % (2 * axes):
-        raise ValueError(f"dim: expected a positive multiple of {2 * axes} for a grid of {axes} axes, got {dim}")
-    width = dim // axes
-    omega = 10000.0 ** (-np.arange(width // 2) * 2 / width)
-    angles = [index.reshape(-1, 1) * omega for index in reversed(np.indices(shape))]
-    table = np.concatenate([part for angle in angles for part in (np.sin(angle), np.cos(angle))], axis=1)
-    return jnp.asarray(np.concatenate([np.zeros((class_tokens, dim)), table])[None].astype(np.float32))
-
-
-def raster_table(number: int, dim: int, class_tokens: int) -> Array:
-    """Return VideoMAE's fixed sine-cosine position table of tokens in raster order.
-
-    Parameters
-    ----------
-    number
-        Tokens, N.
-    dim
-        Channels; even.
-    class_tokens
-        Number of class tokens, C. Their rows come first and are zeros.
-
-    Returns
-    -------
-    jax.Array
-        float32 (1, C + N, dim), computed in float64. Channels 2k and 2k + 1 of token p are the sine and the cosine of
-        p 10000^(-2k / dim).
-
-    Raises
-    ------
-    ValueError
-        If ``dim`` is odd.
-
-    Examples
-    --------
-    >>> raster_table(2, 4, 0)[0, 1]
-    Array([0.84147096, 0.5403023 , 0.00999983, 0.99995   ], dtype=float32)
-    """
-    if dim < 1 or dim % 2:
-        raise ValueError(f"dim: expected a positive even number, got {dim}")
-    angles = np.arange(number)[:, None] * 10000.0 ** (-np.arange(0, dim, 2) / dim)
-    table = np.stack([np.sin(angles), np.cos(angles)], axis=2).reshape(number, dim)
-    return jnp.asarray(np.concatenate([np.zeros((class_tokens, dim)), table])[None].astype(np.float32))
 
 
 def wide(dtype: DTypeLike) -> np.dtype:
@@ -601,9 +521,7 @@ def position_table(
     if position == "learned":
         # Truncating at +-2, as timm does, has no effect.
         return _tokens(rngs, class_tokens + prod(grid_shape), dim)
-    if position == "raster":
-        return Buffer(raster_table(prod(grid_shape), dim, class_tokens))
-    return Buffer(sincos_table(grid_shape, dim, class_tokens))
+    return Buffer(jnp.asarray(fixed_table(position, grid_shape, dim, class_tokens)))
 
 
 class Encoder(nnx.Module):

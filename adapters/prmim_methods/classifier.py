@@ -5,7 +5,8 @@ from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 
-from prmim_methods.method import MethodConfig, drop_path_option
+from prmim_methods.encoder import EncoderConfig, EncoderOptions
+from prmim_methods.method import drop_path_option
 from prmim_methods.record import Record, find_option, option, record
 
 T = TypeVar("T")
@@ -52,6 +53,11 @@ class ClassifierConfig(Record):
         "Input of the head.",
         default="mean",
         choices={"mean": "the mean of the patch tokens, normalised", "cls": "the class token, or the mean of several"},
+    )
+    image_size: tuple[int, ...] | None = option(
+        "Size of the images in pixels, in place of the run's: one number for both sides, or height,width.",
+        default=None,
+        at_least=1,
     )
     drop_path: float = drop_path_option()
     layer_decay: float = option(
@@ -106,7 +112,11 @@ class ClassifierConfig(Record):
         """The norm before the head: ``"batch"`` for a frozen encoder, else ``"layer"``."""
         return "batch" if self.is_frozen else "layer"
 
-    def position(self, method: MethodConfig) -> str:
+    def encoder(self, method: EncoderOptions) -> EncoderConfig:
+        """Return the record of the encoder of a method, for images of the classifier's size."""
+        return method.encoder_config(self.image_size)
+
+    def position(self, method: EncoderOptions) -> str:
         """Return how the encoder represents positions.
 
         Like :attr:`MethodConfig.position`; but ``"relative_per_block"`` if relative positions are fine-tuned: then each
@@ -114,7 +124,7 @@ class ClassifierConfig(Record):
         """
         return "relative_per_block" if method.position == "relative" and not self.is_frozen else method.position
 
-    def architecture(self, method: MethodConfig, num_classes: int) -> dict[str, Any]:
+    def architecture(self, method: EncoderOptions, num_classes: int) -> dict[str, Any]:
         """Return what the weights mean; see :meth:`MethodConfig.architecture`.
 
         Parameters
@@ -126,7 +136,7 @@ class ClassifierConfig(Record):
         """
         return {
             "kind": "classifier",
-            **method.encoder_architecture(),
+            **self.encoder(method).encoder_architecture(),
             "position": self.position(method),
             "num_classes": num_classes,
             "pool": self.pool,

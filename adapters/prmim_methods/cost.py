@@ -16,6 +16,8 @@ RECONSTRUCTION_HEADS = 4
 """Groups of channels with their own weights, for reconstruction ``"kernel"``."""
 CONV_REPEATS = 3
 """Convolutions per stage, for reconstruction ``"conv"``."""
+CUSTOM = "custom"
+"""The reconstruction by a mixing module of one's own, in costs and in weight files."""
 
 
 @dataclass(frozen=True)
@@ -68,11 +70,14 @@ class PartCost:
         Bytes saved for the backward pass.
     recomputed_bytes
         Bytes that the backward pass recomputes and holds at a time: those of one block, if blocks are recomputed.
+    is_known
+        Whether these numbers are all of it. They are not where a module of one's own takes part.
     """
 
     macs: int
     activation_bytes: int
     recomputed_bytes: int = 0
+    is_known: bool = True
 
     def __add__(self, other: "PartCost") -> "PartCost":
         """Return the cost of both parts; one at a time is recomputed."""
@@ -80,6 +85,7 @@ class PartCost:
             self.macs + other.macs,
             self.activation_bytes + other.activation_bytes,
             max(self.recomputed_bytes, other.recomputed_bytes),
+            self.is_known and other.is_known,
         )
 
     def times(self, number: int) -> "PartCost":
@@ -98,6 +104,11 @@ class CostReport:
     """
 
     parts: Mapping[str, PartCost]
+
+    @property
+    def is_known(self) -> bool:
+        """Whether the cost of all parts is known; sums leave out what is not."""
+        return all(part.is_known for part in self.parts.values())
 
     @property
     def macs(self) -> int:
@@ -202,7 +213,9 @@ class Accounting(Record):
         return PartCost(number * layers * values, layers * values * self.compute_bytes)
 
     def stages(self, schedule: Schedule, dim: int, reconstruction: str) -> PartCost:
-        """Return the cost of progressive reconstruction of features of width ``dim``."""
+        """Return the cost of progressive reconstruction of features of width ``dim``; unknown for ``"custom"``."""
+        if reconstruction == CUSTOM:
+            return PartCost(0, 0, is_known=False)
         macs = saved = 0
         for size, known in stages(schedule):
             if reconstruction == "none" or not size:

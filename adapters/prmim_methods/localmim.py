@@ -1,12 +1,13 @@
 """LocalMIM: several encoder layers predict the image at several scales; dense, partial or PR-MIM."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any, ClassVar
 
 from prmim_methods.cost import Accounting, CostReport, Parameters, PartCost, linear_parameters
+from prmim_methods.encoder import times
 from prmim_methods.messages import shown
-from prmim_methods.method import DecodingConfig, Predicts, Rows, times
+from prmim_methods.method import DecodingConfig, Predicts, Rows
 from prmim_methods.record import find_option, option, record
 from prmim_methods.sizes import Transformer
 
@@ -258,6 +259,13 @@ class LocalMIMConfig(DecodingConfig):
             "decoder_depth": self.decoder_depth,
             "decoder_heads": self.decoder_heads,
         }
+
+    @classmethod
+    def options_of(cls, architecture: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the options that :meth:`architecture` tells; see :meth:`EncoderOptions.options_of`."""
+        names = ("target", "scales", "layers", "decoder_dim", "decoder_depth", "decoder_heads")
+        found = {name: architecture[name] for name in names}
+        return {**super().options_of(architecture), **found, "bins": architecture.get("bins")}
 
     def _describe_sequences(self, dense: str) -> Rows:
         number = len(self.scales_in_effect)

@@ -1,5 +1,6 @@
 """MAE: masked autoencoder, dense, partial or PR-MIM."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from math import prod
 from typing import Any, ClassVar
@@ -278,6 +279,21 @@ class MAEConfig(PixelConfig):
             "decoder_heads": self.decoder_heads,
             **({} if self.position == "absolute" else {"position": self.position}),
         }
+
+    @classmethod
+    def options_of(cls, architecture: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the options that :meth:`architecture` tells; see :meth:`EncoderOptions.options_of`."""
+        found = {
+            **super().options_of(architecture),
+            **{name: architecture[name] for name in ("norm_pix", "decoder_dim", "decoder_depth", "decoder_heads")},
+            "fusion": architecture.get("fusion", "none"),
+            "decoder": architecture.get("decoder", "self"),
+            "class_tokens": architecture.get("class_tokens", 1),
+            "position": architecture.get("position", "absolute"),
+        }
+        if found["reconstruction"] == "none" and architecture.get("visible_features"):
+            found["extra_cells"] = "known"
+        return found
 
     def _describe_sequences(self, dense: str) -> Rows:
         if self.is_cross:

@@ -1,5 +1,6 @@
 """MaskAlign: a student that sees the visible tokens predicts a teacher's features of the whole image."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import cached_property
 from math import prod
@@ -8,7 +9,8 @@ from typing import Any, ClassVar, Self
 
 from prmim_core import TokenCounts, count_tokens
 from prmim_methods.cost import Accounting, CostReport, Parameters, PartCost, linear_parameters
-from prmim_methods.method import MethodConfig, Predicts, Rows, drop_path_option, times
+from prmim_methods.encoder import times
+from prmim_methods.method import MethodConfig, Predicts, Rows, drop_path_option
 from prmim_methods.record import find_option, option, record
 from prmim_methods.teacher import TeacherConfig, check_images, local_teacher, read_teacher
 
@@ -184,6 +186,13 @@ class MaskAlignConfig(MethodConfig):
             "teacher_layers": self.teacher_layers,
             "reconstruction": self.reconstruction_in_effect,
         }
+
+    @classmethod
+    def options_of(cls, architecture: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the options that :meth:`architecture` tells; see :meth:`EncoderOptions.options_of`."""
+        found = {name: architecture[name] for name in ("teacher_layers", "reconstruction")}
+        # The initial mixture of layers, which weights replace, is no part of it; this one fits any depth.
+        return {**super().options_of(architecture), **found, "fusion": "sum"}
 
     def describe(self) -> Rows:
         """Return the tokens of an image, for ``prmim inspect``."""

@@ -1,15 +1,17 @@
 """Options that all methods share, and what follows from them."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import cached_property
 from math import prod
 from typing import Any, ClassVar, Literal, Self
 
-from prmim_core import Grid, Schedule, TokenCounts, count_tokens, num_offsets, patch_grid
+from prmim_core import Schedule, TokenCounts, count_tokens, num_offsets
 from prmim_core.counts import Rounding
 from prmim_core.throwing import STRATEGIES, WEIGHTED
 from prmim_methods.cost import (
+    CUSTOM,
     RECONSTRUCTION_HEADS,
     Accounting,
     CostReport,
@@ -18,16 +20,12 @@ from prmim_methods.cost import (
     linear_parameters,
     stages,
 )
-from prmim_methods.messages import shown
-from prmim_methods.record import Record, find_option, option, record
-from prmim_methods.sizes import VIT_SIZES, Transformer, vit_size
+from prmim_methods.encoder import EncoderOptions, recompute_option, scan_option, times
+from prmim_methods.record import Function, find_option, option, record
 
 Predicts = Literal["pixels", "features"]
 Rows = list[tuple[str, str]]
 """Lines of a report: label and text."""
-
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 def drop_path_option(default: float = 0.1) -> Any:
@@ -56,6 +54,7 @@ def throwing_option(**more: str) -> Any:
         "How the decoded tokens are chosen (the other masked tokens are thrown).",
         default="furthest",
         choices={**strategies, **more},
+        function="grid, counts, noise, is_visible -> decoded",
     )
 
 
@@ -65,7 +64,7 @@ NO_SUPERVISION = "neither reconstructed nor supervised"
 
 
 @record
-class MethodConfig(Record, ABC):
+class MethodConfig(EncoderOptions, ABC):
     """Options of every method.
 
     A subclass is the whole framework-neutral definition of a method: its options, and what follows from them.
@@ -84,29 +83,6 @@ class MethodConfig(Record, ABC):
     float_rounding: ClassVar[Rounding] = "mae_float"
     """The rule of ``prmim_core.count_tokens`` for ``rounding="float"``."""
 
-    model: str = option(
-        "Size of the encoder.",
-        default="vit_base",
-        choices={name: f"width {size.dim}, {size.depth} blocks" for name, size in VIT_SIZES.items()},
-    )
-    embed_dim: int | None = option("Width of the encoder, in place of the model's.", default=None, at_least=1)
-    depth: int | None = option("Number of encoder blocks, in place of the model's.", default=None, at_least=1)
-    num_heads: int | None = option("Attention heads of the encoder, in place of the model's.", default=None, at_least=1)
-    image_size: tuple[int, ...] = option(
-        "Size of the images in pixels: one number for both sides, or height,width.", default=(224, 224), at_least=1
-    )
-    patch_size: tuple[int, ...] = option(
-        "Size of a patch in pixels: one number for both sides, or height,width.", default=(16, 16), at_least=1
-    )
-    channels: int = option(
-        "Channels of an image; images with another number are converted.", default=3, at_least=1, at_most=10_000
-    )
-    mean: tuple[float, ...] | None = option(
-        "Mean of each channel, for pixels in [0, 1]. Null: ImageNet's for three channels, else 0.5.", default=None
-    )
-    std: tuple[float, ...] | None = option(
-        "Standard deviation of each channel. Null: ImageNet's for three channels, else 0.5.", default=None, above=0
-    )
     mask_ratio: float = option("Fraction of all tokens that is masked.", default=0.75, above=0, below=1)
     rounding: str = option(
         "Arithmetic that turns ratios into numbers of tokens.",
@@ -119,7 +95,7 @@ class MethodConfig(Record, ABC):
     stages: int = option(
         "Number of stages of progressive reconstruction, nearest tokens first.", default=2, at_least=1, at_most=1000
     )
-    reconstruction: str = option(
+    reconstruction: str | Function = option(
         "How a thrown token is reconstructed from its neighbours.",
         default="kernel",
         choices={
@@ -128,103 +104,31 @@ class MethodConfig(Record, ABC):
             "conv": "depthwise 3x3 convolutions",
             "none": NO_SUPERVISION,
         },
+        function="dim, grid -> mixing module",
     )
     thrown_weight: float = option(
         "Weight of a thrown token in the loss; any other supervised token weighs 1.", default=1.0, at_least=0
     )
-    recompute_blocks: bool = option(
-        "Save only the inputs of blocks and recompute the rest in the backward pass (activation checkpointing).",
-        default=False,
-    )
-    scan_blocks: bool = option(
-        "Compile one block and loop over it, which shortens compilation. For the backend jax only.", default=False
-    )
+    recompute_blocks: bool = recompute_option()
+    scan_blocks: bool = scan_option()
     init_seed: int = option("Seed of the initial weights.", default=0, at_least=0, at_most=2**32 - 1)
 
     def check(self) -> None:
         """Validate options that depend on one another."""
-        self._check_grid()
-        for name in ("mean", "std"):
-            values = getattr(self, name)
-            if values is not None and len(values) != self.channels:
-                raise ValueError(
-                    f"{name}: expected one number for each of the {self.channels} channels, got {shown(list(values))}"
-                )
-        self._check_width("embed_dim", "num_heads", self.encoder_size)
+        super().check()
         counts = self.counts
         if counts.visible == 0:
             raise ValueError(
                 f"mask_ratio: expected a ratio that leaves a visible token of {counts.num_tokens}, "
                 f"got {self.mask_ratio}"
             )
-        _ = self.schedule
+        _ = self.schedule, self.mix_factory
         if self.is_reconstructed and self.reconstruction == "kernel":
             name, width = self._reconstructed_width
             if width % RECONSTRUCTION_HEADS:
                 raise ValueError(
                     f"{name}: expected a multiple of {RECONSTRUCTION_HEADS} for reconstruction 'kernel', got {width}"
                 )
-
-    def _check_grid(self) -> None:
-        if len(self.patch_size) != len(self.image_size):
-            raise ValueError(
-                f"patch_size: expected one number for each of the {len(self.image_size)} axes, got {self.patch_size}"
-            )
-        _ = self.grid
-
-    def _check_width(self, name: str, heads_name: str, size: Transformer) -> None:
-        if size.dim % size.heads:
-            raise ValueError(f"{name}: expected a multiple of {heads_name} {size.heads}, got {size.dim}")
-        axes = len(self.image_size)
-        if self.position == "absolute" and size.dim % (2 * axes):
-            raise ValueError(f"{name}: expected a multiple of {2 * axes} for images of {axes} axes, got {size.dim}")
-        if self.position == "raster" and size.dim % 2:
-            raise ValueError(f"{name}: expected an even number for position 'raster', got {size.dim}")
-
-    @cached_property
-    def grid(self) -> Grid:
-        """The grid of the tokens."""
-        return patch_grid(self.image_size, self.patch_size)
-
-    @property
-    def patch_dim(self) -> int:
-        """Values in a patch."""
-        return prod(self.patch_size) * self.channels
-
-    @property
-    def pixel_mean(self) -> tuple[float, ...]:
-        """Mean of each channel in effect."""
-        return self._statistics(self.mean, IMAGENET_MEAN)
-
-    @property
-    def pixel_std(self) -> tuple[float, ...]:
-        """Standard deviation of each channel in effect."""
-        return self._statistics(self.std, IMAGENET_STD)
-
-    def _statistics(self, given: tuple[float, ...] | None, of_imagenet: tuple[float, ...]) -> tuple[float, ...]:
-        if given is not None:
-            return given
-        return of_imagenet if self.channels == 3 else (0.5,) * self.channels
-
-    @property
-    def encoder_size(self) -> Transformer:
-        """The size of the encoder."""
-        return vit_size(self.model, self.embed_dim, self.depth, self.num_heads)
-
-    @property
-    def position(self) -> str:
-        """How positions are represented: ``"absolute"``, ``"learned"`` (tables) or ``"relative"`` (attention bias)."""
-        return "absolute"
-
-    @property
-    def class_tokens(self) -> int:
-        """Number of class tokens."""
-        return 1
-
-    @property
-    def layer_scale(self) -> float | None:
-        """Initial value of LayerScale in the encoder's blocks; None: no LayerScale."""
-        return None
 
     @property
     def drop_rate(self) -> float:
@@ -278,8 +182,16 @@ class MethodConfig(Record, ABC):
 
     @property
     def reconstruction_in_effect(self) -> str:
-        """The option ``reconstruction``, or ``"none"`` if no token is reconstructed."""
-        return self.reconstruction if self.is_reconstructed else "none"
+        """The option ``reconstruction``, ``"custom"`` for a function, or ``"none"`` if no token is reconstructed."""
+        if not self.is_reconstructed:
+            return "none"
+        return CUSTOM if self.mix_factory else str(self.reconstruction)
+
+    @cached_property
+    def mix_factory(self) -> Function | None:
+        """What makes the mixing module of a reconstruction of one's own, (dim, grid) -> mix; None for a named one."""
+        loaded = self.loaded("reconstruction")
+        return loaded if callable(loaded) else None
 
     @property
     def encoder_length(self) -> int:
@@ -295,29 +207,14 @@ class MethodConfig(Record, ABC):
         """Bytes that a forward pass holds once for all images of a batch, in addition to their activations."""
         return 0
 
-    def _encoder_parameters(self) -> Parameters:
-        """Return those of the patch embedding, the class tokens, the positions, the blocks and the final norm."""
-        size = self.encoder_size
-        learned = linear_parameters(self.patch_dim, size.dim) + self.class_tokens * size.dim
-        learned += size.parameters() + 2 * size.dim
-        if self.layer_scale is not None:
-            learned += 2 * size.depth * size.dim
-        if self.position == "relative":
-            return Parameters(learned + (num_offsets(self.grid) + 3) * size.heads)
-        return Parameters(learned) + self._table_parameters(size.dim)
-
-    def _table_parameters(self, dim: int) -> Parameters:
-        """Return those of a position table of width ``dim``."""
-        size = (self.class_tokens + self.grid.num_tokens) * dim
-        return Parameters(size) if self.position == "learned" else Parameters(fixed=size)
-
     def _reconstruction_parameters(self, dim: int) -> Parameters:
-        """Return those of progressive reconstruction of features of width ``dim``."""
+        """Return those of progressive reconstruction of features of width ``dim``; of a custom one, the norm's only."""
         return {
             "none": Parameters(),
             "kernel": Parameters(2 * dim + RECONSTRUCTION_HEADS * num_offsets(self.grid)),
             "interpolate": Parameters(),
             "conv": Parameters(2 * dim + dim * 3**self.grid.axes),
+            CUSTOM: Parameters(2 * dim),
         }[self.reconstruction_in_effect]
 
     @abstractmethod
@@ -334,28 +231,6 @@ class MethodConfig(Record, ABC):
         Ratios and sampling are not part of it: training may continue with other ones.
         """
         return {"method": self.name, **self.encoder_architecture()}
-
-    def encoder_architecture(self) -> dict[str, Any]:
-        """Return the part of :meth:`architecture` that describes the images and the encoder."""
-        size = self.encoder_size
-        return {
-            "image_size": list(self.image_size),
-            "patch_size": list(self.patch_size),
-            "channels": self.channels,
-            "mean": list(self.pixel_mean),
-            "std": list(self.pixel_std),
-            "embed_dim": size.dim,
-            "depth": size.depth,
-            "num_heads": size.heads,
-            **({} if self.class_tokens == 1 else {"class_tokens": self.class_tokens}),
-        }
-
-    def check_pool(self, pool: str) -> None:
-        """Raise ValueError unless ``pool`` is ``"mean"``, or ``"cls"`` and the encoder has a class token."""
-        if pool not in ("mean", "cls"):
-            raise ValueError(f"pool: expected 'mean' or 'cls', got {shown(pool)}")
-        if pool == "cls" and self.class_tokens == 0:
-            raise ValueError("pool: expected 'mean' for an encoder without class tokens, got 'cls'")
 
     def not_decayed(self) -> frozenset[str]:
         """Return the parameters of several axes that the recipe exempts from weight decay."""
@@ -374,8 +249,9 @@ class MethodConfig(Record, ABC):
     def _describe_stages(self) -> Rows:
         if not self.is_reconstructed:
             return []
+        how = self.in_words("reconstruction") if self.mix_factory else self.reconstruction
         return [
-            (f"  stage {stage}", f"{size} from {known} known, {self.reconstruction}")
+            (f"  stage {stage}", f"{size} from {known} known, {how}")
             for stage, (size, known) in enumerate(stages(self.schedule), start=1)
             if size
         ]
@@ -400,7 +276,7 @@ class DecodingConfig(MethodConfig):
         at_least=0,
         below=1,
     )
-    throwing: str = throwing_option()
+    throwing: str | Function = throwing_option()
     furthest_from: str = option(
         "What furthest sampling keeps its distance from at the start.",
         default="visible",
@@ -409,6 +285,7 @@ class DecodingConfig(MethodConfig):
 
     def check(self) -> None:
         """Validate options that depend on one another."""
+        _ = self.plan_throwing
         if self.throw_ratio > self.mask_ratio:
             raise ValueError(f"throw_ratio: expected at most mask_ratio {self.mask_ratio}, got {self.throw_ratio}")
         super().check()
@@ -462,9 +339,9 @@ class DecodingConfig(MethodConfig):
         )
 
     @property
-    def plan_throwing(self) -> str:
-        """The strategy that chooses the decoded tokens of a plan."""
-        return self.throwing
+    def plan_throwing(self) -> Any:
+        """The strategy of ``prmim_core.Schedule`` that chooses the decoded tokens: its name, or a function."""
+        return self.loaded("throwing")
 
     @cached_property
     def schedule(self) -> Schedule:
@@ -475,7 +352,7 @@ class DecodingConfig(MethodConfig):
             self.grid,
             self.counts,
             stages=self.stages,
-            throwing=self.plan_throwing,  # type: ignore[arg-type]  # one of the choices
+            throwing=self.plan_throwing,
             furthest_from=self.furthest_from,  # type: ignore[arg-type]
             unit=self.throw_shape,
         )
@@ -492,6 +369,11 @@ class DecodingConfig(MethodConfig):
     def architecture(self) -> dict[str, Any]:
         """Return what the weights mean; see :meth:`MethodConfig.architecture`."""
         return {**super().architecture(), "reconstruction": self.reconstruction_in_effect}
+
+    @classmethod
+    def options_of(cls, architecture: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the options that :meth:`architecture` tells; see :meth:`EncoderOptions.options_of`."""
+        return {**super().options_of(architecture), "reconstruction": architecture["reconstruction"]}
 
     def describe(self) -> Rows:
         """Return the tokens of an image, for ``prmim inspect``."""
@@ -529,7 +411,7 @@ class DecodingConfig(MethodConfig):
     def _choice_text(self) -> str:
         if not self.counts.thrown:
             return "all masked tokens: nothing is thrown"
-        how = find_option(type(self), "throwing").rule.choices[self.throwing]
+        how = self.in_words("throwing")
         if self.throwing == "furthest" and self.furthest_from == "visible":
             how += ", away from the visible ones"
         return f"whole units chosen by {how}" if self.throw_shape else f"chosen by {how}"
@@ -551,7 +433,9 @@ class PixelConfig(DecodingConfig):
 
     predicts: ClassVar[Predicts] = "pixels"
 
-    throwing: str = throwing_option(weighted="the encoder's attention: attended tokens tend to be masked (AMT)")
+    throwing: str | Function = throwing_option(
+        weighted="the encoder's attention: attended tokens tend to be masked (AMT)"
+    )
     low_pass: float | None = option(
         "Radius, in periods per image, of the low-pass filter on predicted patches (PixMIM: 40 at 224 pixels). Null: "
         "no filter.",
@@ -590,10 +474,7 @@ class PixelConfig(DecodingConfig):
     def check(self) -> None:
         """Validate options that depend on one another."""
         super().check()
-        if self.cells is not None and any(size % self.cells for size in self.patch_size):
-            raise ValueError(
-                f"cells: expected a divisor of the patch {times(self.patch_size)}, or null, got {self.cells}"
-            )
+        cell_shape(self.patch_size, self.cells)
         if self.needs_weights and not self.class_tokens:
             raise ValueError("class_tokens: expected at least 1 for throwing 'weighted', got 0")
 
@@ -615,7 +496,7 @@ class PixelConfig(DecodingConfig):
     @property
     def cell_shape(self) -> tuple[int, ...]:
         """Cells of a patch along each axis."""
-        return tuple((2 - size % 2) if self.cells is None else self.cells for size in self.patch_size)
+        return cell_shape(self.patch_size, self.cells)
 
     @property
     def cell_dim(self) -> int:
@@ -680,6 +561,18 @@ class PixelConfig(DecodingConfig):
         filtered = {} if self.low_pass is None else {"low_pass": self.low_pass}
         return {**super().architecture(), **cells, **filtered}
 
+    @classmethod
+    def options_of(cls, architecture: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the options that :meth:`architecture` tells; see :meth:`EncoderOptions.options_of`."""
+        found = super().options_of(architecture)
+        found["low_pass"] = architecture.get("low_pass")
+        if "cells" not in architecture:
+            return {**found, "thrown_target": "patch"}
+        sides = set(architecture["cells"])
+        cells = {"cells": sides.pop() if len(sides) == 1 else None, "cell_norm": architecture["cell_norm"]}
+        # Tokens that are not reconstructed predict no cells, so others do.
+        return {**found, **cells, "extra_cells": "decoded" if found["reconstruction"] == "none" else "none"}
+
     def _describe_targets(self) -> Rows:
         rows = []
         if self.patch_places:
@@ -693,12 +586,21 @@ class PixelConfig(DecodingConfig):
         return rows
 
 
-def times(shape: tuple[int, ...]) -> str:
-    """Return sizes in words.
+def cell_shape(patch_size: tuple[int, ...], cells: int | None) -> tuple[int, ...]:
+    """Return the cells of a patch along each axis; None: 2, or 1 along a side of odd length.
+
+    Raises
+    ------
+    ValueError
+        If ``cells`` does not divide the sides.
 
     Examples
     --------
-    >>> times((14, 14))
-    '14 x 14'
+    >>> cell_shape((16, 15), None)
+    (2, 1)
     """
-    return " x ".join(map(str, shape))
+    if cells is None:
+        return tuple(2 - size % 2 for size in patch_size)
+    if cells < 1 or any(size % cells for size in patch_size):
+        raise ValueError(f"cells: expected a divisor of the patch {times(patch_size)}, or null, got {cells}")
+    return (cells,) * len(patch_size)

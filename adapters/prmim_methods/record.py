@@ -6,19 +6,27 @@ the class docstring, the command line and its help all come from that declaratio
 
 import dataclasses
 import functools
+import importlib
 import inspect
 import math
 import os
 import re
+import sys
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
+from pathlib import Path
 from typing import Any, TypeVar, dataclass_transform
 
-from prmim_methods.messages import shown
+from prmim_methods.messages import one_line, shown
 
 T = TypeVar("T", bound=type)
+
+Function = Callable[..., Any]
+"""Type of what an option of type ``str | Function`` takes besides text: a function or a class of one's own."""
+IMPORT_PATH = re.compile(r"[^\W\d][\w.]*:[^\W\d][\w.]*")
+"""The text that stands for a function: ``package.module:function``."""
 
 WORDS: dict[Any, str] = {
     bool: "true or false",
@@ -57,6 +65,9 @@ class Rule:
         Bounds of a number, or of each number of a tuple.
     rising
         Whether the numbers of a tuple must not fall.
+    function
+        Arguments and result of a function of one's own that is allowed too, as the type ``str | Function`` says; empty:
+        none is.
     shows_choices
         Whether the documentation lists the choices after the sentence.
     """
@@ -68,6 +79,7 @@ class Rule:
     at_least: float | None = None
     at_most: float | None = None
     rising: bool = False
+    function: str = ""
     shows_choices: bool = True
 
     def range_words(self) -> str:
@@ -114,16 +126,21 @@ class Option:
 
     @property
     def kind(self) -> Any:
-        """The type without None."""
-        if not self.is_optional:
+        """The type without None and functions."""
+        if not (self.is_optional or self.takes_function):
             return self.type
-        (kind,) = (kind for kind in typing.get_args(self.type) if kind is not types.NoneType)
+        (kind,) = (kind for kind in typing.get_args(self.type) if kind not in (types.NoneType, Function))
         return kind
 
     @property
     def is_optional(self) -> bool:
         """Whether None is a value."""
         return types.NoneType in typing.get_args(self.type)
+
+    @property
+    def takes_function(self) -> bool:
+        """Whether a function, or its import path, is a value."""
+        return bool(self.rule.function)
 
     @property
     def is_flag(self) -> bool:
@@ -136,6 +153,7 @@ class Option:
         words = WORDS[self.kind].format(self.rule.range_words())
         if self.rule.choices:
             words = f"one of {', '.join(self.rule.choices)}"
+        words += ", or package.module:function" * self.takes_function
         if self.rule.rising:
             words = re.sub("(whole )?numbers", r"rising \g<0>", words)
         return words + (", or null" if self.is_optional else "")
@@ -146,6 +164,8 @@ class Option:
         if not self.rule.choices or not self.rule.shows_choices:
             return self.rule.help
         meanings = [f"{choice} ({meaning})" if meaning else choice for choice, meaning in self.rule.choices.items()]
+        if self.takes_function:
+            meanings.append(f"or a function of your own, package.module:function ({self.rule.function})")
         return f"{self.rule.help.removesuffix('.')}: {', '.join(meanings)}."
 
     def check(self, value: Any) -> Any:
@@ -160,6 +180,8 @@ class Option:
         """
         if value is None and self.is_optional:
             return None
+        if self.names_function(value):
+            return value
         try:
             checked = _CONVERTERS[self.kind](value)
             wanted = self._objection(checked)
@@ -170,6 +192,38 @@ class Option:
         if wanted:
             raise ValueError(f"{self.name}: expected {wanted}, got {shown(value)}")
         return checked
+
+    def names_function(self, value: Any) -> bool:
+        """Return whether a value of this option is a function or an import path."""
+        is_path = isinstance(value, str) and len(value) <= LONGEST_TEXT and IMPORT_PATH.fullmatch(value) is not None
+        return self.takes_function and (callable(value) or is_path)
+
+    def load(self, value: Any) -> Any:
+        """Return what a value stands for: the function at an import path, else the value itself.
+
+        As for ``python -m``, the current folder is one of those that are searched.
+
+        Raises
+        ------
+        ValueError
+            If there is no such module or function.
+        """
+        if callable(value) or not self.names_function(value):
+            return value
+        module, _, name = value.partition(":")
+        folder = str(Path.cwd())
+        if not {"", folder} & set(sys.path):
+            sys.path.append(folder)
+        try:
+            found = functools.reduce(getattr, name.split("."), importlib.import_module(module))
+        except Exception as error:  # whatever the module raises
+            reason = f"{type(error).__name__}: {error}"
+            raise ValueError(
+                one_line(f"{self.name}: expected a function to import, got {value!r} ({reason})")
+            ) from error
+        if not callable(found):
+            raise ValueError(f"{self.name}: expected a function at {value}, got {shown(found)}")
+        return found
 
     def _objection(self, value: Any) -> str:
         """Return what is expected instead of a value of the right type; empty if the value is allowed."""
@@ -263,6 +317,7 @@ def option(
     at_least: float | None = None,
     at_most: float | None = None,
     rising: bool = False,
+    function: str = "",
 ) -> Any:
     """Declare a field of a record; see :class:`Rule` for the other arguments."""
     rule = Rule(
@@ -273,6 +328,7 @@ def option(
         at_least=at_least,
         at_most=at_most,
         rising=rising,
+        function=function,
     )
     return dataclasses.field(default=default, metadata={"rule": rule})
 
@@ -346,3 +402,14 @@ class Record:
 
     def check(self) -> None:
         """Validate options that depend on one another; raise ValueError with one line."""
+
+    def loaded(self, name: str) -> Any:
+        """Return the value of an option; that of an import path is its function."""
+        return find_option(type(self), name).load(getattr(self, name))
+
+    def in_words(self, name: str) -> str:
+        """Return what the value of an option means: the choice in words, or the function."""
+        value = getattr(self, name)
+        if not isinstance(value, str):
+            return str(getattr(value, "__name__", type(value).__name__))
+        return find_option(type(self), name).rule.choices.get(value, value)

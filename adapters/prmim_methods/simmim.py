@@ -1,5 +1,6 @@
 """SimMIM: mask tokens in the encoder and one linear layer after it; dense, partial or PR-MIM."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -47,7 +48,11 @@ class SimMIMConfig(PixelConfig):
     position: str = option(
         "How the encoder represents positions.",
         default="relative",
-        choices={"relative": "a learned bias on the attention scores", "absolute": "a fixed sine-cosine table"},
+        choices={
+            "relative": "a learned bias on the attention scores",
+            "absolute": "a fixed sine-cosine table",
+            "learned": "a learned table",
+        },
     )
     layer_scale: float = option("Initial value of LayerScale on each branch of a block.", default=0.1, above=0, below=1)
     drop_path: float = drop_path_option()
@@ -123,6 +128,11 @@ class SimMIMConfig(PixelConfig):
     def architecture(self) -> dict[str, Any]:
         """Return what the weights mean; see :meth:`MethodConfig.architecture`."""
         return {**super().architecture(), "position": self.position}
+
+    @classmethod
+    def options_of(cls, architecture: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the options that :meth:`architecture` tells; see :meth:`EncoderOptions.options_of`."""
+        return {**super().options_of(architecture), "position": architecture["position"]}
 
     def _describe_sequences(self, dense: str) -> Rows:
         return [("encoder sequence", f"{self.encoder_length}, with mask tokens and class token ({dense})")]

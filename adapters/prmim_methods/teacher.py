@@ -3,19 +3,17 @@
 Only JSON is read here; the adapters read the weights.
 """
 
-import importlib
 import json
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from math import prod
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
+from prmim_methods.encoder import IMAGENET_MEAN, IMAGENET_STD
 from prmim_methods.files import is_special
+from prmim_methods.hub import find_folder, local_folder
 from prmim_methods.messages import one_line, shown
-from prmim_methods.method import IMAGENET_MEAN, IMAGENET_STD
 from prmim_methods.sizes import Transformer
 
 Family = Literal["clip", "vit", "dinov2"]
@@ -24,7 +22,6 @@ Activation = Literal["gelu", "quick_gelu"]
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
-HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 CONFIG_FILE = "config.json"
 LARGEST = 2**14
 """Largest width, side or other number in a configuration; published models stay far below."""
@@ -131,18 +128,7 @@ def local_teacher(source: str) -> Path | None:
     ValueError
         If there is no such folder and the text is no name.
     """
-    if Path(source).is_dir():
-        return Path(source)
-    _check_hub_name(source)
-    if find_spec("huggingface_hub") is None:  # then nothing was downloaded either
-        return None
-    found = importlib.import_module("huggingface_hub").try_to_load_from_cache(source, CONFIG_FILE)
-    return Path(found).parent if isinstance(found, str) else None
-
-
-def _check_hub_name(source: str) -> None:
-    if not HUB_NAME.fullmatch(source):
-        raise ValueError(f"teacher: expected a folder, or a name on the hub (owner/name), got {shown(source)}")
+    return local_folder(source, "teacher", CONFIG_FILE)
 
 
 def find_teacher(source: str | Path) -> Path:
@@ -160,20 +146,7 @@ def find_teacher(source: str | Path) -> Path:
     ValueError
         If there is no such folder, or the model cannot be downloaded.
     """
-    if Path(source).is_dir():
-        return Path(source)
-    _check_hub_name(str(source))
-    try:
-        hub = importlib.import_module("huggingface_hub")
-    except ImportError:
-        raise ImportError(
-            f"teacher: expected a folder, or huggingface_hub installed to download a model, got {shown(str(source))}"
-        ) from None
-    try:
-        return Path(hub.snapshot_download(str(source), allow_patterns=list(DOWNLOADED)))
-    except Exception as error:  # whatever the client and the network come up with
-        expected = "a folder, or a model that can be downloaded"
-        raise ValueError(f"teacher: expected {expected}, got {shown(str(source))} ({one_line(error)})") from None
+    return find_folder(source, "teacher", DOWNLOADED)
 
 
 def read_teacher(folder: Path) -> TeacherConfig:

@@ -1,14 +1,16 @@
 """VideoMAE and VideoMAE V2: masked autoencoders of clips; dense, partial or PR-MIM."""
 
+from collections.abc import Mapping
 from functools import cached_property
 from math import prod
 from typing import Any, ClassVar
 
 from prmim_core import TokenCounts
 from prmim_core.counts import Rounding
+from prmim_methods.encoder import times
 from prmim_methods.mae import MAEConfig
-from prmim_methods.method import Rows, throwing_option, times
-from prmim_methods.record import option, record
+from prmim_methods.method import Rows, throwing_option
+from prmim_methods.record import Function, option, record
 
 PHASES = 4
 """Tokens of a running cell, each in another phase. Every time step advances them by one."""
@@ -51,7 +53,7 @@ class VideoMAEConfig(MAEConfig):
     image_size: tuple[int, ...] = (16, 224, 224)
     patch_size: tuple[int, ...] = (2, 16, 16)
     mask_ratio: float = 0.9
-    throwing: str = throwing_option(
+    throwing: str | Function = throwing_option(
         dual="a running cell over all tokens, whose visible ones are decoded too, without a loss (VideoMAE V2)"
     )
     norm_over: str = option(
@@ -118,9 +120,9 @@ class VideoMAEConfig(MAEConfig):
         return TokenCounts(counts.visible, counts.masked - thrown, thrown)
 
     @property
-    def plan_throwing(self) -> str:
-        """The strategy that chooses the decoded tokens of a plan."""
-        return "cell" if self.throwing == "dual" else self.throwing
+    def plan_throwing(self) -> Any:
+        """The strategy of ``prmim_core.Schedule`` that chooses the decoded tokens: its name, or a function."""
+        return "cell" if self.throwing == "dual" else super().plan_throwing
 
     @property
     def num_repeated(self) -> int:
@@ -141,6 +143,11 @@ class VideoMAEConfig(MAEConfig):
     def architecture(self) -> dict[str, Any]:
         """Return what the weights mean; see :meth:`MethodConfig.architecture`."""
         return {**super().architecture(), **({"norm_over": self.norm_over} if self.norm_pix else {})}
+
+    @classmethod
+    def options_of(cls, architecture: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the options that :meth:`architecture` tells; see :meth:`EncoderOptions.options_of`."""
+        return {**super().options_of(architecture), "norm_over": architecture.get("norm_over")}
 
     def _describe_sequences(self, dense: str) -> Rows:
         rows = super()._describe_sequences(dense)

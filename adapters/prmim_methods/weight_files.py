@@ -1,20 +1,23 @@
 """What files of weights have in common, whichever framework writes and reads them."""
 
+import hashlib
 import json
 import os
 import uuid
-from collections.abc import Callable, Collection, Mapping
+import warnings
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from prmim_methods.files import open_regular
+from prmim_methods.hub import found_or_downloaded
 from prmim_methods.messages import shown
 
 METADATA_KEY = "prmim_architecture"
 """Where a file's metadata holds the JSON of the method's ``architecture()``."""
 
-
-MOST_NAMED = 3
-"""Most names of tensors that a message lists."""
+WEIGHTS_FILE = "weights.safetensors"
+"""Name of the file of weights in a checkpoint."""
 
 RENAMED_FIELDS = {"variant": "reconstruction"}
 """Fields of files that earlier versions wrote, by their names of today."""
@@ -47,14 +50,30 @@ def check_metadata(method: object, metadata: Mapping[str, str] | None, path: str
     path
         The file, for messages.
     """
+    got = read_architecture(metadata, path)
+    check_architecture(architecture_of(method), got)
+
+
+def read_architecture(metadata: Mapping[str, str] | None, path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Return the architecture in the metadata of a file, with today's names; ValueError if there is none.
+
+    Parameters
+    ----------
+    metadata
+        That of the file.
+    path
+        The file, for messages.
+    """
     try:
         got = json.loads((metadata or {})[METADATA_KEY])
-        got = {RENAMED_FIELDS.get(field, field): value for field, value in got.items()}
-    except (AttributeError, KeyError, ValueError, RecursionError):
-        got = None
-    if not isinstance(got, dict):
-        raise ValueError(f"path: expected weights written by prmim, got {os.fspath(path)}, whose metadata has none")
-    expected = architecture_of(method)
+        return {RENAMED_FIELDS.get(field, field): value for field, value in got.items()}
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError):
+        place = os.fspath(path)
+        raise ValueError(f"path: expected weights written by prmim, got {place}, whose metadata has none") from None
+
+
+def check_architecture(expected: Mapping[str, Any], got: Mapping[str, Any]) -> None:
+    """Raise ValueError, naming the first field that differs, unless two architectures are equal."""
     for field in (*expected, *got):
         ours, theirs = expected.get(field), got.get(field)
         if ours != theirs:
@@ -68,47 +87,54 @@ def check_metadata(method: object, metadata: Mapping[str, str] | None, path: str
             raise ValueError(f"weights: {shown(field)[1:-1]}: expected {shown(ours)}, got {shown(theirs)}{hint}")
 
 
-def official_name(name: str) -> str | None:
-    """Return the name of a weight in the state dicts of MAE's and Pixio's code; None for parts that they do not have.
-
-    The encoder has the names of timm's ViT; names of the decoder begin with ``decoder_``, but for the mask token.
-
-    Examples
-    --------
-    >>> names = ("encoder.blocks.0.attn.qkv.bias", "decoder.norm.bias", "decoder.mask_token", "cell_head.bias")
-    >>> [official_name(name) for name in names]
-    ['blocks.0.attn.qkv.bias', 'decoder_norm.bias', 'mask_token', None]
-    """
-    part, _, rest = name.partition(".")
-    if part == "decoder" and rest != "mask_token":
-        return f"decoder_{rest}"
-    return rest if part in ("encoder", "decoder") else None
-
-
-def official_names(expected: Collection[str], got: Collection[str]) -> dict[str, str]:
-    """Return the official name of each weight of a method that an official state dict sets.
+def find_weights(place: str | os.PathLike[str]) -> Path:
+    """Return the file of weights that a path names.
 
     Parameters
     ----------
-    expected
-        Names of the weights of the method.
-    got
-        Names of the tensors of the state dict. Those of the decoder may be missing, all of them.
+    place
+        A file; a folder with a file ``weights.safetensors``, such as a checkpoint; the folder of a run, which stands
+        for its newest good checkpoint; or a name on the Hugging Face hub, see :func:`prmim_methods.hub.find_folder`.
 
     Raises
     ------
-    ValueError
-        If the names are of another layout.
+    FileNotFoundError
+        If there is no such path, or no weights in it.
+    ImportError, ValueError
+        If a name on the hub cannot be downloaded.
+    OSError
+        If all checkpoints of a run are damaged.
+
+    Warns
+    -----
+    UserWarning
+        If a newer checkpoint than the returned one is damaged: its weights do not match its ``manifest.json``.
     """
-    if "patch_embed.proj.weight" not in got:
-        listed = ", ".join(map(shown, sorted(got)[:MOST_NAMED])) or "none"
-        raise ValueError(
-            "weights: expected the names of MAE's and Pixio's code, such as 'patch_embed.proj.weight', got " + listed
-        )
-    has_decoder = any(name.startswith("decoder_") for name in got)
-    parts = ("encoder.", "decoder.") if has_decoder else ("encoder.",)
-    names = {name: official_name(name) for name in expected if name.startswith(parts)}
-    return {name: official for name, official in names.items() if official is not None}
+    path = found_or_downloaded(place, "path", (WEIGHTS_FILE,))
+    if not path.is_dir():
+        if not path.exists():
+            raise FileNotFoundError(f"path: expected a file of weights or the folder of a run, got {path}")
+        return path
+    if (path / WEIGHTS_FILE).exists():
+        return path / WEIGHTS_FILE
+    found = sorted(path.glob(f"checkpoints/step_*/{WEIGHTS_FILE}"), key=lambda file: (len(file.parent.name), file))
+    for file in reversed(found):
+        if not is_damaged(file):
+            return file
+        warnings.warn(f"the checkpoint {file.parent} is damaged, and an earlier one is used", stacklevel=2)
+    if found:
+        raise OSError(f"path: expected a good checkpoint in {found[0].parent.parent}, but all are damaged")
+    raise FileNotFoundError(f"path: expected {WEIGHTS_FILE} or the checkpoint of a run in {path}, got none")
+
+
+def is_damaged(file: Path) -> bool:
+    """Return whether a file of a checkpoint differs from what the ``manifest.json`` beside it lists, or has none."""
+    try:
+        listed = json.loads(file.with_name("manifest.json").read_bytes())["files"][file.name]
+        with open_regular(file) as content:
+            return bool(hashlib.file_digest(content, "sha256").hexdigest() != listed["sha256"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return True
 
 
 def check_tensors(

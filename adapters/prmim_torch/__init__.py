@@ -1,15 +1,18 @@
 """Masked image modelling in PyTorch: methods, engines that train them, and parts for other trainers."""
 
 from prmim_torch.classifier import Classifier, ClassifierEngine
+from prmim_torch.encoder import EncoderEngine, ImageEncoder, load_encoder
 from prmim_torch.engine import Comparison, Engine, Reconstruction
-from prmim_torch.interop import load_official_weights, load_weights, save_weights
+from prmim_torch.foreign import import_weights, init_weights
+from prmim_torch.interop import load_weights, save_weights
 from prmim_torch.localmim import LocalMIM, LocalOutput
 from prmim_torch.mae import MAE
 from prmim_torch.maskalign import AlignOutput, MaskAlign
 from prmim_torch.method import Method, PixelOutput
 from prmim_torch.methods import METHODS, create_method
+from prmim_torch.pixel_loss import PixelLoss
 from prmim_torch.plan import make_plan
-from prmim_torch.reconstruct import ProgressiveReconstruction
+from prmim_torch.reconstruct import ProgressiveReconstruction, no_weight_decay
 from prmim_torch.simmim import SimMIM
 from prmim_torch.teacher import Teacher, TeacherOutput
 from prmim_torch.videomae import VideoMAE
@@ -21,11 +24,14 @@ __all__ = [
     "Classifier",
     "ClassifierEngine",
     "Comparison",
+    "EncoderEngine",
     "Engine",
+    "ImageEncoder",
     "LocalMIM",
     "LocalOutput",
     "MaskAlign",
     "Method",
+    "PixelLoss",
     "PixelOutput",
     "ProgressiveReconstruction",
     "Reconstruction",
@@ -34,8 +40,11 @@ __all__ = [
     "TeacherOutput",
     "VideoMAE",
     "create_method",
-    "load_official_weights",
+    "import_weights",
+    "init_weights",
+    "load_encoder",
     "load_weights",
     "make_plan",
+    "no_weight_decay",
     "save_weights",
 ]

@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from prmim_methods import ClassifierConfig, MethodConfig, TrainingConfig
+from prmim_methods.architecture import fit_encoder
 from prmim_methods.classifier import BATCH_NORM_EPS, BATCH_NORM_MOMENTUM, check_targets, copy_table
-from prmim_methods.weight_files import check_metadata
+from prmim_methods.weight_files import read_architecture
 from prmim_torch.distributed import is_connected
 from prmim_torch.interop import check_fit, read_file
 from prmim_torch.method import ImageModule, build_encoder, check_not_empty, initial_weights
@@ -104,7 +105,7 @@ class Classifier(ImageModule):
     Parameters
     ----------
     method_config
-        The method whose encoder the classifier has. :func:`load_encoder` loads trained weights.
+        The method whose encoder the classifier has. :func:`load_pretrained` loads trained weights.
     config
         The options. The classifier is frozen, apart from its head, with ``protocol="linear"``; else the position table
         is trained too. Relative positions then have a table in each block, see :meth:`ClassifierConfig.position`.
@@ -137,15 +138,17 @@ class Classifier(ImageModule):
     def __init__(
         self, method_config: MethodConfig, config: ClassifierConfig, num_classes: int, init_seed: int = 0
     ) -> None:
-        super().__init__(method_config)
+        encoder_config = config.encoder(method_config)
+        super().__init__(encoder_config)
         method_config.check_pool(config.pool)
         self.method_config, self.config, self.num_classes = method_config, config, num_classes
+        self.encoder_config = encoder_config
         self._init_seed = init_seed
         dim = method_config.encoder_size.dim
         has_layer_norm = config.pool == "mean" and not config.is_frozen
         with initial_weights(method_config.init_seed):
             self.encoder = build_encoder(
-                method_config,
+                encoder_config,
                 position=config.position(method_config),
                 learned_positions=not config.is_frozen,
                 final_norm=not has_layer_norm,
@@ -176,7 +179,7 @@ class Classifier(ImageModule):
         Parameters
         ----------
         images
-            uint8 (batch, image_size..., channels).
+            uint8 (batch, image_size..., channels); with a ``pixel_range``, also uint16 or float32.
         noise
             int (batch, N), for example from ``prmim_core.counter_noise``: decides which branches drop path drops.
             Needed in training mode with drop path.
@@ -189,7 +192,7 @@ class Classifier(ImageModule):
         Raises
         ------
         TypeError
-            If ``images`` are not uint8 or ``noise`` is not of an integer dtype.
+            If ``images`` are of another dtype or ``noise`` is not of an integer dtype.
         ValueError
             If a shape does not fit, ``noise`` is needed and missing, or there are no images in training mode.
         """
@@ -209,7 +212,7 @@ class Classifier(ImageModule):
         self._check_noise(noise, images)
         return self._drop_path(noise, self.config.drop_rate)
 
-    def not_decayed(self) -> frozenset[str]:
+    def no_weight_decay(self) -> frozenset[str]:
         """Return the parameters of several axes that fine-tuning exempts from weight decay."""
         return self.config.not_decayed()
 
@@ -218,10 +221,11 @@ class Classifier(ImageModule):
         return self.config.architecture(self.method_config, self.num_classes)
 
 
-def load_encoder(classifier: Classifier, path: str | os.PathLike[str]) -> None:
-    """Load the encoder of a classifier from the weight file of its method.
+def load_pretrained(classifier: Classifier, path: str | os.PathLike[str]) -> None:
+    """Load the encoder of a classifier from a weight file of its method, or of an encoder alone.
 
-    If each block of the classifier has a table of relative position bias, each gets a copy of the method's.
+    Images of the file may have another size: then tables of positions are fitted to the classifier's. If each block of
+    the classifier has a table of relative position bias, each gets a copy of the method's.
 
     Parameters
     ----------
@@ -240,7 +244,7 @@ def load_encoder(classifier: Classifier, path: str | os.PathLike[str]) -> None:
         field that differs. The classifier is unchanged then.
     """
     metadata, tensors = read_file(path)
-    check_metadata(classifier.method_config, metadata, path)
+    tensors = fit_encoder(classifier.encoder_config, read_architecture(metadata, path), tensors)
     expected = {f"encoder.{name}": tensor for name, tensor in classifier.encoder.state_dict().items()}
     copied = copy_table(tensors, classifier.method_config.encoder_size.depth)
     found = {name: tensor for name, tensor in copied.items() if name in expected}
@@ -369,7 +373,7 @@ class ClassifierEngine(Trainer[Classifier]):
             initial = METHODS[method_config.name](method_config).encoder.state_dict()
             classifier.encoder.load_state_dict(initial, strict=False)
         else:
-            load_encoder(classifier, weights)
+            load_pretrained(classifier, weights)
         super().__init__(
             classifier,
             replace(training, parallel="ddp") if config.is_frozen else training,
@@ -380,7 +384,7 @@ class ClassifierEngine(Trainer[Classifier]):
             statistics=classifier.fc_norm,
         )
 
-    def train_step(self, images: NDArray[np.uint8], sample: NDArray[np.int64], targets: NDArray[np.float32]) -> None:
+    def train_step(self, images: NDArray[Any], sample: NDArray[np.int64], targets: NDArray[np.float32]) -> None:
         """Take one optimizer step on the cross-entropy, without waiting for the device.
 
         Measures ``loss`` and ``accuracy``, the fraction of images whose largest logit is at their largest target.
@@ -388,7 +392,7 @@ class ClassifierEngine(Trainer[Classifier]):
         Parameters
         ----------
         images
-            uint8 (batch, image_size..., channels): this process's share of the batch, the same size in all processes.
+            (batch, image_size..., channels): this process's share of the batch, the same size in all processes.
         sample
             int64 (batch,): index of each image in the data set. Seed, step and this index determine drop path.
         targets
@@ -402,7 +406,7 @@ class ClassifierEngine(Trainer[Classifier]):
         check_targets(targets, len(images), self.module.num_classes)
         self._take_step(images, sample, targets)
 
-    def predict(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
+    def predict(self, images: NDArray[Any]) -> NDArray[np.float32]:
         """Return logits float32 (batch, num_classes), in evaluation mode; all processes must pass the same images."""
         with self._evaluation():
             logits = self.module(self._upload(images))

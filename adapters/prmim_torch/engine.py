@@ -1,5 +1,6 @@
 """The PyTorch engine: a method with its optimizer and device, as used by the training loop."""
 
+import os
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -11,6 +12,7 @@ from torch import Tensor
 from prmim_core import Schedule
 from prmim_methods import MethodConfig, TrainingConfig
 from prmim_methods.method import Predicts
+from prmim_torch.foreign import read_start
 from prmim_torch.method import FeatureMethod, Method, PixelMethod
 from prmim_torch.methods import METHODS
 from prmim_torch.trainer import Trainer, parameter_groups
@@ -115,14 +117,14 @@ class Engine(Trainer[Method]):
         return self.method.config.predicts
 
     def train_step(
-        self, images: NDArray[np.uint8], sample: NDArray[np.int64], weights: NDArray[np.float32] | None = None
+        self, images: NDArray[Any], sample: NDArray[np.int64], weights: NDArray[np.float32] | None = None
     ) -> None:
         """Take one optimizer step, without waiting for the device.
 
         Parameters
         ----------
         images
-            uint8 (batch, image_size..., channels): this process's share of the batch, the same size in all processes.
+            (batch, image_size..., channels): this process's share of the batch, the same size in all processes.
         sample
             int64 (batch,): index of each image in the data set. Seed, step and this index determine its mask.
         weights
@@ -135,7 +137,16 @@ class Engine(Trainer[Method]):
         """
         self._take_step(images, sample, *(() if weights is None else (weights,)))
 
-    def features(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
+    def init_weights(self, source: str | os.PathLike[str]) -> str:
+        """Start from the weights of other code or of another method; see :func:`prmim_torch.init_weights`.
+
+        All processes must call it.
+        """
+        start = self._processes.together(lambda: read_start(self.method, source))
+        self._put_weights({name: torch.from_numpy(array) for name, array in start.weights.items()})
+        return start.line
+
+    def features(self, images: NDArray[Any]) -> NDArray[np.float32]:
         """Return the mean patch feature of whole images, nothing masked: float32 (batch, dim).
 
         All processes must pass the same images, here and in :meth:`reconstruct` and :meth:`compare`.
@@ -144,7 +155,7 @@ class Engine(Trainer[Method]):
             features = self.method.features(self._upload(images))
         return features.float().cpu().numpy()
 
-    def attention(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
+    def attention(self, images: NDArray[Any]) -> NDArray[np.float32]:
         """Return the attention to the patches of whole images, in [0, 1]: float32 (batch, N).
 
         All processes must call it, with a batch of the same size; the images may differ.
@@ -153,7 +164,7 @@ class Engine(Trainer[Method]):
             attention = self.method.attention(self._upload(images))
         return attention.float().cpu().numpy()
 
-    def reconstruct(self, images: NDArray[np.uint8], sample: NDArray[np.int64]) -> Reconstruction:
+    def reconstruct(self, images: NDArray[Any], sample: NDArray[np.int64]) -> Reconstruction:
         """Mask images as in step 0, and predict their pixels.
 
         With ``throwing="weighted"``, the attention to these images is computed first.
@@ -161,7 +172,7 @@ class Engine(Trainer[Method]):
         Parameters
         ----------
         images
-            uint8 (batch, image_size..., channels).
+            uint8 (batch, image_size..., channels); with a ``pixel_range``, also uint16 or float32.
         sample
             int64 (batch,): index of each image in the data set.
 
@@ -180,13 +191,13 @@ class Engine(Trainer[Method]):
             patches = method.rebuilt_pixels(pixels, output)
         return Reconstruction(output.plan.order.cpu().numpy(), output.plan.schedule, patches.float().cpu().numpy())
 
-    def compare(self, images: NDArray[np.uint8], sample: NDArray[np.int64]) -> Comparison:
+    def compare(self, images: NDArray[Any], sample: NDArray[np.int64]) -> Comparison:
         """Mask images as in step 0, and return predicted and target features.
 
         Parameters
         ----------
         images
-            uint8 (batch, image_size..., channels).
+            uint8 (batch, image_size..., channels); with a ``pixel_range``, also uint16 or float32.
         sample
             int64 (batch,): index of each image in the data set.
 

@@ -132,7 +132,7 @@ class LocalMIM(FeatureMethod):
                 for _ in scales
             )
             self.heads = nn.ModuleList(ScaleHead(config, scale) for scale in scales)
-        stages = [self._build_reconstruction(size.dim) for _ in scales]
+            stages = [self._build_reconstruction(size.dim) for _ in scales]
         self.reconstruct = nn.ModuleList(stage for stage in stages if stage is not None)
 
     def forward(self, images: Tensor, noise: Tensor) -> LocalOutput:
@@ -141,7 +141,7 @@ class LocalMIM(FeatureMethod):
         Parameters
         ----------
         images
-            uint8 (batch, image_size..., channels).
+            uint8 (batch, image_size..., channels); with a ``pixel_range``, also uint16 or float32.
         noise
             int (batch, N), for example from ``prmim_core.counter_noise``.
 
@@ -152,7 +152,7 @@ class LocalMIM(FeatureMethod):
         Raises
         ------
         TypeError
-            If ``images`` are not uint8 or ``noise`` does not hold real numbers.
+            If ``images`` are of another dtype or ``noise`` does not hold real numbers.
         ValueError
             If a shape does not fit, or there are no images.
         """
@@ -212,6 +212,7 @@ class LocalMIM(FeatureMethod):
     def _cell_maps(self, images: Tensor) -> list[Tensor]:
         """Return what is predicted of each cell, (batch, cells..., values) for each scale."""
         config, dtype = self.config, self.encoder.cls_token.dtype
+        images = self._pixels(images)
         if config.target == "hog":
             # Of pixels that are not normalised: their gradients are exact, and histograms ignore the scale.
             return hog_pyramid(images.to(dtype), config.cell_sizes, config.bins)  # type: ignore[arg-type]  # two axes

@@ -59,7 +59,7 @@ class MAE(PixelMethod):
         Parameters
         ----------
         images
-            uint8 (batch, image_size..., channels).
+            uint8 (batch, image_size..., channels); with a ``pixel_range``, also uint16 or float32.
         noise
             int (batch, N), for example from ``prmim_core.counter_noise``. It also decides which branches drop path
             drops, in training mode.
@@ -74,7 +74,7 @@ class MAE(PixelMethod):
         Raises
         ------
         TypeError
-            If ``images`` are not uint8 or ``noise`` does not hold real numbers.
+            If ``images`` are of another dtype or ``noise`` does not hold real numbers.
         ValueError
             If a shape does not fit, there are no images, or weights are missing or not needed.
         """

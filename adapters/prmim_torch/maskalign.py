@@ -89,7 +89,7 @@ class MaskAlign(FeatureMethod):
         Parameters
         ----------
         images
-            uint8 (batch, image_size..., channels).
+            uint8 (batch, image_size..., channels); with a ``pixel_range``, also uint16 or float32.
         noise
             int32 (batch, N), for example from ``prmim_core.counter_noise``. It also decides which branches drop path
             drops, in training mode.
@@ -101,13 +101,13 @@ class MaskAlign(FeatureMethod):
         Raises
         ------
         TypeError
-            If ``images`` are not uint8, or ``noise`` is not of an integer dtype (int32 for masking by attention).
+            If ``images`` are of another dtype, or ``noise`` is not of an integer dtype (int32 to mask by attention).
         ValueError
             If a shape does not fit, or there are no images.
         """
         patches = self._patches(images)
         self._check_batch(images, noise)
-        seen = self.teacher(images)
+        seen = self.teacher(self._pixels(images))
         plan = make_plan(self._schedule, noise, visible=self._visible(noise, seen.attention))
         losses = []
         for head, fused, hidden in zip(self.heads, self._fused(patches, plan, noise), seen.hidden, strict=True):
@@ -155,7 +155,7 @@ class MaskAlign(FeatureMethod):
     def compared_features(self, images: Tensor, output: AlignOutput) -> tuple[Tensor, Tensor]:
         """Return predicted and target features, for pictures; see :meth:`FeatureMethod.compared_features`."""
         self._check_output(output)
-        target = _whiten(self.teacher(images).hidden[-1][:, 1:])
+        target = _whiten(self.teacher(self._pixels(images)).hidden[-1][:, 1:])
         student = output.predicted[:, 1:].to(target.dtype)
         places = self._supervised(output.plan)[:, :, None].expand_as(student)
         return torch.full_like(target, torch.nan).scatter(1, places, student), target

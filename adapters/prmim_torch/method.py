@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from math import prod
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
@@ -36,21 +35,24 @@ from prmim_core import (
 )
 from prmim_methods import MethodConfig, PixelConfig
 from prmim_methods.cost import CONV_REPEATS, RECONSTRUCTION_HEADS
+from prmim_methods.encoder import EncoderOptions
 from prmim_torch.distributed import spread
 from prmim_torch.plan import make_plan
-from prmim_torch.reconstruct import ProgressiveReconstruction
+from prmim_torch.reconstruct import ProgressiveReconstruction, no_weight_decay
 from prmim_torch.vit import Encoder, Linear, constant_like
 
 Pool = Literal["mean", "cls"]
 
 
 class ImageModule(nn.Module):
-    """A module on uint8 images: validates them, cuts them into patches and normalises the pixels.
+    """A module on images: validates them, cuts them into patches and normalises the pixels.
+
+    Images are uint8; with a ``pixel_range``, also uint16 or float32.
 
     Parameters
     ----------
     config
-        The record of the method whose images and encoder the module has.
+        The record of the encoder and of the images.
     """
 
     losses: tuple[str, ...]
@@ -58,11 +60,13 @@ class ImageModule(nn.Module):
 
     encoder: Encoder
 
-    def __init__(self, config: MethodConfig) -> None:
+    def __init__(self, config: EncoderOptions) -> None:
         super().__init__()
         self.num_tokens = config.grid.num_tokens
         self._image_shape = (*config.image_size, config.channels)
         self._patch_size = config.patch_size
+        self._pixel_range = config.pixel_range
+        self._image_dtypes = tuple(getattr(torch, name) for name in config.image_dtypes)
         mean, std = config.pixel_mean, config.pixel_std
         self._pixel_scale = tuple(1 / (255 * deviation) for deviation in std)
         self._pixel_shift = tuple(-m / s for m, s in zip(mean, std, strict=True))
@@ -83,13 +87,23 @@ class ImageModule(nn.Module):
         raise NotImplementedError
 
     def _patches(self, images: Tensor) -> Tensor:
-        """Cut images into uint8 patches (batch, N, prod(patch) * C); validate dtype and shape."""
-        if images.dtype != torch.uint8:
-            raise TypeError(f"images: expected torch.uint8, got {images.dtype}")
+        """Cut images into patches (batch, N, prod(patch) * C) of values 0 .. 255; validate dtype and shape."""
+        return patchify(self._pixels(images), self._patch_size)
+
+    def _pixels(self, images: Tensor) -> Tensor:
+        """Return images of values 0 .. 255: uint8, or float32 with a ``pixel_range``; validate dtype and shape."""
+        if images.dtype not in self._image_dtypes:
+            raise TypeError(f"images: expected {' or '.join(map(str, self._image_dtypes))}, got {images.dtype}")
+        self._check_shape(images)
+        if self._pixel_range is None:
+            return images
+        low, high = self._pixel_range
+        return ((images.to(torch.float32) - low) * (255 / (high - low))).clamp(0, 255)
+
+    def _check_shape(self, images: Tensor) -> None:
         if tuple(images.shape[1:]) != self._image_shape:
             sizes = ", ".join(map(str, self._image_shape))
             raise ValueError(f"images: expected shape (batch, {sizes}), got {tuple(images.shape)}")
-        return patchify(images, self._patch_size)
 
     def _check_noise(self, noise: Tensor, images: Tensor) -> None:
         if tuple(noise.shape) != (images.shape[0], self.num_tokens):
@@ -154,7 +168,7 @@ class Method(ImageModule):
         Parameters
         ----------
         images
-            uint8 (batch, image_size..., channels).
+            uint8 (batch, image_size..., channels); with a ``pixel_range``, also uint16 or float32.
         pool
             ``"mean"``: the mean of the encoded tokens; ``"cls"``: the class token, or the mean of several.
 
@@ -172,7 +186,7 @@ class Method(ImageModule):
         Parameters
         ----------
         images
-            uint8 (batch, image_size..., channels).
+            uint8 (batch, image_size..., channels); with a ``pixel_range``, also uint16 or float32.
 
         Returns
         -------
@@ -188,9 +202,9 @@ class Method(ImageModule):
         """Return what the weights mean; see :meth:`prmim_methods.MethodConfig.architecture`."""
         return self.config.architecture()
 
-    def not_decayed(self) -> frozenset[str]:
-        """Return the parameters of several axes that the recipe exempts from weight decay."""
-        return self.config.not_decayed()
+    def no_weight_decay(self) -> frozenset[str]:
+        """Return the parameters of several axes that the recipe or a reconstruction exempts from weight decay."""
+        return self.config.not_decayed() | no_weight_decay(self)
 
     def measured(self, output: Any) -> list[Tensor]:
         """Return the scalars of an output that a training step measures, in the order of ``losses``."""
@@ -207,12 +221,19 @@ class Method(ImageModule):
 
     def _build_reconstruction(self, dim: int) -> ProgressiveReconstruction | None:
         """Return the reconstruction of features of ``dim`` channels; None if no token is reconstructed."""
-        if not self.config.is_reconstructed:
+        config = self.config
+        if not config.is_reconstructed:
             return None
+        if config.mix_factory is not None:
+            mix = config.mix_factory(dim, config.grid)
+            if not callable(mix):
+                how = config.in_words("reconstruction")
+                raise TypeError(f"reconstruction: expected {how} to return a mixing module, got {type(mix).__name__}")
+            return ProgressiveReconstruction(dim, config.grid, mix=mix)
         return ProgressiveReconstruction(
             dim,
-            self.config.grid,
-            self.config.reconstruction,  # type: ignore[arg-type]  # one of the choices
+            config.grid,
+            config.reconstruction,  # type: ignore[arg-type]  # one of the choices
             heads=RECONSTRUCTION_HEADS,
             repeats=CONV_REPEATS,
         )
@@ -276,7 +297,7 @@ class PixelMethod(Method):
             visible = unattended_visible(schedule.grid, unit, num_units, noise, weights)
         elif prod(unit) > 1:
             visible = block_visible(schedule.grid, unit, num_units, noise)
-        return make_plan(schedule, noise, visible, weights if schedule.throwing == "weighted" else None)
+        return make_plan(schedule, noise, visible, weights=weights if schedule.throwing == "weighted" else None)
 
     def measured(self, output: PixelOutput) -> list[Tensor]:
         """Return the scalars of an output that a training step measures, in the order of ``losses``."""
@@ -434,7 +455,7 @@ class FeatureMethod(Method):
 
 
 def build_encoder(
-    config: MethodConfig,
+    config: EncoderOptions,
     *,
     position: str | None = None,
     learned_positions: bool = False,
@@ -463,7 +484,7 @@ def build_encoder(
     )
 
 
-def check_not_empty(images: Tensor | NDArray[np.uint8]) -> None:
+def check_not_empty(images: Tensor | NDArray[Any]) -> None:
     """Raise ValueError if a batch has no images."""
     if images.shape[0] == 0:
         raise ValueError("images: expected at least one image, got an empty batch")

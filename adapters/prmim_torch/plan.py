@@ -12,10 +12,16 @@ from torch.utils.data._utils.collate import default_collate_fn_map
 import prmim_core
 from prmim_core import Grid, Plan, Schedule, TokenCounts
 from prmim_core.sampling import Sampler
-from prmim_core.schedule import check_plan_arguments
+from prmim_core.schedule import check_plan_arguments, choose_by_function
 
 
-def make_plan(schedule: Schedule, noise: Tensor, visible: Tensor | None = None, weights: Tensor | None = None) -> Plan:
+def make_plan(
+    schedule: Schedule,
+    noise: Tensor,
+    visible: Tensor | None = None,
+    decoded: Tensor | None = None,
+    weights: Tensor | None = None,
+) -> Plan:
     """Make the plan of a batch; ``prmim_core.make_plan`` for torch, which also works inside ``torch.compile``.
 
     Parameters
@@ -28,6 +34,9 @@ def make_plan(schedule: Schedule, noise: Tensor, visible: Tensor | None = None, 
     visible
         int (batch, V): the visible tokens, distinct, and in whole units if the schedule has a unit; None: the tokens or
         units of lowest noise.
+    decoded
+        int (batch, M): the decoded tokens, distinct and masked, and in whole units if the schedule has a unit; None:
+        those that the strategy of the schedule chooses.
     weights
         float (batch, N), for ``throwing="weighted"``; cast to float32.
 
@@ -42,9 +51,9 @@ def make_plan(schedule: Schedule, noise: Tensor, visible: Tensor | None = None, 
         If an argument is not a tensor, or a dtype does not fit.
     ValueError
         If a shape does not fit the schedule, weights are missing or not needed, noise or weights have NaN, or
-        ``visible`` repeats a token or cuts a unit.
+        ``visible`` or ``decoded`` repeats a token, cuts a unit or has tokens in common.
     IndexError
-        If ``visible`` has a value outside of [0, N).
+        If ``visible`` or ``decoded`` has a value outside of [0, N).
 
     Notes
     -----
@@ -52,13 +61,15 @@ def make_plan(schedule: Schedule, noise: Tensor, visible: Tensor | None = None, 
     :meth:`prmim_core.Plan.check` on a plan from tokens of another source.
 
     The plan is computed by the operator ``torch.ops.prmim.plan_order``. Furthest sampling is a loop of a few small
-    operations per pick; ``torch.compile`` would unroll it, which takes long and gains nothing.
+    operations per pick; ``torch.compile`` would unroll it, which takes long and gains nothing. A function in
+    ``schedule.throwing`` is called with tensors before the operator, so ``torch.compile`` traces it.
 
     All devices give the same integers. On a CPU, the core works on NumPy views of the tensors, in less than half the
     time of PyTorch's operations. On CUDA, the loop is the kernel in :mod:`prmim_torch.furthest` if Triton is installed
     (it comes with CUDA builds of PyTorch), else the core's.
 
-    A plan is a pytree of PyTorch with the leaf ``order``: ``torch.export`` takes and returns plans, and
+    A plan is a pytree of PyTorch with the leaf ``order``: ``torch.export`` takes and returns plans (it saves none whose
+    schedule has a function), and
     ``torch.utils._pytree.tree_map(lambda order: order.to(device), plan)`` moves one. ``default_collate`` concatenates
     the plans of a batch, which must have the same schedule.
 
@@ -71,22 +82,27 @@ def make_plan(schedule: Schedule, noise: Tensor, visible: Tensor | None = None, 
     >>> plan.visible
     tensor([[3, 1]])
     """
-    for name, tensor in (("noise", noise), ("visible", visible), ("weights", weights)):
+    for name, tensor in (("noise", noise), ("visible", visible), ("decoded", decoded), ("weights", weights)):
         if tensor is not None and not isinstance(tensor, Tensor):
             raise TypeError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}")
-    check_plan_arguments(schedule, noise, visible, None, weights)
-    counts = schedule.counts
+    check_plan_arguments(schedule, noise, visible, decoded, weights)
+    counts, throwing, noise = schedule.counts, schedule.throwing, noise.detach()
+    if callable(throwing):
+        if decoded is None:
+            visible, decoded = choose_by_function(schedule, noise, visible)
+        throwing = "random"  # an operator takes no function; the decoded tokens are given
     order = torch.ops.prmim.plan_order(
-        noise.detach(),
+        noise,
         None if visible is None else visible.detach(),
         None if weights is None else weights.detach().float(),
         schedule.grid.shape,
         schedule.grid.spacing,
         (counts.visible, counts.decoded, counts.thrown),
         schedule.stages,
-        schedule.throwing,
+        throwing,
         schedule.furthest_from,
         schedule.unit or (),
+        None if decoded is None else decoded.detach(),
     )
     return Plan(order, schedule)
 
@@ -96,7 +112,7 @@ def make_plan(schedule: Schedule, noise: Tensor, visible: Tensor | None = None, 
     "prmim::plan_order",
     mutates_args=(),
     schema="(Tensor noise, Tensor? visible, Tensor? weights, int[] shape, int[] spacing, int[] counts, int stages, "
-    "str throwing, str furthest_from, int[] unit=[]) -> Tensor",
+    "str throwing, str furthest_from, int[] unit=[], Tensor? decoded=None) -> Tensor",
 )
 def _plan_order(
     noise: Tensor,
@@ -109,6 +125,7 @@ def _plan_order(
     throwing: str,
     furthest_from: str,
     unit: Sequence[int] = (),
+    decoded: Tensor | None = None,
 ) -> Tensor:
     schedule = Schedule(
         Grid(tuple(shape), tuple(spacing)),
@@ -121,11 +138,9 @@ def _plan_order(
     if noise.device.type == "cpu":
         if noise.dtype == torch.bfloat16:
             noise = noise.float()  # NumPy has no bfloat16
-        of_noise, of_visible, of_weights = (
-            None if tensor is None else tensor.numpy() for tensor in (noise, visible, weights)
-        )
-        return torch.from_numpy(prmim_core.make_plan(schedule, of_noise, of_visible, weights=of_weights).order)
-    plan = prmim_core.make_plan(schedule, noise, visible, weights=weights, sampler=_sampler(noise))
+        arrays = [None if tensor is None else tensor.numpy() for tensor in (noise, visible, decoded, weights)]
+        return torch.from_numpy(prmim_core.make_plan(schedule, *arrays).order)
+    plan = prmim_core.make_plan(schedule, noise, visible, decoded, weights, sampler=_sampler(noise))
     return plan.order.contiguous()
 
 
@@ -150,6 +165,7 @@ def _plan_order_fake(
     throwing: str,
     furthest_from: str,
     unit: Sequence[int] = (),
+    decoded: Tensor | None = None,
 ) -> Tensor:
     return torch.empty(noise.shape, dtype=torch.int64, device=noise.device)
 
@@ -168,6 +184,14 @@ def _unflatten(leaves: Iterable[Any], context: tuple[Any, ...]) -> Plan:
     object.__setattr__(plan, "order", *leaves)
     object.__setattr__(plan, "schedule", Schedule(Grid(shape, spacing), TokenCounts(*counts), *rules))
     return plan
+
+
+def _dump_context(context: tuple[Any, ...]) -> list[Any]:
+    """Return what a file holds of a schedule; ValueError if it has a function."""
+    *_, throwing, _, _ = context
+    if callable(throwing):
+        raise ValueError(f"throwing: expected a named strategy in a plan that is saved, got the function {throwing!r}")
+    return list(context)
 
 
 def _load_context(context: list[Any]) -> tuple[Any, ...]:
@@ -189,7 +213,7 @@ if Plan not in SUPPORTED_NODES:  # this module may be reloaded
         _flatten,
         _unflatten,
         serialized_type_name="prmim_core.Plan",
-        to_dumpable_context=list,
+        to_dumpable_context=_dump_context,
         from_dumpable_context=_load_context,
         flatten_with_keys_fn=lambda plan: ([(GetAttrKey("order"), plan.order)], _flatten(plan)[1]),
     )

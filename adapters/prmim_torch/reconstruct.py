@@ -15,6 +15,7 @@ from prmim_core import (
     reconstruct_stages,
     take_tokens,
 )
+from prmim_core.reconstruct import Mix, check_rebuilt
 from prmim_torch.vit import LayerNorm, fill, offset_code
 
 ReconstructionKind = Literal["kernel", "interpolate", "conv"]
@@ -52,11 +53,18 @@ class ProgressiveReconstruction(nn.Module):
         Groups of channels with their own weights (``"kernel"`` only); divides ``dim``.
     repeats
         Convolutions per stage (``"conv"`` only).
+    mix
+        A module of one's own in place of these: ``mix(features, known, thrown) -> (batch, n, dim)``, from the features
+        (batch, K, dim) of known tokens (batch, K) to those of thrown tokens (batch, n); the norm follows. Its
+        parameters are part of this module's. A function has none.
 
     Raises
     ------
     ValueError
-        If the reconstruction is unknown, or ``heads`` does not divide ``dim``.
+        If the reconstruction is unknown, ``heads`` does not divide ``dim``, or both a reconstruction and a mix are
+        given.
+    TypeError
+        If ``mix`` cannot be called.
 
     Notes
     -----
@@ -83,55 +91,71 @@ class ProgressiveReconstruction(nn.Module):
         reconstruction: ReconstructionKind = "kernel",
         heads: int = 4,
         repeats: int = 3,
+        mix: Mix | None = None,
     ) -> None:
         super().__init__()
         if reconstruction not in RECONSTRUCTIONS:
             raise ValueError(f"reconstruction: expected one of {', '.join(RECONSTRUCTIONS)}, got {reconstruction!r}")
+        if mix is not None and not callable(mix):
+            raise TypeError(f"mix: expected a module or a function, got {type(mix).__name__}")
+        if mix is not None and reconstruction != "kernel":
+            raise ValueError(f"mix: expected None with reconstruction {reconstruction!r}, got {type(mix).__name__}")
         if dim < 1:
             raise ValueError(f"dim: expected at least 1, got {dim}")
-        if reconstruction == "kernel" and (heads < 1 or dim % heads):
+        if mix is None and reconstruction == "kernel" and (heads < 1 or dim % heads):
             raise ValueError(f"heads: expected a divisor of dim={dim}, got {heads}")
         if reconstruction == "conv" and repeats < 1:
             raise ValueError(f"repeats: expected at least 1, got {repeats}")
         self.dim = dim
         self.grid = grid
-        self.reconstruction = reconstruction
+        self.reconstruction = reconstruction if mix is None else "custom"
         self.heads = heads
         self.repeats = repeats
+        self.mix = mix
         self.norm = LayerNorm(dim, elementwise_affine=reconstruction != "interpolate")
-        if reconstruction == "kernel":
+        if self.reconstruction == "kernel":
             self.table = nn.Parameter(torch.empty(heads, num_offsets(grid)))
-        elif reconstruction == "conv":
+        elif self.reconstruction == "conv":
             self.kernel = nn.Parameter(torch.empty(dim, *(3,) * grid.axes))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Set the table or the convolution to its initial values; the norm is not changed."""
+        """Set the table or the convolution to its initial values; the norm and ``mix`` are not changed."""
         if self.reconstruction == "kernel":
             start = -torch.from_numpy(offset_squared_distances(self.grid)).float()
             fill(self.table, start.repeat(self.heads, 1))
         elif self.reconstruction == "conv":
             nn.init.ones_(self.kernel)
 
-    def forward(self, features: Tensor, plan: Plan) -> Tensor:
+    def no_weight_decay(self) -> frozenset[str]:
+        """Return the names of all parameters: decay towards 0 would give near and far tokens the same weight."""
+        return frozenset(name for name, _ in self.named_parameters())
+
+    def forward(self, features: Tensor, plan: Plan, *, visible_features: bool = True) -> Tensor:
         """Reconstruct the thrown tokens.
 
         Parameters
         ----------
         features
-            (batch, V + M, dim): features of the visible, then of the decoded tokens, in plan order.
+            (batch, V + M, dim): features of the visible, then of the decoded tokens, in plan order; (batch, M, dim)
+            without ``visible_features``.
         plan
             The plan of the batch, on the grid of this module.
+        visible_features
+            Whether visible tokens have features. False for a decoder that returns those of decoded tokens only (such as
+            CrossMAE's): thrown tokens are reconstructed from decoded tokens and those of earlier stages.
 
         Returns
         -------
         Tensor
-            (batch, N, dim): the features of all tokens, in plan order; the given ones are unchanged.
+            (batch, N, dim): the features of all tokens, in plan order; the given ones are unchanged. Without
+            ``visible_features``, (batch, M + T, dim): those of the masked tokens.
 
         Raises
         ------
         ValueError
-            If ``features`` do not fit the plan, the plan is on another grid, or no token is known.
+            If ``features`` do not fit the plan, the plan is on another grid, no token is known, or ``mix`` returns
+            another shape.
         """
         if plan.schedule.grid != self.grid:
             raise ValueError(f"plan: expected one on {self.grid}, got {plan.schedule.grid}")
@@ -145,10 +169,14 @@ class ProgressiveReconstruction(nn.Module):
             mixed = self._mix(features.to(dtype), known, thrown)
             return self.norm(mixed.to(dtype)).to(features.dtype)
 
-        return reconstruct_stages(features, plan, mix)
+        return reconstruct_stages(features, plan, mix, visible_features=visible_features)
 
     def _mix(self, features: Tensor, known: Tensor, thrown: Tensor) -> Tensor:
         """Return weighted means (batch, n, dim) of the known features, for the thrown tokens (batch, n)."""
+        if self.mix is not None:
+            mixed: Tensor = self.mix(features, known, thrown)
+            check_rebuilt(mixed, features, thrown)
+            return mixed
         if self.reconstruction == "kernel":
             return self._mix_by_kernel(features, known, thrown)
         if self.reconstruction == "interpolate":
@@ -201,3 +229,20 @@ class ProgressiveReconstruction(nn.Module):
         # Where nothing is seen, the convolution of zeros gives the wanted 0.
         values = torch.where(is_filled > 0, values, mean.to(values.dtype))
         return values, (seen > 0).to(is_filled.dtype)
+
+
+def no_weight_decay(module: nn.Module) -> frozenset[str]:
+    """Return the names of the parameters that the reconstructions inside a module exempt from weight decay.
+
+    Examples
+    --------
+    >>> from prmim_core import Grid
+    >>> sorted(no_weight_decay(nn.ModuleDict({"rebuild": ProgressiveReconstruction(8, Grid((4, 4)))})))
+    ['rebuild.norm.bias', 'rebuild.norm.weight', 'rebuild.table']
+    """
+    return frozenset(
+        f"{prefix}.{name}" if prefix else name
+        for prefix, part in module.named_modules()
+        if isinstance(part, ProgressiveReconstruction)
+        for name in part.no_weight_decay()
+    )

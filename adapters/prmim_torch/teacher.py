@@ -256,7 +256,7 @@ def _load_model(config: TeacherConfig) -> Any:
     except ImportError:
         raise ImportError(
             "teacher: expected transformers to be installed, which loads it, got no such package; "
-            "pip install 'prmim[teachers]'"
+            "pip install 'prmim[hf]'"
         ) from None
     folder = config.folder
     options = {"add_pooling_layer": False} if config.family == "vit" else {}

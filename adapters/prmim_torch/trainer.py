@@ -22,7 +22,7 @@ from prmim_core import counter_noise
 from prmim_methods import TrainingConfig
 from prmim_methods.hardware import Choice, choose_compile, choose_precision, is_slow
 from prmim_methods.sizes import Transformer
-from prmim_methods.weight_files import dump_architecture
+from prmim_methods.weight_files import WEIGHTS_FILE, dump_architecture
 from prmim_torch.cpu_kernels import linear
 from prmim_torch.distributed import (
     Processes,
@@ -37,13 +37,12 @@ from prmim_torch.distributed import (
 )
 from prmim_torch.interop import named_weights, put_weights, read_weights, write_weights
 from prmim_torch.method import ImageModule, check_not_empty
-from prmim_torch.reconstruct import ProgressiveReconstruction
+from prmim_torch.reconstruct import no_weight_decay
 
 Module = TypeVar("Module", bound=ImageModule)
 Loss = Callable[..., Sequence[Tensor]]
 """Called as ``loss(forward, images, noise, *more)``; returns the scalars named in ``losses`` of the module."""
 
-WEIGHTS_FILE = "weights.safetensors"
 STATE_FOLDER = "training_state"
 TIMED_IMAGES, TIMED_TOKENS = 8, 16
 """Input of the layer that is timed in both number formats."""
@@ -57,7 +56,7 @@ class Trainer(Generic[Module]):
     Parameters
     ----------
     module
-        The module, on the CPU. It has ``losses``, ``architecture()`` and ``not_decayed()``.
+        The module, on the CPU. It has ``losses``, ``architecture()`` and ``no_weight_decay()``.
     training
         The options; ``training.compile`` compiles the forward pass with ``torch.compile``, as one graph.
     loss
@@ -105,8 +104,8 @@ class Trainer(Generic[Module]):
         self._loss = loss
         self._moments = moments
         self._ema_decay = ema_decay
-        self._device = _choose_device(training.device)
-        self.precision: Choice[str] = _choose_precision(training.precision, self._device)
+        self._device = choose_device(training.device)
+        self.precision: Choice[str] = precision_on(training.precision, self._device)
         self.compiled: Choice[bool] = choose_compile(
             training.compile, self._device.type, has_compiler=find_spec("triton") is not None
         )
@@ -188,7 +187,7 @@ class Trainer(Generic[Module]):
             seconds[is_bfloat16] = min(seconds[is_bfloat16], time.perf_counter() - start)
         return seconds[True] / seconds[False]
 
-    def _take_step(self, images: NDArray[np.uint8], sample: NDArray[np.int64], *more: NDArray[Any]) -> None:
+    def _take_step(self, images: NDArray[Any], sample: NDArray[np.int64], *more: NDArray[Any]) -> None:
         """Take one optimizer step on images, their sample numbers, and further inputs of the loss."""
         check_not_empty(images)
         batch, parts = len(images), self._training.accumulate
@@ -407,8 +406,11 @@ class Trainer(Generic[Module]):
         self._skipped.copy_(state["skipped"])
 
     def load_weights(self, path: str | os.PathLike[str]) -> None:
-        """Load weights from a ``.safetensors`` file, without a training state; all processes must call it."""
-        self._put_weights(self._processes.together(lambda: read_weights(self.module, path)))
+        """Load weights from a ``.safetensors`` file, without a training state; all processes must call it.
+
+        The file may be one for images of another size; see :func:`prmim_torch.load_weights`.
+        """
+        self._put_weights(self._processes.together(lambda: read_weights(self.module, path, resize=True)))
 
     def _put_weights(self, weights: dict[str, Tensor]) -> None:
         held = named_weights(self.module)
@@ -453,7 +455,7 @@ class Trainer(Generic[Module]):
     def _autocast(self) -> AbstractContextManager[None]:
         return torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=self.precision.value == "bfloat16")
 
-    def _to_device(self, images: NDArray[np.uint8], sample: NDArray[np.int64], step: int) -> tuple[Tensor, Tensor]:
+    def _to_device(self, images: NDArray[Any], sample: NDArray[np.int64], step: int) -> tuple[Tensor, Tensor]:
         """Upload images, and compute the noise of a step from their sample numbers."""
         if tuple(sample.shape) != (len(images),):
             raise ValueError(f"sample: expected shape {(len(images),)}, got {tuple(sample.shape)}")
@@ -471,32 +473,26 @@ class Trainer(Generic[Module]):
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Split the trained parameters into two groups of an optimizer: with and without weight decay.
 
-    Exempt from weight decay are parameters of one axis (biases, norms), those in ``module.not_decayed()``, and those of
-    :class:`prmim_torch.ProgressiveReconstruction`. The last exemption is ours: decay towards 0 would give near and far
-    tokens the same weight.
+    Exempt from weight decay are parameters of one axis (biases, norms), those in ``module.no_weight_decay()`` if there
+    is such a method, and those of :class:`prmim_torch.ProgressiveReconstruction`, which is our decision.
 
     Examples
     --------
     >>> [len(group["params"]) for group in parameter_groups(nn.Linear(2, 2), 0.05)]
     [1, 1]
     """
-    named: frozenset[str] = getattr(module, "not_decayed", frozenset)()
-    reconstruction = {
-        id(parameter)
-        for part in module.modules()
-        if isinstance(part, ProgressiveReconstruction)
-        for parameter in part.parameters()
-    }
+    named = no_weight_decay(module) | frozenset(getattr(module, "no_weight_decay", frozenset)())
     decayed: list[nn.Parameter] = []
     exempt: list[nn.Parameter] = []
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
-            is_exempt = parameter.ndim <= 1 or name in named or id(parameter) in reconstruction
+            is_exempt = parameter.ndim <= 1 or name in named
             (exempt if is_exempt else decayed).append(parameter)
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": exempt, "weight_decay": 0.0}]
 
 
-def _choose_device(name: str) -> torch.device:
+def choose_device(name: str) -> torch.device:
+    """Return the device that an option names, for this process; ValueError if it is not available."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(name)
@@ -518,7 +514,8 @@ def _choose_device(name: str) -> torch.device:
     return device
 
 
-def _choose_precision(asked: str, device: torch.device) -> Choice[str]:
+def precision_on(asked: str, device: torch.device) -> Choice[str]:
+    """Return the number format in effect on a device, with the reason."""
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
     return choose_precision(asked, device.type, backend="torch", capability=capability)
 

@@ -6,7 +6,7 @@ decoder take tokens and the indices of their positions.
 
 from collections.abc import Sequence
 from math import prod, sqrt
-from typing import Any, Literal, cast, get_args
+from typing import Literal, cast, get_args
 
 import torch
 import torch.nn.functional as F
@@ -14,96 +14,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from prmim_core import Grid, num_offsets
+from prmim_methods.positions import fixed_table
 from prmim_torch.cpu_kernels import attend, linear
 
 Position = Literal["absolute", "raster", "learned", "relative", "relative_per_block"]
 
 LAYER_NORM_EPS = 1e-6
-
-
-def sincos_table(shape: Sequence[int], dim: int, class_tokens: int = 1) -> Tensor:
-    """Return the fixed sine-cosine position table of a grid; its first rows, zeros, belong to the class tokens.
-
-    Parameters
-    ----------
-    shape
-        Tokens along each axis; tokens are numbered in raster order.
-    dim
-        Channels; a multiple of twice the number of axes.
-    class_tokens
-        Number of class tokens, C.
-
-    Returns
-    -------
-    Tensor
-        float32 (1, C + N, dim), computed in float64, on the CPU whatever the default device.
-
-    Raises
-    ------
-    ValueError
-        If ``dim`` cannot be divided among the axes.
-
-    Notes
-    -----
-    The channels are split evenly among the axes, the **last axis first** (in images: column, then row, as in MAE).
-    A part of width w holds sin(p omega_k), then cos(p omega_k), for k = 0 .. w/2 - 1, with omega_k = 10000^(-2k/w) and
-    p the token's index along the axis.
-
-    Examples
-    --------
-    >>> table = sincos_table((2, 3), 4)
-    >>> table.shape
-    torch.Size([1, 7, 4])
-    >>> table[0, 2]  # row 0, column 1
-    tensor([0.8415, 0.5403, 0.0000, 1.0000])
-    """
-    axes = len(shape)
-    if dim < 1 or dim % (2 * axes):
-        raise ValueError(f"dim: expected a positive multiple of {2 * axes} for a grid of {axes} axes, got {dim}")
-    width = dim // axes
-    float64: dict[str, Any] = {"dtype": torch.float64, "device": "cpu"}
-    omega = 10000.0 ** (-torch.arange(width // 2, **float64) * 2 / width)
-    indices = torch.meshgrid(*(torch.arange(n, **float64) for n in shape), indexing="ij")
-    angles = [index.reshape(-1, 1) * omega for index in reversed(indices)]
-    table = torch.cat([part for angle in angles for part in (angle.sin(), angle.cos())], dim=1)
-    return torch.cat([torch.zeros(class_tokens, dim, **float64), table]).float()[None]
-
-
-def raster_table(number: int, dim: int, class_tokens: int) -> Tensor:
-    """Return VideoMAE's fixed sine-cosine position table of tokens in raster order.
-
-    Parameters
-    ----------
-    number
-        Tokens, N.
-    dim
-        Channels; even.
-    class_tokens
-        Number of class tokens, C. Their rows come first and are zeros.
-
-    Returns
-    -------
-    Tensor
-        float32 (1, C + N, dim), computed in float64. Channels 2k and 2k + 1 of token p are the sine and the cosine of
-        p 10000^(-2k / dim).
-
-    Raises
-    ------
-    ValueError
-        If ``dim`` is odd.
-
-    Examples
-    --------
-    >>> raster_table(2, 4, 0)[0, 1]
-    tensor([0.8415, 0.5403, 0.0100, 0.9999])
-    """
-    if dim < 1 or dim % 2:
-        raise ValueError(f"dim: expected a positive even number, got {dim}")
-    float64: dict[str, Any] = {"dtype": torch.float64, "device": "cpu"}
-    omega = 10000.0 ** (-torch.arange(0, dim, 2, **float64) / dim)
-    angles = torch.arange(number, **float64)[:, None] * omega
-    table = torch.stack([angles.sin(), angles.cos()], dim=2).flatten(1)
-    return torch.cat([torch.zeros(class_tokens, dim, **float64), table]).float()[None]
 
 
 def constant_like(values: Sequence[float], like: Tensor) -> Tensor:
@@ -136,10 +52,8 @@ def reset_table(table: Tensor, grid_shape: Sequence[int], class_tokens: int, pos
     if position == "learned":
         # Truncating at +-2, as timm does, has no effect.
         nn.init.normal_(table, std=0.02)
-    elif position == "raster":
-        fill(table, raster_table(prod(grid_shape), table.shape[-1], class_tokens))
     else:
-        fill(table, sincos_table(grid_shape, table.shape[-1], class_tokens))
+        fill(table, torch.from_numpy(fixed_table(position, grid_shape, table.shape[-1], class_tokens)))
 
 
 class Linear(nn.Linear):

@@ -4,6 +4,7 @@ from math import ceil
 from pathlib import Path
 from typing import Any
 
+from prmim_methods.checkpoints import find_source
 from prmim_methods.sizes import Transformer
 from prmim_train.config.packages import check_installed
 from prmim_train.config.pretrain import PretrainConfig
@@ -97,18 +98,18 @@ class Pretraining(Job[Engine]):
         return create_engine(self.config, self.budget)
 
     def begin(self, engine: Engine) -> None:
-        """Load `init_weights`, if given."""
+        """Load `init_weights`, if given, and say which parts were loaded."""
         if weights := self._initial_weights():
-            engine.load_weights(weights)
+            try:
+                say(engine.init_weights(weights))
+            except ValueError as error:
+                raise ValueError(f"init_weights: {str(error).removeprefix('source: ')}") from error
 
     def _initial_weights(self) -> Path | None:
-        """Return the file of `init_weights`, if given; a missing file is found before the engine is built."""
+        """Return the file or folder of `init_weights`, if given; a missing one is found before the engine is built."""
         if self.config.init_weights is None:
             return None
-        weights = Path(self.config.init_weights)
-        if not weights.is_file():
-            raise FileNotFoundError(f"init_weights: expected a .safetensors file, there is none at {weights}")
-        return weights
+        return find_source(self.config.init_weights, "init_weights")
 
     def describe(self, engine: Engine) -> str:
         """Summarize the run in a few lines."""

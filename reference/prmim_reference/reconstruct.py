@@ -126,6 +126,46 @@ def interpolate(
     return mixed
 
 
+def stage_weights(
+    order: Sequence[int],
+    counts: TokenCounts,
+    shape: Sequence[int],
+    *,
+    stages: int,
+    spacing: Sequence[int] | None = None,
+    visible_features: bool = True,
+) -> list[Array]:
+    """Return one matrix per stage: the weights of the known tokens (columns) for the stage's tokens (rows).
+
+    Parameters
+    ----------
+    order : the plan (see `schedule.make_order`)
+    counts : TokenCounts
+    shape, spacing : the grid
+    stages : int
+    visible_features : bool
+        Whether visible tokens are among the known.
+
+    Returns
+    -------
+    list of array (tokens of the stage, known tokens)
+
+    Examples
+    --------
+    >>> stage_weights([0, 3, 1, 2], TokenCounts(1, 1, 2), (4,), stages=2)
+    [array([[0.8, 0.2]]), array([[0.11111111, 0.44444444, 0.44444444]])]
+    """
+    matrices = []
+    for stage, size in enumerate(stage_sizes(counts.thrown, stages), start=1):
+        start = num_known(counts, stages, stage)
+        known, targets = order[:start], order[start : start + size]
+        if not visible_features:
+            known = known[counts.visible :]
+        rows = [interpolation_weights(target, known, shape, spacing) for target in targets]
+        matrices.append(np.array(rows).reshape(size, len(known)))
+    return matrices
+
+
 def neighbours(token: int, shape: Sequence[int]) -> list[tuple[int, tuple[int, ...]]]:
     """Return the tokens in a window of 3 cells per axis around a token (inclusive), with their cell in the window.
 
@@ -189,6 +229,7 @@ def progressive_reconstruction(
     reconstruction: str,
     parameters: Mapping[str, Array],
     spacing: Sequence[int] | None = None,
+    visible_features: bool = True,
 ) -> Array:
     """Rebuild the features of all thrown tokens of one image.
 
@@ -198,7 +239,8 @@ def progressive_reconstruction(
     Parameters
     ----------
     features : array (V + M, dim)
-        Features of visible and decoded tokens, in plan order.
+        Features of visible and decoded tokens, in plan order; without ``visible_features``, array (M, dim) of the
+        decoded tokens.
     order : the plan (see `schedule.make_order`)
     counts : TokenCounts
     shape, spacing : the grid
@@ -207,10 +249,12 @@ def progressive_reconstruction(
     parameters : mapping of str to array
         kernel: ``table``, ``norm.weight``, ``norm.bias``; conv: ``kernel``, ``norm.weight``, ``norm.bias``;
         interpolate: none.
+    visible_features : bool
+        Whether visible tokens have features. If not, only decoded tokens and those of earlier stages are known.
 
     Returns
     -------
-    array (N, dim), in plan order
+    array (N, dim), in plan order; without ``visible_features``, array (M + T, dim) of the masked tokens
 
     Raises
     ------
@@ -224,6 +268,8 @@ def progressive_reconstruction(
             continue
         start = num_known(counts, stages, stage)
         known, targets = order[:start], order[start : start + size]
+        if not visible_features:
+            known = known[counts.visible :]
         if reconstruction == "kernel":
             mixed = [kernel(target, known, features, shape, parameters["table"]) for target in targets]
         elif reconstruction == "interpolate":

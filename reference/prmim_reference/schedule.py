@@ -71,6 +71,7 @@ def make_order(
     throwing: str = "furthest",
     furthest_from: str = "visible",
     visible: Sequence[int] | None = None,
+    decoded: Sequence[int] | None = None,
     weights: Sequence[float] | None = None,
     unit: Sequence[int] | None = None,
 ) -> list[int]:
@@ -85,6 +86,7 @@ def make_order(
     noise : sequence of N numbers, not NaN; integers for throwing by "weighted" or "cell"
     throwing, furthest_from, weights : see `throwing.choose_decoded`
     visible : raster numbers of the visible tokens, distinct; by default the tokens (or units) of lowest noise
+    decoded : raster numbers of the decoded tokens, distinct and masked; by default those that `throwing` chooses
     unit : tokens along each axis of the blocks that are decoded or thrown together (`throwing.choose_decoded_units`);
         single tokens by default. Thrown tokens are sorted one by one in either case.
 
@@ -116,7 +118,10 @@ def make_order(
             raise IndexError(f"visible: expected tokens in [0, {counts.num_tokens}), got {token}")
     if len(set(visible)) < len(visible):
         raise ValueError(f"visible: expected distinct tokens, got {list(visible)}")
-    if unit is None:
+    if decoded is not None:
+        if sorted({*decoded} - {*visible}) != sorted(decoded) or len(decoded) != counts.decoded:
+            raise ValueError(f"decoded: expected {counts.decoded} distinct masked tokens, got {list(decoded)}")
+    elif unit is None:
         decoded = choose_decoded(
             throwing,
             shape,

@@ -1,10 +1,12 @@
+import math
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from prmim_core import Grid, Plan, Schedule, TokenCounts
+from prmim_core import Grid, Plan, Schedule, TokenCounts, make_plan
 from prmim_core._arrays import argsort, array_namespace, compat_namespace, device_of, on_host, scan, scatter
 
 
@@ -26,6 +28,32 @@ def test_libraries_are_not_mixed(xp):
 def test_what_is_no_array_has_no_namespace(wrong):
     with pytest.raises(TypeError, match=f"^arrays: expected arrays of one library, got {type(wrong).__name__}$"):
         array_namespace(wrong)
+
+
+class ForeignTensor:
+    """As of TensorFlow or tinygrad: it has a shape, and no array API."""
+
+    shape, ndim, dtype = (1, 4), 2, "int32"
+
+
+@pytest.mark.parametrize("with_others", [False, True])
+def test_arrays_outside_of_the_standard_learn_the_way_in(with_others):
+    others = [np.zeros((1, 4), dtype=np.int64)] * with_others
+    message = (
+        r"^arrays: expected arrays of the array API standard .* got \w+\.ForeignTensor: make the plan from NumPy "
+        r"noise, and pass plan.order and stage_weights\(plan\) as NumPy arrays \(docs/foreign_frameworks.md\)$"
+    )
+    with pytest.raises(TypeError, match=message):
+        make_plan(Schedule(Grid((4,)), TokenCounts(1, 1, 2)), ForeignTensor(), *others)
+    assert (Path(__file__).parents[2] / "docs" / "foreign_frameworks.md").is_file()
+
+
+def test_a_namespace_without_the_types_of_the_standard_does_not_count():
+    # MLX hands out such a namespace.
+    array = ForeignTensor()
+    array.__class__ = type("array", (ForeignTensor,), {"__array_namespace__": lambda self, api_version=None: math})
+    with pytest.raises(TypeError, match=r"got \w+\.array: make the plan from NumPy noise"):
+        array_namespace(array)
 
 
 @pytest.mark.parametrize("xp", ["numpy", "numpy:readonly", "strict", "torch"], indirect=True)

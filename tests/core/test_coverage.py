@@ -2,12 +2,11 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from hypothesis.extra import numpy as hnp
 from scipy import ndimage, spatial
 
 import prmim_core.coverage
 import prmim_reference as reference
-from prmim_core import Grid, covering_radius, nearest_known_distance
+from prmim_core import Grid, covering_radius, nearest_known_distance, testing
 from prmim_core._arrays import array_namespace
 from prmim_core.coverage import _squared_distances
 from prmim_core.grid import INT32_MAX
@@ -24,15 +23,6 @@ def known_masks(length):
 
 def tokens(mask):
     return np.flatnonzero(mask).tolist()
-
-
-@st.composite
-def grids_and_masks(draw):
-    axes = draw(st.integers(1, 3))
-    shape = tuple(draw(st.lists(st.integers(1, (20, 7, 4)[axes - 1]), min_size=axes, max_size=axes)))
-    spacing = tuple(draw(st.lists(st.integers(1, 5), min_size=axes, max_size=axes)))
-    grid = Grid(shape, spacing)
-    return grid, draw(hnp.arrays(bool, (2, grid.num_tokens)))
 
 
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
@@ -65,9 +55,9 @@ def test_positions_may_be_arrays(xp, kind):
     xp.assert_close(radius, covering_radius(grid, is_known), rtol=1e-6, dtype="float32")
 
 
-@given(grids_and_masks())
-def test_grid_distances_match_scipys_distance_transform(case):
-    grid, is_known = case
+@given(testing.grids(), st.data())
+def test_grid_distances_match_scipys_distance_transform(grid, data):
+    is_known = data.draw(testing.visible_masks(grid.num_tokens))
     for mask, distance in zip(is_known, nearest_known_distance(grid, is_known), strict=True):
         if mask.any():
             expected = ndimage.distance_transform_edt(~mask.reshape(grid.shape), sampling=grid.spacing).ravel()

@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 import prmim_reference as reference
@@ -16,9 +16,11 @@ from prmim_core import (
     offset_index,
     offset_squared_distances,
     reconstruct_stages,
+    stage_weights,
+    testing,
 )
 from prmim_core._arrays import array_namespace
-from prmim_core.reconstruct import _inverse_distance_weights, _pair_squared_distances, _standardize
+from prmim_core.reconstruct import _pair_squared_distances, _standardize
 
 # Many shapes, each a program of JAX; test_every_function.py has every function under the full compiler.
 pytestmark = pytest.mark.usefixtures("quick_compiler")
@@ -34,7 +36,7 @@ def case(grid, counts=None, stages=2, dim=4, dtype=np.float32):
     return schedule, order, features
 
 
-def expected_features(schedule, order, features):
+def expected_features(schedule, order, features, **options):
     return np.stack(
         [
             reference.reconstruct.progressive_reconstruction(
@@ -46,6 +48,7 @@ def expected_features(schedule, order, features):
                 reconstruction="interpolate",
                 parameters={},
                 spacing=schedule.grid.spacing,
+                **options,
             )
             for of_image, tokens in zip(features, order.tolist(), strict=True)
         ]
@@ -73,6 +76,35 @@ def test_stages_of_any_size_match_the_reference(library, counts, stages):
     schedule, order, features = case(GRIDS[1], counts, stages)
     rebuilt = library.run(lambda order, features: interpolate(features, Plan(order, schedule)), order, features)
     library.assert_close(rebuilt, expected_features(schedule, order, features), rtol=1e-4, atol=1e-4, dtype="float32")
+
+
+@pytest.mark.parametrize("grid", GRIDS[1:3], ids=str)
+def test_without_visible_features_only_decoded_tokens_are_known(library, grid):
+    schedule, order, features = case(grid, TokenCounts(6, 5, grid.num_tokens - 11), stages=3)
+    rebuilt = library.run(
+        lambda order, features: interpolate(features, Plan(order, schedule), visible_features=False),
+        order,
+        features[:, 6:],
+    )
+    expected = expected_features(schedule, order, features[:, 6:], visible_features=False)
+    assert rebuilt.shape == (2, grid.num_tokens - 6, 4)
+    library.assert_close(rebuilt, expected, rtol=1e-4, atol=1e-4, dtype="float32")
+    for wrong in (features, features[:, 5:]):
+        with pytest.raises(ValueError, match=r"^features: expected shape \(2, 5, dim\), got "):
+            interpolate(wrong, Plan(order, schedule), visible_features=False)
+
+
+def test_without_visible_features_some_token_is_decoded():
+    schedule, order, features = case(GRIDS[1], TokenCounts(8, 0, 16))
+    with pytest.raises(ValueError, match=r"^features: expected at least one decoded token to rebuild others from"):
+        interpolate(features[:, :0], Plan(order, schedule), visible_features=False)
+
+
+@pytest.mark.parametrize("shape", [(2, 7, 1), (2, 1, 4), (1, 7, 4), (2, 7)])
+def test_what_a_mix_returns_is_checked(shape):
+    schedule, order, features = case(GRIDS[1], TokenCounts(6, 4, 14))
+    with pytest.raises(ValueError, match=r"^mix: expected rebuilt features of shape \(2, 7, 4\), got "):
+        reconstruct_stages(features, Plan(order, schedule), lambda *_: np.zeros(shape))
 
 
 def test_doubles_stay_doubles():
@@ -203,7 +235,7 @@ def test_tables_of_offsets_match_the_reference(grid):
     assert table.dtype == np.int64
 
 
-@given(st.sampled_from(GRIDS), st.data())
+@given(testing.grids(), st.data())
 def test_the_index_finds_the_distance_in_the_table(grid, data):
     tokens = st.lists(st.integers(0, grid.num_tokens - 1), min_size=4, max_size=4)
     thrown, known = (np.asarray([data.draw(tokens)]) for _ in range(2))
@@ -225,16 +257,48 @@ def test_large_grids_have_offsets_within_int32():
     assert index[0].tolist() == [[middle, 0], [num_offsets(grid) - 1, middle]]
 
 
-def test_weights_match_the_reference(xp):
-    grid = GRIDS[2]
-    order = make_plan(Schedule(grid, TokenCounts(4, 4, 12)), counter_noise(0, 0, np.arange(2), 20)).order
-    known, thrown = order[:, :8], order[:, 8:]
-    weights = xp.run(lambda *a: _inverse_distance_weights(array_namespace(*a), grid, *a), thrown, known)
-    expected = [
-        [reference.reconstruct.interpolation_weights(i, k, grid.shape, grid.spacing) for i in t]
-        for t, k in zip(thrown.tolist(), known.tolist(), strict=True)
+@pytest.mark.parametrize(
+    ("counts", "options"),
+    [
+        (TokenCounts(4, 4, 12), {}),
+        (TokenCounts(1, 0, 19), {}),
+        (TokenCounts(9, 9, 2), {"visible_features": False}),
+    ],
+    ids=str,
+)
+def test_weights_of_stages_match_the_reference(library, counts, options):
+    schedule, order, _ = case(GRIDS[2], counts, stages=3)
+    weights = library.run(lambda order: stage_weights(Plan(order, schedule), **options), order)
+    first = counts.visible if options else 0
+    options = options | {"stages": 3, "spacing": schedule.grid.spacing}
+    images = [
+        reference.reconstruct.stage_weights(tokens, counts, schedule.grid.shape, **options) for tokens in order.tolist()
     ]
-    xp.assert_close(weights, expected, rtol=1e-5, dtype="float32")
+    for stage, expected in enumerate(zip(*images, strict=True)):
+        assert expected[0].shape == (schedule.stage_sizes[stage], schedule.num_known(stage + 1) - first)
+        library.assert_close(weights[stage], np.stack(expected), rtol=1e-5, dtype="float32")
+    assert len(weights) == 3
+
+
+@given(testing.plans(), st.booleans())
+def test_weights_of_stages_and_a_norm_are_the_interpolation(plan, visible_features):
+    schedule = plan.schedule
+    num_known = schedule.num_known(1) if visible_features else schedule.counts.decoded
+    assume(num_known or not schedule.counts.thrown)
+    features = np.random.default_rng(0).normal(size=(2, num_known, 3)).astype(np.float32)
+    x = features
+    for weights in stage_weights(plan, visible_features=visible_features):
+        np.testing.assert_allclose(weights.sum(axis=2), 1, rtol=1e-5)
+        x = np.concatenate([x, _standardize(np, weights @ x, 1e-6)], axis=1)
+    expected = interpolate(features, plan, visible_features=visible_features)
+    np.testing.assert_allclose(x, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_weights_of_stages_name_what_is_wrong():
+    with pytest.raises(TypeError, match=r"^plan: expected a Plan, got list$"):
+        stage_weights([[0, 1]])
+    with pytest.raises(ValueError, match=r"^plan: expected at least one visible or decoded token .* got none$"):
+        stage_weights(Plan(np.asarray([[0, 1, 2, 3]]), Schedule(Grid((4,)), TokenCounts(0, 0, 4))))
 
 
 @pytest.mark.parametrize(

@@ -1,13 +1,10 @@
-from itertools import combinations
-
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from hypothesis.extra import numpy as hnp
 
 import prmim_reference as reference
-from prmim_core import Grid, counter_noise, furthest_point_sampling, nearest_known_distance, sampling
+from prmim_core import Grid, counter_noise, furthest_point_sampling, sampling, testing
 from prmim_core._arrays import array_namespace
 from prmim_core.coverage import _squared_distances
 from prmim_core.grid import INT32_MAX
@@ -130,14 +127,12 @@ def test_both_ways_are_equal_on_every_library(library, grid, share):
 
 
 @st.composite
-def cases(draw, max_side=7):
-    axes = draw(st.integers(1, 3))
-    shape = tuple(draw(st.lists(st.integers(1, (20, max_side, 3)[axes - 1]), min_size=axes, max_size=axes)))
-    grid = Grid(shape, tuple(draw(st.lists(st.integers(1, 5), min_size=axes, max_size=axes))))
-    noise = draw(hnp.arrays(np.int32, (1, grid.num_tokens), elements=st.integers(-9, 9)))
-    is_known = draw(hnp.arrays(bool, (1, grid.num_tokens)))
-    may_pick = ~is_known & draw(hnp.arrays(bool, (1, grid.num_tokens)))
-    return grid, noise, is_known, may_pick, draw(st.integers(0, int(may_pick.sum())))
+def cases(draw, max_tokens=49):
+    grid = draw(testing.grids(max_tokens=max_tokens))
+    masks = testing.visible_masks(grid.num_tokens, batch=1)
+    is_known = draw(masks)
+    may_pick = ~is_known & draw(masks)
+    return grid, draw(testing.noise(grid.num_tokens, batch=1)), is_known, may_pick, draw(st.integers(0, may_pick.sum()))
 
 
 @given(cases())
@@ -270,37 +265,24 @@ def test_known_tokens_are_never_picked_even_as_candidates(case):
 @given(cases())
 def test_distances_of_picks_do_not_increase(case):
     grid, noise, is_known, may_pick, number = case
-    picks = furthest_point_sampling(grid, number, noise, is_known=is_known, is_candidate=may_pick)[0]
-    covered, distances = is_known.copy(), []
-    for pick in picks:
-        distances.append(int(nearest_known_distance(grid, covered)[0, pick]))
-        covered[0, pick] = True
-    assert distances == sorted(distances, reverse=True)
+    picks = furthest_point_sampling(grid, number, noise, is_known=is_known, is_candidate=may_pick)
+    testing.assert_distances_decrease(grid, picks, is_known)
 
 
-@given(cases())
-def test_fewer_picks_are_the_first_of_more(case):
+@given(cases(), st.integers(0, 9))
+def test_fewer_picks_are_the_first_of_more(case, less):
     grid, noise, is_known, may_pick, number = case
-    if number:
-        more = furthest_point_sampling(grid, number, noise, is_known=is_known, is_candidate=may_pick)
-        fewer = furthest_point_sampling(grid, number - 1, noise, is_known=is_known, is_candidate=may_pick)
-        np.testing.assert_array_equal(fewer, more[:, :-1])
+    more = furthest_point_sampling(grid, number, noise, is_known=is_known, is_candidate=may_pick)
+    fewer = furthest_point_sampling(grid, max(0, number - less), noise, is_known=is_known, is_candidate=may_pick)
+    testing.assert_prefix(fewer, more)
 
 
-@given(cases(max_side=3), st.integers(1, 3))
+@given(cases(max_tokens=16), st.integers(1, 3))
 def test_covering_radius_is_at_most_twice_the_best(case, number):
     grid, noise, is_known, _, _ = case
     is_known = is_known & (np.arange(grid.num_tokens) < 2)
-    free = tokens(~is_known[0])
-    number = min(number, len(free))
-    picks = furthest_point_sampling(grid, number, noise, is_known=is_known)[0]
-    between = _squared_distances(np, grid.positions, grid.positions)
-
-    def squared_radius(centres):
-        return between[[*tokens(is_known[0]), *centres]].min(axis=0).max() if centres or is_known.any() else 0
-
-    best = min(squared_radius(centres) for centres in combinations(free, number))
-    assert squared_radius(picks.tolist()) <= 4 * best
+    number = min(number, int((~is_known).sum()))
+    testing.assert_covering_radius(grid, furthest_point_sampling(grid, number, noise, is_known=is_known), is_known)
 
 
 # --- errors --------------------------------------------------------------------------------------------------------

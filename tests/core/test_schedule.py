@@ -2,7 +2,6 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from hypothesis.extra import numpy as hnp
 
 import prmim_reference as reference
 from prmim_core import (
@@ -20,6 +19,7 @@ from prmim_core import (
     nearest_known_distance,
     random_decoded,
     take_tokens,
+    testing,
     weighted_decoded,
 )
 from prmim_core.throwing import STRATEGIES, WEIGHTED
@@ -84,6 +84,56 @@ def test_plans_take_the_decoded_tokens_they_are_given(library, throwing):
     }[throwing]()
     plan = library.run(lambda noise, decoded: make_plan(schedule, noise, decoded=decoded), noise, decoded)
     library.assert_equal(plan.order, expected, dtype="index")
+
+
+def lattice(grid, counts, noise, is_visible):
+    """Decode masked tokens of one colour of a checkerboard, then those of the other; within a colour by noise."""
+    colour = (sum(grid.coordinates(noise)) + noise[:, :1]) & 1
+    return random_decoded(counts.decoded, (colour << 30) + (noise >> 2), is_visible)
+
+
+def expected_lattice(grid, decoded, noise, visible):
+    colour = [(sum(position) + noise[0]) % 2 for position in grid.positions.tolist()]
+    masked = [token for token in range(len(noise)) if token not in visible]
+    return sorted(masked, key=lambda token: (colour[token], noise[token] >> 2, token))[:decoded]
+
+
+@pytest.mark.parametrize("grid", [GRIDS[1], GRIDS[3]], ids=str)
+def test_plans_of_a_function_match_the_reference(library, grid):
+    schedule = Schedule(grid, TokenCounts(6, 8, 10), throwing=lattice)
+    noise = counter_noise(0, 0, np.arange(3), 24)
+    plan = library.run(lambda noise: make_plan(schedule, noise), noise)
+    assert plan.schedule == schedule
+    expected = []
+    for row in noise.tolist():
+        decoded = expected_lattice(grid, 8, row, reference.masking.random_visible(6, row))
+        expected.append(
+            reference.schedule.make_order(grid.shape, schedule.counts, row, spacing=grid.spacing, decoded=decoded)
+        )
+    library.assert_equal(plan.order, expected, dtype="index")
+
+
+def test_a_function_chooses_whole_units(library):
+    grid, unit, seen = GRIDS[1], (2, 2), []
+    schedule = Schedule(grid, TokenCounts(8, 8, 8), unit=unit, throwing=lambda *a: seen.append(a[:2]) or lattice(*a))
+    noise = counter_noise(0, 0, np.arange(3), 24)
+    plan = library.run(lambda noise: make_plan(schedule, noise), noise)
+    assert seen[0] == (grid.units(unit), TokenCounts(2, 2, 2))
+    tokens = reference.masking.unit_tokens(grid.shape, unit)
+    expected = []
+    for row in noise.tolist():
+        of_units = [row[unit[0]] for unit in tokens]
+        units = expected_lattice(grid.units(unit), 2, of_units, reference.masking.random_visible(2, of_units))
+        decoded = [token for number in units for token in tokens[number]]
+        expected.append(reference.schedule.make_order(grid.shape, schedule.counts, row, decoded=decoded, unit=unit))
+    library.assert_equal(plan.order, expected, dtype="index")
+
+
+def test_schedules_are_equal_if_their_functions_are():
+    schedule = Schedule(GRIDS[1], TokenCounts(6, 8, 10), throwing=lattice)
+    assert schedule == Schedule(GRIDS[1], TokenCounts(6, 8, 10), throwing=lattice)
+    assert hash(schedule) == hash(Schedule(GRIDS[1], TokenCounts(6, 8, 10), throwing=lattice))
+    assert schedule != Schedule(GRIDS[1], TokenCounts(6, 8, 10), throwing=lambda *a: lattice(*a))
 
 
 FLOATS = np.random.default_rng(0).random((3, 24), dtype=np.float32)
@@ -256,46 +306,34 @@ def test_without_known_tokens_noise_alone_orders_the_thrown():
 # --- properties ----------------------------------------------------------------------------------------------------
 
 
-@st.composite
-def plans(draw):
-    axes = draw(st.integers(1, 3))
-    shape = tuple(draw(st.lists(st.integers(1, (20, 7, 3)[axes - 1]), min_size=axes, max_size=axes)))
-    grid = Grid(shape, tuple(draw(st.lists(st.integers(1, 5), min_size=axes, max_size=axes))))
-    cuts = sorted(draw(st.lists(st.integers(0, grid.num_tokens), min_size=2, max_size=2)))
-    counts = TokenCounts(cuts[0], cuts[1] - cuts[0], grid.num_tokens - cuts[1])
-    throwing, furthest_from = draw(st.sampled_from([*CHOICES, ("weighted", "visible")]))
-    schedule = Schedule(grid, counts, stages=draw(st.integers(1, 5)), throwing=throwing, furthest_from=furthest_from)
-    noise = draw(hnp.arrays(np.int32, (2, grid.num_tokens), elements=st.integers(-9, 9)))
-    elements = st.floats(0, 1, width=32)
-    weights = draw(hnp.arrays(np.float32, noise.shape, elements=elements)) if throwing == "weighted" else None
-    return make_plan(schedule, noise, weights=weights), noise
-
-
-@given(plans())
-def test_the_parts_of_a_plan_partition_the_tokens(case):
-    plan, _ = case
-    parts = [plan.visible, plan.decoded, *(plan.stage(stage + 1) for stage in range(plan.schedule.stages))]
-    for image in range(2):
-        assert sorted(token for part in parts for token in part[image].tolist()) == list(range(plan.order.shape[1]))
+@given(testing.plan_arguments())
+def test_plans_have_their_invariants_and_pass_their_own_check(arguments):
+    plan = make_plan(**arguments)
+    testing.assert_plan(plan, arguments["noise"])
+    plan.check()
     np.testing.assert_array_equal(np.concatenate([plan.decoded, plan.thrown], axis=1), plan.masked)
     np.testing.assert_array_equal(np.concatenate([plan.visible, plan.masked], axis=1), plan.order)
 
 
-@given(plans())
-def test_plans_pass_their_own_check(case):
-    case[0].check()
+@given(testing.plan_arguments())
+def test_plans_of_images_are_independent(arguments):
+    schedule, noise, weights = arguments.values()
+    arrays = [noise] if weights is None else [noise, weights]
+
+    def order(noise, weights=None):
+        return make_plan(schedule, noise, weights=weights).order
+
+    testing.assert_independent_images(order, *arrays)
 
 
-@given(plans())
-def test_restore_inverts_the_order(case):
-    plan, _ = case
+@given(testing.plans())
+def test_restore_inverts_the_order(plan):
     np.testing.assert_array_equal(take_tokens(plan.order, plan.restore), [np.arange(plan.order.shape[1])] * 2)
     np.testing.assert_array_equal(take_tokens(plan.restore, plan.order), [np.arange(plan.order.shape[1])] * 2)
 
 
-@given(plans())
-def test_stages_have_their_sizes_and_known_tokens(case):
-    plan, _ = case
+@given(testing.plans())
+def test_stages_have_their_sizes_and_known_tokens(plan):
     schedule = plan.schedule
     sizes = schedule.stage_sizes
     assert sizes == reference.schedule.stage_sizes(schedule.counts.thrown, schedule.stages)
@@ -310,36 +348,38 @@ def test_stages_have_their_sizes_and_known_tokens(case):
         np.testing.assert_array_equal(together, plan.order[:, : together.shape[1]])
 
 
-@given(plans())
-def test_thrown_tokens_are_sorted_by_distance_then_noise(case):
-    plan, noise = case
-    is_known = is_member(plan.known(1), plan.order.shape[1])
-    distance = take_tokens(nearest_known_distance(plan.schedule.grid, is_known), plan.thrown).tolist()
-    rank = take_tokens(np.argsort(np.argsort(noise, stable=True), stable=True), plan.thrown).tolist()
-    for image in range(2):
-        keys = list(zip(distance[image], rank[image], strict=True))
-        assert keys == sorted(keys)
+@given(testing.plan_arguments())
+def test_plans_match_the_reference_everywhere(arguments):
+    if arguments["weights"] is None:
+        plan = make_plan(**arguments)
+        assert plan.order.tolist() == expected_order(plan.schedule, arguments["noise"])
 
 
-@given(plans())
-def test_plans_match_the_reference_everywhere(case):
-    plan, noise = case
-    if plan.schedule.throwing != "weighted":
-        assert plan.order.tolist() == expected_order(plan.schedule, noise)
+def mean_distances(counts, throwing, images):
+    """Distance to the nearest known token on 14 x 14, mean over the thrown tokens of every image."""
+    plan = make_plan(Schedule(Grid((14, 14)), counts, throwing=throwing), counter_noise(0, 0, np.arange(images), 196))
+    squared = nearest_known_distance(Grid((14, 14)), is_member(plan.known(1), 196))
+    return np.sqrt(squared).sum(axis=1) / counts.thrown
 
 
 @pytest.mark.parametrize("throw_ratio", [0.5, 0.6, 0.7])
 def test_furthest_sampling_leaves_thrown_tokens_nearer_to_known_ones_than_rivals_do(throw_ratio):
-    noise = counter_noise(0, 0, np.arange(200), 196)
     counts = count_tokens(196, 0.75, throw_ratio)
-    beyond = {}  # distance to the nearest known token, less the 1 that no token can pass: mean over the thrown
-    for throwing in ("furthest", "random", "cell"):
-        plan = make_plan(Schedule(Grid((14, 14)), counts, throwing=throwing), noise)
-        squared = nearest_known_distance(Grid((14, 14)), is_member(plan.known(1), 196))
-        beyond[throwing] = np.sqrt(squared).sum(axis=1) / counts.thrown - 1
+    # Less the 1 that no token can pass.
+    beyond = {name: mean_distances(counts, name, 200) - 1 for name in ("furthest", "random", "cell")}
     assert (beyond["furthest"] < beyond["random"]).mean() > 0.99
     assert beyond["furthest"].mean() < 0.7 * beyond["random"].mean()
     assert beyond["furthest"].mean() < 0.7 * beyond["cell"].mean()
+
+
+@pytest.mark.parametrize("visible", [0, 1, 2, 4, 16])
+@pytest.mark.parametrize("decoded", [1, 2, 3, 4, 8, 32])
+def test_furthest_beats_random_with_two_visible_or_five_known_tokens(visible, decoded):
+    if visible + decoded == 1:
+        pytest.skip("the first pick is random")
+    counts = TokenCounts(visible, decoded, 196 - visible - decoded)
+    furthest, rand = (mean_distances(counts, throwing, 1024).mean() for throwing in ("furthest", "random"))
+    assert (furthest < rand) == (visible >= 2 or visible + decoded >= 5)
 
 
 # --- parts of a plan -----------------------------------------------------------------------------------------------
@@ -360,17 +400,15 @@ def test_members_of_a_plan_are_equal_on_every_library(xp):
     xp.assert_equal(represented, order[:, :14], dtype="index")
 
 
-@given(plans())
-def test_the_mask_hides_the_masked_tokens(case):
-    plan, _ = case
+@given(testing.plans())
+def test_the_mask_hides_the_masked_tokens(plan):
     assert plan.mask.sum() == plan.masked.size
     assert take_tokens(plan.mask, plan.masked).all()
     assert not take_tokens(plan.mask, plan.visible).any()
 
 
-@given(plans(), st.booleans())
-def test_supervised_tokens_are_masked_tokens_with_a_feature(case, reconstructed):
-    plan, _ = case
+@given(testing.plans(), st.booleans())
+def test_supervised_tokens_are_masked_tokens_with_a_feature(plan, reconstructed):
     supervised = plan.supervised(reconstructed=reconstructed)
     represented = plan.represented(reconstructed=reconstructed)
     np.testing.assert_array_equal(np.concatenate([plan.visible, supervised], axis=1), represented)
@@ -498,7 +536,7 @@ def test_take_tokens_takes_any_integer_type(library, dtype):
 @pytest.mark.parametrize("dtype", [bool, np.float32])
 def test_indices_are_integers(library, dtype):
     for function in (lambda index: take_tokens(index, index), lambda index: is_member(index, 4)):
-        with pytest.raises(TypeError, match=r"index: expected integers, got .*(bool|float32)"):
+        with pytest.raises(TypeError, match=r"index: expected (integers|token indices), got .*(bool|float32)"):
             library.run(function, np.zeros((2, 3), dtype))
 
 
@@ -619,7 +657,11 @@ NOISE = counter_noise(0, 0, np.arange(2), 4)
         ({"stages": 0}, ValueError, "stages: expected at least 1, got 0"),
         ({"stages": 1.0}, TypeError, "stages: expected an integer, got 1.0"),
         ({"stages": True}, TypeError, "stages: expected an integer, got True"),
-        ({"throwing": "near"}, ValueError, "throwing: expected one of furthest, random, weighted, cell, got 'near'"),
+        (
+            {"throwing": "near"},
+            ValueError,
+            "throwing: expected one of furthest, random, weighted, cell, or a function, got 'near'",
+        ),
         ({"furthest_from": "random"}, ValueError, "furthest_from: expected one of visible, none, got 'random'"),
         ({"unit": (3,)}, ValueError, r"unit: expected sizes that divide the grid \(4,\), got \(3,\)"),
         ({"unit": (2, 2)}, ValueError, r"unit: expected sizes that divide the grid \(4,\), got \(2, 2\)"),
@@ -702,6 +744,43 @@ def test_plans_are_checked(throwing, arguments, error, message):
         make_plan(**{"schedule": schedule, "noise": NOISE, **arguments})
 
 
+MASK = r"got a boolean mask; \(~mask\).argsort\(1\)\[:, :n\] are the n tokens where it is True"
+
+
+@pytest.mark.parametrize("name", ["visible", "decoded"])
+def test_a_mask_is_no_index(library, name):
+    mask = NOISE.max(axis=1, keepdims=True) == NOISE
+    with pytest.raises(TypeError, match=f"^{name}: expected token indices, {MASK}"):
+        library.run(lambda noise, mask: make_plan(Schedule(GRID, COUNTS), noise, **{name: mask}), NOISE, mask)
+    index = library.run(lambda mask: (~mask).argsort(1)[:, :1], mask) if library.name != "strict" else None
+    assert index is None or (library.to_numpy(index)[:, 0] == NOISE.argmax(axis=1)).all()
+
+
+def returning(result):
+    def mine(grid, counts, noise, is_visible):
+        return result
+
+    return mine
+
+
+@pytest.mark.parametrize(
+    ("result", "error", "message"),
+    [
+        (None, TypeError, "expected an array, got NoneType"),
+        ([[0], [1]], TypeError, "expected an array, got list"),
+        ("torch", TypeError, "expected an array of the library of its arguments, got a Tensor"),
+        (np.zeros((2, 1)), TypeError, "expected integers, got float64"),
+        (np.zeros((2, 4), bool), TypeError, f"expected token indices, {MASK}"),
+        (np.zeros((2, 2), int), ValueError, r"expected decoded tokens of shape \(2, 1\), got \(2, 2\)"),
+    ],
+)
+def test_what_a_function_returns_is_checked(result, error, message):
+    if isinstance(result, str):
+        result = pytest.importorskip(result).zeros(2, 1, dtype=int)
+    with pytest.raises(error, match=f"^throwing mine: {message}"):
+        make_plan(Schedule(GRID, COUNTS, throwing=returning(result)), NOISE)
+
+
 UNITS_OF_TWO = Schedule(GRID, TokenCounts(2, 2, 0), unit=(2,))
 ON_HOST = pytest.mark.parametrize("xp", ["numpy", "numpy:readonly", "strict", "torch"], indirect=True)
 
@@ -723,6 +802,22 @@ def test_given_tokens_are_checked(xp, schedule, given, error, message):
     arrays = {name: xp.from_numpy(np.asarray(tokens)) for name, tokens in given.items()}
     with pytest.raises(error, match=f"^{message}"):
         make_plan(schedule, xp.from_numpy(NOISE), **arrays)
+
+
+@ON_HOST
+@pytest.mark.parametrize(
+    ("decoded", "error", "message"),
+    [
+        ([[1, 1], [1, 2]], ValueError, "expected distinct masked tokens in every row, got an invalid row 0"),
+        ([[1, 2], [3, 0]], ValueError, "expected distinct masked tokens in every row, got an invalid row 1"),
+        ([[1, 4], [1, 2]], IndexError, r"expected tokens in \[0, 4\), got values from 1 to 4"),
+    ],
+)
+def test_tokens_of_a_function_are_checked(xp, decoded, error, message):
+    schedule = Schedule(GRID, TokenCounts(1, 2, 1), throwing=returning(xp.from_numpy(np.asarray(decoded))))
+    visible = xp.from_numpy(np.asarray([[0], [0]]))
+    with pytest.raises(error, match=f"^throwing mine: {message}$"):
+        make_plan(schedule, xp.from_numpy(NOISE), visible)
 
 
 @pytest.mark.parametrize("xp", ["torch:compiled", "jax", "jax:jit"], indirect=True)

@@ -50,7 +50,7 @@ def test_prmim_commands_name_options_that_exist(command):
     from prmim_train.cli.options import split_words
 
     _, verb, *words = shlex.split(command)
-    split_words(words, COMMANDS[verb].options())
+    split_words(words, COMMANDS[verb].options(), COMMANDS[verb].places)
 
 
 def test_make_targets_exist():

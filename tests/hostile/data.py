@@ -532,7 +532,9 @@ def other_files(folder):
     put(folder / "a.png")
     put(folder / "b.heic")
     put(folder / "shard.tar", SIX)
-    assert open_source(str(folder), channels=1).description.endswith("1 image, no labels, 2 other files skipped")
+    assert open_source(str(folder), channels=1).description.endswith(
+        "1 image, no labels, 2 other files skipped (.heic 1, .tar 1)"
+    )
 
 
 # ------------------------------------------------------------------------------------------------------ limit of pixels

@@ -455,7 +455,7 @@ def test_wrong_batches(make_engine, images):
 )
 def test_the_precision_follows_the_device(platform, capability, expected):
     device = SimpleNamespace(platform=platform, **({} if capability is None else {"compute_capability": capability}))
-    assert trainer._choose_precision("auto", device) == expected
+    assert trainer.precision_on("auto", device) == expected
 
 
 def test_the_slowdown_of_bfloat16_is_measured_on_a_cpu(make_engine):

@@ -192,7 +192,7 @@ def test_names_are_those_of_the_parts(teacher):
     part = r"(patch_embed\.proj|norm|blocks\.\d\.(norm1|attn\.qkv|attn\.proj|norm2|mlp\.fc1|mlp\.fc2))\.(weight|bias)"
     names = rf"encoder\.({part}|cls_token|pos_embed)|fusion|heads\.[01]\.(weight|bias)|reconstruct\..*"
     assert not [name for name in state if not re.fullmatch(names, name)]
-    assert method.not_decayed() == {"fusion"}
+    assert method.no_weight_decay() == {"fusion", *(name for name in state if name.startswith("reconstruct."))}
     np.testing.assert_allclose(state["fusion"], [[0.01, 1.01, 0.01], [0.01, 0.01, 1.01]])
     total = MaskAlign(MaskAlignConfig(**SIZES, teacher=teacher, fusion="sum"))
     np.testing.assert_allclose(total.fusion[...], 1 / 3, rtol=1e-6)

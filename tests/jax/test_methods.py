@@ -1,14 +1,61 @@
 """Methods by name."""
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import nnx
 
 import prmim_methods
-from prmim_core import counter_noise
-from prmim_jax import METHODS, create_method
+from prmim_core import counter_noise, random_decoded
+from prmim_jax import METHODS, create_method, load_weights, save_weights
 from prmim_jax.interop import named_weights
 from prmim_methods import create_config
+
+
+def own(grid, counts, noise, is_visible):
+    return random_decoded(counts.decoded, -noise, is_visible)
+
+
+class Weighted(nnx.Module):
+    """A learned mean of the known features."""
+
+    def __init__(self, dim, grid, *, rngs):
+        self.score = nnx.Linear(dim, 1, rngs=rngs)
+
+    def __call__(self, features, known, thrown):
+        mean = jax.nn.softmax(self.score(features), axis=1).mT @ features
+        return jnp.broadcast_to(mean, (*thrown.shape, mean.shape[-1]))
+
+
+def test_functions_of_ones_own(tiny, tmp_path):
+    method = create_method("mae", **tiny, throwing=own, reconstruction=Weighted)
+    images, noise = jnp.zeros((2, 16, 16, 3), jnp.uint8), counter_noise(0, 0, jnp.arange(2), 16)
+
+    @nnx.jit
+    def gradient(method):
+        return nnx.grad(lambda method: ((output := method(images, noise)).loss, output.plan), has_aux=True)(method)
+
+    slopes, plan = gradient(method)
+    plan.check()
+    np.testing.assert_array_equal(plan.decoded, own(None, plan.schedule.counts, noise, ~plan.mask))
+    assert plan.schedule.throwing is own
+    assert slopes["reconstruct"]["mix"]["score"]["kernel"][...].shape == (8, 1)
+    # The weights are the method's: from its seed, and in its file, which fits no other reconstruction.
+    key = "reconstruct.mix.score.kernel"
+    weights = named_weights(method)
+    other = create_method("mae", **tiny, reconstruction=Weighted, init_seed=1)
+    assert (named_weights(other)[key] != weights[key]).any()
+    save_weights(method, tmp_path / "own.safetensors")
+    load_weights(other, tmp_path / "own.safetensors")
+    assert (named_weights(other)[key] == weights[key]).all()
+    with pytest.raises(ValueError, match=r"^weights: reconstruction: expected 'kernel', got 'custom'$"):
+        load_weights(create_method("mae", **tiny), tmp_path / "own.safetensors")
+
+
+def test_a_factory_returns_a_mixing_module(tiny):
+    with pytest.raises(TypeError, match=r"^reconstruction: expected <lambda> to return a mixing module, got NoneType$"):
+        create_method("mae", **tiny, reconstruction=lambda dim, grid, rngs: None)
 
 
 @pytest.mark.parametrize("name", ["mae", "simmim"])

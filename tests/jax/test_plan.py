@@ -6,8 +6,15 @@ import numpy as np
 import pytest
 
 import prmim_core
-from prmim_core import Grid, Schedule, TokenCounts, counter_noise
+from prmim_core import Grid, Schedule, TokenCounts, counter_noise, random_decoded
 from prmim_jax import make_plan
+
+
+def lattice(grid, counts, noise, is_visible):
+    """Decode masked tokens of one colour of a checkerboard, then those of the other; within a colour by noise."""
+    colour = (sum(grid.coordinates(noise)) + noise[:, :1]) & 1
+    return random_decoded(counts.decoded, (colour << 30) + (noise >> 2), is_visible)
+
 
 SCHEDULES = [
     Schedule(Grid((4, 6)), TokenCounts(6, 6, 12)),
@@ -16,6 +23,7 @@ SCHEDULES = [
     Schedule(Grid((4, 6)), TokenCounts(6, 6, 12), throwing="random"),
     Schedule(Grid((2, 4, 4)), TokenCounts(4, 10, 18), throwing="cell"),
     Schedule(Grid((12,)), TokenCounts(3, 9, 0)),
+    Schedule(Grid((4, 6)), TokenCounts(8, 4, 12), unit=(2, 2), throwing=lattice),
 ]
 
 
@@ -23,7 +31,11 @@ def noise_for(schedule, batch=3):
     return counter_noise(0, 0, jnp.arange(batch), schedule.counts.num_tokens)
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda s: f"{s.throwing}-{s.furthest_from}-{s.grid.axes}")
+@pytest.mark.parametrize(
+    "schedule",
+    SCHEDULES,
+    ids=lambda s: f"{getattr(s.throwing, '__name__', s.throwing)}-{s.furthest_from}-{s.grid.axes}",
+)
 def test_plan_is_the_cores(schedule):
     noise = noise_for(schedule)
     plan = jax.jit(make_plan, static_argnums=0)(schedule, noise)
@@ -43,6 +55,16 @@ def test_weights_and_visible_tokens_go_through():
     assert plan.visible.tolist() == visible.tolist()
 
 
+def test_decoded_tokens_go_through():
+    schedule = Schedule(Grid((4, 4)), TokenCounts(4, 4, 8), throwing=lattice)
+    noise = noise_for(schedule)
+    visible, decoded = np.array([[3, 1, 0, 15]] * 3), np.array([[4, 2, 7, 9]] * 3)
+    plan = make_plan(schedule, noise, jnp.asarray(visible), jnp.asarray(decoded))
+    expected = prmim_core.make_plan(schedule, np.asarray(noise), visible, decoded)
+    np.testing.assert_array_equal(plan.order, expected.order)
+    assert plan.decoded.tolist() == decoded.tolist()
+
+
 def test_plans_are_pytrees_and_mapped_over():
     schedule = SCHEDULES[0]
     noise = noise_for(schedule, batch=4).reshape(2, 2, -1)
@@ -58,6 +80,12 @@ def test_plans_are_pytrees_and_mapped_over():
         ({"noise": [[0] * 16]}, TypeError, r"noise: expected a jax\.Array, got list"),
         ({"noise": np.zeros((2, 16))}, TypeError, r"noise: expected a jax\.Array, got ndarray"),
         ({"visible": np.zeros((2, 4), int)}, TypeError, r"visible: expected a jax\.Array, got ndarray"),
+        ({"decoded": np.zeros((2, 4), int)}, TypeError, r"decoded: expected a jax\.Array, got ndarray"),
+        (
+            {"decoded": jnp.zeros((2, 16), bool)},
+            TypeError,
+            r"decoded: expected token indices, got a boolean mask; \(~mask\)\.argsort\(1\).*",
+        ),
         ({"noise": None}, TypeError, "noise: expected an array, got NoneType"),
         ({"schedule": (4, 4)}, TypeError, "schedule: expected a Schedule, got tuple"),
         ({"noise": jnp.zeros((2, 16), bool)}, TypeError, "noise: expected integers or real numbers, got bool"),

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from prmim_core import Grid, Schedule, TokenCounts, counter_noise
 from prmim_jax import ProgressiveReconstruction, make_plan
@@ -53,6 +54,69 @@ def test_features_are_the_reference_ones(grid, reconstruction):
             spacing=grid.spacing,
         )
         np.testing.assert_allclose(rebuilt[image], expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("reconstruction", RECONSTRUCTIONS)
+def test_without_visible_features_they_are_the_reference_ones(reconstruction):
+    module, features, plan = make_case(Grid((4, 5)), reconstruction)
+    rebuilt = jax.jit(lambda *a: module(*a, visible_features=False))(features[:, 5:], plan)
+    expected = reference.progressive_reconstruction(
+        np.asarray(features[1, 5:], float),
+        plan.order[1].tolist(),
+        reference_counts.TokenCounts(5, 5, 10),
+        (4, 5),
+        stages=2,
+        reconstruction=reconstruction,
+        parameters={name: np.asarray(v[...], float) for name, v in named_variables(module).items()},
+        visible_features=False,
+    )
+    np.testing.assert_allclose(rebuilt[1], expected, rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match=r"^features: expected shape \(2, 5, dim\), got \(2, 10, 8\)$"):
+        module(features, plan, visible_features=False)
+
+
+class Scaled(nnx.Module):
+    """The mean of the known features, scaled by a weight per token."""
+
+    def __init__(self, dim, grid):
+        self.scale = nnx.Param(jnp.linspace(1, 2, grid.num_tokens * dim).reshape(grid.num_tokens, dim))
+
+    def __call__(self, features, known, thrown):
+        return self.scale[thrown] * features.mean(1, keepdims=True)
+
+
+def test_a_module_of_ones_own_mixes():
+    _, features, plan = make_case(Grid((4, 5)), "kernel")
+    module = ProgressiveReconstruction(8, Grid((4, 5)), mix=Scaled(8, Grid((4, 5))))
+    assert set(named_variables(module)) == {"mix.scale", "norm.weight", "norm.bias"}
+    rebuilt = nnx.jit(lambda module, *a: module(*a))(module, features, plan)
+    mixed = np.asarray(module.mix.scale[plan.stage(1)] * features.mean(1, keepdims=True))
+    centred = mixed - mixed.mean(-1, keepdims=True)
+    expected = centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-6)
+    np.testing.assert_allclose(rebuilt[:, 10:15], expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"mix": "mean"}, TypeError, "mix: expected a module or a function, got str"),
+        (
+            {"mix": lambda *_: None, "reconstruction": "conv"},
+            ValueError,
+            "mix: expected None with reconstruction 'conv', got function",
+        ),
+    ],
+)
+def test_wrong_mixes(options, error, message):
+    with pytest.raises(error, match=f"^{message}$"):
+        ProgressiveReconstruction(8, Grid((4,)), **options)
+
+
+def test_a_mix_returns_features_of_all_thrown_tokens():
+    _, features, plan = make_case(Grid((4, 5)), "kernel")
+    module = ProgressiveReconstruction(8, Grid((4, 5)), mix=lambda features, known, thrown: features[:, :, :1])
+    with pytest.raises(ValueError, match=r"^mix: expected rebuilt features of shape \(2, 5, 8\), got \(2, 10, 1\)$"):
+        module(features, plan)
 
 
 @pytest.mark.parametrize("grid", GRIDS, ids=str)

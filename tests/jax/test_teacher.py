@@ -190,8 +190,8 @@ def test_a_name_without_network(monkeypatch):
 
 def test_a_name_without_the_package_for_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    message = "teacher: expected a folder, or huggingface_hub installed to download a model, got 'a/b'"
-    with pytest.raises(ImportError, match=f"^{message}$"):
+    expected = "teacher: expected a folder, or huggingface_hub installed to download a model"
+    with pytest.raises(ImportError, match=f"^{expected}, got 'a/b'; pip install 'prmim\\[hf\\]'$"):
         Teacher("a/b", GRID, 3)
 
 

@@ -22,7 +22,6 @@ from prmim_jax.vit import (
     block_outputs,
     freeze,
     run_blocks,
-    sincos_table,
     stack_blocks,
     xavier_uniform,
 )
@@ -32,19 +31,6 @@ from prmim_reference import vit as reference
 
 def rngs():
     return nnx.Rngs(0)
-
-
-@pytest.mark.parametrize(("shape", "dim"), [((7,), 6), ((3, 4), 8), ((2, 3, 4), 12)])
-def test_position_table_is_the_reference_one(shape, dim):
-    table = sincos_table(shape, dim)
-    assert table.dtype == jnp.float32
-    np.testing.assert_allclose(table[0], reference.sin_cos_table(shape, dim), atol=1e-7)
-
-
-@pytest.mark.parametrize(("shape", "dim"), [((4,), 3), ((4, 4), 6), ((4, 4, 4), 8), ((4,), 0)])
-def test_position_table_needs_channels_for_every_axis(shape, dim):
-    with pytest.raises(ValueError, match=r"^dim: expected a positive multiple of \d"):
-        sincos_table(shape, dim)
 
 
 @pytest.mark.parametrize(("fan_in", "fan_out"), [(64, 192), (64, 256)])

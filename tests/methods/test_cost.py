@@ -469,6 +469,7 @@ def test_the_cost_is_unknown_until_the_teacher_is_here():
         ("mae", {"throw_ratio": 0}),
         ("simmim", {}),
         ("simmim", {"position": "absolute", "thrown_target": "patch"}),
+        ("simmim", {"position": "learned"}),
         ("localmim", {}),
         ("localmim", {"scales": (4, 2), "layers": (1, 2), "target": "pixels"}),
     ],

@@ -17,7 +17,7 @@ from prmim_methods import (
     Transformer,
     create_config,
 )
-from prmim_methods.method import IMAGENET_MEAN, IMAGENET_STD
+from prmim_methods.encoder import IMAGENET_MEAN, IMAGENET_STD
 from prmim_methods.record import options
 
 TEACHER = {"teacher": "owner/model"}
@@ -373,10 +373,38 @@ def test_an_architecture_of_localmim_says_what_the_weights_mean():
     assert "bins" not in LocalMIMConfig(target="pixels").architecture()
 
 
+def own(grid, counts, noise, is_visible):
+    """Decode the masked tokens of lowest noise."""
+    return (noise + 2**40 * is_visible).argsort(1)[:, : counts.decoded]
+
+
+@pytest.mark.parametrize("method", ["mae", "simmim", "localmim", "videomae"])
+def test_functions_of_ones_own(method):
+    config = create_config(method, throwing=own, reconstruction=len)
+    named = create_config(method, reconstruction="interpolate")
+    assert config.schedule == replace(named.schedule, throwing=own)
+    rows = dict(config.describe())
+    assert rows["decoded"].endswith(", chosen by own")
+    assert rows["  stage 1"].endswith(" known, len")
+    # Weights fit a mixing module of one's own only, whatever chose the tokens.
+    assert config.architecture() == {**named.architecture(), "reconstruction": "custom"}
+    cost, expected = config.cost(), named.cost()
+    assert expected.is_known
+    assert not cost.is_known
+    assert [name for name, part in cost.parts.items() if not part.is_known] == ["stages"]
+    assert cost.macs == expected.macs - expected.parts["stages"].macs
+    assert config.baseline().cost().is_known
+
+
+def test_nothing_is_asked_of_a_function_where_nothing_is_thrown():
+    assert MAEConfig(throw_ratio=0, throwing=own).schedule.throwing == "random"
+
+
 # --- wrong options -------------------------------------------------------------------------------------------------
 
 MODELS = "vit_tiny, vit_small, vit_base, vit_large, vit_huge, vit_1b, vit_5b"
-RECONSTRUCTIONS = "kernel, interpolate, conv, none"
+OWN = "or package.module:function"
+RECONSTRUCTIONS = f"kernel, interpolate, conv, none, {OWN}"
 PER_AXIS = "a whole number of at least 1, or one for each axis"
 SEED = "a whole number in [0, 4294967295]"
 THROWN = "TokenCounts(visible=4, decoded=0, thrown=12)"
@@ -434,6 +462,7 @@ WRONG = [
      f"reconstruction: expected one of {RECONSTRUCTIONS}, got 'spline'"),
     ("mae", {"reconstruction": "spline", "throw_ratio": 0}, ValueError,
      f"reconstruction: expected one of {RECONSTRUCTIONS}, got 'spline'"),
+    ("mae", {"pixel_range": (3, 3)}, ValueError, "pixel_range: expected low,high with low < high, got (3.0, 3.0)"),
     ("mae", {"thrown_weight": -1}, ValueError, "thrown_weight: expected a number of at least 0, got -1"),
     ("mae", {"thrown_weight": float("inf")}, ValueError, "thrown_weight: expected a number of at least 0, got inf"),
     ("mae", {"thrown_weight": "1"}, TypeError, "thrown_weight: expected a number of at least 0, got '1'"),
@@ -457,7 +486,16 @@ WRONG = [
     ("mae", {**MAE, "throw_ratio": 0.75, "thrown_weight": 0}, ValueError,
      f"throw_ratio: expected at least one supervised token, got none ({THROWN}, reconstruction 'kernel', "
      "thrown_weight 0)"),
-    ("mae", {"throwing": "none"}, ValueError, "throwing: expected one of furthest, random, cell, weighted, got 'none'"),
+    ("mae", {"throwing": "none"}, ValueError,
+     f"throwing: expected one of furthest, random, cell, weighted, {OWN}, got 'none'"),
+    ("mae", {"throwing": "no_such_module:f", "throw_ratio": 0}, ValueError,
+     "throwing: expected a function to import, got 'no_such_module:f' (ModuleNotFoundError: No module named "
+     "'no_such_module')"),
+    ("mae", {"throwing": "math:lattice"}, ValueError,
+     "throwing: expected a function to import, got 'math:lattice' (AttributeError: module 'math' has no attribute "
+     "'lattice')"),
+    ("maskalign", {**ALIGN, "reconstruction": "math:pi"}, ValueError,
+     "reconstruction: expected a function at math:pi, got 3.141592653589793"),
     ("mae", {"furthest_from": "all"}, ValueError, "furthest_from: expected one of visible, none, got 'all'"),
     ("mae", {"furthest_from": "all", "throw_ratio": 0}, ValueError,
      "furthest_from: expected one of visible, none, got 'all'"),
@@ -506,7 +544,7 @@ WRONG = [
     ("simmim", {"mask_unit": 2.0}, TypeError, "mask_unit: expected a whole number of at least 1, got 2.0"),
     ("simmim", {"mask_unit": True}, TypeError, "mask_unit: expected a whole number of at least 1, got True"),
     ("simmim", {"throw_by": "patch"}, ValueError, "throw_by: expected one of token, unit, got 'patch'"),
-    ("simmim", {"position": "learned"}, ValueError, "position: expected one of relative, absolute, got 'learned'"),
+    ("simmim", {"position": "x"}, ValueError, "position: expected one of relative, absolute, learned, got 'x'"),
     ("simmim", {"layer_scale": 0}, ValueError, "layer_scale: expected a number in (0, 1), got 0"),
     ("simmim", {"drop_path": 1.0}, ValueError, "drop_path: expected a number in [0, 1), got 1.0"),
     ("simmim", {"drop_path": -0.1}, ValueError, "drop_path: expected a number in [0, 1), got -0.1"),

@@ -1,6 +1,7 @@
 """Declarations of options: validation, messages and documentation."""
 
 import re
+import sys
 from collections.abc import Sequence
 from dataclasses import FrozenInstanceError, replace
 from pathlib import Path
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 
 from prmim_methods.messages import shown
-from prmim_methods.record import Option, Record, Rule, find_option, option, options, record
+from prmim_methods.record import Function, Option, Record, Rule, find_option, option, options, record
 
 
 @record
@@ -88,6 +89,50 @@ def test_values_become_canonical(item, value, expected):
     checked = item.check(value)
     assert checked == expected
     assert type(checked) is type(expected)
+
+
+def own():
+    """Return an option that names a choice or a function."""
+    return Option("x", str | Function, "a", Rule(help="An option.", choices={"a": "the first"}, function="n -> m"))
+
+
+@pytest.mark.parametrize("value", ["a", "math:sqrt", "os.path:join", "collections:OrderedDict.fromkeys", len, Path])
+def test_an_option_may_take_a_function(value):
+    assert own().check(value) == value
+    loaded = own().load(value)
+    assert loaded == value if value == "a" else callable(loaded)
+    assert own().kind is str
+    assert own().help == "An option: a (the first), or a function of your own, package.module:function (n -> m)."
+
+
+@pytest.mark.parametrize(
+    "value", ["b", "math.sqrt", "math:", ":sqrt", "math:sqrt:x", "a b:c", "1:30", "x:" + "y" * 4096]
+)
+def test_other_text_is_no_function(value):
+    with pytest.raises(ValueError, match=r"^x: expected one of a, or package\.module:function, got '"):
+        own().check(value)
+    with pytest.raises(ValueError, match=r"^x: expected one of a, got 'math:sqrt'$"):
+        one(str, choices={"a": ""}).check("math:sqrt")
+
+
+def test_functions_of_the_current_folder_are_found(tmp_path, monkeypatch):
+    (tmp_path / "prmim_own_module.py").write_text("def f():\n    return 3\n\nnumber = 4\n")
+    (tmp_path / "prmim_broken_module.py").write_text("1 / 0\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", [path for path in sys.path if path])
+    assert own().load("prmim_own_module:f")() == 3
+    for value, message in (
+        (
+            "prmim_own_module:g",
+            "got 'prmim_own_module:g' (AttributeError: module 'prmim_own_module' has no attribute 'g')",
+        ),
+        ("prmim_broken_module:f", "got 'prmim_broken_module:f' (ZeroDivisionError: division by zero)"),
+        ("prmim_no_module:f", "got 'prmim_no_module:f' (ModuleNotFoundError: No module named 'prmim_no_module')"),
+    ):
+        with pytest.raises(ValueError, match=f"^{re.escape('x: expected a function to import, ' + message)}$"):
+            own().load(value)
+    with pytest.raises(ValueError, match=r"^x: expected a function at prmim_own_module:number, got 4$"):
+        own().load("prmim_own_module:number")
 
 
 WRONG = [

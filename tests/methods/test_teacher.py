@@ -166,7 +166,7 @@ def test_downloaded_teachers_are_found(folder, monkeypatch):
 
 
 def test_without_the_hub_nothing_is_downloaded(monkeypatch):
-    monkeypatch.setattr("prmim_methods.teacher.find_spec", lambda name: None)
+    monkeypatch.setattr("prmim_methods.hub.find_spec", lambda name: None)
     assert local_teacher("owner/model") is None
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(ImportError, match=r"^teacher: expected a folder, or huggingface_hub installed to download a "):

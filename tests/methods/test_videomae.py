@@ -90,7 +90,10 @@ def test_reports():
             {"throwing": "dual", "throw_ratio": 0.3},
             "throw_ratio: expected 0.25, 0.5 or 0.75 for throwing 'dual', got 0.3",
         ),
-        ({"throwing": "weighed"}, "throwing: expected one of furthest, random, cell, dual, got 'weighed'"),
+        (
+            {"throwing": "weighed"},
+            "throwing: expected one of furthest, random, cell, dual, or package.module:function, got 'weighed'",
+        ),
         ({"norm_over": "frame"}, "norm_over: expected one of channel, patch, got 'frame'"),
         (
             {"image_size": (8, 8), "patch_size": (1, 1), "mask_ratio": 0.75},

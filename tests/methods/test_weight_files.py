@@ -1,7 +1,10 @@
 """Metadata and tensors of weight files, and atomic writes."""
 
+import hashlib
 import json
 import re
+import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -11,6 +14,7 @@ from prmim_methods.weight_files import (
     check_metadata,
     check_tensors,
     dump_architecture,
+    find_weights,
     write_atomically,
 )
 
@@ -117,3 +121,58 @@ def test_writes_are_atomic(tmp_path):
         write_atomically(path, fail)
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+# --- files that a path names ---------------------------------------------------------------------------------------
+
+
+def checkpoint(run, step, content=b"weights"):
+    folder = run / "checkpoints" / f"step_{step:08d}"
+    folder.mkdir(parents=True)
+    (folder / "weights.safetensors").write_bytes(content)
+    listed = {"weights.safetensors": {"bytes": 7, "sha256": hashlib.sha256(b"weights").hexdigest()}}
+    (folder / "manifest.json").write_text(json.dumps({"files": listed}))
+    return folder / "weights.safetensors"
+
+
+def test_a_run_stands_for_its_newest_good_checkpoint(tmp_path):
+    good = checkpoint(tmp_path, 20)
+    checkpoint(tmp_path, 3)
+    (tmp_path / "checkpoints" / "damaged_step_00000030").mkdir()
+    assert find_weights(tmp_path) == find_weights(good.parent) == find_weights(str(good)) == good
+    damaged = checkpoint(tmp_path, 100, b"weighty")
+    with pytest.warns(UserWarning, match=f"^the checkpoint {damaged.parent} is damaged, and an earlier one is used$"):
+        assert find_weights(tmp_path) == good
+    newest = checkpoint(tmp_path, 100_000_000)
+    assert find_weights(tmp_path) == newest
+
+
+def test_where_there_are_no_weights(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"^path: expected a file of weights or the folder of a run, got "):
+        find_weights(tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match=r"^path: expected weights.safetensors or the checkpoint of a run in "):
+        find_weights(tmp_path)
+    checkpoint(tmp_path, 3).with_name("manifest.json").unlink()
+    with (
+        pytest.raises(OSError, match=r"^path: expected a good checkpoint in .*, but all are damaged$"),
+        pytest.warns(UserWarning, match="is damaged"),
+    ):
+        find_weights(tmp_path)
+
+
+def test_names_on_the_hub_are_downloaded(tmp_path, monkeypatch):
+    (tmp_path / "weights.safetensors").touch()
+    asked = []
+
+    def download(name, allow_patterns):
+        asked.append((name, allow_patterns))
+        return str(tmp_path)
+
+    monkeypatch.setitem(sys.modules, "huggingface_hub", SimpleNamespace(snapshot_download=download))
+    assert find_weights("owner/model") == tmp_path / "weights.safetensors"
+    assert asked == [("owner/model", ["weights.safetensors"])]
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    for path in ("nowhere", "runs/typo", "no/where.safetensors", tmp_path / "no" / "where"):
+        with pytest.raises(FileNotFoundError, match="path: expected a file of weights or the folder of a run, got"):
+            find_weights(path)

@@ -23,6 +23,7 @@ def assert_same_decay() -> Callable[[Any, Any], None]:
     from prmim_torch.trainer import parameter_groups
 
     def check(here: Any, there: Any) -> None:
+        assert there.no_weight_decay() == here.no_weight_decay()
         decayed = {id(parameter) for parameter in parameter_groups(here, 0.05)[0]["params"]}
         mask, variables = decay_mask(there), named_variables(there)
         assert {file: mask[name] for name in mask for file in file_names(name, variables[name].shape)} == {

@@ -9,7 +9,6 @@ import prmim_jax.classifier
 import prmim_torch.classifier
 from prmim_jax.interop import named_weights
 from prmim_methods import ClassifierConfig, MAEConfig
-from prmim_methods.weight_files import official_name
 from prmim_reference import mae
 
 SIZES = {"image_size": (8, 12), "patch_size": (4, 4), "embed_dim": 16, "depth": 1, "num_heads": 2}
@@ -52,7 +51,7 @@ def test_features_and_classifiers_pool_the_class_tokens(tmp_path, class_tokens):
             classifiers = []
             for package in (prmim_torch, prmim_jax):
                 classifiers.append(package.Classifier(config, probe, 5))
-                package.classifier.load_encoder(classifiers[-1], path)
+                package.classifier.load_pretrained(classifiers[-1], path)
             here, there = weights_of(*classifiers)
             assert here.keys() == there.keys()
             np.testing.assert_array_equal(here["encoder.pos_embed"], there["encoder.pos_embed"])
@@ -87,18 +86,6 @@ def test_class_tokens_have_zeros_in_a_sine_cosine_table():
         assert not weights["encoder.pos_embed"][0, :2].any()
         assert weights["encoder.pos_embed"][0, 2:].any(axis=1).all()
         assert weights["decoder.pos_embed"].shape == (1, 8, 8)
-
-
-def test_jax_loads_the_official_state_dict():
-    here, there = build(make_config(3))
-    state = {official_name(name): array for name, array in weights_of(here, there)[0].items()}
-    prmim_jax.load_official_weights(there, {name: array for name, array in state.items() if name is not None})
-    here, there = weights_of(here, there)
-    for name, array in here.items():
-        is_official = name.startswith(("encoder.", "decoder."))
-        assert np.array_equal(there[name], array) or not is_official, name
-    with pytest.raises(ValueError, match=r"^weights: expected the names of MAE's and Pixio's code, .*, got 'model'$"):
-        prmim_jax.load_official_weights(build(make_config(3))[1], {"model": np.zeros(1)})
 
 
 def test_weights_of_other_numbers_of_class_tokens_are_refused(tmp_path):

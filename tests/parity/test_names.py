@@ -17,7 +17,8 @@ ONLY_JAX = {
     **{name: {"rngs", "dtype"} for name in ("Linear", "PatchProjection", "PatchEmbed", "Attention", "Fusion")},
     **{name: {"rngs", "dtype"} for name in ("CrossAttention", "CrossBlock")},
     **{name: {"rngs", "dtype", "scan"} for name in ("Encoder", "Decoder", "CrossDecoder")},
-    **{name: {"dtype"} for name in ("Classifier", "ProgressiveReconstruction")},
+    **{name: {"dtype"} for name in ("Classifier", "ImageEncoder", "ProgressiveReconstruction")},
+    "PixelLoss": {"rngs", "dtype"},
     "Teacher": {"scan"},
     # A teacher's blocks are those of transformers in PyTorch.
     "Block": {"rngs", "dtype", "activation", "eps"},
@@ -26,8 +27,9 @@ ONLY_JAX = {
     # A module is built on the device that the trainer chooses.
     "Trainer": {"make_module", "rate_scale"},
 }
-# XLA chooses kernels, and makes a loop of JAX's one kernel by itself.
-ONLY_TORCH_FILES = {"furthest", "cpu_kernels"}
+# XLA chooses kernels, and makes a loop of JAX's one kernel by itself. Programs of torch.export are PyTorch's own, and
+# transformers has models of PyTorch only.
+ONLY_TORCH_FILES = {"furthest", "cpu_kernels", "program", "transformers"}
 # The device of a process decides how processes talk; flax sets modes by attributes; optimizers of optax have no state.
 ONLY_TORCH = {
     "Processes": {"device"},
@@ -37,6 +39,7 @@ ONLY_TORCH = {
 }
 MODULES = [module.name for module in pkgutil.iter_modules(prmim_jax.__path__)]
 CLASSES = ["Engine", "Method", "MAE", "SimMIM", "MaskAlign", "LocalMIM", "Teacher", "Classifier", "ClassifierEngine"]
+CLASSES += ["ImageEncoder", "EncoderEngine"]
 PARTS = [
     ("trainer", "Trainer"),
     ("method", "PixelMethod"),

@@ -289,7 +289,7 @@ def make_engines(kind, **changes):
     return [package.Engine(create_config(kind, **sizes), training) for package in (prmim_torch, prmim_jax)]
 
 
-@pytest.mark.parametrize("kind", WHOLE)
+@pytest.mark.parametrize("kind", ["mae", "simmim"])
 def test_fifty_steps_agree_and_weights_go_both_ways(digits, tmp_path, kind):
     here, there = make_engines(kind)
     prmim_torch.save_weights(here.method, tmp_path / "start.safetensors")

@@ -227,6 +227,24 @@ def test_empty_stages_are_skipped(reconstruction):
     assert np.array_equal(two, five)
 
 
+@pytest.mark.parametrize("reconstruction", ["kernel", "interpolate", "conv"])
+def test_without_visible_features_it_is_the_plan_of_the_masked_tokens(reconstruction):
+    counts, order, features = a_problem((4, 5))
+    rng, visible = np.random.default_rng(0), counts.visible
+    parameters = {
+        "interpolate": {},
+        "kernel": {"table": rng.normal(size=(2, 7 * 9))},
+        "conv": {"kernel": rng.normal(size=(DIM, 3, 3))},
+    }[reconstruction]
+    options = {"stages": 2, "reconstruction": reconstruction, "parameters": parameters}
+    found = reconstruct.progressive_reconstruction(
+        features[visible:], order, counts, (4, 5), visible_features=False, **options
+    )
+    masked = TokenCounts(0, counts.decoded, counts.thrown)
+    expected = reconstruct.progressive_reconstruction(features[visible:], order[visible:], masked, (4, 5), **options)
+    assert np.array_equal(found, expected)
+
+
 def test_bad_arguments_are_refused():
     counts = TokenCounts(0, 0, 4)
     with pytest.raises(ValueError, match="features: expected at least one known token"):

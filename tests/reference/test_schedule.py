@@ -66,6 +66,16 @@ def test_visible_tokens_may_be_given():
     assert sorted(order) == list(range(32))
 
 
+def test_decoded_tokens_may_be_given():
+    noise = counter_noise(0, 0, 0, 16)
+    order = make_order((4, 4), TokenCounts(2, 3, 11), noise, visible=[3, 7], decoded=[15, 0, 5])
+    assert order[:5] == [3, 7, 15, 0, 5]
+    assert order[5:] == thrown_order((4, 4), noise, order[:5])
+    for wrong in ([15, 0, 3], [15, 0, 0], [15, 0]):
+        with pytest.raises(ValueError, match="decoded: expected 3 distinct masked tokens"):
+            make_order((4, 4), TokenCounts(2, 3, 11), noise, visible=[3, 7], decoded=wrong)
+
+
 def test_noise_may_be_floats():
     noise = np.random.default_rng(0).random(24).tolist()
     ranks = np.argsort(np.argsort(noise)).tolist()

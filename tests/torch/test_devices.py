@@ -42,7 +42,7 @@ def nothing_wide():
 
 @pytest.fixture
 def engines_use_meta(monkeypatch):
-    monkeypatch.setattr(trainer, "_choose_device", lambda name: torch.device("meta"))
+    monkeypatch.setattr(trainer, "choose_device", lambda name: torch.device("meta"))
     # What MPS has, and meta has not.
     monkeypatch.setattr(trainer.Trainer, "_autocast", lambda self: contextlib.nullcontext())
     adam = importlib.import_module("torch.optim.adam")
@@ -122,10 +122,10 @@ def test_mps_is_refused_where_there_is_none():
 
 def test_mps_is_refused_for_several_processes(monkeypatch):
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
-    assert trainer._choose_device("mps") == torch.device("mps")
+    assert trainer.choose_device("mps") == torch.device("mps")
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match=r"^device: expected cpu or cuda for 2 processes, got 'mps'$"):
-        trainer._choose_device("mps")
+        trainer.choose_device("mps")
 
 
 @pytest.mark.parametrize(
@@ -141,7 +141,7 @@ def test_the_precision_follows_the_device(monkeypatch, device, capability, expec
     monkeypatch.setattr(hardware, "cpu_flags", lambda: frozenset({"avx2"}))
     capabilities = {torch.device("cuda:1"): capability}
     monkeypatch.setattr(torch.cuda, "get_device_capability", capabilities.__getitem__)
-    assert trainer._choose_precision("auto", torch.device(device)) == expected
+    assert trainer.precision_on("auto", torch.device(device)) == expected
 
 
 def test_the_slowdown_of_bfloat16_is_measured_where_float32_is_chosen(monkeypatch):

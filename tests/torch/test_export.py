@@ -1,12 +1,14 @@
 """Programs for batches of any size: torch.export and torch.compile; plans as pytrees."""
 
+import io
+
 import pytest
 import torch
 from torch.export import Dim, export
 from torch.utils._pytree import tree_flatten, tree_map, treespec_dumps, treespec_loads
 from torch.utils.data import default_collate
 
-from prmim_core import Grid, Plan, Schedule, TokenCounts, counter_noise
+from prmim_core import Grid, Plan, Schedule, TokenCounts, counter_noise, random_decoded
 from prmim_methods import ClassifierConfig, create_config
 from prmim_torch import Classifier, ProgressiveReconstruction, create_method, make_plan
 
@@ -82,6 +84,23 @@ def test_a_plan_is_a_pytree():
     assert len(leaves) == 1
     assert structure == tree_flatten(plan_of(2, 3, 4))[1]
     assert treespec_loads(treespec_dumps(structure)) == structure
+
+
+def own(grid, counts, noise, is_visible):
+    return random_decoded(counts.decoded, -noise, is_visible)
+
+
+def test_a_method_with_a_function_is_exported_but_its_plan_is_not_saved():
+    method = create_method("mae", **OPTIONS["mae"], throwing=own).eval()
+    batch = Dim("batch")
+    exported = export(method, inputs(4), dynamic_shapes=({0: batch}, {0: batch}))
+    got, wanted = exported.module()(*inputs(3)), method(*inputs(3))
+    assert got.plan.schedule == wanted.plan.schedule
+    assert torch.equal(got.plan.order, wanted.plan.order)
+    plan = default_collate([wanted.plan, wanted.plan])
+    assert plan.schedule.throwing is own
+    with pytest.raises(ValueError, match=r"^throwing: expected a named strategy in a plan that is saved, got the func"):
+        torch.export.save(exported, io.BytesIO())
 
 
 def test_plans_of_a_batch_are_collated():

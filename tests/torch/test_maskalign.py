@@ -256,7 +256,7 @@ def test_names_are_those_of_the_parts(teacher):
     assert not [name for name in state if not re.fullmatch(names, name)]
     plain = MaskAlign(MaskAlignConfig(**SIZES, teacher=teacher, thrown_weight=0))
     assert not [name for name in plain.state_dict() if "reconstruct" in name]
-    assert method.not_decayed() == {"fusion"}
+    assert method.no_weight_decay() == {"fusion", *(name for name in state if name.startswith("reconstruct."))}
     assert method.architecture()["reconstruction"] == "kernel"
     assert method.losses == ("loss", "loss_visible", "loss_thrown")
 

@@ -6,9 +6,67 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import prmim_methods
-from prmim_core import counter_noise
+from prmim_core import counter_noise, random_decoded
 from prmim_methods import create_config
-from prmim_torch import METHODS, create_method
+from prmim_torch import METHODS, create_method, load_weights, save_weights
+
+
+def own(grid, counts, noise, is_visible):
+    return random_decoded(counts.decoded, -noise, is_visible)
+
+
+class Weighted(torch.nn.Module):
+    """A learned mean of the known features."""
+
+    def __init__(self, dim, grid):
+        super().__init__()
+        self.score = torch.nn.Linear(dim, 1)
+
+    def forward(self, features, known, thrown):
+        mean = self.score(features).softmax(1).mT @ features
+        return mean.expand(*thrown.shape, -1)
+
+
+@pytest.mark.parametrize("name", ["mae", "simmim", "localmim"])
+def test_functions_of_ones_own(tiny, tiny_simmim, name, tmp_path):
+    options = {
+        "mae": tiny,
+        "simmim": {**tiny_simmim, "throw_by": "unit"},
+        "localmim": {**tiny_simmim, "decoder_dim": 8, "decoder_heads": 2},
+    }[name]
+    method = create_method(name, **options, throwing=own, reconstruction=Weighted)
+    images, noise = torch.randint(0, 256, (2, 16, 16, 3), dtype=torch.uint8), counter_noise(0, 0, torch.arange(2), 16)
+    output = method(images, noise)
+    output.plan.check()
+    assert torch.equal(output.plan.order, create_method(name, **options, throwing=own)(images, noise).plan.order)
+    assert not torch.equal(output.plan.decoded, create_method(name, **options)(images, noise).plan.decoded)
+    output.loss.backward()
+    weights = {key: p for key, p in method.named_parameters() if ".mix." in key}
+    assert weights
+    assert all(weight.grad is not None for weight in weights.values())
+    # The weights are the method's: from its seed, and in its file, which fits no other reconstruction.
+    again = create_method(name, **options, throwing=own, reconstruction=Weighted)
+    other = create_method(name, **options, reconstruction=Weighted, init_seed=1)
+    key = next(key for key in weights if key.endswith("score.weight"))
+    assert torch.equal(again.state_dict()[key], weights[key])
+    assert not torch.equal(other.state_dict()[key], weights[key])
+    save_weights(method, tmp_path / "own.safetensors")
+    load_weights(other, tmp_path / "own.safetensors")
+    assert torch.equal(other.state_dict()[key], weights[key])
+    with pytest.raises(ValueError, match=r"^weights: reconstruction: expected 'kernel', got 'custom'$"):
+        load_weights(create_method(name, **options), tmp_path / "own.safetensors")
+
+
+def test_a_compiled_method_calls_functions_of_ones_own(tiny):
+    method = create_method("mae", **tiny, throwing=own, reconstruction=Weighted)
+    images, noise = torch.zeros(2, 16, 16, 3, dtype=torch.uint8), counter_noise(0, 0, torch.arange(2), 16)
+    compiled = torch.compile(method, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(images, noise).plan.order, method(images, noise).plan.order)
+
+
+def test_a_factory_returns_a_mixing_module(tiny):
+    with pytest.raises(TypeError, match=r"^reconstruction: expected <lambda> to return a mixing module, got NoneType$"):
+        create_method("mae", **tiny, reconstruction=lambda dim, grid: None)
 
 
 @pytest.mark.parametrize("name", ["mae", "simmim"])

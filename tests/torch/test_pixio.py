@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import save_file
 
 from prmim_methods import MAEConfig
-from prmim_torch import MAE, load_official_weights
+from prmim_torch import MAE, init_weights
 
 SIZES = {"image_size": (16, 16), "patch_size": (4, 4), "embed_dim": 16, "depth": 2, "num_heads": 2}
 DECODER = {"decoder_dim": 8, "decoder_depth": 1, "decoder_heads": 2}
@@ -70,7 +70,7 @@ def test_the_encoder_is_the_one_of_transformers(images):
     for parameter in pixio.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     method = MAE(make_config()).double()
-    load_official_weights(method, official_state(pixio))
+    init_weights(method, official_state(pixio))
     statistics = torch.tensor([method.config.pixel_mean, method.config.pixel_std], dtype=torch.float64)
     mean, std = statistics[:, :, None, None]
     with torch.no_grad():
@@ -85,7 +85,7 @@ def test_an_official_encoder_leaves_all_other_weights_alone(tmp_path):
     save_file(state, tmp_path / "official.safetensors")
     for weights in (state, tmp_path / "official.safetensors"):
         method, fresh = MAE(config), MAE(config).state_dict()
-        load_official_weights(method, weights)
+        init_weights(method, weights)
         for name, tensor in method.state_dict().items():
             wanted = state[name[8:]] if name.startswith("encoder.") else fresh[name]
             assert torch.equal(tensor, wanted), name
@@ -105,7 +105,7 @@ def test_an_official_decoder_is_loaded_too():
             state[f"decoder_{rest}"] = tensor
     assert {"mask_token", "decoder_pos_embed", "decoder_embed.weight", "decoder_blocks.0.attn.qkv.bias"} <= set(state)
     taker = MAE(config)
-    load_official_weights(taker, state)
+    init_weights(taker, state)
     for name, tensor in taker.state_dict().items():
         assert torch.equal(tensor, giver.state_dict()[name]) == name.startswith(("encoder.", "decoder.")), name
 
@@ -114,34 +114,41 @@ def test_an_official_decoder_is_loaded_too():
     ("change", "message"),
     [
         (
-            lambda state: {f"embeddings.{name}": tensor for name, tensor in state.items()},
-            r"weights: expected the names of MAE's and Pixio's code, such as 'patch_embed.proj.weight', got "
-            r"'embeddings.blocks.0.attn.proj.bias', .*",
+            lambda state: {f"stem.{name}": tensor for name, tensor in state.items()},
+            r"expected prefixes among module\., .*, got 'stem.' in the state dict",
         ),
-        (lambda state: {}, r"weights: expected the names of .*, got none"),
+        (lambda state: {}, r"expected a vision transformer with a tensor .*, got no tensors in the state dict"),
         (
             lambda state: {name: tensor for name, tensor in state.items() if name != "norm.bias"},
-            r"path: expected a tensor 'norm.bias', got none in the state dict",
-        ),
-        (
-            lambda state: {**state, "cls_token": torch.zeros(1, 8, 16)},
-            r"path: cls_token: expected shape \(1, 3, 16\), got \(1, 8, 16\) in the state dict",
+            r"expected the tensors of ViT in the state dict, got missing: encoder.norm.bias",
         ),
         (
             lambda state: {**state, "decoder_norm.bias": torch.zeros(8)},
-            r"path: expected a tensor '.*', got none in the state dict",
+            r"expected the tensors of MAE in the state dict, got missing: decoder.mask_token, .* and \d+ more",
         ),
         (
-            lambda state: {**state, "head.weight": torch.zeros(8, 16)},
-            r"path: expected no tensor 'head.weight', got one in the state dict",
+            lambda state: {**state, "blocks.0.attn.q_norm.weight": torch.zeros(8)},
+            r"expected the tensors of ViT in the state dict, got unexpected: blocks.0.attn.q_norm.weight",
+        ),
+        (
+            lambda state: {**state, "norm.bias": torch.zeros(8)},
+            r"expected the tensors of ViT .*, got mismatched: encoder.norm.bias \(8,\) instead of \(16,\)",
         ),
     ],
-    ids=["other layout", "empty", "missing", "class tokens", "half a decoder", "surplus"],
+    ids=["other layout", "empty", "missing", "half a decoder", "surplus", "shape"],
 )
 def test_other_state_dicts_are_refused(change, message):
     config = make_config()
     method = MAE(config)
-    with pytest.raises(ValueError, match=f"^{message}$"):
-        load_official_weights(method, change(random_state(config)))
+    with pytest.raises(ValueError, match=f"^source: {message}$"):
+        init_weights(method, change(random_state(config)))
     for name, tensor in MAE(config).state_dict().items():
         assert torch.equal(method.state_dict()[name], tensor), name
+
+
+def test_other_class_tokens_are_refused():
+    config = make_config()
+    tokens = torch.zeros(1, 8, 16), torch.zeros(1, 8 + 16, 16)
+    state = {**random_state(config), "cls_token": tokens[0], "pos_embed": tokens[1]}
+    with pytest.raises(ValueError, match=r"^weights: class_tokens: expected 3, got 8$"):
+        init_weights(MAE(config), state)

@@ -8,8 +8,15 @@ import pytest
 import torch
 
 import prmim_core
-from prmim_core import Grid, Schedule, TokenCounts, count_tokens, counter_noise
+from prmim_core import Grid, Schedule, TokenCounts, count_tokens, counter_noise, random_decoded
 from prmim_torch import create_method, make_plan, plan
+
+
+def lattice(grid, counts, noise, is_visible):
+    """Decode masked tokens of one colour of a checkerboard, then those of the other; within a colour by noise."""
+    colour = (sum(grid.coordinates(noise)) + noise[:, :1]) & 1
+    return random_decoded(counts.decoded, (colour << 30) + (noise >> 2), is_visible)
+
 
 SCHEDULES = [
     Schedule(Grid((4, 6)), TokenCounts(6, 6, 12)),
@@ -20,6 +27,8 @@ SCHEDULES = [
     Schedule(Grid((12,)), TokenCounts(3, 9, 0)),
     Schedule(Grid((4, 6)), TokenCounts(8, 4, 12), unit=(2, 2)),
     Schedule(Grid((4, 6)), TokenCounts(8, 4, 12), unit=(2, 1), throwing="cell"),
+    Schedule(Grid((4, 6)), TokenCounts(6, 6, 12), throwing=lattice),
+    Schedule(Grid((4, 6)), TokenCounts(8, 4, 12), unit=(2, 2), throwing=lattice),
 ]
 
 
@@ -27,7 +36,11 @@ def noise_for(schedule, device="cpu", batch=3):
     return counter_noise(0, 0, torch.arange(batch, device=device), schedule.counts.num_tokens)
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda s: f"{s.throwing}-{s.furthest_from}-{s.grid.axes}-{s.unit}")
+@pytest.mark.parametrize(
+    "schedule",
+    SCHEDULES,
+    ids=lambda s: f"{getattr(s.throwing, '__name__', s.throwing)}-{s.furthest_from}-{s.grid.axes}-{s.unit}",
+)
 def test_plan_is_the_cores(schedule, device):
     noise = noise_for(schedule, device)
     made = make_plan(schedule, noise)
@@ -84,12 +97,31 @@ def test_weights_and_visible_tokens_go_through():
     assert made.visible.tolist() == visible.tolist()
 
 
+@pytest.mark.parametrize("throwing", ["weighted", lattice])
+def test_decoded_tokens_go_through(throwing, device):
+    schedule = Schedule(Grid((4, 4)), TokenCounts(4, 4, 8), throwing=throwing)
+    noise = noise_for(schedule)
+    visible, decoded = np.array([[3, 1, 0, 15]] * 3), np.array([[4, 2, 7, 9]] * 3)
+    given = (torch.from_numpy(tokens).to(device) for tokens in (visible, decoded))
+    made = make_plan(schedule, noise.to(device), *given)
+    expected = prmim_core.make_plan(schedule, noise.numpy(), visible, decoded)
+    np.testing.assert_array_equal(made.order.cpu(), expected.order)
+    assert made.decoded.tolist() == decoded.tolist()
+
+
+def test_a_function_is_compiled_with_the_plan():
+    schedule = Schedule(Grid((4, 6)), TokenCounts(6, 6, 12), throwing=lattice)
+    (calls,) = calls_of_graphs(lambda noise: make_plan(schedule, noise).order, noise_for(schedule))
+    assert sum("plan_order" in call for call in calls) == 1
+    assert any("lshift" in call for call in calls)  # the function's own
+
+
 @pytest.mark.parametrize("with_visible", [False, True])
 def test_operator_passes_opcheck(with_visible):
     schedule = Schedule(Grid((4, 4)), TokenCounts(4, 4, 8))
     noise = noise_for(schedule)
-    visible = noise.argsort(1)[:, :4] if with_visible else None
-    arguments = (noise, visible, None, [4, 4], [1, 1], [4, 4, 8], 2, "furthest", "visible")
+    visible, decoded = (noise.argsort(1)[:, :8].split(4, dim=1)) if with_visible else (None, None)
+    arguments = (noise, visible, None, [4, 4], [1, 1], [4, 4, 8], 2, "furthest", "visible", (), decoded)
     torch.library.opcheck(torch.ops.prmim.plan_order.default, arguments)
 
 
@@ -131,6 +163,17 @@ def test_a_compiled_step_holds_the_plan_whole():
         ({"noise": [[0] * 16]}, TypeError, r"noise: expected a torch\.Tensor, got list"),
         ({"noise": np.zeros((2, 16))}, TypeError, r"noise: expected a torch\.Tensor, got ndarray"),
         ({"visible": np.zeros((2, 4), int)}, TypeError, r"visible: expected a torch\.Tensor, got ndarray"),
+        ({"decoded": np.zeros((2, 4), int)}, TypeError, r"decoded: expected a torch\.Tensor, got ndarray"),
+        (
+            {"decoded": torch.zeros(2, 16, dtype=torch.bool)},
+            TypeError,
+            r"decoded: expected token indices, got a boolean mask; \(~mask\)\.argsort\(1\).*",
+        ),
+        (
+            {"visible": torch.arange(4).expand(2, 4), "decoded": torch.arange(3, 7).expand(2, 4)},
+            ValueError,
+            "decoded: expected distinct masked tokens in every row, got an invalid row 0",
+        ),
         ({"noise": None}, TypeError, "noise: expected an array, got NoneType"),
         ({"schedule": (4, 4)}, TypeError, "schedule: expected a Schedule, got tuple"),
         (

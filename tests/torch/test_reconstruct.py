@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from prmim_core import Grid, Plan, Schedule, TokenCounts, counter_noise
 from prmim_reference import counts as reference_counts
@@ -51,6 +52,73 @@ def test_features_are_the_reference_ones(grid, reconstruction, stages):
             spacing=grid.spacing,
         )
         np.testing.assert_allclose(rebuilt[image].detach().numpy(), expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("reconstruction", RECONSTRUCTIONS)
+def test_without_visible_features_they_are_the_reference_ones(reconstruction):
+    module, features, plan = make_case(Grid((4, 5)), reconstruction)
+    rebuilt = module(features[:, 5:], plan, visible_features=False)
+    expected = reference.progressive_reconstruction(
+        features[1, 5:].numpy(),
+        plan.order[1].tolist(),
+        reference_counts.TokenCounts(5, 5, 10),
+        (4, 5),
+        stages=2,
+        reconstruction=reconstruction,
+        parameters={name: p.detach().numpy() for name, p in module.named_parameters()},
+        visible_features=False,
+    )
+    np.testing.assert_allclose(rebuilt[1].detach().numpy(), expected, rtol=1e-10, atol=1e-12)
+    with pytest.raises(ValueError, match=r"^features: expected shape \(2, 5, dim\), got \(2, 10, 8\)$"):
+        module(features, plan, visible_features=False)
+
+
+class Scaled(nn.Module):
+    """The mean of the known features, scaled by a weight per token."""
+
+    def __init__(self, dim, grid):
+        super().__init__()
+        self.scale = nn.Parameter(torch.linspace(1, 2, grid.num_tokens * dim).reshape(grid.num_tokens, dim))
+
+    def forward(self, features, known, thrown):
+        return self.scale[thrown] * features.mean(1, keepdim=True)
+
+
+def test_a_module_of_ones_own_mixes():
+    _, features, plan = make_case(Grid((4, 5)), "kernel")
+    module = ProgressiveReconstruction(8, Grid((4, 5)), mix=Scaled(8, Grid((4, 5)))).double()
+    assert {name for name, _ in module.named_parameters()} == {"mix.scale", "norm.weight", "norm.bias"}
+    rebuilt = module(features, plan)
+    mean = features.mean(1, keepdim=True)
+    expected = nn.functional.layer_norm(module.mix.scale[plan.stage(1)] * mean, (8,), eps=1e-6)
+    torch.testing.assert_close(rebuilt[:, 10:15], expected)
+    rebuilt.sum().backward()
+    assert module.mix.scale.grad.abs().sum() > 0
+    assert torch.equal(ProgressiveReconstruction(8, module.grid, mix=lambda f, k, t: f[:, : t.shape[1]])
+                       (features, plan)[:, :10], features)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"mix": "mean"}, TypeError, "mix: expected a module or a function, got str"),
+        (
+            {"mix": nn.Identity(), "reconstruction": "conv"},
+            ValueError,
+            "mix: expected None with reconstruction 'conv', got Identity",
+        ),
+    ],
+)
+def test_wrong_mixes(options, error, message):
+    with pytest.raises(error, match=f"^{message}$"):
+        ProgressiveReconstruction(8, Grid((4,)), **options)
+
+
+def test_a_mix_returns_features_of_all_thrown_tokens():
+    _, features, plan = make_case(Grid((4, 5)), "kernel", dtype=torch.float32)
+    module = ProgressiveReconstruction(8, Grid((4, 5)), mix=lambda features, known, thrown: features[:, :1])
+    with pytest.raises(ValueError, match=r"^mix: expected rebuilt features of shape \(2, 5, 8\), got \(2, 1, 8\)$"):
+        module(features, plan)
 
 
 @pytest.mark.parametrize("reconstruction", RECONSTRUCTIONS)

@@ -1,36 +1,13 @@
 """Parts of the vision transformer: position table, initialisation, embedding, encoder."""
 
-from math import cos, sin, sqrt
+from math import sqrt
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
 from prmim_core import Grid, num_offsets, offset_index
-from prmim_reference import vit as reference
-from prmim_torch.vit import Attention, Decoder, Encoder, Linear, PatchProjection, offset_code, sincos_table
-
-
-def test_position_table_starts_with_zeros_and_encodes_the_column_first():
-    table = sincos_table((3, 5), 8)
-    assert table.shape == (1, 16, 8)
-    assert table.dtype == torch.float32
-    assert not table[0, 0].any()
-    row, column = 2, 3
-    expected = [f(i * w) for i in (column, row) for f in (sin, cos) for w in (1, 0.01)]
-    torch.testing.assert_close(table[0, 1 + row * 5 + column], torch.tensor(expected))
-
-
-@pytest.mark.parametrize(("shape", "dim"), [((7,), 6), ((3, 4), 8), ((2, 3, 4), 12)])
-def test_position_table_is_the_reference_one(shape, dim):
-    np.testing.assert_allclose(sincos_table(shape, dim)[0].numpy(), reference.sin_cos_table(shape, dim), atol=1e-7)
-
-
-@pytest.mark.parametrize(("shape", "dim"), [((4,), 3), ((4, 4), 6), ((4, 4, 4), 8), ((4,), 0)])
-def test_position_table_needs_channels_for_every_axis(shape, dim):
-    with pytest.raises(ValueError, match=r"^dim: expected a positive multiple of \d"):
-        sincos_table(shape, dim)
+from prmim_torch.vit import Attention, Decoder, Encoder, Linear, PatchProjection, offset_code
 
 
 @pytest.mark.parametrize(("fan_in", "fan_out"), [(64, 192), (64, 64), (64, 256)])

@@ -216,6 +216,31 @@ class Engine:
             raise ValueError(f"weights: expected shape {self.encoder.shape}, got {weights['encoder'].shape} in {path}")
         self.encoder, self.decoder = weights["encoder"], weights["decoder"]
 
+    def init_weights(self, source: Path) -> str:
+        self.load_weights(source)
+        return f"Initial weights: {source}"
+
+
+class EncoderEngine(Engine):
+    """The linear encoder alone; the call of `features` with the number `fails_at` fails."""
+
+    calls: ClassVar[int] = 0
+    fails_at: ClassVar[int | None] = None
+
+    def __init__(self, config: MethodConfig, training: TrainingConfig, weights: Path | None = None,
+                 image_size: tuple[int, ...] | None = None) -> None:  # fmt: skip
+        assert image_size in (None, config.image_size)
+        super().__init__(config, training)
+        if weights is not None:
+            self.load_weights(weights)
+
+    def features(self, images: np.ndarray, pool: str | None = "mean", layer: int | None = None) -> np.ndarray:
+        self.asked = (pool, layer)
+        EncoderEngine.calls += 1
+        if EncoderEngine.calls == EncoderEngine.fails_at:
+            raise OSError("no space left")
+        return super().features(images)
+
 
 class ClassifierEngine(Engine):
     """Softmax regression on the linear encoder, which learns too unless it is frozen; its head is the `decoder`."""

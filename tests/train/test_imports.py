@@ -13,7 +13,7 @@ from PIL import Image
 import prmim_train
 
 ROOT = Path(prmim_train.__file__).parent
-LAYERS = ("config", "data", "run", "report", "evaluate", "pretrain", "cli", "__main__")
+LAYERS = ("config", "data", "run", "report", "evaluate", "interop", "pretrain", "cli", "__main__")
 """Each part may import itself and the parts before it."""
 
 
@@ -68,6 +68,13 @@ LIGHT = {
     "inspect --help": 0,
     "evaluate --help": 0,
     "picture --help": 0,
+    "export --help": 0,
+    "push --help": 0,
+    "import --help": 0,
+    "import": 2,
+    "import nowhere out.safetensors": 2,
+    "import photos out.safetensors": 2,
+    "features --help": 0,
     "inspect": 0,
     "inspect --backend jax --device cuda": 0,
     "inspect --data photos --config photos_vit_tiny": 0,
@@ -88,8 +95,13 @@ LIGHT = {
     "evaluate --run nowhere": 2,
     "evaluate --run run": 1,
     "evaluate --run run --protocol finetune": 1,
+    "features --run nowhere --out f.npz": 2,
+    "features --run run --out f.csv": 2,
     "picture --run run --kind similarity": 2,
     "picture --run run --kind schedule": 1,
+    "export out --run run --to hf": 1,
+    "export out --run run --to onnx": 2,
+    "push owner/name --run nowhere": 2,
 }
 """Commands that answer without a framework, and their exit codes. The folder `run` holds a damaged checkpoint."""
 

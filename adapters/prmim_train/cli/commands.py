@@ -12,8 +12,11 @@ from typing import Any
 
 from jsonargparse import ArgumentParser
 
+from prmim_methods import ClassifierConfig, MethodConfig
+from prmim_methods.checkpoints import EXPECTED
+from prmim_methods.export import FORMATS
 from prmim_methods.messages import one_line, shown
-from prmim_methods.record import Option
+from prmim_methods.record import Option, Rule, find_option
 from prmim_train.cli.options import (
     build_parser,
     classify_options,
@@ -27,6 +30,7 @@ from prmim_train.cli.options import (
 )
 from prmim_train.config.layers import merge_layers, recipe_names
 from prmim_train.config.packages import check_installed
+from prmim_train.config.training import DIGITS
 from prmim_train.run.processes import FailedElsewhereError, adopt_srun, is_main, launched, say
 
 EXIT_USAGE = 2
@@ -46,12 +50,15 @@ class Command:
         Returns its options by title of the group.
     run
         Carries it out, with the command, its name and the texts of the given options.
+    places
+        The options whose values may also stand without their names, in this order.
     """
 
     summary: str
     description: str
     groups: Callable[[], dict[str, list[Option]]]
     run: Callable[["Command", str, dict[str, str]], None]
+    places: tuple[str, ...] = ()
 
     def options(self) -> list[Option]:
         """Return its options."""
@@ -127,12 +134,12 @@ def _dispatch(words: list[str]) -> None:
     if name not in SHARED_COMMANDS and launched().world_size > 1:
         raise ValueError(
             f"command: expected one process for {name}, got {launched().world_size}; only "
-            f"{' and '.join(SHARED_COMMANDS)} take more"
+            f"{', '.join(SHARED_COMMANDS[:-1])} and {SHARED_COMMANDS[-1]} take more"
         )
     if "-h" in rest or "--help" in rest:
         _parser(command, name).print_help()
         return
-    command.run(command, name, split_words(rest, command.options()))
+    command.run(command, name, split_words(rest, command.options(), command.places))
 
 
 def _overview() -> str:
@@ -211,7 +218,9 @@ def _evaluate_groups() -> dict[str, list[Option]]:
     others = "Also classify by an untrained encoder and by raw pixels. For knn, and linear by lbfgs, only."
     groups = classify_options()
     named = {item.name: item for items in groups.values() for item in items}
-    frozen = [named[name] for name in ("data", "holdout", "test_data", "device", "checkpoint", "allow_changes")]
+    frozen = [
+        named[name] for name in ("data", "holdout", "image_size", "test_data", "device", "checkpoint", "allow_changes")
+    ]
     own = {
         f"For finetune, and linear by lars: {title.lower()}": [item for item in items if item not in frozen]
         for title, items in groups.items()
@@ -298,25 +307,150 @@ def _picture(command: Command, name: str, given: dict[str, str]) -> None:
     picture_command(**_run_arguments(command, name, given))
 
 
-def _run_arguments(command: Command, name: str, given: dict[str, str]) -> dict[str, Any]:
-    options = command.options()
-    if "run" not in given:
-        raise ValueError("run: expected the folder of a run, as in --run runs/mae-digits, got nothing")
-    return convert(_parser(command, name), options, given)
+def _stats_groups() -> dict[str, list[Option]]:
+    named = {item.name: item for items in pretrain_options().values() for item in items}
+    return {
+        "": [
+            named["data"],
+            named["image_key"],
+            command_option("channels", int | None, "Channels to convert images to. Null: as in the files, 1 or 3."),
+            command_option("limit", int | None, "Most images to read, evenly spaced. Null: all of them."),
+        ]
+    }
+
+
+def _stats(command: Command, name: str, given: dict[str, str]) -> None:
+    from prmim_train.report.stats import stats_command
+
+    stats_command(**{"data": DIGITS, **_arguments(command, name, given)})
+
+
+def _features_groups() -> dict[str, list[Option]]:
+    named = {item.name: item for items in pretrain_options().values() for item in items}
+    size = find_option(ClassifierConfig, "image_size")
+    run = command_option("run", str, "Folder of the run, or a file of weights.")
+    inherited = [
+        command_option(name, named[name].type | None, f"{named[name].help} Not given: as in the run.")
+        for name in ("device", "precision", "backend")
+    ]
+    return {
+        "": [
+            run,
+            command_option("data", str | None, "Images: see prmim pretrain --help. Not given: those of the run."),
+            command_option("out", str, "The file to write: .npz or .parquet."),
+            command_option("pool", str, "mean: the mean of the patch tokens; cls: the class token.", "mean"),
+            command_option("layer", int | None, "Block whose output is written, from 1. Null: the encoder's output."),
+            size,
+            command_option("checkpoint", int | None, "Step of the run's checkpoint. Null: the last one."),
+            command_option("batch_size", int, "Images of a forward pass, in each process.", 64),
+            *inherited,
+        ]
+    }
+
+
+def _features(command: Command, name: str, given: dict[str, str]) -> None:
+    from prmim_train.evaluate.embeddings import features_command
+
+    features_command(**_run_arguments(command, name, given, out="the file to write, as in --out features.npz"))
+
+
+CHECKPOINT_OPTION = command_option("checkpoint", int | None, "Step of the checkpoint. Null: the newest good one.")
+
+
+def _export_groups() -> dict[str, list[Option]]:
+    return {
+        "": [
+            command_option("out", str, "The file to write, or for hf the folder. Nothing may exist there."),
+            command_option("run", str, "Folder of the run, or a file of weights."),
+            Option("to", str, None, Rule(help="The format.", choices=FORMATS)),
+            CHECKPOINT_OPTION,
+            command_option("encoder_only", bool, "For hf and safetensors: leave out the decoder.", False),
+        ]
+    }
+
+
+def _export(command: Command, name: str, given: dict[str, str]) -> None:
+    from prmim_train.interop.export import export_command
+
+    export_command(**_run_arguments(command, name, given, to=f"one of {', '.join(FORMATS)}", out="a path to write"))
+
+
+def _push_groups() -> dict[str, list[Option]]:
+    return {
+        "": [
+            command_option("repo", str, "Repository of the hub, owner/name; created if there is none."),
+            RUN_OPTION,
+            CHECKPOINT_OPTION,
+            command_option("private", bool, "Only you can read a new repository.", False),
+            command_option("pictures", bool, "Upload the pictures of the run, which show some of its images.", True),
+        ]
+    }
+
+
+def _push(command: Command, name: str, given: dict[str, str]) -> None:
+    from prmim_train.interop.hub import push_command
+
+    push_command(**_run_arguments(command, name, given, repo="the name of a repository, owner/name"))
+
+
+def _import_groups() -> dict[str, list[Option]]:
+    size = find_option(MethodConfig, "image_size")
+    return {
+        "": [
+            command_option("source", str, f"The weights: {EXPECTED}."),
+            command_option("out", str, "The .safetensors file to write. Nothing may exist there."),
+            command_option(
+                "backend", str, "The framework that reads the source: torch, or jax for safetensors.", "torch"
+            ),
+            command_option("encoder_only", bool, "Leave out all but the encoder.", False),
+        ],
+        "What weights do not tell; what the source says takes precedence": [
+            command_option(
+                "num_heads", int | None, "Attention heads of the encoder. Null: as published, or width / 64."
+            ),
+            command_option("decoder_heads", int | None, "Attention heads of the decoder. Null: width / 32."),
+            command_option("image_size", size.type | None, f"{size.help} Null: a square."),
+            command_option("norm_pix", bool | None, "Whether MAE's target patches were normalised. Null: true."),
+        ],
+    }
+
+
+def _import(command: Command, name: str, given: dict[str, str]) -> None:
+    from prmim_train.interop.importing import import_command
+
+    needed = {
+        "source": "the weights to import, as in prmim import SOURCE OUT",
+        "out": "the file to write, as in prmim import SOURCE OUT",
+    }
+    import_command(**_arguments(command, name, given, **needed))
+
+
+def _run_arguments(command: Command, name: str, given: dict[str, str], **needed: str) -> dict[str, Any]:
+    """Return the arguments of a command on a run; see `_arguments`."""
+    return _arguments(command, name, given, run="the folder of a run, as in --run runs/mae-digits", **needed)
+
+
+def _arguments(command: Command, name: str, given: dict[str, str], **needed: str) -> dict[str, Any]:
+    """Convert the options of a command; ``needed`` are those that must be given, and what they are."""
+    for option, expected in needed.items():
+        if option not in given:
+            raise ValueError(f"{option}: expected {expected}, got nothing")
+    return convert(_parser(command, name), command.options(), given)
 
 
 def _parser(command: Command, name: str) -> ArgumentParser:
-    return build_parser(name, command.description, command.groups())
+    return build_parser(name, command.description, command.groups(), command.places)
 
 
-SHARED_COMMANDS = ("pretrain", "evaluate")
+SHARED_COMMANDS = ("pretrain", "evaluate", "features")
 """Commands that may run in several processes."""
 
 EVALUATIONS = ("knn", "linear", "finetune")
 SOLVERS = ("lbfgs", "lars")
 TRAINED = ("finetune", "linear")
 """Protocols that can train a classifier by steps."""
-FROZEN_OPTIONS = {"data", "holdout", "test_data", "device", "checkpoint", "eval_limit", "baselines", "allow_changes"}
+FROZEN_OPTIONS = {"data", "holdout", "image_size", "test_data", "device", "checkpoint", "eval_limit", "baselines"}
+FROZEN_OPTIONS |= {"allow_changes"}
 
 COMMANDS = {
     "pretrain": Command(
@@ -335,6 +469,13 @@ COMMANDS = {
         _inspect_groups,
         _inspect,
     ),
+    "stats": Command(
+        "measure the images: sizes, types, range, mean, duplicates",
+        "Read the images, and show sizes, channels, types, the range of values, mean and standard deviation per "
+        "channel, unreadable files, duplicates (equal pixels), and options of pretrain that fit. Writes nothing.",
+        _stats_groups,
+        _stats,
+    ),
     "evaluate": Command(
         "classify held-out images with frozen features, a linear probe or fine-tuning",
         "Classify held-out images with the frozen features of a run's last checkpoint (knn, linear), compared with an "
@@ -344,10 +485,41 @@ COMMANDS = {
         _evaluate_groups,
         _evaluate,
     ),
+    "features": Command(
+        "write the features of images to a file, with names and labels",
+        "Write the features of all images of a source to a file .npz or .parquet, with names and labels. A repeated "
+        "command continues an interrupted one. Several processes, started by torchrun, share the images.",
+        _features_groups,
+        _features,
+    ),
     "picture": Command(
         "draw the reconstructions, the sampling and the loss of a run",
         "Draw pictures of a run's last checkpoint into its folder.",
         _picture_groups,
         _picture,
+    ),
+    "export": Command(
+        "write the weights of a run for transformers, timm or PyTorch",
+        "Write the weights of a run's last checkpoint in the format of another library, and print how to load them.",
+        _export_groups,
+        _export,
+        places=("out",),
+    ),
+    "push": Command(
+        "upload the weights of a run to the Hugging Face hub",
+        "Upload the weights of a run's last checkpoint, its options and pictures, and a model card with its numbers to "
+        "the Hugging Face hub, in one commit. `hf auth login` stores your token.",
+        _push_groups,
+        _push,
+        places=("repo",),
+    ),
+    "import": Command(
+        "convert weights of other code to a file of prmim",
+        "Convert a checkpoint of the authors of MAE, Pixio, CrossMAE, SimMIM, MaskAlign or LocalMIM, a ViT, ViTMAE or "
+        "ViTForMaskedImageModeling of transformers, or a ViT of timm. The names of the tensors tell the format. Prints "
+        "format and encoder, and all that was assumed or left out. Executes no code of the source.",
+        _import_groups,
+        _import,
+        places=("source", "out"),
     ),
 }

@@ -20,13 +20,17 @@ from prmim_train.config.classify import FOREIGN, INHERITED, ClassifyConfig, prot
 from prmim_train.config.layers import LARGEST_FILE, merge_layers, parse_options, read_options
 from prmim_train.config.pretrain import (
     PretrainConfig,
+    change,
     pretrain_config,
     pretrain_option_names,
     special_option_names,
 )
 from prmim_train.config.training import DIGITS
 from prmim_train.run.directory import RunDirectory
+from prmim_train.run.prepare import measured_range
 
+AUTO = "auto"
+"""Text of a `pixel_range` that is measured on the images, unless the run has one."""
 TRUE_WORDS = ("true", "yes", "on", "1")
 FALSE_WORDS = ("false", "no", "off", "0")
 NULL_WORDS = ("null", "~")
@@ -120,7 +124,9 @@ def _grouped(record: type) -> dict[str, list[Option]]:
     return groups
 
 
-def build_parser(command: str, description: str, groups: Mapping[str, Sequence[Option]]) -> ArgumentParser:
+def build_parser(
+    command: str, description: str, groups: Mapping[str, Sequence[Option]], places: Sequence[str] = ()
+) -> ArgumentParser:
     """Return the parser of a command: its types and its help.
 
     Parameters
@@ -131,10 +137,13 @@ def build_parser(command: str, description: str, groups: Mapping[str, Sequence[O
         What it does.
     groups
         Its options by title of the group; an empty title for those without a group.
+    places
+        The options whose values may also stand without their names.
     """
+    words = " ".join([command, *map(str.upper, places)])
     parser = ArgumentParser(
         prog=f"prmim {command}",
-        usage=f"prmim {command} [--option VALUE] ...",
+        usage=f"prmim {words} [--option VALUE] ...",
         description=description,
         exit_on_error=False,
         allow_abbrev=False,
@@ -150,7 +159,7 @@ def build_parser(command: str, description: str, groups: Mapping[str, Sequence[O
     return parser
 
 
-def split_words(words: Sequence[str], items: Sequence[Option]) -> dict[str, str]:
+def split_words(words: Sequence[str], items: Sequence[Option], places: Sequence[str] = ()) -> dict[str, str]:
     """Split the words after a command into options and their texts.
 
     Parameters
@@ -159,6 +168,8 @@ def split_words(words: Sequence[str], items: Sequence[Option]) -> dict[str, str]
         `--name value`, `--name=value`, `--flag`, or `--no_flag`; hyphens inside a name count as underscores.
     items
         The options of the command.
+    places
+        The options that words without a name give, in this order.
 
     Returns
     -------
@@ -175,6 +186,8 @@ def split_words(words: Sequence[str], items: Sequence[Option]) -> dict[str, str]
     >>> items = [command_option("epochs", int, ""), command_option("flip", bool, "")]
     >>> split_words(["--epochs", "3", "--no-flip"], items)
     {'epochs': '3', 'flip': 'false'}
+    >>> split_words(["3"], items, ["epochs"])
+    {'epochs': '3'}
     >>> split_words(["--epoch", "3"], items)
     Traceback (most recent call last):
     ...
@@ -182,9 +195,12 @@ def split_words(words: Sequence[str], items: Sequence[Option]) -> dict[str, str]
     """
     known = {item.name: item for item in items}
     given: dict[str, str] = {}
-    rest = list(words)
+    rest, unnamed = list(words), list(places)
     while rest:
         word = rest.pop(0)
+        if unnamed and not word.startswith("--"):
+            given[unnamed.pop(0)] = word
+            continue
         if not word.startswith("--"):
             raise ValueError(f"{one_line(word)}: expected an option, as in --{items[0].name} VALUE, got {shown(word)}")
         name, has_value, text = word[2:].partition("=")
@@ -300,17 +316,28 @@ def read_config(
     say
         Called with a line for the user when options come from a source that was not named.
     """
+    config_file = given.get("config")
+    found = {} if config_file is None else read_options(config_file)
+    is_auto = {**found, **given}.get("pixel_range") == AUTO
+    given, found = (
+        {name: value for name, value in layer.items() if name != "pixel_range" or not (is_auto or value == AUTO)}
+        for layer in (given, found)
+    )
     line = convert(parser, items, given)
-    config_file = line.pop("config", None)
+    line.pop("config", None)
     layers = [line]
     if config_file is not None:
-        layers.insert(0, _convert_file(read_options(config_file), config_file, parser, items))
+        layers.insert(0, _convert_file(found, config_file, parser, items))
     config = _with_recipe(layers)
     if config.resume and RunDirectory.holds_run(config.run_path):
         run = RunDirectory(config.run_path)
         own = _convert_file(parse_options(run.read_config(), str(run.path)), str(run.path), parser, items)
         out = {"out": str(run.path), "resume": True}
         return pretrain_config(**merge_layers(own, *layers, out))
+    if is_auto:
+        low, high = measured_range(config)
+        config = change(config, pixel_range=(low, high))
+        say(f"Pixel range: {low:g},{high:g}, measured on the images.")
     if config.resume:
         # Schedulers restart the same command: it starts the run the first time.
         say(f"No run in {config.run_path} yet: starting a new one.")

@@ -19,6 +19,7 @@ INHERITED = (
     "holdout",
     "flip",
     "max_pixels",
+    "image_key",
     "workers",
     "precision",
     "compile",

@@ -8,9 +8,11 @@ _EXTRAS = {
     "sklearn": "evaluate",
     "scipy": "evaluate",
     "matplotlib": "evaluate",
+    "huggingface_hub": "hf",
     "tensorboard": "tensorboard",
     "wandb": "wandb",
     "mlflow": "mlflow",
+    "pyarrow": "parquet",
 }
 """Package to the extra of prmim that installs it."""
 _NAMES = {"sklearn": "scikit-learn"}

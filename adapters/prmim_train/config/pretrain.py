@@ -9,13 +9,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
+
+from prmim_core import counter_noise, make_plan
 from prmim_methods import METHODS, MAEConfig, MethodConfig, create_config
+from prmim_methods.messages import one_line, shown
 from prmim_methods.methods import METHOD_OPTION
 from prmim_methods.record import option, options, record
 from prmim_train.config.training import DIGITS, TrainingOptions
 
 OF_IMAGES = {"image_size", "patch_size"}
 """Options of methods that follow from the images, so that they outlast a change of the method."""
+
+TRIED = 2
+"""Images whose decoded tokens a function of one's own chooses, of NumPy arrays, before a run starts."""
 
 
 @record
@@ -41,7 +48,11 @@ class PretrainConfig(TrainingOptions):
         at_least=1,
     )
     attention_every: int = option("Epochs between two such passes over the images.", default=40, at_least=1)
-    init_weights: str | None = option("A .safetensors file of initial weights. Null: random weights.", default=None)
+    init_weights: str | None = option(
+        "Initial weights: a run, a file of prmim, a checkpoint of other code (see prmim import), or a name on the hub. "
+        "Where decoders differ, the encoder alone is loaded. Null: random weights.",
+        default=None,
+    )
     eval_limit: int = option(
         "Most images for the evaluation of frozen features at the end. 0: no evaluation.", default=5000, at_least=0
     )
@@ -60,6 +71,7 @@ class PretrainConfig(TrainingOptions):
             raise ValueError(f"scale_learning_rate: method {self.method.name} has no such option")
         super().check()
         self._check_axes()
+        self._check_functions()
         if self.method.scan_blocks and self.backend != "jax":
             raise ValueError(f"scan_blocks: backend {self.backend} has no such option, only jax")
         if self.method.needs_weights and self.attention_start >= self.epochs:
@@ -70,6 +82,23 @@ class PretrainConfig(TrainingOptions):
             raise ValueError(f"crop_padding: expected null with throwing weighted, got {self.crop_padding}")
         if self.probe_every is not None and self.eval_limit == 0:
             raise ValueError(f"probe_every: expected null, since eval_limit is 0, got {self.probe_every}")
+
+    def _check_functions(self) -> None:
+        """Refuse functions without an import path, which a run cannot store, and try the one that throws."""
+        for item in options(type(self.method)):
+            value = getattr(self.method, item.name)
+            if item.takes_function and not isinstance(value, str):
+                raise TypeError(f"{item.name}: expected an import path, package.module:function, got {shown(value)}")
+        schedule = self.method.schedule
+        if not callable(schedule.throwing):
+            return
+        noise = counter_noise(0, 0, np.arange(TRIED), schedule.counts.num_tokens)
+        try:
+            make_plan(schedule, noise)
+        except Exception as error:  # whatever the function raises
+            path = self.method.in_words("throwing")
+            reason = f"{type(error).__name__}: {error}"
+            raise ValueError(one_line(f"throwing: expected {path} to choose decoded tokens, got {reason}")) from error
 
     def _check_axes(self) -> None:
         axes = len(self.method.image_size)

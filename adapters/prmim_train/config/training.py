@@ -36,6 +36,11 @@ class DataOptions(Record):
         "from class folders.",
         default=DIGITS,
     )
+    image_key: str | None = option(
+        "Which member of a sample in tar shards is the image: jpg for s000.jpg, seg.png for s000.seg.png, jpg;png for "
+        "the first of both that there is. Null: the one with a single image ending, a photograph first.",
+        default=None,
+    )
     crop_scale: tuple[float, float] = option(
         "Smallest and largest share of an image's area that a random crop takes.",
         default=(0.2, 1.0),
@@ -44,7 +49,10 @@ class DataOptions(Record):
         rising=True,
     )
     crop_ratio: tuple[float, float] = option(
-        "Smallest and largest ratio of width to height of a random crop.", default=(0.75, 4 / 3), above=0, rising=True
+        "Smallest and largest ratio of width to height of a random crop, relative to that of image_size.",
+        default=(0.75, 4 / 3),
+        above=0,
+        rising=True,
     )
     crop_draw: str = option(
         "What happens to a drawn crop that is larger than the image along one side.",

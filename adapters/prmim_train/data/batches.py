@@ -26,6 +26,7 @@ from prmim_train.data.transforms import (
     random_crop_box,
     random_flip,
     random_padded_crop,
+    relative_ratio,
     unfold_frames,
 )
 from prmim_train.data.workers import WorkerPool
@@ -40,7 +41,7 @@ __all__ = [
     "train_batches",
 ]
 
-ImageArray = NDArray[np.uint8]
+ImageArray = NDArray[Any]
 IndexArray = NDArray[np.int64]
 TargetArray = NDArray[np.float32]
 BoxArray = NDArray[np.float32]
@@ -65,7 +66,8 @@ class Batch:
 
     Attributes
     ----------
-    images : uint8 array (batch, [frames,] height, width, channels)
+    images : array (batch, [frames,] height, width, channels)
+        uint8, or of the depth of the source.
     index : int64 array (batch,)
         Record of the source of each image.
     boxes : float32 array (batch, 4)
@@ -90,7 +92,8 @@ class EvaluationBatch:
 
     Attributes
     ----------
-    images : uint8 array (batch, [frames,] height, width, channels)
+    images : array (batch, [frames,] height, width, channels)
+        uint8, or of the depth of the source.
     labels : int64 array (batch,) or None
         None if the source has no labels.
     index : int64 array (batch,)
@@ -278,7 +281,7 @@ def train_batches(
         Step at which the stream ends, counted from the beginning of the run.
     crop_scale, crop_ratio : tuple of two floats, optional
     crop_draw : "retry" or "clamp", optional
-        See `prmim_train.data.transforms.random_crop_box`.
+        See `prmim_train.data.transforms.random_crop_box`. `crop_ratio` is relative to width / height of `image_size`.
     crop_padding : int, optional
         In place of such crops: see `prmim_train.data.transforms.random_padded_crop`.
     flip : bool, optional
@@ -352,7 +355,8 @@ def train_batches(
     # Threads and workers get whole batches, so the content of a batch does not depend on their number.
     crop: _Crop
     if crop_padding is None:
-        crop = _AreaCrop(plane_of(image_size), crop_scale, crop_ratio, crop_draw)
+        plane = plane_of(image_size)
+        crop = _AreaCrop(plane, crop_scale, relative_ratio(crop_ratio, plane), crop_draw)
     else:
         crop = _PaddedCrop(plane_of(image_size), crop_padding)
     make = _TrainingBatch(source, records, image_size, seed, crop, flip, augment, mix, batch_size)

@@ -1,16 +1,20 @@
 """Decoding of single image files, which are treated as untrusted input.
 
-Any content gives an image or an `UnreadableImageError` with a one-line reason. Only six formats are tried and no other
-program is started. Pipes in place of files cannot block a run, and headers with huge dimensions cannot fill its memory.
+Any content gives an image or an `UnreadableImageError` with a one-line reason. Only the formats listed here are tried,
+and no other program is started. Pipes in place of files cannot block a run, and headers with huge dimensions cannot
+fill its memory.
 """
 
+import importlib
 import io
 import math
 import os
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -21,8 +25,14 @@ from PIL import (
     GifImagePlugin,
     Image,
     ImageFile,
+    Jpeg2KImagePlugin,
     JpegImagePlugin,
+    PcxImagePlugin,
     PngImagePlugin,
+    PpmImagePlugin,
+    PsdImagePlugin,
+    QoiImagePlugin,
+    SgiImagePlugin,
     TiffImagePlugin,
     UnidentifiedImageError,
     WebPImagePlugin,
@@ -30,34 +40,50 @@ from PIL import (
 
 from prmim_methods.files import open_regular
 from prmim_methods.messages import printable
-from prmim_train.data.transforms import check_size, resize_picture
+from prmim_train.data.depth import cast_depth, depth_of, to_8_bits
+from prmim_train.data.npy import NPY_START, decode_npy, npy_shape, read_npy_header
+from prmim_train.data.transforms import check_size, resize, resize_picture
 
 __all__ = [
+    "ARRAY_ENDING",
     "IMAGE_ENDINGS",
     "MAX_FILE_BYTES",
     "MAX_PIXELS",
     "ChooseBox",
+    "ImageHeader",
     "UnreadableImageError",
+    "check_array_channels",
     "check_file_channels",
-    "check_header",
     "counted",
+    "cut_box",
     "decode_crop",
     "decode_image",
     "ignore_pillow_warnings",
+    "image_endings",
+    "missing_plugins",
     "read_file",
+    "read_header",
     "read_image",
     "read_part",
     "reason_of",
-    "to_8_bits",
 ]
 
-ImageArray = NDArray[np.uint8]
+ImageArray = NDArray[Any]
 ChooseBox = Callable[[tuple[int, int]], tuple[int, int, int, int]]
 """Maps the shape (height, width) of an image to a box (top, left, height, width) in it, in pixels."""
 
 _Box = tuple[float, float, float, float]
 
-IMAGE_ENDINGS = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+IMAGE_ENDINGS = (*(".bmp", ".gif", ".jfif", ".jp2", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"),)
+"""Endings of image files, whatever is installed; see `image_endings`."""
+
+ARRAY_ENDING = ".npy"
+"""Ending of files with one array each. They are images where there are no others: features often lie beside images."""
+
+_PLUGINS = {"AVIF": ("PIL.AvifImagePlugin", "pillow_avif"), "HEIF": ("pillow_heif",)}
+"""Modules that decode a format, the first that is installed counts; Pillow has its own for AVIF since version 11.3."""
+
+_PLUGIN_OF_ENDING = {".avif": "AVIF", ".heic": "HEIF", ".heif": "HEIF"}
 
 MAX_PIXELS = 89_478_485
 """Default limit of pixels in an image, that of Pillow."""
@@ -76,10 +102,23 @@ _MARKER = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")
 _BARE_MARKERS = b"\x01\xd8"  # without a length
 _END_OF_IMAGE = 0xD9
 
-# The content counts, not the file name. Of Pillow's other formats, some start programs (EPS).
-_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
-# Importing these keeps Pillow from importing all forty plugins to find one.
-_PLUGINS = (JpegImagePlugin, PngImagePlugin, WebPImagePlugin, BmpImagePlugin, TiffImagePlugin, GifImagePlugin)
+# The content counts, not the file name. Of Pillow's other formats, some start programs (EPS). Importing these modules
+# keeps Pillow from importing all forty plugins to find one.
+_MODULES = {
+    "JPEG": JpegImagePlugin,
+    "PNG": PngImagePlugin,
+    "WEBP": WebPImagePlugin,
+    "BMP": BmpImagePlugin,
+    "TIFF": TiffImagePlugin,
+    "GIF": GifImagePlugin,
+    "PPM": PpmImagePlugin,
+    "JPEG2000": Jpeg2KImagePlugin,
+    "QOI": QoiImagePlugin,
+    "SGI": SgiImagePlugin,
+    "PSD": PsdImagePlugin,
+    "PCX": PcxImagePlugin,
+}
+_FORMATS = tuple(_MODULES)
 _STARTS = {
     "JPEG": rb"\xff\xd8\xff",
     "PNG": rb"\x89PNG\r\n\x1a\n",
@@ -87,6 +126,9 @@ _STARTS = {
     "BMP": rb"BM",
     "TIFF": rb"II[*+]\0|MM\0[*+]",
     "GIF": rb"GIF8[79]a",
+    "JPEG2000": rb"\0\0\0\x0cjP  ",
+    "AVIF": rb"....ftyp(avif|avis|(mif1|msf1).{0,40}avif)",
+    "HEIF": rb"....ftyp(heic|heix|heim|heis|hevc|hevx|mif1|msf1)",
 }
 _MODE_OF_CHANNELS = {1: "L", 3: "RGB", 4: "RGBA"}
 # Modes that Pillow converts directly to L, RGB and RGBA; others (CMYK, YCbCr, LAB, ...) are converted to RGB first.
@@ -148,6 +190,38 @@ class UnreadableImageError(ValueError):
         return type(self), (self.name, self.reason)
 
 
+def image_endings() -> tuple[str, ...]:
+    """Return the endings of image files that can be decoded here: `IMAGE_ENDINGS`, and those of installed plug-ins."""
+    return (*IMAGE_ENDINGS, *(ending for ending, name in _PLUGIN_OF_ENDING.items() if _plugin(name) is not None))
+
+
+def missing_plugins(endings: Iterable[str]) -> str:
+    """Return a hint that names the packages to install for files with these endings; empty without such files.
+
+    Examples
+    --------
+    >>> missing_plugins([".txt"])
+    ''
+    """
+    missing = {_PLUGIN_OF_ENDING.get(ending) for ending in endings} - {None}
+    names = [name for name in sorted(filter(None, missing)) if _plugin(name) is None]
+    return "".join(f"; {name} files need pip install {_PLUGINS[name][-1].replace('_', '-')}" for name in names)
+
+
+@cache
+def _plugin(name: str) -> str | None:
+    """Return the installed module that decodes a format, registered in Pillow; None without."""
+    for module in _PLUGINS[name]:
+        if find_spec(module) is None:
+            continue
+        plugin = importlib.import_module(module)
+        if name == "HEIF":
+            plugin.register_heif_opener()
+        if getattr(plugin, "SUPPORTED", True):
+            return module
+    return None
+
+
 def read_image(path: str | Path, *, channels: int, max_pixels: int = MAX_PIXELS) -> ImageArray:
     """Read and decode one image file; see `decode_image` for the conversions.
 
@@ -176,7 +250,9 @@ def read_image(path: str | Path, *, channels: int, max_pixels: int = MAX_PIXELS)
     return decode_image(read_file(path, name=name), channels=channels, max_pixels=max_pixels, name=name)
 
 
-def decode_image(content: bytes, *, channels: int, max_pixels: int = MAX_PIXELS, name: str = "image") -> ImageArray:
+def decode_image(
+    content: bytes, *, channels: int, max_pixels: int = MAX_PIXELS, name: str = "image", depth: str | None = None
+) -> ImageArray:
     """Decode the content of an image file.
 
     - The EXIF orientation is applied.
@@ -185,28 +261,36 @@ def decode_image(content: bytes, *, channels: int, max_pixels: int = MAX_PIXELS,
     - For 1 and 3 channels, transparent images are composited on white, since fully transparent pixels often have
       arbitrary colours.
     - Of animations and multi-page files, the first picture is read.
+    - NumPy arrays (``.npy``) are read as they are; uint16 becomes 8 bits as above.
+
+    With a depth, values are not scaled. Grey images of 16 or 32 bits have their own values then, in every channel.
 
     Parameters
     ----------
     content : bytes
         The complete file.
     channels : int
-        1 (grey), 3 (RGB) or 4 (RGBA; opaque images get alpha 255).
+        1 (grey), 3 (RGB) or 4 (RGBA; opaque images get alpha 255). A NumPy array must have this number, which can be
+        any.
     max_pixels : int, optional
         Larger images are unreadable.
     name : str, optional
         Name of the image in errors.
+    depth : "uint8", "uint16" or "float32", optional
+        Type of the result, which must hold the values of the file. Default: 8 bits.
 
     Returns
     -------
-    uint8 array (height, width, channels)
+    array (height, width, channels)
+        uint8, or as `depth` says.
 
     Raises
     ------
     UnreadableImageError
-        If `content` is empty, truncated, corrupt, not a JPEG, PNG, WebP, BMP, TIFF or GIF file, has 32 bits per value
-        (which have no fixed range), more than `max_pixels` pixels, more than 1,048,576 pixels per side, or, for a JPEG,
-        more than 100 scans. Pixels and scans are counted before decoding.
+        If `content` is empty, truncated, corrupt, of another format than those listed here, has 32 bits per value
+        (which have no fixed range, without `depth`), values that `depth` does not hold, more than `max_pixels` pixels,
+        more than 1,048,576 pixels per side, or, for a JPEG, more than 100 scans. Pixels and scans are counted before
+        decoding.
     ValueError
         If `channels` is not 1, 3 or 4.
 
@@ -214,10 +298,14 @@ def decode_image(content: bytes, *, channels: int, max_pixels: int = MAX_PIXELS,
     -----
     A `max_pixels` above `PIL.Image.MAX_IMAGE_PIXELS` also raises that limit, for all of this process.
     """
+    if content.startswith(NPY_START):
+        return _decode_array(content, channels, max_pixels, name, depth)
     check_file_channels(channels, "image files")
     with _named_errors(name):
         picture = _open(content, max_pixels)
         picture.load()
+        if depth is not None:
+            return cast_depth(_own_values(picture, channels), depth)
         upright = _set_upright(_convert(picture, channels), _turn(picture))
         return np.asarray(upright).reshape(upright.height, upright.width, channels)
 
@@ -230,6 +318,7 @@ def decode_crop(
     channels: int,
     max_pixels: int = MAX_PIXELS,
     name: str = "image",
+    depth: str | None = None,
 ) -> ImageArray:
     """Decode an image file and resize a box of the image.
 
@@ -251,10 +340,13 @@ def decode_crop(
         Larger images are unreadable.
     name : str, optional
         Name of the image in errors.
+    depth : "uint8", "uint16" or "float32", optional
+        Type of the result; see `decode_image`. With a depth, JPEGs are decoded at full resolution.
 
     Returns
     -------
-    uint8 array (height, width, channels)
+    array (height, width, channels)
+        uint8, or as `depth` says.
 
     Raises
     ------
@@ -276,8 +368,11 @@ def decode_crop(
     >>> decode_crop(file.getvalue(), (32, 32), lambda shape: (0, 0, *shape), channels=3).shape
     (32, 32, 3)
     """
-    check_file_channels(channels, "image files")
     check_size(size)
+    if content.startswith(NPY_START) or depth is not None:
+        image = decode_image(content, channels=channels, max_pixels=max_pixels, name=name, depth=depth)
+        return resize(cut_box(image, choose), size)
+    check_file_channels(channels, "image files")
     with _named_errors(name):
         picture = _open(content, max_pixels)
         is_jpeg = isinstance(picture, JpegImagePlugin.JpegImageFile)
@@ -291,19 +386,37 @@ def decode_crop(
     with _named_errors(name):
         reduction = _reduce(picture, chosen, size) if is_jpeg else 1
         picture.load()
-        box = [side / reduction for side in stored]
+        sides = [side / reduction for side in stored]
         # Crop before resizing, so that the filter uses no pixel outside the box.
-        outer = (math.floor(box[0]), math.floor(box[1]), math.ceil(box[2]), math.ceil(box[3]))
+        outer = (math.floor(sides[0]), math.floor(sides[1]), math.ceil(sides[2]), math.ceil(sides[3]))
         cut = _convert(picture, channels).crop(outer)
-        inner = (box[0] - outer[0], box[1] - outer[1], box[2] - outer[0], box[3] - outer[1])
+        inner = (sides[0] - outer[0], sides[1] - outer[1], sides[2] - outer[0], sides[3] - outer[1])
         upright = _swap_axes(_mirror(inner, cut.size, turn), turn)
         return resize_picture(_set_upright(cut, turn), size, box=upright)
 
 
-def check_header(
+class ImageHeader(NamedTuple):
+    """What the header of an image tells.
+
+    Parameters
+    ----------
+    shape : (height, width)
+        In pixels, upright.
+    depth : "uint8", "uint16" or "float32"
+        Smallest type that holds the values.
+    channels : int
+        Channels of the file: those of a palette count as 3.
+    """
+
+    shape: tuple[int, int]
+    depth: str
+    channels: int
+
+
+def read_header(
     path: str | Path, offset: int = 0, size: int | None = None, *, max_pixels: int = MAX_PIXELS, name: str = "image"
-) -> None:
-    """Check the header of an image file, reading little more than that.
+) -> ImageHeader:
+    """Return size and depth of an image, reading little more than its header.
 
     Parameters
     ----------
@@ -316,6 +429,10 @@ def check_header(
     name : str, optional
         Name of the image in errors.
 
+    Returns
+    -------
+    ImageHeader
+
     Raises
     ------
     UnreadableImageError
@@ -324,16 +441,38 @@ def check_header(
     with _named_errors(name), open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size if size is None else size
         _check_bytes(size)
-        _open_header(io.BufferedReader(_Part(file, offset, size)), max_pixels)
+        part = io.BufferedReader(_Part(file, offset, size))
+        if part.peek(len(NPY_START)).startswith(NPY_START):
+            shape, dtype, _ = read_npy_header(part)
+            height, width, channels = npy_shape(shape, dtype)
+            _check_array((height, width, channels), None, max_pixels)
+            return ImageHeader((height, width), depth_of(dtype), channels)
+        picture = _open_header(part, max_pixels)
+        width, height = reversed(picture.size) if _turn(picture).axes else picture.size
+        channels = 3 if picture.mode in ("P", "PA") else len(picture.getbands())
+        return ImageHeader((height, width), _depth(picture), channels)
 
 
-def check_file_channels(channels: int, what: str) -> None:
+def check_file_channels(channels: int | None, what: str) -> None:
     """Raise ValueError unless image files can be converted to this number of channels."""
-    if channels not in _MODE_OF_CHANNELS:
+    if channels is not None and channels not in _MODE_OF_CHANNELS:
         raise ValueError(
             f"channels: {what} give 1 (grey), 3 (RGB) or 4 (RGBA) channels, got {channels}; "
-            "for other numbers use a .npz file"
+            "for other numbers use a .npz file or .npy files"
         )
+
+
+def check_array_channels(path: Path, offset: int = 0, *, channels: int | None, name: str) -> None:
+    """Raise ValueError if a ``.npy`` file, which nothing converts, has another number of channels."""
+    try:
+        with open_regular(path) as file:
+            file.seek(offset)
+            shape, dtype, _ = read_npy_header(file)
+        found = npy_shape(shape, dtype)[2]
+    except (OSError, ValueError):  # reported with the other unreadable images
+        return
+    if channels not in (None, found):
+        raise ValueError(f"channels: {name} has {counted(found, 'channel')}, got {channels}")
 
 
 # --------------------------------------------------------------------------------------------------------- reading
@@ -398,6 +537,26 @@ def ignore_pillow_warnings() -> None:
     warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
+def _decode_array(content: bytes, channels: int, max_pixels: int, name: str, depth: str | None) -> ImageArray:
+    with _named_errors(name):
+        shape, dtype, _ = read_npy_header(io.BytesIO(content))
+        _check_array(npy_shape(shape, dtype), channels, max_pixels)
+        return cast_depth(decode_npy(content), depth)
+
+
+def cut_box(image: ImageArray, choose: ChooseBox) -> ImageArray:
+    """Return a box of an image, a view."""
+    top, left, rows, columns = choose((image.shape[0], image.shape[1]))
+    return image[top : top + rows, left : left + columns]
+
+
+def _check_array(shape: tuple[int, int, int], channels: int | None, max_pixels: int) -> None:
+    if shape[0] * shape[1] > max_pixels:
+        raise ValueError(_too_many_pixels(shape[0] * shape[1], max_pixels))
+    if channels not in (None, shape[2]):
+        raise ValueError(f"{counted(shape[2], 'channel')}, expected {channels}")
+
+
 @contextmanager
 def _named_errors(name: str) -> Iterator[None]:
     try:
@@ -420,7 +579,7 @@ def _open_header(file: BinaryIO, max_pixels: int) -> ImageFile.ImageFile:
     if Image.MAX_IMAGE_PIXELS is not None and max_pixels > Image.MAX_IMAGE_PIXELS:
         Image.MAX_IMAGE_PIXELS = max_pixels
     try:
-        picture = Image.open(file, formats=_FORMATS)
+        picture = Image.open(file, formats=_formats(file))
     except UnidentifiedImageError as error:
         file.seek(0)
         raise ValueError(_unidentified(file.read(4096))) from error
@@ -434,6 +593,23 @@ def _open_header(file: BinaryIO, max_pixels: int) -> ImageFile.ImageFile:
     if (number := max(picture.width * picture.height, _tile_pixels(picture))) > max_pixels:
         raise ValueError(_too_many_pixels(number, max_pixels))
     return picture
+
+
+def _formats(file: BinaryIO) -> tuple[str, ...]:
+    """Return the formats to try on a file."""
+    start = file.read(64)
+    file.seek(0)
+    # AVIF first: its files can have the brands of HEIF, too.
+    name = next((name for name in ("AVIF", "HEIF") if re.match(_STARTS[name], start, re.DOTALL)), None)
+    if name is None:
+        return _FORMATS
+    if _plugin(name) is None:
+        raise ValueError(f"starts like a {name} file{missing_plugins(_endings_of(name))}")
+    return (name,)
+
+
+def _endings_of(plugin: str) -> list[str]:
+    return [ending for ending, name in _PLUGIN_OF_ENDING.items() if name == plugin]
 
 
 def _tile_pixels(picture: ImageFile.ImageFile) -> int:
@@ -471,14 +647,36 @@ def _reduce(picture: ImageFile.ImageFile, box: tuple[int, int, int, int], size: 
     return reduction
 
 
+def _depth(picture: ImageFile.ImageFile) -> str:
+    if picture.mode.startswith("I;16") or (picture.mode == "I" and picture.format == "PPM"):
+        return "uint16"  # to which Pillow scales the values of PPM
+    return "float32" if picture.mode in ("I", "F") else "uint8"
+
+
+def _own_values(picture: ImageFile.ImageFile, channels: int) -> NDArray[Any]:
+    """Return the values of an upright image, (height, width, channels), in their own depth."""
+    turn = _turn(picture)
+    depth = _depth(picture)
+    if depth == "uint8":
+        values = np.asarray(_set_upright(_convert(picture, channels), turn))
+        return values.reshape(*values.shape[:2], channels)
+    values = np.asarray(picture).astype(depth)
+    if channels == 4:
+        raise ValueError(f"grey values ({picture.mode}) without opacity, expected 4 channels")
+    values = values[:: -1 if turn.rows else 1, :: -1 if turn.columns else 1]
+    return np.repeat((values.T if turn.axes else values)[..., None], channels, axis=2)
+
+
 def _convert(picture: Image.Image, channels: int) -> Image.Image:
     mode = _MODE_OF_CHANNELS[channels]
     if picture.mode == mode:
         return picture
     if picture.mode.startswith("I;16"):
         picture = Image.fromarray(to_8_bits(np.asarray(picture)))
+    elif picture.mode == "I" and picture.format == "PPM":
+        picture = Image.fromarray(to_8_bits(np.asarray(picture).astype(np.uint16)))
     elif picture.mode in ("I", "F"):
-        raise ValueError("32 bits per value have no fixed range; save the image with 8 or 16")
+        raise ValueError("32 bits per value have no fixed range; set pixel_range, or save the image with 8 or 16")
     elif channels != 4 and picture.has_transparency_data:
         transparent = picture.convert("RGBA")
         picture = Image.alpha_composite(Image.new("RGBA", transparent.size, "white"), transparent)
@@ -488,7 +686,8 @@ def _convert(picture: Image.Image, channels: int) -> Image.Image:
 
 
 def _turn(picture: Image.Image) -> _Turn:
-    # Except for JPEGs, call this after loading: Pillow turns TIFF images while it loads them and then drops the tag.
+    # Except for JPEGs, call this after loading to turn a picture: Pillow turns TIFF images while it loads them and then
+    # drops the tag.
     try:
         return _TURNS.get(int(picture.getexif().get(_ORIENTATION_TAG, 1)), _UPRIGHT)
     except Exception:  # damaged metadata: keep the picture as stored
@@ -516,14 +715,6 @@ def _mirror(box: _Box, size: tuple[int, int], turn: _Turn) -> _Box:
     if turn.rows:
         top, bottom = size[1] - bottom, size[1] - top
     return left, top, right, bottom
-
-
-def to_8_bits(values: NDArray[np.uint8] | NDArray[np.uint16]) -> ImageArray:
-    """Scale 16-bit values to 8 bits, rounded (65535 becomes 255); return 8-bit values unchanged."""
-    if values.dtype == np.uint8:
-        return values.astype(np.uint8, copy=False)
-    # 65535 = 257 * 255. 257 is odd, so rounding has no ties.
-    return ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)
 
 
 # --------------------------------------------------------------------------------------------------------- reasons

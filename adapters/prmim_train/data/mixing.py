@@ -1,4 +1,4 @@
-"""Mixup and CutMix of whole uint8 batches on the host.
+"""Mixup and CutMix of whole batches on the host.
 
 All random numbers come from a generator seeded with (seed, step).
 """
@@ -64,8 +64,8 @@ class Mixing:
     smoothing: float = 0.0
 
     def __call__(
-        self, step: int, images: NDArray[np.uint8], index: NDArray[np.int64]
-    ) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
+        self, step: int, images: NDArray[Any], index: NDArray[np.int64]
+    ) -> tuple[NDArray[Any], NDArray[np.float32]]:
         """Mix a batch.
 
         Parameters
@@ -73,14 +73,14 @@ class Mixing:
         step
             From 0.
         images
-            uint8 (batch, [frames,] height, width, channels); not modified.
+            uint8, uint16 or float32 (batch, [frames,] height, width, channels); not modified.
         index
             int64 (batch,). Record of the source of each image.
 
         Returns
         -------
         images
-            uint8, of the same shape.
+            Of the same type and shape.
         targets
             float32 (batch, classes). Each row sums to 1.
         """
@@ -127,8 +127,11 @@ def soft_targets(labels: NDArray[Any], num_classes: int, smoothing: float = 0.0)
     return targets
 
 
-def _blend(images: NDArray[np.uint8], partners: NDArray[np.uint8], kept: float) -> NDArray[np.uint8]:
+def _blend(images: NDArray[Any], partners: NDArray[Any], kept: float) -> NDArray[Any]:
     """Return the weighted mean of two batches; `kept` is a multiple of 1 / 256."""
+    if images.dtype != np.uint8:
+        mixed = np.float32(kept) * images + np.float32(1 - kept) * partners
+        return mixed if images.dtype == np.float32 else np.rint(mixed).astype(images.dtype)
     first = round(kept * _LEVELS)
     mixed = np.empty_like(images)
     for number, (image, partner) in enumerate(zip(images, partners, strict=True)):  # one image fits the cache
@@ -138,8 +141,8 @@ def _blend(images: NDArray[np.uint8], partners: NDArray[np.uint8], kept: float) 
 
 
 def _paste(
-    images: NDArray[np.uint8], partners: NDArray[np.uint8], share: float, rng: np.random.Generator
-) -> tuple[NDArray[np.uint8], float]:
+    images: NDArray[Any], partners: NDArray[Any], share: float, rng: np.random.Generator
+) -> tuple[NDArray[Any], float]:
     """Paste the same box of every partner; return the images and their remaining share, after clipping to the edges."""
     height, width = images.shape[-3:-1]
     side = np.sqrt(1 - share)

@@ -1,19 +1,42 @@
 """File names and class names of many images."""
 
 import os
+import re
 from array import array
+from collections import Counter
 from collections.abc import Iterable, Sequence
-from typing import overload
+from typing import NamedTuple, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
 from prmim_methods.messages import printable
 
-__all__ = ["MAX_CLASSES", "PackedNames", "number_classes"]
+__all__ = [
+    "MAX_CLASSES",
+    "UNLABELLED",
+    "Classes",
+    "PackedNames",
+    "classes_of_folders",
+    "ending_of",
+    "expand_braces",
+    "skipped",
+]
 
 MAX_CLASSES = 2**20
 """Labels must be smaller than this; larger ones are treated as errors in the data."""
+
+UNLABELLED = -1
+"""Label of an image without a class, in a source that has classes."""
+
+_SPLIT = re.compile(r"(train|training|val|valid|validation|dev|eval|test|testing)\d*", re.IGNORECASE)
+_MAX_STRAY = 0.01  # share of images outside the class folders; one is always tolerated
+_NUM_ENDINGS = 4
+
+MAX_NAMES = 2**20
+"""Most names that braces in a pattern expand to."""
+
+_BRACES = re.compile(r"\{(?:(\d{1,9})\.\.(\d{1,9})|([^{},]*(?:,[^{},]*)+))\}")
 
 
 class PackedNames(Sequence[str]):
@@ -64,27 +87,150 @@ class PackedNames(Sequence[str]):
         return os.fsdecode(bytes(self._bytes[self._ends[place - 1] if place else 0 : self._ends[place]]))
 
 
-def number_classes(names: Iterable[str]) -> tuple[NDArray[np.int64], tuple[str, ...]]:
-    """Return a class number for each item, in the sorted order of the class names.
+class Classes(NamedTuple):
+    """Classes of images by their folders.
 
     Parameters
     ----------
-    names : iterable of str
-        Class of each item.
+    labels : int64 array (number of images,) or None
+        Class number of each image, or `UNLABELLED`; None without classes.
+    class_names : tuple of str or None
+        Sorted; made printable.
+    remark : str
+        A phrase for the description of the source.
+    """
+
+    labels: NDArray[np.int64] | None
+    class_names: tuple[str, ...] | None
+    remark: str
+
+
+def classes_of_folders(folders: Sequence[tuple[str, ...]], index: NDArray[np.integer]) -> Classes:
+    """Return the classes of images that lie in folders.
+
+    The class is the first folder after those that all images share. Folders of splits (``train``, ``val``, ``test``,
+    ...), if there are at least two and nothing else, are no classes: the folders in them are. Images outside the class
+    folders are unlabelled; more than 1 % of them (one is always tolerated), or a single class, leave no labels.
+
+    Parameters
+    ----------
+    folders : sequence of tuples of str
+        Distinct folders, as parts of paths. At least one.
+    index : int array (number of images,)
+        Folder of each image.
 
     Returns
     -------
-    labels : int64 array (number of items,)
-    class_names : tuple of str
-        Sorted; made printable.
+    Classes
 
     Examples
     --------
-    >>> labels, class_names = number_classes(["dog", "cat", "dog"])
-    >>> labels.tolist(), class_names
-    ([1, 0, 1], ('cat', 'dog'))
+    >>> folders = [("train", "cat"), ("train", "dog"), ("val", "cat"), ()]
+    >>> labels, class_names, remark = classes_of_folders(folders, np.array([0, 1, 2, 3]))
+    >>> labels.tolist(), class_names, remark
+    ([0, 1, 0, -1], ('cat', 'dog'), ' in 2 classes in the folders train and val, 1 image without class')
     """
-    names = list(names)
-    class_names = sorted(set(names))
+    counts = np.bincount(index, minlength=len(folders))
+    names, splits = _class_names(folders, counts)
+    class_names = sorted({name for name in names if name is not None})
+    if len(class_names) < 2:
+        return Classes(None, None, ", no labels")
     number = {name: k for k, name in enumerate(class_names)}
-    return np.array([number[name] for name in names], np.int64), tuple(printable(name) for name in class_names)
+    of_folder = np.array([UNLABELLED if name is None else number[name] for name in names], np.int64)
+    labels: NDArray[np.int64] = of_folder[index]
+    unlabelled = int(np.count_nonzero(labels == UNLABELLED))
+    inside = f" in the folders {' and '.join(splits)}" if splits else ""
+    without = f", {unlabelled:,} image{'s' * (unlabelled > 1)} without class" if unlabelled else ""
+    remark = f" in {len(class_names):,} classes{inside}{without}"
+    return Classes(labels, tuple(printable(name) for name in class_names), remark)
+
+
+def _class_names(folders: Sequence[tuple[str, ...]], counts: NDArray[np.integer]) -> tuple[list[str | None], list[str]]:
+    """Return the class of each folder, or None, and the splits that the classes lie in."""
+    rest = {k: folder for k, folder in enumerate(folders) if counts[k]}
+    tolerated = max(1, _MAX_STRAY * int(counts.sum()))
+    level = _shared(rest.values())
+    while stray := [k for k, folder in rest.items() if len(folder) == level]:  # pictures beside folders
+        tolerated -= sum(int(counts[k]) for k in stray)
+        if tolerated < 0 or len(stray) == len(rest):
+            return [None] * len(folders), []
+        rest = {k: folder for k, folder in rest.items() if k not in stray}
+        level = _shared(rest.values())
+    heads = sorted({folder[level] for folder in rest.values()})
+    splits = heads if len(heads) > 1 and all(_SPLIT.fullmatch(head) for head in heads) else []
+    level += bool(splits)
+    return [folder[level] if k in rest and len(folder) > level else None for k, folder in enumerate(folders)], splits
+
+
+def _shared(folders: Iterable[tuple[str, ...]]) -> int:
+    """Return the number of folders that all paths begin with."""
+    folders = list(folders)
+    first, last = min(folders), max(folders)  # the common prefix of these two is that of all folders
+    return next((k for k, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
+
+
+def ending_of(name: str) -> str:
+    """Return the ending of a file name in lower case, with both parts of ``.tar.gz``.
+
+    Examples
+    --------
+    >>> ending_of("cat.JPG"), ending_of("a.tar.gz"), ending_of("LICENSE")
+    ('.jpg', '.tar.gz', 'no ending')
+    """
+    stem, ending = os.path.splitext(name.lower())  # noqa: PTH122  # of names that are no paths here
+    return (".tar" * stem.endswith(".tar") + ending) or "no ending"
+
+
+def expand_braces(pattern: str) -> list[str]:
+    """Expand lists and ranges in braces, as shells do; other braces stay.
+
+    Raises
+    ------
+    ValueError
+        If there would be more than `MAX_NAMES` names.
+
+    Examples
+    --------
+    >>> expand_braces("{train,val}-{08..10}.tar")[:4]
+    ['train-08.tar', 'train-09.tar', 'train-10.tar', 'val-08.tar']
+    >>> expand_braces("a{1}.tar")
+    ['a{1}.tar']
+    """
+    names = [""]
+    place = 0
+    for braces in _BRACES.finditer(pattern):
+        literal, place = pattern[place : braces.start()], braces.end()
+        first, last, listed = braces.groups()
+        if listed is None and abs(int(last) - int(first)) * len(names) > MAX_NAMES:
+            raise ValueError(f"data: expected at most {MAX_NAMES:,} names, got {printable(pattern)}")
+        choices = listed.split(",") if listed is not None else _range(first, last)
+        names = [f"{name}{literal}{choice}" for name in names for choice in choices]
+        if len(names) > MAX_NAMES:
+            raise ValueError(f"data: expected at most {MAX_NAMES:,} names, got {printable(pattern)}")
+    return [name + pattern[place:] for name in names]
+
+
+def _range(first: str, last: str) -> list[str]:
+    """Return the numbers from first to last, padded like these."""
+    is_padded = any(len(number) > 1 and number.startswith("0") for number in (first, last))
+    width = max(len(first), len(last)) if is_padded else 0
+    start, stop = int(first), int(last)
+    step = 1 if stop >= start else -1
+    return [f"{number:0{width}}" for number in range(start, stop + step, step)]
+
+
+def skipped(endings: Counter[str], what: str = "other file") -> str:
+    """Return how many files of which endings are skipped; empty without any.
+
+    Examples
+    --------
+    >>> skipped(Counter({".txt": 12, ".heic": 4}))
+    ', 16 other files skipped (.txt 12, .heic 4)'
+    """
+    number = endings.total()
+    if not number:
+        return ""
+    listed = sorted(endings.items(), key=lambda item: (-item[1], item[0]))
+    named = [f"{printable(ending)} {count:,}" for ending, count in listed[:_NUM_ENDINGS]]
+    more = ["..."] if len(listed) > _NUM_ENDINGS else []
+    return f", {number:,} {what}{'s' * (number > 1)} skipped ({', '.join(named + more)})"

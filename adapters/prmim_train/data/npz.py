@@ -7,21 +7,19 @@ import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 from numpy.typing import NDArray
 
 from prmim_methods.files import open_regular
 from prmim_methods.messages import printable
+from prmim_train.data.depth import SourceArray, depth_of
 from prmim_train.data.image_files import reason_of
 from prmim_train.data.names import MAX_CLASSES
+from prmim_train.data.npy import read_npy_header
 
 __all__ = ["read_npz"]
 
-PixelArray = NDArray[np.uint8] | NDArray[np.uint16]
-
-_MAX_HEADER = 10_000  # bytes; NumPy has the same limit, but checks it after reading the header
 _MAX_NAME = 1000  # characters of a class name
 _MAX_DEFLATION = 1032  # largest compression ratio of deflate; higher stated ratios are false
 _MAX_LISTED = 10
@@ -29,23 +27,24 @@ _USED = ("images", "labels", "names")
 
 
 def read_npz(
-    path: Path, channels: int, frames: int | None = None
-) -> tuple[PixelArray, NDArray[np.int64] | None, tuple[str, ...] | None]:
+    path: Path, channels: int | None, frames: int | None = None
+) -> tuple[SourceArray, NDArray[np.int64] | None, tuple[str, ...] | None]:
     """Read images or clips, and labels and class names if present, from a ``.npz`` file.
 
     Parameters
     ----------
     path : Path
-        Archive with ``images`` (N, height, width) or (N, height, width, channels), uint8 or uint16, and optionally
-        ``labels`` (N,), integers from 0, and ``names``, one string per class. Clips have the frames after N.
+        Archive with ``images`` (N, height, width) or (N, height, width, channels), of one of the types in
+        `prmim_train.data.depth.DEPTHS`, and optionally ``labels`` (N,), integers from 0, and ``names``, one string per
+        class. Clips have the frames after N.
     channels : int
-        Number of channels that the images must have.
+        Number of channels that the images must have; None: any.
     frames : int, optional
         Number of frames that the clips must have. Default: images, no clips.
 
     Returns
     -------
-    images : uint8 or uint16 array (N, height, width, channels) or (N, frames, height, width, channels)
+    images : array (N, height, width, channels) or (N, frames, height, width, channels)
     labels : int64 array (N,) or None
     class_names : tuple of str or None
         None without labels; the class numbers if the file has labels but no names.
@@ -100,7 +99,7 @@ class _Archive:
         try:
             info = self._archive.getinfo(f"{name}.npy")
             with self._archive.open(info) as file:
-                shape, dtype, header_size = _read_header(file)
+                shape, dtype, header_size = read_npy_header(file)
             expected = header_size + math.prod(shape) * dtype.itemsize
             if expected != info.file_size or info.file_size > _MAX_DEFLATION * (info.compress_size + 1):
                 raise ValueError(
@@ -132,27 +131,7 @@ def _physical_memory() -> float:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def _read_header(file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype[np.generic], int]:
-    """Return shape, dtype and the length of the header in bytes."""
-    start = file.read(12)
-    version = tuple(start[6:8])
-    if not start.startswith(b"\x93NUMPY") or version not in ((1, 0), (2, 0)):
-        raise ValueError("not in NumPy's format")
-    length = int.from_bytes(start[8:10] if version == (1, 0) else start[8:12], "little")
-    if length > _MAX_HEADER:
-        raise ValueError(f"header of {length:,} bytes, more than the limit of {_MAX_HEADER:,}")
-    content = io.BytesIO(start + file.read(length))
-    content.seek(8)
-    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    shape, _, dtype = read(content)
-    if min(shape, default=0) < 0:
-        raise ValueError(f"invalid shape {shape}")
-    if dtype.hasobject:
-        raise ValueError("contains Python objects")
-    return shape, dtype, content.tell()
-
-
-def _read_images(archive: _Archive, channels: int, frames: int | None) -> PixelArray:
+def _read_images(archive: _Archive, channels: int | None, frames: int | None) -> SourceArray:
     path = archive.path
     if "images" not in archive.names:
         listed = [printable(name) for name in archive.names[:_MAX_LISTED]] + ["..."] * (
@@ -160,8 +139,10 @@ def _read_images(archive: _Archive, channels: int, frames: int | None) -> PixelA
         )
         raise ValueError(f"data: no array 'images' in {path}, only {', '.join(listed) or 'nothing'}")
     shape, dtype = archive.header("images")
-    if dtype not in (np.uint8, np.uint16):
-        raise ValueError(f"data: 'images' of {path}: expected uint8 or uint16, got {dtype}")
+    try:
+        depth_of(dtype)
+    except ValueError as error:
+        raise ValueError(f"data: 'images' of {path}: {error}") from error
     axes = "N, height, width" if frames is None else "N, frames, height, width"
     axes_count = axes.count(",") + 1
     if len(shape) not in (axes_count, axes_count + 1):
@@ -169,12 +150,12 @@ def _read_images(archive: _Archive, channels: int, frames: int | None) -> PixelA
     shape = (*shape, 1) if len(shape) == axes_count else shape
     if 0 in shape:
         raise ValueError(f"data: no images in {path}: 'images' is {shape}")
-    if shape[-1] != channels:
+    if channels not in (None, shape[-1]):
         raise ValueError(f"channels: {path} has {shape[-1]} channels, got {channels}")
     if frames not in (None, shape[1]):
         raise ValueError(f"image_size: {path} has clips of {shape[1]} frames, got {frames}")
-    images = archive.read("images").reshape(shape)
-    return images.astype(np.uint8, copy=False) if dtype == np.uint8 else images.astype(np.uint16, copy=False)
+    images: SourceArray = archive.read("images").reshape(shape).astype(dtype.newbyteorder("="), copy=False)
+    return images
 
 
 def _read_labels(archive: _Archive, number: int) -> NDArray[np.int64] | None:

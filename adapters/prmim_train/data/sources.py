@@ -1,39 +1,47 @@
 """Image sources: the embedded digits, a folder of image files, tar files, or a `.npz` file.
 
-A source returns single images by index, as uint8 arrays (height, width, channels). The order of its images is fixed.
-The frames of clips are folded into channels.
+A source returns single images by index, as arrays (height, width, channels): uint8, or, with a depth, the values that
+are stored. The order of its images is fixed. The frames of clips are folded into channels.
 """
 
 import glob
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from prmim_methods.messages import printable
 from prmim_train.config.packages import check_installed
+from prmim_train.data.depth import SourceArray, cast_depth, depth_of
 from prmim_train.data.identity import Identities, identities
 from prmim_train.data.image_files import (
+    ARRAY_ENDING,
     IMAGE_ENDINGS,
     MAX_PIXELS,
     ChooseBox,
+    ImageHeader,
     UnreadableImageError,
+    check_array_channels,
     check_file_channels,
-    check_header,
     counted,
+    cut_box,
     decode_crop,
     decode_image,
+    image_endings,
+    missing_plugins,
     read_file,
+    read_header,
     read_image,
-    to_8_bits,
 )
-from prmim_train.data.names import PackedNames, number_classes
+from prmim_train.data.names import PackedNames, classes_of_folders, ending_of, expand_braces, skipped
 from prmim_train.data.npz import read_npz
 from prmim_train.data.tar_shards import TarSource, open_tars
 from prmim_train.data.transforms import fold_frames, resize
@@ -45,11 +53,12 @@ __all__ = [
     "ImageSource",
     "TarSource",
     "UnreadableImageError",
+    "keeping_depth",
     "open_source",
     "read_image",
 ]
 
-ImageArray = NDArray[np.uint8]
+ImageArray = NDArray[Any]
 
 _STAT_THREADS = 16
 
@@ -69,7 +78,10 @@ class ImageSource(Protocol):
 
     @property
     def labels(self) -> NDArray[np.int64] | None:
-        """Class number of each image, int64 (number of images,); None without labels."""
+        """Class number of each image, int64 (number of images,); None without labels.
+
+        `prmim_train.data.names.UNLABELLED`, -1, for single images without a class.
+        """
         ...
 
     @property
@@ -87,16 +99,21 @@ class ImageSource(Protocol):
         """Largest number of pixels of a readable image file. Arrays have no limit."""
         ...
 
+    @property
+    def depth(self) -> str | None:
+        """Type of the images: `uint8`, `uint16` or `float32`, with the values stored; None: uint8, scaled to that."""
+        ...
+
     def __len__(self) -> int:
         """Return the number of images."""
         ...
 
     def read(self, index: int) -> ImageArray:
-        """Return one image, uint8 (height, width, channels), or raise `UnreadableImageError`."""
+        """Return one image (height, width, channels), or raise `UnreadableImageError`."""
         ...
 
     def read_crop(self, index: int, size: tuple[int, int], choose: ChooseBox) -> ImageArray:
-        """Return a resized box of one image, uint8 (height, width, channels), or raise `UnreadableImageError`.
+        """Return a resized box of one image (height, width, channels), or raise `UnreadableImageError`.
 
         `choose` maps (height, width) of the image to the box (top, left, height, width). The result is
         ``resize(read(index)[box], size)``; for large JPEGs an approximation, see
@@ -104,8 +121,8 @@ class ImageSource(Protocol):
         """
         ...
 
-    def check_header(self, index: int) -> None:
-        """Raise `UnreadableImageError` if the header alone shows that an image cannot be read."""
+    def header(self, index: int) -> ImageHeader:
+        """Return size and depth of one image, or raise `UnreadableImageError`. Reads little more than its header."""
         ...
 
     def name(self, index: int) -> str:
@@ -124,12 +141,14 @@ class ArraySource:
     Parameters
     ----------
     images : array (number of images, height, width, channels) or (number of clips, frames, height, width, channels)
-        uint8 or uint16; `read` scales uint16 to 8 bits.
+        Of one of the types in `prmim_train.data.depth.DEPTHS`. Without `depth`, `read` scales uint16 to 8 bits.
     description : str
     labels : int64 array (number of images,), optional
     class_names : tuple of str, optional
     max_pixels : int, optional
         Limit for image files that are used with this source, as test images. No effect on arrays.
+    depth : str, optional
+        Type of the images; see `ImageSource`.
 
     Examples
     --------
@@ -138,11 +157,12 @@ class ArraySource:
     (5, 1, (8, 6, 1))
     """
 
-    images: NDArray[np.uint8] | NDArray[np.uint16]
+    images: SourceArray
     description: str
     labels: NDArray[np.int64] | None = None
     class_names: tuple[str, ...] | None = None
     max_pixels: int = MAX_PIXELS
+    depth: str | None = None
 
     @property
     def channels(self) -> int:
@@ -159,21 +179,24 @@ class ArraySource:
         return len(self.images)
 
     def read(self, index: int) -> ImageArray:
-        """Return one image, uint8 (height, width, channels). For uint8 images this is a view: do not modify it.
+        """Return one image (height, width, channels). For uint8 images this is a view: do not modify it.
 
         Of a clip, (height, width, frames * channels).
         """
-        image = to_8_bits(self.images[index])
+        try:
+            image = cast_depth(self.images[index], self.depth)
+        except ValueError as error:
+            raise UnreadableImageError(self.name(index), str(error)) from error
         return image if self.frames is None else fold_frames(image)
 
     def read_crop(self, index: int, size: tuple[int, int], choose: ChooseBox) -> ImageArray:
         """Return a resized box of one image; see `ImageSource`."""
-        image = self.read(index)
-        top, left, height, width = choose((image.shape[0], image.shape[1]))
-        return resize(image[top : top + height, left : left + width], size)
+        return resize(cut_box(self.read(index), choose), size)
 
-    def check_header(self, index: int) -> None:
-        """Return: images in memory are readable."""
+    def header(self, index: int) -> ImageHeader:
+        """Return size and depth of one image."""
+        height, width, channels = self.images.shape[-3:]
+        return ImageHeader((height, width), depth_of(self.images.dtype), channels)
 
     def name(self, index: int) -> str:
         """Return the image's name for messages."""
@@ -200,6 +223,8 @@ class FolderSource:
     class_names : tuple of str, optional
     max_pixels : int, optional
         Larger images are unreadable.
+    depth : str, optional
+        Type of the images; see `ImageSource`.
     """
 
     folder: Path
@@ -209,6 +234,7 @@ class FolderSource:
     labels: NDArray[np.int64] | None = None
     class_names: tuple[str, ...] | None = None
     max_pixels: int = MAX_PIXELS
+    depth: str | None = None
     frames: None = None
 
     def __len__(self) -> int:
@@ -217,17 +243,19 @@ class FolderSource:
 
     def read(self, index: int) -> ImageArray:
         """Decode one image; see `ImageSource`."""
-        content, name = self._content(index), self.name(index)
-        return decode_image(content, channels=self.channels, max_pixels=self.max_pixels, name=name)
+        return decode_image(self._content(index), **self._how(index))
 
     def read_crop(self, index: int, size: tuple[int, int], choose: ChooseBox) -> ImageArray:
         """Decode and resize a box of one image; see `ImageSource`."""
-        content, name = self._content(index), self.name(index)
-        return decode_crop(content, size, choose, channels=self.channels, max_pixels=self.max_pixels, name=name)
+        return decode_crop(self._content(index), size, choose, **self._how(index))
 
-    def check_header(self, index: int) -> None:
-        """Check the header of one image; see `ImageSource`."""
-        check_header(self.folder / self.files[index], max_pixels=self.max_pixels, name=self.name(index))
+    def header(self, index: int) -> ImageHeader:
+        """Read size and depth of one image; see `ImageSource`."""
+        return read_header(self.folder / self.files[index], max_pixels=self.max_pixels, name=self.name(index))
+
+    def _how(self, index: int) -> dict[str, Any]:
+        name = self.name(index)
+        return {"channels": self.channels, "max_pixels": self.max_pixels, "name": name, "depth": self.depth}
 
     def _content(self, index: int) -> bytes:
         return read_file(self.folder / self.files[index], name=self.name(index))
@@ -255,7 +283,15 @@ class FolderSource:
         return status.st_size, int(status.st_mtime)
 
 
-def open_source(spec: str, *, channels: int, max_pixels: int = MAX_PIXELS, frames: int | None = None) -> ImageSource:
+def open_source(
+    spec: str,
+    *,
+    channels: int | None,
+    max_pixels: int = MAX_PIXELS,
+    frames: int | None = None,
+    image_key: str | None = None,
+    keep_depth: bool = False,
+) -> ImageSource:
     """Open an image source.
 
     Parameters
@@ -264,23 +300,30 @@ def open_source(spec: str, *, channels: int, max_pixels: int = MAX_PIXELS, frame
         - ``"digits"``: scikit-learn's 1,797 handwritten digits, 8 x 8 pixels, with labels. For a folder of that name
           write ``"./digits"``.
         - a folder: all image files below it, sorted by path. Image files end in one of `IMAGE_ENDINGS`, in upper or
-          lower case. Hidden files and folders, pipes and devices are skipped. Links are followed, but each folder is
-          visited once: images have the path without links if there is one, otherwise one with as few links as possible,
-          the first in sorted order. If every image lies in a sub-folder, the sorted names of the top-level folders are
-          the classes; otherwise there are no labels.
+          lower case, or in ``.heic``, ``.heif`` or ``.avif`` if the plug-in is installed. In a folder without such
+          files and tar files, the content tells: all files count whose ending they share with an image among the first
+          8 of that ending; without any, ``.npy`` files count. Hidden files and folders, pipes and devices are skipped.
+          Links are followed, but each folder is visited once: images have the path without links if there is one,
+          otherwise one with as few links as possible, the first in sorted order. For the labels see
+          `prmim_train.data.names.classes_of_folders`.
         - a ``.tar`` file, a folder that contains ``.tar`` files but no image files, or a pattern such as
-          ``"photos/train-*.tar"``: the images in these files, which are sorted by path. Compressed files are refused.
-          For the labels see `prmim_train.data.tar_shards.open_tars`.
+          ``"photos/train-*.tar"`` or ``"train-{000..099}.tar"``: the images in these files, which are sorted by path.
+          Compressed files are refused. For samples and labels see `prmim_train.data.tar_shards.open_tars`.
         - a ``.npz`` file with ``images`` (N, height, width) or (N, height, width, channels), uint8 or uint16, and
           optionally ``labels`` (N,), integers from 0, and ``names``, the class names. Read without pickle. Clips are
           (N, frames, height, width) or (N, frames, height, width, channels).
     channels : int
-        Number of channels. Files and digits are converted to 1 (grey), 3 (RGB) or 4 (RGBA); a ``.npz`` file must have
-        this number, which can be any.
+        Number of channels. Files and digits are converted to 1 (grey), 3 (RGB) or 4 (RGBA); ``.npz`` and ``.npy`` files
+        must have this number, which can be any. None: that of arrays; else 1 if all files looked at are grey, or 3.
     max_pixels : int, optional
         Images of more pixels are unreadable, whatever size they are cropped to. No effect on digits and ``.npz`` files.
     frames : int, optional
         Number of frames of clips, which a ``.npz`` file must have; digits are still clips then. Default: images.
+    image_key : str, optional
+        Which member of a sample in tar files is the image; see `prmim_train.data.tar_shards.open_tars`.
+    keep_depth : bool, optional
+        Keep the values that are stored, as needed for a range of pixel values. All images get the widest type that the
+        first of up to 8 evenly spaced ones have. Default: 8 bits.
 
     Returns
     -------
@@ -306,26 +349,79 @@ def open_source(spec: str, *, channels: int, max_pixels: int = MAX_PIXELS, frame
     >>> source.description
     'digits: 1,797 images of 8 x 8 pixels in 10 classes'
     """
-    if channels < 1:
+    if channels is not None and channels < 1:
         raise ValueError(f"channels: expected at least 1, got {channels}")
+    source = _open(spec, channels, max_pixels, frames, image_key)
+    if channels is None and not isinstance(source, ArraySource):
+        source = replace(source, channels=_find_channels(source))
+    if keep_depth:
+        return keeping_depth(source)
+    if isinstance(source, ArraySource) and source.images.dtype not in (np.uint8, np.uint16):
+        raise ValueError(f"pixel_range: expected low,high or auto for {source.images.dtype} images, got null")
+    return source
+
+
+def keeping_depth(source: ImageSource) -> ImageSource:
+    """Return a source whose images have the values that are stored; see `open_source`."""
+    if isinstance(source, ArraySource):
+        return replace(source, depth=depth_of(source.images.dtype))
+    if not isinstance(source, FolderSource | TarSource):
+        return source
+    found = [header.depth for header in _some_headers(source)]
+    return replace(source, depth=np.result_type(*found).name if found else "uint8")
+
+
+def _find_channels(source: FolderSource | TarSource) -> int:
+    found = {header.channels for header in _some_headers(source)}
+    if source.name(0).lower().endswith(ARRAY_ENDING):
+        return max(found, default=1)
+    return 1 if found <= {1, 2} else 3  # two: grey with opacity
+
+
+def _some_headers(source: ImageSource) -> list[ImageHeader]:
+    """Return the headers of a few evenly spaced images, without unreadable ones."""
+    found = []
+    for record in sorted({len(source) * k // _NUM_SAMPLES for k in range(_NUM_SAMPLES)}):
+        with suppress(UnreadableImageError):
+            found.append(source.header(record))
+    return found
+
+
+def _open(
+    spec: str, channels: int | None, max_pixels: int, frames: int | None, image_key: str | None
+) -> ArraySource | FolderSource | TarSource:
     path = Path(os.path.expanduser(spec))  # noqa: PTH111  # pathlib raises for an unknown user
-    if path.suffix.lower() == ".npz" and not path.is_dir():
+    is_npz = path.suffix.lower() == ".npz" and not path.is_dir()
+    if image_key is not None and (is_npz or spec == "digits"):
+        raise ValueError(f"image_key: expected null, since {printable(spec)} is no tar file, got {image_key}")
+    if is_npz:
         return _open_npz(path, channels, max_pixels, frames)
     if spec == "digits":
-        return _open_digits(channels, max_pixels, frames)
+        return _open_digits(channels or 1, max_pixels, frames)
     if frames is not None:
         raise ValueError(f"image_size: expected height,width: clips come from .npz files, got {printable(spec)}")
     if path.is_dir():
-        return _open_folder(path, channels, max_pixels)
-    if path.exists():
-        return _open_tars([path], channels, max_pixels)
-    matches = sorted(Path(match) for match in glob.glob(str(path), recursive=True))  # noqa: PTH207  # absolute patterns
-    if matches:
-        return _open_tars(matches, channels, max_pixels)
-    hint = "; braces are not expanded, use * or ?" if "{" in spec else ""
-    raise FileNotFoundError(f"data: nothing at {printable(spec)}; expected {_EXPECTED}{hint}")
+        return _open_folder(path, channels, max_pixels, image_key)
+    paths = [path] if path.exists() else _matches(str(path))
+    if not paths:
+        raise FileNotFoundError(f"data: nothing at {printable(spec)}; expected {_EXPECTED}")
+    return _open_tars(paths, channels, max_pixels, image_key)
 
 
+def _matches(pattern: str) -> list[Path]:
+    """Return the files of a pattern, sorted; FileNotFoundError if one of the names in braces matches none."""
+    names = expand_braces(pattern)
+    found = {name: glob.glob(name, recursive=True) for name in names}  # noqa: PTH207  # absolute patterns
+    missing = [name for name in names if not found[name]]
+    if missing and len(names) > 1:
+        listed = ", ".join(printable(name) for name in missing[:_NUM_NAMED]) + ", ..." * (len(missing) > _NUM_NAMED)
+        raise FileNotFoundError(
+            f"data: {len(missing):,} of {len(names):,} files of {printable(pattern)} are missing: {listed}"
+        )
+    return sorted({Path(path) for paths in found.values() for path in paths})
+
+
+_NUM_NAMED = 3
 _EXPECTED = 'a folder of images, .tar files, a .npz file, or "digits"'
 
 
@@ -378,29 +474,79 @@ def _read_digits() -> NDArray[np.uint8]:
 # -------------------------------------------------------------------------------------------------------- folder
 
 
-def _open_folder(folder: Path, channels: int, max_pixels: int) -> ImageSource:
-    check_file_channels(channels, "image files")
+def _open_folder(
+    folder: Path, channels: int | None, max_pixels: int, image_key: str | None
+) -> FolderSource | TarSource:
     found = sorted(_walk(folder))
-    images = [parts for parts in found if parts[-1].lower().endswith(IMAGE_ENDINGS)]
+    endings = Counter(ending_of(parts[-1]) for parts in found)
+    images = _with_endings(found, image_endings())
+    tars = [] if images else _with_endings(found, (".tar",))
+    if tars:
+        del endings[".tar"]
+        paths = [folder.joinpath(*parts) for parts in tars]
+        return _open_tars(paths, channels, max_pixels, image_key, endings)
+    where = printable(str(folder))
+    if image_key is not None:
+        raise ValueError(f"image_key: expected null, since there are no tar files in {where}, got {image_key}")
+    images = images or _by_content(folder, found, max_pixels)
     if not images:
-        tars = [folder.joinpath(*parts) for parts in found if parts[-1].lower().endswith(".tar")]
-        if tars:
-            return _open_tars(tars, channels, max_pixels)
-        others = f"{counted(len(found), 'other file')}; " if found else "no files found; "
-        where = printable(str(folder))
-        raise ValueError(f"data: no images in {where}: {others}expected names ending in {', '.join(IMAGE_ENDINGS)}")
-    labels, class_names = _label_by_folder(images)
-    number = len(found) - len(images)
-    others = f", {counted(number, 'other file')} skipped" if number else ""
+        others = skipped(endings).removeprefix(", ").replace(" skipped", "") or "no files found"
+        hint = "; decompress tar files" if endings.keys() & set(_COMPRESSED_TARS) else missing_plugins(endings)
+        raise ValueError(
+            f"data: no images in {where}: {others}; expected names ending in {', '.join(IMAGE_ENDINGS)}{hint}"
+        )
+    if images[0][-1].lower().endswith(ARRAY_ENDING):
+        check_array_channels(folder.joinpath(*images[0]), channels=channels, name=printable("/".join(images[0])))
+    else:
+        check_file_channels(channels, "image files")
+    numbers: dict[tuple[str, ...], int] = {}
+    index = [numbers.setdefault(parts[:-1], len(numbers)) for parts in images]
+    labels, class_names, remark = classes_of_folders(list(numbers), np.array(index))
+    endings -= Counter(ending_of(parts[-1]) for parts in images)
     return FolderSource(
         folder=folder,
         files=PackedNames("/".join(parts) for parts in images),
-        channels=channels,
-        description=_describe(f"folder {printable(str(folder))}", len(images), None, class_names) + others,
+        channels=channels or 3,
+        description=f"folder {where}: {counted(len(images), 'image')}{remark}{skipped(endings)}",
         labels=labels,
         class_names=class_names,
         max_pixels=max_pixels,
     )
+
+
+def _with_endings(found: Sequence[tuple[str, ...]], endings: tuple[str, ...]) -> list[tuple[str, ...]]:
+    return [parts for parts in found if parts[-1].lower().endswith(endings)]
+
+
+def _by_content(folder: Path, found: Sequence[tuple[str, ...]], max_pixels: int) -> list[tuple[str, ...]]:
+    """Return the files of all endings of which one of the first files is an image; without any, the arrays."""
+    samples: dict[str, list[tuple[str, ...]]] = {}
+    for parts in found:
+        sample = samples.setdefault(ending_of(parts[-1]), [])
+        if len(sample) < _NUM_SAMPLES:
+            sample.append(parts)
+    arrays, raw = samples.pop(ARRAY_ENDING, []), _RAW.intersection(samples)
+    chosen = {
+        ending
+        for ending, sample in samples.items()
+        if ending not in raw and any(_is_image(folder.joinpath(*parts), max_pixels) for parts in sample)
+    }
+    if not chosen and arrays:
+        chosen = {ARRAY_ENDING}
+    return [parts for parts in found if ending_of(parts[-1]) in chosen]
+
+
+def _is_image(path: Path, max_pixels: int) -> bool:
+    try:
+        read_header(path, max_pixels=max_pixels)
+    except UnreadableImageError:
+        return False
+    return True
+
+
+_NUM_SAMPLES = 8
+# TIFF files for Pillow, which reads the preview in them.
+_RAW = frozenset((".arw", ".cr2", ".dng", ".nef", ".nrw", ".orf", ".pef", ".rw2", ".sr2", ".srw"))
 
 
 _Place = tuple[tuple[str, ...], str]  # parts below the folder of the source, and the path
@@ -451,30 +597,27 @@ def _leads_nowhere(entry: "os.DirEntry[str]") -> bool:
     return entry.is_symlink() and not _is(lambda: bool(entry.stat()))
 
 
-def _label_by_folder(
-    images: Sequence[tuple[str, ...]],
-) -> tuple[NDArray[np.int64] | None, tuple[str, ...] | None]:
-    if any(len(parts) == 1 for parts in images):
-        return None, None
-    return number_classes(parts[0] for parts in images)
-
-
 # ---------------------------------------------------------------------------------------------------- tar and npz
 
 
-def _open_tars(paths: Sequence[Path], channels: int, max_pixels: int) -> TarSource:
-    check_file_channels(channels, "image files")
+def _open_tars(
+    paths: Sequence[Path],
+    channels: int | None,
+    max_pixels: int,
+    image_key: str | None,
+    others: Mapping[str, int] | None = None,
+) -> TarSource:
     for path in paths:
-        if not path.name.lower().endswith((".tar", *_COMPRESSED_TARS)):
+        if ending_of(path.name) not in (".tar", *_COMPRESSED_TARS):
             raise ValueError(f"data: expected {_EXPECTED}, got {printable(str(path))}")
-    return open_tars(paths, channels=channels, max_pixels=max_pixels)
+    return open_tars(paths, channels=channels, max_pixels=max_pixels, image_key=image_key, others=others)
 
 
 # `open_tars` refuses these with the reason.
 _COMPRESSED_TARS = (".tgz", ".tbz2", ".txz", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst")
 
 
-def _open_npz(path: Path, channels: int, max_pixels: int, frames: int | None) -> ArraySource:
+def _open_npz(path: Path, channels: int | None, max_pixels: int, frames: int | None) -> ArraySource:
     images, labels, class_names = read_npz(path, channels, frames)
     return ArraySource(
         images=images,

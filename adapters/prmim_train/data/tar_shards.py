@@ -6,14 +6,16 @@ skipped; so are links, which are counted.
 """
 
 import io
+import json
 import os
 import tarfile
 import zlib
 from array import array
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,27 +24,38 @@ from prmim_methods.files import open_regular
 from prmim_methods.messages import printable
 from prmim_train.data.identity import Identities, identities
 from prmim_train.data.image_files import (
+    ARRAY_ENDING,
     IMAGE_ENDINGS,
     MAX_PIXELS,
     ChooseBox,
+    ImageHeader,
     UnreadableImageError,
-    check_header,
+    check_array_channels,
+    check_file_channels,
     counted,
     decode_crop,
     decode_image,
+    image_endings,
+    read_header,
     read_part,
     reason_of,
 )
-from prmim_train.data.names import MAX_CLASSES, PackedNames, number_classes
+from prmim_train.data.names import MAX_CLASSES, Classes, PackedNames, classes_of_folders, ending_of, skipped
 
 __all__ = ["Member", "TarSource", "open_tars", "tar_members"]
 
-ImageArray = NDArray[np.uint8]
+ImageArray = NDArray[Any]
 
 _BLOCK = tarfile.BLOCKSIZE
 _ZEROS = bytes(_BLOCK)
 _MAX_NOTE = 2**20  # bytes of a long name or of a pax header; real ones have hundreds
 _MAX_LABEL = 64  # bytes of a .cls file
+_MAX_JSON = 2**20  # bytes of a .json file
+_MAX_NAME = 1000  # characters of a class name
+_LABELS = (".cls", ".json")
+_LABEL_FIELDS = ("cls", "label", "class", "class_id", "class_name")  # of a .json file
+# Of several images with one key, the first in this order is the photograph: masks and depth maps are lossless.
+_PREFERRED = (".jpg", ".jpeg", ".jfif", ".webp", ".jp2", ".heic", ".heif", ".avif")
 _MAX_END = 2**20  # bytes of zeros at the end; tar pads to 10,240, for tapes up to a megabyte
 
 _FILES = (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE)
@@ -93,6 +106,8 @@ class TarSource:
     class_names : tuple of str, optional
     max_pixels : int, optional
         Larger images are unreadable.
+    depth : str, optional
+        Type of the images; see `prmim_train.data.sources.ImageSource`.
 
     Notes
     -----
@@ -111,6 +126,7 @@ class TarSource:
     labels: NDArray[np.int64] | None = None
     class_names: tuple[str, ...] | None = None
     max_pixels: int = MAX_PIXELS
+    depth: str | None = None
     frames: None = None
 
     def __len__(self) -> int:
@@ -119,18 +135,20 @@ class TarSource:
 
     def read(self, index: int) -> ImageArray:
         """Decode one image; see `prmim_train.data.sources.ImageSource`."""
-        content, name = self._content(index), self.name(index)
-        return decode_image(content, channels=self.channels, max_pixels=self.max_pixels, name=name)
+        return decode_image(self._content(index), **self._how(index))
 
     def read_crop(self, index: int, size: tuple[int, int], choose: ChooseBox) -> ImageArray:
         """Decode and resize a box of one image; see `prmim_train.data.sources.ImageSource`."""
-        content, name = self._content(index), self.name(index)
-        return decode_crop(content, size, choose, channels=self.channels, max_pixels=self.max_pixels, name=name)
+        return decode_crop(self._content(index), size, choose, **self._how(index))
 
-    def check_header(self, index: int) -> None:
-        """Check the header of one image; see `prmim_train.data.sources.ImageSource`."""
+    def header(self, index: int) -> ImageHeader:
+        """Read size and depth of one image; see `prmim_train.data.sources.ImageSource`."""
         place = int(self.offset[index]), int(self.size[index])
-        check_header(self.shards[self.shard[index]], *place, max_pixels=self.max_pixels, name=self.name(index))
+        return read_header(self.shards[self.shard[index]], *place, max_pixels=self.max_pixels, name=self.name(index))
+
+    def _how(self, index: int) -> dict[str, Any]:
+        name = self.name(index)
+        return {"channels": self.channels, "max_pixels": self.max_pixels, "name": name, "depth": self.depth}
 
     def _content(self, index: int) -> bytes:
         try:
@@ -154,7 +172,14 @@ class TarSource:
         )
 
 
-def open_tars(paths: Sequence[Path], *, channels: int, max_pixels: int = MAX_PIXELS) -> TarSource:
+def open_tars(
+    paths: Sequence[Path],
+    *,
+    channels: int | None,
+    max_pixels: int = MAX_PIXELS,
+    image_key: str | None = None,
+    others: Mapping[str, int] | None = None,
+) -> TarSource:
     """Index the images in uncompressed tar files.
 
     Parameters
@@ -162,16 +187,23 @@ def open_tars(paths: Sequence[Path], *, channels: int, max_pixels: int = MAX_PIX
     paths : sequence of Path
         At least one.
     channels : int
-        1 (grey), 3 (RGB) or 4 (RGBA).
+        1 (grey), 3 (RGB) or 4 (RGBA); any number that the arrays in ``.npy`` members have. None: not yet known.
     max_pixels : int, optional
         Larger images are unreadable.
+    image_key : str, optional
+        What the image of a sample is called, after the first dot of its name: ``"jpg"``, ``"seg.png"``, or choices
+        ``"jpg;png"``, the first of which counts. Default: see Notes.
+    others : mapping of str to int, optional
+        Number of files beside `paths` by ending, for the description.
 
     Returns
     -------
     TarSource
         Labels come from ``key.cls`` files, which hold a class number: every image needs one in the same folder of the
-        same tar file, with the same name up to the first dot. Without any ``.cls`` file, labels come from folders: the
-        first folder after those that all images share is the class. Otherwise there are no labels.
+        same tar file, with the same name up to the first dot. Without any ``.cls`` file, they come from ``key.json``
+        files, whose field ``cls``, ``label``, ``class``, ``class_id`` or ``class_name`` is a class number or a class
+        name; files without such a field are ignored if the first one is. Otherwise, labels come from folders; see
+        `prmim_train.data.names.classes_of_folders`.
 
     Raises
     ------
@@ -183,26 +215,34 @@ def open_tars(paths: Sequence[Path], *, channels: int, max_pixels: int = MAX_PIX
 
     Notes
     -----
-    Images are members whose names end in one of `IMAGE_ENDINGS`, in upper or lower case, in the order of `paths` and of
-    the members. Hidden members (a part of the path starts with a dot) are skipped. Links whose names end like an
-    image's are skipped and counted in the description.
+    Images are members whose names end like image files (see `prmim_train.data.image_files.image_endings`), in upper or
+    lower case, in the order of `paths` and of the members. Without any, ``.npy`` members are images. Hidden members (a
+    part of the path starts with a dot) are skipped.
+
+    Members of one folder with the same name up to the first dot are a sample, as in WebDataset. Beside ``s000.jpg``,
+    ``s000.seg.png`` and ``s000.png`` are no images. Without a member that has one ending only, all of them are images:
+    ``scan.001.png`` and ``scan.002.png``. What is skipped is counted in the description; so are links whose names end
+    like an image's.
     """
-    index = _Index()
-    for number, path in enumerate(paths):
-        try:
-            with open_regular(path) as file:
-                index.add(number, file)
-        except ValueError as error:
-            raise ValueError(f"data: the tar file {printable(str(path))}: {error}") from error
+    names = None if image_key is None else [f".{name.strip().lower().lstrip('.')}" for name in image_key.split(";")]
+    index = _index(paths, _Index(names, image_endings()))
+    if not len(index.names) and image_key is None:
+        index = _index(paths, _Index(None, (ARRAY_ENDING,)))
     where = (
         f"tar file {printable(str(paths[0]))}"
         if len(paths) == 1
         else f"{len(paths):,} tar files in {printable(os.path.commonpath([path.parent for path in paths]) or '.')}"
     )
     if not len(index.names):
-        raise ValueError(f"data: no images in {where}: expected members whose names end in {', '.join(IMAGE_ENDINGS)}")
+        _raise_no_images(where, image_key, index.others + index.further)
+    if index.names[0].lower().endswith(ARRAY_ENDING):
+        first = printable(f"{paths[index.shard[0]].name}/{index.names[0]}")
+        check_array_channels(paths[index.shard[0]], index.offset[0], channels=channels, name=first)
+    else:
+        check_file_channels(channels, "image files")
     labels, class_names, remark = index.labels()
-    skipped = f", {counted(index.num_links, 'link')} skipped" if index.num_links else ""
+    links = f", {counted(index.num_links, 'link')} skipped" if index.num_links else ""
+    further = skipped(index.further, "further image")
     return TarSource(
         shards=tuple(paths),
         names=index.names,
@@ -210,86 +250,210 @@ def open_tars(paths: Sequence[Path], *, channels: int, max_pixels: int = MAX_PIX
         offset=np.array(index.offset, np.int64),
         size=np.array(index.size, np.int64),
         header_crc=np.array(index.header_crc, np.uint32),
-        channels=channels,
-        description=f"{where}: {counted(len(index.names), 'image')}{remark}{skipped}",
+        channels=channels or 3,
+        description=f"{where}: {counted(len(index.names), 'image')}{remark}{links}{further}"
+        f"{skipped(index.others + Counter(others))}",
         labels=labels,
         class_names=class_names,
         max_pixels=max_pixels,
     )
 
 
+def _raise_no_images(where: str, image_key: str | None, others: Counter[str]) -> None:
+    found = skipped(others, "member").removeprefix(", ").replace(" skipped", "") or "no members"
+    if image_key is not None:
+        raise ValueError(f"image_key: expected what the images in {where} are called, got {image_key}; {found}")
+    raise ValueError(
+        f"data: no images in {where}: expected members whose names end in {', '.join(IMAGE_ENDINGS)}; {found}"
+    )
+
+
 # ----------------------------------------------------------------------------------------------------------- index
 
 
-class _Index:
-    """Offsets and labels of the images in tar files."""
+class _Image(NamedTuple):
+    """A member that looks like an image."""
 
-    def __init__(self) -> None:
+    key: str
+    extension: str  # from the first dot on, in lower case
+    folder: tuple[str, ...]
+    member: "Member"
+
+
+def _index(paths: Sequence[Path], index: "_Index") -> "_Index":
+    for number, path in enumerate(paths):
+        try:
+            with open_regular(path) as file:
+                index.add(number, file)
+        except ValueError as error:
+            raise ValueError(f"data: the tar file {printable(str(path))}: {error}") from error
+    return index
+
+
+class _Index:
+    """Offsets and labels of the images in tar files.
+
+    Parameters
+    ----------
+    wanted
+        Extensions of images, the first that a sample has counts; None: all that end in `endings`, see `open_tars`.
+    endings
+        Endings of images.
+    """
+
+    def __init__(self, wanted: Sequence[str] | None, endings: tuple[str, ...]) -> None:
+        self._wanted, self._endings = wanted, endings
         self.names = PackedNames()
         self.shard, self.offset, self.size, self.header_crc = array("i"), array("q"), array("q"), array("I")
-        self.classes = array("i")  # number in each image's .cls file; -1 without
         self.folder = array("i")  # index into `folders` of each image
         self.folders: dict[tuple[str, ...], int] = {}
         self.num_links = 0  # with names of images
+        self.others: Counter[str] = Counter()  # members that are neither images nor labels, by ending
+        self.further: Counter[str] = Counter()  # further images of samples, by extension
+        self._cls, self._json = _Labels(), _Labels()
+        self._reads_json: bool | None = None  # None: before the first .json file
 
     def add(self, number: int, file: io.FileIO) -> None:
         """Add the images of one tar file."""
-        keys: list[str] = []
-        class_of: dict[str, int] = {}
+        images: list[_Image] = []
         for member in tar_members(file):
             parts = [part for part in member.name.split("/") if part not in ("", ".", "..")]
             if not parts or any(part.startswith(".") for part in parts):
                 continue
             *folder, name = parts
-            stem, _, ending = name.partition(".")
-            key = "/".join((*folder, stem))
-            if name.lower().endswith(IMAGE_ENDINGS):
+            stem, dot, extension = name.partition(".")
+            key, extension = "/".join((*folder, stem)), (dot + extension).lower()
+            if extension in (self._wanted or ()) or name.lower().endswith(self._endings):
                 if member.is_link:
                     self.num_links += 1
-                    continue
-                keys.append(key)
-                self._append(number, member, tuple(folder))
-            elif ending == "cls" and not member.is_link:
-                class_of[key] = _read_class(file, member)
-        self.classes.extend(class_of.get(key, -1) for key in keys)
+                else:
+                    images.append(_Image(key, extension, tuple(folder), member))
+            elif member.is_link or extension not in _LABELS or not self._label(file, member, key, extension):
+                self.others[ending_of(name)] += 1
+        self._append(number, images)
 
-    def _append(self, number: int, member: "Member", folder: tuple[str, ...]) -> None:
-        self.names.append(member.name)
-        self.shard.append(number)
-        self.offset.append(member.offset)
-        self.size.append(member.size)
-        self.header_crc.append(member.header_crc)
-        self.folder.append(self.folders.setdefault(folder, len(self.folders)))
+    def _label(self, file: io.FileIO, member: "Member", key: str, extension: str) -> bool:
+        """Read the class of a sample from one of its members; return False if it holds none."""
+        if extension == ".cls":
+            self._cls.add(key, _read_class(file, member))
+            return True
+        if self._reads_json is False:
+            return False
+        value = _read_json_class(file, member)
+        self._reads_json = self._reads_json or value is not None
+        if value is not None:
+            self._json.add(key, value)
+        return value is not None
 
-    def labels(self) -> tuple[NDArray[np.int64] | None, tuple[str, ...] | None, str]:
+    def _append(self, number: int, images: Sequence[_Image]) -> None:
+        """Append the image of each sample of a tar file."""
+        extensions: dict[str, list[str]] = {}
+        for image in images:
+            extensions.setdefault(image.key, []).append(image.extension)
+        chosen = {key: self._choose(found) for key, found in extensions.items()}
+        for key, extension, folder, member in images:
+            if extension not in chosen[key]:
+                self.further[extension] += 1
+                continue
+            self.names.append(member.name)
+            self.shard.append(number)
+            self.offset.append(member.offset)
+            self.size.append(member.size)
+            self.header_crc.append(member.header_crc)
+            self.folder.append(self.folders.setdefault(folder, len(self.folders)))
+            self._cls.take(key)
+            self._json.take(key)
+        self._cls.end_file()
+        self._json.end_file()
+
+    def _choose(self, extensions: list[str]) -> list[str]:
+        """Return the extensions of the images of a sample."""
+        if self._wanted is not None:
+            return [extension for extension in self._wanted if extension in extensions][:1]
+        plain = [extension for extension in extensions if extension.count(".") == 1]
+        if not plain:  # a name with dots, not a sample
+            return extensions
+        return [min(plain, key=lambda name: _PREFERRED.index(name) if name in _PREFERRED else len(_PREFERRED))]
+
+    def labels(self) -> Classes:
         """Return the labels, the class names, and a phrase that describes them."""
-        labels = np.array(self.classes, np.int64)
-        is_missing = labels < 0
-        if not is_missing.any():
-            class_names = tuple(str(k) for k in range(int(labels.max()) + 1))
-        elif not is_missing.all():
-            return None, None, f", no labels ({counted(int(is_missing.sum()), 'image')} without .cls file)"
-        elif (classes := _classes_of_folders(list(self.folders))) is None:
-            return None, None, ", no labels"
+        if self._cls.is_used:
+            return self._cls.labels(".cls file")
+        if self._json.is_used:
+            return self._json.labels("class in a .json file")
+        return classes_of_folders(list(self.folders), np.array(self.folder))
+
+
+class _Labels:
+    """Classes of the images in tar files, from members beside them."""
+
+    def __init__(self) -> None:
+        self._value_of: dict[str, int | str] = {}  # by key, in the current file
+        self._numbers: dict[int | str, int] = {}  # of the values, as they come
+        self._of_image = array("i")  # number of each image's value; -1 without
+
+    def add(self, key: str, value: int | str) -> None:
+        """Add the class of a sample of the current file."""
+        self._value_of[key] = value
+
+    def take(self, key: str) -> None:
+        """Append the class of the sample to which the next image belongs."""
+        value = self._value_of.get(key)
+        self._of_image.append(-1 if value is None else self._numbers.setdefault(value, len(self._numbers)))
+
+    def end_file(self) -> None:
+        """Forget the samples of the current file: keys of another one are others."""
+        self._value_of = {}
+
+    @property
+    def is_used(self) -> bool:
+        """Whether an image has a class."""
+        return bool(self._numbers)
+
+    def labels(self, missing: str) -> Classes:
+        """Return the labels, the class names, and a phrase that describes them."""
+        of_image, values = np.array(self._of_image, np.int64), list(self._numbers)
+        if number := int(np.count_nonzero(of_image < 0)):
+            return Classes(None, None, f", no labels ({counted(number, 'image')} without {missing})")
+        names = [value for value in values if isinstance(value, int)]
+        if len(names) == len(values):
+            labels = np.array(names, np.int64)[of_image]
+            class_names = tuple(str(k) for k in range(max(names) + 1))
         else:
-            label_of_folder, class_names = number_classes(classes)
-            labels = label_of_folder[np.array(self.folder)]
-        return labels, class_names, f" in {counted(len(class_names), 'class', 'classes')}"
-
-
-def _classes_of_folders(folders: Sequence[tuple[str, ...]]) -> list[str] | None:
-    """Return the class name of each folder; None if images lie directly in the folder that all share."""
-    first, last = min(folders), max(folders)  # the common prefix of these two is that of all folders
-    shared = next((k for k, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))
-    return None if any(len(folder) == shared for folder in folders) else [folder[shared] for folder in folders]
+            class_names = tuple(sorted({printable(str(value)) for value in values}))
+            table = {name: k for k, name in enumerate(class_names)}
+            labels = np.array([table[printable(str(value))] for value in values], np.int64)[of_image]
+        return Classes(labels, class_names, f" in {counted(len(class_names), 'class', 'classes')}")
 
 
 def _read_class(file: io.FileIO, member: "Member") -> int:
     text = read_part(file, member.offset, min(member.size, _MAX_LABEL)).strip()
     if not text.isdigit() or member.size > _MAX_LABEL or int(text) >= MAX_CLASSES:
-        got = printable(os.fsdecode(text))
-        raise ValueError(f"{printable(member.name)}: expected a class, from 0 to {MAX_CLASSES - 1:,}, got {got!r}")
+        raise _no_class(member, printable(os.fsdecode(text)))
     return int(text)
+
+
+def _read_json_class(file: io.FileIO, member: "Member") -> int | str | None:
+    """Return the class number or name in a `.json` file; None if it states none."""
+    if member.size > _MAX_JSON:
+        return None
+    try:
+        content = json.loads(read_part(file, member.offset, member.size))
+    except (ValueError, RecursionError):
+        return None
+    fields = content if isinstance(content, dict) else {}
+    value = next((fields[name] for name in _LABEL_FIELDS if name in fields), None)
+    if isinstance(value, str) and 0 < len(value) <= _MAX_NAME:
+        return value
+    if not isinstance(value, int) or isinstance(value, bool):
+        return None
+    if not 0 <= value < MAX_CLASSES:
+        raise _no_class(member, str(value))
+    return value
+
+
+def _no_class(member: "Member", got: str) -> ValueError:
+    return ValueError(f"{printable(member.name)}: expected a class, from 0 to {MAX_CLASSES - 1:,}, got {got!r}")
 
 
 # --------------------------------------------------------------------------------------------------------- members

@@ -1,4 +1,4 @@
-"""Crops, flips and resizing of uint8 arrays (height, width, channels) with any number of channels.
+"""Crops, flips and resizing of arrays (height, width, channels), uint8, uint16 or float32, of any number of channels.
 
 The frames of a clip are folded into channels, so that all of them are cropped and flipped alike.
 
@@ -23,12 +23,13 @@ __all__ = [
     "random_crop_box",
     "random_flip",
     "random_padded_crop",
+    "relative_ratio",
     "resize",
     "resize_picture",
     "unfold_frames",
 ]
 
-ImageArray = NDArray[np.uint8]
+ImageArray = NDArray[Any]
 CropDraw = Literal["retry", "clamp"]
 
 # "RGBX" instead of "RGBA": Pillow weights RGBA colours by alpha when it resizes, which is wrong if the fourth channel
@@ -38,8 +39,11 @@ _CROP_TRIES = 10
 
 
 def _check_image(image: ImageArray) -> None:
-    if image.ndim != 3 or image.dtype != np.uint8 or 0 in image.shape:
-        raise ValueError(f"image: expected a uint8 array (height, width, channels), got {image.dtype} {image.shape}")
+    if image.ndim != 3 or image.dtype not in (np.uint8, np.uint16, np.float32) or 0 in image.shape:
+        raise ValueError(
+            "image: expected an array (height, width, channels), uint8, uint16 or float32, got "
+            f"{image.dtype} {image.shape}"
+        )
 
 
 def check_size(size: tuple[int, int]) -> None:
@@ -76,6 +80,18 @@ def check_crop_options(scale: tuple[float, float], ratio: tuple[float, float], d
         raise ValueError(f"crop_draw: expected 'retry' or 'clamp', got {draw!r}")
 
 
+def relative_ratio(ratio: tuple[float, float], size: tuple[int, int]) -> tuple[float, float]:
+    """Return bounds of width / height that are given relative to those of the resized crop (height, width).
+
+    Examples
+    --------
+    >>> relative_ratio((0.75, 1.25), (1024, 128))
+    (0.09375, 0.15625)
+    """
+    aspect = size[1] / size[0]  # exactly 1 for squares
+    return ratio[0] * aspect, ratio[1] * aspect
+
+
 def resize(
     image: ImageArray,
     size: tuple[int, int],
@@ -87,8 +103,9 @@ def resize(
 
     Parameters
     ----------
-    image : uint8 array (height, width, channels)
-        Any number of channels. Channels are filtered independently; a fourth channel is not treated as opacity.
+    image : array (height, width, channels)
+        uint8, uint16 or float32. Any number of channels. Channels are filtered independently; a fourth channel is not
+        treated as opacity.
     size : (height, width)
         Of the result, in pixels.
     box : (left, top, right, bottom), optional
@@ -112,12 +129,30 @@ def resize(
     """
     _check_image(image)
     height, width, channels = image.shape
+    if image.dtype != np.uint8:
+        return _resize_deep(image, size, box, filter)
     mode = _MODE_OF_CHANNELS.get(channels)
     if mode is None:
         planes = [resize(image[..., [channel]], size, box=box, filter=filter) for channel in range(channels)]
         return np.concatenate(planes, axis=2)
     picture = Image.frombuffer(mode, (width, height), np.ascontiguousarray(image), "raw", mode, 0, 1)
     return resize_picture(picture, size, box=box, filter=filter)
+
+
+def _resize_deep(
+    image: ImageArray,
+    size: tuple[int, int],
+    box: tuple[float, float, float, float] | None,
+    filter: Image.Resampling,
+) -> ImageArray:
+    """Resize in float32; round and clip whole numbers."""
+    check_size(size)
+    planes = (Image.fromarray(np.ascontiguousarray(plane, np.float32)) for plane in np.moveaxis(image, 2, 0))
+    resized = np.stack([np.asarray(plane.resize((size[1], size[0]), filter, box=box)) for plane in planes], axis=2)
+    if image.dtype == np.float32:
+        return resized
+    rounded: ImageArray = np.rint(resized).clip(0, np.iinfo(image.dtype).max).astype(image.dtype)
+    return rounded
 
 
 def resize_picture(
@@ -324,7 +359,7 @@ def random_padded_crop(
 
     Parameters
     ----------
-    image : uint8 array (height, width, channels)
+    image : uint8, uint16 or float32 array (height, width, channels)
     size : (height, width)
         Of the result, in pixels.
     rng : numpy.random.Generator
@@ -370,13 +405,13 @@ def random_flip(image: ImageArray, rng: np.random.Generator) -> ImageArray:
 
     Parameters
     ----------
-    image : uint8 array (height, width, channels)
+    image : uint8, uint16 or float32 array (height, width, channels)
     rng : numpy.random.Generator
         Advanced by one draw.
 
     Returns
     -------
-    uint8 array (height, width, channels)
+    array (height, width, channels)
         The image itself, or a mirrored copy.
 
     Examples
@@ -387,8 +422,8 @@ def random_flip(image: ImageArray, rng: np.random.Generator) -> ImageArray:
     if rng.random() >= 0.5:
         return image
     # Copies whole pixels; copying a mirrored view byte by byte takes four times as long.
-    pixels = np.ascontiguousarray(image).view(f"V{image.shape[2]}")
-    return np.ascontiguousarray(pixels[:, ::-1]).view(np.uint8)
+    pixels = np.ascontiguousarray(image).view(f"V{image.shape[2] * image.itemsize}")
+    return np.ascontiguousarray(pixels[:, ::-1]).view(image.dtype)
 
 
 def center_crop(image: ImageArray, size: tuple[int, int], *, share: float = 1.0) -> ImageArray:
@@ -399,7 +434,7 @@ def center_crop(image: ImageArray, size: tuple[int, int], *, share: float = 1.0)
 
     Parameters
     ----------
-    image : uint8 array (height, width, channels)
+    image : uint8, uint16 or float32 array (height, width, channels)
     size : (height, width)
         Of the result, in pixels.
     share : float, optional

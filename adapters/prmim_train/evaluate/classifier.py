@@ -30,6 +30,7 @@ from prmim_train.run.manifest import step_of
 from prmim_train.run.origin import Origin, data_origin, image_facts, read_trained
 from prmim_train.run.prepare import (
     LabelledImages,
+    check_frames,
     find_checkpoint,
     labelled_sides,
     open_run_data,
@@ -91,9 +92,15 @@ class Classification(Job[ClassifierEngine]):
     def __init__(self, config: ClassifyConfig, pretrained: RunDirectory) -> None:
         _check_halves(config)
         self.pretrained = pretrained
-        base = read_run_config(pretrained, data=config.data, holdout=config.holdout, max_pixels=config.max_pixels)
+        given = ("data", "holdout", "max_pixels", "image_key")
+        base = read_run_config(pretrained, **{name: getattr(config, name) for name in given})
+        for name in ("rand_augment", "erasing"):
+            if base.method.pixel_range is not None and getattr(config, name):
+                raise ValueError(f"{name}: expected 0 for a run with a pixel_range, got {getattr(config, name):g}")
         data = open_run_data(pretrained, base, allow_changes=config.allow_changes)
         self.base = _on_backend(base, config.backend)
+        check_frames(base.method, config.image_size)
+        self.image_size = config.encoder(base.method).image_size
         self.train, self.test = labelled_sides(data, config.test_data, read_trained(pretrained))
         self.budget = training_budget(config, len(self.train.indices))
         self.measure_epochs = config.test_every
@@ -174,7 +181,7 @@ class Classification(Job[ClassifierEngine]):
             self.train.source,
             indices=self.train.indices,
             batch_size=config.batch_size,
-            image_size=self.base.method.image_size,
+            image_size=self.image_size,
             seed=config.seed,
             start_step=engine.step,
             total_steps=self.budget.total_steps,
@@ -212,6 +219,7 @@ class Classification(Job[ClassifierEngine]):
             "data": self.train.source.description,
             "train_images": len(self.train.indices),
             "classes": len(self.train.class_names),
+            "image_size": list(self.image_size),
         }
 
     def conclude(self, run: RunDirectory, engine: ClassifierEngine, summary: dict[str, Any]) -> None:
@@ -232,8 +240,8 @@ class Classification(Job[ClassifierEngine]):
     def _test(self, engine: ClassifierEngine) -> Predictions:
         """Predict the test images. Cached, since the predictions after the last step are needed twice."""
         if self._tested is None or self._tested[0] != engine.step:
-            size, share = min(256, self.config.micro_batch), self.config.test_share(self.base.method.image_size)
-            tested = predict(engine, self.test, self.base.method.image_size, batch_size=size, share=share)
+            size, share = min(256, self.config.micro_batch), self.config.test_share(self.image_size)
+            tested = predict(engine, self.test, self.image_size, batch_size=size, share=share)
             self._tested = (engine.step, tested)
         return self._tested[1]
 

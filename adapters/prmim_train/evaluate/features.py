@@ -5,6 +5,7 @@ Fine-tuning and linear probing with LARS, as in the published recipes, are in `p
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, closing
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -12,22 +13,27 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from prmim_methods.encoder import times
+from prmim_methods.weight_files import WEIGHTS_FILE
 from prmim_train.config.pretrain import PretrainConfig
 from prmim_train.data.batches import evaluation_batches
+from prmim_train.data.depth import in_8_bit_range
 from prmim_train.evaluate.frozen import NEIGHBOURS, PROTOCOLS, TEMPERATURE, classify
 from prmim_train.evaluate.score_pictures import draw_confusion
 from prmim_train.evaluate.scores import format_score, score
 from prmim_train.run.directory import RunDirectory
-from prmim_train.run.engine import Engine, check_launcher, create_engine
+from prmim_train.run.engine import EncoderEngine, Engine, check_launcher, create_encoder_engine
 from prmim_train.run.files import write_json
+from prmim_train.run.manifest import step_of
 from prmim_train.run.origin import read_trained
 from prmim_train.run.prepare import (
     LabelledImages,
     RunData,
+    check_frames,
+    find_checkpoint,
     labelled_sides,
     open_run_data,
     read_run_config,
-    restore_engine,
     why_not,
 )
 from prmim_train.run.processes import is_main, on_main, say
@@ -38,7 +44,7 @@ LARGEST_PIXEL_SIDE = 32
 PROTOCOL_TITLES = {"knn": f"{NEIGHBOURS} nearest neighbours", "linear": "linear"}
 FEATURE_TITLES = {"trained": "trained encoder", "untrained": "untrained encoder", "pixels": "raw pixels"}
 T = TypeVar("T")
-Extractor = Callable[[NDArray[np.uint8]], NDArray[np.float32]]
+Extractor = Callable[[NDArray[Any]], NDArray[np.float32]]
 Features = tuple[dict[str, NDArray[np.float32]], NDArray[Any]]
 
 
@@ -117,22 +123,37 @@ def probe_run(config: PretrainConfig, data: RunData, engine: Engine) -> dict[str
 def _evaluate(
     config: PretrainConfig,
     data: RunData,
-    engine: Engine,
+    engine: Engine | EncoderEngine,
     sides: tuple[LabelledImages, LabelledImages],
     protocols: Sequence[str],
     baselines: bool,
+    image_size: tuple[int, ...] | None = None,
 ) -> Evaluation | None:
     """Extract features and classify them. Returns None in all but the main process."""
     extractors: dict[str, Extractor] = {"trained": engine.features}
     with ExitStack() as stack:
         if baselines:
-            untrained = stack.enter_context(closing(create_engine(config, data.budget)))
-            extractors |= {"untrained": untrained.features, "pixels": shrunken_pixels}
+            untrained = stack.enter_context(closing(_create_engine(config, None, image_size)))
+            extractors |= {
+                "untrained": untrained.features,
+                "pixels": lambda images: shrunken_pixels(in_8_bit_range(images, config.method.pixel_range)),
+            }
         try:
-            train, test = (_extract(config, images, extractors) for images in sides)
+            train, test = (_extract(config, images, extractors, image_size) for images in sides)
         except ValueError as error:  # unreadable images must not cost the user the summary of a long training
             return Evaluation({"skipped": str(error)}, np.empty(0, np.int64), {})
     return on_main(engine, lambda: _classify(train, test, protocols))
+
+
+def _create_engine(config: PretrainConfig, weights: Path | None, image_size: tuple[int, ...] | None) -> EncoderEngine:
+    return create_encoder_engine(
+        config.method,
+        backend=config.backend,
+        device=config.device,
+        precision=config.precision,
+        weights=weights,
+        image_size=image_size,
+    )
 
 
 def _classify(train: Features, test: Features, protocols: Sequence[str]) -> Evaluation:
@@ -169,6 +190,7 @@ def evaluate_command(
     eval_limit: int | None = None,
     baselines: bool = True,
     allow_changes: bool = False,
+    image_size: tuple[int, ...] | None = None,
 ) -> None:
     """Evaluate the frozen features of a checkpoint.
 
@@ -190,11 +212,14 @@ def evaluate_command(
         Whether to evaluate an untrained encoder and raw pixels for comparison.
     allow_changes
         See `prmim_train.run.prepare.open_run_data`.
+    image_size
+        Size of the images in pixels, in place of that of the run.
 
     Raises
     ------
     ValueError
-        If the protocol is unknown, there are no labels, or the classes of the test data differ.
+        If the protocol is unknown, the patches do not divide the images, there are no labels, or the classes of the
+        test data differ.
     FileNotFoundError
         If there is no run or no checkpoint.
     """
@@ -202,23 +227,35 @@ def evaluate_command(
     config = read_run_config(directory, data=data, holdout=holdout, device=device, eval_limit=eval_limit)
     if config.eval_limit == 0:
         raise ValueError("eval_limit: expected at least 1 image to evaluate on, got 0")
+    check_frames(config.method, image_size)
+    size = config.method.encoder_config(image_size).image_size
     images = open_run_data(directory, config, allow_changes=allow_changes)
     sides = labelled_sides(images, test_data, read_trained(directory))
-    with closing(restore_engine(directory, config, images.budget, checkpoint)) as engine:
+    found = find_checkpoint(directory, checkpoint)
+    with closing(_create_engine(config, found / WEIGHTS_FILE, size)) as engine:
         check_launcher(config.backend, engine)
         protocols = PROTOCOLS if protocol is None else (protocol,)
-        evaluation = _evaluate(config, images, engine, sides, protocols, baselines)
+        evaluation = _evaluate(config, images, engine, sides, protocols, baselines, size)
         if evaluation is not None and "skipped" in evaluation.result:
             raise ValueError("data: " + evaluation.result["skipped"].removeprefix("data: "))
-        on_main(engine, lambda: _report(directory, images.source.description, engine.step, evaluation, sides[1]))
+        report = partial(_report, directory, images.source.description, step_of(found), size)
+        on_main(engine, lambda: report(evaluation, sides[1]))
 
 
-def _report(run: RunDirectory, data: str, step: int, evaluation: Evaluation | None, test: LabelledImages) -> None:
+def _report(
+    run: RunDirectory,
+    data: str,
+    step: int,
+    size: tuple[int, ...],
+    evaluation: Evaluation | None,
+    test: LabelledImages,
+) -> None:
     """Print and write the evaluation."""
     assert evaluation is not None
     result, truth, predicted = evaluation
     names, test_data = test.class_names, test.source.description
     print(f"{data}; checkpoint of step {step}")
+    print(f"image size: {times(size)} pixels")
     if test_data != data:
         print(f"tested on {test_data}")
     print(format_evaluation(result))
@@ -235,18 +272,18 @@ def _report(run: RunDirectory, data: str, step: int, evaluation: Evaluation | No
         "linear": {"solver": "lbfgs"},
     }
     protocols = {name: {**options[name], **found} for name, found in scores.items()}
-    record = {"data": data, "test_data": test_data, "step": step, **result, "protocols": protocols}
+    record = {"data": data, "test_data": test_data, "step": step, "image_size": size, **result, "protocols": protocols}
     write_json(run.path / "evaluation.json", record)
     print(f"Written: {run.path / 'evaluation.json'}")
 
 
-def shrunken_pixels(images: NDArray[np.uint8]) -> NDArray[np.float32]:
+def shrunken_pixels(images: NDArray[Any]) -> NDArray[np.float32]:
     """Pixels as features, shrunk by integer factors to at most 32 along each axis.
 
     Parameters
     ----------
     images
-        uint8 (batch, [frames,] height, width, channels).
+        (batch, [frames,] height, width, channels), values from 0 to 255.
 
     Returns
     -------
@@ -300,13 +337,19 @@ def format_evaluation(result: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _extract(config: PretrainConfig, images: LabelledImages, extractors: Mapping[str, Extractor]) -> Features:
+def _extract(
+    config: PretrainConfig,
+    images: LabelledImages,
+    extractors: Mapping[str, Extractor],
+    image_size: tuple[int, ...] | None = None,
+) -> Features:
     """Extract features by the name of the extractor, and the labels."""
     features: dict[str, list[NDArray[np.float32]]] = {name: [] for name in extractors}
     labels = []
     size = min(256, config.micro_batch)
     indices = _spread(images.indices, config.eval_limit)
-    with evaluation_batches(images.source, indices, batch_size=size, image_size=config.method.image_size) as batches:
+    shape = image_size or config.method.image_size
+    with evaluation_batches(images.source, indices, batch_size=size, image_size=shape) as batches:
         for batch in _progress(batches, -(-len(indices) // size), "features"):
             labels.append(images.labels[batch.index])
             for name, extract in extractors.items():

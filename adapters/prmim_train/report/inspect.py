@@ -4,24 +4,36 @@ import numpy as np
 
 from prmim_methods import CostReport, PixelConfig
 from prmim_methods.cost import PartCost
-from prmim_methods.method import times
+from prmim_methods.encoder import times
+from prmim_methods.messages import shorten
 from prmim_methods.record import find_option
 from prmim_train.config.pretrain import PretrainConfig
 from prmim_train.data.batches import UnreadableImages
+from prmim_train.data.crops import crop_effect
 from prmim_train.data.image_files import counted, ignore_pillow_warnings
 from prmim_train.data.sources import ArraySource, ImageSource, UnreadableImageError
+from prmim_train.data.statistics import far_below, measure_images
+from prmim_train.data.transforms import plane_of
 from prmim_train.run.budget import Budget
 from prmim_train.run.engine import Engine, check_backend
 from prmim_train.run.prepare import RunData, open_data
 from prmim_train.run.size import OPTIMIZED_BYTES, accounting, excess, expected_precision
 
 UNKNOWN = "unknown until the teacher is downloaded"
+CUSTOM = "without the mixing module of your own"
+"""What numbers leave out that are not known."""
 MAX_HEADERS = 2000
 MAPS = "attention_maps"
 """Name of the cost of the passes that compute attention maps."""
 ONCE = {"teacher": "the teacher", MAPS: "attention maps"}
 """Parts without a backward pass."""
+NUM_MEASURED = 8
+"""Images whose pixel values `inspect` reads."""
+MAX_ENLARGEMENT = 2
+"""Median enlargement of the crops above which `inspect` warns."""
 NUM_NAMED = 3
+NUM_CLASSES = 10
+MAX_NAME = 30
 
 
 def inspect_run(config: PretrainConfig) -> str:
@@ -72,9 +84,10 @@ def format_brief(config: PretrainConfig, data: RunData, engine: Engine) -> str:
     lines = [
         f"Data: {data.source.description}; {len(data.train):,} to train on, {len(data.held_out):,} held out",
         f"Tokens: {times(config.method.grid.shape)} grid; {config.method.summary()}",
-        f"Model: {engine.num_parameters / 1e6:.2f} M parameters, {_brief_cost(config)}; {engine.device}",
+        f"Model: {engine.num_parameters / 1e6:.2f} M parameters, {brief_cost(config)}; {engine.device}",
         f"Steps: {data.budget.total_steps:,} of {config.batch_size} images ({config.epochs} epochs), peak learning "
         f"rate {config.learning_rate:.3g} after {data.budget.warmup_steps:,} steps",
+        *(f"Warning: {text}" for text in _range_warnings(config, data.source)),
     ]
     return "\n".join(lines)
 
@@ -99,51 +112,95 @@ def cost_reports(config: PretrainConfig) -> tuple[CostReport, CostReport] | None
     return ours, baseline
 
 
-def _brief_cost(config: PretrainConfig) -> str:
+def brief_cost(config: PretrainConfig) -> str:
+    """Return the cost of a run per image, and the change from its baseline, in one line."""
     reports = cost_reports(config)
     if reports is None:
         return f"cost {UNKNOWN}"
     ours, baseline = reports
     change = _change(ours.macs, baseline.macs)
     compared = f"{change} against" if change else "as"
-    return f"{_macs(ours.macs)} MACs forward per image ({compared} {config.method.baseline_name})"
+    macs = f"{_macs(ours.macs)} MACs forward per image" + f", {CUSTOM}" * (not ours.is_known)
+    return f"{macs} ({compared} {config.method.baseline_name})"
 
 
 def _data_lines(config: PretrainConfig, data: RunData) -> list[str]:
     source = data.source
-    number = len(source.class_names or ())
-    labels = "none" if source.labels is None else f"{number} {'class' if number == 1 else 'classes'}"
-    low, high = config.crop_scale
-    kind = f"{low:g} to {high:g} of the area"
-    if config.crop_padding is not None:
-        kind = f"windows of the resized image with {config.crop_padding} mirrored pixels around it"
-    crops = f"{times(config.method.image_size)} pixels, {kind}" + (", mirrored" if config.flip else "")
     held_out = 100 * len(data.held_out) / len(source)
     return [
         "Data",
         _row("found", source.description),
         _row("to train on", f"{len(data.train):,} images"),
         _row("held out", f"{len(data.held_out):,} images ({held_out:.1f} %)"),
-        _row("labels", labels),
-        *_header_lines(source),
-        _row("crops", crops),
+        _row("labels", _labels_text(source)),
+        *_size_lines(config, source),
+        *[_row("warning", text) for text in _range_warnings(config, source)],
     ]
 
 
-def _header_lines(source: ImageSource) -> list[str]:
-    """Check the headers of evenly spaced image files."""
-    if isinstance(source, ArraySource):
-        return []
+def _labels_text(source: ImageSource) -> str:
+    if source.class_names is None:
+        return "none"
+    names = [shorten(name, MAX_NAME) for name in source.class_names[:NUM_CLASSES]]
+    more = ", ..." if len(source.class_names) > NUM_CLASSES else ""
+    return f"{counted(len(source.class_names), 'class', 'classes')}: {', '.join(names)}{more}"
+
+
+def _size_lines(config: PretrainConfig, source: ImageSource) -> list[str]:
+    """Read the sizes of evenly spaced images, and describe what the crops do to them."""
     ignore_pillow_warnings()
-    number = min(len(source), MAX_HEADERS)
+    number = 1 if isinstance(source, ArraySource) else min(len(source), MAX_HEADERS)
     unreadable = UnreadableImages(source, number)
+    shapes: list[tuple[int, int]] = []
     for record in np.arange(number) * len(source) // number:
         try:
-            source.check_header(int(record))
+            shapes.append(source.header(int(record)).shape)
         except UnreadableImageError as error:
             unreadable.add([(int(record), error.reason)])
-    named = f": {unreadable.named(NUM_NAMED)}" if len(unreadable) else ""
-    return [_row("unreadable", f"{len(unreadable):,} of {counted(number, 'header')} checked{named}")]
+    lines = []
+    if not isinstance(source, ArraySource):
+        named = f": {unreadable.named(NUM_NAMED)}" if len(unreadable) else ""
+        lines = [_row("unreadable", f"{len(unreadable):,} of {counted(number, 'header')} checked{named}")]
+    return [*lines, *(_crop_lines(config, shapes) if shapes else [])]
+
+
+def _range_warnings(config: PretrainConfig, source: ImageSource) -> list[str]:
+    """Warn if the values of a few images are far below the range."""
+    try:
+        warning = far_below(measure_images(source, NUM_MEASURED), config.method.pixel_range)
+    except ValueError:  # unreadable images are reported already
+        return []
+    return [warning] if warning else []
+
+
+def _crop_lines(config: PretrainConfig, shapes: list[tuple[int, int]]) -> list[str]:
+    size = plane_of(config.method.image_size)
+    shapes.sort(key=lambda shape: shape[0] * shape[1])
+    smallest, median, largest = (times(shapes[place]) for place in (0, len(shapes) // 2, -1))
+    found = f"{smallest} to {largest} pixels, median {median}" if len(set(shapes)) > 1 else f"{smallest} pixels"
+    flipped = ", mirrored" if config.flip else ""
+    crops = f"{times(config.method.image_size)} pixels"
+    if config.crop_padding is not None:
+        enlargement = np.array([max(size[0] / height, size[1] / width) for height, width in shapes])
+        crops += f", windows of the resized image with {config.crop_padding} mirrored pixels around it{flipped}"
+        lines = [_row("crops", crops), _row("enlargement", f"{np.median(enlargement):.2g} times (median)")]
+    else:
+        effect = crop_effect(shapes, size, scale=config.crop_scale, ratio=config.crop_ratio, draw=config.crop_draw)
+        share, enlargement = effect.share, effect.enlargement
+        crops += f", {share.min():.2g} to {share.max():.2g} of the area (mean {share.mean():.2g}){flipped}"
+        factors = f"{np.median(enlargement):.2g} times (median), {enlargement.min():.2g} to {enlargement.max():.2g}"
+        lines = [
+            _row("crops", crops),
+            _row("enlargement", f"{factors}; stretched up to {effect.stretch.max():.3g} times along one side"),
+        ]
+    return [_row("image sizes", found), *lines, *_enlargement_warning(float(np.median(enlargement)))]
+
+
+def _enlargement_warning(enlargement: float) -> list[str]:
+    if enlargement <= MAX_ENLARGEMENT:
+        return []
+    reason = f"crops are enlarged {enlargement:.2g} times, so most patches show blur"
+    return [_row("warning", f"{reason}; choose a smaller image_size or larger crops (crop_scale)")]
 
 
 def _cost_lines(config: PretrainConfig) -> list[str]:
@@ -157,9 +214,9 @@ def _cost_lines(config: PretrainConfig) -> list[str]:
     lines = [f"{title} (a training step: about {factor} times as many{once})", _table_head(config)]
     for name, part in ours.parts.items():
         compared = baseline.parts[name].macs if name in baseline.parts else 0
-        if part.macs or compared:
-            lines.append(_cost_row(name.replace("_", " "), part.macs, compared))
-    lines.append(_cost_row("total", ours.macs, baseline.macs))
+        if part.macs or compared or not part.is_known:
+            lines.append(_cost_row(name.replace("_", " "), part.macs if part.is_known else None, compared))
+    lines.append(_cost_row("total" if ours.is_known else "total of the others", ours.macs, baseline.macs))
     if isinstance(config.method, PixelConfig) and config.attention_passes:
         macs = _macs(config.method.attention_cost(accounting(config)).macs)
         passes = counted(config.attention_passes, "pass", "passes")
@@ -167,17 +224,20 @@ def _cost_lines(config: PretrainConfig) -> list[str]:
     return lines
 
 
-def _cost_row(name: str, ours: int, baseline: int) -> str:
+def _cost_row(name: str, ours: int | None, baseline: int) -> str:
+    if ours is None:
+        return f"  {name:<18}{'unknown':>12}{_macs(baseline):>12}"
     return f"  {name:<18}{_macs(ours):>12}{_macs(baseline):>12} {_change(ours, baseline):>9}".rstrip()
 
 
 def _memory_lines(config: PretrainConfig) -> list[str]:
+    reports = cost_reports(config)
     how = (
         f"estimate, fused attention, {expected_precision(config).value}"
         + ", blocks recomputed" * config.method.recompute_blocks
+        + f", {CUSTOM}" * (reports is not None and not reports[0].is_known)
     )
     title = f"Memory for activations saved for the backward pass ({how})"
-    reports = cost_reports(config)
     if reports is None:
         return [title, _row(UNKNOWN, "")]
     ours, baseline = (report.peak_activation_bytes for report in reports)
@@ -204,9 +264,11 @@ def _change(ours: float, baseline: float) -> str:
 def _parameter_lines(config: PretrainConfig) -> list[str]:
     learned = config.method.parameters().learned
     memory = f"{_bytes(OPTIMIZED_BYTES * learned)} with gradients and optimizer"
+    reports = cost_reports(config)
+    others = f", {CUSTOM}" * (reports is not None and not reports[0].is_known)
     lines = [
         "Parameters",
-        _row("learned", UNKNOWN if cost_reports(config) is None else f"{learned:,} ({memory})"),
+        _row("learned", UNKNOWN if reports is None else f"{learned:,} ({memory}{others})"),
         _row("backend", _backend_text(config.backend)),
         _row("device", "auto: a GPU if there is one" if config.device == "auto" else config.device),
     ]

@@ -10,9 +10,10 @@ from numpy.typing import NDArray
 
 from prmim_core import Grid, Schedule, nearest_known_distance, patchify, unpatchify
 from prmim_methods import PixelConfig
-from prmim_methods.method import times
+from prmim_methods.encoder import times
 from prmim_train.config.packages import check_installed
 from prmim_train.config.pretrain import PretrainConfig
+from prmim_train.data.depth import in_8_bit_range
 from prmim_train.data.sources import ImageSource, UnreadableImageError
 from prmim_train.data.transforms import center_crop, plane_of, unfold_frames
 from prmim_train.report.figures import (
@@ -112,6 +113,7 @@ def draw_images(
     if not len(data.held_out):
         say("No images are held out: the pictures show training images.")
     images, sample = _read_some(data.source, shown, max(1, config.pictures), config.method.image_size)
+    pixels = in_8_bit_range(images, config.method.pixel_range)
     paths = []
     if engine.rank > 0:  # the main process draws, but all processes have to compute
         kinds = ()
@@ -121,13 +123,13 @@ def draw_images(
         order, schedule = reconstruction.order, reconstruction.schedule
         if "reconstructions" in kinds:
             paths.append(run.path / "reconstructions.png")
-            draw_reconstructions(paths[-1], images, reconstruction, config.method)
+            draw_reconstructions(paths[-1], pixels, reconstruction, config.method)
     else:
         attention, comparison = None, engine.compare(images, sample)
         order, schedule = comparison.order, comparison.schedule
         if "similarity" in kinds:
             paths.append(run.path / "similarity.png")
-            draw_similarity(paths[-1], images, comparison, config.method)
+            draw_similarity(paths[-1], pixels, comparison, config.method)
     if "schedule" in kinds:
         paths.append(run.path / "schedule.png")
         is_rebuilt = config.method.is_reconstructed
@@ -195,9 +197,7 @@ def picture_command(
         print(f"Picture: {path}")
 
 
-def draw_reconstructions(
-    path: Path, images: NDArray[np.uint8], reconstruction: Reconstruction, method: PixelConfig
-) -> None:
+def draw_reconstructions(path: Path, images: NDArray[Any], reconstruction: Reconstruction, method: PixelConfig) -> None:
     """Draw one row per image: input, visible, decoded and thrown tokens, and all of them together.
 
     Of a clip, each of these is a row of frames.
@@ -207,7 +207,7 @@ def draw_reconstructions(
     path
         The `.png` file.
     images
-        uint8 (batch, [frames,] height, width, channels).
+        (batch, [frames,] height, width, channels), values from 0 to 255.
     reconstruction
         Reconstruction of the images.
     method
@@ -246,14 +246,14 @@ def draw_reconstructions(
 
 
 def reconstruction_panels(
-    images: NDArray[np.uint8], reconstruction: Reconstruction, patch_size: tuple[int, ...]
+    images: NDArray[Any], reconstruction: Reconstruction, patch_size: tuple[int, ...]
 ) -> dict[str, NDArray[np.float64]]:
     """Columns of the picture of reconstructions.
 
     Parameters
     ----------
     images
-        uint8 (batch, [frames,] height, width, channels).
+        (batch, [frames,] height, width, channels), values from 0 to 255.
     reconstruction
         Reconstruction of the images.
     patch_size
@@ -460,10 +460,10 @@ def _draw_probes(figure: "Figure", axes: "Axes", records: Sequence[Mapping[str, 
 
 def _read_some(
     source: ImageSource, indices: NDArray[np.int64], count: int, image_size: tuple[int, ...]
-) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+) -> tuple[NDArray[Any], NDArray[np.int64]]:
     """Read center crops of evenly spaced images. Replaces an unreadable image by the next one."""
     count = min(count, len(indices))
-    images: dict[int, NDArray[np.uint8]] = {}
+    images: dict[int, NDArray[Any]] = {}
     for place in np.linspace(0, len(indices), count, endpoint=False).astype(np.int64):
         for index in map(int, np.roll(indices, -place)[: len(indices)]):
             if index in images:

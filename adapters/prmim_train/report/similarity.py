@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from prmim_core import Grid, is_member
 from prmim_methods import MethodConfig
-from prmim_methods.method import times
+from prmim_methods.encoder import times
 from prmim_train.report.figures import (
     HIDDEN,
     new_figure,
@@ -109,7 +109,7 @@ def central_token(grid: Grid, is_candidate: NDArray[np.bool_]) -> NDArray[np.int
     return np.asarray(np.argmin(np.where(is_candidate, distance, np.inf), axis=1), dtype=np.int64)
 
 
-def draw_similarity(path: Path, images: NDArray[np.uint8], comparison: Comparison, method: MethodConfig) -> None:
+def draw_similarity(path: Path, images: NDArray[Any], comparison: Comparison, method: MethodConfig) -> None:
     """Draw one row per image: input, visible tokens, and maps of feature similarity.
 
     Parameters
@@ -117,7 +117,7 @@ def draw_similarity(path: Path, images: NDArray[np.uint8], comparison: Compariso
     path
         The `.png` file.
     images
-        uint8 (batch, height, width, channels).
+        (batch, height, width, channels), values from 0 to 255.
     comparison
         Features of student and teacher.
     method

@@ -110,7 +110,7 @@ class AttentionMaps:
         size, method = min(LARGEST_BATCH, self.config.micro_batch), self.config.method
         place = {int(record): row for row, record in enumerate(records)}
         found = np.ones((len(records), method.grid.num_tokens), np.float16)
-        images = np.zeros((size, *method.image_size, method.channels), np.uint8)
+        images = np.zeros((size, *method.image_size, method.channels), self.source.depth or np.uint8)
         number = -(-len(records) // size)
         with evaluation_batches(
             self.source, records, batch_size=size, image_size=method.image_size, share=None

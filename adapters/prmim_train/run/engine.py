@@ -16,7 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prmim_core import Schedule
-from prmim_methods import TrainingConfig
+from prmim_methods import MethodConfig, TrainingConfig
+from prmim_methods.encoder import EncoderConfig
 from prmim_methods.hardware import Choice
 from prmim_methods.messages import shown
 from prmim_methods.record import options
@@ -27,7 +28,7 @@ from prmim_train.config.pretrain import PretrainConfig
 from prmim_train.config.training import TrainingOptions
 from prmim_train.run.budget import Budget
 from prmim_train.run.processes import launched
-from prmim_train.run.size import check_batch, check_size
+from prmim_train.run.size import check_batch, check_numbers, check_size
 
 BACKENDS: Mapping[str, tuple[str, ...]] = {
     "torch": ("torch", "safetensors"),
@@ -81,6 +82,9 @@ class Comparison(Protocol):
 
 class Trainer(Protocol):
     """A model with its optimizer, on a device of some framework.
+
+    Images are uint8, or, if the method has a `pixel_range`, uint8, uint16 or float32 with the values of their files.
+    They are uploaded as they are; the device maps the range to [0, 1], clips, and normalises.
 
     In a distributed run, every process has one and makes the same calls in the same order. `train_step` gets different
     images in each process; all other methods get the same images.
@@ -162,7 +166,7 @@ class Engine(Trainer, Protocol):
         """Targets of the masked tokens: `pixels` or `features`."""
 
     def train_step(
-        self, images: NDArray[np.uint8], sample: NDArray[np.int64], weights: NDArray[np.float32] | None = None
+        self, images: NDArray[Any], sample: NDArray[np.int64], weights: NDArray[np.float32] | None = None
     ) -> None:
         """Start one optimizer step (non-blocking).
 
@@ -171,49 +175,89 @@ class Engine(Trainer, Protocol):
         Parameters
         ----------
         images
-            uint8 (batch, axes..., channels): this process's share of the batch.
+            (batch, axes..., channels): this process's share of the batch.
         sample
             int64 (batch,): index of each image in its source. With seed and step, it determines the mask.
         weights
             float32 (batch, N): weight of each token. Only for methods that need weights.
         """
 
-    def attention(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
+    def attention(self, images: NDArray[Any]) -> NDArray[np.float32]:
         """Attention to the patches of unmasked images, in [0, 1]: (batch, N).
 
         Called by all processes, with equally many images, which differ.
         """
 
-    def features(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
+    def features(self, images: NDArray[Any]) -> NDArray[np.float32]:
         """Mean patch feature (batch, dim) of unmasked images."""
 
-    def reconstruct(self, images: NDArray[np.uint8], sample: NDArray[np.int64]) -> Reconstruction:
+    def reconstruct(self, images: NDArray[Any], sample: NDArray[np.int64]) -> Reconstruction:
         """Mask images as in step 0, and reconstruct their pixels. For methods that predict pixels."""
 
-    def compare(self, images: NDArray[np.uint8], sample: NDArray[np.int64]) -> Comparison:
+    def compare(self, images: NDArray[Any], sample: NDArray[np.int64]) -> Comparison:
         """Mask images as in step 0, and return student and teacher features. For methods that predict features."""
 
     def load_weights(self, path: Path) -> None:
         """Load weights, without training state, from a `.safetensors` file."""
 
+    def init_weights(self, source: Path) -> str:
+        """Start from the weights of other code or of another method; returns a line that says which parts fit."""
+
+
+class EncoderEngine(Protocol):
+    """A frozen encoder on the device of a process. Processes may pass different images, and any number of them."""
+
+    @property
+    def rank(self) -> int:
+        """Rank of this process. The main process has rank 0."""
+
+    @property
+    def world_size(self) -> int:
+        """Number of processes."""
+
+    @property
+    def precision(self) -> Choice[str]:
+        """Number format in effect."""
+
+    def features(
+        self, images: NDArray[np.uint8], pool: str | None = "mean", layer: int | None = None
+    ) -> NDArray[np.float32]:
+        """Features (batch, dim) of uint8 images (batch, axes..., channels).
+
+        Parameters
+        ----------
+        images
+            The images.
+        pool
+            `mean`: the mean of the patch tokens; `cls`: the class token.
+        layer
+            None: the output of the encoder. A number: the output of this block, before the final norm.
+        """
+
+    def any(self, flag: bool) -> bool:
+        """Whether `flag` is true in any process. Collective: returns when all processes have called it."""
+
+    def close(self) -> None:
+        """Leave the process group."""
+
 
 class ClassifierEngine(Trainer, Protocol):
     """Trainer of a classifier on a pre-trained encoder, as a whole or only its head."""
 
-    def train_step(self, images: NDArray[np.uint8], sample: NDArray[np.int64], targets: NDArray[np.float32]) -> None:
+    def train_step(self, images: NDArray[Any], sample: NDArray[np.int64], targets: NDArray[np.float32]) -> None:
         """Start one optimizer step on the cross-entropy (non-blocking); see `Engine.train_step`.
 
         Parameters
         ----------
         images
-            uint8 (batch, axes..., channels): this process's share of the batch.
+            (batch, axes..., channels): this process's share of the batch.
         sample
             int64 (batch,): index of each image in its source. With seed and step, it determines drop path.
         targets
             float32 (batch, classes): class probabilities of each image.
         """
 
-    def predict(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
+    def predict(self, images: NDArray[Any]) -> NDArray[np.float32]:
         """Logits (batch, classes) in evaluation mode: independent of the other images of the batch."""
 
 
@@ -228,7 +272,7 @@ def check_backend(backend: str) -> None:
         If a package of the backend is not installed. The message says how to install it.
     """
     if backend not in BACKENDS:
-        _import_backend(backend)
+        import_backend(backend)
         return
     missing = [name for name in (f"prmim_{backend}", *BACKENDS[backend]) if find_spec(name) is None]
     if missing:
@@ -257,8 +301,44 @@ def create_engine(config: PretrainConfig, budget: Budget) -> Engine:
         If packages of the backend are not installed. The message says how to install them.
     """
     check_size(config)
-    module = _import_backend(config.backend)
+    module = import_backend(config.backend)
     return cast(Engine, module.Engine(config.method, _training(config, budget)))
+
+
+def create_encoder_engine(
+    record: MethodConfig | EncoderConfig,
+    *,
+    backend: str,
+    device: str,
+    precision: str,
+    weights: Path | None = None,
+    image_size: tuple[int, ...] | None = None,
+) -> EncoderEngine:
+    """Import the backend and build a frozen encoder.
+
+    Parameters
+    ----------
+    record
+        The method, or the encoder alone.
+    backend, device, precision
+        Options of a run.
+    weights
+        File of the weights. None: those of a new method.
+    image_size
+        Size of the images in pixels, to which tables of positions are fitted. None: that of `record`.
+
+    Raises
+    ------
+    ValueError
+        If the backend is unknown, the device is not available, the weights belong to another encoder, or the patches do
+        not divide the images.
+    ImportError
+        If packages of the backend are not installed. The message says how to install them.
+    """
+    check_numbers(record.encoder_config(image_size))
+    module = import_backend(backend)
+    training = TrainingConfig(device=device, precision=precision)
+    return cast(EncoderEngine, module.EncoderEngine(record, training, weights, image_size))
 
 
 def create_classifier_engine(
@@ -292,8 +372,10 @@ def create_classifier_engine(
         If packages of the backend are not installed. The message says how to install them.
     """
     check_size(base)
-    check_batch(config, base.method)
-    module = _import_backend(config.backend)
+    encoder = config.encoder(base.method)
+    check_numbers(encoder)
+    check_batch(config, encoder)
+    module = import_backend(config.backend)
     engine = module.ClassifierEngine(base.method, config, num_classes, _training(config, budget), weights=weights)
     return cast(ClassifierEngine, engine)
 
@@ -308,7 +390,7 @@ def _training(config: TrainingOptions, budget: Budget) -> TrainingConfig:
     )
 
 
-def check_launcher(backend: str, engine: Trainer) -> None:
+def check_launcher(backend: str, engine: Trainer | EncoderEngine) -> None:
     """Check that the engine has joined all launched processes."""
     if engine.world_size != launched().world_size:
         raise ValueError(
@@ -318,7 +400,16 @@ def check_launcher(backend: str, engine: Trainer) -> None:
         )
 
 
-def _import_backend(backend: str) -> Any:
+def import_backend(backend: str) -> Any:
+    """Import the package of a backend.
+
+    Raises
+    ------
+    ValueError
+        If the backend is unknown.
+    ImportError
+        If a package of the backend is not installed. The message says how to install it.
+    """
     package = f"prmim_{backend}"
     unknown = ValueError(f"backend: expected {' or '.join(BACKENDS)}, got {shown(backend)}")
     if not re.fullmatch(r"[a-z0-9_]{1,30}", backend):

@@ -64,15 +64,19 @@ class Origin:
 
 
 def image_facts(source: ImageSource, found: Identities, prefix: str = "") -> dict[str, Any]:
-    """Return the facts of an image source: count, and checksums over names and sizes, times, and labels."""
-    names = "\n".join(source.class_names or ()).encode(errors="surrogateescape")
-    labels = b"" if source.labels is None else source.labels.tobytes()
-    return {
+    """Return the facts of an image source: count, and checksums over names and sizes, times, and labels.
+
+    Without labels, there is no such fact: runs of earlier versions recorded the single class of some folders.
+    """
+    facts = {
         f"{prefix}images": len(source),
         f"{prefix}names_and_sizes": _checksum(found.keys.tobytes()),
         f"{prefix}times": _checksum(found.stamps.tobytes()),
-        f"{prefix}labels": _checksum(labels + names),
     }
+    if source.labels is None or source.class_names is None:
+        return facts
+    names = "\n".join(source.class_names).encode(errors="surrogateescape")
+    return {**facts, f"{prefix}labels": _checksum(source.labels.tobytes() + names)}
 
 
 def data_origin(source: ImageSource, train: NDArray[np.int64]) -> Origin:

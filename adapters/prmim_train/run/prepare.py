@@ -7,13 +7,19 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
+from prmim_methods.encoder import EncoderOptions, times
+from prmim_methods.files import open_regular
+from prmim_methods.messages import one_line
+from prmim_methods.weight_files import read_architecture
 from prmim_train.config.layers import parse_options
 from prmim_train.config.pretrain import PretrainConfig, pretrain_config, pretrain_option_names
 from prmim_train.data.batches import split_indices
 from prmim_train.data.identity import Identities
+from prmim_train.data.names import UNLABELLED
 from prmim_train.data.sources import ImageSource, open_source
+from prmim_train.data.statistics import measure_images
 from prmim_train.run.budget import Budget, training_budget
 from prmim_train.run.directory import RunDirectory
 from prmim_train.run.engine import Engine, create_engine
@@ -22,6 +28,7 @@ from prmim_train.run.origin import check_origin, is_trained_on, read_trained, ru
 from prmim_train.run.processes import say
 
 _NUM_NAMED = 8
+_NUM_MEASURED = 256
 
 
 @dataclass(frozen=True)
@@ -83,10 +90,37 @@ def open_data(config: PretrainConfig) -> RunData:
         If there are no images, or no training images.
     """
     method = config.method
-    source = open_source(config.data, channels=method.channels, max_pixels=config.max_pixels, frames=config.frames)
+    source = open_source(
+        config.data,
+        channels=method.channels,
+        max_pixels=config.max_pixels,
+        frames=config.frames,
+        image_key=config.image_key,
+        keep_depth=method.pixel_range is not None,
+    )
     split_by = len(source) if source.labels is None else source.labels
     train, held_out = split_indices(split_by, holdout=config.holdout, seed=config.seed)
     return RunData(source, train, held_out, training_budget(config, len(train)))
+
+
+def measured_range(config: PretrainConfig) -> tuple[float, float]:
+    """Measure the range of the pixel values on a sample of the images of a run.
+
+    Raises
+    ------
+    ValueError, OSError
+        As `open_data`, or if all pixels have one value.
+    """
+    method = config.method
+    source = open_source(
+        config.data,
+        channels=method.channels,
+        max_pixels=config.max_pixels,
+        frames=config.frames,
+        image_key=config.image_key,
+        keep_depth=True,
+    )
+    return measure_images(source, _NUM_MEASURED).pixel_range()
 
 
 def open_run_data(run: RunDirectory, config: PretrainConfig, *, allow_changes: bool = False) -> RunData:
@@ -138,7 +172,9 @@ def why_not(data: RunData, *, needs_held_out: bool = True) -> str:
     names = data.source.class_names or ()
     if len(set(names)) < len(names):
         return "two classes have the same name"
-    return "" if len(np.unique(data.source.labels[data.train])) > 1 else "the training images are all of one class"
+    labels = data.source.labels[data.train]
+    classes = np.unique(labels[labels != UNLABELLED])
+    return "" if len(classes) > 1 else "the training images are all of one class"
 
 
 def labelled_sides(
@@ -158,7 +194,7 @@ def labelled_sides(
     Returns
     -------
     train, test : LabelledImages
-        With the same classes in the same order.
+        With the same classes in the same order, without the images that have no class.
 
     Raises
     ------
@@ -174,11 +210,17 @@ def labelled_sides(
     assert source.labels is not None
     assert source.class_names is not None
     names = tuple(source.class_names)
-    train = LabelledImages(source, data.train, source.labels, names)
+    train = _labelled(source, data.train, source.labels, names)
     if test_data is None:
-        return train, LabelledImages(source, data.held_out, source.labels, names)
+        return train, _labelled(source, data.held_out, source.labels, names)
     try:
-        test = open_source(test_data, channels=source.channels, max_pixels=source.max_pixels, frames=source.frames)
+        test = open_source(
+            test_data,
+            channels=source.channels,
+            max_pixels=source.max_pixels,
+            frames=source.frames,
+            keep_depth=source.depth is not None,
+        )
     except (ValueError, OSError) as error:
         raise ValueError(f"test_data: {str(error).removeprefix('data: ')}") from error
     if test.labels is None or test.class_names is None:
@@ -192,8 +234,14 @@ def labelled_sides(
             + ("; ".join(differences) or "two classes have the same name")
         )
     number = {name: place for place, name in enumerate(names)}
-    table = np.array([number[name] for name in test.class_names], np.int64)
-    return train, LabelledImages(test, _untrained(test, trained), table[test.labels], names)
+    table = np.array([*(number[name] for name in test.class_names), UNLABELLED], np.int64)
+    return train, _labelled(test, _untrained(test, trained), table[test.labels], names)
+
+
+def _labelled(
+    source: ImageSource, indices: NDArray[np.int64], labels: NDArray[np.int64], names: tuple[str, ...]
+) -> LabelledImages:
+    return LabelledImages(source, indices[labels[indices] != UNLABELLED], labels, names)
 
 
 def _untrained(test: ImageSource, trained: Identities | None) -> NDArray[np.int64]:
@@ -214,6 +262,13 @@ def _listed(names: Sequence[str]) -> str:
     return ", ".join(names[:_NUM_NAMED]) + (f" and {len(names) - _NUM_NAMED} more" if len(names) > _NUM_NAMED else "")
 
 
+def check_frames(method: EncoderOptions, image_size: tuple[int, ...] | None) -> None:
+    """Raise ValueError if clips of another number of frames than those of a run are asked for."""
+    frames = method.image_size[:-2]
+    if image_size is not None and len(frames) and image_size[: len(frames)] != frames:
+        raise ValueError(f"image_size: expected {frames[0]} frames, as in the run, got {times(image_size)}")
+
+
 def read_run_config(run: RunDirectory, **changes: Any) -> PretrainConfig:
     """Read the options of a run.
 
@@ -222,7 +277,7 @@ def read_run_config(run: RunDirectory, **changes: Any) -> PretrainConfig:
     run
         The run.
     **changes
-        Options to replace. None keeps the run's own option.
+        Options to replace. None keeps the run's own option, except `image_key` if the data is other data.
     """
     options = parse_options(run.read_config(), str(run.path))
     if "protocol" in options:
@@ -231,6 +286,8 @@ def read_run_config(run: RunDirectory, **changes: Any) -> PretrainConfig:
     if unknown:
         raise ValueError(f"run: expected options of prmim pretrain in {run.path / 'config.yaml'}, got {min(unknown)}")
     replaced = {name: value for name, value in changes.items() if value is not None}
+    if replaced.get("data", options.get("data")) != options.get("data"):
+        options.pop("image_key", None)  # other data need not be tar shards
     return pretrain_config(**{**options, "out": str(run.path), **replaced})
 
 
@@ -254,12 +311,16 @@ def find_checkpoint(run: RunDirectory, step: int | None = None) -> Path:
         If a weight is not finite.
     """
     checkpoint = _find_checkpoint(run, step)
-    path = checkpoint / "weights.safetensors"
+    check_finite(checkpoint / "weights.safetensors")
+    return checkpoint
+
+
+def check_finite(path: Path) -> None:
+    """Raise ValueError, naming the first such tensor, if weights in a file are not finite."""
     with safe_open(path, framework="numpy") as file:
         for name in file.keys():  # noqa: SIM118  # not a mapping
             if not np.isfinite(file.get_tensor(name)).all():
                 raise ValueError(f"checkpoint: expected finite weights, got NaN or infinity in {name} of {path}")
-    return checkpoint
 
 
 def _find_checkpoint(run: RunDirectory, step: int | None) -> Path:
@@ -275,6 +336,22 @@ def _find_checkpoint(run: RunDirectory, step: int | None) -> Path:
     if reason := run.damage(found[step]):
         raise OSError(f"checkpoint: expected a good one, but {found[step]} is damaged: {reason}")
     return found[step]
+
+
+def file_architecture(path: Path) -> dict[str, Any]:
+    """Read the architecture of a file of weights that stands in place of a run.
+
+    Raises
+    ------
+    ValueError
+        If prmim did not write the file.
+    """
+    try:
+        open_regular(path).close()  # safe_open would wait at a pipe
+        with safe_open(path, framework="numpy") as file:
+            return read_architecture(file.metadata(), path)
+    except SafetensorError as error:
+        raise ValueError(f"run: expected a run or a safetensors file, got {path} ({one_line(error)})") from None
 
 
 def restore_engine(run: RunDirectory, config: PretrainConfig, budget: Budget, step: int | None = None) -> Engine:

@@ -3,7 +3,8 @@
 import os
 from math import prod
 
-from prmim_methods import Accounting, MethodConfig
+from prmim_methods import Accounting
+from prmim_methods.encoder import EncoderOptions
 from prmim_methods.hardware import Choice, choose_precision, may_have_accelerator
 from prmim_train.config.pretrain import PretrainConfig
 from prmim_train.config.training import TrainingOptions
@@ -42,9 +43,16 @@ def check_size(config: PretrainConfig, *, images: int = 1) -> None:
         raise ValueError(reason)
 
 
-def check_batch(config: TrainingOptions, method: MethodConfig) -> None:
-    """Raise ValueError if this process's share of a batch of uint8 images exceeds the memory of this machine."""
-    size = config.batch_size // launched().world_size * prod(method.image_size) * method.channels
+def check_numbers(encoder: EncoderOptions) -> None:
+    """Raise ValueError if an encoder has more than `MOST_BLOCKS` blocks, or an image more than `MOST_TOKENS` tokens."""
+    if reason := _excess_of_numbers(encoder):
+        raise ValueError(reason)
+
+
+def check_batch(config: TrainingOptions, method: EncoderOptions) -> None:
+    """Raise ValueError if this process's share of a batch of images exceeds the memory of this machine."""
+    deepest = 1 if method.pixel_range is None else 4  # bytes
+    size = config.batch_size // launched().world_size * prod(method.image_size) * method.channels * deepest
     if size > SLACK * physical_memory():
         raise ValueError(f"batch_size: expected images that fit into memory, got {_gigabytes(size)} of images at once")
 
@@ -54,7 +62,7 @@ def excess(config: PretrainConfig, *, images: int = 1) -> str:
     return _excess_of_numbers(config.method) or _excess_of_memory(config, images)
 
 
-def _excess_of_numbers(method: MethodConfig) -> str:
+def _excess_of_numbers(method: EncoderOptions) -> str:
     stacks = {"depth": method.encoder_size.depth, "decoder_depth": getattr(method, "decoder_depth", 0)}
     for name, depth in stacks.items():
         if depth > MOST_BLOCKS:

@@ -389,6 +389,58 @@ def test_resume_needs_only_the_folder(tiny_words, tmp_path, fake, capsys):
     assert "is finished" in capsys.readouterr().out
 
 
+OWN_STRATEGY = """
+def last_first(grid, counts, noise, is_visible):
+    return (grid.num_tokens * is_visible - sum(grid.coordinates(noise))).argsort(1)[:, : counts.decoded]
+
+def too_few(grid, counts, noise, is_visible):
+    return last_first(grid, counts, noise, is_visible)[:, 1:]
+
+def mix(dim, grid):
+    return lambda features, known, thrown: features[:, : thrown.shape[1]]
+"""
+
+
+@pytest.fixture
+def own_module(tmp_path, monkeypatch):
+    (tmp_path / "prmim_own_strategies.py").write_text(OWN_STRATEGY)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", [path for path in sys.path if path])
+    yield "prmim_own_strategies"
+    sys.modules.pop("prmim_own_strategies", None)
+
+
+def test_a_run_with_functions_of_ones_own_is_stored_and_resumed(own_module, tiny_words, tmp_path, fake, capsys):
+    words = ["--throwing", f"{own_module}:last_first", "--reconstruction", f"{own_module}:mix"]
+    assert main(["pretrain", *tiny_words, *words]) == 0
+    stored = (tmp_path / "run" / "config.yaml").read_text()
+    assert f"throwing: {own_module}:last_first\n" in stored
+    assert f"reconstruction: {own_module}:mix\n" in stored
+    assert main(["pretrain", "--out", str(tmp_path / "run"), "--resume", "--epochs", "2"]) == 0
+    assert "MACs forward per image, without the mixing module of your own (" in capsys.readouterr().out
+    assert [engine.schedule.throwing.__name__ for engine in fake.made] == ["last_first"] * len(fake.made)
+    assert main(["inspect", *tiny_words, *words]) == 0
+    report = " ".join(capsys.readouterr().out.split())
+    assert f"chosen by {own_module}:last_first" in report
+    assert f"stage 1 4 from 8 known, {own_module}:mix" in report
+    assert "stages unknown" in report
+    assert "total of the others" in report
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("too_few", "got ValueError: throwing too_few: expected decoded tokens of shape (2, 4), got (2, 3)"),
+        ("mix", "got TypeError: mix() takes 2 positional arguments but 4 were given"),
+    ],
+)
+def test_a_function_is_tried_before_a_run(own_module, tiny_words, name, reason, capsys, fake):
+    assert main(["pretrain", *tiny_words, "--throwing", f"{own_module}:{name}"]) == 2
+    expected = f"prmim: error: throwing: expected {own_module}:{name} to choose decoded tokens, {reason}"
+    assert capsys.readouterr().err.strip() == expected
+    assert fake.made == []
+
+
 def test_the_same_command_starts_and_resumes_a_run(tiny_words, tmp_path, capsys):
     assert main(["pretrain", *tiny_words, "--resume"]) == 0
     assert f"No run in {tmp_path / 'run'} yet: starting a new one." in capsys.readouterr().out

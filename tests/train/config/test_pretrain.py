@@ -170,6 +170,14 @@ def test_blocks_are_scanned_by_jax_only():
     assert pretrain_config(backend="jax", scan_blocks=True).method.scan_blocks
 
 
+def test_a_run_needs_the_import_path_of_a_function():
+    for name in ("throwing", "reconstruction"):
+        with pytest.raises(
+            TypeError, match=rf"^{name}: expected an import path, package\.module:function, got <built-in"
+        ):
+            pretrain_config(**{name: len})
+
+
 def test_the_run_folder_is_named_after_method_and_data():
     assert pretrain_config().run_path.as_posix() == "runs/mae-digits"
     assert pretrain_config(data="/data/my photos/", method="simmim").run_path.as_posix() == "runs/simmim-my-photos"

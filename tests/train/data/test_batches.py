@@ -209,6 +209,17 @@ def test_boxes_are_the_places_of_the_crops():
     assert 0 < mirrored.sum() < 16
 
 
+def test_the_ratio_of_crops_is_relative_to_the_image_size():
+    """Relative to a square, a spectrogram has one crop, stretched sixfold."""
+    spectrogram = ArraySource(np.zeros((1, 512, 64, 1), np.uint8), "black")
+    batches = run(spectrogram, batch_size=16, image_size=(512, 64), total_steps=1, flip=False)
+    top, left, bottom, right = batches[0].boxes.T
+    assert len(set(top.tolist())) > 10
+    ratio = (right - left) / (bottom - top)  # of fractions: 1 for crops like the image
+    assert (ratio > 0.7).all()
+    assert (ratio < 1.4).all()
+
+
 def test_crop_options_reach_the_crops(photos):
     options = {"indices": np.array([0]), "batch_size": 1, "total_steps": 1, "flip": False}
     for given in ({"scale": (0.2, 0.2)}, {"scale": (1.0, 1.0), "ratio": (0.5, 0.5), "draw": "clamp"}):
@@ -418,7 +429,7 @@ def test_a_folder_that_changes_under_the_run(tiny_files):
         second = list(batches)
         assert batches.unreadable.reasons == {
             "007.png": "file not found",
-            "008.png": "not one of JPEG, PNG, WEBP, BMP, TIFF, GIF",
+            "008.png": "not one of JPEG, PNG, WEBP, BMP, TIFF, GIF, PPM, JPEG2000, QOI, SGI, PSD, PCX",
         }
     assert set(records(first)) == set(range(300))
     assert set(records(second)) == set(range(300)) - {7, 8}

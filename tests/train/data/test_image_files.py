@@ -357,7 +357,7 @@ def test_what_is_asked_wrongly_is_no_fault_of_the_image():
 NOISE = np.random.default_rng(0).integers(0, 256, (96, 96, 3), dtype=np.uint8)
 JPEG = encoded(Image.fromarray(NOISE), "JPEG")
 GIF = encoded(Image.fromarray(NOISE), "GIF")
-NO_FORMAT = "not one of JPEG, PNG, WEBP, BMP, TIFF, GIF"
+NO_FORMAT = "not one of JPEG, PNG, WEBP, BMP, TIFF, GIF, PPM, JPEG2000, QOI, SGI, PSD, PCX"
 
 UNREADABLE = {
     "truncated": (JPEG[: len(JPEG) // 2], "image file is truncated .*"),
@@ -446,12 +446,12 @@ def test_the_limit_of_pixels_is_an_argument(kind, tmp_path):
     content = encoded(Image.new("L", (30, 20), 99), kind)
     (tmp_path / "a").write_bytes(content)
     assert decode_image(content, channels=1, max_pixels=600).shape == (20, 30, 1)
-    image_files.check_header(tmp_path / "a", max_pixels=600)
+    image_files.read_header(tmp_path / "a", max_pixels=600)
     for read in (
         lambda: decode_image(content, channels=1, max_pixels=599),
         lambda: decode_crop(content, (2, 2), lambda shape: (0, 0, *shape), channels=1, max_pixels=599),
         lambda: read_image(tmp_path / "a", channels=1, max_pixels=599),
-        lambda: image_files.check_header(tmp_path / "a", max_pixels=599),
+        lambda: image_files.read_header(tmp_path / "a", max_pixels=599),
     ):
         with pytest.raises(UnreadableImageError, match=r"600 pixels, more than max_pixels 599$"):
             read()
@@ -531,7 +531,7 @@ def test_a_header_is_checked_without_reading_the_rest(tmp_path, monkeypatch):
         return read(file, start, size)
 
     monkeypatch.setattr(image_files, "read_part", counted_read)
-    image_files.check_header(tmp_path / "a.bmp", 700, len(content))
+    image_files.read_header(tmp_path / "a.bmp", 700, len(content))
     assert 0 < sum(sizes) < 100_000 < len(content)
 
 
@@ -547,7 +547,7 @@ def test_a_header_is_checked_without_reading_the_rest(tmp_path, monkeypatch):
 def test_a_header_tells_what_cannot_be_read(tmp_path, content, reason):
     (tmp_path / "a").write_bytes(b"." * 700 + content + JPEG)
     with pytest.raises(UnreadableImageError, match=f"^x: ({reason})$"):
-        image_files.check_header(tmp_path / "a", 700, len(content), name="x")
+        image_files.read_header(tmp_path / "a", 700, len(content), name="x")
 
 
 def test_memory_that_runs_out_makes_an_image_unreadable(monkeypatch):

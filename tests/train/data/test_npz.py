@@ -77,7 +77,7 @@ IMAGES = np.zeros((3, 4, 4), np.uint8)
     [
         ({"x": IMAGES}, "no array 'images' in .*, only x"),
         ({}, "no array 'images' in .*, only nothing"),
-        ({"images": IMAGES.astype(float)}, "'images' of .*: expected uint8 or uint16, got float64"),
+        ({"images": IMAGES.astype(float)}, "'images' of .*: expected uint8, uint16, int16, float32, got float64"),
         ({"images": IMAGES[0]}, r"'images' of .*: expected \(N, height, width\) or .*, got \(4, 4\)"),
         ({"images": IMAGES[:0]}, r"no images in .*: 'images' is \(0, 4, 4, 1\)"),
         ({"images": np.zeros((3, 4, 4, 3), np.uint8)}, r"channels: .* has 3 channels, got 1"),

@@ -5,12 +5,12 @@ import tarfile
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, features
 from sklearn.datasets import load_digits
 
 from prmim_train.config.classify import classify_config
 from prmim_train.config.pretrain import pretrain_config
-from prmim_train.data import sources
+from prmim_train.data import image_files, sources
 from prmim_train.data.image_files import MAX_PIXELS
 from prmim_train.data.sources import ArraySource, UnreadableImageError, open_source
 from prmim_train.data.transforms import resize
@@ -37,7 +37,7 @@ def test_a_folder_with_classes(tmp_path):
     assert source.labels is not None
     assert source.labels.tolist() == [0, 1, 2, 2]
     assert source.labels.dtype == np.int64
-    assert source.description == f"folder {tmp_path}: 4 images in 3 classes, 1 other file skipped"
+    assert source.description == f"folder {tmp_path}: 4 images in 3 classes, 1 other file skipped (.txt 1)"
     assert source.channels == 3
     assert source.read(1).shape == (4, 4, 3)
 
@@ -52,9 +52,9 @@ def test_a_folder_without_classes(tmp_path):
     assert source.read(0).shape == (5, 4, 1)
 
 
-def test_one_image_in_one_class(tmp_path):
+def test_one_class_says_nothing(tmp_path):
     save(tmp_path / "x" / "a.png", Image.new("L", (4, 5)))
-    assert open_source(str(tmp_path), channels=1).description.endswith(": 1 image in 1 class")
+    assert open_source(str(tmp_path), channels=1).description.endswith(": 1 image, no labels")
 
 
 def test_links_are_followed_but_not_in_circles(tmp_path):
@@ -129,7 +129,7 @@ def test_the_limit_of_pixels_holds_for_every_read(tmp_path, kind):
     path = str(tmp_path / ("a" if kind == "folder" else "a.tar"))
     source = pickle.loads(pickle.dumps(open_source(path, channels=1, max_pixels=20)))
     assert source.max_pixels == 20
-    for read in (source.read, source.check_header, lambda k: source.read_crop(k, (2, 2), lambda shape: (0, 0, 2, 2))):
+    for read in (source.read, source.header, lambda k: source.read_crop(k, (2, 2), lambda shape: (0, 0, 2, 2))):
         read(0)
         with pytest.raises(UnreadableImageError, match="24 pixels, more than max_pixels 20"):
             read(1)
@@ -173,6 +173,7 @@ def test_names_that_no_terminal_should_see(tmp_path, name):
     path = tmp_path / os.fsdecode(name)
     path.mkdir()
     Image.new("L", (4, 4), 7).save(path / os.fsdecode(name))
+    save(tmp_path / "z" / "a.png", Image.new("L", (4, 4), 7))
     source = open_source(str(tmp_path), channels=1)
     assert (source.read(0) == 7).all()
     assert source.name(0).isprintable()
@@ -211,7 +212,9 @@ def test_folder_errors(tmp_path):
         open_source(str(tmp_path), channels=3)
     (tmp_path / "a.txt").touch()
     (tmp_path / "b.csv").touch()
-    with pytest.raises(ValueError, match=r"data: no images in .*: 2 other files; expected names ending in .*\.webp"):
+    with pytest.raises(
+        ValueError, match=r"data: no images in .*: 2 other files \(.csv 1, .txt 1\); expected names ending in .*\.webp"
+    ):
         open_source(str(tmp_path), channels=3)
     with pytest.raises(ValueError, match=r"data: expected a folder of images, .*, a \.npz file, .*got .*a\.txt"):
         open_source(str(tmp_path / "a.txt"), channels=3)
@@ -220,6 +223,130 @@ def test_folder_errors(tmp_path):
         open_source(str(tmp_path), channels=7)
     with pytest.raises(ValueError, match="channels: expected at least 1, got 0"):
         open_source(str(tmp_path), channels=0)
+
+
+# ------------------------------------------------------------------------------------------------- endings and classes
+
+
+def test_files_of_other_endings_are_counted_by_ending(tmp_path):
+    names = ["a.jfif", "b.ppm", "c.pgm", "d.jp2", "e.tif"]
+    for k, name in enumerate(names):
+        form = {"jfif": "JPEG", "ppm": "PPM", "pgm": "PPM", "jp2": "JPEG2000", "tif": "TIFF"}[name[2:]]
+        save(tmp_path / name, Image.new("L", (8, 8), 40 * k), format=form)
+    for name in ("a.txt", "b.TXT", "LICENSE", "a.npy", "a.psd", "x.tar.gz"):
+        (tmp_path / name).touch()
+    source = open_source(str(tmp_path), channels=1)
+    assert [source.name(k) for k in range(len(source))] == names
+    assert [int(source.read(k).mean()) for k in range(5)] == [0, 40, 80, 120, 160]
+    assert source.description.endswith(
+        "5 images, no labels, 6 other files skipped (.txt 2, .npy 1, .psd 1, .tar.gz 1, ...)"
+    )
+
+
+def test_without_images_by_name_the_content_tells(tmp_path):
+    for name in ("1f", "2e", "raw/a.dng"):
+        save(tmp_path / name, Image.new("L", (4, 4), 9), format="TIFF" if "dng" in name else "PNG")
+    for name in ("3d", "a.txt", "b.npy"):
+        (tmp_path / name).write_bytes(b"BM, but no picture")
+    source = open_source(str(tmp_path), channels=1)
+    assert [source.name(k) for k in range(len(source))] == ["1f", "2e", "3d"]
+    assert (source.read(1) == 9).all()
+    assert source.description.endswith(": 3 images, no labels, 3 other files skipped (.dng 1, .npy 1, .txt 1)")
+
+
+def test_arrays_are_images_of_any_number_of_channels(tmp_path):
+    image = np.random.default_rng(0).integers(0, 2**16, (9, 7, 5), np.uint16)
+    for name, array in (("a/0.npy", image), ("b/1.npy", image[..., 0].astype(np.uint8))):
+        (tmp_path / name).parent.mkdir()
+        np.save(tmp_path / name, array)
+    source = open_source(str(tmp_path), channels=5)
+    assert source.class_names == ("a", "b")
+    np.testing.assert_array_equal(source.read(0), np.rint(image / 257))
+    box = source.read_crop(0, (4, 3), lambda shape: (1, 2, shape[0] - 1, shape[1] - 2))
+    np.testing.assert_array_equal(box, resize(source.read(0)[1:, 2:], (4, 3)))
+    source.header(0)
+    with pytest.raises(UnreadableImageError, match=r"^b/1\.npy: 1 channel, expected 5$"):
+        source.read(1)
+    with pytest.raises(ValueError, match=r"^channels: a/0\.npy has 5 channels, got 3$"):
+        open_source(str(tmp_path), channels=3)
+
+
+@pytest.mark.parametrize(
+    ("array", "reason"),
+    [
+        (np.zeros((4, 4), np.int64), "expected uint8, uint16, int16, float32, got int64"),
+        (np.zeros(4, np.uint8), r"expected an array \(height, width\) or \(height, width, channels\), got \(4,\)"),
+        (np.zeros((5, 5), np.uint8), "25 pixels, more than max_pixels 20"),
+        (np.array([[None]]), "contains Python objects"),
+    ],
+)
+def test_an_array_that_is_no_image_says_why(tmp_path, array, reason):
+    np.save(tmp_path / "a.npy", array)
+    source = open_source(str(tmp_path), channels=1, max_pixels=20)
+    for read in (source.read, source.header):
+        with pytest.raises(UnreadableImageError, match=rf"^a\.npy: {reason}$"):
+            read(0)
+    (tmp_path / "a.npy").write_bytes((tmp_path / "a.npy").read_bytes()[:-1])
+    with pytest.raises(UnreadableImageError):
+        source.read(0)
+
+
+def test_plugins_that_are_missing_are_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(image_files, "_plugin", lambda name: None)
+    (tmp_path / "a.heic").write_bytes(b"\0\0\0\x18ftypheic" + bytes(50))
+    with pytest.raises(
+        ValueError, match=r"1 other file \(\.heic 1\); expected .*; HEIF files need pip install pillow-heif$"
+    ):
+        open_source(str(tmp_path), channels=3)
+    with pytest.raises(UnreadableImageError, match="starts like a HEIF file; HEIF files need pip install pillow-heif"):
+        image_files.read_image(tmp_path / "a.heic", channels=3)
+
+
+@pytest.mark.skipif(not features.check("avif"), reason="this Pillow has no AVIF")
+def test_avif_is_read(tmp_path):
+    save(tmp_path / "a.avif", Image.new("RGB", (16, 16), (200, 10, 10)))
+    source = open_source(str(tmp_path), channels=3)
+    assert np.abs(source.read(0).astype(int) - [200, 10, 10]).max() < 8
+
+
+LAYOUTS = {
+    "splits": (["train/cat/1", "train/dog/2", "val/cat/3", "test/4"], ["cat", "dog", "cat", None]),
+    "splits without classes": (["train/1", "train/2", "val/3"], None),
+    "one folder around all": (["all/cat/1", "all/dog/x/2"], ["cat", "dog"]),
+    "a stray picture": (["1", "cat/2", "cat/3", "dog/4"], [None, "cat", "cat", "dog"]),
+    "a stray picture above": (["1", "all/cat/2", "all/dog/3"], [None, "cat", "dog"]),
+    "two stray pictures": (["1", "2", "cat/3", "dog/4"], None),
+    "one class": (["cat/1", "cat/2"], None),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_folder_and_its_tar_have_the_same_classes(tmp_path, layout):
+    names, expected = LAYOUTS[layout]
+    for name in names:
+        save(tmp_path / "data" / f"{name}.png", Image.new("L", (4, 4)))
+    with tarfile.open(tmp_path / "data.tar", "w") as archive:
+        archive.add(tmp_path / "data", "data")
+    for path in ("data", "data.tar"):
+        source = open_source(str(tmp_path / path), channels=1)
+        found = None
+        if source.labels is not None:
+            of = {source.name(k).split("data/")[-1].split(".")[0].removeprefix("tar/"): k for k in range(len(names))}
+            labels = [int(source.labels[of[name]]) for name in names]
+            found = [None if label < 0 else source.class_names[label] for label in labels]
+        assert found == expected
+
+
+def test_images_without_a_class_are_no_part_of_an_evaluation(tmp_path):
+    for k in range(20):
+        save(tmp_path / "data" / "ab"[k % 2] / f"{k}.png", Image.new("L", (4, 4)))
+        save(tmp_path / "test" / "ab"[k % 2] / f"{k}.png", Image.new("L", (4, 4)))
+    for side in ("data", "test"):
+        save(tmp_path / side / "stray.png", Image.new("L", (4, 4)))
+    config = pretrain_config(data=str(tmp_path / "data"), channels=1, batch_size=4, epochs=30, holdout=0.2)
+    for test in (None, str(tmp_path / "test")):
+        for side in labelled_sides(open_data(config), test):
+            assert set(side.labels[side.indices].tolist()) == {0, 1}
 
 
 # --------------------------------------------------------------------------------------------------------------- digits

@@ -223,7 +223,7 @@ def test_classes_are_numbers_beside_the_images(tmp_path):
     found, names, description = labels(tmp_path, *members)
     assert found == [2, 0, 2, 1]
     assert names == ("0", "1", "2")
-    assert description.endswith("a.tar: 4 images in 3 classes")
+    assert description.endswith("a.tar: 4 images in 3 classes, 4 other files skipped (.json 4)")
 
 
 def test_numbers_may_stand_before_images_and_count_more_than_folders(tmp_path):
@@ -274,6 +274,99 @@ def test_classes_are_the_folders_where_images_part(tmp_path, folders, found):
     assert labels(tmp_path, *members)[0] == found
 
 
+def test_classes_in_json_files(tmp_path):
+    members = [
+        ("0.jpg", picture(0)),
+        ("0.json", b'{"label": 2}'),
+        ("1.jpg", picture(1)),
+        ("1.json", b'{"cls": 0, "label": 1}'),
+    ]
+    assert labels(tmp_path, *members)[:2] == ([2, 0], ("0", "1", "2"))
+    named = [(name, content.replace(b"2", b'"dog"').replace(b"0,", b'"cat",')) for name, content in members]
+    assert labels(tmp_path, *named)[:2] == ([1, 0], ("cat", "dog"))
+    assert labels(tmp_path, *members, ("0.cls", b"1"), ("1.cls", b"1"))[0] == [1, 1]
+    found, _, description = labels(tmp_path, *members[:3])
+    assert found is None
+    assert description.endswith("2 images, no labels (1 image without class in a .json file)")
+    with pytest.raises(ValueError, match=r"0\.json: expected a class, from 0 to 1,048,575, got '-2'"):
+        labels(tmp_path, members[0], ("0.json", b'{"label": -2}'))
+
+
+@pytest.mark.parametrize("content", [b"{}", b"[" * 100_000, b"\xff", b'{"label": true}', b'{"label": [1]}', b"3"])
+def test_json_files_without_classes_are_other_files(tmp_path, content):
+    found, _, description = labels(tmp_path, ("0.jpg", picture(0)), ("0.json", content))
+    assert found is None
+    assert description.endswith("1 image, no labels, 1 other file skipped (.json 1)")
+
+
+# -------------------------------------------------------------------------------------------------------------- samples
+
+
+def named(tmp_path, names, image_key=None):
+    """Return the names of the images among members, and the description."""
+    path = write_tar(tmp_path / "a.tar", [(name, picture(k)) for k, name in enumerate(names)])
+    source = open_source(str(path), channels=1, image_key=image_key)
+    return list(source.names), source.description
+
+
+SAMPLE = ["s0.seg.png", "s0.jpg", "s0.png", "s1.jpg", "s1.seg.png", "s1.png"]
+
+
+def test_a_sample_has_one_image(tmp_path):
+    found, description = named(tmp_path, SAMPLE)
+    assert found == ["s0.jpg", "s1.jpg"]
+    assert description.endswith("2 images, no labels, 4 further images skipped (.png 2, .seg.png 2)")
+    assert named(tmp_path, ["scan.001.png", "scan.002.png", "other.png", "a/scan.png"])[0] == [
+        *("scan.001.png", "scan.002.png", "other.png", "a/scan.png"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("image_key", "found"),
+    [
+        ("png", ["s0.png", "s1.png"]),
+        (".SEG.png", ["s0.seg.png", "s1.seg.png"]),
+        ("seg.png; png", ["s0.seg.png", "s1.seg.png"]),
+        ("tiff;jpg", ["s0.jpg", "s1.jpg"]),
+    ],
+)
+def test_the_image_of_a_sample_can_be_named(tmp_path, image_key, found):
+    assert named(tmp_path, SAMPLE, image_key)[0] == found
+
+
+def test_any_member_can_be_the_image_of_a_sample(tmp_path):
+    assert named(tmp_path, ["s0.input", "s0.jpg", "s1.input"], "input")[0] == ["s0.input", "s1.input"]
+
+
+def test_an_image_key_of_no_member_is_refused(tmp_path):
+    with pytest.raises(
+        ValueError, match=r"^image_key: expected what the images .* are called, got tif; 6 members \(\.jpg"
+    ):
+        named(tmp_path, SAMPLE, "tif")
+    (tmp_path / "a.png").write_bytes(picture(0))
+    for spec in ("digits", str(tmp_path)):
+        with pytest.raises(ValueError, match=r"^image_key: expected null, since .* tar file"):
+            open_source(spec, channels=1, image_key="jpg")
+
+
+def test_arrays_in_tar_files_are_images_where_there_are_no_others(tmp_path):
+    file = io.BytesIO()
+    np.save(file, np.full((4, 5, 2), 7, np.uint8))
+    members = [("0.npy", file.getvalue()), ("1.npy", file.getvalue())]
+    source = open_source(str(write_tar(tmp_path / "a.tar", members)), channels=2)
+    assert values(source) == [7, 7]
+    with pytest.raises(ValueError, match=r"^channels: a\.tar/0\.npy has 2 channels, got 3$"):
+        open_source(str(tmp_path / "a.tar"), channels=3)
+    write_tar(tmp_path / "b.tar", [*members, ("0.jpg", picture(3))])
+    assert values(open_source(str(tmp_path / "b.tar"), channels=1)) == [3]
+
+
+def test_a_folder_of_compressed_shards_says_so(tmp_path):
+    (tmp_path / "a.tar.gz").touch()
+    assert "1 other file (.tar.gz 1); expected" in refusal(tmp_path)
+    assert refusal(tmp_path).endswith("; decompress tar files")
+
+
 # --------------------------------------------------------------------------------------------------------- many shards
 
 
@@ -291,7 +384,7 @@ def test_a_folder_of_shards(shards):
     (shards / "readme.md").write_text("tar files")
     source = open_source(str(shards), channels=1)
     assert sorted(values(source)) == [0, 1, 2, 3, 4, 5, 6]
-    assert source.description == f"4 tar files in {shards}: 7 images in 2 classes"
+    assert source.description == f"4 tar files in {shards}: 7 images in 2 classes, 1 other file skipped (.md 1)"
     assert source.name(0) == "val-000.tar/train/cat/6.png"
 
 
@@ -299,7 +392,7 @@ def test_images_in_a_folder_come_before_tar_files(shards):
     (shards / "a.png").write_bytes(picture(0))
     assert (
         open_source(str(shards), channels=1).description
-        == f"folder {shards}: 1 image, no labels, 4 other files skipped"
+        == f"folder {shards}: 1 image, no labels, 4 other files skipped (.tar 4)"
     )
 
 
@@ -323,9 +416,25 @@ def test_a_name_is_no_pattern_where_it_exists(tmp_path):
     assert values(open_source(str(tmp_path / "a[1].tar"), channels=1)) == [1]
 
 
-def test_braces_are_no_pattern(shards):
-    with pytest.raises(FileNotFoundError, match=r"data: nothing at .*; braces are not expanded, use \* or \?$"):
-        open_source(str(shards / "train-{000..002}.tar"), channels=1)
+@pytest.mark.parametrize(
+    ("pattern", "found"),
+    [
+        ("train-{000..002}.tar", [0, 1, 2, 3, 4, 5]),
+        ("{more/val-000,train-002}.tar", [6, 4, 5]),
+        ("train-{002,*}.tar", None),
+    ],
+)
+def test_braces_are_expanded(shards, pattern, found):
+    assert values(open_source(str(shards / pattern), channels=1)) == (found or [0, 1, 2, 3, 4, 5])
+
+
+def test_shards_that_are_missing_are_named(shards):
+    with pytest.raises(
+        FileNotFoundError, match=r"^data: 97 of 100 files of .*\.tar are missing: .*train-003\.tar, .*\.\.\."
+    ):
+        open_source(str(shards / "train-{000..099}.tar"), channels=1)
+    with pytest.raises(ValueError, match=r"^data: expected at most 1,048,576 names, got"):
+        open_source(str(shards / "train-{0..99999999}.tar"), channels=1)
 
 
 # ------------------------------------------------------------------------------------------------------------- refused
@@ -462,7 +571,10 @@ def test_links_in_place_of_images_are_counted(tmp_path):
     with tarfile.open(tmp_path / "a.tar", "w") as archive:
         archive.add(folder, "photos")
     source = open_source(str(tmp_path / "a.tar"), channels=1)
-    assert source.description == f"tar file {tmp_path / 'a.tar'}: 3 images, no labels, 4 links skipped"
+    assert (
+        source.description
+        == f"tar file {tmp_path / 'a.tar'}: 3 images, no labels, 4 links skipped, 1 other file skipped (.txt 1)"
+    )
 
 
 def test_a_damaged_header_in_the_middle_is_not_taken_for_the_end(tmp_path):
@@ -602,7 +714,7 @@ def test_a_huge_image_is_refused_before_it_is_read(tmp_path):
         file.write(info.tobuf(tarfile.USTAR_FORMAT))
         file.truncate(2**30 + 512 + 1024)
     source = open_source(str(path), channels=1)
-    for read in (source.read, source.check_header):
+    for read in (source.read, source.header):
         with pytest.raises(UnreadableImageError, match="bytes, more than the limit of 536,870,912"):
             read(0)
 

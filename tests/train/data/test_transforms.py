@@ -63,8 +63,8 @@ def test_shrinking_is_antialiased(channels):
 @pytest.mark.parametrize(
     ("image", "size", "message"),
     [
-        (np.zeros((4, 4), np.uint8), (2, 2), r"image: expected a uint8 array .*got uint8 \(4, 4\)"),
-        (np.zeros((4, 4, 3), np.float32), (2, 2), r"image: expected a uint8 array .*got float32"),
+        (np.zeros((4, 4), np.uint8), (2, 2), r"image: expected an array .*got uint8 \(4, 4\)"),
+        (np.zeros((4, 4, 3), np.float64), (2, 2), "image: expected an array .*got float64"),
         (np.zeros((4, 0, 3), np.uint8), (2, 2), r"image: .*got uint8 \(4, 0, 3\)"),
         (np.zeros((4, 4, 3), np.uint8), (0, 2), r"size: expected \(height, width\) of at least 1 pixel, got \(0, 2\)"),
     ],

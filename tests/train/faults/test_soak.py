@@ -14,8 +14,8 @@ EPOCHS = 7  # as in conftest.py
     ("backend", "fault", "kills"),
     [
         *[(backend, "sigkill", 2) for backend in ("torch", "jax")],
-        *[(backend, fault, 1) for backend in ("torch", "jax") for fault in ("sigterm", "truncate")],
-        ("torch", "twice", 1),  # in JAX, two processes would compile at once
+        # The trainer handles these alike on all backends; soak.py tries them on JAX too.
+        *[("torch", fault, 1) for fault in ("sigterm", "truncate", "twice")],
     ],
 )
 def test_a_run_that_is_hurt_ends_as_if_nothing_had_happened(backend, fault, kills, soak, undisturbed, tmp_path):
@@ -35,14 +35,13 @@ def test_a_run_of_two_processes_is_that_of_one(backend, soak, undisturbed):
         assert other == pytest.approx(line, rel=1e-4)
 
 
-@pytest.mark.parametrize("backend", ["torch", "jax"])
 def test_a_run_of_two_processes_of_which_one_is_killed_ends_as_if_nothing_had_happened(
-    backend, soak, undisturbed, tmp_path, monkeypatch
+    soak, undisturbed, tmp_path, monkeypatch
 ):
-    folder, run, pace = undisturbed(backend, 2)
+    folder, run, pace = undisturbed("torch", 2)
     (tmp_path / "programs").symlink_to(folder / "programs")
     hurt = soak.Soak(
-        backend, "sigkill", kills=1, seed=SEED, folder=tmp_path, epochs=EPOCHS, say=lambda line: None, processes=2
+        "torch", "sigkill", kills=1, seed=SEED, folder=tmp_path, epochs=EPOCHS, say=lambda line: None, processes=2
     )
     monkeypatch.setattr(hurt, "_draw_rank", lambda: 1)
     assert hurt.run(run, pace).hurt == 1

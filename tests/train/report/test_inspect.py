@@ -5,6 +5,7 @@ import sys
 import tomllib
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -12,6 +13,7 @@ from prmim_methods import Accounting
 from prmim_train.config.pretrain import pretrain_config
 from prmim_train.report import inspect
 from prmim_train.report.inspect import cost_reports, format_brief, inspect_run
+from prmim_train.report.stats import stats_command
 from prmim_train.run.engine import BACKENDS
 from prmim_train.run.prepare import open_data
 
@@ -80,6 +82,68 @@ def test_of_many_files_evenly_spaced_ones_are_checked(tiny, fake, tmp_path, monk
     photos = write_photos(tmp_path / "photos", 12)
     monkeypatch.setattr(inspect, "MAX_HEADERS", 5)  # 0, 2, 4, 7 and 9
     assert row(inspect_run(tiny(**photos)), "unreadable") == "1 of 5 headers checked: 07.png (empty file)"
+
+
+def write_array(path, height, width):
+    np.savez(path, images=np.full((8, height, width), 255, np.uint8))
+    return {"data": str(path), "channels": 1, "batch_size": 4}
+
+
+def test_crops_are_measured_on_the_given_images(tiny, fake, tmp_path):
+    photos = write_photos(tmp_path / "photos", 12)
+    text = inspect_run(tiny(**photos, crop_scale=(0.25, 0.25), crop_ratio=(1.0, 1.0)))
+    assert row(text, "image sizes") == "8 x 8 to 50 x 50 pixels, median 8 x 8"
+    assert row(text, "crops") == "16 x 16 pixels, 0.25 to 0.25 of the area (mean 0.25)"
+    assert row(text, "enlargement") == "4 times (median), 0.64 to 4; stretched up to 1 times along one side"
+    assert rows(text, "warning")[0].startswith(
+        "crops are enlarged 4 times, so most patches show blur; choose a smaller"
+    )
+    assert not rows(inspect_run(tiny(**write_array(tmp_path / "a.npz", 16, 16))), "warning")
+    padded = inspect_run(tiny(**photos, crop_padding=2))
+    assert row(padded, "enlargement") == "2 times (median)"
+    assert row(padded, "crops") == "16 x 16 pixels, windows of the resized image with 2 mirrored pixels around it"
+
+
+def test_crops_of_long_images_are_as_large_as_asked(tiny, fake, tmp_path):
+    """Of square crops, each would be the same box, enlarged six times along one side."""
+    options = {**write_array(tmp_path / "a.npz", 256, 32), "image_size": (256, 32), "crop_scale": (0.2, 1.0)}
+    text = inspect_run(tiny(**options))
+    low, high, mean = re.match(r"256 x 32 pixels, (.*) to (.*) of the area \(mean (.*)\)$", row(text, "crops")).groups()
+    assert (float(low), float(high)) == pytest.approx((0.2, 1), abs=0.05)
+    assert float(mean) == pytest.approx(0.55, abs=0.05)
+    assert float(row(text, "enlargement").split()[0]) < 2
+
+
+def test_values_far_below_the_range_are_reported(tiny, fake, tmp_path):
+    np.savez(tmp_path / "a.npz", images=np.arange(8 * 256, dtype=np.uint16).reshape(8, 16, 16))
+    options = {"data": str(tmp_path / "a.npz"), "channels": 1, "batch_size": 4}
+    warning = "pixel values reach 2,047 of 65,535, so 8 bits keep 8 levels; see prmim stats, and set --pixel_range"
+    assert row(inspect_run(tiny(**options)), "warning") == warning
+    assert f"Warning: {warning}" in brief(tiny(**options), fake)
+    assert not rows(inspect_run(tiny(**options, pixel_range=(0, 2047))), "warning")
+
+
+def test_statistics_give_the_options_to_paste(tmp_path, capsys):
+    images = np.random.default_rng(0).integers(100, 900, (8, 16, 12, 2), np.uint16)
+    images[5] = images[4]
+    np.savez(tmp_path / "a.npz", images=images)
+    stats_command(str(tmp_path / "a.npz"))
+    text = capsys.readouterr().out
+    assert row(text, "duplicates") == "1: image 5 is image 4"
+    assert (row(text, "sizes"), row(text, "channels"), row(text, "type")) == ("16 x 12 pixels", "2", "uint16")
+    assert row(text, "values") == f"{images.min()} to {images.max()}"
+    assert row(text, "mean") == f"{images[..., 0].mean():.4g}, {images[..., 1].mean():.4g} per channel"
+    assert f" --channels 2 --pixel_range {images.min()},{images.max()} --mean 0." in text
+    stats_command(str(tmp_path / "a.npz"), limit=2)
+    assert row(capsys.readouterr().out, "read") == "2 images of 8"
+
+
+def test_statistics_name_unreadable_files(tmp_path, capsys):
+    stats_command(**{"data": write_photos(tmp_path / "photos", 12)["data"]})
+    text = capsys.readouterr().out
+    assert row(text, "unreadable") == "1: 07.png (empty file)"
+    assert row(text, "sizes") == "8 x 8 pixels (10), 50 x 50 pixels (1)"
+    assert row(text, "channels") == "1"
 
 
 def test_images_in_memory_need_no_check(tiny, fake):

@@ -222,6 +222,17 @@ def test_a_copy_of_the_images_is_the_same_data(tiny, tmp_path, capsys):
     assert f"data from '{folder}' to '{tmp_path / 'copy'}'" in capsys.readouterr().out
 
 
+def test_a_single_class_that_an_earlier_version_recorded_is_no_change(tiny, tmp_path):
+    write_folder(tmp_path / "photos" / "all")
+    for place in (tmp_path / "photos").rglob("*.png"):
+        place.rename(tmp_path / "photos" / "all" / place.name)
+    config = tiny(data=str(tmp_path / "photos"), batch_size=8)
+    pretrain(config)
+    directory = RunDirectory(config.run_path)
+    directory.write_identity({**directory.read_identity()[1], "labels": "of one class"})
+    pretrain(pretrain_config(**{**config.flat(), "resume": True, "epochs": 2}))
+
+
 def test_a_classifier_notices_other_test_images(run, tmp_path, capsys):
     test = write_images(tmp_path / "test.npz", 10, seed=1)
     words = ["evaluate", "--run", run.run_path, "--protocol", "finetune", "--epochs", "1", "--batch_size", "8"]

@@ -114,6 +114,6 @@ def test_other_commands_take_one_process(command, environment, capsys):
     environment(TORCHRUN)
     assert main([command]) == 2
     assert (
-        f"command: expected one process for {command}, got 4; only pretrain and evaluate take"
+        f"command: expected one process for {command}, got 4; only pretrain, evaluate and features take"
         in capsys.readouterr().err
     )

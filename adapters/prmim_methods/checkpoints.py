@@ -1,0 +1,178 @@
+"""Files of a checkpoint: a file of tensors, the shards of one, or a folder with either, as other libraries write them.
+
+Only names and JSON are read here; the adapters read the tensors.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from prmim_methods.files import open_regular
+from prmim_methods.hub import found_or_downloaded
+from prmim_methods.messages import one_line, shown
+from prmim_methods.weight_files import WEIGHTS_FILE, find_weights
+
+STANDARD = (
+    WEIGHTS_FILE,
+    *("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json"),
+)
+"""Names that we and the hub's libraries give to the weights of a folder; the first one that exists is read."""
+RUN = "checkpoints"
+"""The folder in the folder of a run."""
+SAFETENSORS = ".safetensors"
+TORCH = (".pth", ".pt", ".bin", ".ckpt", ".tar")
+INDEX = ".index.json"
+POINTER = b"version https://git-lfs.github.com/spec/"
+LARGEST_JSON = 2**26
+"""Most bytes that are read of a JSON file; an index has a line per tensor."""
+DOWNLOADED = ("*.json", f"*{SAFETENSORS}")
+"""Files that are downloaded of a repository on the hub."""
+EXPECTED = f"a checkpoint ({SAFETENSORS}, {', '.join(TORCH)}, or a folder with one), a run, or a name on the hub"
+
+
+@dataclass(frozen=True)
+class CheckpointFiles:
+    """Files of a checkpoint.
+
+    Parameters
+    ----------
+    place
+        What was read, for messages.
+    files
+        The files of tensors: one, or all shards.
+    is_torch
+        Whether ``torch.save`` wrote them; else they are safetensors.
+    config
+        Content of ``config.json``; empty without one.
+    preprocessing
+        Content of ``preprocessor_config.json``; empty without one.
+    """
+
+    place: str
+    files: tuple[Path, ...]
+    is_torch: bool
+    config: Mapping[str, Any] = field(default_factory=dict)
+    preprocessing: Mapping[str, Any] = field(default_factory=dict)
+
+
+def find_checkpoint(source: str | os.PathLike[str]) -> CheckpointFiles:
+    """Return the files of a checkpoint.
+
+    Parameters
+    ----------
+    source
+        A file of tensors, an index of shards (``*.index.json``), a folder that holds one of them, the folder of a run,
+        or a name on the Hugging Face hub, of which only ``.safetensors`` files and JSON are downloaded.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no such file or folder, or a shard is missing.
+    ImportError
+        If a name on the hub needs ``huggingface_hub``, which is not installed.
+    ValueError
+        If the folder holds no checkpoint or several, or a file is not a checkpoint, but a pointer of git-LFS, a pipe or
+        another kind of file.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> folder = Path(tempfile.mkdtemp())
+    >>> _ = (folder / "a.pth").write_bytes(b"PK"), (folder / "config.json").write_text('{"hidden_size": 8}')
+    >>> found = find_checkpoint(folder)
+    >>> found.files[0].name, found.is_torch, found.config
+    ('a.pth', True, {'hidden_size': 8})
+    """
+    path = find_source(source)
+    weights = _candidate(path) if path.is_dir() else path
+    files = _shards(weights) if weights.name.endswith(INDEX) else (weights,)
+    kinds = {_is_torch(file) for file in files}
+    if len(kinds) > 1:
+        raise ValueError(f"source: expected shards of one format, got several in {path}")
+    config, preprocessing = ({}, {})
+    if path.is_dir():
+        config, preprocessing = (read_json(path / name) for name in ("config.json", "preprocessor_config.json"))
+    return CheckpointFiles(str(path), files, kinds.pop(), config, preprocessing)
+
+
+def find_source(source: str | os.PathLike[str], argument: str = "source") -> Path:
+    """Return the file or folder of a checkpoint, downloaded if it is a name on the hub; see :func:`find_checkpoint`."""
+    path = found_or_downloaded(source, argument, DOWNLOADED)
+    if not path.exists():
+        raise FileNotFoundError(f"{argument}: expected {EXPECTED}, there is none at {path}")
+    return path
+
+
+def _candidate(folder: Path) -> Path:
+    """Return the only checkpoint of a folder; of a run, the newest good one."""
+    if (folder / RUN).is_dir():
+        return find_weights(folder)
+    for name in STANDARD:
+        if (folder / name).is_file():
+            return folder / name
+    names = sorted(entry.name for entry in folder.iterdir())
+    indices = [name for name in names if name.endswith(INDEX)]
+    found = indices or [name for name in names if name.endswith((SAFETENSORS, *TORCH))]
+    if len(found) == 1:
+        return folder / found[0]
+    got = f"{len(found)} of them, {_listed(found)}; name one file" if found else f"none in {folder}"
+    raise ValueError(f"source: expected a folder with one checkpoint, got {got}")
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(map(shown, names[:3])) + " ..." * (len(names) > 3)
+
+
+def _shards(index: Path) -> tuple[Path, ...]:
+    """Return the files that an index lists; they lie next to it."""
+    names = read_json(index).get("weight_map")
+    if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
+        raise ValueError(f"source: expected an object weight_map in {index}, got {shown(names)}")
+    files = []
+    for name in sorted(set(names.values())):
+        if Path(name).name != name or not (index.parent / name).is_file():
+            raise FileNotFoundError(f"source: expected the shard {shown(name)} next to {index}, there is none")
+        files.append(index.parent / name)
+    return tuple(files)
+
+
+def _is_torch(path: Path) -> bool:
+    """Return whether a file was written by ``torch.save``; raise ValueError if it is no checkpoint at all."""
+    try:
+        with open_regular(path) as file:
+            start = file.read(len(POINTER))
+    except ValueError as error:
+        raise ValueError(f"source: expected {EXPECTED}, got {path}: {error}") from None
+    if start == POINTER:
+        raise ValueError(
+            f"source: expected {EXPECTED}, got the git-LFS pointer {path}; `git lfs pull` fetches the file"
+        )
+    if path.suffix == SAFETENSORS:
+        return False
+    # An archive of torch.save, or a pickle of its former format.
+    if path.suffix in TORCH and start.startswith((b"PK", b"\x80")):
+        return True
+    raise ValueError(f"source: expected {EXPECTED}, got {path}, which is none")  # its content may be private
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the JSON object in a file; empty if the file does not exist.
+
+    Raises
+    ------
+    ValueError
+        If the file holds something else.
+    """
+    try:
+        with open_regular(path) as file:
+            content = json.loads(file.read(LARGEST_JSON))  # what is cut off is no JSON
+    except FileNotFoundError:
+        return {}
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"source: expected JSON in {path}, got {one_line(error)}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"source: expected a JSON object in {path}, got {type(content).__name__}")
+    return content

@@ -1,0 +1,31 @@
+"""Trained encoders as programs of ``torch.export``, which run without prmim."""
+
+import os
+
+import torch
+from torch.export import Dim, export, save
+
+from prmim_methods.weight_files import write_atomically
+from prmim_torch.encoder import ImageEncoder
+
+
+def save_program(encoder: ImageEncoder, path: str | os.PathLike[str]) -> None:
+    """Write the program of an encoder, from images to the mean of the patch tokens, atomically.
+
+    Parameters
+    ----------
+    encoder
+        The encoder, in evaluation mode.
+    path
+        The file, ``.pt2``.
+
+    Notes
+    -----
+    ``torch.export.load(path).module()`` takes uint8 images (batch, image_size..., channels) of any batch, and returns
+    features (batch, dim). The pixels are normalised inside.
+    """
+    config = encoder.config
+    device = encoder.encoder.patch_embed.proj.bias.device
+    images = torch.zeros(2, *config.image_size, config.channels, dtype=torch.uint8, device=device)
+    program = export(encoder, (images,), dynamic_shapes=({0: Dim("batch")},))
+    write_atomically(path, lambda file: save(program, file))

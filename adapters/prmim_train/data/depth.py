@@ -1,0 +1,85 @@
+"""Depth and range of pixel values: 8 bits without a range, else the values of the source up to the device.
+
+Without a range, all values become 8 bits on the host. With one, images keep their depth (uint8, uint16 or float32) up
+to the device, which maps the range to [0, 1].
+"""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["DEPTHS", "PixelRange", "SourceArray", "cast_depth", "depth_of", "in_8_bit_range", "to_8_bits"]
+
+SourceArray = NDArray[np.uint8] | NDArray[np.uint16] | NDArray[np.int16] | NDArray[np.float32]
+PixelRange = tuple[float, float]
+
+DEPTHS = {"uint8": "uint8", "uint16": "uint16", "int16": "float32", "float32": "float32"}
+"""Types of stored values, and those that images of them have."""
+
+
+def depth_of(dtype: np.dtype[Any]) -> str:
+    """Return the type of the images that have such values; ValueError if it is not supported.
+
+    Examples
+    --------
+    >>> depth_of(np.dtype(np.int16))
+    'float32'
+    """
+    if dtype.name not in DEPTHS:
+        raise ValueError(f"expected {', '.join(DEPTHS)}, got {dtype}")
+    return DEPTHS[dtype.name]
+
+
+def to_8_bits(values: NDArray[Any]) -> NDArray[np.uint8]:
+    """Scale 16-bit values to 8 bits, rounded (65535 becomes 255); return 8-bit values unchanged.
+
+    Raises
+    ------
+    ValueError
+        If the values are of another type, whose range is not fixed.
+    """
+    if values.dtype == np.uint8:
+        return values.astype(np.uint8, copy=False)
+    if values.dtype != np.uint16:
+        raise ValueError(f"{values.dtype} values have no fixed range; set pixel_range")
+    # 65535 = 257 * 255. 257 is odd, so rounding has no ties.
+    return ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)
+
+
+def cast_depth(values: NDArray[Any], depth: str | None) -> NDArray[Any]:
+    """Return the values of an image in the type of its source; without one, in 8 bits.
+
+    Raises
+    ------
+    ValueError
+        If that would lose something, or values are not finite.
+
+    Examples
+    --------
+    >>> cast_depth(np.array([-5], np.int16), "float32").tolist()
+    [-5.0]
+    """
+    if depth is None:
+        return to_8_bits(values)
+    if not np.can_cast(depth_of(values.dtype), depth):
+        raise ValueError(f"{values.dtype} values, but the first images have {depth}")
+    values = values.astype(depth, copy=False)
+    if depth == "float32" and not np.isfinite(values).all():
+        raise ValueError("NaN or infinity")
+    return values
+
+
+def in_8_bit_range(images: NDArray[Any], pixel_range: PixelRange | None) -> NDArray[Any]:
+    """Map a range of pixel values to 0 to 255, clipped, as the device does; without a range, return the images.
+
+    Examples
+    --------
+    >>> in_8_bit_range(np.array([-10, 1000, 9000], np.float32), (0, 2000)).tolist()
+    [0.0, 127.5, 255.0]
+    """
+    if pixel_range is None:
+        return images
+    low, high = pixel_range
+    scaled: NDArray[Any] = (images.astype(np.float32) - np.float32(low)) * np.float32(255 / (high - low))
+    return scaled.clip(0, 255)

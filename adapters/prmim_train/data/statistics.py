@@ -1,0 +1,190 @@
+"""Statistics of images, measured on a sample: sizes, types, range, mean and standard deviation, duplicates."""
+
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from prmim_train.data.batches import UnreadableImages
+from prmim_train.data.depth import PixelRange
+from prmim_train.data.image_files import UnreadableImageError, ignore_pillow_warnings
+from prmim_train.data.sources import ImageSource, keeping_depth
+
+__all__ = ["Statistics", "far_below", "full_range", "measure_images"]
+
+_VALUES_OF_IMAGE = 4096  # that quantiles are measured on
+_TAIL = 0.001  # share of the values that may be outliers, on each side
+_REACH = 0.1  # distance of the extremes from the other values, relative to their range, from which on they are outliers
+_FAR_BELOW = 0.25
+
+
+@dataclass
+class Statistics:
+    """What was measured on a number of images.
+
+    Parameters
+    ----------
+    number
+        Images that were read.
+    unreadable
+        Images that could not be read.
+    sizes, depths, channels
+        Number of images by (height, width), by type of the stored values, and by stored channels.
+    low, high
+        Smallest and largest value.
+    sums, squares
+        Sums over all pixels of the values, and of their squares, by channel.
+    pixels
+        Number of pixels.
+    sample
+        Some values of each image.
+    duplicates
+        Names of images with the pixels of an earlier one, with the name of that.
+    """
+
+    number: int
+    unreadable: UnreadableImages
+    sizes: Counter[tuple[int, int]] = field(default_factory=Counter)
+    depths: Counter[str] = field(default_factory=Counter)
+    channels: Counter[int] = field(default_factory=Counter)
+    low: float = np.inf
+    high: float = -np.inf
+    sums: NDArray[np.float64] = field(default_factory=lambda: np.zeros(1))
+    squares: NDArray[np.float64] = field(default_factory=lambda: np.zeros(1))
+    pixels: int = 0
+    sample: list[NDArray[Any]] = field(default_factory=list)
+    duplicates: list[tuple[str, str]] = field(default_factory=list)
+
+    @property
+    def mean(self) -> NDArray[np.float64]:
+        """Mean of each channel."""
+        return self.sums / max(1, self.pixels)
+
+    @property
+    def std(self) -> NDArray[np.float64]:
+        """Standard deviation of each channel."""
+        return np.sqrt(np.maximum(0, self.squares / max(1, self.pixels) - self.mean**2))
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all values are whole numbers by their type."""
+        return "float32" not in self.depths
+
+    def pixel_range(self) -> PixelRange:
+        """Return smallest and largest value without outliers.
+
+        Extremes are outliers if they are far from 99.8 % of the values: by more than a tenth of the range of these.
+        """
+        values = np.concatenate(self.sample).astype(np.float64)
+        low, high = (float(value) for value in np.quantile(values, (_TAIL, 1 - _TAIL)))
+        reach = _REACH * (high - low)
+        low = self.low if self.low >= low - reach else low
+        high = self.high if self.high <= high + reach else high
+        low, high = (float(f"{value:.0f}" if self.is_whole else f"{value:.5g}") for value in (low, high))
+        if low >= high:
+            raise ValueError(f"pixel_range: expected images with more than one value, got {self.low:g} only")
+        return low, high
+
+    def add(self, image: NDArray[Any]) -> None:
+        """Add the pixels of an image (height, width, channels)."""
+        values = image.reshape(-1, image.shape[2])
+        wide = values.astype(np.float64)
+        self.low, self.high = min(self.low, float(wide.min())), max(self.high, float(wide.max()))
+        self.sums = self.sums + wide.sum(axis=0)
+        self.squares = self.squares + (wide**2).sum(axis=0)
+        self.pixels += len(values)
+        flat = image.reshape(-1)
+        self.sample.append(flat[:: -(-len(flat) // _VALUES_OF_IMAGE)].copy())
+
+
+def measure_images(
+    source: ImageSource,
+    limit: int | None = None,
+    *,
+    find_duplicates: bool = False,
+    show: Callable[[Iterable[int]], Iterable[int]] = iter,
+) -> Statistics:
+    """Measure evenly spaced images of a source, in the depth of their files.
+
+    Parameters
+    ----------
+    source
+        The images.
+    limit
+        Number of images. None: all.
+    find_duplicates
+        Compare all pixels of all images.
+    show
+        Wraps the records, as a progress bar does.
+
+    Raises
+    ------
+    ValueError
+        If none of the images can be read.
+
+    Examples
+    --------
+    >>> from prmim_train.data.sources import open_source
+    >>> found = measure_images(open_source("digits", channels=1), 100)
+    >>> found.number, dict(found.sizes), found.low, found.high, found.pixel_range()
+    (100, {(8, 8): 100}, 0.0, 255.0, (0.0, 255.0))
+    """
+    ignore_pillow_warnings()
+    source = keeping_depth(source)
+    count = len(source) if limit is None else min(limit, len(source))
+    records = (np.arange(count) * len(source) // count).tolist()
+    found = Statistics(0, UnreadableImages(source, count))
+    seen: dict[bytes, int] = {}
+    for record in show(records):
+        try:
+            header, image = source.header(record), source.read(record)
+        except UnreadableImageError as error:
+            found.unreadable.add([(record, error.reason)])
+            continue
+        found.number += 1
+        found.sizes[header.shape] += 1
+        found.depths[header.depth] += 1
+        found.channels[header.channels] += 1
+        found.add(image)
+        if find_duplicates:
+            content = hashlib.blake2b(repr(image.shape).encode() + image.tobytes(), digest_size=16).digest()
+            if (first := seen.setdefault(content, record)) != record:
+                found.duplicates.append((source.name(record), source.name(first)))
+    if not found.number:
+        raise ValueError(f"data: none of the images can be read: {found.unreadable.report()}")
+    return found
+
+
+def full_range(depth: str) -> PixelRange | None:
+    """Return the values that a type holds; None for float32.
+
+    Examples
+    --------
+    >>> full_range("uint16")
+    (0, 65535)
+    """
+    return None if depth == "float32" else (0, int(np.iinfo(depth).max))
+
+
+def far_below(found: Statistics, pixel_range: PixelRange | None) -> str:
+    """Return a warning if the images use less than a quarter of the range of a run; else nothing.
+
+    Parameters
+    ----------
+    found
+        Measured on the images.
+    pixel_range
+        The range of the run; None: that of the type.
+    """
+    (depth, _), *_ = found.depths.most_common(1)
+    given = pixel_range or full_range(depth)
+    if given is None or found.high >= given[0] + _FAR_BELOW * (given[1] - given[0]):
+        return ""
+    low, high = given
+    levels = int(255 * (found.high - low) / (high - low)) + 1
+    kept = f", so 8 bits keep {levels} levels" if pixel_range is None and depth == "uint16" else ""
+    return f"pixel values reach {found.high:,.6g} of {high:,.6g}{kept}; see prmim stats, and set --pixel_range"

@@ -1,0 +1,231 @@
+"""Export of a run's weights: for transformers, for timm, as a file of ours, or as a PyTorch program."""
+
+import importlib
+import json
+import uuid
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors.numpy import load_file, save
+
+from prmim_methods.architecture import MASK_TOKEN
+from prmim_methods.encoder import EncoderOptions
+from prmim_methods.export import (
+    FORMATS,
+    exported_config,
+    preprocessor_options,
+    timm_model,
+    timm_weights,
+    transformers_model,
+)
+from prmim_methods.layouts import Layout, left_out, to_library
+from prmim_methods.messages import shown
+from prmim_methods.weight_files import WEIGHTS_FILE, dump_architecture, write_atomically
+from prmim_train.run.directory import RunDirectory
+from prmim_train.run.engine import check_backend
+from prmim_train.run.files import delete, flush_tree
+from prmim_train.run.manifest import step_of
+from prmim_train.run.prepare import check_finite, file_architecture, find_checkpoint, read_run_config
+
+__all__ = ["Weights", "export_command", "read_weights"]
+
+Arrays = Mapping[str, NDArray[Any]]
+PYTORCH = {"format": "pt"}
+"""Metadata that transformers and timm expect: tensors are laid out as PyTorch has them."""
+
+
+class Weights(NamedTuple):
+    """Weights to export.
+
+    Parameters
+    ----------
+    config
+        Options of the method, or of the encoder alone.
+    path
+        The file.
+    title
+        What they are, for the user.
+    """
+
+    config: EncoderOptions
+    path: Path
+    title: str
+
+
+def read_weights(run: str, checkpoint: int | None = None) -> Weights:
+    """Find the weights of a run, or read what a file of weights holds.
+
+    Parameters
+    ----------
+    run
+        Folder of the run, or a file of weights.
+    checkpoint
+        Step of the run's checkpoint. None: the newest good checkpoint.
+
+    Raises
+    ------
+    FileNotFoundError, OSError, ValueError
+        See `prmim_train.run.prepare.find_checkpoint`; or if prmim did not write the file.
+    """
+    path = Path(run)
+    if path.is_file():
+        if checkpoint is not None:
+            raise ValueError(f"checkpoint: expected none with a file of weights, got {checkpoint}")
+        config = exported_config(file_architecture(path))
+        check_finite(path)
+        _check_encoder(config, path)
+        return Weights(config, path, f"Weights of {path}")
+    directory = RunDirectory.open(path)
+    method = read_run_config(directory).method
+    found = find_checkpoint(directory, checkpoint)
+    return Weights(method, found / WEIGHTS_FILE, f"Checkpoint of step {step_of(found)}")
+
+
+def export_command(run: str, to: str, out: str, *, checkpoint: int | None = None, encoder_only: bool = False) -> None:
+    """Write the weights of a run in the format of another library, and print how to load them.
+
+    Parameters
+    ----------
+    run
+        Folder of the run, or a file of weights.
+    to
+        A key of `prmim_methods.export.FORMATS`.
+    out
+        The file, or for `hf` the folder. Nothing may exist there.
+    checkpoint
+        Step of the checkpoint. None: the newest good checkpoint.
+    encoder_only
+        Whether to leave out the decoder, which `hf` and `safetensors` can hold.
+
+    Raises
+    ------
+    ValueError
+        If the format is unknown, or cannot hold the model.
+    FileExistsError
+        If something exists at `out`.
+    FileNotFoundError, OSError
+        If there is no run or no checkpoint, or the file cannot be written.
+    """
+    if to not in WRITERS:
+        raise ValueError(f"to: expected one of {', '.join(WRITERS)}, got {shown(to)}")
+    place = Path(out)
+    if place.exists() or place.is_symlink():
+        raise FileExistsError(f"out: expected a path where nothing exists, got {out}")
+    weights = read_weights(run, checkpoint)
+    lines = WRITERS[to](weights, place, encoder_only)
+    print("\n".join([f"{weights.title}, {FORMATS[to]}: {place}", *lines]))
+
+
+def _write_transformers(weights: Weights, out: Path, encoder_only: bool) -> list[str]:
+    model = transformers_model(weights.config, encoder_only=encoder_only)
+    arrays = load_file(weights.path)
+    files = {
+        "config.json": _json(model.options),
+        "preprocessor_config.json": _json(preprocessor_options(weights.config)),
+        "model.safetensors": _tensors(to_library(arrays, model.layout), PYTORCH),
+    }
+    _write_folder(out, files)
+    more = ", add_pooling_layer=False" if model.name == "ViTModel" else ""
+    return [
+        *_left_out(arrays, model.layout),
+        "Load:",
+        f"  transformers.{model.name}.from_pretrained({str(out)!r}{more})",
+    ]
+
+
+def _write_timm(weights: Weights, out: Path, encoder_only: bool) -> list[str]:
+    model = timm_model(weights.config)
+    arrays = load_file(weights.path)
+    _write_file(out, _tensors(timm_weights(arrays, model.layout), PYTORCH))
+    options = "".join(f",\n      {name}={value!r}" for name, value in model.options.items())
+    return [
+        *_left_out(arrays, model.layout),
+        "Load:",
+        f"  model = timm.create_model(\n      {model.name!r}{options},\n  )",
+        f"  model.load_state_dict(safetensors.torch.load_file({str(out)!r}))",
+    ]
+
+
+def _write_ours(weights: Weights, out: Path, encoder_only: bool) -> list[str]:
+    if not encoder_only:
+        _write_file(out, weights.path.read_bytes())
+        return [f"Load: prmim_torch.load_encoder({str(out)!r}), or prmim pretrain --init_weights {out}"]
+    arrays = {name: array for name, array in load_file(weights.path).items() if _is_of_encoder(name)}
+    _write_file(out, _tensors(arrays, dump_architecture(weights.config.encoder_config())))
+    return [f"Load: prmim_torch.load_encoder({str(out)!r})"]
+
+
+def _write_program(weights: Weights, out: Path, encoder_only: bool) -> list[str]:
+    check_backend("torch")
+    torch = importlib.import_module("prmim_torch")
+    program = importlib.import_module("prmim_torch.program")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    program.save_program(torch.load_encoder(weights.path), out)
+    shape = ", ".join(map(str, (*weights.config.image_size, weights.config.channels)))
+    return [
+        f"Load: torch.export.load({str(out)!r}).module()",
+        f"Call: uint8 (batch, {shape}) to features (batch, {weights.config.encoder_size.dim})",
+    ]
+
+
+Writer = Callable[[Weights, Path, bool], list[str]]
+WRITERS: dict[str, Writer] = {
+    "hf": _write_transformers,
+    "timm": _write_timm,
+    "safetensors": _write_ours,
+    "torch.export": _write_program,
+}
+
+
+def _left_out(arrays: Arrays, layout: Layout) -> list[str]:
+    """Return a line on the weights that a library does not have: names of whole parts, or of single weights."""
+    lost = set(left_out(arrays, layout))
+    kept = {name.partition(".")[0] for name in arrays if name not in lost}
+    parts = {name: name.partition(".")[0] for name in lost}
+    listed = {name if part in kept else part for name, part in parts.items()}
+    return [f"Left out: {', '.join(sorted(listed))}"] if listed else []
+
+
+def _check_encoder(config: EncoderOptions, path: Path) -> None:
+    """Raise ValueError unless a file has as many values in its encoder as its metadata say."""
+    expected = config.encoder_config().parameters()
+    got = sum(array.size for name, array in load_file(path).items() if _is_of_encoder(name))
+    if got != expected.learned + expected.fixed:
+        raise ValueError(
+            f"run: expected an encoder of {expected.learned + expected.fixed:,} values, got {got:,} in {path}"
+        )
+
+
+def _is_of_encoder(name: str) -> bool:
+    """Return whether a weight is part of a file of the encoder alone; see `prmim_torch.load_encoder`."""
+    return name.startswith("encoder.") and name != MASK_TOKEN
+
+
+def _json(value: Mapping[str, Any]) -> bytes:
+    return (json.dumps(value, indent=2) + "\n").encode()
+
+
+def _tensors(arrays: Arrays, metadata: dict[str, str]) -> bytes:
+    contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+    return save(contiguous, metadata)
+
+
+def _write_file(out: Path, content: bytes) -> None:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(out, lambda file: file.write(content))
+
+
+def _write_folder(out: Path, files: Mapping[str, bytes]) -> None:
+    """Write a folder atomically: under a temporary name, flushed to disk, then renamed."""
+    beside = out.with_name(f".{out.name}.partial-{uuid.uuid4().hex[:8]}")
+    beside.mkdir(parents=True)
+    try:
+        for name, content in files.items():
+            (beside / name).write_bytes(content)
+        flush_tree(beside)
+        beside.rename(out)
+    finally:
+        delete(beside)

@@ -1,0 +1,106 @@
+"""`prmim stats`: what the images are, and the options that follow from them."""
+
+import shlex
+from collections.abc import Iterable, Sequence
+
+from tqdm import tqdm
+
+from prmim_methods.encoder import times
+from prmim_train.data.depth import PixelRange
+from prmim_train.data.image_files import counted
+from prmim_train.data.sources import ImageSource, open_source
+from prmim_train.data.statistics import Statistics, far_below, full_range, measure_images
+
+__all__ = ["describe_images", "measure_with_bar", "stats_command"]
+
+NUM_NAMED = 3
+NUM_SIZES = 4
+
+
+def stats_command(
+    data: str, *, channels: int | None = None, limit: int | None = None, image_key: str | None = None
+) -> None:
+    """Print what the images of a source are; see :func:`describe_images`.
+
+    Parameters
+    ----------
+    data, channels, image_key
+        As in `prmim pretrain`; without channels, those of the files.
+    limit
+        Most images to read, evenly spaced. None: all.
+    """
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit: expected at least 1, got {limit}")
+    source = open_source(data, channels=channels, image_key=image_key, keep_depth=True)
+    print(describe_images(data, source, measure_with_bar(source, limit, find_duplicates=True)))
+
+
+def measure_with_bar(source: ImageSource, limit: int | None, *, find_duplicates: bool = False) -> Statistics:
+    """Measure images with a progress bar, if the output is a terminal."""
+
+    def show(records: Iterable[int]) -> Iterable[int]:
+        bar: Iterable[int] = tqdm(records, desc="images", disable=None, leave=False)
+        return bar
+
+    return measure_images(source, limit, find_duplicates=find_duplicates, show=show)
+
+
+def describe_images(data: str, source: ImageSource, found: Statistics) -> str:
+    """Describe measured images in a paragraph, and the options to paste in another.
+
+    Parameters
+    ----------
+    data
+        The source on the command line.
+    source
+        The images.
+    found
+        Measured on them.
+    """
+    kept, given = _range_of(found)
+    rows = [
+        ("found", source.description),
+        ("read", f"{counted(found.number, 'image')} of {len(source):,}"),
+        ("unreadable", _named(len(found.unreadable), [found.unreadable.named(NUM_NAMED)])),
+        ("duplicates", _named(len(found.duplicates), [f"{one} is {other}" for one, other in found.duplicates])),
+        ("sizes", _counts([(f"{times(size)} pixels", number) for size, number in found.sizes.most_common()])),
+        ("channels", _counts([(str(value), number) for value, number in found.channels.most_common()])),
+        ("type", _counts(found.depths.most_common())),
+        ("values", f"{found.low:.6g} to {found.high:.6g}"),
+        ("mean", f"{_numbers(found.mean)} per channel"),
+        ("std", f"{_numbers(found.std)} per channel"),
+    ]
+    if warning := far_below(found, None):
+        rows.append(("warning", warning))
+    low, high = kept
+    unit_mean, unit_std = (found.mean - low) / (high - low), found.std / (high - low)
+    options = [f"--data {shlex.quote(data)}", f"--channels {source.channels}"]
+    options += [f"--pixel_range {low:.10g},{high:.10g}"] if given else []
+    options += [f"--mean {_numbers(unit_mean, ',')}", f"--std {_numbers(unit_std.clip(1e-4), ',')}"]
+    lines = ["Images", *(f"  {name:<18}  {text}" for name, text in rows)]
+    return "\n".join([*lines, "", "Options", f"  {' '.join(options)}"])
+
+
+def _range_of(found: Statistics) -> tuple[PixelRange, bool]:
+    """Return the range of pixel values to train with, and whether an option has to say so."""
+    (depth, _), *_ = found.depths.most_common(1)
+    full = full_range(depth)
+    if full is not None and depth == "uint8" and not far_below(found, None):
+        return full, False
+    return found.pixel_range(), True
+
+
+def _named(number: int, names: Sequence[str]) -> str:
+    more = f", and {len(names) - NUM_NAMED:,} more" if len(names) > NUM_NAMED else ""
+    return f"{number:,}: {', '.join(names[:NUM_NAMED])}{more}" if number else "0"
+
+
+def _counts(items: Sequence[tuple[str, int]]) -> str:
+    if len(items) == 1:
+        return items[0][0]
+    listed = ", ".join(f"{name} ({number:,})" for name, number in items[:NUM_SIZES])
+    return listed + (f", and {len(items) - NUM_SIZES:,} more" if len(items) > NUM_SIZES else "")
+
+
+def _numbers(values: Iterable[float], separator: str = ", ") -> str:
+    return separator.join(f"{value:.4g}" for value in values)
