@@ -22,7 +22,7 @@ from prmim_train.run.loop import Interrupted  # noqa: E402
 SMALL = {"backend": "jax", "epochs": 1, "batch_size": 240}  # 6 steps
 SIMMIM = {"method": "simmim", "depth": 2}
 MASKALIGN = {"method": "maskalign", "depth": 3, "teacher_layers": 2}
-LOCALMIM = {"method": "localmim", "depth": 2, "decoder_dim": 16, "decoder_heads": 2}
+LOCALMIM = {"method": "localmim", "depth": 2, "decoder_dim": 16, "decoder_heads": 2, "layers": (1, 2), "scales": (2, 1)}
 VIDEOMAE = {
     "method": "videomae",
     "image_size": (4, 16, 16),

@@ -15,7 +15,7 @@ EPOCHS = 7  # as in conftest.py
     [
         *[(backend, "sigkill", 2) for backend in ("torch", "jax")],
         # The trainer handles these alike on all backends; soak.py tries them on JAX too.
-        *[("torch", fault, 1) for fault in ("sigterm", "truncate", "twice")],
+        *[("torch", fault, 1) for fault in ("sigterm", "truncate")],
     ],
 )
 def test_a_run_that_is_hurt_ends_as_if_nothing_had_happened(backend, fault, kills, soak, undisturbed, tmp_path):
