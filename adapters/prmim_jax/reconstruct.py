@@ -119,9 +119,12 @@ class ProgressiveReconstruction(nnx.Module):
             self.kernel = nnx.Param(constant(1.0, dim, *(3,) * grid.axes))
 
     def no_weight_decay(self) -> frozenset[str]:
-        """Return the names of all parameters: decay towards 0 would give near and far tokens the same weight."""
+        """Return the names of all parameters but those of ``mix``.
+
+        Decay towards 0 would give near and far tokens the same weight.
+        """
         found = (path for path, value in nnx.iter_graph(self) if isinstance(value, nnx.Param))
-        return frozenset(".".join(map(str, path)) for path in found)
+        return frozenset(".".join(map(str, path)) for path in found if path[0] != "mix")
 
     def __call__(self, features: Array, plan: Plan, *, visible_features: bool = True) -> Array:
         """Reconstruct the thrown tokens.

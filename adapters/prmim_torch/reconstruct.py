@@ -128,8 +128,11 @@ class ProgressiveReconstruction(nn.Module):
             nn.init.ones_(self.kernel)
 
     def no_weight_decay(self) -> frozenset[str]:
-        """Return the names of all parameters: decay towards 0 would give near and far tokens the same weight."""
-        return frozenset(name for name, _ in self.named_parameters())
+        """Return the names of all parameters but those of ``mix``.
+
+        Decay towards 0 would give near and far tokens the same weight.
+        """
+        return frozenset(name for name, _ in self.named_parameters() if not name.startswith("mix."))
 
     def forward(self, features: Tensor, plan: Plan, *, visible_features: bool = True) -> Tensor:
         """Reconstruct the thrown tokens.

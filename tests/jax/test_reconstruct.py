@@ -88,6 +88,7 @@ class Scaled(nnx.Module):
 def test_a_module_of_ones_own_mixes():
     _, features, plan = make_case(Grid((4, 5)), "kernel")
     module = ProgressiveReconstruction(8, Grid((4, 5)), mix=Scaled(8, Grid((4, 5))))
+    assert module.no_weight_decay() == {"norm.weight", "norm.bias"}  # the trainer decides on those of the mix
     assert set(named_variables(module)) == {"mix.scale", "norm.weight", "norm.bias"}
     rebuilt = nnx.jit(lambda module, *a: module(*a))(module, features, plan)
     mixed = np.asarray(module.mix.scale[plan.stage(1)] * features.mean(1, keepdims=True))

@@ -87,6 +87,7 @@ class Scaled(nn.Module):
 def test_a_module_of_ones_own_mixes():
     _, features, plan = make_case(Grid((4, 5)), "kernel")
     module = ProgressiveReconstruction(8, Grid((4, 5)), mix=Scaled(8, Grid((4, 5)))).double()
+    assert module.no_weight_decay() == {"norm.weight", "norm.bias"}  # the trainer decides on those of the mix
     assert {name for name, _ in module.named_parameters()} == {"mix.scale", "norm.weight", "norm.bias"}
     rebuilt = module(features, plan)
     mean = features.mean(1, keepdim=True)
