@@ -207,7 +207,7 @@ def test_bfloat16_autocast_keeps_residual_stream_and_loss_in_float32(make_case, 
     assert rough.loss.item() == pytest.approx(method(images, noise).loss.item(), rel=0.02)
 
 
-@pytest.mark.parametrize("options", [{}, {"reconstruction": "conv", "masking": "random"}], ids=str)
+@pytest.mark.parametrize("options", [*CASES[:4], {"masking": "random"}], ids=str)
 def test_the_whole_step_compiles_to_one_graph(make_case, options):
     method, images, noise = make_case(drop_path=0.3, **options)
     method.train()

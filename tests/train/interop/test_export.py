@@ -54,6 +54,9 @@ TRANSFORMERS = {
     "several class tokens": ({"class_tokens": 3, "position": "learned"}, "PixioModel"),
     "relative": (SIMMIM, "BeitModel"),
     "LayerScale": ({**SIMMIM, "position": "absolute"}, "BeitModel"),
+    "CrossMAE": ({"decoder": "cross"}, "ViTModel"),
+    "MFF": ({"fusion": "mff"}, "ViTModel"),
+    "LocalMIM": ({"method": "localmim"}, "ViTModel"),
 }
 
 
