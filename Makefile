@@ -5,6 +5,8 @@
 #   make test-foreign                                 examples for Keras, TensorFlow, MLX and tinygrad, in an environment of their own
 #   make bench | bench-full                           set up, then measure: in minutes, or at length
 #   make sizes                                        the installed size of every extra
+#   make gpu                                          set up, then measure on a GPU for eight minutes, and fill the pages
+#   make release-check                                set up, then build wheel and source distribution, and try both
 #   make verdicts                                     set up, then check the claims about accuracy against their records
 # Everything is installed into .venv, at the versions in constraints.txt; test-lowest has .venv-lowest,
 # test-foreign .venv-foreign. PIP_ARGS passes options on to pip.
@@ -13,17 +15,19 @@ PYTHON ?= python3
 BACKEND ?= torch
 OUT ?= runs/digits
 PIP_ARGS ?=
-ALL := torch,jax,train,evaluate,hf,tensorboard,parquet,testing,test
+ALL := torch,jax,train,evaluate,hf,tensorboard,parquet,lmdb,remote,medical,video,testing,test,remote-tests
 BIN := .venv/bin
 
-.PHONY: pretrain test test-lowest test-foreign lint docs bench bench-full verdicts sizes wheel clean
+.PHONY: pretrain test test-lowest test-foreign lint docs bench bench-full gpu verdicts sizes release-check clean
 
 pretrain: .venv/installed-$(BACKEND)
 	$(BIN)/prmim pretrain --backend $(BACKEND) --out $(OUT) --resume
 
 # One thread each: two test processes that each use all cores wait for one another most of the time. XLA compiles a
-# training step in a third of the time without its newer code generator. The runs that fault tests start keep it.
-TEST_SETTINGS := OMP_NUM_THREADS=1 XLA_FLAGS=--xla_cpu_use_fusion_emitters=false
+# training step in a third of the time without its newer code generator, and in less again if it does not split the code
+# between threads. The runs that fault tests start compile as usual.
+TEST_XLA_FLAGS := --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1
+TEST_SETTINGS := OMP_NUM_THREADS=1 XLA_FLAGS="$(TEST_XLA_FLAGS)"
 test: .venv/installed-dev
 	$(TEST_SETTINGS) $(BIN)/python -m pytest -q -n 2 --dist worksteal
 
@@ -58,11 +62,16 @@ bench: .venv/installed-dev
 bench-full: .venv/installed-dev
 	$(BIN)/python -m benchmarks --full
 
+# What is left continues in the next call. GPU_ARGS passes options on.
+GPU_ARGS ?=
+gpu: .venv/installed-gpu-tests
+	$(BIN)/python -m benchmarks.gpu $(GPU_ARGS)
+
 verdicts: .venv/installed-dev
 	$(BIN)/python -m benchmarks.quality.verdicts
 
 # MB in an environment of its own, without pip; torch is listed by itself.
-SIZES := core torch jax train evaluate hf parquet testing tensorboard wandb mlflow gpu-tests
+SIZES := core torch jax train evaluate hf parquet lmdb remote medical video testing tensorboard wandb mlflow gpu-tests
 sizes:
 	@for extra in $(SIZES); do \
 		$(PYTHON) -m venv --clear .venv-size; \
@@ -72,9 +81,15 @@ sizes:
 		echo "$$extra $$((size - $${torch:-0})) torch $${torch:-0}"; \
 	done; rm -rf .venv-size
 
-wheel: .venv/installed-dev
+# The source distribution and the wheel built from it, on every one of these versions that is installed.
+PYTHONS ?= python3.11 python3.12 python3.13
+release-check: .venv/installed-dev
 	rm -rf dist
-	$(BIN)/python -m build --wheel --outdir dist .
+	$(BIN)/python -m build --outdir dist .
+	$(BIN)/python -m twine check --strict dist/*
+	@for python in $(PYTHONS); do \
+		for file in dist/*; do .ci/try-distribution $$python $$file || exit 1; done; \
+	done
 
 clean:
 	rm -rf .venv .venv-lowest .venv-foreign .venv-size build dist docs/_build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -2,7 +2,7 @@
 
 import os
 
-# As in prmim: spinning threads would make times depend on other load.
+# As in prmim: with spinning threads, times depend on other load.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-# Keep messages of torch's profiler out of the tables.
+# Otherwise, messages of torch's profiler appear in the tables.
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")

@@ -1,7 +1,7 @@
 """Run short benchmarks in a few minutes, or with ``--full`` all of them.
 
-The full benchmarks have the settings of the documentation. Each benchmark runs in its own process, so that none
-inherits the memory state of another.
+The full benchmarks use the settings of the documentation. Each benchmark runs in its own process, so that the memory
+state of one does not affect another.
 """
 
 import os
@@ -23,6 +23,7 @@ SHORT = {
     "checkpoint": [["--model", "vit_tiny", "--repeats", "1", "--step-seconds", "10"]],
     "scale": [["--no-check", "--models", "vit_base"]],
     "input": [["--images", "64", "--repeats", "1"]],
+    "row_groups": [["--images", "400", "--repeats", "1"]],
     "startup": [["--repeats", "1"]],
 }
 FULL = {
@@ -50,18 +51,19 @@ FULL = {
     "scale": [[]],
     "scan": [[]],
     "input": [[]],
+    "row_groups": [[]],
     "startup": [[]],
 }
 """Runs of each benchmark, as lists of options."""
 
 KEPT_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "4000000000", "MALLOC_TRIM_THRESHOLD_": "16000000000"}
-"""Make glibc keep large blocks between steps instead of returning them to the system: times become repeatable."""
+"""Settings that make glibc keep large blocks between steps, which makes times repeatable."""
 TIMED = ("step", "methods", "profile", "backends")
 """Benchmarks that time large allocations."""
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run all benchmarks, also after a failure; return the number of failures."""
+    """Run all benchmarks, even after failures; return the number of failures."""
     parser = argument_parser(__doc__)
     parser.add_argument("--full", action="store_true", help="all benchmarks at full length: about an hour on two cores")
     parser.add_argument("--only", nargs="+", choices=tuple(FULL), metavar="NAME", help=f"some of {', '.join(FULL)}")

@@ -1,4 +1,4 @@
-"""Compared arms: methods dense and with thrown tokens, official layout, peers."""
+"""Compared arms: dense methods, methods with thrown tokens, official layout, peers."""
 
 import copy
 from collections.abc import Iterable
@@ -33,7 +33,7 @@ METHODS = {
 """Arms by method."""
 
 RECORDS = {"crossmae": "mae"}
-"""The record of a method that is not a record of its own."""
+"""Method whose record an arm uses, if it has no record of its own."""
 
 OFFICIAL = "official layout"
 PEERS = {f"transformers {attention}": attention for attention in ("sdpa", "eager")}
@@ -100,8 +100,8 @@ def formula(module: nn.Module, *, attention: str = "fused", compute_bytes: int =
 class OfficialLayout(nn.Module):
     """Dense MAE that computes as the official code does.
 
-    Weights and loss are the same as ours. It embeds all patches, stores attention scores and softmax, restores raster
-    order in the decoder, and predicts every decoder token, including visible tokens and the class token.
+    Weights and loss are the same as ours. The module embeds all patches, stores attention scores and softmax, restores
+    raster order in the decoder, and predicts every decoder token, including visible tokens and the class token.
     """
 
     def __init__(self, method: MAE) -> None:

@@ -1,7 +1,7 @@
 """Time and size of a checkpoint, and its share of training time, on both backends.
 
 A run waits while its state is copied; writing, checksums and flushing to disk happen in the background. Both are timed
-without other work, so "written whole" is what a synchronous checkpoint would take. The share is
+without other work, so "written whole" is the time of a synchronous checkpoint. The share is
 ``wait / (wait + steps * step)`` for the steps between two checkpoints of the published ImageNet recipe. The time of a
 step is measured for ``--batch`` images and scaled to the recipe's batch, or given by ``--step-seconds``.
 """

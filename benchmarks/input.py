@@ -11,7 +11,6 @@ import itertools
 import math
 import multiprocessing
 import statistics
-import tarfile
 import tempfile
 import time
 from collections.abc import Iterator
@@ -26,6 +25,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from benchmarks.formats import COLUMNS, compare_formats, pack_tar
 from benchmarks.report import Report, argument_parser, ratio
 from prmim_train.config.layers import read_options
 from prmim_train.config.pretrain import PretrainConfig, pretrain_config
@@ -85,7 +85,7 @@ class Plain(Dataset[Any]):
     """Random crops of image files, as in common trainers."""
 
     def __init__(self, source: Any, image_size: int) -> None:
-        self.files = [source.folder / name for name in source.files]
+        self.files = [source.records.folder / name for name in source.records.files]
         self.image_size = image_size
 
     def __len__(self) -> int:
@@ -170,14 +170,11 @@ def compare(
 
 def pack(source: Any, where: Path, image_size: int) -> dict[str, str]:
     """Pack the images of a folder into files; return their paths by kind."""
-    files = [source.folder / name for name in source.files]
-    with tarfile.open(where / "packed.tar", "w") as archive:
-        for file in files:
-            archive.add(file, file.name)
+    files = [source.records.folder / name for name in source.records.files]
     side = 8 * image_size // 7
     images = [resize(np.asarray(Image.open(file).convert("RGB")), (side, side)) for file in files]
     np.savez(where / "packed.npz", images=np.stack(images))
-    return {"tar": str(where / "packed.tar"), f"npz, {side} px": str(where / "packed.npz")}
+    return {"tar": pack_tar(files, where / "packed.tar"), f"npz, {side} px": str(where / "packed.npz")}
 
 
 def compare_sources(
@@ -215,7 +212,7 @@ def waiting(config: PretrainConfig, steps: int, warm_up: int = 3) -> tuple[float
     """Return how long a training step waits for its images.
 
     The result is milliseconds per step, milliseconds of waiting, and their share in percent. Steps are synchronous.
-    Real runs are not, and hide more of the reading.
+    Steps of real runs are asynchronous, and hide more of the waiting.
     """
     data = open_data(config)
     engine = create_engine(config, data.budget)
@@ -274,6 +271,10 @@ def main(arguments: list[str] | None = None) -> None:
             sources[name] = open_source(path, channels=3)
         rows = compare_sources(sources, options.repeats, number, **shape)
         report.table("source, 1 thread", {"images/s": ".0f", "to folder": ".2f"}, rows)
+
+        files = [source.records.folder / name for name in source.records.files]
+        size = {"batch": min(options.batch, len(files)), "image_size": options.image_size}
+        report.table("format", COLUMNS, compare_formats(folder, files, where, options.repeats, **size))
 
         columns = {"share": ".2f", "PSNR, dB": ".1f", "least": ".1f"}
         chosen = {"folder": source, "large": large}

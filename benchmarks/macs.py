@@ -37,7 +37,7 @@ def counted_parts(arm: str, by_module: dict[str, float]) -> dict[str, float]:
     total = dict.fromkeys(PARTS, 0.0)
     for part, module in PARTS.items():
         prefix = root + module
-        # A list of blocks has no forward pass to count, so its children are summed.
+        # A list of blocks has no forward pass, so the counts of its children are summed.
         names = [n for n in by_module if n == prefix or n.removeprefix(prefix + ".").isdigit()]
         total[part] = sum(by_module[name] for name in names)
     return total

@@ -1,6 +1,6 @@
 """Memory of a training step per image: saved for the backward pass, and peak.
 
-Both numbers are what one more image in the batch adds, so parameters and their half-precision copies do not count.
+Both numbers are the increase per additional image in the batch, without parameters and their half-precision copies.
 Parameter gradients exist from the start, as in gradient accumulation. The formulas are ``activation_bytes`` and
 ``peak_activation_bytes`` of ``prmim_methods.cost``; the peak includes gradients of activations. The official MAE trains
 with half-precision autocast.
@@ -76,7 +76,7 @@ def peak_bytes(step: Callable[[], object], device: str) -> int:
 
 
 def per_image(measure: Callable[[int], int], batch: int) -> float:
-    """Return what one more image adds to a measurement of a batch."""
+    """Return the increase of a measurement by one more image in the batch."""
     half = batch // 2
     return (measure(batch) - measure(half)) / (batch - half)
 

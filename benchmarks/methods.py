@@ -1,7 +1,7 @@
 """Cost of every method: dense, partial, and with PR-MIM.
 
-The arms are those of the packaged recipes of ViT-B. Counts and MACs are those of the formulas; saved bytes are what one
-more image of a batch adds; the arms of a method take turns in one process.
+The arms are those of the packaged recipes of ViT-B. Counts and MACs follow from formulas. Saved bytes are the increase
+per additional image in a batch. The arms of a method take turns in one process.
 """
 
 import argparse
@@ -65,7 +65,7 @@ def arms_of(name: str) -> dict[str, MethodConfig]:
 
 
 def write_teacher(folder: Path) -> Path:
-    """Write a CLIP ViT-B/16 with random weights, and return its folder: the cost does not depend on the weights."""
+    """Write a CLIP ViT-B/16 with random weights, which do not affect the cost, and return its folder."""
     from transformers import CLIPVisionConfig, CLIPVisionModel
     from transformers.utils.logging import disable_progress_bar
 
@@ -74,8 +74,18 @@ def write_teacher(folder: Path) -> Path:
     return folder
 
 
+def with_teacher(configs: dict[str, MethodConfig], folder: Path) -> dict[str, MethodConfig]:
+    """Give the arms of MaskAlign the configuration of a CLIP ViT-B/16, which determines their cost."""
+    from transformers import CLIPVisionConfig
+
+    if not isinstance(configs["dense"], MaskAlignConfig):
+        return configs
+    CLIPVisionConfig(patch_size=16).save_pretrained(folder)
+    return {arm: replace(config, teacher=str(folder)) for arm, config in configs.items()}
+
+
 def saved_megabytes(module: nn.Module, inputs: tuple[Tensor, ...]) -> float:
-    """Return the megabytes that one more image makes a forward pass save for the backward pass."""
+    """Return the megabytes per additional image that a forward pass saves for the backward pass."""
     parameters = list(module.parameters())
 
     def count(size: int) -> int:
@@ -131,7 +141,7 @@ def forward_macs(config: MethodConfig) -> int:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Print a table for each recipe, each in a process of its own: kept memory would add up."""
+    """Print a table for each recipe. Each recipe has its own process, since retained memory would add up."""
     parser = argument_parser(__doc__)
     parser.add_argument(
         "--recipes", nargs="+", choices=RECIPES, default=RECIPES, metavar="NAME", help="names of recipes"

@@ -3,12 +3,12 @@
 Each batch has as many tokens as ``--images`` images of 14 x 14 tokens. A quarter of the tokens is visible and a quarter
 is decoded, except where the number of picks varies. Times are medians; arms take turns in one process.
 
-Furthest sampling (noise and visible tokens to picks) is also timed alone, because the peer does nothing else.
+Furthest sampling (noise and visible tokens to picks) is also timed alone, since the peer has no other step.
 ``fpsample`` is a C++ package (``pip install fpsample``; not a dependency). It takes float32 points of one image at a
 time, so it is called in a loop over images; points and start sets are prepared before. ``fps`` is its ``fps_sampling``
 with the visible tokens as start set (version 1.0 or newer), the same task as ours. ``fps, one start`` and ``kdline, one
 start`` (``bucket_fps_kdline_sampling``, its fastest function) start from one point and ignore the visible tokens, which
-is less work. None of them breaks ties by noise. fpsample and our NumPy code each use one core.
+is less work. No function of fpsample breaks ties by noise. fpsample and our NumPy code each use one core.
 
 "torch, core" is the core on tensors. "torch" is ``prmim_torch``, which uses NumPy views on a CPU and a Triton kernel on
 CUDA. "torch compiled" is ``prmim_torch`` under ``torch.compile``.
@@ -228,6 +228,12 @@ def main(arguments: list[str] | None = None) -> None:
     ratios = {name: ".2f" for row in rows.values() for name in row if name.startswith("ours to")}
     _table(report, "sampling alone, us per image", rows, ratios)
 
+    if options.growth:
+        _growth_tables(options, report)
+
+
+def _growth_tables(options: argparse.Namespace, report: Report) -> None:
+    """Print sampling times by numbers of tokens and of picks, and draw them if asked to."""
     by_tokens = {case.grid.num_tokens: case for case in (Case.of((side, side), options.images) for side in SIDES)}
     by_picks = {number: Case.of(PICKED_FROM, options.images, number) for number in PICKS}
     sweeps = {}
@@ -235,7 +241,7 @@ def main(arguments: list[str] | None = None) -> None:
         ("tokens, a quarter of them picked", by_tokens),
         (f"picks of {math.prod(PICKED_FROM):,} tokens", by_picks),
     ):
-        sweeps[title] = growth(cases, device, repeats)
+        sweeps[title] = growth(cases, options.device, options.repeats)
         _table(report, title, sweeps[title], {})
     if options.plot is not None:
         draw_growth(options.plot, sweeps)
@@ -255,6 +261,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the growth of sampling to this file")
+    parser.add_argument("--no-growth", dest="growth", action="store_false", help="only the usual grids")
     return parser.parse_args(arguments)
 
 

@@ -1,7 +1,7 @@
 """Time of a training step by kind of operation, compared with device limits.
 
 The limits are measured in the same run: FLOP/s of a large matrix product, and bandwidth of a copy. The column "at the
-limit" is the time that a kind of operation would take at its limit. Matrix products count their FLOP. The optimizer
+limit" is the time of a kind of operation at its limit. Matrix products count their FLOP. The optimizer
 counts 28 bytes per parameter: it reads weight, gradient and two moments, and writes all but the gradient. All other
 operations count one write and one read of the tensors saved for the backward pass. JAX fuses operations, so its step is
 compared as a whole.

@@ -1,6 +1,6 @@
-"""Start-up: the time until a command answers, each in a process of its own.
+"""Start-up time of commands, each in its own process.
 
-The goal holds for CPU seconds. Other load hardly changes them, and on an idle core they are the time that a user waits.
+The goal is in CPU seconds: other load hardly changes them, and on an idle core they equal the waiting time of the user.
 """
 
 import statistics
@@ -29,7 +29,7 @@ IMPORTS = {f"import {name}": ("-c", f"import {name}") for name in ("numpy", "skl
 
 
 def cpu_seconds(words: tuple[str, ...], folder: str) -> float:
-    """Run Python with some words in a folder; return the CPU seconds that it took."""
+    """Run Python in a folder; return the CPU seconds of the process."""
     before = getrusage(RUSAGE_CHILDREN)
     subprocess.run([sys.executable, *words], cwd=folder, capture_output=True, check=False)
     after = getrusage(RUSAGE_CHILDREN)

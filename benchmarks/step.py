@@ -1,8 +1,8 @@
 """Time of a training step: forward, backward, AdamW.
 
-The arms of one model take turns in one process. PyTorch runs the modules eagerly or compiled, beside peers, whose input
-is float images already on the device. JAX runs its engine. The share of the plan is the time of the plan alone relative
-to the step.
+The arms of one model take turns in one process. PyTorch runs our modules and those of peers, eagerly or compiled. The
+input of peers is float images on the device. JAX runs its engine. The share of the plan is the time of the plan alone
+relative to the step.
 """
 
 import argparse
@@ -24,14 +24,14 @@ WARM_UP = 2
 """The first step allocates the optimizer state, so only the second one runs with all memory in place."""
 
 CAPABILITY = "ATEN_CPU_CAPABILITY"
-"""Environment variable that makes PyTorch leave out instructions, for measurements as on another CPU."""
+"""Environment variable that restricts the CPU instructions of PyTorch, to measure as on another CPU."""
 
 Runs = dict[str, Callable[[], object]]
 
 GOALS = {"PR-MIM 0.5": 0.75, "dense": 0.90}
 """Upper bounds: PR-MIM relative to dense, dense relative to the fastest peer."""
 CROSS_GOAL = 1.02
-"""Upper bound of PR-MIM on CrossMAE relative to plain CrossMAE, which decodes as many tokens."""
+"""Upper bound of PR-MIM on CrossMAE relative to CrossMAE, which decodes as many tokens."""
 
 
 def torch_runs(model: str, method: str, options: argparse.Namespace, device: str) -> tuple[Runs, Schedule]:

@@ -1,8 +1,8 @@
-"""Which targets of a patch can be predicted from its neighbours: ridge regression on the images of a user.
+"""How well neighbours predict targets of a patch: ridge regression on the images of a user.
 
-The inputs are the pixels of the adjacent patches (four in an image), normalised over the image; patches at the border
-are left out. The share of the variance that the regression explains is measured on other images. Thrown tokens see
-nothing but features of other tokens, so a target that adjacent pixels do not explain asks too much of them.
+The inputs are the pixels of the adjacent patches (four in an image), normalized over the image, without patches at the
+border. The share of the explained variance is measured on other images. Thrown tokens see only features of other
+tokens, so a target that adjacent pixels do not explain asks too much of them.
 """
 
 import sys
@@ -22,25 +22,28 @@ from prmim_train.report.figures import new_figure, save_figure, write_caption
 Array = NDArray[np.float64]
 
 LUMINANCE = (0.299, 0.587, 0.114)
-ITSELF, IMAGE = "patch, normalised by itself", "patch, normalised over the image"
+ITSELF, IMAGE = "patch, normalized by itself", "patch, normalized over the image"
 TEST_SHARE = 0.25
 """Share of the images on which the regression is tested."""
 
 
 class Explained(NamedTuple):
-    """What adjacent patches explain.
+    """Explained variance of targets, given adjacent patches.
 
     Parameters
     ----------
     targets
         Number of values and share of the explained variance, by target.
     spectra
-        Share of the explained variance by frequency, in periods per patch, for each normalisation of the patch. The
+        Share of the explained variance by frequency, in periods per patch, for each normalization of the patch. The
         coefficients of the discrete cosine transform (DCT) of a patch are taken together in steps of half a period.
+    coefficients
+        The same for each DCT coefficient, in the shape of a patch, lowest frequencies first.
     """
 
     targets: dict[str, tuple[int, float]]
     spectra: dict[str, dict[float, float]]
+    coefficients: dict[str, Array]
 
 
 def read_luminance(data: str, count: int, size: int, channels: int) -> Array:
@@ -108,15 +111,18 @@ def explain(images: Array, patch_size: tuple[int, ...]) -> Explained:
         variance = ((test - test.mean(axis=0)) ** 2).sum(axis=0)
         return variance - error, variance
 
-    targets, spectra = {}, {}
+    targets, spectra, coefficients = {}, {}, {}
     for name, target in targets_of(patches, patch_size):
         explained, variance = shares(target)
         targets[name] = (target.shape[-1], float(explained.sum() / variance.sum()))
         if name in (ITSELF, IMAGE):
             axes = tuple(range(-len(patch_size), 0))
             spectrum = dctn(target.reshape(*target.shape[:2], *patch_size), axes=axes, norm="ortho")
-            spectra[name] = _by_frequency(*shares(spectrum.reshape(target.shape)), patch_size)
-    return Explained(targets, spectra)
+            explained, variance = shares(spectrum.reshape(target.shape))
+            spectra[name] = _by_frequency(explained, variance, patch_size)
+            constant = variance < 1e-9 * variance.sum()  # the mean of a patch that is normalized by itself
+            coefficients[name] = np.where(constant, np.nan, explained / variance).reshape(patch_size)
+    return Explained(targets, spectra, coefficients)
 
 
 def _by_frequency(explained: Array, variance: Array, patch_size: tuple[int, ...]) -> dict[float, float]:
@@ -126,7 +132,7 @@ def _by_frequency(explained: Array, variance: Array, patch_size: tuple[int, ...]
     shares = {}
     for step in np.unique(halves):
         whole = variance[halves == step].sum()
-        if whole > 1e-9 * variance.sum():  # the mean of a patch that is normalised by itself does not vary
+        if whole > 1e-9 * variance.sum():  # the mean of a patch that is normalized by itself does not vary
             shares[float(step) / 2] = float(explained[halves == step].sum() / whole)
     return shares
 

@@ -1,11 +1,10 @@
-"""Masking, furthest sampling and reconstruction schedules as pure functions of arrays.
+"""Masking, furthest sampling and reconstruction as pure functions of arrays.
 
 Arguments are NumPy, PyTorch, JAX or other arrays that follow the array API standard. Results come from the same
 library, on the same device. Randomness is an argument: equal noise gives equal integers on every library.
 
-Argument order is static arguments (grid, counts), then noise, then other arrays. Names: ``known`` holds token indices,
-``is_known`` is a bool mask. Argument names and shapes use N tokens per image, of which V are visible, M decoded and T
-thrown.
+Arguments come in this order: static ones (grid, counts), noise, other arrays. ``known`` holds token indices,
+``is_known`` is a bool mask. Shapes: N tokens per image; V are visible, M decoded, T thrown.
 """
 
 from prmim_core.counts import TokenCounts, count_tokens

@@ -1,4 +1,4 @@
-"""Namespaces of array libraries, and the few operations on which the libraries differ.
+"""Namespaces of array libraries, and the operations in which they differ.
 
 The rest of the core uses the array API standard only. No other module names a framework.
 """
@@ -34,14 +34,14 @@ def array_namespace(*arrays: Array) -> Namespace:
         xp = compat.array_namespace(*arrays)
     except TypeError:
         xp = None
-    if hasattr(xp, "bool"):  # MLX has a namespace without this dtype, and without stable sorting
+    if hasattr(xp, "bool"):  # MLX has a namespace, but neither this dtype nor stable sorting
         return xp
     foreign = {_class_name(array) for array in arrays if _is_foreign(array)}
     if foreign:
         raise TypeError(
             f"arrays: expected arrays of the array API standard (NumPy, PyTorch, JAX, ...), got "
             f"{' and '.join(sorted(foreign))}: make the plan from NumPy noise, and pass plan.order and "
-            "stage_weights(plan) as NumPy arrays (docs/foreign_frameworks.md)"
+            "stage_weights(plan) as NumPy arrays (docs/guides/foreign_frameworks.md)"
         )
     found = " and ".join(sorted({_class_name(array) for array in arrays}))
     raise TypeError(f"arrays: expected arrays of one library, got {found}")
@@ -67,15 +67,15 @@ def compat_namespace(module: Namespace) -> Namespace:
 
 
 def device_of(array: Array) -> Any:
-    """Return the device for new arrays that are combined with ``array``; None under JAX: tracers have no device."""
+    """Return the device for new arrays; None under JAX, whose tracers have no device."""
     return None if _is_jax(array) else array.device
 
 
 def on_host(array: Array) -> NDArray[Any] | None:
-    """Return the values of an array if reading them is free and leaves a trace whole; else None.
+    """Return an array's values if reading them is free and safe to trace, else None.
 
-    They are free for NumPy, array-api-strict and CPU tensors of PyTorch, but not while PyTorch compiles, exports or
-    maps a function. JAX computes asynchronously and traces everywhere, so its values are never read.
+    Reading is free for NumPy, array-api-strict and CPU tensors of PyTorch, except while PyTorch compiles, exports or
+    maps a function. JAX values are never read: JAX is asynchronous, and any call may be traced.
     """
     if isinstance(array, np.ndarray):
         return array
@@ -92,12 +92,12 @@ def on_host(array: Array) -> NDArray[Any] | None:
 
 
 def to_numpy(array: Array) -> NDArray[Any]:
-    """Copy an array to the host, waiting for its device. For tests, never for a training step."""
+    """Copy an array to the host; blocks until it is computed. For tests only."""
     return np.asarray(array.cpu() if _library(array) == "torch" else array)
 
 
 def as_index(xp: Namespace, index: Array) -> Array:
-    """Cast token indices to the default integer dtype, since sums of narrower ones would overflow."""
+    """Cast token indices to the default integer dtype, in which sums do not overflow."""
     return xp.astype(index, xp.arange(0).dtype, copy=False)
 
 
@@ -125,14 +125,14 @@ def argsort(xp: Namespace, x: Array) -> Array:
 
 
 def take_along_rows(xp: Namespace, x: Array, index: Array) -> Array:
-    """Take ``x[b, index[b, i]]`` of every row: (batch, n), from (batch, N) and the indices of :func:`argsort`."""
+    """Gather ``x[b, index[b, i]]``: (batch, n), from (batch, N) and :func:`argsort` indices."""
     if _library(x) == "torch":
-        return x.gather(1, index)  # take_along_dim would fix the batch size of a program that torch.export makes
+        return x.gather(1, index)  # take_along_dim would make the batch size of an exported program static
     return xp.take_along_axis(x, index, axis=1)
 
 
 def scatter(xp: Namespace, index: Array, values: Array, length: int) -> Array:
-    """Write the same values to different places of every row.
+    """Write the same values to different positions of every row.
 
     Parameters
     ----------
@@ -165,7 +165,7 @@ def scatter(xp: Namespace, index: Array, values: Array, length: int) -> Array:
         return rows
     if n == 0:
         return rows
-    # The standard has no scatter, but it has a search: concatenate all rows, shifted apart, into one sorted list.
+    # The standard has no scatter. Instead, shift the rows apart, concatenate them to one sorted list, and search it.
     order = argsort(xp, index)
     places = xp.reshape(xp.take_along_axis(index, order, axis=1) + image * length, (-1,))
     wanted = xp.arange(batch * length, dtype=places.dtype, device=device)
@@ -175,7 +175,7 @@ def scatter(xp: Namespace, index: Array, values: Array, length: int) -> Array:
 
 
 def scan(xp: Namespace, step: Callable[[Any], tuple[Any, Array]], state: Any, length: int) -> tuple[Any, Array]:
-    """Call ``state, output = step(state)`` a fixed number of times. The only loop over data in the core.
+    """Call ``state, output = step(state)`` a fixed number of times.
 
     Parameters
     ----------
@@ -195,7 +195,8 @@ def scan(xp: Namespace, step: Callable[[Any], tuple[Any, Array]], state: Any, le
 
     Notes
     -----
-    Under JAX this is ``jax.lax.scan``, compiled once for any length. Elsewhere it is a Python loop.
+    The only loop over data in the core. Under JAX it is ``jax.lax.scan``, compiled once for any length. Elsewhere it is
+    a Python loop.
     """
     if xp.__name__.startswith("jax"):
         import jax
@@ -213,9 +214,9 @@ _pytree_classes: set[type] = set()
 
 
 def register_pytree(cls: type, example: Array, array_field: str, static_field: str) -> None:
-    """Register ``cls`` as a JAX pytree of one array and one static field, on its first JAX array.
+    """Register ``cls`` as a JAX pytree of one array and one static field.
 
-    JAX is imported only if the caller already holds a JAX array.
+    A no-op unless ``example`` is a JAX array, so JAX is imported only where it is in use.
     """
     if cls in _pytree_classes or not _is_jax(example):
         return

@@ -1,4 +1,4 @@
-"""Argument checks that several public functions share. Every message names the argument, what it expected and got.
+"""Argument checks shared by public functions. Messages: argument, expected, got.
 
 Values are checked where :func:`prmim_core._arrays.on_host` can read them. Elsewhere no check waits for a device.
 """
@@ -13,12 +13,12 @@ from prmim_core.grid import Grid
 
 
 def shown(value: object) -> str:
-    """Show a value in a message: on one line, of bounded length."""
+    """Format a value for a message, on one line of bounded length."""
     return " ".join(reprlib.repr(value).split())
 
 
 def check_integer(name: str, value: object, minimum: int | None = None) -> int:
-    """Return a Python or NumPy integer as an int; raise TypeError for others, and ValueError below ``minimum``."""
+    """Return an integer as an int; TypeError otherwise, ValueError below ``minimum``."""
     if not isinstance(value, int | np.integer) or isinstance(value, bool):
         raise TypeError(f"{name}: expected an integer, got {shown(value)}")
     if minimum is not None and value < minimum:
@@ -27,13 +27,13 @@ def check_integer(name: str, value: object, minimum: int | None = None) -> int:
 
 
 def check_count(name: str, value: object, maximum: int) -> None:
-    """Raise TypeError unless ``value`` is an integer, and ValueError unless it lies in [0, maximum]."""
+    """Validate an integer (TypeError) in [0, maximum] (ValueError)."""
     if not 0 <= check_integer(name, value) <= maximum:
         raise ValueError(f"{name}: expected 0 to {maximum}, got {value}")
 
 
 def check_choice(name: str, value: object, choices: Any, other: str = "") -> None:
-    """Raise ValueError unless ``value`` is a member of the ``Literal`` type; ``other`` says what else is accepted."""
+    """Raise ValueError unless a ``Literal`` type has the value; ``other``: more text."""
     if value not in get_args(choices):
         raise ValueError(f"{name}: expected one of {', '.join(get_args(choices))}{other}, got {shown(value)}")
 
@@ -45,7 +45,7 @@ def check_type(name: str, value: object, expected: type) -> None:
 
 
 def check_arrays(**arrays: Array) -> Namespace:
-    """Return the namespace of the arrays; raise TypeError for what is no array, and for arrays of several libraries."""
+    """Return the namespace of the arrays; TypeError unless all are arrays of one library."""
     for name, array in arrays.items():
         if not hasattr(array, "dtype"):
             raise TypeError(f"{name}: expected an array, got {type(array).__name__}")
@@ -53,9 +53,9 @@ def check_arrays(**arrays: Array) -> Namespace:
 
 
 def check_noise(noise: Array, num_tokens: int | None = None) -> None:
-    """Raise unless ``noise`` holds real numbers of shape (batch, num_tokens); None accepts any number of tokens."""
+    """Raise unless noise is real, (batch, num_tokens); None: any number of tokens."""
     xp = array_namespace(noise)
-    # Compared with !=, not with "in": PyTorch's compiler does not find a size that it made dynamic in a tuple.
+    # != instead of "in": PyTorch's compiler does not find a dynamic size in a tuple.
     if noise.ndim != 2 or (num_tokens is not None and noise.shape[1] != num_tokens):
         length = "N" if num_tokens is None else num_tokens
         raise ValueError(f"noise: expected shape (batch, {length}), got {tuple(noise.shape)}")
@@ -71,7 +71,7 @@ def check_integers(xp: Namespace, name: str, array: Array) -> None:
 
 
 def check_index(xp: Namespace, name: str, index: Array) -> None:
-    """Raise TypeError unless the array holds integers; for a mask, the message says how to convert it."""
+    """Raise TypeError unless the array holds integers; for masks, suggest a conversion."""
     if index.dtype == xp.bool:
         how = "(~mask).argsort(1)[:, :n] are the n tokens where it is True"
         raise TypeError(f"{name}: expected token indices, got a boolean mask; {how}")
@@ -79,7 +79,7 @@ def check_index(xp: Namespace, name: str, index: Array) -> None:
 
 
 def check_tokens(xp: Namespace, name: str, index: Array, num_tokens: int) -> None:
-    """Raise TypeError unless the array holds integers, and IndexError unless they lie in [0, num_tokens)."""
+    """Validate token indices: integers (TypeError) in [0, num_tokens) (IndexError)."""
     check_index(xp, name, index)
     values = on_host(index)
     if values is None or values.size == 0:
@@ -90,14 +90,14 @@ def check_tokens(xp: Namespace, name: str, index: Array, num_tokens: int) -> Non
 
 
 def check_mask(xp: Namespace, name: str, mask: Array, noise: Array) -> None:
-    """Raise TypeError unless the mask is bool, and ValueError unless it has the shape of ``noise``."""
+    """Validate a mask: bool (TypeError), the shape of ``noise`` (ValueError)."""
     if mask.dtype != xp.bool:
         raise TypeError(f"{name}: expected bool, got {mask.dtype}")
     _check_shape_of_noise(name, mask, noise)
 
 
 def check_weights(xp: Namespace, noise: Array, weights: Array) -> None:
-    """Check noise and weights of a weighted draw: int32 noise, and one weight per token, not NaN."""
+    """Validate a weighted draw: int32 noise, one weight per token, no NaN."""
     if noise.dtype != xp.int32:
         raise TypeError(f"noise: expected int32, got {noise.dtype}")
     _check_shape_of_noise("weights", weights, noise)
@@ -105,7 +105,7 @@ def check_weights(xp: Namespace, noise: Array, weights: Array) -> None:
 
 
 def check_positions(positions: Grid | Array) -> int:
-    """Return the number of tokens; raise unless ``positions`` is a grid or an integer array (N, axes)."""
+    """Return the number of tokens; raise unless given a grid or an int array (N, axes)."""
     if isinstance(positions, Grid):
         return positions.num_tokens
     if not hasattr(positions, "dtype"):

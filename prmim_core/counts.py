@@ -1,4 +1,4 @@
-"""Token counts: the only place where ratios become integers."""
+"""Conversion of ratios to token counts."""
 
 from dataclasses import dataclass
 from fractions import Fraction
@@ -67,12 +67,11 @@ def count_tokens(
     throw_ratio
         Thrown fraction of **all** tokens, in [0, 1]. Only masked tokens are thrown, so 1 means that none are decoded.
     rounding
-        ``"mae"`` rounds the visible count down, V = floor(N (1 - mask_ratio)), as MAE, SimMIM and MaskAlign define it.
-        ``"amt"`` rounds the masked count down, N - V = floor(N mask_ratio), as AMT and VideoMAE do. Both compute
-        exactly.
-        ``"mae_float"`` computes V = int(N * (1 - mask_ratio)) in floating point, as the code of MAE and MaskAlign.
-        ``"simmim_float"`` computes N - V = ceil(N * mask_ratio) in floating point, as the code of SimMIM.
-        ``"amt_float"`` computes N - V = int(N * mask_ratio) in floating point, as the code of VideoMAE.
+        ``"mae"`` rounds the visible count down, V = floor(N (1 - mask_ratio)), as in MAE, SimMIM and MaskAlign.
+        ``"amt"`` rounds the masked count down, N - V = floor(N mask_ratio), as in AMT and VideoMAE. Both are exact.
+        ``"mae_float"`` computes V = int(N * (1 - mask_ratio)) in floating point, as in the code of MAE and MaskAlign.
+        ``"simmim_float"`` computes N - V = ceil(N * mask_ratio) in floating point, as in the code of SimMIM.
+        ``"amt_float"`` computes N - V = int(N * mask_ratio) in floating point, as in the code of VideoMAE.
     mask_unit
         Number of tokens that are masked together; a divisor of ``num_tokens``. SimMIM's 2x2 units have 4.
     throw_unit
@@ -82,7 +81,7 @@ def count_tokens(
     -------
     TokenCounts
         V as above, T = min(floor(N throw_ratio), N - V), M = N - V - T. T is computed in the arithmetic of the rule.
-        With units the same rules count units, so V is a multiple of ``mask_unit`` and T of ``throw_unit``.
+        With units, the rules count units: V is a multiple of ``mask_unit``, T of ``throw_unit``.
 
     Raises
     ------
@@ -93,8 +92,8 @@ def count_tokens(
 
     Notes
     -----
-    Exact arithmetic takes a ratio as its shortest decimal: 0.9 is 9/10, so 100 tokens leave 10 visible. In floating
-    point, 1 - 0.9 is below 0.1, and 100 tokens leave 9 visible. The ``float`` rules reproduce such counts.
+    Exact arithmetic reads a ratio as its shortest decimal. 0.9 is 9/10, so 10 of 100 tokens are visible. In floating
+    point, 1 - 0.9 is below 0.1, and 9 of 100 tokens are visible. The ``float`` rules reproduce these counts.
 
     Examples
     --------

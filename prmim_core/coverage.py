@@ -104,11 +104,11 @@ def _nearest_known_distance(xp: Namespace, positions: Grid | Array, is_known: Ar
 def _distance_transform(xp: Namespace, grid: Grid, is_known: Array) -> Array:
     device = device_of(is_known)
     batch = is_known.shape[0]
-    # Larger than any distance. Grid keeps distances below 2**30, so adding one to it cannot overflow.
+    # Larger than any distance. Distances are below 2**30, so sums with this value cannot overflow.
     unknown = grid.max_squared_distance + 1
     zeros = xp.zeros(is_known.shape, dtype=xp.int32, device=device)
     distance = xp.where(is_known, zeros, unknown)
-    # The current axis comes first and the batch last: array libraries are fast at minima over long rows.
+    # The current axis first, the batch last: minima over long rows are fast in all libraries.
     distance = xp.permute_dims(distance, (1, 0))
     for size, step in zip(grid.shape, grid.spacing, strict=True):
         others = grid.num_tokens // size
@@ -116,14 +116,14 @@ def _distance_transform(xp: Namespace, grid: Grid, is_known: Array) -> Array:
         along_axis = (line[:, None] - line[None, :]) ** 2
         lines = xp.reshape(distance, (size, 1, others * batch))
         lines = xp.min(lines + along_axis[:, :, None], axis=0)
-        # Move the finished axis behind the others; after the last axis all are back in place.
+        # Move the finished axis behind the others. After the last axis, their order is the original one.
         distance = xp.permute_dims(xp.reshape(lines, (size, others, batch)), (1, 0, 2))
     distance = xp.permute_dims(xp.reshape(distance, (grid.num_tokens, batch)), (1, 0))
     return xp.where(distance < unknown, distance, INT32_MAX)
 
 
 def _pairwise_minimum(xp: Namespace, positions: Array, is_known: Array) -> Array:
-    """Compute the nearest known distance of free points, in blocks of points to bound memory."""
+    """Compute nearest known distances of free points, in blocks to bound memory."""
     points = _int32_points(xp, positions, device_of(is_known))
     batch, length = is_known.shape
     block = max(1, _PAIRS_AT_ONCE // max(1, batch * length))
@@ -143,5 +143,5 @@ def _int32_points(xp: Namespace, positions: Array, device: object) -> Array:
 
 
 def _squared_distances(xp: Namespace, first: Array, second: Array) -> Array:
-    """Compute squared distances between all pairs of integer points (n, axes) and (m, axes): int (n, m)."""
+    """Compute squared distances between points (n, axes) and (m, axes): int (n, m)."""
     return xp.sum((first[:, None, :] - second[None, :, :]) ** 2, axis=2, dtype=first.dtype)

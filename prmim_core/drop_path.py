@@ -4,7 +4,7 @@ from prmim_core._arrays import Array, device_of
 from prmim_core._checks import check_arrays, check_integer, check_integers, check_noise
 from prmim_core.noise import _absorb, _uniform
 
-# "drop" in ASCII. Separates these draws from others that start from the same noise.
+# "drop" in ASCII. Makes these draws independent of others that use the same noise.
 STREAM = 0x64726F70
 
 
@@ -68,7 +68,7 @@ def drop_path_scales(depth: int, rate: float, noise: Array) -> Array:
     chance = xp.reshape(_uniform(xp, _absorb(state[:, None], branches[None, :])), (noise.shape[0], depth, 2))
     scales = []
     for block in range(depth):
-        # Scalar rates, because a table would be copied to the device in every step.
+        # Scalars, because every step would copy a table to the device.
         block_rate = rate * block / max(depth - 1, 1)
         is_kept = chance[:, block, :] >= block_rate
         scales.append(xp.astype(is_kept, xp.float32) * (1 / (1 - block_rate)))

@@ -109,7 +109,7 @@ class Grid:
         )
 
     def coordinates(self, like: Array) -> list[Array]:
-        """Compute the positions of the tokens along each axis, where an array is, without a copy.
+        """Compute token positions per axis on the device of an array, without a copy.
 
         Parameters
         ----------

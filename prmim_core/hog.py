@@ -1,4 +1,7 @@
-"""Histograms of oriented gradients of images, the targets of LocalMIM. Two axes, any number of channels."""
+"""Histograms of oriented gradients (HOG), the targets of LocalMIM.
+
+Images have two axes and any number of channels.
+"""
 
 from collections.abc import Sequence
 from itertools import pairwise
@@ -7,11 +10,11 @@ from math import cos, pi, sin
 from prmim_core._arrays import Array, Namespace, array_namespace
 
 NORM_EPS = 1e-12
-"""Smallest norm of a histogram that is divided by."""
+"""Lower bound of the norm that a histogram is divided by."""
 
 
 def hog(images: Array, cell_size: tuple[int, int], bins: int = 9) -> Array:
-    """Describe each cell of an image by a histogram of its gradient directions.
+    """Compute a histogram of gradient directions for each cell of an image.
 
     Parameters
     ----------
@@ -42,11 +45,11 @@ def hog(images: Array, cell_size: tuple[int, int], bins: int = 9) -> Array:
     to differences between columns, ``v`` to differences between rows. A pixel adds its magnitude, sqrt(u^2 + v^2), to
     bin floor(bins * atan2(u, v) / pi) modulo ``bins``: opposite directions are the same, and bins are not
     interpolated. A cell's histogram is the mean over its pixels, divided by its Euclidean norm. There is no
-    normalisation over blocks of cells.
+    normalization over blocks of cells.
 
-    Directions are compared with the edges of the bins, which takes products only. So integer pixels below 256 have the
-    same bins in float32 as in float64, even if a direction lies on an edge. An affine change of a channel's values
-    with a positive factor changes nothing but rounding: pixels need no normalisation.
+    Directions are compared with the edges of the bins by products only. Therefore integer pixels below 256 fall into
+    the same bins in float32 and float64, even if a direction lies on an edge. Positive affine maps of a channel change
+    rounding only: pixels need no normalization.
 
     References
     ----------
@@ -64,7 +67,7 @@ def hog(images: Array, cell_size: tuple[int, int], bins: int = 9) -> Array:
 
 
 def hog_pyramid(images: Array, cell_sizes: Sequence[tuple[int, int]], bins: int = 9) -> list[Array]:
-    """Describe cells of several sizes as :func:`hog` does, from a single pass over the pixels.
+    """Compute :func:`hog` for several cell sizes in a single pass over the pixels.
 
     Parameters
     ----------
@@ -76,12 +79,12 @@ def hog_pyramid(images: Array, cell_sizes: Sequence[tuple[int, int]], bins: int 
     Returns
     -------
     list of array
-        What :func:`hog` returns for each size.
+        The result of :func:`hog` for each size.
 
     Raises
     ------
     TypeError, ValueError
-        As :func:`hog`, and if a cell size is no multiple of the one before.
+        As :func:`hog`, and if a cell size is not a multiple of the one before.
 
     Examples
     --------
@@ -121,12 +124,12 @@ def _check(xp: Namespace, images: Array, cell_sizes: Sequence[tuple[int, int]], 
 
 
 def _cell_histograms(xp: Namespace, images: Array, cell_size: tuple[int, int], bins: int) -> Array:
-    """Compute the mean magnitude of a cell's gradients in each bin: (batch, rows, columns, channels, bins)."""
+    """Compute mean magnitudes per cell and bin: (batch, rows, columns, channels, bins)."""
     u, v = _sobel(xp, images)
     magnitude = xp.sqrt(u * u + v * v)
     chosen = _direction_bin(xp, u, v, bins)
     nothing = xp.zeros_like(magnitude)
-    # Bin by bin: the memory is that of an image, not of an image for each bin.
+    # A loop over bins needs the memory of one image, not of one image per bin.
     return xp.stack(
         [_mean_over_cells(xp, xp.where(chosen == number, magnitude, nothing), cell_size) for number in range(bins)],
         axis=-1,
@@ -134,7 +137,7 @@ def _cell_histograms(xp: Namespace, images: Array, cell_size: tuple[int, int], b
 
 
 def _sobel(xp: Namespace, images: Array) -> tuple[Array, Array]:
-    """Filter (batch, height, width, channels): the responses to differences between columns, and between rows."""
+    """Return Sobel responses to differences between columns, and between rows."""
     padded = _reflect(xp, _reflect(xp, images, 1), 2)
     above, below = padded[:, :-2, :, :], padded[:, 2:, :, :]
     left, right = padded[:, :, :-2, :], padded[:, :, 2:, :]
@@ -147,7 +150,7 @@ def _sobel(xp: Namespace, images: Array) -> tuple[Array, Array]:
 
 
 def _reflect(xp: Namespace, images: Array, axis: int) -> Array:
-    """Pad one pixel at both ends of an axis with its mirror image; the border pixel is not repeated."""
+    """Pad an axis by one reflected pixel at both ends, without repeating the border."""
     leading = (slice(None),) * axis
     return xp.concat([images[(*leading, slice(1, 2), ...)], images, images[(*leading, slice(-2, -1), ...)]], axis=axis)
 
@@ -156,8 +159,8 @@ def _direction_bin(xp: Namespace, u: Array, v: Array, bins: int) -> Array:
     """Compute floor(bins * atan2(u, v) / pi) modulo ``bins`` as an integer array."""
     is_turned = (u < 0) | ((u == 0) & (v < 0))  # opposite directions are the same
     u, v = xp.where(is_turned, -u, u), xp.where(is_turned, -v, v)
-    # The angle is now in [0, pi). It has passed the edge at angle e if sin(angle - e) is not negative. Two products are
-    # compared, since a compiler may round the difference of products once instead of three times.
+    # The angle is now in [0, pi). It is past the edge e if sin(angle - e) is not negative. The two products are
+    # compared, not subtracted: a compiler may fuse a difference of products and round it differently.
     angles = [pi * number / bins for number in range(1, bins)]
     passed = [xp.astype(u * cos(angle) >= v * sin(angle), xp.int32) for angle in angles]
     return sum(passed, xp.zeros_like(u, dtype=xp.int32))
@@ -172,7 +175,7 @@ def _mean_over_cells(xp: Namespace, values: Array, cell_size: tuple[int, int]) -
 
 
 def _normalize(xp: Namespace, histograms: Array) -> Array:
-    """Divide (..., channels, bins) by the norm over the bins; return (..., channels * bins)."""
+    """Divide (..., channels, bins) by the norm over bins: (..., channels * bins)."""
     norm = xp.sqrt(xp.sum(histograms * histograms, axis=-1, keepdims=True))
     unit = histograms / xp.where(norm > NORM_EPS, norm, xp.full_like(norm, NORM_EPS))
     return xp.reshape(unit, (*unit.shape[:-2], unit.shape[-2] * unit.shape[-1]))

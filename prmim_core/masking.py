@@ -1,4 +1,4 @@
-"""Masking strategies: pure functions of noise that return the indices of the visible tokens.
+"""Masking strategies: pure functions from noise to visible tokens.
 
 Pass the result to :func:`prmim_core.make_plan` as ``visible``. NaN in noise or weights raises ValueError, on the host
 only: for NumPy, and for PyTorch on a CPU when not compiled.
@@ -11,7 +11,7 @@ from prmim_core._checks import check_arrays, check_count, check_noise, check_typ
 from prmim_core.grid import Grid
 from prmim_core.noise import _uniform
 
-# Smaller positive weights count as this: their arrival times would overflow float32.
+# Lower bound of positive weights: arrival times of smaller ones would overflow float32.
 _LEAST_RATE = 2.0**-100
 
 
@@ -146,7 +146,7 @@ def weighted_visible(num_visible: int, noise: Array, weights: Array) -> Array:
 def unattended_visible(
     grid: Grid, unit: tuple[int, ...], num_visible_units: int, noise: Array, weights: Array
 ) -> Array:
-    """Draw all units without replacement, in proportion to weights; those drawn last are visible (AMT).
+    """Draw units in proportion to weights; the last ones are visible (AMT).
 
     Parameters
     ----------
@@ -177,8 +177,8 @@ def unattended_visible(
 
     Notes
     -----
-    The race of :func:`weighted_visible`; equal weights are a uniform draw. With the same noise and weights,
-    :func:`prmim_core.weighted_decoded` returns the tokens that were drawn first.
+    All units are drawn without replacement, by the race of :func:`weighted_visible`. Equal weights are a uniform draw.
+    With the same noise and weights, :func:`prmim_core.weighted_decoded` returns the tokens drawn first.
 
     References
     ----------
@@ -204,7 +204,7 @@ def unattended_visible(
 
 
 def attention_weights(attention: Array) -> Array:
-    """Turn the attention of several heads into one weight per token: min-max normalised per head, averaged (AMT).
+    """Average min-max normalized attention heads to one weight per token (AMT).
 
     Parameters
     ----------
@@ -214,7 +214,7 @@ def attention_weights(attention: Array) -> Array:
     Returns
     -------
     array
-        float (batch, N), in [0, 1]. A head that attends to all patches alike gives each the weight 1.
+        float (batch, N), in [0, 1]. A head with uniform attention gives every patch the weight 1.
 
     Raises
     ------
@@ -266,7 +266,7 @@ def tube_visible(grid: Grid, num_visible: int, noise: Array) -> Array:
     TypeError
         If ``grid`` is not a Grid or ``noise`` does not hold real numbers.
     ValueError
-        If the grid has one axis only, ``noise`` does not fit it or has NaN, or ``num_visible`` is out of range or no
+        If the grid has one axis only, ``noise`` does not fit it or has NaN, or ``num_visible`` is out of range or not a
         multiple.
 
     References
@@ -301,7 +301,7 @@ def _block_visible(xp: Namespace, grid: Grid, unit: tuple[int, ...], num_visible
 
 
 def _arrival_times(xp: Namespace, noise: Array, weights: Array) -> Array:
-    """Compute arrival times in the race of :func:`weighted_visible`: float32 (batch, N)."""
+    """Compute arrival times of :func:`weighted_visible`: float32 (batch, N)."""
     rates = xp.astype(weights, xp.float32)
     never = xp.full_like(rates, float("inf"))
     safe = xp.where(rates > _LEAST_RATE, rates, xp.full_like(rates, _LEAST_RATE))
@@ -309,7 +309,7 @@ def _arrival_times(xp: Namespace, noise: Array, weights: Array) -> Array:
 
 
 def _unit_tokens(xp: Namespace, grid: Grid, unit: tuple[int, ...], device: object) -> Array:
-    """List the tokens of every unit: int (units, tokens per unit), both in raster order."""
+    """List the tokens of every unit: int (units, tokens per unit), in raster order."""
     units = grid.units(unit).shape
     tokens = xp.arange(grid.num_tokens, device=device)
     # (units_0, unit_0, units_1, unit_1, ...) -> all axes of units first, then all axes inside a unit.
@@ -320,13 +320,13 @@ def _unit_tokens(xp: Namespace, grid: Grid, unit: tuple[int, ...], device: objec
 
 
 def _unit_weights(xp: Namespace, tokens: Array, weights: Array) -> Array:
-    """Sum the weights (batch, N) of each unit's tokens (units, tokens per unit): (batch, units)."""
+    """Sum weights (batch, N) over tokens (units, tokens per unit): (batch, units)."""
     by_unit = xp.take(weights, xp.reshape(tokens, (-1,)), axis=1)
     return xp.sum(xp.reshape(by_unit, (weights.shape[0], *tokens.shape)), axis=2)
 
 
 def _take_units(xp: Namespace, tokens: Array, units: Array) -> Array:
-    """Expand units (batch, n) to their tokens (units, tokens per unit): int (batch, n * tokens per unit)."""
+    """Expand units (batch, n) to their tokens: int (batch, n * tokens per unit)."""
     batch, number = units.shape
     taken = xp.take(tokens, xp.reshape(units, (-1,)), axis=0)
     return xp.reshape(taken, (batch, number * tokens.shape[1]))

@@ -1,4 +1,4 @@
-"""Counter-based noise, bit-identical on every array library, device and number of processes."""
+"""Counter-based noise, bit-identical across libraries, devices and process counts."""
 
 from typing import Any
 
@@ -18,7 +18,7 @@ def counter_noise(seed: int, step: int | Array, sample: Array, num_tokens: int, 
     step
         The training step: an integer in [0, 2**31), or an integer array of one element (may be traced by JAX).
     sample
-        int (batch,): dataset index of each image, at least 0. A row depends on its own sample only, so processes may
+        int (batch,): dataset index of each image, at least 0. Each row depends on its own sample only, so processes may
         split a batch in any way.
     num_tokens
         N, the number of tokens.
@@ -46,8 +46,8 @@ def counter_noise(seed: int, step: int | Array, sample: Array, num_tokens: int, 
         absorb(h, w):  mix(h ^ mix(w + 0x9E3779B9))
         noise:         absorb(absorb(absorb(absorb(0, seed), step), sample), token)
 
-    A sample of 2**32 or more has two words, absorbed one after the other: the low one, then the high one. JAX has no
-    such samples unless its 64-bit types are enabled: pass them in NumPy, with ``xp=jax.numpy``.
+    A sample of 2**32 or more has two words, absorbed one after the other: the low one, then the high one. Without
+    64-bit types, JAX cannot hold such samples: pass them in NumPy, with ``xp=jax.numpy``.
 
     The result is read as a signed number. ``mix`` is a low-bias bijection (constants: C. Wellons, "hash-prospector",
     public domain), so ``absorb`` is a bijection of its second argument and rows have no ties. About ten integer
@@ -79,7 +79,7 @@ def counter_noise(seed: int, step: int | Array, sample: Array, num_tokens: int, 
 
 
 def _sample_words(sample: Array) -> tuple[Array, Array | None]:
-    """Split sample indices into int32 words, the low one and the high one; None: the dtype has no high word."""
+    """Split sample indices into low and high int32 words; None: no high word."""
     xp = array_namespace(sample)
     if sample.ndim != 1:
         raise ValueError(f"sample: expected shape (batch,), got {tuple(sample.shape)}")
@@ -119,12 +119,12 @@ def _signed(value: int) -> int:
 
 
 def _absorb(state: Array, word: Array) -> Array:
-    """Mix one int32 word into the int32 state; see the notes of :func:`counter_noise`."""
+    """Mix an int32 word into the int32 state; see :func:`counter_noise`."""
     return _mix(state ^ _mix(word + _signed(0x9E3779B9)))
 
 
 def _mix(x: Array) -> Array:
-    # Masking off the sign bits turns the arithmetic shift into a logical one.
+    # Clearing the sign bits turns the arithmetic shift into a logical one.
     x = x ^ ((x >> 16) & 0xFFFF)
     x = x * _signed(0x7FEB352D)
     x = x ^ ((x >> 15) & 0x1FFFF)
@@ -133,7 +133,7 @@ def _mix(x: Array) -> Array:
 
 
 def _noise_rank(xp: Namespace, noise: Array) -> Array:
-    """Rank tokens by noise, lowest first: int32 (batch, N). Equal values rank in raster order."""
+    """Rank tokens by noise, lowest first, ties in raster order: int32 (batch, N)."""
     length = noise.shape[1]
     return scatter(xp, argsort(xp, noise), xp.arange(length, dtype=xp.int32, device=device_of(noise)), length)
 

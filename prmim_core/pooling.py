@@ -10,7 +10,7 @@ from prmim_core.targets import patchify
 
 
 def pool_units(features: Array, plan: Plan, unit: tuple[int, ...]) -> Array:
-    """Average the features of the tokens of each unit.
+    """Average the token features of each unit.
 
     Parameters
     ----------
@@ -24,8 +24,8 @@ def pool_units(features: Array, plan: Plan, unit: tuple[int, ...]) -> Array:
     Returns
     -------
     array
-        (batch, N / tokens per unit, dim): units in raster order. A unit of which some tokens have no features is the
-        mean of the others; a unit without any is 0.
+        (batch, N / tokens per unit, dim): units in raster order. Tokens without features are left out of the mean; a
+        unit without any feature is 0.
 
     Raises
     ------
@@ -86,7 +86,7 @@ def unit_index(grid: Grid, unit: tuple[int, ...], tokens: Array) -> Array:
     ValueError
         If the unit does not divide the grid.
     IndexError
-        If a token is outside of the grid. Seen on the host only: NumPy, and PyTorch on a CPU when not compiled.
+        If a token is outside of the grid. Checked on the host only: NumPy, and PyTorch on a CPU when not compiled.
 
     Examples
     --------

@@ -1,4 +1,4 @@
-"""Progressive reconstruction: thrown tokens are rebuilt from known tokens, stage by stage.
+"""Progressive reconstruction of thrown tokens from known tokens, stage by stage.
 
 This module has no learned parameters. Learned modules live in the adapters and use its offset tables.
 """
@@ -15,11 +15,11 @@ from prmim_core.grid import Grid
 from prmim_core.schedule import Plan, Schedule
 
 Mix = Callable[[Array, Array, Array], Array]
-"""Rebuilds tokens: (features (batch, K, dim), known (batch, K), thrown (batch, n)) -> (batch, n, dim)."""
+"""Reconstructs tokens: (features (batch, K, dim), known (batch, K), thrown (batch, n)) -> (batch, n, dim)."""
 
 
 def reconstruct_stages(features: Array, plan: Plan, mix: Mix, *, visible_features: bool = True) -> Array:
-    """Rebuild thrown tokens stage by stage. Each stage uses all tokens known before it.
+    """Reconstruct thrown tokens, each stage from all tokens known before it.
 
     Parameters
     ----------
@@ -32,8 +32,8 @@ def reconstruct_stages(features: Array, plan: Plan, mix: Mix, *, visible_feature
         ``mix(features, known, thrown)`` returns features (batch, n, dim) of the tokens ``thrown`` (batch, n), from the
         features (batch, K, dim) of the tokens ``known`` (batch, K).
     visible_features
-        Whether visible tokens have features. False for a decoder that returns features of decoded tokens only (such
-        as CrossMAE's): thrown tokens are rebuilt from decoded tokens and those of earlier stages.
+        Whether visible tokens have features. False for a decoder that returns features of decoded tokens only (such as
+        CrossMAE's): thrown tokens are reconstructed from decoded tokens and those of earlier stages.
 
     Returns
     -------
@@ -74,14 +74,14 @@ def reconstruct_stages(features: Array, plan: Plan, mix: Mix, *, visible_feature
 
 
 def check_rebuilt(rebuilt: Array, features: Array, thrown: Array) -> None:
-    """Raise ValueError unless a mix returned features (batch, n, dim), for the core and for adapters."""
+    """Raise ValueError unless a mix returned features (batch, n, dim)."""
     expected = (*thrown.shape, features.shape[2])
     if tuple(rebuilt.shape) != expected:
-        raise ValueError(f"mix: expected rebuilt features of shape {expected}, got {tuple(rebuilt.shape)}")
+        raise ValueError(f"mix: expected reconstructed features of shape {expected}, got {tuple(rebuilt.shape)}")
 
 
 def interpolate(features: Array, plan: Plan, eps: float = 1e-6, *, visible_features: bool = True) -> Array:
-    """Rebuild thrown tokens by inverse distance weighting (Shepard, 1968), without parameters.
+    """Reconstruct thrown tokens by inverse distance weighting (Shepard, 1968).
 
     Parameters
     ----------
@@ -99,7 +99,7 @@ def interpolate(features: Array, plan: Plan, eps: float = 1e-6, *, visible_featu
     -------
     array
         (batch, N, dim), features of all tokens in plan order; without ``visible_features``, those of masked tokens. A
-        thrown token is the mean of all known tokens, weighted by the inverse squared distance, then normalised over its
+        thrown token is the mean of all known tokens, weighted by inverse squared distance, then normalized over
         channels to mean 0 and variance 1.
 
     Raises
@@ -131,8 +131,8 @@ def interpolate(features: Array, plan: Plan, eps: float = 1e-6, *, visible_featu
 def stage_weights(plan: Plan, *, visible_features: bool = True) -> tuple[Array, ...]:
     """Compute the matrices of :func:`interpolate`, one per stage.
 
-    With the order of the plan they are all that reconstruction needs. As NumPy arrays they go to any framework, also to
-    one whose arrays do not follow the array API standard: TensorFlow, Keras, MLX, tinygrad.
+    The plan's order and these matrices are sufficient for reconstruction. As NumPy arrays, they work in frameworks
+    outside of the array API standard: TensorFlow, Keras, MLX, tinygrad.
 
     Parameters
     ----------
@@ -156,16 +156,16 @@ def stage_weights(plan: Plan, *, visible_features: bool = True) -> tuple[Array, 
 
     Notes
     -----
-    Features x (batch, V + M, dim) of visible and decoded tokens in plan order become those of all tokens by::
+    Given features x (batch, V + M, dim) of visible and decoded tokens in plan order, compute those of all tokens by::
 
         for weights in stage_weights(plan):
             rebuilt = weights @ x
             rebuilt = (rebuilt - mean(rebuilt)) / sqrt(variance(rebuilt) + eps)      over channels, biased variance
             x = concatenate([x, rebuilt], axis=1)
 
-    There is no single matrix for all stages, because each stage is normalised before the next one reads it.
+    The stages cannot be merged into one matrix, because each is normalized before the next reads it.
 
-    O(T N) operations per image; 48 kB per image for 196 tokens, of which 98 are thrown in two stages.
+    O(T N) operations per image. 48 kB per image for 196 tokens, 98 of them thrown, in two stages.
 
     Examples
     --------
@@ -187,16 +187,16 @@ def stage_weights(plan: Plan, *, visible_features: bool = True) -> tuple[Array, 
 
 
 def _first_known(name: str, schedule: Schedule, visible_features: bool) -> int:
-    """Return the place in plan order of the first known token; ValueError if tokens are thrown and none is known."""
+    """Return the first known position in plan order; ValueError if none is known."""
     first = 0 if visible_features else schedule.counts.visible
     if schedule.num_known(1) == first and schedule.counts.thrown:
         kinds = "visible or decoded" if visible_features else "decoded"
-        raise ValueError(f"{name}: expected at least one {kinds} token to rebuild others from, got none")
+        raise ValueError(f"{name}: expected at least one {kinds} token to reconstruct others from, got none")
     return first
 
 
 def _inverse_distance_weights(xp: Namespace, grid: Grid, thrown: Array, known: Array) -> Array:
-    """Compute the weights of a stage of :func:`interpolate`: float32 (batch, n, K). Rows sum to 1."""
+    """Compute the weights of a stage: float32 (batch, n, K). Rows sum to 1."""
     inverse = 1.0 / xp.astype(_pair_squared_distances(xp, grid, thrown, known), xp.float32)
     return inverse / xp.sum(inverse, axis=-1, keepdims=True)
 
@@ -209,7 +209,7 @@ def _standardize(xp: Namespace, x: Array, eps: float) -> Array:
 
 
 def num_offsets(grid: Grid) -> int:
-    """Return the number of possible offsets between two tokens: the product of (2 * side - 1).
+    """Return the number of offsets between two tokens: the product of (2 * side - 1).
 
     Parameters
     ----------
@@ -272,7 +272,7 @@ def offset_index(grid: Grid, thrown: Array, known: Array) -> Array:
     TypeError
         If ``grid`` is not a Grid or an index does not hold integers.
     IndexError
-        If a token is outside of the grid. Seen on the host only: NumPy, and PyTorch on a CPU when not compiled.
+        If a token is outside of the grid. Checked on the host only: NumPy, and PyTorch on a CPU when not compiled.
 
     Examples
     --------
@@ -285,8 +285,8 @@ def offset_index(grid: Grid, thrown: Array, known: Array) -> Array:
     for name, tokens in (("thrown", thrown), ("known", known)):
         check_tokens(xp, name, tokens, grid.num_tokens)
     thrown, known = as_index(xp, thrown), as_index(xp, known)
-    # The difference of two raster indices in the grid of offsets, shifted to its centre, is the index of the offset:
-    # n + K indices per image, and one difference per pair.
+    # The index of an offset is the difference of two raster indices in the grid of offsets, shifted to its centre. This
+    # needs n + K indices per image and one subtraction per pair.
     return _offset_place(grid, thrown)[:, :, None] - _offset_place(grid, known)[:, None, :] + num_offsets(grid) // 2
 
 
@@ -301,7 +301,7 @@ def _offset_place(grid: Grid, tokens: Array) -> Array:
 
 
 def _pair_squared_distances(xp: Namespace, grid: Grid, thrown: Array, known: Array) -> Array:
-    """Compute squared distances from every thrown to every known token, spacing applied: int (batch, n, K)."""
+    """Compute squared distances from thrown to known tokens: int (batch, n, K)."""
     thrown, known = as_index(xp, thrown), as_index(xp, known)
     total = xp.zeros((1, 1, 1), dtype=thrown.dtype, device=device_of(thrown))
     stride = grid.num_tokens

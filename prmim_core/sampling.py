@@ -1,4 +1,4 @@
-"""Furthest point sampling: picks tokens that lie as far as possible from all known tokens."""
+"""Furthest point sampling: each pick lies as far as possible from known tokens."""
 
 from collections.abc import Callable
 from functools import lru_cache
@@ -12,8 +12,8 @@ from prmim_core.coverage import _int32_points, _nearest_known_distance, _squared
 from prmim_core.grid import INT32_MAX, Grid
 from prmim_core.noise import _noise_rank
 
-# Up to this many tokens, rows of distances come from an N x N table (16 MiB): in NumPy, two to three times as fast as
-# adding them axis by axis.
+# Up to this many tokens, NumPy reads distances from an N x N table (16 MiB), two to three times as fast as adding them
+# axis by axis.
 _TABLE_TOKENS = 2048
 
 
@@ -35,7 +35,7 @@ def furthest_point_sampling(
     positions
         A :class:`Grid`, or int (N, axes) of distinct points with squared distances below 2**30.
     num_samples
-        Number of picks, at most the number of unknown candidates of every image (values, so only N is checked).
+        Number of picks, at most the number of unknown candidates of every image. Only the bound N is checked.
     noise
         (batch, N), any real dtype. Breaks ties: the token of higher noise is picked. Without known tokens, the first
         pick is the candidate of highest noise.
@@ -55,7 +55,7 @@ def furthest_point_sampling(
         If positions are not integers, ``noise`` does not hold real numbers, or ``is_known`` or ``is_candidate`` is not
         bool.
     ValueError
-        If a shape does not fit, ``num_samples`` is out of range or ``noise`` has NaN (seen on the host only).
+        If a shape does not fit, ``num_samples`` is out of range or ``noise`` has NaN (checked on the host only).
 
     Notes
     -----
@@ -106,7 +106,9 @@ def _furthest_point_sampling(
 def starting_distance(
     xp: Namespace, positions: Grid | Array, noise: Array, is_known: Array | None, is_candidate: Array | None
 ) -> tuple[Array, Array]:
-    """Compute the initial state of sampling, for the core's loop and for kernels. Arguments are not validated.
+    """Compute the initial state of sampling. Arguments are not validated.
+
+    For the core's loop and for kernels.
 
     Returns
     -------
@@ -127,7 +129,10 @@ def starting_distance(
 
 
 def key_fits_int32(positions: Grid | Array) -> bool:
-    """Return whether distance and rank fit into one int32 key; False if the distances are not available on the host."""
+    """Return whether distance and rank fit into one int32 key; False if unknown.
+
+    Distances are unknown if free positions are not on the host.
+    """
     furthest = _max_squared_distance(positions)
     length = positions.num_tokens if isinstance(positions, Grid) else positions.shape[0]
     return furthest is not None and (furthest + 2) * length <= INT32_MAX
@@ -148,7 +153,7 @@ def _pick_by_packed_key(xp: Namespace, rows: Rows, key: Array, rank: Array, num_
 def _pick_in_place(
     table: NDArray[np.int32], key: NDArray[np.int32], rank: NDArray[np.int32], num_samples: int
 ) -> NDArray[np.intp]:
-    """Pick by the packed key in NumPy without allocations per pick; overwrites ``key``."""
+    """Pick by the packed key in NumPy, without allocations; overwrites ``key``."""
     picks = np.empty((num_samples, key.shape[0]), dtype=np.intp)
     row = np.empty_like(key)
     for pick in picks:
@@ -177,7 +182,7 @@ def _pick_by_distance_then_rank(xp: Namespace, rows: Rows, distance: Array, rank
 
 
 def _distance_rows(xp: Namespace, positions: Grid | Array, scale: int, like: Array) -> Rows:
-    """Return a function that computes rows of distances, times ``scale``, on the device of ``like``."""
+    """Return a function from picks to rows of distances, times ``scale``."""
     length, device = like.shape[1], device_of(like)
     if isinstance(positions, Grid):
         if length > _TABLE_TOKENS:
@@ -211,7 +216,7 @@ def _grid_rows(xp: Namespace, grid: Grid, scale: int, device: object) -> Rows:
 
 
 def _max_squared_distance(positions: Grid | Array) -> int | None:
-    """Bound the squared distances without a copy from a device; None if the positions are not on the host."""
+    """Bound the squared distances; None if the positions are not on the host."""
     if isinstance(positions, Grid):
         return positions.max_squared_distance
     if isinstance(positions, np.ndarray):

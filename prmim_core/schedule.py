@@ -1,4 +1,4 @@
-"""Schedules and plans: one permutation of an image's tokens, cut at static boundaries."""
+"""Schedules and plans: a permutation of each image's tokens, cut at static places."""
 
 from dataclasses import dataclass
 from math import prod
@@ -36,7 +36,9 @@ from prmim_core.throwing import FurthestFrom, Throwing, ThrowingFunction, _choos
 
 @dataclass(frozen=True)
 class Schedule:
-    """The static part of a plan: sizes and rules. Hashable, so it can be a static argument of ``jax.jit``.
+    """The static part of a plan: sizes and rules.
+
+    Hashable, so it can be a static argument of ``jax.jit``.
 
     Parameters
     ----------
@@ -50,8 +52,8 @@ class Schedule:
     throwing
         ``"furthest"``, ``"random"``, ``"weighted"`` or ``"cell"``: a strategy of :mod:`prmim_core.throwing`. Or a
         function ``(grid, counts, noise, is_visible) -> decoded``, from noise and mask (batch, N) to distinct masked
-        tokens, int (batch, M). Schedules are equal if they have the same function. With a unit, all of these are of
-        units, on the grid of units.
+        tokens, int (batch, M). Two schedules with functions are equal only if the function is the same object. With a
+        unit, the function receives the grid of units, and counts and arrays of units.
     furthest_from
         ``"visible"`` or ``"none"``: see :func:`prmim_core.furthest_decoded`. Other strategies ignore it.
     unit
@@ -106,17 +108,17 @@ class Schedule:
                 f"counts: expected decoded and thrown tokens in units of {size}, got {self.counts.decoded} and "
                 f"{self.counts.thrown}"
             )
-        # Normalised, so that equal schedules compare and hash equal.
+        # Normalized, so that equal schedules compare and hash equal.
         object.__setattr__(self, "unit", None if size == 1 else tuple(int(n) for n in unit))
 
     @property
     def stage_sizes(self) -> tuple[int, ...]:
-        """Number of thrown tokens per stage: sizes differ by at most one, larger first; may be 0."""
+        """Thrown tokens per stage: sizes differ by at most one, larger first; may be 0."""
         size, larger = divmod(self.counts.thrown, self.stages)
         return tuple(size + (stage < larger) for stage in range(self.stages))
 
     def num_known(self, stage: int) -> int:
-        """Return the number of known tokens before a stage: visible, decoded, and all earlier stages.
+        """Return the number of tokens known before a stage: visible, decoded, earlier ones.
 
         Parameters
         ----------
@@ -131,7 +133,7 @@ class Schedule:
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """The role of every token of every image: visible, decoded, or thrown and rebuilt in a stage.
+    """The role of each token: visible, decoded, or thrown and reconstructed in a stage.
 
     Features stay in plan order during a forward pass; :attr:`restore` brings them back to raster order. Under JAX a
     plan is a pytree with the leaf ``order``.
@@ -195,17 +197,17 @@ class Plan:
         Parameters
         ----------
         reconstructed
-            Whether thrown tokens are reconstructed. The method decides, so a plan does not know.
+            Whether thrown tokens are reconstructed; a property of the method, not of the plan.
 
         Returns
         -------
         array
-            All tokens, int (batch, N), or without reconstruction only visible and decoded tokens, int (batch, V + M).
+            All tokens, int (batch, N); without reconstruction, visible and decoded tokens, int (batch, V + M).
         """
         return self.order if reconstructed else self.known(1)
 
     def supervised(self, *, reconstructed: bool) -> Array:
-        """Return the masked tokens that have features, and so can have a loss, in plan order.
+        """Return the masked tokens that can have a loss, in plan order.
 
         Parameters
         ----------
@@ -215,29 +217,29 @@ class Plan:
         Returns
         -------
         array
-            All masked tokens, int (batch, M + T), or without reconstruction only decoded tokens, int (batch, M).
+            All masked tokens, int (batch, M + T); without reconstruction, decoded tokens, int (batch, M).
         """
         return self.masked if reconstructed else self.decoded
 
     @property
     def restore(self) -> Array:
-        """The inverse of ``order``, int (batch, N): the position of each token in plan order."""
+        """Position of each token in plan order, the inverse of ``order``: int (batch, N)."""
         xp, length = array_namespace(self.order), self.schedule.counts.num_tokens
         check_tokens(xp, "order", self.order, length)
         return scatter(xp, self.order, xp.arange(length, device=device_of(self.order)), length)
 
     @property
     def mask(self) -> Array:
-        """The mask in raster order: bool (batch, N), True is hidden from the encoder."""
+        """The mask in raster order: bool (batch, N), True where masked."""
         xp, length = array_namespace(self.order), self.schedule.counts.num_tokens
         check_tokens(xp, "order", self.visible, length)
         return ~_is_member(xp, self.visible, length)
 
     def check(self) -> None:
-        """Validate the values of ``order``: every row is a permutation, and units are whole.
+        """Validate the values of ``order``: permutations, with whole units.
 
-        Meant for tests and for plans from other sources. It reads the values, so it waits for the device, and it does
-        not run under ``jax.jit`` or ``torch.compile``.
+        For tests and for plans from other sources. Reads values: it waits for the device, and does not work under
+        ``jax.jit`` or ``torch.compile``.
 
         Raises
         ------
@@ -263,7 +265,7 @@ class Plan:
 
 
 def _is_whole(xp: Namespace, grid: Grid, unit: tuple[int, ...], kind: Array) -> Array:
-    """Return for every image whether the tokens of a unit are of one kind: int (batch, N) to bool (batch,)."""
+    """Return whether each unit holds one kind of token: int (batch, N) to bool (batch,)."""
     units = _unit_tokens(xp, grid, unit, device_of(kind))
     kind = xp.reshape(xp.take(kind, xp.reshape(units, (-1,)), axis=1), (-1, *units.shape))
     return xp.all(xp.min(kind, axis=2) == xp.max(kind, axis=2), axis=1)
@@ -285,7 +287,7 @@ def make_plan(
     *,
     sampler: Sampler | None = None,
 ) -> Plan:
-    """Choose visible, decoded and thrown tokens of every image, and sort them into stages.
+    """Choose visible, decoded and thrown tokens per image; sort thrown ones into stages.
 
     Parameters
     ----------
@@ -293,7 +295,7 @@ def make_plan(
         Sizes and rules.
     noise
         (batch, N), any real dtype, for instance from :func:`prmim_core.counter_noise` or ``torch.rand``. The plan is a
-        pure function of it. Equal values are in raster order. Throwing by ``"weighted"`` needs int32, ``"cell"``
+        pure function of it. Ties are broken in raster order. Throwing by ``"weighted"`` needs int32, ``"cell"``
         integers.
     visible
         int (batch, V), distinct tokens from a masking strategy; None: :func:`prmim_core.random_visible`, or
@@ -310,7 +312,7 @@ def make_plan(
     -------
     Plan
         Thrown tokens are sorted by distance to the nearest visible or decoded token, then by noise, and cut into
-        stages. Tokens next to known ones are rebuilt first and help to rebuild the others.
+        stages. Tokens next to known ones come first; later stages use them.
 
     Raises
     ------
@@ -322,12 +324,12 @@ def make_plan(
     IndexError
         If ``visible`` or ``decoded`` has a value outside of [0, N).
 
-    The result of a function in ``schedule.throwing`` is checked alike; messages have its name.
+    The result of a function in ``schedule.throwing`` is checked like ``decoded``; messages name the function.
 
     Notes
     -----
-    Values are checked on the host only: for NumPy, and for PyTorch on a CPU when not compiled. Elsewhere wrong values
-    give a plan that :meth:`Plan.check` refuses, or an error of the device.
+    Values are checked on the host only: for NumPy, and for PyTorch on a CPU when not compiled. Elsewhere, wrong values
+    give a plan that :meth:`Plan.check` rejects, or a device error.
 
     With a unit, decoded units are chosen like tokens, on the grid of units. A unit takes the noise of its first token
     and the sum of its weights. Decoded tokens come unit by unit, in raster order within a unit. Stages consist of
@@ -359,7 +361,7 @@ def make_plan(
     is_known = is_visible | _is_member(xp, decoded, grid.num_tokens)
     distance = take_along_rows(xp, _nearest_known_distance(xp, grid, is_known), by_noise)
     by_distance = take_along_rows(xp, by_noise, argsort(xp, distance))
-    thrown = by_distance[:, schedule.num_known(1) :]  # known tokens lie at distance 0, so they come first
+    thrown = by_distance[:, schedule.num_known(1) :]  # known tokens have distance 0, so they come first
     parts = [xp.astype(part, thrown.dtype) for part in (visible, decoded, thrown)]
     return Plan(xp.concat(parts, axis=1), schedule)
 
@@ -367,7 +369,7 @@ def make_plan(
 def check_plan_arguments(
     schedule: Schedule, noise: Array, visible: Array | None, decoded: Array | None, weights: Array | None
 ) -> Namespace:
-    """Check the arguments of :func:`make_plan` one by one, for the core and for adapters; return their namespace."""
+    """Validate the arguments of :func:`make_plan` one by one; return their namespace."""
     check_type("schedule", schedule, Schedule)
     optional = {"visible": visible, "decoded": decoded, "weights": weights}
     xp = check_arrays(noise=noise, **{name: array for name, array in optional.items() if array is not None})
@@ -388,9 +390,11 @@ def check_plan_arguments(
 
 
 def choose_by_function(schedule: Schedule, noise: Array, visible: Array | None) -> tuple[Array, Array]:
-    """Return visible tokens, and those that the function of the schedule decodes, for adapters whose plan is opaque.
+    """Return visible tokens, and the decoded ones that the schedule's function chooses.
 
-    The arguments have passed :func:`check_plan_arguments`.
+    For adapters that compute plans in an opaque operator.
+
+    The arguments must have passed :func:`check_plan_arguments`.
     """
     xp = array_namespace(noise)
     if visible is None:
@@ -401,20 +405,23 @@ def choose_by_function(schedule: Schedule, noise: Array, visible: Array | None) 
 
 
 def _visible(xp: Namespace, schedule: Schedule, noise: Array, by_noise: Array) -> Array:
-    """Choose the visible tokens, or whole units of them: int (batch, V), lowest noise first."""
+    """Choose visible tokens or units of lowest noise: int (batch, V), lowest first."""
     grid, unit, number = schedule.grid, schedule.unit, schedule.counts.visible
     return by_noise[:, :number] if unit is None else _block_visible(xp, grid, unit, number // prod(unit), noise)
 
 
 def _given(xp: Namespace, schedule: Schedule, visible: Array) -> Array:
-    """Check the values of visible tokens that a caller chose; return them as indices."""
+    """Validate visible tokens given by the caller; return them as indices."""
     visible = as_index(xp, visible)
     _check_known(xp, schedule, "visible", visible, "distinct tokens")
     return visible
 
 
 def _check_known(xp: Namespace, schedule: Schedule, name: str, known: Array, distinct: str) -> None:
-    """Raise ValueError unless known tokens are distinct and in whole units. Passes where values cannot be read."""
+    """Raise ValueError unless tokens are distinct and in whole units.
+
+    No-op where values cannot be read.
+    """
     if on_host(known) is None:
         return
     ranked = xp.sort(known, axis=1)
@@ -472,7 +479,7 @@ def _choose(
     weights: Array | None,
     sampler: Sampler | None,
 ) -> Array:
-    """Choose decoded tokens of a grid, of tokens or of units, by the strategy of the schedule: int (batch, decoded)."""
+    """Choose decoded tokens or units by the schedule's strategy: int (batch, decoded)."""
     throwing = schedule.throwing
     if callable(throwing):
         return _call(xp, throwing, grid, counts, noise, is_visible)
@@ -492,7 +499,7 @@ def _choose(
 def _call(
     xp: Namespace, throwing: ThrowingFunction, grid: Grid, counts: TokenCounts, noise: Array, is_visible: Array
 ) -> Array:
-    """Call a function that throws, and check what it returns: int (batch, decoded)."""
+    """Call a throwing function and validate its result: int (batch, decoded)."""
     name = f"throwing {getattr(throwing, '__name__', type(throwing).__name__)}"
     decoded = throwing(grid, counts, noise, is_visible)
     if check_arrays(**{name: decoded}) is not xp:
@@ -533,8 +540,8 @@ def is_member(index: Array, num_tokens: int) -> Array:
     ValueError
         If ``index`` is not (batch, n).
     IndexError
-        If a value is outside of [0, N). PyTorch raises its own error where values are not on the host. JAX ignores such
-        values.
+        If a value is outside of [0, N). Where values are not on the host, PyTorch raises its own error; JAX ignores
+        such values.
 
     Examples
     --------
@@ -579,10 +586,10 @@ def take_tokens(x: Array, index: Array) -> Array:
 
     Notes
     -----
-    No value reads a token of another image. Where values cannot be read without waiting, the library's own check of
-    bounds applies. PyTorch raises an error: on CUDA an assertion of the device, which a later call reports. JAX gives
-    NaN for floats, True for bool, the lowest value for signed and the highest for unsigned integers, with gradient
-    zero (``jax.numpy.take``, ``mode="fill"``).
+    An index never reads a token of another image. Where values cannot be read without waiting, the library's own bounds
+    check applies. PyTorch raises an error; on CUDA, it is a device assertion that a later call reports. JAX returns NaN
+    for floats, True for bool, the lowest value for signed and the highest for unsigned integers, with gradient zero
+    (``jax.numpy.take``, ``mode="fill"``).
 
     Examples
     --------
@@ -596,10 +603,10 @@ def take_tokens(x: Array, index: Array) -> Array:
         raise ValueError(f"index: expected {expected}, got {tuple(x.shape)} and {tuple(index.shape)}")
     batch, length = x.shape[:2]
     check_tokens(xp, "index", index, length)
-    # A gather of rows from a flat list is many times as fast as take_along_axis in frameworks.
+    # In frameworks, gathering rows of a flat list is many times as fast as take_along_axis.
     index = as_index(xp, index)
     starts = xp.arange(batch, dtype=index.dtype, device=device_of(index))[:, None] * length
-    # Beyond its image an index becomes one beyond the list, which the library's check of bounds finds.
+    # An index beyond its image is moved beyond the list, where the library's bounds check finds it.
     rows = xp.where((index >= 0) & (index < length), index + starts, batch * length)
     taken = xp.take(xp.reshape(x, (batch * length, *x.shape[2:])), xp.reshape(rows, (-1,)), axis=0)
     return xp.reshape(taken, (*index.shape, *x.shape[2:]))

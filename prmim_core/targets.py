@@ -1,4 +1,7 @@
-"""Patches of images and prediction targets. One to three axes, any number of channels."""
+"""Patches of images, and prediction targets.
+
+Images have one to three axes and any number of channels.
+"""
 
 from math import prod
 
@@ -10,7 +13,7 @@ from prmim_core._checks import check_type
 from prmim_core.grid import Grid
 
 CELL_EPS = 1e-3
-"""Added to a standard deviation over an image or a window, in units of the normalised pixels."""
+"""Added to a standard deviation over an image or a window, in units of the normalized pixels."""
 
 
 def patch_grid(image_size: tuple[int, ...], patch_size: tuple[int, ...]) -> Grid:
@@ -79,7 +82,7 @@ def patchify(images: Array, patch_size: tuple[int, ...]) -> Array:
 
 
 def unpatchify(tokens: Array, patch_size: tuple[int, ...], grid: Grid) -> Array:
-    """Assemble patches to images; the inverse of :func:`patchify`.
+    """Assemble images from patches; the inverse of :func:`patchify`.
 
     Parameters
     ----------
@@ -124,7 +127,7 @@ def unpatchify(tokens: Array, patch_size: tuple[int, ...], grid: Grid) -> Array:
 
 
 def normalize_patches(patches: Array, eps: float = 1e-6) -> Array:
-    """Normalise every patch to mean 0 and variance 1 (MAE's target).
+    """Normalize every patch to mean 0 and variance 1 (MAE's target).
 
     Parameters
     ----------
@@ -161,7 +164,7 @@ def denormalize_patches(normalized: Array, patches: Array, eps: float = 1e-6) ->
     normalized
         float (..., P), for instance predictions.
     patches
-        float (..., P), the true patches. Brightness and contrast come from them, not from the model.
+        float (..., P), the true patches, whose brightness and contrast are used.
     eps
         As in :func:`normalize_patches`.
 
@@ -189,7 +192,7 @@ def denormalize_patches(normalized: Array, patches: Array, eps: float = 1e-6) ->
 def _patch_statistics(patches: Array, eps: float) -> tuple[Array, Array]:
     xp = array_namespace(patches)
     if patches.shape[-1] < 2:
-        raise ValueError(f"patches: expected at least 2 values in a patch to normalise it, got {patches.shape[-1]}")
+        raise ValueError(f"patches: expected at least 2 values in a patch to normalize it, got {patches.shape[-1]}")
     mean = xp.mean(patches, axis=-1, keepdims=True)
     # PyTorch's var warns about empty batches.
     variance = xp.sum((patches - mean) ** 2, axis=-1, keepdims=True) / (patches.shape[-1] - 1)
@@ -197,7 +200,7 @@ def _patch_statistics(patches: Array, eps: float) -> tuple[Array, Array]:
 
 
 def cell_means(patches: Array, patch_size: tuple[int, ...], cells: tuple[int, ...]) -> Array:
-    """Average the pixels of each cell of a patch: what is left of a patch at a lower resolution.
+    """Average the pixels of each cell of a patch, which reduces its resolution.
 
     Parameters
     ----------
@@ -221,8 +224,8 @@ def cell_means(patches: Array, patch_size: tuple[int, ...], cells: tuple[int, ..
 
     Notes
     -----
-    The means of a patch are a linear function of it that keeps its low frequencies. They are the part of a patch that
-    its neighbours can predict, and so the target of thrown tokens. (ours)
+    The means are a linear function of the patch that keeps its low frequencies. Neighbours can predict this part of a
+    patch, so it is the target of thrown tokens (our choice).
 
     Examples
     --------
@@ -241,7 +244,9 @@ def cell_means(patches: Array, patch_size: tuple[int, ...], cells: tuple[int, ..
 
 
 def expand_cells(values: Array, patch_size: tuple[int, ...], cells: tuple[int, ...]) -> Array:
-    """Give every pixel of a patch the value of its cell; :func:`cell_means` of the result are the values.
+    """Give every pixel of a patch the value of its cell.
+
+    :func:`cell_means` of the result returns the values.
 
     Parameters
     ----------
@@ -276,7 +281,7 @@ def expand_cells(values: Array, patch_size: tuple[int, ...], cells: tuple[int, .
 
 
 def image_statistics(patches: Array, channels: int) -> tuple[Array, Array]:
-    """Return mean and standard deviation of each channel over all pixels of an image.
+    """Return mean and standard deviation per channel over all pixels of an image.
 
     Parameters
     ----------
@@ -310,7 +315,7 @@ def image_statistics(patches: Array, channels: int) -> tuple[Array, Array]:
 
 
 def window_statistics(patches: Array, channels: int, grid: Grid) -> tuple[Array, Array]:
-    """Return mean and standard deviation of each channel over a patch and the patches next to it.
+    """Return mean and deviation per channel over a patch and its neighbours.
 
     Parameters
     ----------
@@ -345,7 +350,7 @@ def window_statistics(patches: Array, channels: int, grid: Grid) -> tuple[Array,
     if patches.shape[1] != grid.num_tokens:
         raise ValueError(f"patches: expected {grid.num_tokens} in an image, got {patches.shape[1]}")
     center = _image_mean(xp, pixels)
-    pixels = pixels - center  # so that the difference of moments below is accurate
+    pixels = pixels - center  # centred, so that the difference of moments below is accurate
     mean = _window_mean(xp, xp.mean(pixels, axis=2), grid)
     moment = _window_mean(xp, xp.mean(pixels**2, axis=2), grid)
     variance = moment - mean**2
@@ -353,7 +358,7 @@ def window_statistics(patches: Array, channels: int, grid: Grid) -> tuple[Array,
 
 
 def patch_statistics(patches: Array, channels: int) -> tuple[Array, Array]:
-    """Return mean and standard deviation of each channel over the pixels of a patch (VideoMAE's target).
+    """Return mean and deviation per channel over a patch (VideoMAE's target).
 
     Parameters
     ----------
@@ -365,7 +370,7 @@ def patch_statistics(patches: Array, channels: int) -> tuple[Array, Array]:
     Returns
     -------
     tuple of array
-        Mean and standard deviation, each (batch, n, channels), with unbiased variance. Of a patch of one colour, the
+        Mean and standard deviation, each (batch, n, channels), with unbiased variance. For a patch of one colour, the
         mean is exact and the deviation 0.
 
     Raises
@@ -392,7 +397,7 @@ def patch_statistics(patches: Array, channels: int) -> tuple[Array, Array]:
 
 
 def normalize_values(values: Array, mean: Array, deviation: Array, eps: float = CELL_EPS) -> Array:
-    """Normalise values per channel with given statistics.
+    """Normalize values per channel with given statistics.
 
     Parameters
     ----------
@@ -448,7 +453,9 @@ def denormalize_values(normalized: Array, mean: Array, deviation: Array, eps: fl
 
 
 def normalize_over_image(values: Array, patches: Array, channels: int, eps: float = CELL_EPS) -> Array:
-    """Normalise values per channel over the whole image, so that brightness and contrast of a patch stay in them.
+    """Normalize values per channel over the image.
+
+    Unlike :func:`normalize_patches`, this keeps brightness and contrast of each patch.
 
     Parameters
     ----------
@@ -503,10 +510,10 @@ def low_pass(images: Array, radius: float) -> Array:
 
     Notes
     -----
-    The discrete Fourier transform of an image is shifted, so that the zero frequency is in the middle. Of an axis of n
-    coefficients, coefficient i has the distance i - (n - 1) / 2 from the centre of the filter; for even n this is half
-    a coefficient off the zero frequency, as published. A coefficient is kept if its distance is at most ``radius``.
-    O(pixels log pixels).
+    The discrete Fourier transform is shifted, so that the zero frequency is in the middle. Along an axis of n
+    coefficients, coefficient i has the distance i - (n - 1) / 2 from the centre of the filter. For even n, the centre
+    is half a coefficient off the zero frequency, as published. Coefficients at a distance of at most ``radius`` are
+    kept. O(pixels log pixels).
 
     References
     ----------
@@ -524,21 +531,21 @@ def low_pass(images: Array, radius: float) -> Array:
     xp = array_namespace(images)
     axes = tuple(range(1, images.ndim - 1))
     if images.shape[0] == 0:
-        return xp.zeros_like(images)  # PyTorch does not transform empty batches
+        return xp.zeros_like(images)  # PyTorch raises an error for empty batches
     dtype = xp.complex128 if images.dtype == xp.float64 else xp.complex64
     kept = xp.asarray(_inside_ball(images.shape[1:-1], radius), dtype=images.dtype, device=device_of(images))
     return xp.abs(xp.fft.ifftn(xp.fft.fftn(xp.astype(images, dtype), axes=axes) * kept, axes=axes))
 
 
 def _inside_ball(shape: tuple[int, ...], radius: float) -> NDArray[np.bool_]:
-    """Return which coefficients a low-pass filter keeps, in the order of the transform: bool (axes..., 1)."""
+    """Return which coefficients a low-pass filter keeps: bool (axes..., 1)."""
     places = np.meshgrid(*(np.arange(n) - (n - 1) / 2 for n in shape), indexing="ij")
     kept = sum(place**2 for place in places) <= radius**2
     return np.fft.ifftshift(kept)[..., None]
 
 
 def _split_by_cells(patch_size: tuple[int, ...], cells: tuple[int, ...]) -> list[int]:
-    """Return the shape of a patch with two dimensions for each axis: its cells, and the pixels of a cell."""
+    """Return the shape of a patch with each axis split into cells and their pixels."""
     if len(cells) != len(patch_size) or any(n < 1 or size % n for n, size in zip(cells, patch_size, strict=True)):
         raise ValueError(f"cells: expected numbers that divide the patch {tuple(patch_size)}, got {tuple(cells)}")
     return [size for n, pixels in zip(cells, patch_size, strict=True) for size in (n, pixels // n)]
@@ -554,16 +561,16 @@ def _pixels(xp: Namespace, patches: Array, channels: int) -> Array:
 
 
 def _image_mean(xp: Namespace, pixels: Array) -> Array:
-    """Average (batch, N, pixels, channels) over an image: (batch, 1, 1, channels), exact for images of one colour.
+    """Average (batch, N, pixels, channels) over an image: (batch, 1, 1, channels).
 
-    Their deviation is 0, so a rounding error of the mean would be divided by almost nothing.
+    Exact for images of one colour. Their deviation is 0, so a rounding error of the mean would be divided by eps.
     """
     first = pixels[:, :1, :1, :]
     return first + xp.mean(pixels - first, axis=(1, 2), keepdims=True)
 
 
 def _window_mean(xp: Namespace, values: Array, grid: Grid) -> Array:
-    """Average (batch, N, channels) over each token and the tokens next to it."""
+    """Average (batch, N, channels) over each token and its neighbours."""
     maps = xp.reshape(values, (values.shape[0], *grid.shape, values.shape[2]))
     number = xp.ones_like(maps)
     for axis in range(1, grid.axes + 1):
@@ -572,7 +579,7 @@ def _window_mean(xp: Namespace, values: Array, grid: Grid) -> Array:
 
 
 def _sum_of_three(xp: Namespace, values: Array, axis: int) -> Array:
-    """Add to every value those before and after it along an axis."""
+    """Sum each value and its two neighbours along an axis."""
     leading = (slice(None),) * axis
     zero = xp.zeros_like(values[(*leading, slice(0, 1), ...)])
     before = xp.concat([zero, values[(*leading, slice(0, -1), ...)]], axis=axis)

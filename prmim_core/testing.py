@@ -1,9 +1,9 @@
-"""Property tests for samplers and plans: hypothesis strategies, and invariants as named functions.
+"""Property tests for samplers and plans: hypothesis strategies and invariants.
 
-Strategies draw small grids, with few values of noise, so that ties are common and counterexamples are short. They need
-the extra ``testing``, and import hypothesis when they are called. The ``assert_`` functions raise AssertionError if an
-invariant does not hold; they need NumPy alone. :func:`check_throwing` and :func:`check_furthest` search for a
-counterexample to what a sampler promises.
+Strategies draw small grids and few noise values, so that ties are common and counterexamples are short. They need the
+extra ``testing``, and import hypothesis when called. The ``assert_`` functions need NumPy only, and raise
+AssertionError if an invariant does not hold. :func:`check_throwing` and :func:`check_furthest` search for a
+counterexample to the contract of a sampler.
 """
 
 from collections.abc import Callable, Sequence
@@ -157,7 +157,7 @@ def visible_masks(
     num_tokens
         N.
     num_visible
-        V, the number of visible tokens of every image; None: any, also a different one per image.
+        V, the number of visible tokens of every image; None: any number, which may differ between images.
     batch
         Number of images.
     xp
@@ -176,7 +176,7 @@ def visible_masks(
     numbers = noise(num_tokens, batch=batch)
 
     def build(draw: "DrawFn") -> NDArray[Any]:
-        # Ranks of drawn numbers: hypothesis draws an array many times as fast as a permutation.
+        # Ranks of drawn numbers, because hypothesis draws arrays many times as fast as permutations.
         is_visible: NDArray[Any] = _rank(draw(numbers)) < num_visible
         return is_visible
 
@@ -184,7 +184,7 @@ def visible_masks(
 
 
 def schedules(*, max_tokens: int = 49) -> "SearchStrategy[Schedule]":
-    """Draw schedules: grids, counts, one to five stages, all named throwing strategies, with and without units.
+    """Draw schedules with one to five stages and all named strategies, some with units.
 
     Parameters
     ----------
@@ -220,7 +220,9 @@ def schedules(*, max_tokens: int = 49) -> "SearchStrategy[Schedule]":
 def plan_arguments(
     *, max_tokens: int = 49, batch: int = 2, xp: Namespace | None = None
 ) -> "SearchStrategy[dict[str, Any]]":
-    """Draw keyword arguments of :func:`prmim_core.make_plan`: ``schedule``, ``noise``, ``weights``.
+    """Draw keyword arguments of :func:`prmim_core.make_plan`.
+
+    They are ``schedule``, ``noise`` and ``weights``.
 
     Parameters
     ----------
@@ -277,7 +279,7 @@ def plans(*, max_tokens: int = 49, batch: int = 2, xp: Namespace | None = None) 
 def throwing_arguments(
     *, max_tokens: int = 49, batch: int = 2, xp: Namespace | None = None
 ) -> "SearchStrategy[tuple[Grid, TokenCounts, Array, Array]]":
-    """Draw arguments of a throwing function: grid, counts, noise (batch, N) and is_visible (batch, N).
+    """Draw arguments of a throwing function: grid, counts, noise, is_visible.
 
     Parameters
     ----------
@@ -307,7 +309,7 @@ def throwing_arguments(
 
 
 def _rank(values: NDArray[Any]) -> NDArray[np.intp]:
-    """Rank every row, lowest first. Equal values rank by place."""
+    """Rank every row, lowest first, ties in order of position."""
     return np.argsort(np.argsort(values, axis=1, stable=True), axis=1)
 
 
@@ -319,7 +321,7 @@ def _in_library(xp: Namespace | None, arrays: "SearchStrategy[NDArray[Any]]") ->
 
 
 def assert_plan(plan: Plan, noise: Array | None = None) -> None:
-    """Raise AssertionError unless a plan has every invariant of this module that concerns plans.
+    """Assert every invariant of plans in this module.
 
     Parameters
     ----------
@@ -346,7 +348,7 @@ def assert_plan(plan: Plan, noise: Array | None = None) -> None:
 
 
 def assert_counts(plan: Plan) -> None:
-    """Raise AssertionError unless the parts of a plan have the sizes of its schedule.
+    """Assert that the parts of a plan have the sizes of its schedule.
 
     Parameters
     ----------
@@ -371,7 +373,7 @@ def assert_counts(plan: Plan) -> None:
 
 
 def assert_permutation(plan: Plan) -> None:
-    """Raise AssertionError unless every row of a plan is a permutation of the tokens.
+    """Assert that every row of a plan is a permutation of the tokens.
 
     Parameters
     ----------
@@ -394,7 +396,7 @@ def assert_permutation(plan: Plan) -> None:
 
 
 def assert_whole_units(grid: Grid, unit: tuple[int, ...], tokens: Array) -> None:
-    """Raise AssertionError unless tokens form whole units.
+    """Assert that tokens form whole units.
 
     Parameters
     ----------
@@ -423,14 +425,14 @@ def assert_whole_units(grid: Grid, unit: tuple[int, ...], tokens: Array) -> None
 
 
 def assert_stages_sorted(plan: Plan, noise: Array | None = None) -> None:
-    """Raise AssertionError unless thrown tokens are sorted by distance to the nearest visible or decoded token.
+    """Assert that thrown tokens are sorted by distance to visible and decoded tokens.
 
     Parameters
     ----------
     plan
         A plan of any library.
     noise
-        (batch, N), the noise of the plan: equal distances must be sorted by it. None: any order of equal distances.
+        (batch, N), the noise of the plan, which must break ties of distance. None: ties may have any order.
 
     Examples
     --------
@@ -453,7 +455,7 @@ def assert_stages_sorted(plan: Plan, noise: Array | None = None) -> None:
 
 
 def assert_independent_images(function: Callable[..., Array], *arrays: Array) -> None:
-    """Raise AssertionError unless images get the same result alone as in a batch.
+    """Assert that a single image has the same result as in a batch.
 
     Parameters
     ----------
@@ -482,7 +484,7 @@ def assert_independent_images(function: Callable[..., Array], *arrays: Array) ->
 
 
 def assert_decoded(decoded: Array, is_visible: Array) -> None:
-    """Raise AssertionError unless decoded tokens are distinct masked tokens.
+    """Assert that decoded tokens are distinct masked tokens.
 
     Parameters
     ----------
@@ -514,7 +516,7 @@ def assert_decoded(decoded: Array, is_visible: Array) -> None:
 
 
 def assert_distances_decrease(grid: Grid, picks: Array, is_known: Array) -> None:
-    """Raise AssertionError if a pick lies further from all known and picked tokens than the pick before it.
+    """Assert that distances from picks to known and earlier picks do not increase.
 
     Parameters
     ----------
@@ -523,7 +525,7 @@ def assert_distances_decrease(grid: Grid, picks: Array, is_known: Array) -> None
     picks
         int (batch, n), in order of picking.
     is_known
-        bool (batch, N), tokens known from the start. Without any, the first pick has no distance.
+        bool (batch, N), tokens known from the start. Without known tokens, the first pick has no distance.
 
     Examples
     --------
@@ -545,7 +547,7 @@ def assert_distances_decrease(grid: Grid, picks: Array, is_known: Array) -> None
 
 
 def assert_prefix(fewer: Array, more: Array) -> None:
-    """Raise AssertionError unless fewer picks are the first of more picks.
+    """Assert that fewer picks are a prefix of more picks.
 
     Parameters
     ----------
@@ -564,7 +566,7 @@ def assert_prefix(fewer: Array, more: Array) -> None:
 
 
 def assert_covering_radius(grid: Grid, picks: Array, is_known: Array) -> None:
-    """Raise AssertionError if picks leave a covering radius of more than twice the best (Gonzalez, 1985).
+    """Assert a covering radius of at most twice the best (Gonzalez, 1985).
 
     Parameters
     ----------
@@ -578,9 +580,9 @@ def assert_covering_radius(grid: Grid, picks: Array, is_known: Array) -> None:
     Raises
     ------
     AssertionError
-        If some other n tokens leave less than half the radius.
+        If another choice of n tokens has less than half the radius.
     ValueError
-        If there are too many choices of n tokens to compare with. All are tried.
+        If there are too many choices of n tokens to try all of them.
 
     Examples
     --------
@@ -617,8 +619,8 @@ def assert_covering_radius(grid: Grid, picks: Array, is_known: Array) -> None:
 def check_throwing(function: ThrowingFunction, *, xp: Namespace | None = None, max_examples: int = 50) -> None:
     """Search for arguments for which a throwing function breaks its contract.
 
-    The contract: decoded tokens are int (batch, M), in the library of the noise, distinct and masked. They depend on
-    nothing but the arguments, and the tokens of an image on nothing but that image. The arguments stay as they are.
+    The contract: decoded tokens are int (batch, M), in the library of the noise, distinct and masked. The function is
+    pure: equal arguments give equal tokens, and the arguments are not modified. Images do not affect each other.
 
     Parameters
     ----------
@@ -669,10 +671,10 @@ def check_throwing(function: ThrowingFunction, *, xp: Namespace | None = None, m
 
 
 def check_furthest(function: ThrowingFunction, *, xp: Namespace | None = None, max_examples: int = 50) -> None:
-    """Search for arguments for which a throwing function does not sample as furthest point sampling does.
+    """Search for arguments for which a function violates a property of furthest sampling.
 
-    Beyond the contract of :func:`check_throwing`: distances of picks to the known tokens do not increase, fewer picks
-    are the first of more picks, and the covering radius is at most twice the best one.
+    Beyond the contract of :func:`check_throwing`: distances of picks to known tokens do not increase, fewer picks are a
+    prefix of more picks, and the covering radius is at most twice the best one.
 
     Parameters
     ----------
@@ -712,7 +714,7 @@ def check_furthest(function: ThrowingFunction, *, xp: Namespace | None = None, m
 
 
 def _decoded_by(function: ThrowingFunction, grid: Grid, counts: TokenCounts, noise: Array, is_visible: Array) -> Array:
-    """Call the function, and raise AssertionError unless the result is an array (batch, M) of the library of noise."""
+    """Call the function; assert an array (batch, M) of the library of noise."""
     decoded = function(grid, counts, noise, is_visible)
     try:
         array_namespace(noise, decoded)
@@ -724,7 +726,7 @@ def _decoded_by(function: ThrowingFunction, grid: Grid, counts: TokenCounts, noi
 
 
 def _search(arguments: "SearchStrategy[T]", check: Callable[[T], None], max_examples: int) -> None:
-    """Run a check on drawn arguments, and raise its error for the smallest that fail."""
+    """Run a check on drawn arguments; raise its error for the smallest failing ones."""
     hypothesis = _hypothesis()
     phases = [hypothesis.Phase.generate, hypothesis.Phase.shrink]
     settings = hypothesis.settings(

@@ -1,4 +1,4 @@
-"""Throwing strategies: which masked tokens are decoded. The other masked tokens are thrown.
+"""Throwing strategies: choose decoded tokens; other masked tokens are thrown.
 
 Pass the result to :func:`prmim_core.make_plan` as ``decoded``, or name the strategy in
 :class:`prmim_core.Schedule`. NaN in noise or weights raises ValueError, on the host only: for NumPy, and for
@@ -28,9 +28,9 @@ from prmim_core.sampling import Sampler, _furthest_point_sampling
 Throwing = Literal["furthest", "random", "weighted", "cell"]
 FurthestFrom = Literal["visible", "none"]
 ThrowingFunction = Callable[[Grid, TokenCounts, Array, Array], Array]
-"""A strategy of one's own: (grid, counts, noise, is_visible) -> decoded, int (batch, M); noise and mask are (batch, N).
+"""A custom strategy: (grid, counts, noise, is_visible) -> decoded, int (batch, M); noise and mask are (batch, N).
 
-It is a pure function of its arguments. A schedule with a unit passes the grid of units, and counts and arrays of units.
+It must be pure. A schedule with a unit passes the grid of units, and counts and arrays of units.
 """
 
 STRATEGIES: dict[Throwing, str] = {
@@ -65,8 +65,8 @@ def furthest_decoded(
     is_visible
         bool (batch, N).
     furthest_from
-        ``"visible"``: picks keep away from visible tokens and from one another. ``"none"``: only from one another, and
-        the first pick is random.
+        ``"visible"``: each pick is the furthest from visible tokens and earlier picks. ``"none"``: from earlier picks
+        only; the first pick is random.
 
     Returns
     -------
@@ -82,7 +82,7 @@ def furthest_decoded(
 
     Notes
     -----
-    The published text leaves ``furthest_from``, the metric and ties open; these choices are ours.
+    The paper does not specify ``furthest_from``, the metric, or ties; these choices are ours.
 
     References
     ----------
@@ -212,7 +212,7 @@ def cell_decoded(grid: Grid, num_decoded: int, noise: Array, is_visible: Array) 
 
     Notes
     -----
-    VideoMAE V2 decodes two of four phases, so the number of decoded masked tokens varies. The fixed M is ours.
+    VideoMAE V2 decodes two of four phases, so its number of decoded masked tokens varies. The fixed M is our choice.
 
     References
     ----------
@@ -282,7 +282,7 @@ def _furthest(
 
 def _cell_score(xp: Namespace, grid: Grid, noise: Array) -> Array:
     """Rank tokens by phase, then by noise: int32 (batch, N)."""
-    # Unit spacing, because cells are made of neighbours at any distance.
+    # Unit spacing, because cells consist of neighbours whatever the spacing.
     columns = Grid(grid.shape).coordinates(noise)
     place = columns[-1] if grid.axes == 1 else columns[-2] % 2 * 2 + columns[-1] % 2
     time = columns[0] if grid.axes == 3 else xp.zeros_like(place)
@@ -294,7 +294,7 @@ def _cell_score(xp: Namespace, grid: Grid, noise: Array) -> Array:
 def _lowest_masked(xp: Namespace, num_decoded: int, score: Array, is_visible: Array) -> Array:
     """Take the masked tokens of lowest score, lowest first: int (batch, num_decoded)."""
     by_score = argsort(xp, score)
-    # A second stable sort moves visible tokens behind masked ones and keeps the order otherwise.
+    # A second stable sort moves visible tokens behind masked ones and otherwise keeps the order.
     is_visible_by_score = xp.astype(take_along_rows(xp, is_visible, by_score), xp.int32)
     masked_first = argsort(xp, is_visible_by_score)
     return take_along_rows(xp, by_score, masked_first[:, :num_decoded])

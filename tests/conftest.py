@@ -5,24 +5,50 @@ Frameworks are imported when a test asks for one, not before.
 """
 
 import contextlib
+import gc
 import importlib
+import importlib.util
 import os
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import hypothesis
 import numpy as np
 import pytest
 
+# XLA compiles in half of the time with few optimisations, and compiling takes most of the time of the tests on JAX.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "true")
+
 collect_ignore = ["hostile"]  # a script; test_hostile.py runs it
+
+SLOW = ("/faults/", "distributed", "test_hostile", "test_benchmark_quality")
+"""Parts of the names of modules that start processes."""
 
 # No database and no randomness: a test does tomorrow what it does today.
 hypothesis.settings.register_profile("prmim", deadline=None, derandomize=True, database=None, max_examples=50)
 # A longer hunt for counterexamples, fresh each time: HYPOTHESIS_PROFILE=search.
 hypothesis.settings.register_profile("search", deadline=None, database=None, max_examples=2000)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "prmim"))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Iterator[None]:
+    """Keep the collected tests and the modules they import out of garbage collection: a million objects that stay."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with what takes long to set up: xdist splits the end of the list, where a split sets up a module twice."""
+    items.sort(key=lambda item: not any(part in item.nodeid for part in SLOW))
+
 
 BACKENDS = (
     "numpy",
@@ -197,6 +223,17 @@ def library(request: pytest.FixtureRequest) -> Backend:
     return make_backend(request.param)
 
 
+@pytest.fixture(scope="session")
+def forked() -> type[Any]:
+    """The class of `forked.py`: processes on PyTorch that start in no time."""
+    spec = importlib.util.spec_from_file_location("forked", Path(__file__).with_name("forked.py"))
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.Forked
+
+
 @pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:
     """Let PyTorch use one thread: small tensors gain nothing by more."""
@@ -209,11 +246,10 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def quick_compiler(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Let JAX compile with few optimisations, and each program once: that takes most of the time of many tests."""
+    """Let JAX compile each program once."""
     jax = importlib.import_module("jax")
     compilation_cache = importlib.import_module("jax.experimental.compilation_cache.compilation_cache")
     changes = {
-        "jax_disable_most_optimizations": True,
         "jax_compilation_cache_dir": str(tmp_path_factory.getbasetemp() / "compiled"),
         "jax_persistent_cache_min_compile_time_secs": 0.1,
         "jax_persistent_cache_min_entry_size_bytes": -1,

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from benchmarks import input as benchmark
+from benchmarks import row_groups
 from prmim_train.data.sources import open_source
 from prmim_train.data.transforms import random_crop_box
 
@@ -38,14 +39,36 @@ def test_input_prints_and_stores_its_tables(capsys, tmp_path, monkeypatch):
     few = ["--images", "8", "--repeats", "1", "--crops", "3", "--steps", "1", "--step-batch", "2"]
     benchmark.main([*sizes, *few, "--json", str(tmp_path)])
     tables = json.loads((tmp_path / "input.json").read_text())["tables"]
-    assert list(tables) == ["folder", "large", "source, 1 thread", "reduced crops", "run"]
+    assert list(tables) == ["folder", "large", "source, 1 thread", "format", "reduced crops", "run"]
     assert list(tables["folder"]) == ["0 workers", "1 worker"]
     for row in (*tables["folder"].values(), *tables["large"].values()):
         assert row["images/s"] > 0
         assert row["to plain"] > 0
     assert list(tables["source, 1 thread"]) == ["folder", "tar", "npz, 36 px"]
+    assert list(tables["format"]) == [
+        "folder",
+        "tar",
+        "parquet",
+        "http, tar",
+        "s3, tar",
+        "http, parquet",
+        "s3, parquet",
+    ]
+    for row in tables["format"].values():
+        assert row["warm"] > 0
+        assert row["resumes"] == "exactly"
     assert tables["reduced crops"]["folder"] == {"share": 0, "PSNR, dB": None, "least": None}
     assert tables["reduced crops"]["large"]["PSNR, dB"] > 40
     for row in tables["run"].values():
         assert 0 < row["share, %"] < 100
     assert "digits" in capsys.readouterr().out
+
+
+def test_row_groups_prints_its_table(capsys, tmp_path):
+    row_groups.main(
+        ["--rows", "2", "--images", "6", "--bytes", "50", "--reads", "4", "--repeats", "1", "--json", str(tmp_path)]
+    )
+    (table,) = json.loads((tmp_path / "row_groups.json").read_text())["tables"].values()
+    assert list(table) == ["tar", "2 rows, snappy, as by default", "2 rows, no compression"]
+    assert all(row["ms"] > 0 for row in table.values())
+    assert "2 rows" in capsys.readouterr().out

@@ -1,18 +1,36 @@
 """The study of accuracy: valid arms, resumed trainings, stored records and tables."""
 
+import io
 import json
 import math
+import os
+import tarfile
 import time
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from benchmarks.quality import __main__ as quality
-from benchmarks.quality import data, records, runs, tables, verdicts
-from benchmarks.quality.arms import ARMS, DEFAULT, DENSE, PARTIAL, PATCHES, STUDIES, Study, World
-from benchmarks.quality.config import config_of, cost_ratio
+from benchmarks.quality import correct, data, records, runs, tables, verdicts
+from benchmarks.quality.arms import (
+    ARMS,
+    DEEPER,
+    DEFAULT,
+    DENSE,
+    EQUAL_ARMS,
+    LONGER,
+    MASKALIGN,
+    PARTIAL,
+    PATCHES,
+    STUDIES,
+    Study,
+    World,
+)
+from benchmarks.quality.config import config_of
 from benchmarks.quality.data import Images
 from benchmarks.report import Report
+from prmim_train.evaluate.scores import write_predictions
 
 TINY = World(
     data="digits",
@@ -37,26 +55,47 @@ def test_arms_of_a_study_are_valid_and_distinct(name):
     trained = {arm: (config_of(study.options(arm)), ARMS[arm].detached, ARMS[arm].equal_compute) for arm in study.arms}
     if DEFAULT in trained:
         assert trained[DEFAULT] == (config_of(study.world.pretrain), False, False)
-    assert trained[PATCHES] == (config_of({**study.world.pretrain, "thrown_target": "patch"}), False, False)
+    if PATCHES in trained:
+        assert trained[PATCHES] == (config_of({**study.world.pretrain, "thrown_target": "patch"}), False, False)
+    assert sorted(study.order(study.arms, 1)) == sorted((arm, 0) for arm in study.arms)
     assert all(list(trained.values()).count(training) == 1 for training in trained.values())
-    assert study.arms[0] == DENSE
+    assert study.arms[0] in (DENSE, MASKALIGN)
 
 
 def test_equal_compute_trains_for_the_macs_of_the_dense_arm():
     study = STUDIES["confirm"]
     run = runs.Run(study, "PR-MIM, equal compute", 0, Images("x.npz", "y.npz"), None, "torch")
-    ratio = cost_ratio(config_of(study.options(DEFAULT)))
+    ratio = study.cost_ratio(DEFAULT)
     assert 0.5 < ratio < 0.9
     assert run.options()["epochs"] * ratio == pytest.approx(study.epochs, abs=ratio / 2)
     assert runs.Run(study, DENSE, 0, Images("x.npz", "y.npz"), None, "torch").options()["epochs"] == study.epochs
 
 
-def test_a_study_resumes_interrupted_trainings_and_skips_finished_ones(study, tmp_path, capsys):
+@pytest.mark.parametrize("name", ["long", "grid14"])
+@pytest.mark.parametrize("arm", EQUAL_ARMS)
+def test_all_ways_of_equal_compute_take_the_macs_of_the_dense_arm(name, arm):
+    study = STUDIES[name]
+    ratio = study.cost_ratio(arm)
+    assert study.arm_epochs(arm) * ratio == pytest.approx(study.epochs, abs=ratio / 2)
+    method = config_of(study.options(arm)).method
+    depth = study.world.pretrain["decoder_depth"]
+    assert method.decoder_depth == (2 * depth if arm == DEEPER else depth)
+    assert method.counts.thrown == method.counts.num_tokens // 2
+
+
+def test_a_study_resumes_interrupted_trainings_and_skips_finished_ones(study, tmp_path, capsys, monkeypatch, forked):
+    def start(run, words, threads):
+        run.path.parent.mkdir(parents=True, exist_ok=True)
+        return forked(words[1:], os.environ | {"OMP_NUM_THREADS": str(threads)}, run.log)
+
+    monkeypatch.setattr(runs, "_start", start)
     where = ["--runs", str(tmp_path / "runs"), "--results", str(tmp_path / "results"), "--json", str(tmp_path)]
     options = ["--study", "tiny", "--arms", DEFAULT, "--jobs", "2", *where]
     images = data.find("digits", tmp_path, tmp_path)
     waiting = [runs.Run(study, DEFAULT, 0, images, tmp_path / "runs", "torch")]
-    runs.carry_out(waiting, tmp_path / "results", jobs=2, deadline=time.monotonic() + 1)  # interrupted during its start
+    runs.carry_out(
+        waiting, tmp_path / "results", jobs=2, deadline=time.monotonic() + 0.1
+    )  # interrupted during its start
     assert not (tmp_path / "results").exists()
     assert quality.main([*options, "--minutes", "5"]) == 0
     found = records.load(study, tmp_path / "results")
@@ -65,7 +104,8 @@ def test_a_study_resumes_interrupted_trainings_and_skips_finished_ones(study, tm
     assert list(result)[:7] == ["study", "arm", "seed", "linear", "knn", "finetune", "macs_to_dense"]
     assert result["epochs"] == 2
     assert result["macs_to_dense"] < 1
-    assert cost_ratio(config_of(study.options(DENSE))) == 1
+    assert study.cost_ratio(DENSE) == 1
+    assert "correct" not in result  # held-out images
     assert all(0 < result[name] <= 1 for name in ("linear", "knn", "finetune"))
     assert result["loss_thrown"] > 0
     capsys.readouterr()
@@ -120,6 +160,32 @@ def test_stored_differences_between_pixels_are_summed(tmp_path):
         np.savez(tmp_path / f"cifar10_{part}.npz", residuals=packed, labels=np.arange(3, dtype=np.uint8))
     with np.load(data.find("cifar10", tmp_path, tmp_path / "prepared").train) as archive:
         assert (archive["images"] == images).all()
+
+
+def write_tar(path, images, labels):
+    with tarfile.open(path, "w") as tar:
+        for number, (image, label) in enumerate(zip(images, labels, strict=True)):
+            file = io.BytesIO()
+            Image.fromarray(image).save(file, "png")
+            member = tarfile.TarInfo(f"train/class{label}/{number}.png")
+            member.size = file.tell()
+            file.seek(0)
+            tar.addfile(member, file)
+
+
+def test_images_of_tar_files_are_decoded_once(tmp_path):
+    images, labels = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 3), dtype=np.uint8), [1, 0, 1]
+    with pytest.raises(FileNotFoundError, match=r"imagenette128_train\.tar"):
+        data.find("imagenette", tmp_path, tmp_path / "prepared")
+    for part in ("train", "val"):
+        write_tar(tmp_path / f"imagenette128_{part}.tar", images, labels)
+    found = data.find("imagenette", tmp_path, tmp_path / "prepared")
+    with np.load(found.test) as archive:
+        assert (archive["images"] == images).all()
+        assert archive["labels"].tolist() == labels
+        assert archive["names"].tolist() == ["class0", "class1"]
+    (tmp_path / "imagenette128_train.tar").write_bytes(b"")
+    assert data.find("imagenette", tmp_path, tmp_path / "prepared") == found
 
 
 def results(**accuracies):
@@ -256,7 +322,8 @@ def write_records(folder, **accuracies):
     study = STUDIES["long"]
     for arm, found in accuracies.items():
         for seed, value in enumerate(found):
-            record = {"study": "long", "arm": arm, "seed": seed, "epochs": study.epochs, "macs_to_dense": 0.7}
+            epochs = study.arm_epochs(arm)
+            record = {"study": "long", "arm": arm, "seed": seed, "epochs": epochs, "macs_to_dense": 0.7}
             options = {"options": study.options(arm), "finetune_options": study.world.finetune}
             records.save({**record, **options, **dict.fromkeys(tables.ACCURACIES, value)}, study, folder)
 
@@ -273,15 +340,54 @@ def test_verdicts_on_claims(tmp_path, capsys, cells, expected, code):
     rivals = {DENSE: [0.51, 0.5, 0.52], PARTIAL: [0.48, 0.49, 0.5], PATCHES: [0.47, 0.48, 0.49]}
     write_records(tmp_path, **rivals, **{DEFAULT: cells})
     assert verdicts.main(["--results", str(tmp_path)]) == code
-    claims, comparisons = capsys.readouterr().out.split("comparisons ")
+    printed, comparisons = capsys.readouterr().out.split("comparisons ")
+    claims = printed.split("goals ")[0]
     lines = [line for line in claims.splitlines() if f"[{DEFAULT}] - " in line]
     assert len(lines) == 6
     assert {line.split()[-1] for line in lines} == expected
     assert "0.688" in claims
-    assert comparisons.count("OPEN") == comparisons.count("] - [")  # no rival has records
+    assert "] - [" not in comparisons  # no rival has records
 
 
 def test_verdicts_are_printed_for_the_committed_records(capsys):
     verdicts.main([])
     printed = capsys.readouterr().out
     assert f"[{DEFAULT}] - [{DENSE}]" in printed
+
+
+def test_the_error_over_images_is_that_of_the_bootstrap():
+    rng = np.random.default_rng(0)
+    number = 300
+    right = {arm: rng.random((2, number)) < share for arm, share in (("a", 0.6), ("b", 0.5))}
+    found = {
+        arm: {
+            seed: {"test_images": number, "knn": bits.mean(), "correct": {"knn": correct.pack(bits)}}
+            for seed, bits in enumerate(rows)
+        }
+        for arm, rows in right.items()
+    }
+    difference = (right["a"].astype(int) - right["b"]).mean(axis=0)
+    resampled = difference[rng.integers(0, number, (4000, number))].mean(axis=1)
+    assert correct.image_error(found["a"], found["b"], "knn") == pytest.approx(resampled.std(), rel=0.05)
+    error = 100 * correct.image_error(found["a"], found["b"], "knn")
+    assert tables.points(found, "a", "b", "knn").endswith(f" ({error:.2f})")
+    del found["b"][0]["correct"], found["b"][1]["correct"]  # as in older records
+    assert "(" not in tables.points(found, "a", "b", "knn")
+
+
+def test_predictions_of_a_training_become_bits(tmp_path):
+    write_predictions(tmp_path / "predictions.npz", np.array([0, 1, 2]), {"knn": np.array([0, 2, 2])})
+    found = correct.read_correct(tmp_path / "predictions.npz")
+    assert correct.unpack(found["knn"], 3).tolist() == [True, False, True]
+    assert correct.read_correct(tmp_path / "missing.npz") == {}
+
+
+@pytest.mark.parametrize(
+    ("others", "expected"),
+    [({}, "open: 6 of 12 records"), ({DEEPER: [0.6, 0.61, 0.62]}, "PASS"), ({DEEPER: [0.4, 0.41, 0.42]}, "open")],
+)
+def test_a_goal_holds_by_one_of_its_ways(tmp_path, others, expected):
+    write_records(tmp_path, **{DENSE: [0.5, 0.51, 0.52], DEFAULT: [0.5] * 3, LONGER: [0.49, 0.5, 0.51]}, **others)
+    found = {"long": records.load(STUDIES["long"], tmp_path)}
+    *_, verdict = verdicts.goal_row(found, verdicts.GOALS["long: better than dense at equal compute"])
+    assert verdict.startswith(expected)

@@ -1,4 +1,4 @@
-"""Classifiers on the encoder of a method: fine-tuned, or with a trained head on frozen features (linear probe)."""
+"""Classifiers on the encoder of a method: fine-tuning and linear probe."""
 
 import os
 from collections.abc import Sequence
@@ -28,24 +28,24 @@ from prmim_methods.weight_files import read_architecture
 
 
 class BatchNorm(nnx.Module):
-    """Batch norm of vectors without learned factors, eps 1e-6, for features that need no gradient.
+    """Batch norm of vectors without learned factors or gradient, eps 1e-6.
 
     Parameters
     ----------
     dim
         Length of the vectors.
     over
-        Rows whose statistics are used in training mode, if devices share the batch inside ``jax.shard_map``:
-        ``"device"``, those of this device; ``"all"``, those of all.
+        Rows for the statistics in training mode, if devices share the batch inside ``jax.shard_map``: ``"device"``,
+        those of this device; ``"all"``, those of all devices.
 
     Notes
     -----
-    In training mode, the running statistics follow those of the batch: first the mean over the first ten batches, then
-    an exponential moving average with momentum 0.1. (PyTorch's average starts at 0 and 1, which biases short
-    trainings.) In evaluation mode, the running statistics are used.
+    In training mode, the running statistics are the mean over the first ten batches, then an exponential moving average
+    with momentum 0.1. (PyTorch's average starts at 0 and 1, which biases short trainings.) In evaluation mode, the
+    running statistics are used.
 
-    All devices hold the same running statistics. With ``"device"``, a batch counts with the mean over the devices of
-    their means and of their unbiased variances.
+    All devices hold the same running statistics. With ``"device"``, they are updated by the averages over devices of
+    means and of unbiased variances.
     """
 
     def __init__(self, dim: int, over: str = "device") -> None:
@@ -63,7 +63,7 @@ class BatchNorm(nnx.Module):
         return (x - mean) * lax.rsqrt(variance + BATCH_NORM_EPS)
 
     def _learn(self, x: Array) -> tuple[Array, Array]:
-        """Return mean and variance of a batch, and update the running ones; the latter unbiased, as in PyTorch."""
+        """Return mean and variance of a batch; update the running, unbiased statistics."""
         rows, mean = len(x), x.mean(0)
         if self.over == "all":
             rows, mean = rows * _num_devices(), _mean_of_all(mean)
@@ -91,32 +91,33 @@ def _num_devices() -> int:
 
 
 def _mean_of_all(values: Array) -> Array:
-    """Return the mean over the devices, which have equal numbers of rows."""
+    """Return the mean over devices with equal numbers of rows."""
     return lax.pmean(values, AXIS) if _is_shared() else values  # type: ignore[no-untyped-call]
 
 
 class Classifier(ImageModule):
-    """A method's encoder with a linear head, which maps images to logits; see :class:`prmim_methods.ClassifierConfig`.
+    """An encoder with a linear head; see :class:`prmim_methods.ClassifierConfig`.
 
     Parameters
     ----------
     method_config
-        The method whose encoder the classifier has. :func:`load_pretrained` loads trained weights.
+        The method of the encoder. :func:`load_pretrained` loads trained weights.
     config
-        The options. The classifier is frozen, apart from its head, with ``protocol="linear"``; else the position table
-        is trained too. Relative positions then have a table in each block, see :meth:`ClassifierConfig.position`.
+        The options. With ``protocol="linear"``, all but the head is frozen. Otherwise everything is trained, including
+        the position table; relative positions then have a table in each block, see :meth:`ClassifierConfig.position`.
     num_classes
         Number of classes.
     init_seed
-        Seed of the head's initial weights; that of the encoder's is ``method_config.init_seed``.
+        Seed of the head's initial weights; the encoder's is ``method_config.init_seed``.
     dtype
         Dtype of the matrix products, for example ``jax.numpy.bfloat16``; None: float32.
 
     Notes
     -----
-    Names of weights are timm's: ``encoder.`` and those of a ViT, ``fc_norm``, ``head``. ``fc_norm`` is, for a frozen
-    encoder, a batch norm without learned factors, as in MAE's linear probe. Else, for the mean of the patch tokens, it
-    is a layer norm that replaces the encoder's final norm, as in MAE's fine-tuning; for the class token it is absent.
+    Names of weights are timm's: ``encoder.`` and those of a ViT, ``fc_norm``, ``head``. For a frozen encoder,
+    ``fc_norm`` is a batch norm without learned factors, as in MAE's linear probe. For fine-tuning on the mean of the
+    patch tokens, it is a layer norm that replaces the encoder's final norm, as in MAE. For fine-tuning on the class
+    token, it is absent.
 
     Trained variables are of type ``nnx.Param``; the running statistics of the batch norm, which a call in training mode
     changes, are of type :class:`prmim_jax.vit.Statistic`.
@@ -168,7 +169,7 @@ class Classifier(ImageModule):
             self.fc_norm = LayerNorm(dim) if has_layer_norm else None
         rngs = nnx.Rngs(init_seed)
         self.head = Linear(dim, num_classes, dtype=dtype, rngs=rngs)
-        # The published recipes truncate at +-2, which has no effect.
+        # No truncation at +-2 as in the published recipes, since it has no effect.
         self.head.weight.set_value(normal(rngs, self.head.weight.shape, config.head_std))
 
     def __call__(self, images: Array, noise: Array | None = None) -> Array:
@@ -179,8 +180,8 @@ class Classifier(ImageModule):
         images
             uint8 (batch, image_size..., channels); with a ``pixel_range``, also uint16 or float32.
         noise
-            int (batch, N), for example from ``prmim_core.counter_noise``: decides which branches drop path drops.
-            Needed in training mode with drop path.
+            int (batch, N), for example from ``prmim_core.counter_noise``: determines the branches that drop path drops.
+            Required in training mode with drop path.
 
         Returns
         -------
@@ -212,19 +213,19 @@ class Classifier(ImageModule):
         return self._drop_path(noise, self.config.drop_rate)
 
     def no_weight_decay(self) -> frozenset[str]:
-        """Return the parameters of several axes that fine-tuning exempts from weight decay."""
+        """Return the multi-axis parameters that fine-tuning exempts from weight decay."""
         return self.config.not_decayed()
 
     def architecture(self) -> dict[str, Any]:
-        """Return what the weights mean; see :meth:`prmim_methods.ClassifierConfig.architecture`."""
+        """Return the architecture; see :meth:`prmim_methods.ClassifierConfig.architecture`."""
         return self.config.architecture(self.method_config, self.num_classes)
 
 
 def load_pretrained(classifier: Classifier, path: str | os.PathLike[str]) -> None:
-    """Load the encoder of a classifier from a weight file of its method, or of an encoder alone.
+    """Load the encoder of a classifier from a weight file of a method or an encoder.
 
-    Images of the file may have another size: then tables of positions are fitted to the classifier's. If each block of
-    the classifier has a table of relative position bias, each gets a copy of the method's.
+    The image size of the file may differ: position tables are then fitted to the classifier's. If the classifier has a
+    table of relative position bias in each block, each is a copy of the method's.
 
     Parameters
     ----------
@@ -252,16 +253,16 @@ def load_pretrained(classifier: Classifier, path: str | os.PathLike[str]) -> Non
 
 
 def lars(momentum: float = 0.9, trust: float = 0.001, weight_decay: float = 0.0) -> optax.GradientTransformation:
-    """Return SGD with momentum and layer-wise trust ratios (LARS), for learning rate 1.
+    """Return SGD with momentum and layer-wise trust ratios (LARS), at learning rate 1.
 
     Parameters
     ----------
     momentum
-        Factor of the previous update that is added to the next one.
+        Factor of the previous update, added to the next one.
     trust
-        Norm of the update of a parameter of several axes, relative to the norm of the parameter, at learning rate 1.
+        Norm of the update of a multi-axis parameter at learning rate 1, relative to the norm of the parameter.
     weight_decay
-        Factor of a parameter of several axes that is added to its gradient.
+        Factor of a multi-axis parameter, added to its gradient.
 
     Returns
     -------
@@ -313,20 +314,20 @@ class ClassifierEngine(Trainer[Classifier]):
         The options of the training. ``training.seed`` is the seed of drop path and of the head's initial weights. A
         frozen encoder is never sharded: with ``parallel="fsdp"``, each device holds all weights.
     weights
-        The method's ``weights.safetensors``; None: the encoder has the initial weights of a new method.
+        The method's ``weights.safetensors``; None: the initial weights of a new method.
 
     Raises
     ------
     FileNotFoundError
-        If the file of weights does not exist.
+        If the weight file does not exist.
     ValueError
         If the weights are of another architecture, or the device is not available.
 
     Notes
     -----
-    ``config.batch_norm`` says whether batch norm uses the rows of each device or of all. If ``accumulate`` splits the
-    batch, each part has statistics of its own. Batch norm of each device is the one thing by which a step depends on
-    the number of devices; weights and running statistics are equal on all of them.
+    ``config.batch_norm`` selects the rows for batch norm: those of each device, or of all. If ``accumulate`` splits the
+    batch, each part has its own statistics. Only batch norm of each device makes a step depend on the number of
+    devices. Weights and running statistics are equal on all devices.
     """
 
     def __init__(
@@ -372,7 +373,7 @@ class ClassifierEngine(Trainer[Classifier]):
             (batch, image_size..., channels): this process's share of the batch, the same size in all processes;
             its devices share it.
         sample
-            int64 (batch,): index of each image in the data set. Seed, step and this index determine drop path.
+            int64 (batch,): index of each image in the data set. Seed, step and index determine drop path.
         targets
             float32 (batch, num_classes): class probabilities of each image; they sum to 1.
 
@@ -385,7 +386,10 @@ class ClassifierEngine(Trainer[Classifier]):
         self._take_step(images, sample, targets)
 
     def predict(self, images: NDArray[Any]) -> NDArray[np.float32]:
-        """Return logits float32 (batch, num_classes), in evaluation mode; all processes must pass the same images."""
+        """Return logits float32 (batch, num_classes), in evaluation mode.
+
+        All processes must pass the same images.
+        """
         check_images(images, self._image_shape, self._image_dtypes)
         return np.asarray(self._evaluate(_logits, images))
 

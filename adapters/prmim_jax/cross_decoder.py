@@ -1,4 +1,4 @@
-"""The decoder of CrossMAE: mask tokens attend to the encoder's layers, and not to each other."""
+"""The decoder of CrossMAE: mask tokens attend to the encoder's layers only."""
 
 from collections.abc import Sequence
 
@@ -23,7 +23,9 @@ from prmim_jax.vit import (
 
 
 class CrossAttention(nnx.Module):
-    """Multi-head attention of queries to the tokens of a context; scale 1/sqrt(head_dim), softmax in float32 or wider.
+    """Multi-head attention of queries to a context, with scale 1/sqrt(head_dim).
+
+    The softmax is computed in float32 or wider.
 
     Parameters
     ----------
@@ -44,7 +46,7 @@ class CrossAttention(nnx.Module):
         self.proj = Linear(dim, dim, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Array, context: Array) -> Array:
-        """Map (batch, length, dim) to the same shape; the context is (batch, context length, context_dim)."""
+        """Map (batch, length, dim) to the same shape; context (batch, n, context_dim)."""
         batch, length, dim = x.shape
         heads = self.num_heads, dim // self.num_heads
         kv = self.kv(context).reshape(batch, context.shape[1], 2, *heads)
@@ -85,7 +87,7 @@ class CrossBlock(nnx.Module):
         self.mlp = Mlp(dim, 4 * dim, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Array, context: Array) -> Array:
-        """Map (batch, length, dim) to the same shape; the context is (batch, context length, context_dim)."""
+        """Map (batch, length, dim) to the same shape; context (batch, n, context_dim)."""
         add = jax.checkpoint(CrossBlock._add) if self.recompute else CrossBlock._add
         return add(self, x, context)
 
@@ -96,15 +98,15 @@ class CrossBlock(nnx.Module):
 
 
 class CrossDecoder(nnx.Module):
-    """Blocks of cross-attention from mask tokens, at the positions to decode, to learned mixes of the encoder's layers.
+    """Cross-attention from mask tokens to learned mixes of the encoder's layers.
 
-    Each block reads its own mix: a weighted sum of the input of the encoder's blocks and of the output of each. The
-    decoded tokens do not see each other, so the features of one do not depend on which others are decoded.
+    Each block reads its own mix: a weighted sum of the input of the encoder's blocks and the output of each. Decoded
+    tokens do not see each other, so their features do not depend on which others are decoded.
 
     Parameters
     ----------
     grid_shape
-        Tokens of a whole image along each axis; N in all.
+        Tokens of a whole image along each axis; N in total.
     encoder_dim, encoder_depth
         Width of the encoder, number of its blocks.
     output_dim
@@ -116,7 +118,7 @@ class CrossDecoder(nnx.Module):
     class_tokens
         Number of class tokens of the encoder, C. Their rows of the position table have no effect.
     visible_features
-        Whether the visible tokens have features too: one more mix, normalised and projected to the decoder's width.
+        Whether visible tokens have features too: one more mix, normalized and projected to the decoder's width.
     recompute
         See :class:`prmim_jax.vit.Block`.
     scan
@@ -170,7 +172,7 @@ class CrossDecoder(nnx.Module):
         self.pred = Linear(dim, output_dim, dtype=dtype, rngs=rngs)
 
     def __call__(self, states: Array, index: Array) -> Array:
-        """Decode, without the prediction head ``pred``: the caller applies it to the tokens that need it.
+        """Decode; the caller applies the prediction head ``pred`` where needed.
 
         Parameters
         ----------
@@ -182,11 +184,11 @@ class CrossDecoder(nnx.Module):
         Returns
         -------
         jax.Array
-            (batch, M, dim): normalised features of the tokens at ``index``. With ``visible_features``,
-            (batch, V + M, dim): those of the visible tokens come first.
+            (batch, M, dim): normalized features of the tokens at ``index``. With ``visible_features``, (batch, V + M,
+            dim), visible tokens first.
         """
         dtype = self.mix.dtype if self.dtype is None else self.dtype
-        # One product for all mixes reads the layers once.
+        # A single product for all mixes reads the layers once.
         mixes = jnp.einsum(
             "kl,lbnd->kbnd", self.mix[...].astype(dtype), states.astype(dtype), precision=precision(dtype)
         )

@@ -1,4 +1,4 @@
-"""Distributed training: agreement between processes, and layout of arrays on devices.
+"""Distributed training: synchronization, and layout of arrays on devices.
 
 Devices form a mesh: ``NamedSharding`` places arrays, ``jax.shard_map`` runs programs, and ``jax.distributed`` connects
 processes. On a single device, all functions work without a mesh.
@@ -28,39 +28,39 @@ Result = TypeVar("Result")
 AXIS = "data"
 """Name of the axis of the mesh."""
 ROWS = P(AXIS)  # type: ignore[no-untyped-call]
-"""Sharding of arrays of which each device has some rows."""
+"""Sharding of arrays by rows."""
 WHOLE = P()  # type: ignore[no-untyped-call]
-"""Sharding of arrays that each device has whole."""
+"""Sharding of arrays that are whole on each device."""
 
 VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 """Environment variables of a run with several processes."""
 SRUN_VARIABLES = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
 """Variables by which JAX detects the tasks of SLURM's ``srun``."""
 LAUNCH_TIMEOUT = 300
-"""Seconds that a process waits for the others to join."""
+"""Timeout in seconds for other processes to join."""
 HOST_TIMEOUT = 600.0
-"""Seconds that processes wait for one another between training steps, for example while one writes files."""
+"""Timeout in seconds between training steps, for example while one process writes files."""
 
 SHUTDOWN_TIMEOUT = 10
-"""Seconds that a process that ends waits for the others before it terminates them."""
+"""Seconds that an ending process waits for the others before it terminates them."""
 
 _NUMBERS = {"main": itertools.count(), "files": itertools.count()}
-"""Numbers of the messages that processes exchange, by thread; the same in all processes."""
+"""Counters of exchanged messages by thread, equal in all processes."""
 
 ERRORS: dict[str, type[Exception]] = {
     kind.__name__: kind
     for kind in (ValueError, TypeError, OSError, FileNotFoundError, NotADirectoryError, PermissionError)
 }
-"""Types in which an error of one process is raised in the others, by name; any other type becomes a RuntimeError."""
+"""Error types that are re-raised in other processes, by name; any other type becomes a RuntimeError."""
 
 
 class Processes:
-    """The processes of a run: those that the environment variables describe, or a single one.
+    """The processes of a run, described by environment variables, or a single one.
 
     Parameters
     ----------
     timeout
-        Seconds without a heartbeat after which a process counts as dead; the others then end.
+        Seconds without a heartbeat after which a process is considered dead, and the others end.
 
     Attributes
     ----------
@@ -72,7 +72,7 @@ class Processes:
     ValueError
         If the environment variables are incomplete or invalid.
     RuntimeError
-        If JAX has used a device before: processes must connect first.
+        If JAX has used a device before connecting.
 
     Notes
     -----
@@ -89,11 +89,11 @@ class Processes:
             self.rank, self.world_size = jax.process_index(), jax.process_count()
 
     def any(self, flag: bool) -> bool:
-        """Return whether the flag of any process is True. Waits for all processes; does not use the device."""
+        """Return whether any process has a True flag; waits for all, without the device."""
         return any(self._tell(bool(flag)))
 
     def together(self, call: Callable[[], Result], *, in_background: bool = False) -> Result:
-        """Call a function in every process; if it fails in one, raise in all, so that no process waits forever.
+        """Call a function in every process; if it fails in one, raise in all.
 
         Parameters
         ----------
@@ -105,7 +105,7 @@ class Processes:
         Raises
         ------
         Exception
-            The error of the call here, or else that of the first process in which it failed.
+            The error of the call in this process, or else of the first process in which it failed.
         """
         failure: Exception | None = None
         try:
@@ -121,10 +121,13 @@ class Processes:
         return result
 
     def _tell(self, value: Any, thread: str = "main") -> list[Any]:
-        """Exchange a value that JSON can hold; return those of all processes. Threads exchange separately."""
+        """Exchange a JSON value; return those of all processes.
+
+        Messages of different threads do not mix.
+        """
         if self.world_size == 1:
             return [value]
-        # JAX has no public interface to its key-value store; orbax has one.
+        # JAX has no public interface to its key-value store, but orbax has.
         client: Any = multihost.get_jax_distributed_client()
         number = next(_NUMBERS[thread])
         client.key_value_set(f"prmim/{thread}/{number}/{self.rank}", json.dumps(value))
@@ -132,7 +135,7 @@ class Processes:
             client.blocking_key_value_get(f"prmim/{thread}/{number}/{rank}", int(1000 * HOST_TIMEOUT))
             for rank in range(self.world_size)
         ]
-        # All processes sent this message, so all have read the previous one.
+        # All processes have sent this message, so all have read the previous one.
         if number:
             client.key_value_delete(f"prmim/{thread}/{number - 1}/{self.rank}")
         return [json.loads(text) for text in told]
@@ -142,10 +145,10 @@ class Processes:
         if not self._is_ours:
             return
         self._is_ours = False
-        # After an exception, JAX disconnects at the end of the program, when the exception has been reported: it waits
-        # for the others, then terminates them.
+        # After an exception, JAX disconnects at the end of the program, after the exception is reported: it waits for
+        # the others, then terminates them.
         if sys.exc_info()[0] is None:
-            self._tell(None)  # some can be busy for longer than JAX waits
+            self._tell(None)  # some may be busy for longer than JAX waits
             jax.distributed.shutdown()  # type: ignore[no-untyped-call]
 
 
@@ -169,7 +172,7 @@ def _connect(timeout: float) -> None:
 
 
 def num_processes() -> int:
-    """Return the number of processes in the environment: ``JAX_NUM_PROCESSES``, that of SLURM's ``srun``, or 1."""
+    """Return the number of processes: ``JAX_NUM_PROCESSES``, SLURM's, or 1."""
     missing = [name for name in VARIABLES if name not in os.environ]
     if len(missing) == len(VARIABLES):
         return int(os.environ["SLURM_NTASKS"]) if all(name in os.environ for name in SRUN_VARIABLES) else 1
@@ -215,7 +218,7 @@ def choose_devices(name: str) -> list[jax.Device]:
 
 
 class Layout:
-    """Placement of arrays on the devices of all processes, and compilation of programs for them.
+    """Placement of arrays on devices, and compilation of programs for them.
 
     Parameters
     ----------
@@ -233,15 +236,14 @@ class Layout:
     local_device
         The first device of this process.
     in_turn
-        Whether a step must wait for the previous one: devices of one CPU share their threads, so concurrent steps can
+        Whether a step must wait for the previous one. Devices of one CPU share threads, so concurrent steps can
         deadlock.
 
     Notes
     -----
-    A program is written for one device, its rows and its parts of the weights. It calls :meth:`gather`, :meth:`mean`
-    and :meth:`mean_gradients` where devices must communicate. They communicate nowhere else: XLA's own partitioning
-    would gather batches, indices and activations. With one device, these calls are no-ops, and programs are compiled
-    without a mesh.
+    A program is written for one device, its rows and its parts of the weights. Devices communicate only in calls of
+    :meth:`gather`, :meth:`mean` and :meth:`mean_gradients`. (XLA's own partitioning would also gather batches, indices
+    and activations.) With one device, these calls are no-ops, and programs are compiled without a mesh.
     """
 
     def __init__(self, devices: Sequence[jax.Device], parallel: Parallel) -> None:
@@ -263,7 +265,7 @@ class Layout:
         return any(spec != WHOLE for spec in specs.values())
 
     def put(self, tree: Any, specs: Any = WHOLE) -> Any:
-        """Put arrays, the same in all processes, on the devices; ``specs``: their sharding, one or a tree."""
+        """Put arrays, equal in all processes, on the devices; ``specs``: their sharding."""
         if self.num_devices == 1:
             return jax.device_put(tree, self.local_device)
         if isinstance(specs, P):
@@ -272,18 +274,18 @@ class Layout:
 
     def _put(self, array: Any, spec: P) -> Array:
         array = np.asarray(array)
-        # Not device_put, which compares the arrays of all processes.
+        # Not device_put, which would compare the arrays of all processes.
         return jax.make_array_from_callback(array.shape, NamedSharding(self._mesh, spec), lambda part: array[part])
 
     def put_rows(self, array: NDArray[Any]) -> Array:
-        """Put the rows of this process on its devices, as a part of the rows of all processes."""
+        """Put the rows of this process on its devices, as part of a global array."""
         if self.num_devices == 1:
             return jax.device_put(array, self.local_device)
         sharding = NamedSharding(self._mesh, ROWS)
         return jax.make_array_from_process_local_data(sharding, array)  # type: ignore[no-untyped-call]
 
     def local_rows(self, array: Array) -> NDArray[Any]:
-        """Return the rows of an array that the devices of this process hold; the opposite of :meth:`put_rows`."""
+        """Return this process's rows of an array; the inverse of :meth:`put_rows`."""
         if self.num_devices == 1:
             return np.asarray(array)
         parts = sorted(array.addressable_shards, key=lambda part: part.index[0].start or 0)
@@ -305,7 +307,7 @@ class Layout:
         """
         if self.num_devices == 1:
             return jax.jit(program, donate_argnums=donate)
-        # Unchecked, since gradients are those of a single device, and summed once.
+        # Unchecked, since gradients are per device and summed once.
         shared = jax.shard_map(program, mesh=self._mesh, in_specs=inputs, out_specs=outputs, check_vma=False)
         here, there = self._shardings(inputs), self._shardings(outputs)
         return jax.jit(shared, in_shardings=here, out_shardings=there, donate_argnums=donate)
@@ -318,7 +320,7 @@ class Layout:
         }
 
     def part(self, factor: Any, spec: P) -> Any:
-        """Inside a program: return the part of a factor that belongs to this device's part of the weights.
+        """Inside a program: return the part of a factor for this device's weights.
 
         The factor is a number, or broadcasts to the weights, with as many axes.
         """
@@ -332,7 +334,7 @@ class Layout:
         return tree if self.num_devices == 1 else lax.pmean(tree, AXIS)  # type: ignore[no-untyped-call]
 
     def mean_gradients(self, gradients: dict[str, Array], specs: dict[str, P]) -> tuple[dict[str, Array], Array]:
-        """Inside a program: average gradients over the devices; return this device's parts, and the norm of all."""
+        """Inside a program: average gradients; return this device's parts and the norm."""
         if self.num_devices == 1:
             return gradients, optax.tree.norm(gradients)
         whole = self.mean({name: gradient for name, gradient in gradients.items() if specs[name] == WHOLE})
@@ -352,19 +354,19 @@ class Layout:
         )
 
     def whole(self, arrays: dict[str, Array], specs: dict[str, P]) -> dict[str, Array]:
-        """Return weights that each device holds whole; all processes must call it."""
+        """Gather weights to all devices; all processes must call it."""
         if not self.cuts(specs):
             return arrays
         return self.compile(lambda arrays: self.gather(arrays, specs), (specs,), WHOLE)(arrays)
 
     def local(self, tree: Any) -> Any:
-        """Return arrays that each device holds whole as arrays of one device of this process, without a copy."""
+        """Return replicated arrays as arrays of one local device, without a copy."""
         if self.num_devices == 1:
             return tree
         return jax.tree.map(lambda array: array.addressable_data(0), tree)
 
     def convert(self, tree: Any, function: Callable[[Any], Any]) -> Any:
-        """Apply a function to weights on the devices; the results are sharded as in :meth:`specs`."""
+        """Apply a function to weights on the devices; shard the results by :meth:`specs`."""
         specs = self.specs(jax.eval_shape(function, tree))
         return jax.jit(function, out_shardings=self._shardings(specs))(tree)
 
@@ -375,7 +377,7 @@ class Layout:
 
 
 def cut(shape: Sequence[int], num_devices: int) -> P:
-    """Return how devices share an array: along its longest axis that they can share evenly, else not at all.
+    """Return the sharding of an array: along its longest divisible axis, else none.
 
     Examples
     --------

@@ -1,4 +1,4 @@
-"""The JAX engine: a method with its optimizer and device, as used by the training loop."""
+"""The JAX engine: a method with its optimizer and device."""
 
 import os
 from collections.abc import Sequence
@@ -30,8 +30,8 @@ class Reconstruction(NamedTuple):
     schedule
         The static boundaries inside ``order``.
     patches
-        float32 (batch, N, prod(patch) * C), in raster order, pixels in [0, 1] (predictions can lie outside): the
-        input's own where visible, NaN where nothing is predicted.
+        float32 (batch, N, prod(patch) * C), in raster order, pixels in [0, 1] (predictions may exceed the range): the
+        input where visible, NaN where nothing is predicted.
     """
 
     order: NDArray[np.int64]
@@ -106,7 +106,7 @@ class Engine(Trainer[Method]):
 
     @property
     def method(self) -> Method:
-        """The method with the current weights, on one device; the next training step invalidates its arrays.
+        """The method with current weights, on one device; valid until the next step.
 
         All processes must ask for it.
         """
@@ -114,7 +114,10 @@ class Engine(Trainer[Method]):
 
     @property
     def predicts(self) -> Predicts:
-        """What the method predicts: ``"pixels"`` (see :meth:`reconstruct`) or ``"features"`` (see :meth:`compare`)."""
+        """Target of the method: ``"pixels"`` or ``"features"``.
+
+        See :meth:`reconstruct` for pixels, :meth:`compare` for features.
+        """
         return self._config.predicts
 
     def train_step(
@@ -128,7 +131,7 @@ class Engine(Trainer[Method]):
             (batch, image_size..., channels): this process's share of the batch, the same size in all processes;
             its devices share it.
         sample
-            int64 (batch,): index of each image in the data set. Seed, step and this index determine its mask.
+            int64 (batch,): index of each image in the data set. Seed, step and index determine its mask.
         weights
             float32 (batch, N): weight of each token, for ``throwing="weighted"`` only; see :meth:`attention`.
 
@@ -140,7 +143,7 @@ class Engine(Trainer[Method]):
         self._take_step(images, sample, *(() if weights is None else (weights,)))
 
     def init_weights(self, source: str | os.PathLike[str]) -> str:
-        """Start from the weights of other code or of another method; see :func:`prmim_jax.init_weights`.
+        """Start from other weights; see :func:`prmim_jax.init_weights`.
 
         All processes must call it.
         """
@@ -150,7 +153,7 @@ class Engine(Trainer[Method]):
         return start.line
 
     def features(self, images: NDArray[Any]) -> NDArray[np.float32]:
-        """Return the mean patch feature of whole images, nothing masked: float32 (batch, dim).
+        """Return mean patch features of unmasked images: float32 (batch, dim).
 
         All processes must pass the same images, here and in :meth:`reconstruct` and :meth:`compare`.
         """
@@ -158,7 +161,7 @@ class Engine(Trainer[Method]):
         return np.asarray(self._evaluate(_features, images))
 
     def attention(self, images: NDArray[Any]) -> NDArray[np.float32]:
-        """Return the attention to the patches of whole images, in [0, 1]: float32 (batch, N).
+        """Return the attention to patches of unmasked images, in [0, 1]: float32 (batch, N).
 
         All processes must call it, with a batch of the same size; the images may differ. The devices share the batch.
         """
@@ -168,7 +171,7 @@ class Engine(Trainer[Method]):
     def reconstruct(self, images: NDArray[Any], sample: NDArray[np.int64]) -> Reconstruction:
         """Mask images as in step 0, and predict their pixels.
 
-        With ``throwing="weighted"``, the attention to these images is computed first.
+        With ``throwing="weighted"``, the attention of these images is computed first.
 
         Parameters
         ----------

@@ -1,4 +1,4 @@
-"""Weights of other code, and a method that starts from them: safetensors only. Nothing is unpickled."""
+"""Import of weights of other code, from safetensors only. Unpickles nothing."""
 
 import os
 from collections.abc import Mapping
@@ -34,7 +34,7 @@ def import_weights(
     out
         The ``.safetensors`` file to write. :func:`prmim_jax.load_weights` of both adapters reads it.
     num_heads, decoder_heads, image_size, norm_pix, encoder_only
-        What the weights do not tell; see :func:`prmim_methods.foreign.convert`.
+        Facts that the weights do not determine; see :func:`prmim_methods.foreign.convert`.
 
     Returns
     -------
@@ -59,7 +59,7 @@ def import_weights(
 
 
 def init_weights(method: nnx.Module, source: str | os.PathLike[str] | Mapping[str, Any]) -> str:
-    """Start a method from weights of other code, or of another method: all parts that fit.
+    """Load all fitting parts of other weights into a method.
 
     Parameters
     ----------
@@ -71,12 +71,12 @@ def init_weights(method: nnx.Module, source: str | os.PathLike[str] | Mapping[st
     Returns
     -------
     str
-        A line that says which parts were loaded.
+        A line of text on the loaded parts.
 
     Raises
     ------
     FileNotFoundError, ValueError
-        As :func:`import_weights`; ValueError also if the encoder is another one. The method is unchanged then.
+        As :func:`import_weights`; ValueError also if the encoder differs. The method is unchanged then.
     """
     start = read_start(method, source)
     put_weights(method, start.weights)
@@ -117,7 +117,7 @@ def read_checkpoint(source: str | os.PathLike[str] | Mapping[str, Any]) -> Check
 
 
 def _as_array(array: Any) -> NDArray[Any]:
-    """Return an array as NumPy, of at least float32 if it holds floating-point numbers."""
+    """Convert an array to NumPy; floating-point ones to at least float32."""
     array = np.asarray(array)
     is_narrow = jnp.issubdtype(array.dtype, jnp.floating) and array.dtype != np.float64
     return array.astype(np.float32) if is_narrow else array

@@ -1,4 +1,4 @@
-"""Fusion of encoder layers: one sequence from the outputs of several blocks."""
+"""Fusion of the outputs of several encoder blocks."""
 
 from collections.abc import Sequence
 
@@ -19,7 +19,7 @@ class Fusion(nnx.Module):
     dim
         Width of the encoder.
     blocks
-        Numbers of the blocks, from 0. The outputs of all but the last pass through a linear layer of their own.
+        Numbers of the blocks, from 0. All outputs but the last pass through a linear layer each.
     dtype
         Dtype of the matrix products.
     rngs
@@ -62,12 +62,12 @@ class Fusion(nnx.Module):
             (batch, length, dim).
         """
         *shallow, last = (states[block + 1] for block in self.blocks)
-        # In bfloat16, the linear layers return a lower precision than that of the residual stream.
+        # In bfloat16, linear layers return a lower precision than the residual stream.
         projected = [layer(state).astype(last.dtype) for layer, state in zip(self.projections, shallow, strict=True)]
         weights = jax.nn.softmax(self.layer_weights[...]).astype(last.dtype)
         return (weights[:, None, None, None] * jnp.stack([*projected, last])).sum(0)
 
     def named_weights(self) -> dict[str, Array]:
-        """Return the weight of each block in the mean, without gradient: scalars ``layer_weight_K`` for block K."""
+        """Return the weights of blocks in the mean, as ``layer_weight_K``, without gradient."""
         weights = jax.lax.stop_gradient(jax.nn.softmax(self.layer_weights[...]))
         return {f"layer_weight_{block}": weights[place] for place, block in enumerate(self.blocks)}

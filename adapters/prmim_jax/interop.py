@@ -1,7 +1,7 @@
-"""Weights to and from ``.safetensors`` files, which both adapters read. Nothing is unpickled.
+"""Reading and writing ``.safetensors`` files, which both adapters share.
 
-Files hold the weights of every block under names of their own, ``blocks.0.`` and so on; modules hold them stacked (see
-:func:`prmim_jax.vit.stack_blocks`), under names with ``blocks.`` only.
+Files store the weights of each block separately, as ``blocks.0.`` and so on. Modules store them stacked (see
+:func:`prmim_jax.vit.stack_blocks`), as ``blocks.``.
 """
 
 import os
@@ -38,7 +38,9 @@ BLOCKS = "blocks."
 
 
 def save_weights(method: nnx.Module, path: str | os.PathLike[str]) -> None:
-    """Write parameters and buffers, except a teacher's, to a ``.safetensors`` file, atomically.
+    """Write parameters and buffers to a ``.safetensors`` file, atomically.
+
+    A teacher's are left out.
 
     Parameters
     ----------
@@ -60,7 +62,7 @@ def load_weights(method: nnx.Module, path: str | os.PathLike[str], *, resize: bo
     path
         The file.
     resize
-        Whether images of the file may have another size. Then tables of positions are fitted to the method's; see
+        Whether the file's image size may differ. Position tables are then fitted to the method's; see
         :func:`prmim_methods.positions.fit_positions`.
 
     Raises
@@ -75,7 +77,7 @@ def load_weights(method: nnx.Module, path: str | os.PathLike[str], *, resize: bo
 
 
 def named_variables(method: nnx.Module) -> Variables:
-    """Return parameters and buffers, except a teacher's, by name; blocks are stacked."""
+    """Return parameters and buffers by name, without a teacher's; blocks are stacked."""
     return {
         ".".join(map(str, path)): value
         for path, value in nnx.iter_graph(method)
@@ -89,7 +91,7 @@ def is_stacked(name: str) -> bool:
 
 
 def file_names(name: str, shape: Sequence[int]) -> list[str]:
-    """Return the names of a variable in files: one per block if the variable, of this shape, is stacked.
+    """Return the names of a variable in files: one per block if it is stacked.
 
     Examples
     --------
@@ -105,7 +107,7 @@ def file_names(name: str, shape: Sequence[int]) -> list[str]:
 
 
 def named_weights(method: nnx.Module) -> Weights:
-    """Return a copy of the contents of a method's file, by name: parameters and buffers, except a teacher's."""
+    """Return a copy of a method's weights by name, as in files, without a teacher's."""
     weights: Weights = {}
     for name, variable in named_variables(method).items():
         array = np.array(variable[...])
@@ -115,13 +117,16 @@ def named_weights(method: nnx.Module) -> Weights:
 
 
 def write_weights(weights: Weights, metadata: dict[str, str], path: str | os.PathLike[str]) -> None:
-    """Write weights, named as by :func:`named_weights`, and the metadata of their method, atomically."""
+    """Write weights, named as by :func:`named_weights`, and metadata, atomically."""
     tensors = {name: np.ascontiguousarray(array) for name, array in weights.items()}
     write_atomically(path, lambda file: file.write(save(tensors, metadata)))
 
 
 def put_weights(method: nnx.Module, weights: Weights) -> None:
-    """Copy weights, named as by :func:`named_weights`, into a method; variables without weights are unchanged."""
+    """Copy weights, named as by :func:`named_weights`, into a method.
+
+    Variables without weights are unchanged.
+    """
     for name, variable in named_variables(method).items():
         value = variable[...]
         names = file_names(name, value.shape)
@@ -146,36 +151,38 @@ def read_weights(method: nnx.Module, path: str | os.PathLike[str], *, resize: bo
 def read_encoder(
     path: str | os.PathLike[str], image_size: int | tuple[int, ...] | None = None
 ) -> tuple[EncoderConfig, Weights]:
-    """Return the encoder in a file of weights: its record, and its weights by name, ``encoder.`` first.
+    """Return the record of the encoder in a weight file, and its weights by name.
+
+    All names begin with ``encoder.``.
 
     Parameters
     ----------
     path
         A file of a method, or of an encoder alone.
     image_size
-        Size of the images in place of the file's.
+        Size of the images, in place of the file's.
 
     Raises
     ------
     FileNotFoundError
         If the file does not exist.
     ValueError
-        If the file does not describe an encoder, lacks some of its weights, or the patches do not divide the images.
+        If the file has no encoder or lacks some of its weights, or the patches do not divide the images.
     """
     metadata, tensors = read_file(path)
     got = read_architecture(metadata, path)
     source = encoder_of(got)
     number, wanted = sum(array.size for array in tensors.values()), source.parameters()
-    if wanted.learned + wanted.fixed > number:  # before such a model is built
+    if wanted.learned + wanted.fixed > number:  # before a model of this size is built
         raise ValueError(f"path: expected the weights of an encoder, got {number:,} values in {os.fspath(path)}")
     config = source.encoder_config(image_size)
     return config, fit_encoder(config, got, tensors)
 
 
 def read_file(path: str | os.PathLike[str]) -> tuple[dict[str, str] | None, Weights]:
-    """Return the metadata and the tensors of a ``.safetensors`` file; ValueError if it is another file."""
+    """Return metadata and tensors of a ``.safetensors`` file; ValueError otherwise."""
     try:
-        open_regular(path).close()  # safe_open would wait at a pipe
+        open_regular(path).close()  # safe_open would block on a pipe
         with safe_open(path, framework="numpy") as file:
             return file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a dict
     except (SafetensorError, ValueError) as error:
@@ -183,7 +190,7 @@ def read_file(path: str | os.PathLike[str]) -> tuple[dict[str, str] | None, Weig
 
 
 def check_fit(expected: Mapping[str, NDArray[Any]], got: Weights, path: str | os.PathLike[str]) -> None:
-    """Raise ValueError unless the tensors of a file have the expected names and shapes, and are floating-point."""
+    """Validate a file's tensors: floating-point, with the expected names and shapes."""
     check_tensors(
         {name: array.shape for name, array in expected.items()},
         {name: (t.shape, str(t.dtype), jnp.issubdtype(t.dtype, jnp.floating)) for name, t in got.items()},

@@ -1,4 +1,4 @@
-"""LocalMIM: several encoder layers predict the image at several scales; dense, partial or PR-MIM."""
+"""LocalMIM: encoder layers predict the image at several scales."""
 
 from dataclasses import dataclass
 
@@ -34,12 +34,12 @@ class LocalOutput:
     Parameters
     ----------
     loss
-        Scalar to minimise, float32 or wider.
+        Scalar to minimize, float32 or wider.
     loss_decoded, loss_thrown
-        Scalars: the mean loss of decoded and of thrown tokens, a sum over the scales; 0 if no such token is supervised.
+        Scalars: mean loss of decoded and of thrown tokens, summed over the scales; 0 if no such token is supervised.
     predicted
-        (batch, supervised, values): predictions of the supervised tokens in plan order; for each scale the cells of the
-        token in raster order, or the cell that the token is part of.
+        (batch, supervised, values): predictions of the supervised tokens in plan order. For each scale, they are the
+        token's cells in raster order, or the cell that contains the token.
     plan
         The plan of the batch.
     """
@@ -52,14 +52,14 @@ class LocalOutput:
 
 
 class ScaleHead(nnx.Module):
-    """Predict the cells of each token at one scale.
+    """Head that predicts the cells of each token at one scale.
 
     Parameters
     ----------
     config
         The record of the method.
     scale
-        Cells along each side of a token; below 1, the inputs are features of units, and each is one cell.
+        Cells along each side of a token. Below 1, inputs are features of units, and each unit is one cell.
     dtype
         Dtype of the matrix products.
     rngs
@@ -67,8 +67,8 @@ class ScaleHead(nnx.Module):
 
     Notes
     -----
-    The published heads are transposed convolutions whose kernel equals their stride, on the grid of all tokens. Such a
-    convolution is a linear layer on each token, so it works on any tokens.
+    The published heads are transposed convolutions on the grid of all tokens, with kernel size equal to the stride.
+    They equal linear layers on each token, which work for any subset of tokens.
     """
 
     def __init__(self, config: LocalMIMConfig, scale: float, *, dtype: DTypeLike | None = None, rngs: nnx.Rngs) -> None:
@@ -79,21 +79,21 @@ class ScaleHead(nnx.Module):
         self.pred = Linear(width, values, dtype=dtype, rngs=rngs)
 
     def __call__(self, features: Array) -> Array:
-        """Map features (batch, n, dim) to cells (batch, n, cells * values), cells of a token in raster order."""
+        """Map features (batch, n, dim) to cells in raster order (batch, n, cells * values)."""
         batch, length, _ = features.shape
         x = features.reshape(batch * length, 1, -1)
         for number, up in enumerate(self.up):
             if number:
                 x = jax.nn.gelu(self.norms[number - 1](x), approximate=False)
             x = up(x)
-            # Each cell becomes a patch of 2 x 2 cells; they are put in raster order.
+            # Each cell becomes a patch of 2 x 2 cells, which are sorted in raster order.
             x = unpatchify(x, (2,) * self._axes, Grid((2**number,) * self._axes))
             x = x.reshape(batch * length, -1, x.shape[-1])
         return self.pred(x).reshape(batch, length, -1)
 
 
 class LocalMIM(FeatureMethod):
-    """LocalMIM with partial and progressive reconstruction; see :class:`prmim_methods.LocalMIMConfig`.
+    """LocalMIM with PR-MIM; see :class:`prmim_methods.LocalMIMConfig`.
 
     Parameters
     ----------
@@ -126,7 +126,7 @@ class LocalMIM(FeatureMethod):
         encoder, size = config.encoder_size, config.decoder_size
         scales = config.scales_in_effect
         self.encoder = build_encoder(config, dtype=dtype, rngs=rngs)
-        # The encoder's final norm is that of the last decoder.
+        # The last decoder uses the encoder's final norm.
         self.norms = nnx.List([LayerNorm(encoder.dim) for _ in scales[1:]])
         self.decoders = nnx.List(
             [
@@ -175,7 +175,7 @@ class LocalMIM(FeatureMethod):
         plan = make_plan(self._schedule, noise)
         predicted = self._predict(patches, plan)
         targets = self._targets(images, self._supervised(plan))
-        # The error has the precision of the target; the prediction can have a lower one.
+        # The error has the precision of the target. The prediction may have a lower one.
         errors = jnp.stack(
             [
                 jnp.square(rough.astype(target.dtype) - target).mean(-1)
@@ -200,7 +200,7 @@ class LocalMIM(FeatureMethod):
         return predicted
 
     def _predict_scale(self, scale: float, head: ScaleHead, features: Array, plan: Plan) -> Array:
-        """Predict from features (batch, V + M or N, dim) in plan order: (batch, supervised, values)."""
+        """Predict from features (batch, V + M or N, dim): (batch, supervised, values)."""
         if scale >= 1:
             first = plan.schedule.counts.visible
             return head(features[:, first : first + self.config.num_supervised])
@@ -224,11 +224,11 @@ class LocalMIM(FeatureMethod):
         return targets
 
     def _cell_maps(self, images: Array) -> list[Array]:
-        """Return what is predicted of each cell, (batch, cells..., values) for each scale."""
+        """Return the targets of all cells, (batch, cells..., values) for each scale."""
         config, dtype = self.config, self.encoder.cls_token.dtype
         images = self._pixels(images)
         if config.target == "hog":
-            # Of pixels that are not normalised: their gradients are exact, and histograms ignore the scale.
+            # Computed from unnormalized pixels: their gradients are exact, and histograms ignore the scale.
             return hog_pyramid(images.astype(dtype), config.cell_sizes, config.bins)  # type: ignore[arg-type]  # two axes
         pixels = self._normalize(images.reshape(images.shape[0], 1, -1))  # the image as one patch
         pixels = normalize_over_image(pixels, pixels, config.channels)
@@ -249,7 +249,10 @@ class LocalMIM(FeatureMethod):
         return LocalOutput(loss, loss_decoded, loss_thrown, predicted, plan)
 
     def compared_features(self, images: Array, output: LocalOutput) -> tuple[Array, Array]:
-        """Return predictions and targets of all scales, for pictures; see :meth:`FeatureMethod.compared_features`."""
+        """Return predictions and targets of all scales.
+
+        See :meth:`FeatureMethod.compared_features`.
+        """
         self._check_output(output)
         every = jnp.broadcast_to(jnp.arange(self.num_tokens), (images.shape[0], self.num_tokens))
         target = jnp.concatenate(self._targets(images, every), axis=-1)

@@ -17,7 +17,7 @@ from prmim_methods import MAEConfig
 
 
 class MAE(PixelMethod):
-    """Masked autoencoder with partial and progressive reconstruction; see :class:`prmim_methods.MAEConfig`.
+    """MAE with PR-MIM; see :class:`prmim_methods.MAEConfig`.
 
     Parameters
     ----------
@@ -39,11 +39,13 @@ class MAE(PixelMethod):
     Examples
     --------
     >>> import jax.numpy as jnp
+    >>> from flax import nnx
     >>> from prmim_core import counter_noise
     >>> method = MAE(MAEConfig(image_size=(32, 32), patch_size=(8, 8), embed_dim=32, depth=1, num_heads=2,
     ...                        decoder_dim=16, decoder_depth=1, decoder_heads=2))
     >>> images = jnp.zeros((2, 32, 32, 3), jnp.uint8)
-    >>> output = method(images, counter_noise(0, 0, jnp.arange(2), method.config.grid.num_tokens))
+    >>> noise = counter_noise(0, 0, jnp.arange(2), method.config.grid.num_tokens)
+    >>> output = nnx.jit(method)(images, noise)
     >>> output.predicted.shape, output.predicted_cells.shape
     ((2, 4, 192), (2, 8, 12))
     """
@@ -70,8 +72,8 @@ class MAE(PixelMethod):
         images
             uint8 (batch, image_size..., channels); with a ``pixel_range``, also uint16 or float32.
         noise
-            int (batch, N), for example from ``prmim_core.counter_noise``. It also decides which branches drop path
-            drops, in training mode.
+            int (batch, N), for example from ``prmim_core.counter_noise``. In training mode, it also determines the
+            branches that drop path drops.
         weights
             float (batch, N), for ``throwing="weighted"`` only, for example from :meth:`attention`. Attended tokens
             tend to be masked.
@@ -97,7 +99,7 @@ class MAE(PixelMethod):
         return output if self.fusion is None else replace(output, layer_weights=self.fusion.named_weights())
 
     def _decode(self, visible: Array, plan: Plan, noise: Array) -> Array:
-        """Encode the visible patches and decode: the features from ``config.first_feature`` on, in plan order."""
+        """Encode visible patches and decode: features from ``config.first_feature`` on."""
         encoder, scales = self.encoder, self._drop_path(noise, self.config.drop_rate)
         if isinstance(self.decoder, Decoder) and self.fusion is None:
             return self.decoder(encoder(visible, plan.visible, scales), self._decoder_index(plan, noise))
@@ -108,11 +110,11 @@ class MAE(PixelMethod):
         return self.decoder(encoder.norm(self.fusion(layers)), self._decoder_index(plan, noise))  # type: ignore[misc]  # not None
 
     def _decoder_index(self, plan: Plan, noise: Array) -> Array:
-        """Return the tokens that a decoder of self-attention sees: int, the visible tokens first."""
+        """Return the tokens that a self-attention decoder sees, visible ones first."""
         return plan.known(1)
 
     def _error(self, predicted: Array, target: Array) -> Array:
-        # The error has the precision of the target; the prediction can have a lower one.
+        # The error has the precision of the target. The prediction may have a lower one.
         return jnp.square(predicted.astype(target.dtype) - target).mean(-1)
 
 

@@ -1,4 +1,4 @@
-"""MaskAlign: a student that sees the visible tokens predicts a teacher's features of the whole image."""
+"""MaskAlign: a student predicts a teacher's features of the whole image."""
 
 import json
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from jax import Array
 from jax.typing import DTypeLike
 from numpy.typing import NDArray
 
-from prmim_core import Plan, random_visible, take_tokens, weighted_visible
+from prmim_core import Plan, take_tokens
 from prmim_jax.method import FeatureMethod, build_encoder
 from prmim_jax.plan import make_plan
 from prmim_jax.teacher import Teacher
@@ -31,9 +31,9 @@ class AlignOutput:
     Parameters
     ----------
     loss
-        Scalar to minimise, float32 or wider.
+        Scalar to minimize, float32 or wider.
     loss_visible, loss_thrown
-        Scalars: the mean loss of the class token and the visible tokens, and of the thrown tokens; the latter is 0 if
+        Scalars: mean loss of the class token and the visible tokens, and of the thrown tokens; the latter is 0 if
         thrown tokens are not supervised.
     predicted
         (batch, 1 + supervised, teacher_dim): predictions for the last aligned layer of the teacher: class token, then
@@ -50,12 +50,12 @@ class AlignOutput:
 
 
 class MaskAlign(FeatureMethod):
-    """MaskAlign with progressive reconstruction of masked tokens; see :class:`prmim_methods.MaskAlignConfig`.
+    """MaskAlign with PR-MIM; see :class:`prmim_methods.MaskAlignConfig`.
 
     Parameters
     ----------
     config
-        The options. A teacher given by its name on the Hugging Face hub is downloaded.
+        The options. A teacher named on the Hugging Face hub is downloaded.
     rngs
         Source of the initial weights; None: seeded with ``config.init_seed``.
     dtype
@@ -78,7 +78,7 @@ class MaskAlign(FeatureMethod):
 
     def __init__(self, config: MaskAlignConfig, rngs: nnx.Rngs | None = None, dtype: DTypeLike | None = None) -> None:
         super().__init__(config)
-        config.read_teacher(find_teacher(str(config.teacher)))  # raises unless the teacher fits the options
+        config.read_teacher(find_teacher(str(config.teacher)))  # raises if the teacher does not fit the options
         self.teacher = Teacher(
             str(config.teacher),
             config.grid.shape,
@@ -87,7 +87,7 @@ class MaskAlign(FeatureMethod):
             dtype="bfloat16" if dtype == jnp.bfloat16 else "float32",
             scan=config.scan_blocks,
         )
-        # A run can save its weights even if the teacher's folder is gone by then. JSON, since it must be hashable.
+        # Weights can be saved even if the teacher's folder no longer exists. JSON, since it must be hashable.
         self._architecture = json.dumps(config.architecture())
         rngs = nnx.Rngs(config.init_seed) if rngs is None else rngs
         size = config.encoder_size
@@ -108,8 +108,8 @@ class MaskAlign(FeatureMethod):
         images
             uint8 (batch, image_size..., channels); with a ``pixel_range``, also uint16 or float32.
         noise
-            int32 (batch, N), for example from ``prmim_core.counter_noise``. It also decides which branches drop path
-            drops, in training mode.
+            int32 (batch, N), for example from ``prmim_core.counter_noise``. In training mode, it also determines the
+            branches that drop path drops.
 
         Returns
         -------
@@ -125,17 +125,17 @@ class MaskAlign(FeatureMethod):
         patches = self._patches(images)
         self._check_batch(images, noise)
         seen = self.teacher(self._pixels(images))
-        plan = make_plan(self._schedule, noise, visible=self._visible(noise, seen.attention))
+        plan = make_plan(self._schedule, noise, **self.config.plan_arguments(noise, seen.attention))
         features = self._features(patches, plan, noise)
         rows = self._supervised_rows(plan)
         target = _whiten(jax.vmap(lambda hidden: take_tokens(hidden, rows))(seen.hidden))
         predicted = [head(layer) for head, layer in zip(self.heads, features, strict=True)]
-        # The target is in float32 or wider, and so is the error, even if the prediction has a lower precision.
+        # The error has the precision of the target, float32 or wider, even if the prediction has a lower one.
         losses = [_smooth_l1(layer - wanted).mean(-1) for layer, wanted in zip(predicted, target, strict=True)]
         return self._output(2 * jnp.stack(losses).mean(0), predicted[-1], plan)
 
     def _features(self, patches: Array, plan: Plan, noise: Array) -> Array:
-        """Encode the visible patches, mix the outputs of all blocks, and reconstruct the supervised thrown tokens.
+        """Encode visible patches, mix all blocks, and reconstruct supervised tokens.
 
         Returns (k, batch, 1 + supervised, dim), class token first, then in plan order.
         """
@@ -152,23 +152,16 @@ class MaskAlign(FeatureMethod):
         features = jax.vmap(lambda layer: reconstruct(layer, plan))(fused[:, :, 1:])
         return jnp.concatenate([fused[:, :, :1], features], axis=2)
 
-    def _visible(self, noise: Array, attention: Array) -> Array:
-        """Draw the visible tokens: int (batch, V)."""
-        num_visible = self._schedule.counts.visible
-        if self.config.masking == "attention":
-            return weighted_visible(num_visible, noise, attention)
-        return random_visible(num_visible, noise)
-
     def _supervised(self, plan: Plan) -> Array:
         """Return the supervised tokens, without the class token: int (batch, supervised)."""
         return plan.visible if self.reconstruct is None else plan.order
 
     def _supervised_rows(self, plan: Plan) -> Array:
-        """Return the rows of the teacher's output that are targets, the class token's first: int (batch, 1 + n)."""
+        """Return the rows of target features, class token first: int (batch, 1 + n)."""
         return jnp.pad(self._supervised(plan) + 1, ((0, 0), (1, 0)))
 
     def _output(self, per_token: Array, predicted: Array, plan: Plan) -> AlignOutput:
-        """Average the losses (batch, 1 + supervised) of the class token and the supervised tokens."""
+        """Average the losses (batch, 1 + supervised), class token first."""
         num_visible = 1 + plan.schedule.counts.visible
         num_thrown = per_token.shape[1] - num_visible
         loss_visible = per_token[:, :num_visible].mean()
@@ -178,7 +171,10 @@ class MaskAlign(FeatureMethod):
         return AlignOutput(loss, loss_visible, loss_thrown, predicted, plan)
 
     def compared_features(self, images: Array, output: AlignOutput) -> tuple[Array, Array]:
-        """Return predicted and target features, for pictures; see :meth:`FeatureMethod.compared_features`."""
+        """Return predicted and target features.
+
+        See :meth:`FeatureMethod.compared_features`.
+        """
         self._check_output(output)
         target = _whiten(self.teacher(self._pixels(images)).hidden[-1][:, 1:])
         student = output.predicted[:, 1:].astype(target.dtype)
@@ -186,12 +182,12 @@ class MaskAlign(FeatureMethod):
         return jnp.full_like(target, jnp.nan).at[rows, self._supervised(output.plan)].set(student), target
 
     def architecture(self) -> dict[str, Any]:
-        """Return what the weights mean; see :meth:`prmim_methods.MethodConfig.architecture`."""
+        """Return the architecture; see :meth:`prmim_methods.MethodConfig.architecture`."""
         return dict(json.loads(self._architecture))
 
 
 def _initial_fusion(config: MaskAlignConfig, depth: int) -> NDArray[np.float32]:
-    """Return the initial share of each of the student's layers in each aligned layer: (k, depth)."""
+    """Return the initial weights of student layers in aligned layers: (k, depth)."""
     if config.fusion == "sum":
         return np.full((config.teacher_layers, depth), 1 / depth, np.float32)
     return (np.eye(depth) + 0.01)[depth - config.teacher_layers :].astype(np.float32)

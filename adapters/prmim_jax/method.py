@@ -1,11 +1,10 @@
-"""Base classes of the methods: from images to patches, and from encoded images to features.
+"""Base classes of the methods.
 
 A method is one file that adds its parts and its loss; see :class:`Method`.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from math import prod
 from typing import Any, Literal
 
 import jax
@@ -18,7 +17,6 @@ from numpy.typing import NDArray
 from prmim_core import (
     Plan,
     attention_weights,
-    block_visible,
     cell_means,
     denormalize_patches,
     denormalize_values,
@@ -30,7 +28,6 @@ from prmim_core import (
     normalize_values,
     patchify,
     take_tokens,
-    unattended_visible,
     unpatchify,
     window_statistics,
 )
@@ -45,7 +42,7 @@ Pool = Literal["mean", "cls"]
 
 
 class ImageModule(nnx.Module):
-    """A module on uint8 images: validates them, cuts them into patches and normalises the pixels.
+    """A module on images: validation, patches, and normalization of pixels.
 
     Parameters
     ----------
@@ -70,18 +67,18 @@ class ImageModule(nnx.Module):
         self._patch_size = config.patch_size
         self._depth = config.encoder_size.depth
         mean, std = config.pixel_mean, config.pixel_std
-        # Plain numbers: they are constants of the compiled program, not state.
+        # Plain numbers, because they are constants of the compiled program, not state.
         self._pixel_range = config.pixel_range
         self._pixel_scale = tuple(1 / (255 * deviation) for deviation in std)
         self._pixel_shift = tuple(-m / s for m, s in zip(mean, std, strict=True))
         self.deterministic = False
 
     def _patches(self, images: Array) -> Array:
-        """Cut images into patches (batch, N, prod(patch) * C) of values 0 .. 255; validate dtype and shape."""
+        """Validate images and cut them into patches (batch, N, prod(patch) * C), 0 .. 255."""
         return patchify(self._pixels(images), self._patch_size)
 
     def _pixels(self, images: Array) -> Array:
-        """Return images of values 0 .. 255: uint8, or float32 with a ``pixel_range``; validate dtype and shape."""
+        """Validate images and return values 0 .. 255: uint8; float32 for a ``pixel_range``."""
         check_images(images, self.image_shape, self.image_dtypes)
         if self._pixel_range is None:
             return images
@@ -93,7 +90,7 @@ class ImageModule(nnx.Module):
             raise ValueError(f"noise: expected shape {(images.shape[0], self.num_tokens)}, got {tuple(noise.shape)}")
 
     def _normalize(self, patches: Array) -> Array:
-        """Turn patches (batch, length, prod(patch) * C) of values 0 .. 255 into floats, normalised per channel."""
+        """Normalize patches (batch, length, prod(patch) * C) of values 0 .. 255 per channel."""
         scale, shift = self._scale_and_shift()
         return (self._by_channel(patches).astype(scale.dtype) * scale + shift).reshape(patches.shape)
 
@@ -101,24 +98,27 @@ class ImageModule(nnx.Module):
         return [jnp.asarray(values, self.encoder.dtype) for values in (self._pixel_scale, self._pixel_shift)]
 
     def _by_channel(self, patches: Array) -> Array:
-        """Separate the channels: (batch, length, P) to (batch, length, P / C, C); the length may be 0."""
+        """Separate channels: (batch, length, P) to (batch, length, P / C, C).
+
+        The length may be 0.
+        """
         channels = self.image_shape[-1]
         return patches.reshape(*patches.shape[:2], patches.shape[2] // channels, channels)
 
     def _pool(self, encoded: Array, pool: str) -> Array:
-        """Return one vector (batch, dim) per image from the encoded tokens (batch, C + N, dim)."""
+        """Pool encoded tokens (batch, C + N, dim) to (batch, dim)."""
         num_class = self.encoder.class_tokens
         return (encoded[:, :num_class] if pool == "cls" else encoded[:, num_class:]).mean(1)
 
     def _drop_path(self, noise: Array, rate: float) -> Array | None:
-        """Return the factors of the encoder's branches, (batch, depth, 2); None if no branch is dropped."""
+        """Return the factors of branches (batch, depth, 2); None if none can be dropped."""
         if self.deterministic or rate == 0:
             return None
         return drop_path_scales(self._depth, rate, noise)
 
 
 class Method(ImageModule):
-    """A masked image modelling method: maps images and noise to an output with a ``loss``.
+    """A masked image modelling method, from images and noise to a ``loss``.
 
     A subclass builds ``encoder`` and implements ``__call__(images, noise)``.
 
@@ -137,11 +137,11 @@ class Method(ImageModule):
         self._schedule = config.schedule
 
     def __call__(self, images: Array, noise: Array) -> Any:
-        """Compute the loss of a batch: uint8 (batch, image_size..., channels) and int (batch, N) noise."""
+        """Compute the loss of images (batch, image_size..., channels), noise int (batch, N)."""
         raise NotImplementedError
 
     def encode(self, images: Array) -> Array:
-        """Encode whole images, nothing masked: uint8 (batch, image_size..., channels) to (batch, C + N, dim).
+        """Encode unmasked images: (batch, image_size..., channels) to (batch, C + N, dim).
 
         The C class tokens come first.
         """
@@ -166,7 +166,7 @@ class Method(ImageModule):
         return self._pool(self.encode(images), pool)
 
     def attention(self, images: Array) -> Array:
-        """Return the attention to the patches of whole images, for ``throwing="weighted"``.
+        """Return the attention to patches of unmasked images, for ``throwing="weighted"``.
 
         Parameters
         ----------
@@ -184,19 +184,22 @@ class Method(ImageModule):
         return attention_weights(encoder.cls_attention(tokens))
 
     def architecture(self) -> dict[str, Any]:
-        """Return what the weights mean; see :meth:`prmim_methods.MethodConfig.architecture`."""
+        """Return the architecture; see :meth:`prmim_methods.MethodConfig.architecture`."""
         return self.config.architecture()
 
     def no_weight_decay(self) -> frozenset[str]:
-        """Return the parameters of several axes that the recipe or a reconstruction exempts from weight decay."""
+        """Return the multi-axis parameters that are exempt from weight decay.
+
+        The recipe or a reconstruction exempts them.
+        """
         return self.config.not_decayed() | no_weight_decay(self)
 
     def measured(self, output: Any) -> list[Array]:
-        """Return the scalars of an output that a training step measures, in the order of ``losses``."""
+        """Return the measured scalars of an output, in the order of ``losses``."""
         return [getattr(output, name) for name in self.losses]
 
     def _check_batch(self, images: Array, noise: Array) -> None:
-        """Validate the images and the noise of a loss: a mean over no images would be NaN."""
+        """Validate images and noise; an empty batch is an error, since its mean is NaN."""
         check_not_empty(images)
         self._check_noise(noise, images)
 
@@ -207,7 +210,7 @@ class Method(ImageModule):
     def _build_reconstruction(
         self, dim: int, dtype: DTypeLike | None, rngs: nnx.Rngs
     ) -> ProgressiveReconstruction | None:
-        """Return the reconstruction of features of ``dim`` channels; None if no token is reconstructed."""
+        """Return the reconstruction for ``dim`` channels; None without reconstruction."""
         config = self.config
         if not config.is_reconstructed:
             return None
@@ -235,11 +238,11 @@ class PixelOutput:
     Parameters
     ----------
     loss
-        Scalar to minimise, float32 or wider.
+        Scalar to minimize, float32 or wider.
     loss_decoded, loss_thrown
-        Scalars: the mean loss of decoded and of thrown tokens; 0 if no such token is supervised.
+        Scalars: mean loss of decoded and of thrown tokens; 0 if no such token is supervised.
     loss_cells
-        Scalar: the mean loss of the cells that other tokens predict in addition; 0 if none does.
+        Scalar: mean loss of the additional cells of other tokens; 0 if there are none.
     predicted
         (batch, n, prod(patch) * C): predicted patches of ``config.patch_places``, in plan order, in the units of the
         target.
@@ -262,7 +265,7 @@ class PixelOutput:
 
 
 class PixelMethod(Method):
-    """A method that predicts the pixels of masked tokens, or means of cells of them.
+    """A method that predicts pixels of masked tokens, or means of their cells.
 
     A subclass implements ``_error``.
     """
@@ -272,21 +275,15 @@ class PixelMethod(Method):
     cell_head: Linear | None
 
     def _plan(self, noise: Array, weights: Array | None) -> Plan:
-        """Choose visible, decoded and thrown tokens; attended ones tend to be masked if there are weights."""
-        config, schedule = self.config, self._schedule
+        """Choose visible, decoded and thrown tokens; with weights, mask attended ones."""
+        config = self.config
         if config.needs_weights != (weights is not None):
             got = "none" if weights is None else "an array"
             raise ValueError(f"weights: expected an array with throwing 'weighted' only, got {got}")
-        visible, unit = None, config.mask_shape
-        num_units = schedule.counts.visible // prod(unit)
-        if weights is not None:
-            visible = unattended_visible(schedule.grid, unit, num_units, noise, weights)
-        elif prod(unit) > 1:
-            visible = block_visible(schedule.grid, unit, num_units, noise)
-        return make_plan(schedule, noise, visible, weights=weights if schedule.throwing == "weighted" else None)
+        return make_plan(self._schedule, noise, **config.plan_arguments(noise, weights))
 
     def measured(self, output: PixelOutput) -> list[Array]:
-        """Return the scalars of an output that a training step measures, in the order of ``losses``."""
+        """Return the measured scalars of an output, in the order of ``losses``."""
         found = {**vars(output), **output.layer_weights}
         return [found[name] for name in self.losses]
 
@@ -303,10 +300,9 @@ class PixelMethod(Method):
         Returns
         -------
         jax.Array
-            (batch, N, prod(patch) * C), in raster order, in units of [0, 1]. Visible patches are the input's own.
-            Supervised patches are the predictions; a token that predicts cells has the value of a cell in all its
-            pixels. Normalisation is undone with the statistics of the true patch, window or image. All other patches
-            are NaN.
+            (batch, N, prod(patch) * C), in raster order, in units of [0, 1]. Visible patches are the input. Supervised
+            patches are predictions; pixels of predicted cells have the value of the cell. Normalization is undone with
+            the statistics of the true patch, window or image. All other patches are NaN.
         """
         patches, plan, config = self._patches(images), output.plan, self.config
         self._check_output(output)
@@ -327,12 +323,12 @@ class PixelMethod(Method):
         return jnp.full(patches.shape, jnp.nan, pixels.dtype).at[rows, places].set(pixels)
 
     def _to_unit_range(self, patches: Array) -> Array:
-        """Invert the normalisation of the data set: (batch, n, prod(patch) * C) in units of [0, 1]."""
+        """Undo the data set's normalization: (batch, n, prod(patch) * C) in [0, 1]."""
         scale, shift = self._scale_and_shift()
         return ((self._by_channel(patches) - shift) / (255 * scale)).reshape(patches.shape)
 
     def _build_cell_head(self, dim: int, dtype: DTypeLike | None, rngs: nnx.Rngs) -> Linear | None:
-        """Return the layer that predicts cells from features of ``dim`` channels; None if no token predicts any."""
+        """Return the layer that predicts cells from ``dim`` channels; None without cells."""
         return Linear(dim, self.config.cell_dim, dtype=dtype, rngs=rngs) if self.config.cell_places else None
 
     def _error(self, predicted: Array, target: Array) -> Array:
@@ -345,7 +341,7 @@ class PixelMethod(Method):
         Parameters
         ----------
         features
-            (batch, V + M or N, dim), in plan order, without those before ``config.first_feature``.
+            (batch, V + M or N, dim), in plan order, starting at ``config.first_feature``.
         patches
             uint8 (batch, N, prod(patch) * C), in raster order.
         plan
@@ -353,7 +349,7 @@ class PixelMethod(Method):
         head
             The layer that predicts patches from features.
         eps
-            Added to an image's sum of weights: a decoded token weighs 1, a thrown one ``thrown_weight``.
+            Added to an image's sum of weights: 1 for a decoded token, ``thrown_weight`` for a thrown one.
         """
         config, counts, batch = self.config, plan.schedule.counts, patches.shape[0]
         predicted = head(_places(features, config.patch_places, config.first_feature))
@@ -378,14 +374,14 @@ class PixelMethod(Method):
         return PixelOutput(loss, loss_decoded, loss_thrown, loss_cells, predicted, predicted_cells, plan)
 
     def _patch_target(self, patches: Array, index: Array) -> Array:
-        """Return the pixels (batch, n, prod(patch) * C) that the tokens ``index`` predict, normalised per channel."""
+        """Return target pixels (batch, n, prod(patch) * C), normalized per channel."""
         if self.config.low_pass is not None:
             pixels = unpatchify(patches.astype(self.encoder.dtype), self._patch_size, self.config.grid)
             patches = patchify(low_pass(pixels, self.config.low_pass), self._patch_size)
         return self._normalize(take_tokens(patches, index))
 
     def _normalize_target(self, target: Array) -> Array:
-        """Normalise the pixels of target patches (batch, n, prod(patch) * C) over each patch."""
+        """Normalize target patches (batch, n, prod(patch) * C) over each patch."""
         return normalize_patches(target)
 
     def _denormalize_target(self, predicted: Array, target: Array) -> Array:
@@ -393,15 +389,15 @@ class PixelMethod(Method):
         return denormalize_patches(predicted, target)
 
     def _cell_target(self, patches: Array, index: Array) -> Array:
-        """Return the normalised cells (batch, n, prod(cells) * C) of the tokens ``index``."""
+        """Return target cells (batch, n, prod(cells) * C), normalized."""
         pixels = self._normalize(take_tokens(patches, index))
         statistics = self._cell_statistics(patches, index)
-        # Normalised before they are averaged: the cells of an image of one colour, whose deviation is 0, are exactly 0.
+        # Normalized before averaging, so that cells of an image of one colour, whose deviation is 0, are exactly 0.
         pixels = pixels if statistics is None else normalize_values(pixels, *statistics)
         return cell_means(pixels, self._patch_size, self.config.cell_shape)
 
     def _cell_statistics(self, patches: Array, index: Array) -> tuple[Array, Array] | None:
-        """Return the mean and deviation that normalise the cells of the tokens ``index``; None: no normalisation."""
+        """Return mean and deviation for the cells of ``index``; None: no normalization."""
         config = self.config
         if config.cell_norm == "none":
             return None
@@ -412,7 +408,10 @@ class PixelMethod(Method):
 
 
 def _places(tokens: Array, places: range, first: int = 0) -> Array:
-    """Return the tokens (batch, n, ...) at these places of a batch in plan order that starts at place ``first``."""
+    """Return the tokens (batch, n, ...) at some places in plan order.
+
+    The batch starts at place ``first``.
+    """
     return tokens[:, places.start - first : places.stop - first]
 
 
@@ -432,8 +431,8 @@ class FeatureMethod(Method):
         Returns
         -------
         tuple of jax.Array
-            The student's and the teacher's features (batch, N, teacher_dim) of the last aligned layer, in raster order;
-            the student's are NaN where nothing is predicted.
+            The student's and the teacher's features (batch, N, teacher_dim) of the last aligned layer, in raster order.
+            The student's are NaN where nothing is predicted.
         """
         raise NotImplementedError
 
@@ -448,9 +447,9 @@ def build_encoder(
     dtype: DTypeLike | None = None,
     rngs: nnx.Rngs,
 ) -> Encoder:
-    """Return the encoder of a method; see :class:`prmim_jax.vit.Encoder` for the keyword arguments.
+    """Return the encoder of a method, with arguments of :class:`prmim_jax.vit.Encoder`.
 
-    ``position`` is by default that of the method.
+    ``position`` defaults to the method's.
     """
     size = config.encoder_size
     return Encoder(
@@ -480,7 +479,7 @@ def check_not_empty(images: Array | NDArray[Any]) -> None:
 
 
 def check_images(images: Array | NDArray[Any], shape: Sequence[int], dtypes: Sequence[str]) -> None:
-    """Raise TypeError or ValueError unless images are of one of the dtypes and of shape ``(batch, *shape)``."""
+    """Validate dtype (TypeError) and shape ``(batch, *shape)`` (ValueError) of images."""
     if images.dtype.name not in dtypes:
         raise TypeError(f"images: expected {' or '.join(dtypes)}, got {images.dtype}")
     check_shape(images, shape)

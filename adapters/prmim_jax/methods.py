@@ -20,11 +20,11 @@ METHODS: dict[str, Callable[..., Method]] = {
     "localmim": LocalMIM,
     "videomae": VideoMAE,
 }
-"""The class of each method; it is built from the method's record, for example ``MAE(MAEConfig())``."""
+"""The class of each method, built from its record, for example ``MAE(MAEConfig())``."""
 
 
 def create_method(name: str, *, rngs: nnx.Rngs | None = None, **options: Any) -> Method:
-    """Return a new method: a module that maps (images, noise) to an output with a ``loss``.
+    """Create a method: a module from (images, noise) to an output with a ``loss``.
 
     Parameters
     ----------
@@ -33,7 +33,7 @@ def create_method(name: str, *, rngs: nnx.Rngs | None = None, **options: Any) ->
     rngs
         Source of the initial weights; None: seeded with the option ``init_seed``.
     **options
-        Options of the method's record, see :func:`prmim_methods.create_config`; None stands for the default.
+        Options of the method's record, see :func:`prmim_methods.create_config`; None: the default.
 
     Examples
     --------

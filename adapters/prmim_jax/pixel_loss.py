@@ -1,4 +1,4 @@
-"""Loss of pixels from features of visible and decoded tokens: what a trainer of its own adds beside a plan."""
+"""Pixel loss from features of visible and decoded tokens, for custom trainers."""
 
 from collections.abc import Callable, Sequence
 from math import prod
@@ -15,10 +15,10 @@ from prmim_methods.method import cell_shape
 
 
 class PixelLoss(nnx.Module):
-    """Errors of all masked tokens of a masked autoencoder, from features of visible and decoded tokens.
+    """Error of each masked token, from features of visible and decoded tokens.
 
-    Decoded tokens predict the pixels of their patches, with the trainer's own head. Features of thrown tokens are
-    reconstructed; a linear layer predicts the means of their cells, normalised over the image.
+    Decoded tokens predict the pixels of their patches with the trainer's head. Features of thrown tokens are
+    reconstructed; a linear layer predicts the means of their cells, normalized over the image.
 
     Parameters
     ----------
@@ -29,7 +29,7 @@ class PixelLoss(nnx.Module):
     channels
         Channels of the images.
     norm_pix
-        Whether the target of a decoded token is normalised over its patch, as in MAE.
+        Whether the target of a decoded token is normalized over its patch, as in MAE.
     cells
         Cells along each side of a patch, a divisor of it; None: 2, or 1 along odd sides.
     dtype
@@ -40,7 +40,7 @@ class PixelLoss(nnx.Module):
     Raises
     ------
     ValueError
-        If a number is out of range, or patches and grid differ in their axes.
+        If a number is out of range, or patches and grid have different numbers of axes.
 
     Notes
     -----
@@ -90,8 +90,8 @@ class PixelLoss(nnx.Module):
         plan
             The plan of the batch, on the grid of the reconstruction.
         patches
-            float (batch, N, prod(patch) * C): all patches in raster order, see ``prmim_core.patchify``, normalised as
-            the trainer normalises images.
+            float (batch, N, prod(patch) * C): all patches in raster order, see ``prmim_core.patchify``, normalized as
+            the trainer normalizes images.
         head
             Maps features (batch, M, dim) to patches (batch, M, prod(patch) * C).
 
@@ -108,13 +108,16 @@ class PixelLoss(nnx.Module):
         return self.errors(*self.predict(features, plan, head), plan, patches)
 
     def predict(self, features: Array, plan: Plan, head: Callable[[Array], Array]) -> tuple[Array, Array]:
-        """Predict patches of decoded (batch, M, prod(patch) * C) and cells of thrown (batch, T, prod(cells) * C)."""
+        """Predict patches of decoded tokens and cells of thrown tokens.
+
+        Returns (batch, M, prod(patch) * C) and (batch, T, prod(cells) * C).
+        """
         features = self.reconstruct_norm(features, plan)
         visible, known = plan.schedule.counts.visible, plan.schedule.num_known(1)
         return head(features[:, visible:known]), self.cell_head(features[:, known:])
 
     def errors(self, predicted: Array, predicted_cells: Array, plan: Plan, patches: Array) -> Array:
-        """Compare the predictions of :meth:`predict` with their targets: (batch, N - V)."""
+        """Return the errors of the predictions of :meth:`predict`: (batch, N - V)."""
         expected = plan.schedule.grid.num_tokens, prod(self.patch_size) * self.channels
         if tuple(patches.shape[1:]) != expected:
             raise ValueError(
@@ -127,5 +130,5 @@ class PixelLoss(nnx.Module):
         return jnp.concatenate([errors, cell_errors], axis=1)
 
     def error(self, predicted: Array, target: Array) -> Array:
-        """Return the error (batch, n) of each token: the mean squared error, in the precision of the target."""
+        """Return the mean squared error (batch, n), in the precision of the target."""
         return jnp.square(predicted.astype(target.dtype) - target).mean(-1)

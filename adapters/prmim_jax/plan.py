@@ -1,4 +1,4 @@
-"""The core's plan for JAX arrays, also inside ``jax.jit``."""
+"""Plans for JAX arrays, also inside ``jax.jit``."""
 
 from jax import Array
 
@@ -27,7 +27,7 @@ def make_plan(
         units of lowest noise.
     decoded
         int (batch, M): the decoded tokens, distinct and masked, and in whole units if the schedule has a unit; None:
-        those that the strategy of the schedule chooses. A function in ``schedule.throwing`` is traced.
+        those chosen by the strategy of the schedule. A function in ``schedule.throwing`` is traced.
     weights
         float (batch, N), for ``throwing="weighted"``.
 
@@ -45,8 +45,8 @@ def make_plan(
 
     Notes
     -----
-    Values are not checked: JAX would have to wait for them. Use :meth:`prmim_core.Plan.check` on a plan from tokens of
-    another source.
+    Values are not checked, because a check would block. Use :meth:`prmim_core.Plan.check` for tokens from other
+    sources.
 
     Examples
     --------

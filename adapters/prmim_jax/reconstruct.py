@@ -1,4 +1,4 @@
-"""Progressive reconstruction: features of thrown tokens, stage by stage, from the features of known ones."""
+"""Progressive reconstruction of features of thrown tokens, stage by stage."""
 
 from itertools import product
 from typing import Literal, get_args
@@ -19,13 +19,13 @@ RECONSTRUCTIONS: tuple[str, ...] = get_args(ReconstructionKind)
 
 
 class ProgressiveReconstruction(nnx.Module):
-    """Reconstruct the features of thrown tokens from those of their neighbours, at almost no cost.
+    """Reconstruct features of thrown tokens from those of known tokens.
 
     In stage s, each thrown token of that stage becomes a weighted mean of the features of all tokens known before the
     stage (visible, decoded, and thrown tokens of earlier stages). A layer norm follows, shared by the stages, eps 1e-6.
 
-    The module is bound to a grid and a width. Counts and stages are those of the plan, so one module serves a throw
-    ratio that changes during training.
+    The module has a fixed grid and width. Counts and stages come from the plan, so the throw ratio may change during
+    training.
 
     Parameters
     ----------
@@ -40,19 +40,19 @@ class ProgressiveReconstruction(nnx.Module):
             a softmax over the known tokens, of a learned function of the offset between the two tokens: a table with
             one entry per offset and group of channels, initially minus the squared distance.
         ``"interpolate"``
-            normalised inverse squared distances. No parameters; the norm has none either.
+            normalized inverse squared distances. No parameters; the norm has none either.
         ``"conv"``
-            a learned depthwise 3x3 (3, 3x3x3) convolution over the grid, initially ones, divided by the number of
-            known tokens that it sees. It is repeated: each repeat fills the unknown tokens next to filled ones. Values
-            of tokens of later stages are dropped at the end of the stage. A token out of reach is 0 before the norm.
+            a learned depthwise 3x3 (3, 3x3x3) convolution over the grid, initially ones, divided by the number of known
+            tokens that it sees. It is repeated: each repeat fills the unknown tokens next to filled ones. Values of
+            tokens of later stages are discarded at the end of the stage. A token out of reach is 0 before the norm.
     heads
         Groups of channels with their own weights (``"kernel"`` only); divides ``dim``.
     repeats
         Convolutions per stage (``"conv"`` only).
     mix
-        A module of one's own in place of these: ``mix(features, known, thrown) -> (batch, n, dim)``, from the features
-        (batch, K, dim) of known tokens (batch, K) to those of thrown tokens (batch, n); the norm follows. Its
-        parameters are part of this module's. A function has none.
+        A custom module in place of these: ``mix(features, known, thrown) -> (batch, n, dim)``, from features (batch, K,
+        dim) of known tokens (batch, K) to those of thrown tokens (batch, n). The norm follows. Its parameters become
+        part of this module. It may be a function without parameters.
     dtype
         Dtype of the matrix products; None: that of the parameters.
 
@@ -121,7 +121,7 @@ class ProgressiveReconstruction(nnx.Module):
     def no_weight_decay(self) -> frozenset[str]:
         """Return the names of all parameters but those of ``mix``.
 
-        Decay towards 0 would give near and far tokens the same weight.
+        Decay towards 0 would make the weights of near and far tokens equal.
         """
         found = (path for path, value in nnx.iter_graph(self) if isinstance(value, nnx.Param))
         return frozenset(".".join(map(str, path)) for path in found if path[0] != "mix")
@@ -137,8 +137,8 @@ class ProgressiveReconstruction(nnx.Module):
         plan
             The plan of the batch, on the grid of this module.
         visible_features
-            Whether visible tokens have features. False for a decoder that returns those of decoded tokens only (such as
-            CrossMAE's): thrown tokens are reconstructed from decoded tokens and those of earlier stages.
+            Whether visible tokens have features. False for a decoder that returns features of decoded tokens only (such
+            as CrossMAE's): thrown tokens are reconstructed from decoded tokens and those of earlier stages.
 
         Returns
         -------
@@ -156,7 +156,7 @@ class ProgressiveReconstruction(nnx.Module):
             raise ValueError(f"plan: expected one on {self.grid}, got {plan.schedule.grid}")
         if features.shape[-1] != self.dim:
             raise ValueError(f"features: expected {self.dim} channels, got shape {tuple(features.shape)}")
-        # Mixed in the precision of the parameters; without parameters, in float32 or wider.
+        # In the precision of the parameters; without parameters, in float32 or wider.
         dtype = wide(features.dtype) if self.norm.weight is None else self.norm.weight.dtype
 
         def mix(features: Array, known: Array, thrown: Array) -> Array:
@@ -166,7 +166,7 @@ class ProgressiveReconstruction(nnx.Module):
         return reconstruct_stages(features, plan, mix, visible_features=visible_features)
 
     def _mix(self, features: Array, known: Array, thrown: Array) -> Array:
-        """Return weighted means (batch, n, dim) of the known features, for the thrown tokens (batch, n)."""
+        """Return weighted means (batch, n, dim) of known features for thrown tokens."""
         if self.mix is not None:
             mixed: Array = self.mix(features, known, thrown)
             check_rebuilt(mixed, features, thrown)
@@ -184,7 +184,7 @@ class ProgressiveReconstruction(nnx.Module):
         return self._product("bskh,bkhd->bshd", weights, groups).reshape(*thrown.shape, self.dim)
 
     def _mix_by_distance(self, features: Array, known: Array, thrown: Array) -> Array:
-        # The clamp avoids a division by the distance 0 of a token to itself, which is never looked up.
+        # The clamp avoids a division by zero for the offset of a token to itself, which is never looked up.
         inverse = 1 / np.maximum(offset_squared_distances(self.grid), 1)
         weights = jnp.asarray(inverse, features.dtype)[offset_index(self.grid, thrown, known)]  # batch, n, num_known
         return self._product("bsk,bkd->bsd", weights / weights.sum(-1, keepdims=True), features)
@@ -208,14 +208,14 @@ class ProgressiveReconstruction(nnx.Module):
         """Fill the unknown tokens next to filled ones; unknown values are 0."""
         seen = jnp.sum(jnp.stack(_shifts(is_filled)), axis=0)
         kernel = jnp.moveaxis(self.kernel[...].reshape(self.dim, -1), 0, 1).astype(values.dtype)
-        # Nine products and sums, which XLA fuses: depthwise convolutions of so small a map are slow on most devices.
+        # Nine products and sums, which XLA fuses: depthwise convolutions of such small maps are slow on most devices.
         total = sum(weight * shifted for weight, shifted in zip(kernel, _shifts(values), strict=True))
-        # Where nothing is seen, the sum is the wanted 0.
+        # Without filled neighbours, the sum is 0, as wanted.
         return jnp.where(is_filled, values, (total / jnp.maximum(seen, 1)).astype(values.dtype)), seen > 0
 
 
 def _shifts(x: Array) -> list[Array]:
-    """Return x (batch, *axes, channels) shifted by -1, 0 and 1 along every axis, filled with zeros."""
+    """Return all shifts of x (batch, *axes, channels) by -1, 0, 1 per axis, zero-filled."""
     axes = x.shape[1:-1]
     padded = jnp.pad(x, ((0, 0), *((1, 1) for _ in axes), (0, 0)))
     starts = product(range(3), repeat=len(axes))
@@ -225,7 +225,7 @@ def _shifts(x: Array) -> list[Array]:
 
 
 def no_weight_decay(module: nnx.Module) -> frozenset[str]:
-    """Return the names of the parameters that the reconstructions inside a module exempt from weight decay.
+    """Return the parameters that reconstructions in a module exempt from weight decay.
 
     Examples
     --------

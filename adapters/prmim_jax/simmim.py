@@ -1,4 +1,4 @@
-"""SimMIM: mask tokens in the encoder and one linear layer after it; dense, partial or PR-MIM."""
+"""SimMIM: mask tokens in the encoder, and a linear head."""
 
 from collections.abc import Sequence
 from math import prod, sqrt
@@ -18,7 +18,7 @@ LOSS_EPS = 1e-5
 
 
 class SimMIM(PixelMethod):
-    """SimMIM with partial and progressive reconstruction; see :class:`prmim_methods.SimMIMConfig`.
+    """SimMIM with PR-MIM; see :class:`prmim_methods.SimMIMConfig`.
 
     Parameters
     ----------
@@ -50,7 +50,7 @@ class SimMIM(PixelMethod):
         dim = config.encoder_size.dim
         self.encoder = build_encoder(config, mask_token=True, dtype=dtype, rngs=rngs)
         self.head = Linear(dim, config.patch_dim, dtype=dtype, rngs=rngs)
-        # The official head is a convolution, with PyTorch's initialisation of convolutions.
+        # The official head is a convolution, initialized by PyTorch's default.
         for parameter in (self.head.weight, self.head.bias):
             parameter.set_value(uniform(rngs, parameter.shape, 1 / sqrt(dim)))
         self.reconstruct = self._build_reconstruction(dim, dtype, rngs)
@@ -65,8 +65,8 @@ class SimMIM(PixelMethod):
         images
             uint8 (batch, image_size..., channels); with a ``pixel_range``, also uint16 or float32.
         noise
-            int (batch, N), for example from ``prmim_core.counter_noise``. It also decides which branches drop path
-            drops, in training mode.
+            int (batch, N), for example from ``prmim_core.counter_noise``. In training mode, it also determines the
+            branches that drop path drops.
         weights
             float (batch, N), for ``throwing="weighted"`` only, for example from :meth:`attention`. Attended units tend
             to be masked.
@@ -92,11 +92,11 @@ class SimMIM(PixelMethod):
         return self._supervise(features, patches, plan, self.head, eps)
 
     def _error(self, predicted: Array, target: Array) -> Array:
-        # The error has the precision of the target; the prediction can have a lower one.
+        # The error has the precision of the target. The prediction may have a lower one.
         return jnp.abs(predicted.astype(target.dtype) - target).mean(-1)
 
     def _encode_known(self, patches: Array, plan: Plan, scales: Array | None) -> Array:
-        """Encode the visible and the decoded tokens: (batch, V + M, dim), in plan order."""
+        """Encode visible and decoded tokens, in plan order: (batch, V + M, dim)."""
         encoder, counts = self.encoder, plan.schedule.counts
         visible = encoder.patch_embed(self._normalize(take_tokens(patches, plan.visible)))
         hidden = jnp.broadcast_to(encoder.mask_token[...], (visible.shape[0], counts.decoded, visible.shape[-1]))
@@ -104,13 +104,16 @@ class SimMIM(PixelMethod):
         if counts.thrown:
             index = plan.known(1)
             return encoder.encode(encoder.place(tokens, index), index, scales)[:, 1:]
-        # All tokens are known. In raster order, all images share one relative bias, which saves a table per image.
+        # All tokens are known. In raster order, all images share one relative bias, instead of one table per image.
         tokens = take_tokens(tokens, plan.restore)
         return take_tokens(encoder.encode(encoder.place(tokens), None, scales)[:, 1:], plan.order)
 
 
 def _initialize(encoder: Encoder, rngs: nnx.Rngs) -> None:
-    """Draw the encoder's weights as SimMIM does; norms, LayerScale and the relative bias are unchanged."""
+    """Draw the encoder's weights as in SimMIM.
+
+    Norms, LayerScale and the relative bias are unchanged.
+    """
     attn, mlp = encoder.blocks.attn, encoder.blocks.mlp
     layers = (attn.proj, attn.qkv, mlp.fc1, mlp.fc2)
     stacks: list[list[Array]] = [[] for _ in layers]

@@ -1,4 +1,4 @@
-"""Teachers: published vision transformers, frozen, whose features a student learns to predict."""
+"""Teachers: frozen, published vision transformers, whose features a student predicts."""
 
 import re
 from collections.abc import Sequence
@@ -57,7 +57,7 @@ RENAMED = tuple(
         (r"\.lambda1$", ".gamma"),
     )
 )
-"""Names of tensors in files, of old and new releases of transformers, and here; applied one after the other."""
+"""Renaming of tensors from files of old and new releases of transformers, applied in order."""
 
 
 class Frozen(nnx.Variable[Array]):
@@ -76,7 +76,7 @@ class TeacherOutput:
         then all tokens in raster order.
     attention
         float32 or wider (batch, N): attention of the class token to each token in the last block, averaged over heads.
-        The attention to the class token itself is left out, so the sum is below 1.
+        The attention of the class token to itself is left out, so the sum is below 1.
     """
 
     hidden: Array
@@ -84,7 +84,7 @@ class TeacherOutput:
 
 
 class Teacher(nnx.Module):
-    """A frozen vision transformer, from the files of ``transformers``: CLIP, DINO (or any plain ViT), or DINOv2.
+    """A frozen CLIP, DINO (or any plain ViT) or DINOv2, from ``transformers`` files.
 
     Parameters
     ----------
@@ -94,7 +94,7 @@ class Teacher(nnx.Module):
     grid_shape
         Tokens of the student along both axes; the teacher sees images of the same grid.
     channels
-        Channels of the images: the teacher's, or 1, which is repeated.
+        Channels of the images: the teacher's number, or 1, which is repeated.
     layers
         Number of last blocks whose outputs are returned; None: all.
     dtype
@@ -106,13 +106,13 @@ class Teacher(nnx.Module):
     Attributes
     ----------
     dim, depth, num_heads
-        Width, number of blocks, attention heads; also together, as ``size``.
+        Width, number of blocks, attention heads; ``size`` holds all three.
     patch_size
         Pixels of a patch along both axes.
     num_parameters
         Number of parameters in use, without poolers, final norms and text models.
     description
-        The model in words.
+        Text on the model.
 
     Raises
     ------
@@ -123,11 +123,11 @@ class Teacher(nnx.Module):
 
     Notes
     -----
-    If their sizes differ, images are resized bicubically to the size of the grid in patches of the teacher, and the
-    teacher's position table to the grid. Pixels are normalised with ``image_mean`` and ``image_std`` of
+    If sizes differ, images are resized bicubically to the grid in patches of the teacher, and the teacher's position
+    table is resized to the grid. Pixels are normalized with ``image_mean`` and ``image_std`` of
     ``preprocessor_config.json``, or else with CLIP's own (CLIP) or ImageNet's.
 
-    The teacher passes no gradient and draws nothing at random. Its weights are of type :class:`Frozen`.
+    The teacher has no gradient and no randomness. Its weights are of type :class:`Frozen`.
 
     Only ``.safetensors`` files are read; neither PyTorch nor transformers is needed.
     """
@@ -153,7 +153,7 @@ class Teacher(nnx.Module):
         if not 1 <= self.layers <= self.depth:
             raise ValueError(f"teacher_layers: expected 1 to {self.depth}, the teacher's depth, got {layers}")
         self.description = f"{config.title}, from {source}"
-        # Plain numbers: they are constants of the compiled program, not state.
+        # Plain numbers, because they are constants of the compiled program, not state.
         self._pixel_scale = tuple(1 / (255 * deviation) for deviation in config.std)
         self._pixel_shift = tuple(-m / s for m, s in zip(config.mean, config.std, strict=True))
         self.scan = scan
@@ -187,7 +187,7 @@ class Teacher(nnx.Module):
                 rngs=nnx.Rngs(0),
             )
 
-        # Shapes only: no weight is drawn that a file replaces.
+        # Shapes only, since files provide the weights.
         blocks = [_frozen(nnx.eval_shape(block), tensors, f"blocks.{number}") for number in range(self.depth)]
         first = self.depth - self.layers
         self.first_blocks = stack_blocks(blocks[:first]) if first else None
@@ -213,13 +213,16 @@ class Teacher(nnx.Module):
         return TeacherOutput(lax.stop_gradient(hidden), lax.stop_gradient(attention))
 
     def _embed(self, images: Array) -> Array:
-        """Turn uint8 images into the input of the first block: (batch, 1 + N, dim), class token first."""
+        """Embed uint8 images to the first block's input (batch, 1 + N, dim).
+
+        The class token is first.
+        """
         dtype = self.table.dtype
         shape = tuple(tokens * size for tokens, size in zip(self.grid_shape, self.patch_size, strict=True))
         scale, shift = (jnp.asarray(values, dtype) for values in (self._pixel_scale, self._pixel_shift))
         with jax.default_matmul_precision("highest"):
             pixels = resize_images(images.astype(dtype), shape)
-        # A single channel is broadcast to all channels here.
+        # Broadcasts a single channel to all channels.
         patches = patchify(pixels * scale + shift, self.patch_size)
         bias = jnp.zeros(self.dim, dtype) if self.bias is None else self.bias[...]
         tokens = project(patches, self.weight[...], bias, dtype) + self.table[:, 1:]
@@ -228,7 +231,7 @@ class Teacher(nnx.Module):
         return x if self.norm is None else self.norm(x)
 
     def _cls_attention(self, x: Array) -> Array:
-        """Return the attention (batch, N) of the class token in the last block, whose input is (batch, 1 + N, dim)."""
+        """Return the class token's attention (batch, N) from the input of the last block."""
         block = jax.tree.map(lambda array: array[-1], self.last_blocks)
         x, qkv = block.norm1(x), block.attn.qkv
         weights, biases = (jnp.split(variable[...], 3)[:2] for variable in (qkv.weight, qkv.bias))
@@ -241,7 +244,7 @@ class Teacher(nnx.Module):
 
 
 def _shapes(config: TeacherConfig) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of the tensors of a model by name: the names of this adapter, but q, k and v apart."""
+    """Return the shapes of a model's tensors by our names, with separate q, k and v."""
     dim, hidden = config.size.dim, config.size.mlp_ratio * config.size.dim
     rows = 1 + prod(config.grid_shape)
     is_clip = config.family == "clip"
@@ -269,11 +272,11 @@ def _shapes(config: TeacherConfig) -> dict[str, tuple[int, ...]]:
 
 
 def _read_tensors(folder: Path, shapes: dict[str, tuple[int, ...]]) -> Tensors:
-    """Read tensors as float32 from all ``.safetensors`` files of a folder; ``shapes``: the expected ones."""
+    """Read tensors of the expected shapes as float32 from all files of a folder."""
     tensors: Tensors = {}
     for path in _weight_files(folder):
         try:
-            open_regular(path).close()  # safe_open would wait at a pipe
+            open_regular(path).close()  # safe_open would block on a pipe
             with safe_open(path, framework="numpy") as file:
                 for key in file.keys():  # noqa: SIM118  # not a dict
                     name = _renamed(key)
@@ -292,7 +295,7 @@ def _read_tensors(folder: Path, shapes: dict[str, tuple[int, ...]]) -> Tensors:
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    """Return the weight files of a model: one, or several that an index lists."""
+    """Return the weight files of a model: one, or those of an index."""
     single = folder / "model.safetensors"
     if single.is_file():
         return [single]
@@ -320,7 +323,7 @@ def _frozen(module: Any, tensors: Tensors, prefix: str) -> Any:
 
 
 def _tensor(tensors: Tensors, name: str) -> NDArray[Any]:
-    """Return a tensor by its name here: q, k and v are concatenated, and missing biases are 0."""
+    """Return a tensor by our name; concatenate q, k and v; fill missing biases with 0."""
     if ".attn.qkv." not in name:
         return tensors[name]
     parts = [tensors.get(name.replace(".qkv.", f".{part}.")) for part in "qkv"]

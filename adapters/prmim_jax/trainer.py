@@ -1,4 +1,4 @@
-"""The trainer behind every engine: training steps, measurements and checkpoints, whatever is trained."""
+"""The trainer behind all engines: training steps, measurements and checkpoints."""
 
 import logging
 import os
@@ -41,36 +41,36 @@ from prmim_methods.weight_files import WEIGHTS_FILE, dump_architecture
 
 Module = TypeVar("Module", bound=ImageModule)
 Loss = Callable[..., Sequence[Array]]
-"""Called as ``loss(module, images, noise, *more)``; returns the scalars named in ``losses`` of the module."""
+"""Signature ``loss(module, images, noise, *more)``; returns the scalars named in ``losses`` of the module."""
 State = nnx.State[Any, Any]
 Arrays = dict[str, Array]
 """Arrays by the name of the parameter, as in ``prmim_jax.interop.named_variables``."""
 
 STATE_FOLDER = "training_state"
 TIMED_IMAGES, TIMED_TOKENS = 8, 16
-"""Input of the layer that is timed in both number formats."""
+"""Input shape of the layer that is timed in both number formats."""
 
 
 class TrainingState(NamedTuple):
-    """State that a training step replaces; the new state reuses the memory of the old one.
+    """State of training. A step returns a new state, which reuses the old one's memory.
 
     Parameters
     ----------
     parameters
         float32, by name.
     average
-        Exponential moving averages of the parameters, by name; empty if there are none.
+        Exponential moving averages of the parameters, by name; may be empty.
     moments
         State of the optimizer.
     statistics
         Buffers that forward passes change.
     sums
-        float32: sums of the losses and of the gradient norm over the finite steps since the last reading, then the
-        number of those steps.
+        float32: sums of losses and gradient norm over finite steps since the last reading, then the number of these
+        steps.
     nonfinite_step
         int32: the first nonfinite step, counted from 1; -1 if there was none.
     skipped
-        int32 (2,): number of nonfinite steps: since the last reading, and in a row up to now.
+        int32 (2,): number of nonfinite steps: since the last reading, and consecutive up to now.
     """
 
     parameters: Arrays
@@ -88,15 +88,15 @@ class Trainer(Generic[Module]):
     Parameters
     ----------
     make_module
-        Returns the module, for a dtype of matrix products (None: that of the weights); called when processes are
+        Returns the module for a dtype of matrix products (None: that of the weights). Called after processes are
         connected, with the device set. The module has ``losses``, ``architecture()`` and ``no_weight_decay()``.
     training
         The options; ``training.compile`` has no effect, since JAX always compiles the step.
     loss
-        See :data:`Loss`; the first scalar is minimised.
+        See :data:`Loss`; the first scalar is minimized.
     make_optimizer
-        Returns the optimizer of a module, for learning rate 1. It gets gradients by name, as in
-        :data:`Arrays`; only one part of a chain may have a state.
+        Returns the optimizer of a module, for learning rate 1. It receives gradients by name, as in :data:`Arrays`;
+        only one part of a chain may have a state.
     rate_scale
         Returns the factor of a parameter's learning rate, by its name in files; None: all 1.
     ema_decay
@@ -109,14 +109,14 @@ class Trainer(Generic[Module]):
 
     Notes
     -----
-    Several processes (see :class:`prmim_jax.distributed.Processes`) make one run. Each must call the same methods in
-    the same order. A step equals the step of a single device on the rows of all devices, up to rounding: losses and
-    gradients are means over all rows, and so are the measurements. Devices communicate once per step.
+    Processes of a run (see :class:`prmim_jax.distributed.Processes`) must call the same methods in the same order. Up
+    to rounding, a step equals the step of a single device on the rows of all devices: losses, gradients and
+    measurements are means over all rows. Devices communicate once per step.
 
     A training step is one compiled program, from uint8 images and their sample numbers to the updated weights. It never
-    waits for the device (several devices of one CPU take one step at a time), and is compiled again only if the size of
-    the batch changes. A step whose loss or gradient norm is not finite changes no weights, optimizer state, average or
-    statistics. :attr:`step` and the learning rate advance nevertheless.
+    waits for the device (except several devices of one CPU, which take one step at a time). It is recompiled only if
+    the batch size changes. A step with a nonfinite loss or gradient norm changes no weights, optimizer state, average
+    or statistics. :attr:`step` and the learning rate still advance.
     """
 
     def __init__(
@@ -145,7 +145,7 @@ class Trainer(Generic[Module]):
         self._graph, parameters, statistics, buffers = split(module)
         self._buffers = self._layout.put(buffers)
         leaves, self._tree = jax.tree.flatten(parameters)
-        # Names in the order of the leaves: both come from the same walk over the module.
+        # Names in the order of the leaves, since both come from the same traversal of the module.
         self._names = _names_of(parameters)
         arrays = dict(zip(self._names, leaves, strict=True))
         self._rate_scales = {} if rate_scale is None else _rate_scales(rate_scale, arrays)
@@ -202,9 +202,9 @@ class Trainer(Generic[Module]):
         return f"{one if number == 1 else f'{number} x {name}'} ({kind}){others}"
 
     def measure_slowdown(self, size: Transformer) -> float | None:
-        """Time a layer of a transformer in bfloat16, relative to float32, if bfloat16 may be slow; else return None.
+        """Return the time of a layer in bfloat16 relative to float32, if it may be slow.
 
-        Takes about a second at most, and no time on accelerators.
+        Otherwise returns None. Takes about a second at most, and no time on accelerators.
         """
         if not is_slow(self.precision.value, self._layout.local_device.platform, backend="jax"):
             return None
@@ -220,7 +220,7 @@ class Trainer(Generic[Module]):
 
     @property
     def module(self) -> Module:
-        """The module with the current weights, on one device; the next training step invalidates its arrays.
+        """The module with current weights, on one device; valid until the next step.
 
         All processes must ask for it.
         """
@@ -228,7 +228,7 @@ class Trainer(Generic[Module]):
         return self._merge(*map(self._layout.local, (parameters, self._state.statistics, self._buffers)))
 
     def _take_step(self, images: NDArray[Any], sample: NDArray[np.int64], *more: NDArray[Any]) -> None:
-        """Take one optimizer step on images, their sample numbers, and further inputs of the loss."""
+        """Take an optimizer step on images, sample numbers, and further inputs of the loss."""
         check_not_empty(images)
         self._check_batch(len(images))
         learning_rate = self._training.learning_rate_at(self._step)
@@ -241,7 +241,7 @@ class Trainer(Generic[Module]):
     def _train_program(
         self, state: TrainingState, buffers: State, batch: tuple[Array, ...], step: Array, learning_rate: Array
     ) -> TrainingState:
-        """Return the next state; compiled, and run by each device on its rows and its parts of the weights."""
+        """Return the next state; runs on each device, on its rows and parts of weights."""
         images, sample, *more = batch
         cut = self._specs.parameters
         gradients, losses, statistics = self._gradients(
@@ -274,7 +274,7 @@ class Trainer(Generic[Module]):
             keep(state.statistics, statistics),
             state.sums + jnp.where(is_bad, 0.0, measured),
             jnp.where(is_bad & (state.nonfinite_step < 0), step + 1, state.nonfinite_step),
-            # The first number counts since the last reading, the second since the last finite step.
+            # The first number counts from the last reading, the second from the last finite step.
             jnp.where(is_bad, state.skipped + 1, state.skipped * jnp.array([1, 0], jnp.int32)),
         )
 
@@ -283,8 +283,8 @@ class Trainer(Generic[Module]):
     ) -> tuple[Arrays, Array, State]:
         """Return the gradient of the first loss, all losses, and the new statistics.
 
-        Gradient and losses are means over the parts of a device's rows. Each part gets the statistics that the part
-        before it left.
+        Gradient and losses are means over the parts of a device's rows. Each part starts from the statistics after the
+        previous part.
         """
 
         def losses_of(parameters: Arrays, statistics: State, *part: Array) -> tuple[Array, tuple[Array, State]]:
@@ -310,15 +310,15 @@ class Trainer(Generic[Module]):
         return gradients, losses, statistics
 
     def read_metrics(self) -> dict[str, Any]:
-        """Wait for all steps, and return the measurements since the last reading; the same in all processes.
+        """Wait for all steps; return measurements since the last reading.
 
         Returns
         -------
         dict
-            The ``losses`` of the module and ``grad_norm`` (before clipping): means over the finite steps, NaN if there
-            was none. ``learning_rate``: of the last step. ``nonfinite_step``: the first step of the run, counted from
-            1, whose loss or gradient was not finite; None if there was none. ``skipped``: number of such steps since
-            the last reading. ``skipped_in_a_row``: number of consecutive such steps up to now.
+            Equal in all processes. The ``losses`` of the module and ``grad_norm`` (before clipping): means over the
+            finite steps, NaN if there was none. ``learning_rate``: of the last step. ``nonfinite_step``: the first step
+            of the run, counted from 1, with a nonfinite loss or gradient; None if there was none. ``skipped``: number
+            of such steps since the last reading. ``skipped_in_a_row``: number of consecutive such steps up to now.
         """
         *sums, steps = np.asarray(self._state.sums).tolist()
         nonfinite_step = int(self._state.nonfinite_step)
@@ -338,10 +338,10 @@ class Trainer(Generic[Module]):
         }
 
     def save(self, directory: str | os.PathLike[str]) -> None:
-        """Write ``weights.safetensors`` and the folder ``training_state`` into an existing folder, each atomically.
+        """Write ``weights.safetensors`` and ``training_state/`` atomically into a folder.
 
-        The training state is an orbax checkpoint. All processes must call it, with a folder on a shared file system. It
-        returns when all have written.
+        The training state is an orbax checkpoint. All processes must call it, with an existing folder on a shared file
+        system. It returns when all have written.
 
         Raises
         ------
@@ -356,7 +356,7 @@ class Trainer(Generic[Module]):
         Returns
         -------
         Future
-            Done when all processes have written; its result raises the errors of :meth:`save`. The next save waits for
+            Done when all processes have written. Its result raises the errors of :meth:`save`. The next save waits for
             it.
 
         Raises
@@ -385,9 +385,9 @@ class Trainer(Generic[Module]):
         return self._saving
 
     def _saved_state(self) -> dict[str, Any]:
-        """Return a copy of the training state besides the weights, as nested dictionaries of arrays.
+        """Return a copy of the training state without weights, as nested dictionaries.
 
-        The arrays are NumPy's, except those that devices share: of these, each process writes its part.
+        The arrays are NumPy's, except sharded ones, of which each process writes its part.
         """
         arrays = self._by_parameter()
         if self._layout.cuts(self._specs.parameters):
@@ -397,7 +397,7 @@ class Trainer(Generic[Module]):
         return {**self._host_state(), **copies}
 
     def _host_state(self) -> dict[str, Any]:
-        """Return a copy of the part of the training state that does not depend on the parameters, in NumPy."""
+        """Return a NumPy copy of the parameter-independent part of the training state."""
         state = {
             "step": self._step,
             "sums": self._state.sums,
@@ -408,16 +408,16 @@ class Trainer(Generic[Module]):
         return {name: np.array(value) for name, value in state.items()}
 
     def _by_parameter(self) -> dict[str, Arrays]:
-        """Return the arrays of each parameter besides its value: the moments of the optimizer, and the average."""
+        """Return the arrays of each parameter: optimizer moments, and the average."""
         moments = {name: value for name, value in _kept(self._state.moments).items() if isinstance(value, dict)}
         return {**moments, "average": self._state.average} if self._state.average else moments
 
     def restore(self, directory: str | os.PathLike[str]) -> None:
-        """Restore a state that :meth:`save` wrote; all processes must call it.
+        """Restore a state written by :meth:`save`; all processes must call it.
 
-        The devices, their number and ``parallel`` may differ from those of the saved run. Learning rate, weight decay
-        and other options are those of this engine. With the same options and the same number of devices, the run
-        continues bit-identically if all kernels are deterministic.
+        The devices, their number and ``parallel`` may differ from the saved run. Learning rate, weight decay and other
+        options are those of this engine. With equal options and an equal number of devices, the run continues
+        bit-identically if all kernels are deterministic.
 
         Raises
         ------
@@ -442,9 +442,9 @@ class Trainer(Generic[Module]):
         self._step = int(state["step"])
 
     def load_weights(self, path: str | os.PathLike[str]) -> None:
-        """Load weights from a ``.safetensors`` file, without a training state; all processes must call it.
+        """Load weights from a ``.safetensors`` file; all processes must call it.
 
-        The file may be one for images of another size; see :func:`prmim_jax.load_weights`.
+        The image size of the file may differ; see :func:`prmim_jax.load_weights`.
         """
         self._put_weights(self._read_weights(path, resize=True))
 
@@ -466,23 +466,24 @@ class Trainer(Generic[Module]):
         )
 
     def any(self, flag: bool) -> bool:
-        """Return whether the flag of any process is True. Waits for all processes; does not use the device."""
+        """Return whether any process has a True flag; waits for all, without the device."""
         return self._processes.any(flag)
 
     def close(self) -> None:
-        """Shut down, disconnecting from the other processes; call it last, also after an exception."""
+        """Disconnect from the other processes; call it last, also after an exception."""
         self._background.shutdown(wait=sys.exc_info()[0] is None)
         self._processes.close()
 
     def _merge(self, parameters: Arrays, statistics: State, buffers: State) -> Module:
         state = jax.tree.unflatten(self._tree, [parameters[name] for name in self._names])
-        # Copied, since a forward pass may only change variables of its own trace.
+        # Copied, since a forward pass may change only variables of its own trace.
         return cast(Module, nnx.merge(self._graph, state, statistics, buffers, copy=True))
 
     def _evaluate(self, function: Callable[..., Any], *inputs: NDArray[Any]) -> Any:
-        """Call ``function(module, *inputs)`` in evaluation mode; all processes must pass the same inputs.
+        """Call ``function(module, *inputs)`` in evaluation mode.
 
-        The module has the average of the weights, if there is one. Each function is compiled once per set of shapes.
+        All processes must pass the same inputs. The module has averaged weights, if available. Each function is
+        compiled once per set of shapes.
         """
         if function not in self._evaluations:
             weights = (self._specs.parameters, WHOLE, WHOLE)
@@ -495,12 +496,12 @@ class Trainer(Generic[Module]):
         )
 
     def _evaluate_rows(self, function: Callable[..., Any], images: NDArray[Any]) -> NDArray[Any]:
-        """Call ``function(module, images)`` in evaluation mode; the devices share the rows of the result.
+        """Call ``function(module, images)`` in evaluation mode, distributed by rows.
 
         All processes must pass the same number of images.
         """
         rows = len(images)
-        missing = -rows % self._layout.num_local  # the devices get the same number
+        missing = -rows % self._layout.num_local  # equal numbers for all devices
         images = np.concatenate([images, np.zeros((missing, *images.shape[1:]), images.dtype)])
         if function not in self._evaluations:
             self._evaluations[function] = self._layout.compile(
@@ -535,7 +536,7 @@ class Trainer(Generic[Module]):
             raise ValueError(f"sample: expected shape {(len(images),)}, got {tuple(sample.shape)}")
         if not np.issubdtype(sample.dtype, np.integer):
             raise TypeError(f"sample: expected integers, got {sample.dtype}")
-        # A copy, since JAX on a CPU reads the batch in place, later, when its memory may hold another batch.
+        # A copy, because JAX on a CPU reads the batch later and in place, when its memory may hold another batch.
         return np.array(images), sample.astype(np.int32), *map(np.array, more)
 
     def _zeros(self, size: int, dtype: type) -> Array:
@@ -543,7 +544,7 @@ class Trainer(Generic[Module]):
 
 
 def split(module: nnx.Module) -> tuple[nnx.GraphDef[Any], State, State, State]:
-    """Return the graph definition, the parameters, the statistics, and all other variables of a module."""
+    """Split a module into graph definition, parameters, statistics, and other variables."""
     graph, parameters, statistics, buffers = nnx.split(  # type: ignore[misc]  # flax's annotation
         module, nnx.Param, Statistic, ...
     )
@@ -551,7 +552,7 @@ def split(module: nnx.Module) -> tuple[nnx.GraphDef[Any], State, State, State]:
 
 
 def adamw(module: nnx.Module, training: TrainingConfig) -> optax.GradientTransformation:
-    """Return AdamW for learning rate 1, with the weight decay of :func:`decay_mask`."""
+    """Return AdamW at learning rate 1, with the weight decay of :func:`decay_mask`."""
     return optax.chain(
         optax.scale_by_adam(*training.betas, eps=1e-8),
         optax.add_decayed_weights(training.weight_decay, mask=decay_mask(module)),
@@ -562,7 +563,7 @@ def decay_mask(module: nnx.Module) -> dict[str, bool]:
     """Return whether each parameter has weight decay, by name.
 
     Exempt from weight decay are parameters of one axis (biases, norms), those in ``module.no_weight_decay()`` if there
-    is such a method, and those of :class:`prmim_jax.ProgressiveReconstruction`, which is our decision.
+    is such a method, and those of :class:`prmim_jax.ProgressiveReconstruction` (our choice).
 
     Examples
     --------
@@ -579,7 +580,7 @@ def decay_mask(module: nnx.Module) -> dict[str, bool]:
 
 
 def _rate_scales(rate_scale: Callable[[str], float], arrays: Arrays) -> dict[str, float | NDArray[np.float32]]:
-    """Return the factors of the learning rates of parameters: a number, or one per block of a stack."""
+    """Return learning-rate factors of parameters: a number, or one per stacked block."""
     scales: dict[str, float | NDArray[np.float32]] = {}
     for name, array in arrays.items():
         factors = [rate_scale(part) for part in file_names(name, array.shape)]
@@ -598,7 +599,7 @@ def _names_of(parameters: State) -> list[str]:
 def _silence_orbax() -> None:
     """Suppress tracebacks that orbax prints for errors that it also raises.
 
-    If a disk is full, orbax raises and logs the error of the first file; Python reports the others as unraisable.
+    If a disk is full, orbax raises and logs the error of the first file, and Python reports the others as unraisable.
     """
     print_unraisable = sys.unraisablehook
 
@@ -616,7 +617,7 @@ def _lacks(text: str, record: logging.LogRecord) -> bool:
 
 
 def precision_on(asked: str, device: jax.Device) -> Choice[str]:
-    """Return the number format in effect on a device, with the reason."""
+    """Return the number format on a device, with the reason."""
     platform = "cuda" if device.platform == "gpu" else device.platform
     major, _, minor = str(getattr(device, "compute_capability", "")).partition(".")
     is_known = major.isdecimal() and minor.isdecimal()  # ROCm has names
@@ -636,7 +637,7 @@ def _summed_product(x: Array, weight: Array, bias: Array, dtype: DTypeLike) -> A
 
 
 def _kept(moments: Any) -> dict[str, Any]:
-    """Return the fields of the only part of an optimizer's state that is not empty."""
+    """Return the fields of the only nonempty part of an optimizer's state."""
     (kept,) = (part for part in moments if jax.tree.leaves(part))
     fields: dict[str, Any] = kept._asdict()
     return fields
@@ -648,15 +649,15 @@ def _refilled(part: Any, values: dict[str, Any]) -> Any:
 
 
 def _copies(arrays: Arrays) -> dict[str, NDArray[Any]]:
-    """Copy arrays to the host, since a step can reuse the same memory only once."""
+    """Copy arrays to the host, separately: a step can donate the same memory only once."""
     return {name: np.array(array) for name, array in arrays.items()}
 
 
 def _checkpointer() -> ocp.Checkpointer:
-    """Return orbax's checkpointer of trees, which synchronises the processes.
+    """Return orbax's checkpointer of trees, which synchronizes the processes.
 
-    With ``active_processes``, it synchronises them without their devices. Devices are busy with steps while a thread
-    saves; they would deadlock if two processes queued steps and synchronisation in different order.
+    With ``active_processes``, it synchronizes without devices. Devices execute steps while a thread saves, and would
+    deadlock if two processes queued steps and synchronization in different order.
     """
     options = ocp.options.MultiprocessingOptions(active_processes=set(range(jax.process_count())))
     handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=options)
@@ -664,12 +665,12 @@ def _checkpointer() -> ocp.Checkpointer:
 
 
 def _zeros_like(tree: Any) -> Any:
-    """Return the initial state of an optimizer, made by NumPy: JAX would compile one program per shape."""
+    """Return an optimizer's initial state from NumPy; JAX would compile per shape."""
     return jax.tree.map(lambda array: np.zeros(array.shape, array.dtype), tree)
 
 
 def _read_state(path: Path, like: dict[str, Any]) -> dict[str, Any]:
-    """Read a training state, and validate its parts and shapes."""
+    """Read a training state; validate its parts and shapes."""
     if not path.exists():
         raise FileNotFoundError(f"directory: expected a training state, got none at {path}")
     as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), like)

@@ -1,12 +1,11 @@
-"""Parts of a vision transformer: patch embedding, position table, attention, blocks, encoder, decoder.
+"""Vision transformer modules.
 
 Parameter names follow timm's ViT, and weights have the layout of PyTorch, (out, in), so that both adapters read the
-same files. The initialisation is MAE's. Masking strategies live elsewhere: the encoder and the decoder take tokens and
-the indices of their positions.
+same files. The initialization is MAE's. Masking is separate: the encoder and the decoder take tokens and indices of
+their positions.
 
-Modules take ``dtype``, the dtype in which matrix products are computed and returned, for example
-``jax.numpy.bfloat16``; None: that of the parameters. Residual stream, norms and softmax are never narrower than the
-parameters.
+The argument ``dtype`` is that of matrix products and their results, for example ``jax.numpy.bfloat16``; None: that of
+the parameters. Residual stream, norms and softmax are never narrower than the parameters.
 """
 
 from collections.abc import Callable, Sequence
@@ -59,7 +58,10 @@ def project(x: Array, weight: Array, bias: Array | None, dtype: DTypeLike | None
 
 
 def precision(dtype: DTypeLike) -> lax.Precision | None:
-    """Return the precision of products: full for float32 and wider, which accelerators would otherwise round."""
+    """Return the precision of products: full for float32 and wider.
+
+    Accelerators round such products by default.
+    """
     return None if jnp.dtype(dtype).itemsize < 4 else lax.Precision.HIGHEST
 
 
@@ -76,8 +78,8 @@ def _normal_block(key: Array) -> Array:
 def draw(block: Callable[[Array], Array], rngs: nnx.Rngs, shape: Sequence[int], scale: float) -> Array:
     """Draw a float32 array in blocks of equal size, times ``scale``.
 
-    JAX compiles one program per shape, which takes longer than everything else for a small model. Equal blocks need a
-    single program. Inside a traced function, the values are the same.
+    Equal blocks need a single program. One program per shape would dominate the start of a small model. Values are
+    equal inside traced functions.
     """
     key, size = rngs.params(), prod(shape)
     numbers = range(-(-size // BLOCK))
@@ -99,17 +101,20 @@ def normal(rngs: nnx.Rngs, shape: Sequence[int], std: float) -> Array:
 
 
 def xavier_uniform(rngs: nnx.Rngs, shape: Sequence[int]) -> Array:
-    """Draw a float32 weight (out, ...), Xavier-uniform as the matrix (out, everything else)."""
+    """Draw a float32 weight (out, ...), Xavier-uniform as a matrix (out, rest)."""
     return uniform(rngs, shape, sqrt(6 / (shape[0] + prod(shape[1:]))))
 
 
 def constant(value: float, *shape: int) -> Array:
-    """Return a constant float32 array, made by NumPy: JAX would compile one program per shape."""
+    """Return a constant float32 array from NumPy; JAX would compile per shape."""
     return jnp.asarray(np.full(shape, value, np.float32))
 
 
 class Linear(nnx.Module):
-    """A linear layer with MAE's initialisation: Xavier-uniform weight (a fused qkv matrix counts as one), zero bias."""
+    """A linear layer with MAE's initialization: Xavier-uniform weight, zero bias.
+
+    A fused qkv matrix counts as one weight.
+    """
 
     bias: nnx.Param[Array]
 
@@ -145,7 +150,7 @@ class LayerNorm(nnx.Module):
 
 
 class PatchProjection(nnx.Module):
-    """A patch convolution, applied to patches that are already cut out.
+    """A patch convolution, applied to patches.
 
     Parameters
     ----------
@@ -158,13 +163,13 @@ class PatchProjection(nnx.Module):
     dtype
         Dtype of the product.
     rngs
-        Source of the initial weights: Xavier-uniform as a matrix; the bias is a convolution's of PyTorch, uniform in
+        Source of the initial weights: Xavier-uniform as a matrix; the bias as in PyTorch's convolutions, uniform in
         1/sqrt(fan in).
 
     Notes
     -----
-    The weight has the layout of a convolution, channels before pixels, so that files match other ViTs. Patches hold
-    their channels last; the small weight is permuted to fit, never the data.
+    The weight has the layout of a convolution, channels before pixels, so that files match other ViTs. Patches have
+    channels last, so the weight is permuted, not the data.
     """
 
     def __init__(
@@ -188,7 +193,7 @@ class PatchProjection(nnx.Module):
 
 
 class PatchEmbed(nnx.Module):
-    """Holds the projection under its name in ViT files, ``patch_embed.proj``."""
+    """Container that names the projection ``patch_embed.proj``, as in ViT files."""
 
     def __init__(
         self,
@@ -207,14 +212,16 @@ class PatchEmbed(nnx.Module):
 
 
 class Attention(nnx.Module):
-    """Multi-head self-attention with a fused qkv projection; scale 1/sqrt(head_dim), softmax in float32 or wider.
+    """Multi-head self-attention with a fused qkv projection; scale 1/sqrt(head_dim).
+
+    The softmax is computed in float32 or wider.
 
     Parameters
     ----------
     dim, num_heads
         Width, attention heads.
     table_rows
-        Rows of an own table of relative position bias, see :class:`RelativePositionBias`; None: no table.
+        Rows of the layer's own table of relative position bias, see :class:`RelativePositionBias`; None: no table.
     dtype
         Dtype of the matrix products.
     rngs
@@ -222,8 +229,8 @@ class Attention(nnx.Module):
 
     Notes
     -----
-    Queries, keys and values have biases. Models without a bias for the keys (BEiT, SimMIM) compute the same function:
-    a bias of the keys adds one number to all scores of a query, which the softmax ignores. Its gradient is 0.
+    Queries, keys and values have biases. Models without a bias of the keys (BEiT, SimMIM) compute the same function: it
+    adds one number to all scores of a query, which does not change the softmax. Its gradient is 0.
     """
 
     def __init__(
@@ -244,8 +251,8 @@ class Attention(nnx.Module):
     def __call__(self, x: Array, bias: Array | None = None) -> Array:
         """Map (batch, length, dim) to the same shape.
 
-        ``bias`` is added to the scores: ([batch,] heads, length, length). With an own table, it is instead the row of
-        each pair of tokens in that table: int ([batch,] length, length).
+        ``bias`` is added to the scores: ([batch,] heads, length, length). If the layer has a table, ``bias`` is the row
+        of each pair of tokens in it: int ([batch,] length, length).
         """
         if self.relative_position_bias_table is not None and bias is not None:
             bias = look_up(self.relative_position_bias_table[...], bias)
@@ -255,7 +262,7 @@ class Attention(nnx.Module):
         return self.proj(attend(q, k, v, bias).reshape(batch, length, dim))
 
     def first_query(self, x: Array, bias: Array | None = None) -> Array:
-        """Return the attention of the first token to all: (batch, length, dim) to (batch, heads, length).
+        """Return the first token's attention: (batch, length, dim) to (batch, heads, length).
 
         ``bias`` is added to the scores: ([batch,] heads, length, length).
         """
@@ -268,7 +275,7 @@ class Attention(nnx.Module):
 
 def attend(q: Array, k: Array, v: Array, bias: Array | None = None) -> Array:
     """Return scaled dot-product attention; all inputs are (batch, length, heads, head_dim)."""
-    # jax.nn.dot_product_attention is slower on CPUs, and its softmax is float32 for float64 input.
+    # jax.nn.dot_product_attention is slower on CPUs, and computes softmax in float32 for float64 input.
     exact = precision(q.dtype)
     scores = jnp.einsum("bqhd,bkhd->bhqk", q, k, precision=exact, preferred_element_type=wide(q.dtype))
     scores = scores / sqrt(q.shape[-1])
@@ -277,7 +284,7 @@ def attend(q: Array, k: Array, v: Array, bias: Array | None = None) -> Array:
 
 
 class Mlp(nnx.Module):
-    """Two linear layers with an activation between them: the exact (erf) GELU, or CLIP's ``"quick_gelu"``."""
+    """Two linear layers with an activation in between: GELU (erf) or ``"quick_gelu"``."""
 
     def __init__(
         self,
@@ -330,7 +337,7 @@ class Block(nnx.Module):
     eps
         Of both norms.
     recompute
-        Whether to save only the input and recompute the block in the backward pass (activation checkpointing).
+        Whether to save only the input, and recompute the block in the backward pass (activation checkpointing).
     table_rows
         See :class:`Attention`.
     dtype
@@ -382,7 +389,7 @@ class Block(nnx.Module):
         return add(self, x, bias, scales)
 
     def first_query(self, x: Array, bias: Array | None = None) -> Array:
-        """Return the attention of the first token of the block's input; see :meth:`Attention.first_query`."""
+        """Return the attention of the first input token; see :meth:`Attention.first_query`."""
         return self.attn.first_query(self.norm1(x), bias)
 
     def _add(self, x: Array, bias: Array | None, scales: Array | None) -> Array:
@@ -396,10 +403,10 @@ def _add(x: Array, branch: Array, layer_scale: LayerScale | None, scale: Array |
     return x + (branch if scale is None else branch * scale[:, None, None])
 
 
-# Compiled, since JAX would otherwise compile one program per shape.
+# Compiled, since JAX would otherwise compile each operation per shape.
 @jax.jit
 def stack_blocks(blocks: Sequence[Block]) -> Block:
-    """Return blocks as one module, whose variables have a leading axis of length depth."""
+    """Stack blocks to one module, whose variables have a leading axis of length depth."""
     return jax.tree.map(lambda *arrays: jnp.stack(arrays), *blocks)
 
 
@@ -415,11 +422,11 @@ def run_blocks(
     x
         (batch, length, dim).
     bias
-        The same for every block, see :meth:`Attention.__call__`.
+        Shared by all blocks, see :meth:`Attention.__call__`.
     scales
         (batch, depth, 2): factors of the two branches of every block.
     scan
-        Whether the compiled program loops over a single block; else it holds all blocks.
+        Whether the compiled program loops over a single block, or contains all blocks.
 
     Returns
     -------
@@ -432,7 +439,7 @@ def run_blocks(
 def block_outputs(
     blocks: Block, x: Array, bias: Array | None = None, scales: Array | None = None, *, scan: bool = False
 ) -> Array:
-    """Apply blocks as :func:`run_blocks` does; return the outputs of all, (depth, batch, length, dim)."""
+    """Return all block outputs, (depth, batch, length, dim); see :func:`run_blocks`."""
     return _scan(blocks, x, bias, scales, scan=scan, keep=True)[1]
 
 
@@ -448,7 +455,7 @@ def _scan(
 
 
 def bias_rows(grid: Grid, index: Array | None) -> Array:
-    """Return the row of each pair of tokens in a table of :class:`RelativePositionBias`.
+    """Return the table row of each token pair; see :class:`RelativePositionBias`.
 
     Parameters
     ----------
@@ -470,17 +477,17 @@ def bias_rows(grid: Grid, index: Array | None) -> Array:
 
 
 def look_up(table: Array, rows: Array) -> Array:
-    """Return the bias ([batch,] heads, length, length) at the rows ([batch,] length, length) of a table."""
+    """Look up ([batch,] heads, length, length) at table rows ([batch,] length, length)."""
     return jnp.moveaxis(table[rows], -1, -3)
 
 
 class RelativePositionBias(nnx.Module):
-    """Bias of attention scores by the offset between two tokens: one learned number per offset and head.
+    """Relative position bias: one learned number per offset and head.
 
     Parameters
     ----------
     grid_shape
-        Tokens of a whole image along each axis; N in all.
+        Tokens of a whole image along each axis; N in total.
     num_heads
         Attention heads.
 
@@ -517,20 +524,20 @@ def _tokens(rngs: nnx.Rngs, number: int, dim: int) -> nnx.Param[Array]:
 def position_table(
     rngs: nnx.Rngs, grid_shape: Sequence[int], dim: int, class_tokens: int, position: str
 ) -> nnx.Variable[Array]:
-    """Return the initial position table (1, C + N, dim): a parameter for ``"learned"``, else a sine-cosine buffer."""
+    """Return the initial table (1, C + N, dim): a parameter if ``"learned"``, else a buffer."""
     if position == "learned":
-        # Truncating at +-2, as timm does, has no effect.
+        # No truncation at +-2 as in timm, since it has no effect.
         return _tokens(rngs, class_tokens + prod(grid_shape), dim)
     return Buffer(jnp.asarray(fixed_table(position, grid_shape, dim, class_tokens)))
 
 
 class Encoder(nnx.Module):
-    """A vision transformer that embeds and encodes only the patches it is given.
+    """A vision transformer that embeds and encodes only the given patches.
 
     Parameters
     ----------
     grid_shape
-        Tokens of a whole image along each axis; N in all.
+        Tokens of a whole image along each axis; N in total.
     patch_size
         Pixels of a patch along each axis.
     channels
@@ -546,7 +553,7 @@ class Encoder(nnx.Module):
     layer_scale, recompute
         See :class:`Block`.
     class_tokens
-        Number of class tokens, C, each with a position of its own. Relative positions need exactly one.
+        Number of class tokens, C, each with its own position. Relative positions need exactly one.
     mask_token
         Whether there is a mask token, ``mask_token``. It starts at zero, and :meth:`encode` does not use it.
     final_norm
@@ -635,7 +642,7 @@ class Encoder(nnx.Module):
         Parameters
         ----------
         patches
-            (batch, length, prod(patch) * C), normalised pixels.
+            (batch, length, prod(patch) * C), normalized pixels.
         index
             int (batch, length): the token of each patch; None: the patches are all N tokens, in raster order.
         scales
@@ -649,7 +656,7 @@ class Encoder(nnx.Module):
         return self.encode(self.place(self.patch_embed(patches), index), index, scales)
 
     def place(self, tokens: Array, index: Array | None = None) -> Array:
-        """Add the position table at ``index``, if there is one, to embedded tokens ([batch,] length, dim)."""
+        """Add the position table, if any, at ``index`` to tokens ([batch,] length, dim)."""
         if not self._has_table:
             return tokens
         table = self.pos_embed[0, self.class_tokens :]
@@ -676,7 +683,7 @@ class Encoder(nnx.Module):
         return x if self.norm is None else self.norm(x)
 
     def hidden_states(self, tokens: Array, index: Array | None = None, scales: Array | None = None) -> Array:
-        """Run the blocks on embedded and placed tokens; see :meth:`encode` for the arguments.
+        """Run the blocks on embedded and placed tokens; arguments as for :meth:`encode`.
 
         Returns
         -------
@@ -724,12 +731,12 @@ class Encoder(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    """A narrow transformer over the encoded tokens and mask tokens at the positions to decode.
+    """A narrow transformer over encoded tokens and mask tokens.
 
     Parameters
     ----------
     grid_shape
-        Tokens of a whole image along each axis; N in all.
+        Tokens of a whole image along each axis; N in total.
     encoder_dim
         Width of the encoder.
     output_dim
@@ -739,9 +746,9 @@ class Decoder(nnx.Module):
     position
         ``"absolute"``, ``"raster"`` or ``"learned"``, see :class:`Encoder`.
     class_tokens
-        Number of class tokens, C, each with a position of its own.
+        Number of class tokens, C, each with its own position.
     embed_bias
-        Whether the layer that narrows the encoder's tokens has a bias.
+        Whether the projection of the encoder's tokens has a bias.
     recompute
         See :class:`Block`.
     scan
@@ -787,7 +794,7 @@ class Decoder(nnx.Module):
             self.pred = Linear(dim, output_dim, dtype=dtype, rngs=rngs)
 
     def __call__(self, encoded: Array, index: Array) -> Array:
-        """Decode, without the prediction head ``pred``: the caller applies it to the tokens that need it.
+        """Decode; the caller applies the prediction head ``pred`` where needed.
 
         Parameters
         ----------
@@ -799,7 +806,7 @@ class Decoder(nnx.Module):
         Returns
         -------
         jax.Array
-            (batch, V + M, dim): normalised features of the tokens at ``index``, without the class tokens.
+            (batch, V + M, dim): normalized features of the tokens at ``index``, without the class tokens.
         """
         num_class = self.class_tokens
         places = self.pos_embed[0, num_class:][index]

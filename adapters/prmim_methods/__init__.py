@@ -1,4 +1,4 @@
-"""The framework-neutral definition of each method: options, sizes, costs, learning rates and weight files."""
+"""Framework-neutral definitions of the methods: options, sizes, costs, weight files."""
 
 from prmim_methods.classifier import ClassifierConfig
 from prmim_methods.cost import Accounting, CostReport, PartCost

@@ -1,4 +1,4 @@
-"""From the metadata of a file of weights back to the record of its method, or of its encoder."""
+"""Records of methods and encoders from the metadata of weight files."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
@@ -15,21 +15,21 @@ from prmim_methods.weight_files import check_architecture
 Made = TypeVar("Made")
 
 ENCODER = "encoder."
-"""How the names of the weights of an encoder begin."""
+"""Prefix of the names of an encoder's weights."""
 MASK_TOKEN = "encoder.mask_token"
-"""A weight that SimMIM's encoder has besides, and whole images do not need."""
+"""A weight of SimMIM's encoder that whole images do not need."""
 
 
 def config_of(architecture: Mapping[str, Any], **more: Any) -> MethodConfig:
-    """Return the record of a method whose weights have an architecture.
+    """Return the record of a method from the architecture of its weights.
 
     Parameters
     ----------
     architecture
-        What :meth:`MethodConfig.architecture` returned, as in the metadata of a file of weights.
+        Result of :meth:`MethodConfig.architecture`, as in the metadata of a weight file.
     **more
-        Options that the architecture does not tell, such as ratios, or the folder of a teacher, which MaskAlign needs.
-        Options that neither tells have their defaults.
+        Options that the architecture does not define, such as ratios or MaskAlign's teacher; others have their
+        defaults.
 
     Returns
     -------
@@ -39,7 +39,7 @@ def config_of(architecture: Mapping[str, Any], **more: Any) -> MethodConfig:
     Raises
     ------
     ValueError
-        If the architecture is not that of a method, or contradicts an option.
+        If the architecture is not a method's, or contradicts an option.
 
     Examples
     --------
@@ -56,19 +56,19 @@ def config_of(architecture: Mapping[str, Any], **more: Any) -> MethodConfig:
 
 
 def encoder_of(architecture: Mapping[str, Any], image_size: int | tuple[int, ...] | None = None) -> EncoderConfig:
-    """Return the record of the encoder in a file of weights.
+    """Return the record of the encoder in a weight file.
 
     Parameters
     ----------
     architecture
-        What :meth:`MethodConfig.architecture` returned, or :meth:`EncoderConfig.architecture` for an encoder alone.
+        Result of :meth:`MethodConfig.architecture`, or of :meth:`EncoderConfig.architecture` for an encoder alone.
     image_size
         Size of the images in place of the file's; one number for two equal sides.
 
     Raises
     ------
     ValueError
-        If the architecture is neither, or the patches do not divide the images.
+        If the architecture is of another kind, or the patches do not divide the images.
 
     Examples
     --------
@@ -80,7 +80,7 @@ def encoder_of(architecture: Mapping[str, Any], image_size: int | tuple[int, ...
     name = _method_of(architecture)
     found = _made(lambda: EncoderConfig.options_of(architecture))
     if name is not None:
-        # Whether there is LayerScale is a fact of the method, not of the file.
+        # The method determines whether there is LayerScale, not the file.
         has_scale = any(item.name == "layer_scale" for item in options(METHODS[name]))
         found["layer_scale"] = 1.0 if has_scale else None
     config = _made(lambda: EncoderConfig(**found))
@@ -90,12 +90,12 @@ def encoder_of(architecture: Mapping[str, Any], image_size: int | tuple[int, ...
 
 
 def fit_method(expected: Mapping[str, Any], got: Mapping[str, Any], weights: Mapping[str, Array]) -> dict[str, Array]:
-    """Return weights on the grid of a method of the same architecture, whose images may have another size.
+    """Fit weights to a method of the same architecture, possibly of another image size.
 
     Parameters
     ----------
     expected, got
-        Architecture of the method, and that of the file.
+        Architecture of the method and of the file.
     weights
         Arrays of the file, by name.
 
@@ -112,21 +112,21 @@ def fit_method(expected: Mapping[str, Any], got: Mapping[str, Any], weights: Map
 
 
 def fit_encoder(config: EncoderConfig, got: Mapping[str, Any], weights: Mapping[str, Array]) -> dict[str, Array]:
-    """Return the weights of the encoder in a file, on the grid of a record of images of any size.
+    """Fit the encoder weights of a file to a record, possibly of another image size.
 
     Parameters
     ----------
     config
-        The record of the encoder that is wanted.
+        The record of the wanted encoder.
     got
-        Architecture of the file: that of a method, or of an encoder alone.
+        Architecture of the file, of a method or of an encoder alone.
     weights
         Arrays of the file, by name.
 
     Returns
     -------
     dict
-        Arrays by name, all of which begin with ``encoder.``.
+        Arrays by name; all names begin with ``encoder.``.
 
     Raises
     ------
@@ -140,7 +140,7 @@ def fit_encoder(config: EncoderConfig, got: Mapping[str, Any], weights: Mapping[
 
 
 def _method_of(architecture: Mapping[str, Any]) -> str | None:
-    """Return the name of the method, if any."""
+    """Return the name of the method; None for an encoder alone."""
     if "kind" in architecture:
         raise ValueError(f"architecture: expected that of a method or an encoder, got a {architecture['kind']}")
     name = architecture.get("method")
@@ -150,7 +150,7 @@ def _method_of(architecture: Mapping[str, Any]) -> str | None:
 
 
 def _made(make: Callable[[], Made]) -> Made:
-    """Call a function that reads an architecture; one line if a field is missing or of another type."""
+    """Call a function that reads an architecture; report bad fields in one line."""
     try:
         return make()
     except KeyError as error:

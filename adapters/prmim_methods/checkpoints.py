@@ -1,6 +1,6 @@
-"""Files of a checkpoint: a file of tensors, the shards of one, or a folder with either, as other libraries write them.
+"""Files of checkpoints of any library: a single file, shards, or a folder of either.
 
-Only names and JSON are read here; the adapters read the tensors.
+Reads names and JSON only; the adapters read the tensors.
 """
 
 import json
@@ -19,17 +19,17 @@ STANDARD = (
     WEIGHTS_FILE,
     *("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json"),
 )
-"""Names that we and the hub's libraries give to the weights of a folder; the first one that exists is read."""
+"""Names of weight files in a folder, ours and those of the hub's libraries; the first existing one is read."""
 RUN = "checkpoints"
-"""The folder in the folder of a run."""
+"""The folder of checkpoints in the folder of a run."""
 SAFETENSORS = ".safetensors"
 TORCH = (".pth", ".pt", ".bin", ".ckpt", ".tar")
 INDEX = ".index.json"
 POINTER = b"version https://git-lfs.github.com/spec/"
 LARGEST_JSON = 2**26
-"""Most bytes that are read of a JSON file; an index has a line per tensor."""
+"""Most bytes read from a JSON file; an index has a line per tensor."""
 DOWNLOADED = ("*.json", f"*{SAFETENSORS}")
-"""Files that are downloaded of a repository on the hub."""
+"""Files to download from a repository on the hub."""
 EXPECTED = f"a checkpoint ({SAFETENSORS}, {', '.join(TORCH)}, or a folder with one), a run, or a name on the hub"
 
 
@@ -40,11 +40,11 @@ class CheckpointFiles:
     Parameters
     ----------
     place
-        What was read, for messages.
+        The source, for messages.
     files
         The files of tensors: one, or all shards.
     is_torch
-        Whether ``torch.save`` wrote them; else they are safetensors.
+        Whether the format is that of ``torch.save``; otherwise, it is safetensors.
     config
         Content of ``config.json``; empty without one.
     preprocessing
@@ -65,7 +65,7 @@ def find_checkpoint(source: str | os.PathLike[str]) -> CheckpointFiles:
     ----------
     source
         A file of tensors, an index of shards (``*.index.json``), a folder that holds one of them, the folder of a run,
-        or a name on the Hugging Face hub, of which only ``.safetensors`` files and JSON are downloaded.
+        or a name on the Hugging Face hub. From the hub, only ``.safetensors`` files and JSON are downloaded.
 
     Raises
     ------
@@ -74,7 +74,7 @@ def find_checkpoint(source: str | os.PathLike[str]) -> CheckpointFiles:
     ImportError
         If a name on the hub needs ``huggingface_hub``, which is not installed.
     ValueError
-        If the folder holds no checkpoint or several, or a file is not a checkpoint, but a pointer of git-LFS, a pipe or
+        If the folder holds no checkpoint or several, or the file is no checkpoint: a git-LFS pointer, a pipe, or
         another kind of file.
 
     Examples
@@ -99,15 +99,15 @@ def find_checkpoint(source: str | os.PathLike[str]) -> CheckpointFiles:
 
 
 def find_source(source: str | os.PathLike[str], argument: str = "source") -> Path:
-    """Return the file or folder of a checkpoint, downloaded if it is a name on the hub; see :func:`find_checkpoint`."""
+    """Return the path of a checkpoint, downloaded from the hub if the source is a name."""
     path = found_or_downloaded(source, argument, DOWNLOADED)
     if not path.exists():
-        raise FileNotFoundError(f"{argument}: expected {EXPECTED}, there is none at {path}")
+        raise FileNotFoundError(f"{argument}: expected {EXPECTED}, got {path}, which does not exist")
     return path
 
 
 def _candidate(folder: Path) -> Path:
-    """Return the only checkpoint of a folder; of a run, the newest good one."""
+    """Return the only checkpoint of a folder, or the newest undamaged one of a run."""
     if (folder / RUN).is_dir():
         return find_weights(folder)
     for name in STANDARD:
@@ -127,20 +127,20 @@ def _listed(names: list[str]) -> str:
 
 
 def _shards(index: Path) -> tuple[Path, ...]:
-    """Return the files that an index lists; they lie next to it."""
+    """Return the files that an index lists, which are next to it."""
     names = read_json(index).get("weight_map")
     if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
         raise ValueError(f"source: expected an object weight_map in {index}, got {shown(names)}")
     files = []
     for name in sorted(set(names.values())):
         if Path(name).name != name or not (index.parent / name).is_file():
-            raise FileNotFoundError(f"source: expected the shard {shown(name)} next to {index}, there is none")
+            raise FileNotFoundError(f"source: expected the shard {shown(name)} next to {index}, got no such file")
         files.append(index.parent / name)
     return tuple(files)
 
 
 def _is_torch(path: Path) -> bool:
-    """Return whether a file was written by ``torch.save``; raise ValueError if it is no checkpoint at all."""
+    """Return whether ``torch.save`` wrote a file; ValueError if it is no checkpoint."""
     try:
         with open_regular(path) as file:
             start = file.read(len(POINTER))
@@ -152,14 +152,14 @@ def _is_torch(path: Path) -> bool:
         )
     if path.suffix == SAFETENSORS:
         return False
-    # An archive of torch.save, or a pickle of its former format.
+    # An archive of torch.save, or a pickle in its old format.
     if path.suffix in TORCH and start.startswith((b"PK", b"\x80")):
         return True
-    raise ValueError(f"source: expected {EXPECTED}, got {path}, which is none")  # its content may be private
+    raise ValueError(f"source: expected {EXPECTED}, got {path}, which is no checkpoint")  # its content may be private
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Return the JSON object in a file; empty if the file does not exist.
+    """Return the JSON object in a file; empty if there is no file.
 
     Raises
     ------
@@ -168,7 +168,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     try:
         with open_regular(path) as file:
-            content = json.loads(file.read(LARGEST_JSON))  # what is cut off is no JSON
+            content = json.loads(file.read(LARGEST_JSON))  # truncated JSON is invalid
     except FileNotFoundError:
         return {}
     except (ValueError, RecursionError) as error:

@@ -13,7 +13,7 @@ T = TypeVar("T")
 
 BATCH_NORM_EPS = 1e-6
 BATCH_NORM_MOMENTUM = 0.1
-"""Smallest share of a batch's statistics in the running ones, which start as the mean of all batches."""
+"""Smallest weight of a batch in the running statistics, which start as the mean of all batches."""
 
 SHARED_TABLE = "encoder.rel_pos_bias.relative_position_bias_table"
 """Name of the table of relative position bias that all blocks share."""
@@ -28,8 +28,8 @@ FOREIGN = {"finetune": ("momentum", "trust", "batch_norm"), "linear": ("drop_pat
 class ClassifierConfig(Record):
     """Options of a classifier: an encoder with a linear head.
 
-    ``finetune`` trains the encoder and the head with AdamW. ``linear`` trains the head alone with LARS, on frozen
-    features that pass through a batch norm without learned factors.
+    ``finetune`` trains the encoder and the head with AdamW. ``linear`` trains only the head with LARS, on frozen
+    features after a batch norm without learned factors.
 
     References
     ----------
@@ -47,12 +47,12 @@ class ClassifierConfig(Record):
     losses: ClassVar[tuple[str, ...]] = ("loss", "accuracy")
 
     protocol: str = option(
-        "What is trained.", default="finetune", choices={"finetune": "encoder and head", "linear": "the head alone"}
+        "Trained parts.", default="finetune", choices={"finetune": "encoder and head", "linear": "the head alone"}
     )
     pool: str = option(
         "Input of the head.",
         default="mean",
-        choices={"mean": "the mean of the patch tokens, normalised", "cls": "the class token, or the mean of several"},
+        choices={"mean": "the mean of the patch tokens, normalized", "cls": "the class token, or the mean of several"},
     )
     image_size: tuple[int, ...] | None = option(
         "Size of the images in pixels, in place of the run's: one number for both sides, or height,width.",
@@ -69,19 +69,19 @@ class ClassifierConfig(Record):
         "Images whose statistics the batch norm uses in training.",
         default="device",
         choices={
-            "device": "those of one device at a time, as published",
-            "all": "those of all devices, so that their number changes nothing; ours",
+            "device": "those of each device, as published",
+            "all": "those of all devices, independent of their number; ours",
         },
     )
     ema_decay: float | None = option(
-        "Decay of the exponential moving average of the weights, which is tested in their place. Null: none.",
+        "Decay of the exponential moving average of the weights, which is evaluated in their place. Null: none.",
         default=None,
         above=0,
         below=1,
     )
 
     def check(self) -> None:
-        """Validate options that depend on one another."""
+        """Validate combinations of options."""
         super().check()
         for name in self.foreign_options:
             if getattr(self, name) != find_option(type(self), name).default:
@@ -99,7 +99,7 @@ class ClassifierConfig(Record):
 
     @property
     def drop_rate(self) -> float:
-        """The rate at which branches of the last block are dropped in training; 0 for a frozen encoder."""
+        """Drop-path rate of the last block in training; 0 for a frozen encoder."""
         return 0.0 if self.is_frozen else self.drop_path
 
     @property
@@ -113,19 +113,19 @@ class ClassifierConfig(Record):
         return "batch" if self.is_frozen else "layer"
 
     def encoder(self, method: EncoderOptions) -> EncoderConfig:
-        """Return the record of the encoder of a method, for images of the classifier's size."""
+        """Return the record of a method's encoder, for the classifier's image size."""
         return method.encoder_config(self.image_size)
 
     def position(self, method: EncoderOptions) -> str:
         """Return how the encoder represents positions.
 
-        Like :attr:`MethodConfig.position`; but ``"relative_per_block"`` if relative positions are fine-tuned: then each
-        block trains its own copy of the method's table, as SimMIM does.
+        :attr:`MethodConfig.position`, or ``"relative_per_block"`` if relative positions are fine-tuned: each block then
+        trains its own copy of the method's table, as in SimMIM.
         """
         return "relative_per_block" if method.position == "relative" and not self.is_frozen else method.position
 
     def architecture(self, method: EncoderOptions, num_classes: int) -> dict[str, Any]:
-        """Return what the weights mean; see :meth:`MethodConfig.architecture`.
+        """Return the architecture of the weights; see :meth:`MethodConfig.architecture`.
 
         Parameters
         ----------
@@ -144,11 +144,11 @@ class ClassifierConfig(Record):
         }
 
     def not_decayed(self) -> frozenset[str]:
-        """Return the parameters of several axes that the recipes exempt from weight decay."""
+        """Return the multi-axis parameters that the recipes exempt from weight decay."""
         return frozenset({"encoder.cls_token", "encoder.pos_embed"})
 
     def rate_scale(self, name: str, depth: int) -> float:
-        """Return the factor of a parameter's learning rate: layer-wise decay, ``layer_decay ** (depth + 1 - group)``.
+        """Return a parameter's learning-rate factor, ``layer_decay ** (depth + 1 - group)``.
 
         Group 0 holds the patch embedding, the class token and the position table; group i + 1 is block i, with its
         table of relative position bias; group ``depth + 1`` is the rest: the final norm and the head.
@@ -179,7 +179,7 @@ class ClassifierConfig(Record):
 
 
 def copy_table(weights: Mapping[str, T], depth: int) -> dict[str, T]:
-    """Return weights with the shared table of relative position bias, if any, also under the names of the blocks.
+    """Copy a shared table of relative position bias, if any, to the names of the blocks.
 
     Parameters
     ----------

@@ -1,7 +1,7 @@
-"""Cost formulas: multiply-accumulates (MACs) and bytes of saved activations, per image.
+"""Cost formulas per image: multiply-accumulates (MACs) and activation memory.
 
-One MAC is one unit, which is what the papers call a FLOP. A training step takes about three times the forward MACs.
-Biases, norms, softmax and GELU are not counted. The records of the methods put these parts together.
+The papers call one MAC a FLOP. A training step takes about three times the forward MACs. Biases, norms, softmax and
+GELU are not counted. The records of the methods combine these formulas.
 """
 
 from collections.abc import Iterator, Mapping
@@ -17,7 +17,7 @@ RECONSTRUCTION_HEADS = 4
 CONV_REPEATS = 3
 """Convolutions per stage, for reconstruction ``"conv"``."""
 CUSTOM = "custom"
-"""The reconstruction by a mixing module of one's own, in costs and in weight files."""
+"""The name of a custom mixing module, in costs and in weight files."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Parameters:
     learned
         Trained values.
     fixed
-        Values that are held but not trained, such as position tables and a teacher's weights, counted in float32.
+        Values that are stored but not trained, such as position tables and a teacher's weights, counted as float32.
     """
 
     learned: int = 0
@@ -46,7 +46,7 @@ def linear_parameters(inputs: int, outputs: int) -> int:
 
 
 def stages(schedule: Schedule) -> Iterator[tuple[int, int]]:
-    """Iterate over the stages: number of their tokens, and of the tokens known before.
+    """Iterate over the stages: numbers of their tokens and of tokens known before.
 
     Examples
     --------
@@ -69,9 +69,9 @@ class PartCost:
     activation_bytes
         Bytes saved for the backward pass.
     recomputed_bytes
-        Bytes that the backward pass recomputes and holds at a time: those of one block, if blocks are recomputed.
+        Bytes that the backward pass recomputes at a time: those of one block, if blocks are recomputed.
     is_known
-        Whether these numbers are all of it. They are not where a module of one's own takes part.
+        Whether the numbers are complete. The cost of a custom module is unknown.
     """
 
     macs: int
@@ -80,7 +80,7 @@ class PartCost:
     is_known: bool = True
 
     def __add__(self, other: "PartCost") -> "PartCost":
-        """Return the cost of both parts; one at a time is recomputed."""
+        """Add two parts, of which one at a time is recomputed."""
         return PartCost(
             self.macs + other.macs,
             self.activation_bytes + other.activation_bytes,
@@ -89,7 +89,7 @@ class PartCost:
         )
 
     def times(self, number: int) -> "PartCost":
-        """Return the cost of several such parts; one at a time is recomputed."""
+        """Multiply the cost by a number of such parts, recomputed one at a time."""
         return replace(self, macs=number * self.macs, activation_bytes=number * self.activation_bytes)
 
 
@@ -107,7 +107,7 @@ class CostReport:
 
     @property
     def is_known(self) -> bool:
-        """Whether the cost of all parts is known; sums leave out what is not."""
+        """Whether the cost of all parts is known; sums omit unknown costs."""
         return all(part.is_known for part in self.parts.values())
 
     @property
@@ -122,7 +122,7 @@ class CostReport:
 
     @property
     def peak_activation_bytes(self) -> int:
-        """Most bytes of activations at a time: all saved ones, and those that one part recomputes.
+        """Peak bytes of activations: saved ones, and those that one part recomputes.
 
         The backward pass runs from the last part to the first and frees what each part saved.
         """
@@ -132,18 +132,18 @@ class CostReport:
 
 @record
 class Accounting(Record):
-    """How costs are counted."""
+    """Conventions for counting costs."""
 
     compute_bytes: int = option(
         "Bytes per value in matrix products: 4 for float32, 2 for bfloat16 autocast.", default=4, at_least=1
     )
     attention: str = option(
-        "What attention saves for the backward pass.",
+        "Activations that attention saves for the backward pass.",
         default="fused",
         choices={"fused": "one number per head and token", "explicit": "its n * n matrix"},
     )
     bookkeeping: str = option(
-        "Which code is counted.",
+        "Code whose cost is counted.",
         default="prmim",
         choices={
             "prmim": "ours",
@@ -188,7 +188,7 @@ class Accounting(Record):
         final_norm
             Whether a norm follows.
         more_bytes
-            What a block saves in addition.
+            Additional bytes that a block saves.
         """
         inside = size.activation_bytes(length, compute_bytes=self.compute_bytes, attention=self.attention)
         inside += size.depth * more_bytes
@@ -199,7 +199,7 @@ class Accounting(Record):
         return PartCost(size.macs(length), size.depth * length * size.dim * 4 + norm, inside // size.depth)
 
     def cross_blocks(self, size: CrossTransformer, queries: int, keys: int, *, recompute: bool) -> PartCost:
-        """Return the cost of blocks of cross-attention and the norm after them; see :meth:`blocks`."""
+        """Return the cost of cross-attention blocks and their norm; see :meth:`blocks`."""
         inside = size.activation_bytes(queries, keys, compute_bytes=self.compute_bytes, attention=self.attention)
         norm = queries * (4 * size.dim + 2 * 4)
         if not recompute:
@@ -208,12 +208,12 @@ class Accounting(Record):
         return PartCost(size.macs(queries, keys), size.depth * inputs + norm, inside // size.depth)
 
     def layer_mixes(self, number: int, layers: int, length: int, dim: int) -> PartCost:
-        """Return the cost of weighted sums of ``layers`` feature maps of ``length`` tokens of width ``dim``."""
+        """Return the cost of weighted sums of ``layers`` feature maps (length, dim)."""
         values = length * dim
         return PartCost(number * layers * values, layers * values * self.compute_bytes)
 
     def stages(self, schedule: Schedule, dim: int, reconstruction: str) -> PartCost:
-        """Return the cost of progressive reconstruction of features of width ``dim``; unknown for ``"custom"``."""
+        """Return the cost of progressive reconstruction; unknown for ``"custom"``."""
         if reconstruction == CUSTOM:
             return PartCost(0, 0, is_known=False)
         macs = saved = 0

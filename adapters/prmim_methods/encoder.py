@@ -1,4 +1,4 @@
-"""Options of an encoder and of its images, which all methods share; and the record of an encoder alone."""
+"""Options of an encoder and its images, shared by all methods."""
 
 from collections.abc import Mapping
 from functools import cached_property
@@ -20,16 +20,14 @@ ENCODER_FIELDS = ("image_size", "patch_size", "channels", "mean", "std", "embed_
 def recompute_option() -> Any:
     """Declare the option ``recompute_blocks``."""
     return option(
-        "Save only the inputs of blocks and recompute the rest in the backward pass (activation checkpointing).",
+        "Save only the inputs of blocks, and recompute the rest in the backward pass (activation checkpointing).",
         default=False,
     )
 
 
 def scan_option() -> Any:
     """Declare the option ``scan_blocks``."""
-    return option(
-        "Compile one block and loop over it, which shortens compilation. For the backend jax only.", default=False
-    )
+    return option("Compile one block and loop over it, for faster compilation. Backend jax only.", default=False)
 
 
 @record
@@ -67,7 +65,7 @@ class EncoderOptions(Record):
     )
 
     def check(self) -> None:
-        """Validate options that depend on one another."""
+        """Validate combinations of options."""
         self._check_grid()
         if self.pixel_range is not None and not self.pixel_range[0] < self.pixel_range[1]:
             raise ValueError(f"pixel_range: expected low,high with low < high, got {self.pixel_range}")
@@ -107,7 +105,7 @@ class EncoderOptions(Record):
 
     @property
     def image_dtypes(self) -> tuple[str, ...]:
-        """Types of images: only with a ``pixel_range`` others than uint8."""
+        """Accepted dtypes of images: uint8, and more with a ``pixel_range``."""
         return ("uint8",) if self.pixel_range is None else ("uint8", "uint16", "float32")
 
     @property
@@ -132,7 +130,7 @@ class EncoderOptions(Record):
 
     @property
     def position(self) -> str:
-        """How positions are represented: ``"absolute"``, ``"learned"`` (tables) or ``"relative"`` (attention bias)."""
+        """Type of positions: ``"absolute"``, ``"learned"`` or ``"relative"`` (attention bias)."""
         return "absolute"
 
     @property
@@ -142,7 +140,7 @@ class EncoderOptions(Record):
 
     @property
     def recompute_blocks(self) -> bool:
-        """Whether only the inputs of blocks are saved for the backward pass."""
+        """Whether blocks are recomputed in the backward pass."""
         return False
 
     @property
@@ -156,7 +154,7 @@ class EncoderOptions(Record):
         return None
 
     def _encoder_parameters(self) -> Parameters:
-        """Return those of the patch embedding, the class tokens, the positions, the blocks and the final norm."""
+        """Return the number of parameters of the encoder, including its final norm."""
         size = self.encoder_size
         learned = linear_parameters(self.patch_dim, size.dim) + self.class_tokens * size.dim
         learned += size.parameters() + 2 * size.dim
@@ -167,12 +165,12 @@ class EncoderOptions(Record):
         return Parameters(learned) + self._table_parameters(size.dim)
 
     def _table_parameters(self, dim: int) -> Parameters:
-        """Return those of a position table of width ``dim``."""
+        """Return the number of parameters of a position table of width ``dim``."""
         size = (self.class_tokens + self.grid.num_tokens) * dim
         return Parameters(size) if self.position == "learned" else Parameters(fixed=size)
 
     def encoder_architecture(self) -> dict[str, Any]:
-        """Return the part of :meth:`architecture` that describes the images and the encoder."""
+        """Return the part of :meth:`architecture` for the images and the encoder."""
         size = self.encoder_size
         return {
             "image_size": list(self.image_size),
@@ -188,9 +186,9 @@ class EncoderOptions(Record):
         }
 
     def check_pool(self, pool: str | None, *, all_tokens: bool = False) -> None:
-        """Raise ValueError unless ``pool`` is ``"mean"``, or ``"cls"`` and the encoder has a class token.
+        """Raise ValueError unless the pool fits the encoder.
 
-        With ``all_tokens``, None is allowed too.
+        ``"mean"`` always fits, ``"cls"`` if there is a class token, None with ``all_tokens``.
         """
         if pool is None and all_tokens:
             return
@@ -205,7 +203,7 @@ class EncoderOptions(Record):
         Parameters
         ----------
         image_size
-            Size of the images in place of this record's; one number for two equal sides.
+            Size of the images, in place of this record's; one number for two equal sides.
 
         Raises
         ------
@@ -229,7 +227,7 @@ class EncoderOptions(Record):
 
     @classmethod
     def options_of(cls, architecture: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the options that :meth:`architecture` tells.
+        """Return the options that an architecture defines.
 
         Raises
         ------
@@ -241,7 +239,7 @@ class EncoderOptions(Record):
 
 @record
 class EncoderConfig(EncoderOptions):
-    """An encoder without a method, as in files of weights that hold nothing else.
+    """An encoder without a method, as in weight files of an encoder alone.
 
     Examples
     --------
@@ -252,7 +250,7 @@ class EncoderConfig(EncoderOptions):
 
     class_tokens: int = option("Class tokens.", default=1, at_least=0, at_most=1000)
     position: str = option(
-        "How positions are represented.",
+        "Type of the positions.",
         default="absolute",
         choices={
             "absolute": "a fixed sine-cosine table",
@@ -268,17 +266,17 @@ class EncoderConfig(EncoderOptions):
     scan_blocks: bool = scan_option()
 
     def check(self) -> None:
-        """Validate options that depend on one another."""
+        """Validate combinations of options."""
         super().check()
         if self.position == "relative" and self.class_tokens != 1:
             raise ValueError(f"class_tokens: expected 1 for position 'relative', got {self.class_tokens}")
 
     def parameters(self) -> Parameters:
-        """Return the number of parameters, from the options alone: nothing is built."""
+        """Return the number of parameters, without building the model."""
         return self._encoder_parameters()
 
     def architecture(self) -> dict[str, Any]:
-        """Return what the weights mean; see :meth:`MethodConfig.architecture`."""
+        """Return the architecture of the weights; see :meth:`MethodConfig.architecture`."""
         return {
             **self.encoder_architecture(),
             **({} if self.position == "absolute" else {"position": self.position}),
@@ -287,9 +285,9 @@ class EncoderConfig(EncoderOptions):
 
     @classmethod
     def options_of(cls, architecture: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the options that :meth:`architecture` tells.
+        """Return the options that an architecture defines.
 
-        The initial value of LayerScale is not part of it: the weights replace that value.
+        The initial value of LayerScale is left out, since the weights replace it.
         """
         return {
             **super().options_of(architecture),
@@ -300,7 +298,7 @@ class EncoderConfig(EncoderOptions):
 
 
 def times(shape: tuple[int, ...]) -> str:
-    """Return sizes in words.
+    """Format sizes for text.
 
     Examples
     --------

@@ -1,4 +1,4 @@
-"""Models of other libraries that compute the same as our encoders: which one, its options, and its weights by name."""
+"""Equivalent models of other libraries: their class, options, and weight names."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -16,7 +16,7 @@ FORMATS = {
     "safetensors": "a file of ours, with the architecture in its metadata",
     "torch.export": "a PyTorch program from images to features",
 }
-"""What ``prmim export`` writes."""
+"""Formats of ``prmim export``."""
 
 LAYER_NORM_EPS = 1e-6
 
@@ -31,7 +31,7 @@ class LibraryModel(NamedTuple):
     options
         Content of ``config.json``, or arguments of ``timm.create_model``.
     layout
-        The library's names of our weights.
+        The library's names for our weights.
     """
 
     name: str
@@ -40,7 +40,7 @@ class LibraryModel(NamedTuple):
 
 
 def exported_config(architecture: Mapping[str, Any]) -> EncoderOptions:
-    """Return the record of what a library can hold of a file of weights: the method for MAE, else the encoder alone.
+    """Return the exportable part of a weight file: MAE as a method, else the encoder.
 
     Examples
     --------
@@ -54,14 +54,14 @@ def exported_config(architecture: Mapping[str, Any]) -> EncoderOptions:
 
 
 def transformers_model(config: EncoderOptions, *, encoder_only: bool = False) -> LibraryModel:
-    """Return the model of ``transformers`` that holds the weights of a method or an encoder.
+    """Return the ``transformers`` model for the weights of a method or an encoder.
 
     Parameters
     ----------
     config
         The method, or an encoder alone.
     encoder_only
-        Whether to leave out a decoder that ``transformers`` can hold: that of MAE, in ``ViTMAEForPreTraining``.
+        Whether to leave out MAE's decoder, which ``ViTMAEForPreTraining`` can hold.
 
     Raises
     ------
@@ -109,9 +109,10 @@ def transformers_model(config: EncoderOptions, *, encoder_only: bool = False) ->
 
 
 def preprocessor_options(config: EncoderOptions) -> dict[str, Any]:
-    """Return the content of ``preprocessor_config.json``: the centre crop and the pixel statistics of our evaluation.
+    """Return the content of ``preprocessor_config.json``.
 
-    Images that are not square are resized whatever their proportions.
+    It holds the centre crop and the pixel statistics of our evaluation. For images that are not square, it resizes
+    without keeping proportions.
     """
     height, width = config.image_size
     size = {"height": height, "width": width}
@@ -133,7 +134,7 @@ def preprocessor_options(config: EncoderOptions) -> dict[str, Any]:
 
 
 def timm_model(config: EncoderOptions) -> LibraryModel:
-    """Return the model of timm that holds the encoder of a method; called on images, it returns the mean feature.
+    """Return the timm model that holds a method's encoder and returns the mean feature.
 
     Raises
     ------
@@ -174,7 +175,7 @@ def timm_model(config: EncoderOptions) -> LibraryModel:
 
 
 def timm_weights(weights: Mapping[str, Any], layout: Layout) -> dict[str, Any]:
-    """Return the weights of an encoder by timm's names. Class tokens after the first are timm's registers."""
+    """Return an encoder's weights by timm's names. Further class tokens are registers."""
     named = to_library(weights, layout)
     tokens = named.get("cls_token")
     if tokens is not None and tokens.shape[1] > 1:
@@ -218,7 +219,7 @@ def _decoder_options(config: MAEConfig) -> dict[str, Any]:
 
 
 def _fits_vit_mae(config: MAEConfig) -> bool:
-    """Return whether ``ViTMAEForPreTraining`` has the decoder of an MAE, and computes its dense loss."""
+    """Return whether ``ViTMAEForPreTraining`` has this decoder and this dense loss."""
     has_decoder = config.embed_bias and not config.is_cross and not config.fused_blocks
     return has_decoder and config.class_tokens == 1 and config.low_pass is None and _is_square(config)
 

@@ -1,4 +1,4 @@
-"""Files that other programs can replace: opened without waiting, and only if they are regular files."""
+"""Opening of files without blocking, for regular files only."""
 
 import errno
 import io
@@ -13,7 +13,7 @@ NOT_REGULAR = "not a regular file, but a pipe, a socket or a device"
 def open_regular(path: str | os.PathLike[str], mode: Literal["r", "a"] = "r") -> io.FileIO:
     """Open a regular file, unbuffered, for reading or appending.
 
-    A pipe without a process at its other side would block the opening, a device may never end.
+    Opening a pipe without a process at its other end would block, and a device may never end.
 
     Parameters
     ----------
@@ -42,10 +42,10 @@ def open_regular(path: str | os.PathLike[str], mode: Literal["r", "a"] = "r") ->
 
 
 def _open_at_once(path: str, flags: int) -> int:
-    # Without the flag, opening a named pipe waits for its other side. Windows has neither such pipes nor the flag.
+    # Without the flag, opening a named pipe waits for its other end. Windows has neither such pipes nor the flag.
     return os.open(path, flags | getattr(os, "O_NONBLOCK", 0), 0o666)
 
 
 def is_special(path: Path) -> bool:
-    """Whether a path is a pipe, a socket or a device, or a link to one."""
+    """Return whether a path is a pipe, a socket or a device, or a link to one."""
     return path.exists() and not path.is_file() and not path.is_dir()

@@ -1,6 +1,6 @@
-"""Weights of other code under our names: the format is recognised by the names of the tensors.
+"""Conversion of weights of other code; tensor names identify the format.
 
-Sizes follow from the shapes, and from ``config.json`` where there is one. Arrays are NumPy's; the adapters read files.
+Sizes follow from the shapes, and from ``config.json`` if present. Arrays are NumPy's; the adapters read files.
 """
 
 import json
@@ -41,15 +41,15 @@ LAYER_NORM_EPS = 1e-6
 TABLE = "encoder.pos_embed"
 BIASES = "encoder.rel_pos_bias.relative_position_bias_table"
 MOST_NAMED = 3
-"""Most tensors that a message or a line of a report names."""
+"""Most tensors named in a message or a line of a report."""
 HEAD_DIM = 64
-"""Channels of an attention head in vision transformers, unless the model is a published one."""
+"""Channels of an attention head, unless the model is a published one."""
 PUBLISHED_HEADS = {(size.dim, size.depth): size.heads for size in VIT_SIZES.values()}
 
 WRAPPERS = ("module.", "_orig_mod.", "model.", "encoder.", "backbone.", "vit.")
 """Prefixes that wrappers and larger models give to names."""
 ANCHORS = ("patch_embed.proj.weight", "embeddings.patch_embeddings.projection.weight")
-"""The tensor that every format has, by timm's name and by that of transformers."""
+"""A tensor that every format has, by timm's name and by that of transformers."""
 _BLOCK = r"(?:encoder\.)?layers?\.(\d+)\."
 TRANSFORMERS = (
     (r"embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
@@ -57,11 +57,11 @@ TRANSFORMERS = (
     (r"embeddings\.(cls_token|mask_token)$", r"\1"),
     (r"layernorm\.", "norm."),
     (r"decoder\.(mask_token|decoder_pos_embed|decoder_embed|decoder_norm|decoder_pred)", r"\1"),
-    (r"decoder\.decoder_(?:layers|encoder\.layer)\.", "decoder_blocks."),  # the latter is what 5.23 writes
+    (r"decoder\.decoder_(?:layers|encoder\.layer)\.", "decoder_blocks."),  # the latter is written by 5.23
     (r"(?:encoder\.relative_position_bias|shared_rel_pos)\.", "rel_pos_bias."),
     (_BLOCK, r"blocks.\1."),
 )
-"""Beginnings of names in transformers, and timm's or those of MAE's code."""
+"""Prefixes of names in transformers, and in timm or MAE's code."""
 IN_BLOCK = (
     (r"attention\.(?:attention\.)?(q|k|v)(?:uery|ey|alue|_proj)\.", r"attn.\1."),
     (r"attention\.(?:output\.dense|o_proj)\.", "attn.proj."),
@@ -72,21 +72,21 @@ IN_BLOCK = (
     (r"layer_scale(1|2)\.lambda1$", r"ls\1.gamma"),
     (r"(?:gamma|lambda)_(1|2)$", r"ls\1.gamma"),
 )
-"""Beginnings of names inside a block, and timm's."""
+"""Prefixes of names inside a block, and timm's."""
 UNUSED = re.compile(
     r"(head|fc_norm|classifier|pooler|clip_model|dino_model|hog_enc|pixel_loss)\..*|(.*\.)?relative_position_index"
 )
-"""Tensors that the features of tokens do not depend on, and that our models do not have or call by other names."""
+"""Tensors without effect on token features, which our models do not have or name differently."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What the files of a checkpoint hold.
+    """The contents of a checkpoint.
 
     Parameters
     ----------
     place
-        Where it was read, for messages.
+        The source, for messages.
     arrays
         Arrays by name; floating-point ones are float32 or float64.
     metadata
@@ -94,7 +94,7 @@ class Checkpoint:
     config, preprocessing
         Content of ``config.json`` and of ``preprocessor_config.json``.
     arguments
-        Options of the training that wrote it.
+        Options of the training run that wrote it.
     left_out
         Other entries of the file, such as the state of an optimizer.
     """
@@ -115,13 +115,13 @@ class ForeignWeights:
     Parameters
     ----------
     format
-        The format that was recognised.
+        The detected format.
     architecture
-        What the weights mean: the architecture of a method, or, without ``"method"``, of an encoder alone.
+        The architecture of a method, or, without ``"method"``, of an encoder alone.
     weights
         float32 or float64 arrays by our names.
     notes
-        What was assumed, filled in or left out, a sentence each.
+        Assumptions, and filled in or omitted parts, one sentence each.
     """
 
     format: str
@@ -135,7 +135,7 @@ class ForeignWeights:
         return {"format": "pt", METADATA_KEY: json.dumps(self.architecture)}
 
     def describe(self) -> list[str]:
-        """Return lines of text: the format, the encoder, what was kept, and the notes."""
+        """Return lines of text: format, encoder, weights, and notes."""
         what = self.architecture
         kept = f"the method {what['method']}" if "method" in what else "the encoder alone"
         number = sum(array.size for array in self.weights.values())
@@ -158,21 +158,21 @@ def convert(
     norm_pix: bool | None = None,
     encoder_only: bool = False,
 ) -> ForeignWeights:
-    """Recognise the format of a checkpoint, and return its weights under our names.
+    """Detect the format of a checkpoint, and return its weights under our names.
 
     Parameters
     ----------
     checkpoint
-        The checkpoint. What it says itself takes precedence over the arguments.
+        The checkpoint. Its own facts take precedence over the arguments.
     num_heads, decoder_heads
-        Attention heads of the encoder and of the decoder, which shapes do not tell. None: those of the published model
-        of this width and depth, or else 64 channels per head in the encoder and 32 in the decoder.
+        Attention heads of the encoder and of the decoder, which shapes do not determine. None: those of the published
+        model of this width and depth, or else 64 channels per head in the encoder and 32 in the decoder.
     image_size
         Pixels along each axis. None: a square of as many patches as there are positions.
     norm_pix
-        Whether MAE's target patches were normalised. None: they were, as published.
+        Whether MAE's target patches were normalized. None: yes, as published.
     encoder_only
-        Whether to leave out all but the encoder.
+        Whether to keep only the encoder.
 
     Returns
     -------
@@ -181,17 +181,17 @@ def convert(
     Raises
     ------
     ValueError
-        If the format is unknown; if tensors are missing, unexpected, of another shape or not finite, which the message
-        lists; or if a size follows from nothing.
+        If the format is unknown; if tensors are missing, unexpected, of another shape or not finite (the message lists
+        them); or if a size is undetermined.
 
     Notes
     -----
     Formats: the original code of MAE and Pixio, CrossMAE, SimMIM, MaskAlign and LocalMIM; ``ViTMAE``, ``ViT`` and
-    ``ViTForMaskedImageModeling`` of transformers; ViTs of timm, also with a relative position bias that all blocks
-    share, and with LayerScale; our own files. Models that are none of our methods are imported as an encoder alone.
+    ``ViTForMaskedImageModeling`` of transformers; ViTs of timm, also with a relative position bias shared by all
+    blocks, and with LayerScale; our own files. Other models are imported as an encoder alone.
 
-    Queries, keys and values become one layer. Where keys have no bias, as in BEiT and SimMIM, theirs is zero, which
-    computes the same.
+    Queries, keys and values become one layer. Keys without a bias, as in BEiT and SimMIM, get a bias of zero, which is
+    equivalent.
     """
     given = {"num_heads": num_heads, "decoder_heads": decoder_heads, "image_size": image_size, "norm_pix": norm_pix}
     for name, array in checkpoint.arrays.items():
@@ -205,7 +205,7 @@ def convert(
 
 
 def check_given(found: ForeignWeights, given: Mapping[str, Any]) -> None:
-    """Raise ValueError if the weights contradict what was given, whose names are those of fields; None: nothing."""
+    """Raise ValueError if weights contradict the given fields; None: not given."""
     for name, value in given.items():
         got = list(value) if isinstance(value, tuple) else value
         expected = found.architecture.get(name, got)
@@ -234,7 +234,7 @@ def _convert(checkpoint: Checkpoint, facts: Facts, *, encoder_only: bool) -> For
         weights[ours], sources[ours] = array, theirs.get(name, name)
     encoder = _read_encoder(checkpoint, weights, facts)
     builder = ENCODER if encoder_only else layout
-    if builder is ENCODER:  # all names of a ViT count as the encoder's, so that unexpected ones are reported
+    if builder is ENCODER:  # all names of a ViT count as encoder names, so that unexpected ones are reported
         unused += [sources[name] for name in weights if not _is_of_encoder(name)]
         weights = {name: array for name, array in weights.items() if _is_of_encoder(name)}
     found = builder.build(encoder, weights, facts)
@@ -252,20 +252,20 @@ def _is_of_encoder(name: str) -> bool:
 
 
 def _listed(names: Iterable[str]) -> str:
-    """Return names of tensors for a message: some of them, and the number of the others."""
+    """Return some names of tensors for a message, and the number of the others."""
     names = list(names)
     more = len(names) - MOST_NAMED
     return ", ".join(map(printable, names[:MOST_NAMED])) + (f" and {more} more" if more > 0 else "")
 
 
 def _strip(checkpoint: Checkpoint) -> dict[str, str]:
-    """Return every name without the prefixes of wrappers and of the encoder, by name."""
+    """Map every name to the name without prefixes of wrappers and the encoder."""
     names = {name: name for name in checkpoint.arrays}
     while names and any(all(short.startswith(prefix) for short in names.values()) for prefix in WRAPPERS):
         prefix = next(prefix for prefix in WRAPPERS if all(short.startswith(prefix) for short in names.values()))
         names = {name: short.removeprefix(prefix) for name, short in names.items()}
     for anchor in ANCHORS:
-        # MaskAlign holds its teacher, which may have the anchor of transformers.
+        # MaskAlign contains its teacher, which may have the anchor of transformers.
         found = [short for short in names.values() if short == anchor or short.endswith(f".{anchor}")]
         if len(found) > 1:
             raise ValueError(f"source: expected one model in {checkpoint.place}, got {len(found)}: {_listed(found)}")
@@ -286,7 +286,7 @@ def _strip(checkpoint: Checkpoint) -> dict[str, str]:
 
 
 def _as_timm(name: str) -> str:
-    """Return the name of a tensor in timm's ViT, or in the code of the authors, for one of transformers.
+    """Map a name of transformers to that of timm's ViT, or of the authors' code.
 
     Examples
     --------
@@ -305,7 +305,7 @@ def _as_timm(name: str) -> str:
 
 
 def _join(arrays: Arrays, facts: Facts) -> Arrays:
-    """Join queries, keys and values, and class tokens and registers; fill in biases that are zero."""
+    """Join queries, keys and values, and class tokens and registers; add zero biases."""
     joined = dict(arrays)
     if "cls_token" in joined and "reg_token" in joined:
         joined["cls_token"] = np.concatenate([joined["cls_token"], joined.pop("reg_token")], axis=1)
@@ -327,7 +327,7 @@ def _join(arrays: Arrays, facts: Facts) -> Arrays:
 
 
 def _read_encoder(checkpoint: Checkpoint, weights: Arrays, facts: Facts) -> EncoderConfig:
-    """Return the record of the encoder; pads the table of positions if class tokens have none."""
+    """Return the record of the encoder; pad positions if class tokens have none."""
     config = checkpoint.config
     if config.get("hidden_act", "gelu") != "gelu":
         raise ValueError(f"source: expected the activation 'gelu', got {shown(config['hidden_act'])}")
@@ -371,7 +371,7 @@ def _read_encoder(checkpoint: Checkpoint, weights: Arrays, facts: Facts) -> Enco
 
 
 def _image_size(weights: Arrays, class_tokens: int, patch_size: tuple[int, ...], facts: Facts) -> tuple[int, ...]:
-    """Return the pixels along each axis, which have as many patches as there are positions."""
+    """Return the pixels along each axis, from the number of positions."""
     table, biases = weights.get(TABLE), weights.get(BIASES)
     if table is not None and table.ndim == 3:
         rows = table.shape[1]
@@ -397,12 +397,12 @@ def _image_size(weights: Arrays, class_tokens: int, patch_size: tuple[int, ...],
             return tuple(isqrt(number) * patch for patch in patch_size)
     raise ValueError(
         f"image_size: expected the size of images of {min(numbers)} patches of {times(patch_size)}, which the weights "
-        "do not tell, got nothing"
+        "do not determine, got nothing"
     )
 
 
 def _statistics(checkpoint: Checkpoint, channels: int, facts: Facts) -> tuple[tuple[float, ...] | None, ...]:
-    """Return mean and deviation of each channel; None: the usual ones."""
+    """Return mean and deviation of each channel; None: the defaults."""
     timm = checkpoint.config.get("pretrained_cfg")
     timm = timm if isinstance(timm, dict) else {}
     found: list[tuple[float, ...] | None] = []
@@ -417,7 +417,7 @@ def _statistics(checkpoint: Checkpoint, channels: int, facts: Facts) -> tuple[tu
 
 
 def _check_tensors(found: Full, sources: Mapping[str, str], what: str) -> None:
-    """Raise ValueError unless the tensors are those of the model; the message lists all that are not."""
+    """Raise ValueError unless the tensors fit the model; list those that do not."""
     weights, shapes = found.weights, found.shapes
     faults = {
         "missing": [name for name in shapes if name not in weights],
@@ -438,14 +438,14 @@ def _check_tensors(found: Full, sources: Mapping[str, str], what: str) -> None:
 
 @dataclass(frozen=True)
 class Start:
-    """Weights that a method starts from.
+    """Initial weights of a method.
 
     Parameters
     ----------
     weights
-        Arrays by name, of all parts of the method that the source has.
+        Arrays by name, for all parts of the method in the source.
     line
-        Where they come from, and which parts keep their initial weights.
+        Text on the source, and on the parts that keep their initial weights.
     """
 
     weights: Arrays
@@ -453,18 +453,18 @@ class Start:
 
 
 def _facts_of(encoder: EncoderConfig) -> dict[str, Any]:
-    """Return the architecture of an encoder with all fields, those of usual values too."""
+    """Return the architecture of an encoder with all fields, defaults included."""
     usual = {"class_tokens": 1, "position": "absolute", "layer_scale": False}
     return {**usual, **encoder.architecture()}
 
 
 _OF_ENCODER = (*ENCODER_FIELDS, "class_tokens", "position", "layer_scale")
 NEW_PARTS = {"reconstruction": "reconstruct.", "cells": "cell_head.", "cell_norm": "cell_head."}
-"""Fields of an architecture that concern a part alone, which is new where they differ; and the names of that part."""
+"""Fields of an architecture that concern a single part, and the names of that part; it is new if they differ."""
 
 
 def start_from(found: ForeignWeights, place: str, method: object, shapes: Mapping[str, tuple[int, ...]]) -> Start:
-    """Choose the weights that a method can start from.
+    """Choose the initial weights of a method from a source.
 
     Parameters
     ----------
@@ -480,7 +480,7 @@ def start_from(found: ForeignWeights, place: str, method: object, shapes: Mappin
     Returns
     -------
     Start
-        All weights if the methods are equal. If only reconstruction or cells differ, all but those parts. Else the
+        All weights if the methods are equal. If only reconstruction or cells differ, all but these parts. Else the
         encoder. Tables of positions fit the method's grid, see :func:`prmim_methods.positions.fit_positions`.
 
     Raises

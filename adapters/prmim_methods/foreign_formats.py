@@ -1,7 +1,7 @@
-"""Formats of other code: how full models name their tensors, and what these are under our names.
+"""Formats of other code: tensor names of full models, mapped to ours.
 
-A format starts from the names of its authors, without the encoder's prefix; those of transformers are mapped to timm's
-before. It ends with our names and shapes. Code of others was read for names and layouts alone.
+A format maps the authors' names, without the encoder's prefix, to our names and shapes. Names of transformers are
+mapped to timm's first. The authors' code was read for names and layouts only.
 """
 
 import re
@@ -27,26 +27,26 @@ Shapes = dict[str, tuple[int, ...]]
 DECODER_HEAD_DIM = 32
 """Channels of an attention head in the published decoders of MAE, CrossMAE and LocalMIM."""
 ALIGNED = 5
-"""Layers of the teacher that MaskAlign's recipe aligns with."""
+"""Number of teacher layers that MaskAlign's recipe aligns."""
 TABLE_TOLERANCE = 1e-3
-"""Largest difference of a table of sines and cosines from its formula, also in half precision."""
+"""Largest error of a sine-cosine table, also in half precision."""
 _NUMBER = re.compile(r"\d+")
 
 
 @dataclass
 class Facts:
-    """What is known of a checkpoint beside its arrays.
+    """Facts about a checkpoint, besides its arrays.
 
     Parameters
     ----------
     config
         Content of ``config.json``.
     arguments
-        Options of the training that wrote it.
+        Options of the training run that wrote it.
     given
-        What the user says; the checkpoint takes precedence.
+        Facts given by the user; the checkpoint takes precedence.
     notes
-        What was assumed or filled in, a sentence each; grows.
+        Assumptions and filled in parts, one sentence each; appended to.
     """
 
     config: Mapping[str, Any]
@@ -55,19 +55,19 @@ class Facts:
     notes: list[str] = field(default_factory=list)
 
     def find(self, name: str, *said: Any, assumed: Any, expected: str) -> Any:
-        """Return a fact: as the checkpoint says, else as the user says, else as is usual, which is noted.
+        """Return a fact of the checkpoint, else of the user, else the default, with a note.
 
         Raises
         ------
         ValueError
-            If nothing says it and nothing is usual (None).
+            If the fact is not given and has no default (None).
         """
         for value in (*said, self.given.get(name)):
             if value is not None:
                 return value
         if assumed is None:
-            raise ValueError(f"{name}: expected {expected}, which the weights do not tell, got nothing")
-        self.notes.append(f"{name}: {assumed} assumed, which the weights do not tell")
+            raise ValueError(f"{name}: expected {expected}, which the weights do not determine, got nothing")
+        self.notes.append(f"{name}: {assumed} assumed, since the weights do not determine it")
         return assumed
 
 
@@ -78,7 +78,7 @@ class Full:
     Parameters
     ----------
     architecture
-        That of the method.
+        The method's architecture.
     weights
         Arrays by our names.
     shapes
@@ -99,11 +99,11 @@ class Format:
     title
         Its name.
     signs
-        Beginnings of names; all of them occur.
+        Prefixes of names, which all occur.
     rules
-        Patterns of names and our names, the first one that matches; other names of the encoder only get its prefix.
+        Patterns of names and our names; the first match applies. Other names of the encoder only get its prefix.
     build
-        Turns arrays under our names into a full model.
+        Builds a full model from arrays under our names.
     """
 
     title: str
@@ -112,7 +112,7 @@ class Format:
     build: Callable[[EncoderConfig, Arrays, Facts], Full]
 
     def is_format_of(self, names: Iterable[str]) -> bool:
-        """Return whether names of tensors have all signs of the format."""
+        """Return whether tensor names have all signs of the format."""
         names = tuple(names)
         return all(any(name.startswith(sign) for name in names) for sign in self.signs)
 
@@ -125,7 +125,7 @@ class Format:
 
 
 def _options(encoder: EncoderConfig) -> dict[str, Any]:
-    """Return the options of the record of any method that has this encoder."""
+    """Return the options of any method with this encoder."""
     return {name: getattr(encoder, name) for name in ENCODER_FIELDS}
 
 
@@ -156,7 +156,7 @@ def _linear(name: str, outputs: int, inputs: int) -> Shapes:
 def block_shapes(
     prefix: str, dim: int, depth: int, *, layer_scale: bool = False, context_dim: int | None = None
 ) -> Shapes:
-    """Return the shapes of transformer blocks; with ``context_dim``, of blocks of cross-attention."""
+    """Return the shapes of transformer blocks, or cross-attention with ``context_dim``."""
     shapes: Shapes = {}
     for number in range(depth):
         block = f"{prefix}{number}."
@@ -173,7 +173,7 @@ def block_shapes(
 
 
 def count_numbered(names: Mapping[str, Any], prefix: str) -> int:
-    """Return one more than the largest number after a prefix of names; 0 without any.
+    """Return the number of numbered parts: the largest number after a prefix, plus 1.
 
     Examples
     --------
@@ -185,7 +185,7 @@ def count_numbered(names: Mapping[str, Any], prefix: str) -> int:
 
 
 def position_of(tables: list[NDArray[Any]], grid_shape: tuple[int, ...], class_tokens: int) -> str:
-    """Return ``"absolute"`` if all tables of positions are sines and cosines, else ``"learned"``."""
+    """Return ``"absolute"`` if all position tables are sine-cosine, else ``"learned"``."""
     for table in tables:
         if table.shape[-1] % (2 * len(grid_shape)):
             return "learned"
@@ -204,11 +204,14 @@ def _decoder_heads(dim: int, facts: Facts) -> int:
 
 def _target_norm(facts: Facts) -> bool:
     said = (facts.config.get("norm_pix_loss"), facts.arguments.get("norm_pix_loss"))
-    return bool(facts.find("norm_pix", *said, assumed=True, expected="whether target patches were normalised"))
+    return bool(facts.find("norm_pix", *said, assumed=True, expected="whether target patches were normalized"))
 
 
 def _width(weights: Arrays, *names: str, axis: int = -1) -> int:
-    """Return a length of the first of some tensors that is there; 1 without any, which the check of shapes reports."""
+    """Return a length of the first existing tensor; 1 without any.
+
+    Later checks report the missing tensors.
+    """
     shapes = (weights[name].shape for name in names if name in weights)
     return max(next((shape[axis] for shape in shapes if len(shape) > axis), 1), 1)
 
@@ -221,7 +224,7 @@ def _decoder_width(weights: Arrays, prefix: str) -> int:
 
 
 def _mae(encoder: EncoderConfig, weights: Arrays, facts: Facts, *, cross: bool = False) -> Full:
-    """Return a MAE, or a CrossMAE."""
+    """Return an MAE, or a CrossMAE."""
     dim, depth = _decoder_width(weights, "decoder."), count_numbered(weights, "decoder.blocks.")
     tables = [weights[name] for name in ("encoder.pos_embed", "decoder.pos_embed") if name in weights]
     config = MAEConfig(
@@ -254,7 +257,7 @@ def _crossmae(encoder: EncoderConfig, weights: Arrays, facts: Facts) -> Full:
 
 
 def _pad_mix(weights: Arrays, encoder_depth: int) -> Arrays:
-    """Give the input of the encoder's blocks the weight 0 if the decoder reads their outputs alone."""
+    """Set the weight of the blocks' input to 0 if the decoder reads outputs only."""
     mix = weights.get("decoder.mix")
     if mix is None or mix.ndim != 2 or mix.shape[1] != encoder_depth:
         return weights
@@ -262,7 +265,7 @@ def _pad_mix(weights: Arrays, encoder_depth: int) -> Arrays:
 
 
 def fill_norm(weights: Arrays, encoder: EncoderConfig, facts: Facts) -> Arrays:
-    """Give an encoder without a final norm the initial one."""
+    """Add the initial final norm to an encoder without one."""
     if "encoder.norm.weight" in weights or "encoder.norm.bias" in weights:
         return weights
     dim = encoder.encoder_size.dim
@@ -271,7 +274,7 @@ def fill_norm(weights: Arrays, encoder: EncoderConfig, facts: Facts) -> Arrays:
 
 
 def _fill_scales(encoder: EncoderConfig, weights: Arrays, facts: Facts) -> Arrays:
-    """Give blocks without LayerScale one of factor 1, which changes nothing."""
+    """Add a LayerScale of factor 1, which is a no-op, to blocks without one."""
     if encoder.layer_scale is not None:
         return weights
     facts.notes.append("encoder.blocks.*.ls1 and ls2: not in the source; filled with ones")
@@ -287,7 +290,7 @@ def _simmim(encoder: EncoderConfig, weights: Arrays, facts: Facts) -> Full:
     dim = encoder.encoder_size.dim
     shapes = {**encoder_shapes(replace(encoder, layer_scale=1.0)), "encoder.mask_token": (1, 1, dim)}
     shapes |= _linear("head", config.patch_dim, dim)
-    # A convolution of 1 x 1, whose outputs are numbered by channel, row, column of the patch.
+    # A 1 x 1 convolution, whose outputs are numbered by channel, row, column of the patch.
     for name, inputs in (("head.weight", (dim,)), ("head.bias", ())):
         if name in weights and weights[name].size == prod((config.patch_dim, *inputs)):
             parts = weights[name].reshape(encoder.channels, prod(encoder.patch_size), *inputs)
@@ -369,7 +372,7 @@ def _localmim(encoder: EncoderConfig, weights: Arrays, facts: Facts) -> Full:
 
 
 def _linear_heads(weights: Arrays, old: str, new: str, num_ups: int, *, pooled: bool) -> Arrays:
-    """Rename the layers of a head, a sequence of transposed convolutions, norms and one convolution."""
+    """Rename a head's layers: transposed convolutions, norms and one convolution."""
     places = {3 * step: f"up.{step}" for step in range(num_ups)}  # a norm and a GELU lie between two of them
     places |= {3 * step + 1: f"norms.{step}" for step in range(num_ups - 1)}
     places[max(3 * num_ups - 2, 0) + pooled] = "pred"
@@ -389,7 +392,10 @@ def _linear_heads(weights: Arrays, old: str, new: str, num_ups: int, *, pooled: 
 
 
 def _per_token(array: NDArray[Any]) -> NDArray[Any]:
-    """Return a transposed convolution of 2 x 2, stride 2, as a linear layer whose outputs are row, column, channel."""
+    """Return a 2 x 2 transposed convolution, stride 2, as a linear layer.
+
+    Its outputs are in the order row, column, channel.
+    """
     if array.ndim == 4:
         inputs, outputs, height, width = array.shape
         return array.transpose(2, 3, 1, 0).reshape(height * width * outputs, inputs)
@@ -420,12 +426,12 @@ FORMATS = (
     Format(
         "LocalMIM",
         ("decoder.0.embed.", "norm.0."),
-        # The decoders read the norms in their order; the last one is the encoder's.
+        # The decoders use the norms in order; the last one is the encoder's.
         ((r"norm\.3\.", "encoder.norm."), (r"norm\.(\d+)\.", r"norms.\1."), (r"decoder\.", "decoders.")),
         _localmim,
     ),
 )
-"""Formats of full models. The first one whose signs all occur is that of a checkpoint."""
+"""Formats of full models. The first one whose signs all occur applies."""
 
 
 def _build_encoder(encoder: EncoderConfig, weights: Arrays, facts: Facts) -> Full:
@@ -433,4 +439,4 @@ def _build_encoder(encoder: EncoderConfig, weights: Arrays, facts: Facts) -> Ful
 
 
 ENCODER = Format("ViT", (), (), _build_encoder)
-"""The format of a model that is none of our methods: its encoder alone."""
+"""The format of any other model: its encoder alone."""

@@ -1,4 +1,4 @@
-"""Options left to the hardware (``auto`` or null), resolved from facts about the device, without a framework."""
+"""Choice of hardware-dependent options (``auto`` or null), without a framework."""
 
 import os
 import sys
@@ -11,23 +11,23 @@ T = TypeVar("T")
 CUDA_CAPABILITY = (8, 0)
 """Lowest compute capability with fast bfloat16 products (Ampere)."""
 CPU_FLAGS = {"amx_bf16": "AMX-BF16", "avx512_bf16": "AVX512-BF16"}
-"""Flags of CPUs that multiply bfloat16 faster than float32, and their names; the fastest first."""
+"""CPU flags of fast bfloat16 products, and their names, fastest first."""
 ONEDNN_ISA = {"amx_bf16": ("AMX",), "avx512_bf16": ("AMX", "BF16", "FP16")}
-"""Parts of the values of ``ONEDNN_MAX_CPU_ISA`` with which oneDNN may use a flag."""
+"""Parts of the values of ``ONEDNN_MAX_CPU_ISA`` that allow oneDNN to use a flag."""
 DEVICES = Path("/dev")
 ACCELERATORS = ("nvidiactl", "dxg", "kfd", "accel*", "vfio/[0-9]*")
-"""Device files on Linux of GPUs (CUDA, WSL, ROCm) and of TPUs."""
+"""Linux device files of GPUs (CUDA, WSL, ROCm) and TPUs."""
 
 
 class Choice(NamedTuple, Generic[T]):
-    """The value of an option that is in effect, and why.
+    """The effective value of an option, and the reason.
 
     Parameters
     ----------
     value
         The value.
     reason
-        Why, in a few words.
+        The reason, in a few words.
     """
 
     value: T
@@ -42,7 +42,7 @@ def choose_precision(
     Parameters
     ----------
     asked
-        The option; all but ``"auto"`` is returned as it is.
+        The option; any value but ``"auto"`` is returned unchanged.
     platform
         ``"cpu"``, ``"cuda"``, ``"mps"`` or ``"tpu"``.
     backend
@@ -64,7 +64,7 @@ def choose_precision(
 
 
 def is_slow(precision: str, platform: str, *, backend: str) -> bool:
-    """Return whether a number format is bfloat16 on a CPU for which ``"auto"`` chooses float32."""
+    """Return whether the format is bfloat16 where ``"auto"`` chooses float32 on a CPU."""
     return precision == "bfloat16" and platform == "cpu" and _precision_on_cpu(backend)[0] == "float32"
 
 
@@ -74,7 +74,7 @@ def choose_compile(asked: bool | None, platform: str, *, has_compiler: bool) -> 
     Parameters
     ----------
     asked
-        The option; None leaves the choice.
+        The option; None: choose.
     platform
         ``"cpu"``, ``"cuda"`` or ``"mps"``.
     has_compiler
@@ -123,7 +123,7 @@ def _precision_on_cpu(backend: str) -> tuple[str, str]:
 
 @cache
 def cpu_flags() -> frozenset[str]:
-    """Return the flags of the CPU as Linux names them; empty where they are unknown."""
+    """Return the flags of the CPU by Linux's names; empty if unknown."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -132,14 +132,14 @@ def cpu_flags() -> frozenset[str]:
 
 
 def may_have_accelerator() -> bool:
-    """Return whether this machine may have a GPU or a TPU, which only a framework knows for certain."""
+    """Return whether this machine may have a GPU or TPU, judged without a framework."""
     if sys.platform == "linux":
         return any(any(DEVICES.glob(name)) for name in ACCELERATORS)
-    return sys.platform != "darwin"  # without being asked, neither framework uses Metal
+    return sys.platform != "darwin"  # neither framework uses Metal by default
 
 
 def _hidden_by(flag: str) -> str:
-    """Return the setting that keeps PyTorch from using a flag; empty if there is none."""
+    """Return the setting that disables a flag in PyTorch; empty if there is none."""
     capability, isa = (os.environ.get(name, "") for name in ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA"))
     if capability.lower() in ("default", "avx2"):
         return f"ATEN_CPU_CAPABILITY={capability}"

@@ -1,4 +1,4 @@
-"""Folders on this machine, or repositories of the Hugging Face hub in their place."""
+"""Local folders, or repositories of the Hugging Face hub in their place."""
 
 import importlib
 import os
@@ -20,21 +20,21 @@ def check_name(source: str, argument: str) -> None:
 
 
 def local_folder(source: str, argument: str, file: str) -> Path | None:
-    """Return a folder without network access; None if it is not on this machine.
+    """Return a local folder, without network access; None if it is not downloaded.
 
     Parameters
     ----------
     source
-        A folder, or a name on the hub that was downloaded before.
+        A folder, or a name on the hub, downloaded before.
     argument
-        What the source is given as, for messages.
+        Name of the argument, for messages.
     file
-        A file of the folder, which tells whether the folder was downloaded.
+        A file of the folder, whose presence shows that the folder was downloaded.
 
     Raises
     ------
     ValueError
-        If there is no such folder and the text is no name.
+        If there is no such folder and the text is not a name.
     """
     if Path(source).is_dir():
         return Path(source)
@@ -46,14 +46,14 @@ def local_folder(source: str, argument: str, file: str) -> Path | None:
 
 
 def find_folder(source: str | Path, argument: str, files: Collection[str]) -> Path:
-    """Return a folder; download it if the source is a name on the Hugging Face hub.
+    """Return a folder, downloaded if the source is a name on the Hugging Face hub.
 
     Parameters
     ----------
     source
         A folder, or ``owner/name``; the latter needs ``huggingface_hub``, which caches the download.
     argument
-        What the source is given as, for messages.
+        Name of the argument, for messages.
     files
         Names and patterns of the files to download.
 
@@ -87,16 +87,16 @@ def find_folder(source: str | Path, argument: str, files: Collection[str]) -> Pa
         ) from None
     try:
         return Path(hub.snapshot_download(str(source), allow_patterns=list(files)))
-    except Exception as error:  # whatever the client and the network come up with
+    except Exception as error:  # any error of the client or the network
         expected = "a folder, or a model that can be downloaded"
         raise ValueError(f"{argument}: expected {expected}, got {shown(str(source))} ({one_line(error)})") from None
 
 
 def found_or_downloaded(source: str | os.PathLike[str], argument: str, files: Collection[str]) -> Path:
-    """Return a path of any kind; if nothing is there and the text is a name on the hub, download the repository.
+    """Return a path; download it if it does not exist and is a name on the hub.
 
-    A text is no name if its first part is a folder on this machine, or if it ends as a file of weights does: then it is
-    a path with a mistake, and returned as it is. See :func:`find_folder` for parameters and errors.
+    A text is not a name if its first part is a local folder, or if it ends like a weight file. It is then a mistyped
+    path, and returned unchanged. See :func:`find_folder` for parameters and errors.
 
     Examples
     --------

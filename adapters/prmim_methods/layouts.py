@@ -1,8 +1,8 @@
-"""Names of our weights in the files of other libraries: one table for export and import.
+"""Names of our weights in files of other libraries, for export and import.
 
-A layout maps the beginning of a name of ours to the beginning of the library's. ``*`` stands for the number of a block.
-The longest beginning counts. Our ``attn.qkv`` is one linear layer. Where a library has one layer for each of queries,
-keys and values, the layout lists three names; ``None`` stands for a tensor that the library does not have.
+A layout maps prefixes of our names to prefixes of the library's. ``*`` stands for the number of a block. The longest
+matching prefix applies. Our ``attn.qkv`` is one linear layer. If a library has separate layers for queries, keys and
+values, the layout lists three names; ``None`` stands for a missing tensor.
 """
 
 import re
@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 Layout = Mapping[str, Sequence[str | None]]
-"""Beginning of a name of ours to the library's: one name, or one per part of equal length; none if it has no such."""
+"""Prefixes of our names to the library's: one name, or one per part of equal length; empty without such a tensor."""
 
 
 def _transformers_blocks(
@@ -19,7 +19,7 @@ def _transformers_blocks(
     norms: tuple[str, str] = ("layernorm_before", "layernorm_after"),
     mlp: tuple[str, str] = ("intermediate.dense", "output.dense"),
 ) -> Layout:
-    """Return the names of blocks in files of ``transformers``, which all of its releases read."""
+    """Return the names of blocks in ``transformers`` files, readable by all releases."""
     parts = {
         "norm1": [norms[0]],
         "attn.qkv": [f"attention.attention.{name}" for name in ("query", "key", "value")],
@@ -50,7 +50,7 @@ PIXIO: Layout = _transformers_encoder(norms=("norm1", "norm2"), mlp=("mlp.fc1", 
 BEIT: Layout = {
     **_transformers_encoder(),
     "encoder.mask_token": ["embeddings.mask_token"],
-    # Its keys have no bias, which the softmax ignores.
+    # Its keys have no bias. A bias would have no effect after the softmax.
     "encoder.blocks.*.attn.qkv.bias": [
         "encoder.layer.*.attention.attention.query.bias",
         None,
@@ -81,7 +81,7 @@ TIMM_RELATIVE: Layout = {**TIMM, "encoder.rel_pos_bias.": ["shared_rel_pos."]}
 
 
 def their_names(name: str, layout: Layout) -> list[str | None]:
-    """Return the library's names of a weight of ours: one per part, see :data:`Layout`; none if it has no such tensor.
+    """Return the library's names of a weight, one per part; empty if it has none.
 
     Examples
     --------
@@ -99,24 +99,24 @@ def their_names(name: str, layout: Layout) -> list[str | None]:
         return []
     beginning = max(beginnings, key=len)
     rest, block = general.removeprefix(beginning), "*" if number is None else number[1]
-    # Where no beginning names the blocks, their number is in the rest.
+    # If no prefix matches the blocks, their number is in the rest.
     return [None if found is None else (found + rest).replace("*", block) for found in layout[beginning]]
 
 
 def to_library(weights: Mapping[str, Any], layout: Layout) -> dict[str, Any]:
-    """Return weights of ours by the names of a library. Weights that it does not have are left out.
+    """Rename weights to a library's names, without those that it does not have.
 
     Parameters
     ----------
     weights
-        Arrays by our name, of any library whose arrays can be sliced.
+        Arrays by our names, of any library with slicing.
     layout
         The names.
 
     Returns
     -------
     dict
-        Arrays by name, views where the library splits a tensor of ours.
+        Arrays by name; views where the library splits a tensor.
 
     Examples
     --------
@@ -136,5 +136,5 @@ def to_library(weights: Mapping[str, Any], layout: Layout) -> dict[str, Any]:
 
 
 def left_out(names: Iterable[str], layout: Layout) -> list[str]:
-    """Return the names of ours that a library has no tensor for."""
+    """Return our names without a tensor in a library."""
     return [name for name in names if not their_names(name, layout)]

@@ -1,13 +1,13 @@
-"""The learning-rate schedules."""
+"""Learning-rate schedules."""
 
 from math import cos, pi
 
 DECAYS = {
     "cosine": "half a cosine to min_learning_rate",
-    "whole_cosine": "half a cosine over the whole run, whose start the warm-up replaces, as in SimMIM's fine-tuning",
+    "whole_cosine": "half a cosine over the whole run, with its start replaced by the warm-up (SimMIM's fine-tuning)",
     "step": "constant, then a tenth over the last eighth of the run, as in SimMIM",
 }
-"""How the learning rate falls after the warm-up."""
+"""Decay of the learning rate after the warm-up."""
 
 
 def learning_rate_at(
@@ -19,7 +19,7 @@ def learning_rate_at(
     decay: str = "cosine",
     start: float = 0.0,
 ) -> float:
-    """Return the learning rate of a step, counted from 0: a linear warm-up, then a decay.
+    """Return the learning rate of a step, from 0: a linear warm-up, then a decay.
 
     Parameters
     ----------
@@ -28,7 +28,7 @@ def learning_rate_at(
     total_steps, warmup_steps
         Length of the run and of its warm-up.
     peak, minimum
-        Learning rate at the end of the warm-up, and the lowest one after it.
+        Learning rate at the end of the warm-up, and the lowest value after it.
     decay
         A key of :data:`DECAYS`.
     start

@@ -1,4 +1,4 @@
-"""LocalMIM: several encoder layers predict the image at several scales; dense, partial or PR-MIM."""
+"""LocalMIM: encoder layers predict the image at several scales."""
 
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
@@ -19,15 +19,15 @@ SCALES = (4.0, 2.0, 1.0, 0.5)
 class LocalMIMConfig(DecodingConfig):
     """LocalMIM with partial and progressive reconstruction.
 
-    The encoder sees the visible tokens. Each of several encoder layers has a small decoder of its own, which sees the
-    visible and the decoded tokens and predicts one scale: shallow layers predict small cells of the image, deep ones
-    large cells. The features of the thrown tokens are reconstructed from each decoder's output.
+    The encoder sees the visible tokens. Several encoder layers have a small decoder each, which sees the visible and
+    the decoded tokens and predicts one scale. Shallow layers predict small cells of the image, deep layers large cells.
+    The features of the thrown tokens are reconstructed from each decoder's output.
 
     Notes
     -----
     Scale 4 has 4 x 4 cells per token, scale 0.5 one cell for 2 x 2 tokens. Decoded and thrown tokens predict the same
-    targets. The error of a token at a scale is the mean squared error of its cells, or of the cell that it is part of;
-    the errors of the scales are added. The loss is a mean over tokens, with the weights 1 and ``thrown_weight``.
+    targets. The error of a token at a scale is the mean squared error of its cells, or of the cell that contains it.
+    The errors of all scales are added. The loss is a mean over tokens, with weights 1 (decoded) and ``thrown_weight``.
 
     References
     ----------
@@ -47,17 +47,17 @@ class LocalMIMConfig(DecodingConfig):
     predicts: ClassVar[Predicts] = "features"
 
     target: str = option(
-        "What is predicted of each cell.",
+        "Target of each cell.",
         default="hog",
         choices={
             "hog": "a histogram of oriented gradients per channel",
-            "pixels": "the mean of its pixels per channel, normalised over the image",
+            "pixels": "the mean of its pixels per channel, normalized over the image",
         },
     )
     bins: int = option("Bins of a histogram of oriented gradients.", default=9, at_least=1, at_most=1000)
     scales: Sequence[float] | None = option(
-        "Cells along each side of a token, one number per decoder, falling: 0.5, 1, 2, 4, ... Null: those of 4, 2, 1, "
-        "0.5 that suit the sizes of image and patch.",
+        "Cells along each side of a token, one number per decoder (0.5, 1, 2, 4, ...), in decreasing order. Null: all "
+        "of 4, 2, 1, 0.5 that fit the sizes of image and patch.",
         default=None,
         at_least=0.5,
     )
@@ -73,7 +73,7 @@ class LocalMIMConfig(DecodingConfig):
     decoder_heads: int = option("Attention heads of the decoder.", default=8, at_least=1)
 
     def check(self) -> None:
-        """Validate options that depend on one another."""
+        """Validate combinations of options."""
         super().check()
         self._check_scales()
         self._check_layers()
@@ -101,7 +101,7 @@ class LocalMIMConfig(DecodingConfig):
                 )
 
     def _fits(self, scale: float) -> bool:
-        """Return whether the cells of a scale are whole pixels and fill the image."""
+        """Return whether cells of this scale are whole pixels and fill the image."""
         if scale < 1:
             return not any(length % 2 for length in self.grid.shape)
         return not any(size % scale for size in self.patch_size)
@@ -118,9 +118,9 @@ class LocalMIMConfig(DecodingConfig):
 
     @property
     def compared_text(self) -> str:
-        """What the compared features are, for pictures."""
+        """Description of the compared features, for pictures."""
         what = {"hog": "histograms of oriented gradients", "pixels": "mean colours"}[self.target]
-        return f"Predicted and true {what} of all cells of a token, or of the cell that the token is part of."
+        return f"Predicted and true {what} of all cells of a token, or of the cell that contains the token."
 
     @property
     def scales_in_effect(self) -> tuple[float, ...]:
@@ -153,7 +153,7 @@ class LocalMIMConfig(DecodingConfig):
 
     @property
     def cell_values(self) -> int:
-        """Values that are predicted of a cell."""
+        """Number of predicted values per cell."""
         return self.channels * (self.bins if self.target == "hog" else 1)
 
     @property
@@ -171,7 +171,7 @@ class LocalMIMConfig(DecodingConfig):
         return "decoder_dim", self.decoder_dim
 
     def head_layers(self, scale: float) -> list[tuple[int, int, int]]:
-        """Return the linear layers of the head of a scale: cells per token before the layer, inputs, outputs.
+        """Return the linear layers of a head: cells per token before, inputs, outputs.
 
         All but the last double the number of cells along each axis and halve the width.
 
@@ -192,7 +192,7 @@ class LocalMIMConfig(DecodingConfig):
         return norms + sum(linear_parameters(inputs, outputs) for _, inputs, outputs in layers)
 
     def parameters(self) -> Parameters:
-        """Return the number of parameters, from the options alone: nothing is built.
+        """Return the number of parameters, without building the model.
 
         Examples
         --------
@@ -209,7 +209,9 @@ class LocalMIMConfig(DecodingConfig):
         return total
 
     def cost(self, accounting: Accounting = Accounting()) -> CostReport:  # noqa: B008  # frozen
-        """Return the cost of a forward pass per image. A decoder includes its projection and its head.
+        """Return the cost of a forward pass per image.
+
+        The cost of a decoder includes its projection and its head.
 
         Examples
         --------
@@ -248,7 +250,7 @@ class LocalMIMConfig(DecodingConfig):
         return cost + accounting.head(predicted * cells, inputs, outputs)
 
     def architecture(self) -> dict[str, Any]:
-        """Return what the weights mean; see :meth:`MethodConfig.architecture`."""
+        """Return the architecture of the weights; see :meth:`MethodConfig.architecture`."""
         return {
             **super().architecture(),
             "target": self.target,
@@ -262,7 +264,7 @@ class LocalMIMConfig(DecodingConfig):
 
     @classmethod
     def options_of(cls, architecture: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the options that :meth:`architecture` tells; see :meth:`EncoderOptions.options_of`."""
+        """Return the options that an architecture defines; see :meth:`EncoderOptions.options_of`."""
         names = ("target", "scales", "layers", "decoder_dim", "decoder_depth", "decoder_heads")
         found = {name: architecture[name] for name in names}
         return {**super().options_of(architecture), **found, "bins": architecture.get("bins")}

@@ -1,4 +1,4 @@
-"""MAE: masked autoencoder, dense, partial or PR-MIM."""
+"""MAE: masked autoencoder; also CrossMAE, MFF, PixMIM and AMT."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -11,7 +11,7 @@ from prmim_methods.record import option, record
 from prmim_methods.sizes import CrossTransformer, Transformer
 
 FUSED = 6
-"""Encoder blocks whose outputs MFF fuses, where the encoder has as many."""
+"""Number of encoder blocks that MFF fuses, if the encoder has as many."""
 
 
 @record
@@ -22,8 +22,8 @@ class MAEConfig(PixelConfig):
     tokens are reconstructed from the decoder's output. Decoded tokens predict the pixels of their patches, thrown ones
     the means of cells.
 
-    With ``decoder="cross"`` (CrossMAE), the decoder sees mask tokens of the decoded tokens only. They attend to the
-    encoder's tokens, and not to each other.
+    With ``decoder="cross"`` (CrossMAE), the decoder sees only mask tokens, one per decoded token. They attend to the
+    encoder's tokens, but not to each other.
 
     References
     ----------
@@ -42,9 +42,9 @@ class MAEConfig(PixelConfig):
     embed_bias: ClassVar[bool] = True
     """Whether the layer between encoder and decoder has a bias."""
 
-    norm_pix: bool = option("Normalise each target patch by its own mean and standard deviation.", default=True)
+    norm_pix: bool = option("Normalize each target patch by its own mean and standard deviation.", default=True)
     decoder: str = option(
-        "What decoder blocks attend to.",
+        "Context that decoder blocks attend to.",
         default="self",
         choices={
             "self": "the visible and the decoded tokens",
@@ -55,7 +55,7 @@ class MAEConfig(PixelConfig):
     decoder_depth: int = option("Number of decoder blocks.", default=8, at_least=1)
     decoder_heads: int = option("Attention heads of the decoder.", default=16, at_least=1)
     fusion: str = option(
-        "What the decoder reads of the encoder.",
+        "Input of the decoder from the encoder.",
         default="none",
         choices={
             "none": "the output of the last block",
@@ -65,13 +65,13 @@ class MAEConfig(PixelConfig):
     token_decay: bool = option("Apply weight decay to the class token and the mask token.", default=True)
     mask_unit: int = mask_unit_option(default=1)
     class_tokens: int = option(
-        "Class tokens of the encoder and the decoder, each with a position of its own.",
+        "Class tokens of the encoder and the decoder, each with its own position.",
         default=1,
         at_least=0,
         at_most=1000,
     )
     position: str = option(
-        "How the encoder and the decoder represent positions.",
+        "Positions of the encoder and the decoder.",
         default="absolute",
         choices={
             "absolute": "a fixed sine-cosine table",
@@ -82,17 +82,17 @@ class MAEConfig(PixelConfig):
     drop_path: float = drop_path_option(default=0.0)
 
     def check(self) -> None:
-        """Validate options that depend on one another."""
+        """Validate combinations of options."""
         super().check()
         self._check_width("decoder_dim", "decoder_heads", self.decoder_size)
         if self.norm_pix and self.patch_dim < 2:
-            raise ValueError("norm_pix: expected patches of at least 2 values to normalise, got patches of 1")
+            raise ValueError("norm_pix: expected patches of at least 2 values to normalize, got patches of 1")
         if self.is_cross and self.fused_blocks:
             raise ValueError(f"fusion: expected 'none' for decoder 'cross', got {self.fusion!r}")
 
     @property
     def drop_rate(self) -> float:
-        """The rate at which branches of the encoder's last block are dropped in training."""
+        """Drop-path rate of the encoder's last block in training."""
         return self.drop_path
 
     @property
@@ -102,7 +102,7 @@ class MAEConfig(PixelConfig):
 
     @property
     def fused_blocks(self) -> tuple[int, ...]:
-        """Numbers of the encoder blocks whose outputs are fused, from 0, the last block last; empty without fusion.
+        """Numbers of the fused encoder blocks, from 0, in order; empty without fusion.
 
         Block k D / 6, rounded down, for k = 0 .. 4, and the last of the D blocks: 0, 2, 4, 6, 8 and 11 of 12.
 
@@ -117,49 +117,55 @@ class MAEConfig(PixelConfig):
 
     @property
     def losses(self) -> tuple[str, ...]:
-        """Names of the scalars that a training step measures, ``"loss"`` first; then the weights of fused blocks."""
+        """Names of the scalars that a training step measures; ``"loss"`` is the first.
+
+        The weights of fused blocks are the last.
+        """
         return (*super().losses, *(f"layer_weight_{block}" for block in self.fused_blocks))
 
     @property
     def cross_decoder_size(self) -> CrossTransformer:
-        """The size of the decoder of cross-attention."""
+        """The size of the cross-attention decoder."""
         return CrossTransformer(self.decoder_dim, self.decoder_depth, self.decoder_heads, self.encoder_size.dim)
 
     @property
     def is_cross(self) -> bool:
-        """Whether decoder blocks attend to the encoder's layers, and not to each other."""
+        """Whether the decoder uses cross-attention to the encoder's layers only."""
         return self.decoder == "cross"
 
     @property
     def has_visible_features(self) -> bool:
-        """Whether visible tokens have features beside the decoder's, which cross-attention gives to decoded ones only.
+        """Whether visible tokens have features in the decoder's width.
 
-        They do where thrown tokens are reconstructed from them, or where they predict cells.
+        With cross-attention, they do only if thrown tokens are reconstructed from them, or if they predict cells.
         """
         return self.is_cross and (self.is_reconstructed or self.extra_cells == "known")
 
     @property
     def layer_mixes(self) -> tuple[int, int]:
-        """Number of mixes of the encoder's layers that a decoder of cross-attention reads, and of these layers.
+        """Number of mixes that a cross-attention decoder reads, and of mixed layers.
 
-        Each block reads one, and so do the visible tokens if they have features. The layers are the input of the
+        There is one mix per block, and one more for visible tokens with features. The layers are the input of the
         encoder's blocks and the output of each.
         """
         return self.decoder_depth + self.has_visible_features, 1 + self.encoder_size.depth
 
     @property
     def decoder_length(self) -> int:
-        """Tokens of the decoder's sequence: with the class tokens, or mask tokens only if it attends to the encoder."""
+        """Tokens of the decoder's sequence: class tokens included, or mask tokens only.
+
+        With cross-attention, the decoder sees mask tokens only.
+        """
         return self.counts.decoded + (0 if self.is_cross else self.counts.visible + self.class_tokens)
 
     @property
     def first_feature(self) -> int:
-        """Place in plan order of the first token that has features for the heads: 0, or the first decoded token."""
+        """Place in plan order of the first token with features: 0, or that of a decoded one."""
         return self.counts.visible if self.is_cross and not self.has_visible_features else 0
 
     @property
     def official_predictions(self) -> int:
-        """Number of tokens that the original code predicts: all of the decoder's sequence."""
+        """Number of tokens that the original code predicts: the whole decoder sequence."""
         return self.decoder_length
 
     @property
@@ -167,7 +173,7 @@ class MAEConfig(PixelConfig):
         return "decoder_dim", self.decoder_dim
 
     def parameters(self) -> Parameters:
-        """Return the number of parameters, from the options alone: nothing is built.
+        """Return the number of parameters, without building the model.
 
         Examples
         --------
@@ -256,17 +262,17 @@ class MAEConfig(PixelConfig):
         }
 
     def _fusion_cost(self, accounting: Accounting) -> PartCost:
-        """Return the cost of projecting the shallow blocks' outputs and averaging; the average saves all of them."""
+        """Return the cost of projecting shallow outputs and averaging all outputs."""
         fused, length, dim = len(self.fused_blocks), self.encoder_length, self.encoder_size.dim
         projected = accounting.linear(length, dim, dim).times(fused - 1)
         return PartCost(projected.macs, projected.activation_bytes + fused * length * dim * 4)
 
     def not_decayed(self) -> frozenset[str]:
-        """Return the class token and the mask token, unless they are decayed as in MAE."""
+        """Return the class and mask tokens, unless they are decayed as in MAE."""
         return frozenset() if self.token_decay else frozenset({"encoder.cls_token", "decoder.mask_token"})
 
     def architecture(self) -> dict[str, Any]:
-        """Return what the weights mean; see :meth:`MethodConfig.architecture`."""
+        """Return the architecture of the weights; see :meth:`MethodConfig.architecture`."""
         fusion = {} if self.fusion == "none" else {"fusion": self.fusion}
         cross = {"decoder": self.decoder, "visible_features": self.has_visible_features} if self.is_cross else {}
         return {
@@ -282,7 +288,7 @@ class MAEConfig(PixelConfig):
 
     @classmethod
     def options_of(cls, architecture: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the options that :meth:`architecture` tells; see :meth:`EncoderOptions.options_of`."""
+        """Return the options that an architecture defines; see :meth:`EncoderOptions.options_of`."""
         found = {
             **super().options_of(architecture),
             **{name: architecture[name] for name in ("norm_pix", "decoder_dim", "decoder_depth", "decoder_heads")},

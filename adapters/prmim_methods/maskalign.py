@@ -1,4 +1,4 @@
-"""MaskAlign: a student that sees the visible tokens predicts a teacher's features of the whole image."""
+"""MaskAlign: a student predicts a teacher's features of the whole image."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -7,7 +7,7 @@ from math import prod
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
-from prmim_core import TokenCounts, count_tokens
+from prmim_core import TokenCounts, count_tokens, weighted_visible
 from prmim_methods.cost import Accounting, CostReport, Parameters, PartCost, linear_parameters
 from prmim_methods.encoder import times
 from prmim_methods.method import MethodConfig, Predicts, Rows, drop_path_option
@@ -22,14 +22,15 @@ class MaskAlignConfig(MethodConfig):
     """MaskAlign whose student also predicts the teacher's features of masked tokens.
 
     The student's encoder sees the visible tokens. Learned mixtures of its layers are aligned with the last layers of a
-    frozen teacher, which sees the whole image. The student's features of masked tokens are reconstructed. All masked
-    tokens are thrown: none is decoded.
+    frozen teacher, which sees the whole image. All masked tokens are thrown, none is decoded; the student's features of
+    them are reconstructed.
 
     Notes
     -----
-    Targets are the outputs of the teacher's blocks, normalised over their channels (a layer norm without weights, eps
-    1e-5). The loss is twice the smooth L1 distance (beta 1), averaged over channels and layers; over tokens it is a
-    mean with the weights 1 and ``thrown_weight``. Supervising masked tokens is ours: MaskAlign leaves them out.
+    Targets are the outputs of the teacher's blocks, normalized over their channels (a layer norm without weights, eps
+    1e-5). The loss is twice the smooth L1 distance (beta 1), averaged over channels and layers. Over tokens, it is a
+    mean with the weights 1 and ``thrown_weight``. Supervising masked tokens is our extension: MaskAlign leaves them
+    out.
 
     References
     ----------
@@ -49,7 +50,7 @@ class MaskAlignConfig(MethodConfig):
     )
     teacher_layers: int = option("Number of the teacher's last layers to align with.", default=5, at_least=1)
     masking: str = option(
-        "How the visible tokens are drawn.",
+        "Selection of the visible tokens.",
         default="attention",
         choices={"attention": "in proportion to the teacher's attention", "random": "uniformly"},
     )
@@ -57,41 +58,55 @@ class MaskAlignConfig(MethodConfig):
         "Initial mixture of the student's layers for each aligned layer.",
         default="linear",
         choices={
-            "linear": "the layer of the same depth, so both must be equally deep",
+            "linear": "the layer of the same depth; teacher and student must be equally deep",
             "sum": "the mean of all layers",
         },
     )
     drop_path: float = drop_path_option()
 
     def check(self) -> None:
-        """Validate options that depend on one another."""
+        """Validate combinations of options."""
         if self.teacher is None:
             raise ValueError("teacher: expected the folder of a vision transformer, or its name on the hub, got null")
         super().check()
 
     @property
     def losses(self) -> tuple[str, ...]:
-        """Names of the scalars that a training step measures, ``"loss"`` first."""
+        """Names of the scalars that a training step measures; ``"loss"`` is the first."""
         return "loss", "loss_visible", "loss_thrown"
 
     @property
     def compared_text(self) -> str:
-        """What the compared features are, for pictures."""
+        """Description of the compared features, for pictures."""
         text = "Features of the last aligned layer, normalized as in the loss. The teacher sees the whole image."
-        rebuilt = (
-            f" The student's features of the {self.counts.masked} masked tokens are rebuilt from their neighbours."
+        masked = (
+            f" The student's features of {self.counts.masked} masked tokens are reconstructed from their neighbours."
         )
-        return text + rebuilt * self.is_reconstructed
+        return text + masked * self.is_reconstructed
 
     @property
     def drop_rate(self) -> float:
-        """The rate at which branches of the last block are dropped in training."""
+        """Drop-path rate of the last block in training."""
         return self.drop_path
 
     @cached_property
     def counts(self) -> TokenCounts:
         """Number of visible and thrown tokens; none is decoded."""
         return count_tokens(self.grid.num_tokens, self.mask_ratio, 1, self.count_rounding)
+
+    @property
+    def follows_teacher(self) -> bool:
+        """Whether a teacher's attention determines the masks."""
+        return self.masking == "attention"
+
+    def plan_arguments(self, noise: Any, weights: Any = None) -> dict[str, Any]:
+        """Return arguments of ``make_plan``; see :meth:`MethodConfig.plan_arguments`.
+
+        ``weights`` is the teacher's attention.
+        """
+        by_attention = self.follows_teacher and weights is not None
+        visible = weighted_visible(self.counts.visible, noise, weights) if by_attention else None
+        return {"visible": visible, "weights": None}
 
     @property
     def teacher_config(self) -> TeacherConfig | None:
@@ -122,11 +137,11 @@ class MaskAlignConfig(MethodConfig):
         return teacher
 
     def baseline(self) -> Self:
-        """Return the published method: masked tokens are left out."""
+        """Return the published method, without masked tokens."""
         return replace(self, reconstruction="none")
 
     def parameters(self) -> Parameters:
-        """Return the number of parameters, from the options alone. A teacher that is not here yet counts 0."""
+        """Return the number of parameters; a teacher that is not downloaded counts 0."""
         size, teacher = self.encoder_size, self.teacher_config
         student = self._encoder_parameters() + self._reconstruction_parameters(size.dim)
         student += Parameters(-2 * size.dim, fixed=2 * size.dim)  # the final norm is not trained
@@ -138,7 +153,7 @@ class MaskAlignConfig(MethodConfig):
         return student + Parameters(self.teacher_layers * linear_parameters(size.dim, width), fixed=frozen)
 
     def cost(self, accounting: Accounting = Accounting()) -> CostReport | None:  # noqa: B008  # frozen
-        """Return the cost of a forward pass per image; None until the teacher is downloaded."""
+        """Return the cost of a forward pass per image; None if the teacher is not local."""
         teacher = self.teacher_config
         if teacher is None:
             return None
@@ -166,11 +181,11 @@ class MaskAlignConfig(MethodConfig):
         )
 
     def not_decayed(self) -> frozenset[str]:
-        """Return the fusion matrix, which MaskAlign exempts from weight decay."""
+        """Return the fusion matrix, exempt from weight decay in MaskAlign."""
         return frozenset({"fusion"})
 
     def architecture(self) -> dict[str, Any]:
-        """Return what the weights mean; see :meth:`MethodConfig.architecture`.
+        """Return the architecture of the weights; see :meth:`MethodConfig.architecture`.
 
         Raises
         ------
@@ -189,13 +204,13 @@ class MaskAlignConfig(MethodConfig):
 
     @classmethod
     def options_of(cls, architecture: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the options that :meth:`architecture` tells; see :meth:`EncoderOptions.options_of`."""
+        """Return the options that an architecture defines; see :meth:`EncoderOptions.options_of`."""
         found = {name: architecture[name] for name in ("teacher_layers", "reconstruction")}
-        # The initial mixture of layers, which weights replace, is no part of it; this one fits any depth.
+        # The initial mixture of layers is left out, since weights replace it; this one fits any depth.
         return {**super().options_of(architecture), **found, "fusion": "sum"}
 
     def describe(self) -> Rows:
-        """Return the tokens of an image, for ``prmim inspect``."""
+        """Return a report on the tokens of an image, for ``prmim inspect``."""
         counts = self.counts
         drawn = find_option(type(self), "masking").rule.choices[self.masking]
         supervised = f"class token and {counts.visible} visible tokens"
@@ -230,7 +245,7 @@ class MaskAlignConfig(MethodConfig):
         return f"the teacher's {depth - self.teacher_layers + 1} to {depth}, {mixed}"
 
     def summary(self) -> str:
-        """Return the tokens of an image in one line, for the start of a run."""
+        """Return a one-line report on the tokens of an image, for the start of a run."""
         counts = self.counts
         masked = f"reconstructed {self._stage_text()}" if self.is_reconstructed else "left out"
         return f"{counts.visible} visible, {counts.masked} masked, {masked}; encoder sequence {self.encoder_length}"

@@ -1,15 +1,15 @@
-"""Text of messages: one printable line of bounded length, whatever a file or a user put into it."""
+"""Sanitized text for messages: one printable line of bounded length."""
 
 from typing import Any
 
 LONGEST_VALUE = 100
-"""Most characters of a value in a message."""
+"""Maximal number of characters of a value in a message."""
 LONGEST_LINE = 450
-"""Most characters of a message."""
+"""Maximal number of characters of a message."""
 
 
 def shown(value: Any) -> str:
-    """Return the ``repr`` of a value for a message, shortened to `LONGEST_VALUE` characters.
+    """Return the ``repr`` of a value, shortened to `LONGEST_VALUE` characters.
 
     Examples
     --------
@@ -20,12 +20,12 @@ def shown(value: Any) -> str:
     """
     try:
         return shorten(repr(value), LONGEST_VALUE)
-    except ValueError:  # Python prints no integer of more than 4,300 digits
+    except ValueError:  # Python does not print integers of more than 4,300 digits
         return f"{type(value).__name__} of too many digits"
 
 
 def printable(text: str) -> str:
-    r"""Return text with all unprintable characters escaped, for one line of a terminal.
+    r"""Return text with unprintable characters escaped, for one line of a terminal.
 
     Examples
     --------
@@ -36,7 +36,7 @@ def printable(text: str) -> str:
 
 
 def one_line(message: object) -> str:
-    r"""Return a message, or that of an error, as one printable line of at most `LONGEST_LINE` characters.
+    r"""Return a message or an error as one line of at most `LONGEST_LINE` characters.
 
     Examples
     --------
@@ -48,7 +48,7 @@ def one_line(message: object) -> str:
 
 
 def shorten(text: str, length: int) -> str:
-    """Return a text of at most ``length`` characters, without its middle if it is longer.
+    """Shorten a text to at most ``length`` characters by cutting out its middle.
 
     Examples
     --------

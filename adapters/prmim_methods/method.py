@@ -1,4 +1,4 @@
-"""Options that all methods share, and what follows from them."""
+"""Options shared by all methods, and values derived from them."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -7,7 +7,7 @@ from functools import cached_property
 from math import prod
 from typing import Any, ClassVar, Literal, Self
 
-from prmim_core import Schedule, TokenCounts, count_tokens, num_offsets
+from prmim_core import Schedule, TokenCounts, block_visible, count_tokens, num_offsets, unattended_visible
 from prmim_core.counts import Rounding
 from prmim_core.throwing import STRATEGIES, WEIGHTED
 from prmim_methods.cost import (
@@ -29,9 +29,9 @@ Rows = list[tuple[str, str]]
 
 
 def drop_path_option(default: float = 0.1) -> Any:
-    """Declare the option ``drop_path`` of a record whose recipe has it."""
+    """Declare the option ``drop_path``, for records whose recipe has it."""
     return option(
-        "Rate at which branches of the encoder's last block are dropped; it rises linearly from 0 at the first.",
+        "Drop-path rate of the encoder's last block; rates rise linearly from 0 at the first block.",
         default=default,
         at_least=0,
         below=1,
@@ -39,16 +39,16 @@ def drop_path_option(default: float = 0.1) -> Any:
 
 
 def mask_unit_option(default: int) -> Any:
-    """Declare the option ``mask_unit`` of a record whose masking draws squares of tokens."""
+    """Declare the option ``mask_unit``, for masking of squares of tokens."""
     return option(
-        "Tokens along each side that are masked together: 2 with patches of 16 masks squares of 32.",
+        "Tokens along each side that are masked together: 2 with patches of 16 masks squares of 32 pixels.",
         default=default,
         at_least=1,
     )
 
 
 def throwing_option(**more: str) -> Any:
-    """Declare the option ``throwing``: the strategies of the core that need no weights, and more choices."""
+    """Declare the option ``throwing``: strategies without weights, and more choices."""
     strategies: dict[str, str] = {name: how for name, how in STRATEGIES.items() if name not in WEIGHTED}
     return option(
         "How the decoded tokens are chosen (the other masked tokens are thrown).",
@@ -59,7 +59,7 @@ def throwing_option(**more: str) -> Any:
 
 
 MOST_LISTED = 10
-"""Most stages whose sizes are listed in a line."""
+"""Maximal number of stages listed in a line."""
 NO_SUPERVISION = "neither reconstructed nor supervised"
 
 
@@ -67,7 +67,7 @@ NO_SUPERVISION = "neither reconstructed nor supervised"
 class MethodConfig(EncoderOptions, ABC):
     """Options of every method.
 
-    A subclass is the whole framework-neutral definition of a method: its options, and what follows from them.
+    A subclass is the complete framework-neutral definition of a method: its options and the values derived from them.
     """
 
     name: ClassVar[str]
@@ -75,17 +75,17 @@ class MethodConfig(EncoderOptions, ABC):
     title: ClassVar[str]
     """Name of the method in text."""
     predicts: ClassVar[Predicts]
-    """What masked tokens predict; decides which pictures a run draws."""
+    """What masked tokens predict; determines the pictures of a run."""
     compared: ClassVar[tuple[str, str]] = ("prediction", "target")
-    """What predicted and target features are called in pictures."""
+    """Names of predicted and target features in pictures."""
     baseline_name: ClassVar[str] = "dense"
-    """What :meth:`baseline` is called."""
+    """Name of :meth:`baseline`."""
     float_rounding: ClassVar[Rounding] = "mae_float"
     """The rule of ``prmim_core.count_tokens`` for ``rounding="float"``."""
 
     mask_ratio: float = option("Fraction of all tokens that is masked.", default=0.75, above=0, below=1)
     rounding: str = option(
-        "Arithmetic that turns ratios into numbers of tokens.",
+        "Arithmetic that converts ratios to numbers of tokens.",
         default="exact",
         choices={
             "exact": "decimal fractions, so 100 tokens at 0.9 keep 10",
@@ -96,7 +96,7 @@ class MethodConfig(EncoderOptions, ABC):
         "Number of stages of progressive reconstruction, nearest tokens first.", default=2, at_least=1, at_most=1000
     )
     reconstruction: str | Function = option(
-        "How a thrown token is reconstructed from its neighbours.",
+        "Reconstruction of a thrown token from its neighbours.",
         default="kernel",
         choices={
             "kernel": "learned weights over offsets",
@@ -107,14 +107,14 @@ class MethodConfig(EncoderOptions, ABC):
         function="dim, grid -> mixing module",
     )
     thrown_weight: float = option(
-        "Weight of a thrown token in the loss; any other supervised token weighs 1.", default=1.0, at_least=0
+        "Weight of a thrown token in the loss; other supervised tokens have weight 1.", default=1.0, at_least=0
     )
     recompute_blocks: bool = recompute_option()
     scan_blocks: bool = scan_option()
     init_seed: int = option("Seed of the initial weights.", default=0, at_least=0, at_most=2**32 - 1)
 
     def check(self) -> None:
-        """Validate options that depend on one another."""
+        """Validate combinations of options."""
         super().check()
         counts = self.counts
         if counts.visible == 0:
@@ -132,18 +132,18 @@ class MethodConfig(EncoderOptions, ABC):
 
     @property
     def drop_rate(self) -> float:
-        """The rate at which branches of the last block are dropped in training."""
+        """Drop-path rate of the last block in training."""
         return 0.0
 
     @property
     def compared_text(self) -> str:
-        """What the compared features are, for pictures."""
+        """Description of the compared features, for pictures."""
         return ""
 
     @property
     @abstractmethod
     def losses(self) -> tuple[str, ...]:
-        """Names of the scalars that a training step measures, ``"loss"`` first."""
+        """Names of the scalars that a training step measures; ``"loss"`` is the first."""
 
     @cached_property
     @abstractmethod
@@ -157,7 +157,7 @@ class MethodConfig(EncoderOptions, ABC):
 
     @property
     def num_supervised(self) -> int | None:
-        """Number of masked tokens that the loss supervises; None if the published loss is over visible tokens."""
+        """Number of supervised masked tokens; None if the loss is on visible tokens only."""
         return None
 
     @cached_property
@@ -167,8 +167,30 @@ class MethodConfig(EncoderOptions, ABC):
 
     @property
     def needs_weights(self) -> bool:
-        """Whether a forward pass needs weights of the tokens, from the encoder's attention to whole images."""
+        """Whether a forward pass needs token weights from the encoder's attention."""
         return False
+
+    @property
+    def follows_teacher(self) -> bool:
+        """Whether a teacher's attention determines the masks."""
+        return False
+
+    def plan_arguments(self, noise: Any, weights: Any = None) -> dict[str, Any]:
+        """Return the arguments of ``make_plan`` that choose the tokens of a batch.
+
+        Parameters
+        ----------
+        noise
+            int (batch, N), an array of any library, from ``prmim_core.counter_noise``.
+        weights
+            float (batch, N): the attention that determines the masks; None: unused or unknown.
+
+        Returns
+        -------
+        dict
+            ``visible``, int (batch, V) or None for the tokens of lowest noise, and ``weights``.
+        """
+        return {"visible": None, "weights": None}
 
     @property
     def is_reconstructed(self) -> bool:
@@ -177,38 +199,38 @@ class MethodConfig(EncoderOptions, ABC):
 
     @property
     def _reconstructed_width(self) -> tuple[str, int]:
-        """Name and value of the option that sets the width of the reconstructed features."""
+        """Name and value of the option for the width of the reconstructed features."""
         return "embed_dim", self.encoder_size.dim
 
     @property
     def reconstruction_in_effect(self) -> str:
-        """The option ``reconstruction``, ``"custom"`` for a function, or ``"none"`` if no token is reconstructed."""
+        """The reconstruction in effect: ``"custom"`` for a function, ``"none"`` without one."""
         if not self.is_reconstructed:
             return "none"
         return CUSTOM if self.mix_factory else str(self.reconstruction)
 
     @cached_property
     def mix_factory(self) -> Function | None:
-        """What makes the mixing module of a reconstruction of one's own, (dim, grid) -> mix; None for a named one."""
+        """Factory of a custom mixing module, (dim, grid) -> mix; None for a named one."""
         loaded = self.loaded("reconstruction")
         return loaded if callable(loaded) else None
 
     @property
     def encoder_length(self) -> int:
-        """Tokens of the encoder's sequence, with the class tokens."""
+        """Length of the encoder's sequence, class tokens included."""
         return self.counts.visible + self.class_tokens
 
     @abstractmethod
     def parameters(self) -> Parameters:
-        """Return the number of parameters, from the options alone: nothing is built."""
+        """Return the number of parameters, without building the model."""
 
     @property
     def shared_bytes(self) -> int:
-        """Bytes that a forward pass holds once for all images of a batch, in addition to their activations."""
+        """Bytes that all images of a batch share in a forward pass."""
         return 0
 
     def _reconstruction_parameters(self, dim: int) -> Parameters:
-        """Return those of progressive reconstruction of features of width ``dim``; of a custom one, the norm's only."""
+        """Return the number of parameters of reconstruction; a custom mix is not counted."""
         return {
             "none": Parameters(),
             "kernel": Parameters(2 * dim + RECONSTRUCTION_HEADS * num_offsets(self.grid)),
@@ -223,21 +245,22 @@ class MethodConfig(EncoderOptions, ABC):
 
     @abstractmethod
     def cost(self, accounting: Accounting = Accounting()) -> CostReport | None:  # noqa: B008  # frozen
-        """Return the cost of a forward pass per image; None if it depends on a model that is not here yet."""
+        """Return the cost of a forward pass per image; None if a teacher is not local."""
 
     def architecture(self) -> dict[str, Any]:
-        """Return what the weights mean, as plain values: weights fit another model only if all of these are equal.
+        """Return the architecture of the weights, as plain values.
 
-        Ratios and sampling are not part of it: training may continue with other ones.
+        Weights fit another model only if all values are equal. Ratios and sampling are left out: training may continue
+        with other ones.
         """
         return {"method": self.name, **self.encoder_architecture()}
 
     def not_decayed(self) -> frozenset[str]:
-        """Return the parameters of several axes that the recipe exempts from weight decay."""
+        """Return the multi-axis parameters that the recipe exempts from weight decay."""
         return frozenset()
 
     def describe(self) -> Rows:
-        """Return the tokens of an image, for ``prmim inspect``."""
+        """Return a report on the tokens of an image, for ``prmim inspect``."""
         return [
             ("grid", f"{times(self.grid.shape)} = {self.counts.num_tokens} patches of {times(self.patch_size)} pixels")
         ]
@@ -258,7 +281,7 @@ class MethodConfig(EncoderOptions, ABC):
 
     @abstractmethod
     def summary(self) -> str:
-        """Return the tokens of an image in one line, for the start of a run."""
+        """Return a one-line report on the tokens of an image, for the start of a run."""
 
     def _stage_text(self) -> str:
         sizes = self.schedule.stage_sizes
@@ -268,7 +291,7 @@ class MethodConfig(EncoderOptions, ABC):
 
 @record
 class DecodingConfig(MethodConfig):
-    """Options of the methods that decode masked tokens, and may throw some of them."""
+    """Options of methods that decode masked tokens, and can throw some of them."""
 
     throw_ratio: float = option(
         "Fraction of all tokens (not of the masked ones) that is thrown; 0 is the dense method.",
@@ -278,13 +301,13 @@ class DecodingConfig(MethodConfig):
     )
     throwing: str | Function = throwing_option()
     furthest_from: str = option(
-        "What furthest sampling keeps its distance from at the start.",
+        "Tokens from which furthest sampling measures distances at first.",
         default="visible",
-        choices={"visible": "the visible tokens", "none": "nothing: the first decoded token is random"},
+        choices={"visible": "the visible tokens", "none": "no token: the first decoded token is random"},
     )
 
     def check(self) -> None:
-        """Validate options that depend on one another."""
+        """Validate combinations of options."""
         _ = self.plan_throwing
         if self.throw_ratio > self.mask_ratio:
             raise ValueError(f"throw_ratio: expected at most mask_ratio {self.mask_ratio}, got {self.throw_ratio}")
@@ -303,12 +326,12 @@ class DecodingConfig(MethodConfig):
 
     @property
     def losses(self) -> tuple[str, ...]:
-        """Names of the scalars that a training step measures, ``"loss"`` first."""
+        """Names of the scalars that a training step measures; ``"loss"`` is the first."""
         return "loss", "loss_decoded", "loss_thrown"
 
     @property
     def norm_text(self) -> str:
-        """What target patches are normalised over, in words."""
+        """Description of the normalization of target patches."""
         return "the patch"
 
     @property
@@ -340,14 +363,14 @@ class DecodingConfig(MethodConfig):
 
     @property
     def plan_throwing(self) -> Any:
-        """The strategy of ``prmim_core.Schedule`` that chooses the decoded tokens: its name, or a function."""
+        """The throwing strategy of the schedule: its name, or a function."""
         return self.loaded("throwing")
 
     @cached_property
     def schedule(self) -> Schedule:
         """The static part of the plans."""
         if self.counts.thrown == 0 or self.counts.decoded == 0:
-            return super().schedule  # nothing is chosen, and this is the cheapest way to do so
+            return super().schedule  # without a choice, the cheapest strategy
         return Schedule(
             self.grid,
             self.counts,
@@ -357,26 +380,45 @@ class DecodingConfig(MethodConfig):
             unit=self.throw_shape,
         )
 
+    def plan_arguments(self, noise: Any, weights: Any = None) -> dict[str, Any]:
+        """Return arguments of ``make_plan``; see :meth:`MethodConfig.plan_arguments`.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> from prmim_core import counter_noise
+        >>> from prmim_methods import SimMIMConfig
+        >>> SimMIMConfig().plan_arguments(counter_noise(0, 0, np.arange(2), 196))["visible"].shape
+        (2, 76)
+        """
+        schedule, unit = self.schedule, self.mask_shape
+        visible, num_units = None, schedule.counts.visible // prod(unit)
+        if weights is not None:
+            visible = unattended_visible(schedule.grid, unit, num_units, noise, weights)
+        elif prod(unit) > 1:
+            visible = block_visible(schedule.grid, unit, num_units, noise)
+        return {"visible": visible, "weights": weights if schedule.throwing in WEIGHTED else None}
+
     @property
     def num_supervised(self) -> int:
-        """Number of masked tokens that the loss supervises."""
+        """Number of supervised masked tokens."""
         return self.counts.masked if self.is_reconstructed else self.counts.decoded
 
     def baseline(self) -> Self:
-        """Return the published method: nothing is thrown."""
+        """Return the published method, without throwing."""
         return replace(self, throw_ratio=0.0)
 
     def architecture(self) -> dict[str, Any]:
-        """Return what the weights mean; see :meth:`MethodConfig.architecture`."""
+        """Return the architecture of the weights; see :meth:`MethodConfig.architecture`."""
         return {**super().architecture(), "reconstruction": self.reconstruction_in_effect}
 
     @classmethod
     def options_of(cls, architecture: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the options that :meth:`architecture` tells; see :meth:`EncoderOptions.options_of`."""
+        """Return the options that an architecture defines; see :meth:`EncoderOptions.options_of`."""
         return {**super().options_of(architecture), "reconstruction": architecture["reconstruction"]}
 
     def describe(self) -> Rows:
-        """Return the tokens of an image, for ``prmim inspect``."""
+        """Return a report on the tokens of an image, for ``prmim inspect``."""
         counts = self.counts
         return [
             *super().describe(),
@@ -392,7 +434,7 @@ class DecodingConfig(MethodConfig):
 
     @abstractmethod
     def _describe_targets(self) -> Rows:
-        """Return what tokens predict, for ``prmim inspect``."""
+        """Return a report on the targets, for ``prmim inspect``."""
 
     def _describe_masking(self) -> Rows:
         unit = self.mask_shape
@@ -406,7 +448,7 @@ class DecodingConfig(MethodConfig):
 
     @abstractmethod
     def _describe_sequences(self, dense: str) -> Rows:
-        """Return the lengths of the sequences, for ``prmim inspect``."""
+        """Return a report on the sequences, for ``prmim inspect``."""
 
     def _choice_text(self) -> str:
         if not self.counts.thrown:
@@ -417,7 +459,7 @@ class DecodingConfig(MethodConfig):
         return f"whole units chosen by {how}" if self.throw_shape else f"chosen by {how}"
 
     def summary(self) -> str:
-        """Return the tokens of an image in one line, for the start of a run."""
+        """Return a one-line report on the tokens of an image, for the start of a run."""
         counts = self.counts
         thrown = f"{counts.thrown} thrown" + (f", reconstructed {self._stage_text()}" if self.is_reconstructed else "")
         return f"{counts.visible} visible, {counts.decoded} decoded, {thrown}; {self._sequence_text()}"
@@ -429,7 +471,7 @@ class DecodingConfig(MethodConfig):
 
 @record
 class PixelConfig(DecodingConfig):
-    """Options of the methods that predict pixels: of decoded and of thrown tokens."""
+    """Options of methods that predict pixels."""
 
     predicts: ClassVar[Predicts] = "pixels"
 
@@ -437,42 +479,42 @@ class PixelConfig(DecodingConfig):
         weighted="the encoder's attention: attended tokens tend to be masked (AMT)"
     )
     low_pass: float | None = option(
-        "Radius, in periods per image, of the low-pass filter on predicted patches (PixMIM: 40 at 224 pixels). Null: "
+        "Radius, in periods per image, of the low-pass filter on target patches (PixMIM: 40 at 224 pixels). Null: "
         "no filter.",
         default=None,
         above=0,
     )
     thrown_target: str = option(
-        "What a thrown token predicts.",
+        "Target of a thrown token.",
         default="cells",
         choices={
             "cells": "the means of the cells of its patch, which its neighbours can predict",
-            "patch": "all pixels of its patch, as a decoded token",
+            "patch": "all pixels of its patch, like a decoded token",
         },
     )
     cells: int | None = option(
         "Cells of a patch along each side. Null: 2, or 1 along a side of odd length.", default=None, at_least=1
     )
     cell_norm: str = option(
-        "What the cells are normalised over, per channel.",
+        "Region over which cells are normalized, per channel.",
         default="image",
         choices={
             "image": "the image",
-            "window": "the patch and those next to it",
+            "window": "the patch and its neighbours",
             "none": "the data set only",
         },
     )
     extra_cells: str = option(
-        "Which other tokens also predict cells, in addition to their own target.",
+        "Tokens that predict cells in addition to their own target.",
         default="none",
         choices={"none": "no others", "decoded": "the decoded tokens", "known": "the visible and the decoded tokens"},
     )
     extra_cells_weight: float = option(
-        "Weight of the cells of such a token in the loss; its own target weighs 1.", default=1.0, above=0
+        "Weight of the cells of extra_cells in the loss; the token's own target has weight 1.", default=1.0, above=0
     )
 
     def check(self) -> None:
-        """Validate options that depend on one another."""
+        """Validate combinations of options."""
         super().check()
         cell_shape(self.patch_size, self.cells)
         if self.needs_weights and not self.class_tokens:
@@ -480,17 +522,17 @@ class PixelConfig(DecodingConfig):
 
     @property
     def losses(self) -> tuple[str, ...]:
-        """Names of the scalars that a training step measures, ``"loss"`` first."""
+        """Names of the scalars that a training step measures; ``"loss"`` is the first."""
         return super().losses + (("loss_cells",) if self.num_extra_cells else ())
 
     @property
     def needs_weights(self) -> bool:
-        """Whether a forward pass needs weights of the tokens, from the encoder's attention to whole images."""
+        """Whether a forward pass needs token weights from the encoder's attention."""
         return self.throwing in WEIGHTED
 
     @property
     def norm_pix(self) -> bool:
-        """Whether target patches are normalised."""
+        """Whether target patches are normalized."""
         return False
 
     @property
@@ -515,12 +557,12 @@ class PixelConfig(DecodingConfig):
         return {"none": 0, "decoded": counts.decoded, "known": counts.visible + counts.decoded}[self.extra_cells]
 
     def _cell_parameters(self, dim: int) -> Parameters:
-        """Return those of the layer that predicts cells from features of width ``dim``."""
+        """Return the number of parameters of the cell head for features of width ``dim``."""
         return Parameters(linear_parameters(dim, self.cell_dim) if self.cell_places else 0)
 
     @property
     def first_feature(self) -> int:
-        """Place in plan order of the first token that has features for the heads: 0, or the first decoded token."""
+        """Place in plan order of the first token with features: 0, or that of a decoded one."""
         return 0
 
     @property
@@ -537,11 +579,11 @@ class PixelConfig(DecodingConfig):
         return range(num_known - self.num_extra_cells, self.counts.num_tokens if self.thrown_cells else num_known)
 
     def baseline(self) -> Self:
-        """Return the published method: random masking, nothing thrown, no cells, and no target filtered."""
+        """Return the published method: random masking, no throwing, cells, or filter."""
         return replace(super().baseline(), throwing="furthest", extra_cells="none", low_pass=None)
 
     def attention_cost(self, accounting: Accounting = Accounting()) -> PartCost:  # noqa: B008  # frozen
-        """Return the cost of the weights of a whole image, for ``throwing="weighted"``; there is no backward pass.
+        """Return the cost of token weights for ``throwing="weighted"``, forward only.
 
         Examples
         --------
@@ -551,26 +593,26 @@ class PixelConfig(DecodingConfig):
         """
         size, length = self.encoder_size, self.grid.num_tokens + self.class_tokens
         embedding = accounting.linear(self.grid.num_tokens, self.patch_dim, size.dim).macs
-        # Of the last block, queries, keys and values, and the scores of the class token's query.
+        # The last block computes queries, keys and values, and the scores of the class token's query only.
         last = 3 * length * size.dim**2 + length * size.dim
         return PartCost(embedding + replace(size, depth=size.depth - 1).macs(length) + last, 0)
 
     def architecture(self) -> dict[str, Any]:
-        """Return what the weights mean; see :meth:`MethodConfig.architecture`."""
+        """Return the architecture of the weights; see :meth:`MethodConfig.architecture`."""
         cells = {"cells": list(self.cell_shape), "cell_norm": self.cell_norm} if self.cell_places else {}
         filtered = {} if self.low_pass is None else {"low_pass": self.low_pass}
         return {**super().architecture(), **cells, **filtered}
 
     @classmethod
     def options_of(cls, architecture: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the options that :meth:`architecture` tells; see :meth:`EncoderOptions.options_of`."""
+        """Return the options that an architecture defines; see :meth:`EncoderOptions.options_of`."""
         found = super().options_of(architecture)
         found["low_pass"] = architecture.get("low_pass")
         if "cells" not in architecture:
             return {**found, "thrown_target": "patch"}
         sides = set(architecture["cells"])
         cells = {"cells": sides.pop() if len(sides) == 1 else None, "cell_norm": architecture["cell_norm"]}
-        # Tokens that are not reconstructed predict no cells, so others do.
+        # Without reconstruction, thrown tokens predict no cells, so other tokens must.
         return {**found, **cells, "extra_cells": "decoded" if found["reconstruction"] == "none" else "none"}
 
     def _describe_targets(self) -> Rows:
@@ -578,16 +620,16 @@ class PixelConfig(DecodingConfig):
         if self.patch_places:
             patches = f"{len(self.patch_places)} tokens predict all {times(self.patch_size)} pixels"
             filtered = "" if self.low_pass is None else f", up to {self.low_pass:g} periods per image"
-            rows.append(("  patches", patches + filtered + f", normalised over {self.norm_text}" * self.norm_pix))
+            rows.append(("  patches", patches + filtered + f", normalized over {self.norm_text}" * self.norm_pix))
         if self.cell_places:
             cells = f"{len(self.cell_places)} tokens predict the means of {times(self.cell_shape)} cells"
             over = find_option(type(self), "cell_norm").rule.choices[self.cell_norm]
-            rows.append(("  cells", f"{cells}, normalised over {over}"))
+            rows.append(("  cells", f"{cells}, normalized over {over}"))
         return rows
 
 
 def cell_shape(patch_size: tuple[int, ...], cells: int | None) -> tuple[int, ...]:
-    """Return the cells of a patch along each axis; None: 2, or 1 along a side of odd length.
+    """Return the cells of a patch along each axis; None: 2, or 1 along an odd side.
 
     Raises
     ------

@@ -21,7 +21,7 @@ METHOD_OPTION = Option(
     MAEConfig.name,
     Rule(help="The method.", choices={name: config.title for name, config in METHODS.items()}),
 )
-"""The option that names the method."""
+"""The option for the method's name."""
 
 
 def create_config(name: str, **given: Any) -> MethodConfig:

@@ -1,4 +1,4 @@
-"""Tables of positions: the fixed ones, and all of them on another grid than that of their training."""
+"""Position tables: fixed ones, and interpolation of any to another grid."""
 
 from collections.abc import Mapping, Sequence
 from math import prod
@@ -15,13 +15,13 @@ from prmim_methods.resize import resize_table
 Table = NDArray[np.float64]
 
 TABLE, BIAS, KERNEL = "pos_embed", "relative_position_bias_table", "table"
-"""Last part of the names of tables: of positions, of relative position bias, of progressive reconstruction."""
+"""Last part of the names of tables: positions, relative position bias, progressive reconstruction."""
 CLASS_ROWS = 3
 """Rows of the class token at the end of a table of relative position bias."""
 
 
 def sincos_table(shape: Sequence[int], dim: int, class_tokens: int = 1) -> NDArray[np.float32]:
-    """Return the fixed sine-cosine position table of a grid; its first rows, zeros, belong to the class tokens.
+    """Return the fixed sine-cosine position table of a grid.
 
     Parameters
     ----------
@@ -80,8 +80,8 @@ def raster_table(number: int, dim: int, class_tokens: int) -> NDArray[np.float32
     Returns
     -------
     array
-        float32 (1, C + N, dim), computed in float64. Channels 2k and 2k + 1 of token p are the sine and the cosine of
-        p 10000^(-2k / dim).
+        float32 (1, C + N, dim), computed in float64. Channels 2k and 2k + 1 of token p are the sine and the cosine of p
+        10000^(-2k / dim).
 
     Raises
     ------
@@ -104,28 +104,29 @@ def _with_class_rows(table: Table, class_tokens: int) -> NDArray[np.float32]:
 
 
 def fixed_table(position: str, shape: Sequence[int], dim: int, class_tokens: int) -> NDArray[np.float32]:
-    """Return the table of the position ``"raster"`` (:func:`raster_table`), else :func:`sincos_table`."""
+    """Return :func:`raster_table` for position ``"raster"``, else :func:`sincos_table`."""
     if position == "raster":
         return raster_table(prod(shape), dim, class_tokens)
     return sincos_table(shape, dim, class_tokens)
 
 
 def fit_positions(weights: Mapping[str, Array], source: EncoderOptions, target: EncoderOptions) -> dict[str, Array]:
-    """Return weights whose tables of positions fit another grid; all other weights are the same arrays.
+    """Fit the position tables among weights to another grid.
 
     Parameters
     ----------
     weights
         Arrays by name, as in a file of weights of a method or of an encoder alone.
     source
-        The record of what the weights were trained as.
+        The record that the weights were trained with.
     target
-        A record with the same encoder and images of another size.
+        A record with the same encoder and another image size.
 
     Returns
     -------
     dict
-        The weights by name. Tables have the library, dtype and device of the array that they replace.
+        The weights by name. A fitted table has the library, dtype and device of the original; all other arrays are
+        unchanged.
 
     Raises
     ------
@@ -137,8 +138,8 @@ def fit_positions(weights: Mapping[str, Array], source: EncoderOptions, target: 
     Fixed tables are recomputed from their formula. Learned tables are interpolated bicubically; see
     :func:`prmim_methods.resize.resize_table`. Tables of relative position bias are interpolated by
     :func:`offset_matrix`, as in BEiT; the rows of the class token stay. Tables of progressive reconstruction start at
-    minus the squared distance: of these, the start is computed for the target, and what training has added to the start
-    is interpolated like a bias.
+    minus the squared distance. The start is recomputed for the target; the learned difference from it is interpolated
+    like a bias.
 
     References
     ----------
@@ -178,7 +179,7 @@ def fit_positions(weights: Mapping[str, Array], source: EncoderOptions, target: 
 
 
 def offset_matrix(source: int, target: int) -> Table:
-    """Return the matrix that interpolates a function of the offset between two tokens along one axis.
+    """Return the matrix that interpolates a function of offsets along one axis.
 
     Parameters
     ----------
@@ -193,11 +194,10 @@ def offset_matrix(source: int, target: int) -> Table:
 
     Notes
     -----
-    Near offsets keep their meaning, far ones are stretched. The value at the offset i > 0 of the source is placed at
-    1 + q + ... + q^(i-1) of the target. The ratio q is chosen such that the largest offset is placed at the largest
-    one. A cubic spline (not-a-knot) through all places is evaluated at the offsets of the target. A smaller target has
-    q = 1: its values are those of the same offsets. Offsets beyond all places, which two source tokens leave, take the
-    value of the last place.
+    Near offsets are preserved, far ones are stretched. The value at the source offset i > 0 is placed at the target
+    offset 1 + q + ... + q^(i-1). The ratio q places the largest source offset at the largest target offset. A cubic
+    spline (not-a-knot) through all places is evaluated at the target offsets. For a smaller target, q = 1: values of
+    equal offsets are copied. Offsets beyond the last place, which occur for two source tokens, take its value.
 
     Examples
     --------
@@ -215,10 +215,10 @@ def offset_matrix(source: int, target: int) -> Table:
 
 
 def _growth(terms: int, total: int) -> float:
-    """Return the ratio q >= 1 with 1 + q + ... + q^(terms - 1) = total, by bisection; 1 if there is none."""
+    """Return q >= 1 with 1 + q + ... + q^(terms - 1) = total by bisection, else 1."""
     if terms < 2 or total <= terms:
         return 1.0
-    low, high = 1.0, float(total)  # the sum of the first two terms alone exceeds the total at its upper end
+    low, high = 1.0, float(total)  # at the upper end, the first two terms already exceed the total
     for _ in range(100):
         middle = (low + high) / 2
         is_too_large = np.sum(middle ** np.arange(terms)) > total
@@ -227,12 +227,12 @@ def _growth(terms: int, total: int) -> float:
 
 
 def spline_matrix(places: NDArray[np.floating[Any]], wanted: NDArray[np.floating[Any]]) -> Table:
-    """Return the matrix from values at some places to those of their cubic spline at other places.
+    """Return the matrix that evaluates the cubic spline of some values at other places.
 
     Parameters
     ----------
     places
-        (n,): rising, n = 1 or n > 2. Three places have a parabola, one has a constant.
+        (n,): rising, n = 1 or n > 2. The spline is a parabola for three places, a constant for one.
     wanted
         (m,): between the first and the last place.
 
@@ -282,7 +282,7 @@ def spline_matrix(places: NDArray[np.floating[Any]], wanted: NDArray[np.floating
 
 
 def _interpolate(values: Table, before: Grid, after: Grid) -> Table:
-    """Interpolate functions (n, offsets) of the offset along one axis after the other."""
+    """Interpolate functions (n, offsets) of offsets, axis by axis."""
     number = len(values)
     values = values.reshape(number, *_sides(before))
     for axis, sizes in enumerate(zip(before.shape, after.shape, strict=True), start=1):
@@ -296,7 +296,7 @@ def _sides(grid: Grid) -> tuple[int, ...]:
 
 
 def _checked(name: str, table: Array, rows: int, axis: int) -> Table:
-    """Return a table as NumPy's float64; ValueError unless it has a number of rows along an axis."""
+    """Return a table as NumPy float64; ValueError unless ``axis`` has ``rows`` rows."""
     xp = array_namespace(table)
     if table.ndim != 2 or table.shape[axis] != rows:
         expected = f"({rows}, n)" if axis == 0 else f"(n, {rows})"
@@ -305,6 +305,6 @@ def _checked(name: str, table: Array, rows: int, axis: int) -> Table:
 
 
 def _like(table: Array, values: NDArray[Any]) -> Array:
-    """Return values as an array of the library, dtype and device of another one."""
+    """Convert values to the library, dtype and device of another array."""
     xp = array_namespace(table)
     return xp.asarray(values, dtype=table.dtype, device=device_of(table))

@@ -1,4 +1,4 @@
-"""Records: frozen dataclasses that declare every option once and validate themselves.
+"""Records: frozen, self-validating dataclasses that declare each option once.
 
 A field made by :func:`option` states its type, default, allowed values and one sentence of documentation. Validation,
 the class docstring, the command line and its help all come from that declaration.
@@ -24,9 +24,9 @@ from prmim_methods.messages import one_line, shown
 T = TypeVar("T", bound=type)
 
 Function = Callable[..., Any]
-"""Type of what an option of type ``str | Function`` takes besides text: a function or a class of one's own."""
+"""Type of the custom functions and classes that an option of type ``str | Function`` accepts besides text."""
 IMPORT_PATH = re.compile(r"[^\W\d][\w.]*:[^\W\d][\w.]*")
-"""The text that stands for a function: ``package.module:function``."""
+"""Pattern of an import path, ``package.module:function``."""
 
 WORDS: dict[Any, str] = {
     bool: "true or false",
@@ -34,6 +34,7 @@ WORDS: dict[Any, str] = {
     float: "a number{}",
     str: "text",
     tuple[float, float]: "two numbers{}",
+    tuple[float, float, float]: "three numbers{}",
     tuple[float, ...]: "one number{} for each channel",
     tuple[int, ...]: "a whole number{}, or one for each axis",
     Sequence[int]: "whole numbers{}",
@@ -44,30 +45,29 @@ WORDS: dict[Any, str] = {
 LARGEST_INTEGER = 2**31 - 1
 """Largest whole number of an option without an upper bound."""
 LONGEST_TEXT = 4096
-"""Most characters of an option's text: those of a path."""
+"""Maximal number of characters of an option's text: that of a path."""
 LONGEST_TUPLE = 10_000
-"""Most numbers of an option."""
+"""Maximal number of numbers of an option."""
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
-"""Characters that a terminal obeys, and that no option's text has."""
+"""Control characters of terminals, which are not allowed in text."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rule:
-    """What :func:`option` declares of a field: documentation and allowed values.
+    """Documentation and allowed values of a field, as declared by :func:`option`.
 
     Parameters
     ----------
     help
         One sentence.
     choices
-        Allowed values and what each means; empty: all.
+        Allowed values and their meaning; empty: all.
     above, below, at_least, at_most
         Bounds of a number, or of each number of a tuple.
     rising
         Whether the numbers of a tuple must not fall.
     function
-        Arguments and result of a function of one's own that is allowed too, as the type ``str | Function`` says; empty:
-        none is.
+        Arguments and result of custom functions, for the type ``str | Function``; empty: no function is allowed.
     shows_choices
         Whether the documentation lists the choices after the sentence.
     """
@@ -112,9 +112,9 @@ class Option:
     name
         Name of the field, and of the option on the command line and in files.
     type
-        A key of :data:`WORDS`, or such a type or None.
+        A key of :data:`WORDS`, or its union with None.
     default
-        Value if the option is not given.
+        Value of an option that is not given.
     rule
         Its documentation and allowed values.
     """
@@ -134,17 +134,17 @@ class Option:
 
     @property
     def is_optional(self) -> bool:
-        """Whether None is a value."""
+        """Whether None is allowed."""
         return types.NoneType in typing.get_args(self.type)
 
     @property
     def takes_function(self) -> bool:
-        """Whether a function, or its import path, is a value."""
+        """Whether a function or its import path is allowed."""
         return bool(self.rule.function)
 
     @property
     def is_flag(self) -> bool:
-        """Whether the option is true or false, or null as well."""
+        """Whether the option is a flag: true or false, possibly null."""
         return self.kind is bool
 
     @property
@@ -169,7 +169,7 @@ class Option:
         return f"{self.rule.help.removesuffix('.')}: {', '.join(meanings)}."
 
     def check(self, value: Any) -> Any:
-        """Return a value in its canonical form: lists as tuples, numbers as floats where the type is float.
+        """Return a value in canonical form: lists as tuples, integers as floats if needed.
 
         Raises
         ------
@@ -187,7 +187,7 @@ class Option:
             wanted = self._objection(checked)
         except TypeError:
             raise TypeError(f"{self.name}: expected {self.expected}, got {shown(value)}") from None
-        except OverflowError:  # an integer beyond the range of floats
+        except OverflowError:  # an integer out of the range of floats
             wanted = self.expected
         if wanted:
             raise ValueError(f"{self.name}: expected {wanted}, got {shown(value)}")
@@ -199,34 +199,11 @@ class Option:
         return self.takes_function and (callable(value) or is_path)
 
     def load(self, value: Any) -> Any:
-        """Return what a value stands for: the function at an import path, else the value itself.
-
-        As for ``python -m``, the current folder is one of those that are searched.
-
-        Raises
-        ------
-        ValueError
-            If there is no such module or function.
-        """
-        if callable(value) or not self.names_function(value):
-            return value
-        module, _, name = value.partition(":")
-        folder = str(Path.cwd())
-        if not {"", folder} & set(sys.path):
-            sys.path.append(folder)
-        try:
-            found = functools.reduce(getattr, name.split("."), importlib.import_module(module))
-        except Exception as error:  # whatever the module raises
-            reason = f"{type(error).__name__}: {error}"
-            raise ValueError(
-                one_line(f"{self.name}: expected a function to import, got {value!r} ({reason})")
-            ) from error
-        if not callable(found):
-            raise ValueError(f"{self.name}: expected a function at {value}, got {shown(found)}")
-        return found
+        """Return the function at an import path, see `load_function`, or another value."""
+        return value if callable(value) or not self.names_function(value) else load_function(self.name, value)
 
     def _objection(self, value: Any) -> str:
-        """Return what is expected instead of a value of the right type; empty if the value is allowed."""
+        """Return the expectation that a value of the right type violates; empty if none."""
         if self.rule.choices:
             return "" if value in self.rule.choices else self.expected
         if isinstance(value, bool):
@@ -285,7 +262,7 @@ def _tuple(convert: Callable[[Any], Any], length: int | None = None) -> Callable
 
 
 def _list(convert: Callable[[Any], Any]) -> Callable[[Any], tuple[Any, ...]]:
-    """Convert any number of values; a single one need not be in a list."""
+    """Convert any number of values; a single value needs no list."""
     return lambda value: _tuple(convert)(value if isinstance(value, tuple | list) else (value,))
 
 
@@ -300,6 +277,7 @@ _CONVERTERS: dict[Any, Callable[[Any], Any]] = {
     float: _number,
     str: _text,
     tuple[float, float]: _tuple(_number, 2),
+    tuple[float, float, float]: _tuple(_number, 3),
     tuple[float, ...]: _tuple(_number),
     tuple[int, ...]: _size,
     Sequence[int]: _list(_whole_number),
@@ -333,11 +311,35 @@ def option(
     return dataclasses.field(default=default, metadata={"rule": rule})
 
 
+def load_function(option: str, path: str) -> Any:
+    """Return the function at an import path, ``package.module:function``.
+
+    As for ``python -m``, the search includes the current folder.
+
+    Raises
+    ------
+    ValueError
+        If there is no such module or function; the message names the option.
+    """
+    module, _, name = path.partition(":")
+    folder = str(Path.cwd())
+    if not {"", folder} & set(sys.path):
+        sys.path.append(folder)
+    try:
+        found = functools.reduce(getattr, name.split("."), importlib.import_module(module))
+    except Exception as error:  # any error that the module raises
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(one_line(f"{option}: expected a function to import, got {path!r} ({reason})")) from error
+    if not callable(found):
+        raise ValueError(f"{option}: expected a function at {path}, got {shown(found)}")
+    return found
+
+
 @dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(option,))
 def record(cls: T) -> T:
-    """Make a class a frozen, keyword-only dataclass whose docstring lists its options.
+    """Turn a class into a frozen, keyword-only dataclass; document its options.
 
-    A subclass changes the default of an inherited option by assigning the new default; the declaration stays.
+    A subclass changes the default of an inherited option by assigning the new default; the declaration is kept.
 
     Examples
     --------
@@ -376,7 +378,7 @@ def options(cls: type) -> tuple[Option, ...]:
     return _options(cls)
 
 
-@functools.cache  # resolving type hints takes longer than validating all values
+@functools.cache  # cached, because resolving type hints takes longer than validating all values
 def _options(cls: type) -> tuple[Option, ...]:
     hints = typing.get_type_hints(cls)
     return tuple(
@@ -392,7 +394,7 @@ def find_option(cls: type, name: str) -> Option:
 
 
 class Record:
-    """Base of all records: validates each option when it is made, then calls :meth:`check`."""
+    """Base of all records: validates options on creation, then calls :meth:`check`."""
 
     def __post_init__(self) -> None:
         """Validate, and bring the values into their canonical form."""
@@ -401,14 +403,14 @@ class Record:
         self.check()
 
     def check(self) -> None:
-        """Validate options that depend on one another; raise ValueError with one line."""
+        """Validate combinations of options; raise ValueError with a one-line message."""
 
     def loaded(self, name: str) -> Any:
-        """Return the value of an option; that of an import path is its function."""
+        """Return the value of an option; an import path is replaced by its function."""
         return find_option(type(self), name).load(getattr(self, name))
 
     def in_words(self, name: str) -> str:
-        """Return what the value of an option means: the choice in words, or the function."""
+        """Return the meaning of an option's value: the choice in words, or the function."""
         value = getattr(self, name)
         if not isinstance(value, str):
             return str(getattr(value, "__name__", type(value).__name__))

@@ -1,4 +1,4 @@
-"""Bicubic interpolation of images and of tables of positions, as products with small matrices."""
+"""Bicubic interpolation of images and position tables, by matrix products."""
 
 from math import prod
 
@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from prmim_core._arrays import Array, array_namespace, device_of
 
-# The free parameter of cubic convolution, as PyTorch has it.
+# The free parameter of cubic convolution, as in PyTorch.
 SHARPNESS = -0.75
 
 
@@ -33,10 +33,9 @@ def resize_matrix(source: int, target: int) -> NDArray[np.float64]:
 
     Notes
     -----
-    What PyTorch's ``interpolate(mode="bicubic", align_corners=False)`` does, which does not smooth before it shrinks.
-    The pixel i of the target lies at x = (i + 0.5) * source / target - 0.5 of the source, and is the sum over the four
-    pixels around it, each weighted by w of its distance; pixels beyond the border repeat the one at the border. With
-    a = -0.75::
+    Equals PyTorch's ``interpolate(mode="bicubic", align_corners=False)``, which does not antialias. Pixel i of the
+    target lies at x = (i + 0.5) * source / target - 0.5 of the source. It is the sum over the four nearest pixels,
+    weighted by w of their distance. Pixels beyond the border repeat the border pixel. With a = -0.75::
 
         w(d) = (a + 2) d**3 - (a + 3) d**2 + 1           d <= 1
         w(d) = a d**3 - 5 a d**2 + 8 a d - 4 a           1 < d < 2
@@ -73,7 +72,7 @@ def _cubic(distance: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def resize_images(images: Array, shape: tuple[int, ...]) -> Array:
-    """Resize images bicubically, along one axis after the other.
+    """Resize images bicubically, axis by axis.
 
     Parameters
     ----------
@@ -85,8 +84,8 @@ def resize_images(images: Array, shape: tuple[int, ...]) -> Array:
     Returns
     -------
     array
-        float (batch, shape..., channels), not clipped: bicubic interpolation overshoots at edges. Where an axis keeps
-        its length nothing is computed along it, so images of that shape come back as they are.
+        float (batch, shape..., channels), not clipped: bicubic interpolation overshoots at edges. Axes that keep their
+        length are skipped, so images of this shape are returned unchanged.
 
     Raises
     ------
@@ -97,7 +96,7 @@ def resize_images(images: Array, shape: tuple[int, ...]) -> Array:
 
     Notes
     -----
-    One matrix product per axis, see :func:`resize_matrix`; no smoothing before shrinking.
+    One matrix product per axis, see :func:`resize_matrix`, without antialiasing.
 
     Examples
     --------
@@ -125,14 +124,14 @@ def resize_images(images: Array, shape: tuple[int, ...]) -> Array:
 
 
 def resize_table(table: Array, from_shape: tuple[int, ...], to_shape: tuple[int, ...], class_tokens: int = 1) -> Array:
-    """Resize a table of positions to another grid; the rows of the class tokens stay as they are.
+    """Resize a position table to another grid; rows of class tokens are unchanged.
 
     Parameters
     ----------
     table
         float (1, C + N, dim): a row for each class token, then one for every token of a grid, in raster order.
     from_shape, to_shape
-        Tokens along each axis of the grid of the table, and of the grid that is wanted.
+        Tokens along each axis of the table's grid, and of the target grid.
     class_tokens
         Number of class tokens, C.
 

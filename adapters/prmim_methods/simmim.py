@@ -1,4 +1,4 @@
-"""SimMIM: mask tokens in the encoder and one linear layer after it; dense, partial or PR-MIM."""
+"""SimMIM: mask tokens in the encoder, and a linear head."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -21,8 +21,8 @@ class SimMIMConfig(PixelConfig):
     Notes
     -----
     The loss is the absolute error, a mean over the values of each target and over the masked tokens. 1e-5 is added to
-    the number of pixels, as published. Thrown tokens never enter the encoder; this is ours, since the published text of
-    PR-MIM does not mention SimMIM.
+    the number of pixels, as published. Thrown tokens never enter the encoder. This is our choice: the paper of PR-MIM
+    does not mention SimMIM.
 
     References
     ----------
@@ -43,10 +43,10 @@ class SimMIMConfig(PixelConfig):
     throw_ratio: float = 0.25
     mask_unit: int = mask_unit_option(default=2)
     throw_by: str = option(
-        "What is thrown together.", default="token", choices={"token": "single tokens", "unit": "units of mask_unit"}
+        "Unit of throwing.", default="token", choices={"token": "single tokens", "unit": "units of mask_unit"}
     )
     position: str = option(
-        "How the encoder represents positions.",
+        "Positions of the encoder.",
         default="relative",
         choices={
             "relative": "a learned bias on the attention scores",
@@ -59,7 +59,7 @@ class SimMIMConfig(PixelConfig):
 
     @property
     def drop_rate(self) -> float:
-        """The rate at which branches of the last block are dropped in training."""
+        """Drop-path rate of the last block in training."""
         return self.drop_path
 
     @property
@@ -69,12 +69,12 @@ class SimMIMConfig(PixelConfig):
 
     @property
     def encoder_length(self) -> int:
-        """Tokens of the encoder's sequence: visible and mask tokens, with the class token."""
+        """Length of the encoder's sequence: class, visible and mask tokens."""
         return self.counts.visible + self.counts.decoded + 1
 
     def parameters(self) -> Parameters:
-        """Return the number of parameters, from the options alone: nothing is built."""
-        dim = self.encoder_size.dim  # also that of the mask token
+        """Return the number of parameters, without building the model."""
+        dim = self.encoder_size.dim  # includes the mask token
         return (
             self._encoder_parameters()
             + Parameters(dim + linear_parameters(dim, self.patch_dim))
@@ -84,7 +84,7 @@ class SimMIMConfig(PixelConfig):
 
     @property
     def shared_bytes(self) -> int:
-        """Bytes of the attention bias in float32, if nothing is thrown and all images share it."""
+        """Bytes of the float32 attention bias, if all images share it."""
         is_shared = self.position == "relative" and self.counts.thrown == 0
         return 4 * self.encoder_size.heads * self.encoder_length**2 if is_shared else 0
 
@@ -107,7 +107,7 @@ class SimMIMConfig(PixelConfig):
         # LayerScale saves the outputs of both branches.
         scaled_bytes = 2 * length * encoder.dim * accounting.compute_bytes
         blocks = accounting.blocks(encoder, length, recompute=self.recompute_blocks, more_bytes=scaled_bytes)
-        # The bias of every head and an 8-byte table index per pair of tokens. If nothing is thrown, all images of a
+        # The bias of every head, and an 8-byte table index per pair of tokens. If nothing is thrown, all images of a
         # batch share one bias.
         has_bias = self.position == "relative" and self.counts.thrown > 0
         bias_bytes = has_bias * length**2 * (encoder.heads * accounting.compute_bytes + 8)
@@ -122,16 +122,16 @@ class SimMIMConfig(PixelConfig):
         )
 
     def not_decayed(self) -> frozenset[str]:
-        """Return the class token, which SimMIM exempts; the mask token and the bias table are decayed."""
+        """Return the class token, as in SimMIM; mask token and bias table are decayed."""
         return frozenset({"encoder.cls_token"})
 
     def architecture(self) -> dict[str, Any]:
-        """Return what the weights mean; see :meth:`MethodConfig.architecture`."""
+        """Return the architecture of the weights; see :meth:`MethodConfig.architecture`."""
         return {**super().architecture(), "position": self.position}
 
     @classmethod
     def options_of(cls, architecture: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the options that :meth:`architecture` tells; see :meth:`EncoderOptions.options_of`."""
+        """Return the options that an architecture defines; see :meth:`EncoderOptions.options_of`."""
         return {**super().options_of(architecture), "position": architecture["position"]}
 
     def _describe_sequences(self, dense: str) -> Rows:

@@ -25,18 +25,18 @@ class Transformer:
     mlp_ratio: int = 4
 
     def macs(self, length: int) -> int:
-        """Return the MACs of all blocks on a sequence: depth * ((4 + 2 mlp_ratio) n d**2 + 2 n**2 d)."""
+        """Return the MACs of all blocks: depth * ((4 + 2 mlp_ratio) n d**2 + 2 n**2 d)."""
         linear = (4 + 2 * self.mlp_ratio) * length * self.dim**2
         attention = 2 * length**2 * self.dim
         return self.depth * (linear + attention)
 
     def parameters(self) -> int:
-        """Return the number of parameters of all blocks, with biases and two norms: no LayerScale."""
+        """Return the number of parameters of all blocks, without LayerScale."""
         linear = (4 + 2 * self.mlp_ratio) * self.dim**2 + (5 + self.mlp_ratio) * self.dim
         return self.depth * (linear + 4 * self.dim)
 
     def activation_bytes(self, length: int, *, compute_bytes: int, attention: str) -> int:
-        """Return the bytes that all blocks save for the backward pass, with a float32 residual stream.
+        """Return the bytes that all blocks save, with a float32 residual stream.
 
         Per token and block: two norm inputs in float32 with two statistics each; the inputs of the four linear layers
         and of GELU, and q, k, v. Fused attention adds one float32 per head and token; explicit attention adds its n * n
@@ -51,7 +51,7 @@ class Transformer:
 
 @dataclass(frozen=True)
 class CrossTransformer:
-    """The size of a stack of blocks whose attention is from queries to a context: no self-attention.
+    """The size of a stack of cross-attention blocks, without self-attention.
 
     Parameters
     ----------
@@ -74,20 +74,26 @@ class CrossTransformer:
     mlp_ratio: int = 4
 
     def macs(self, queries: int, keys: int) -> int:
-        """Return the MACs of all blocks: depth * ((2 + 2 mlp_ratio) n d**2 + 2 m d (c + n)), c the context's width."""
+        """Return the MACs: depth * ((2 + 2 mlp_ratio) n d**2 + 2 m d (c + n)).
+
+        Here n is the number of queries, m that of keys, and c the context's width.
+        """
         linear = (2 + 2 * self.mlp_ratio) * queries * self.dim**2
         keys_and_values = 2 * keys * self.context_dim * self.dim
         attention = 2 * queries * keys * self.dim
         return self.depth * (linear + keys_and_values + attention)
 
     def parameters(self) -> int:
-        """Return the number of parameters of all blocks, with biases and three norms, one of them the context's."""
+        """Return the number of parameters of all blocks, with three norms each.
+
+        One norm is the context's.
+        """
         linear = (2 + 2 * self.mlp_ratio) * self.dim**2 + (3 + self.mlp_ratio) * self.dim
         keys_and_values = 2 * (self.context_dim + 1) * self.dim
         return self.depth * (linear + keys_and_values + 4 * self.dim + 2 * self.context_dim)
 
     def activation_bytes(self, queries: int, keys: int, *, compute_bytes: int, attention: str) -> int:
-        """Return the bytes that all blocks save for the backward pass; see :meth:`Transformer.activation_bytes`."""
+        """Return the bytes that all blocks save; see :meth:`Transformer.activation_bytes`."""
         norms = 2 * queries * (4 * self.dim + 2 * 4) + keys * (4 * self.context_dim + 2 * 4)
         of_queries = (1 + 1 + 1 + 1 + 2 * self.mlp_ratio) * queries * self.dim * compute_bytes
         of_keys = keys * (self.context_dim + 2 * self.dim) * compute_bytes
@@ -118,7 +124,7 @@ def vit_size(
     model
         A key of :data:`VIT_SIZES`.
     embed_dim, depth, num_heads
-        Width, number of blocks and heads in place of the named ones; None keeps those.
+        Width, number of blocks and heads, in place of the model's; None: the model's.
 
     Examples
     --------

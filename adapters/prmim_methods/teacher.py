@@ -1,6 +1,6 @@
-"""Teachers: published vision transformers, found by folder or name and read from their ``config.json``.
+"""Teachers: published vision transformers, described by their ``config.json``.
 
-Only JSON is read here; the adapters read the weights.
+Reads JSON only; the adapters read the weights.
 """
 
 import json
@@ -24,15 +24,15 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 CONFIG_FILE = "config.json"
 LARGEST = 2**14
-"""Largest width, side or other number in a configuration; published models stay far below."""
+"""Upper bound of numbers in a configuration, far above published models."""
 MOST_LAYERS = 1000
 LARGEST_FILE = 2**20
-"""Most bytes that are read of a configuration."""
+"""Most bytes read from a configuration."""
 DOWNLOADED = (CONFIG_FILE, "preprocessor_config.json", "*.safetensors", "*.safetensors.index.json")
 
 
 class _Kind(NamedTuple):
-    """A family of models: title, pixel statistics, and the defaults of its configuration."""
+    """A family of models: title, pixel statistics, and defaults of its configuration."""
 
     title: str
     mean: tuple[float, ...]
@@ -78,7 +78,7 @@ class TeacherConfig:
     channels
         Channels of its images.
     grid_shape
-        Tokens along both axes of the images that it was trained on.
+        Tokens along both axes of its training images.
     activation
         ``"gelu"`` or ``"quick_gelu"``.
     eps
@@ -86,7 +86,7 @@ class TeacherConfig:
     qkv_bias
         Whether queries, keys and values have biases.
     mean, std
-        Per-channel statistics of pixels in [0, 1] that it was trained with.
+        Per-channel statistics of its training pixels, in [0, 1].
     """
 
     folder: Path
@@ -116,7 +116,7 @@ class TeacherConfig:
 
 
 def local_teacher(source: str) -> Path | None:
-    """Return the folder of a teacher without network access; None if it is not on this machine.
+    """Return a teacher's local folder, without network access; None if not downloaded.
 
     Parameters
     ----------
@@ -126,13 +126,13 @@ def local_teacher(source: str) -> Path | None:
     Raises
     ------
     ValueError
-        If there is no such folder and the text is no name.
+        If there is no such folder and the text is not a name.
     """
     return local_folder(source, "teacher", CONFIG_FILE)
 
 
 def find_teacher(source: str | Path) -> Path:
-    """Return the folder of a teacher; download it if ``source`` is a name on the Hugging Face hub.
+    """Return a teacher's folder, downloaded if it is a name on the Hugging Face hub.
 
     Parameters
     ----------
@@ -150,13 +150,13 @@ def find_teacher(source: str | Path) -> Path:
 
 
 def read_teacher(folder: Path) -> TeacherConfig:
-    """Read a teacher from the ``config.json`` and ``preprocessor_config.json`` of its folder.
+    """Read the configuration of a teacher from the JSON files of its folder.
 
     Parameters
     ----------
     folder
-        In the format of ``save_pretrained`` of ``transformers``. Without ``preprocessor_config.json``, the pixel
-        statistics are CLIP's (CLIP) or ImageNet's.
+        A folder written by ``save_pretrained`` of ``transformers``. Without ``preprocessor_config.json``, the pixel
+        statistics are those of CLIP for CLIP, else those of ImageNet.
 
     Returns
     -------
@@ -177,12 +177,12 @@ def read_teacher(folder: Path) -> TeacherConfig:
     >>> teacher.title, teacher.grid_shape, teacher.mean[0]
     ('CLIP, 12 blocks of width 768, patches of 16x16 pixels', (14, 14), 0.48145466)
     """
-    for path in folder.glob("*"):  # adapters open files by name, and a pipe would block them
+    for path in folder.glob("*"):  # adapters open files by name, which would block on a pipe
         if is_special(path):
             raise ValueError(f"teacher: expected files in {folder}, got a pipe, a socket or a device: {path.name!r}")
     config = read_json(folder / CONFIG_FILE)
     if config is None:
-        raise ValueError(f"teacher: expected a folder with a config.json, got {folder}, which has none")
+        raise ValueError(f"teacher: expected a folder with a config.json, got {folder}, which has no such file")
     model_type = config.get("model_type")
     if not isinstance(model_type, str) or model_type not in MODEL_TYPES:
         known = ", ".join(MODEL_TYPES)
@@ -190,7 +190,7 @@ def read_teacher(folder: Path) -> TeacherConfig:
     if config.get("use_swiglu_ffn"):
         raise ValueError(f"teacher: expected a DINOv2 model without SwiGLU layers, got one with them in {folder}")
     family = MODEL_TYPES[model_type]
-    # Both towers of CLIP may be there: images are seen by one of them.
+    # A CLIP model may have two towers; only the vision tower sees images.
     own = config.get("vision_config", config)
     if not isinstance(own, dict):
         raise ValueError(f"teacher: expected an object vision_config, got {shown(own)} in {folder}")
@@ -219,7 +219,7 @@ def read_teacher(folder: Path) -> TeacherConfig:
 
 
 def check_images(teacher: TeacherConfig, grid_shape: Sequence[int], channels: int) -> None:
-    """Raise ValueError unless a teacher can process images with this grid and these channels."""
+    """Raise ValueError unless a teacher can process images of this grid and channels."""
     if len(grid_shape) != 2:
         raise ValueError(f"teacher: expected images of 2 axes, got a grid of {len(grid_shape)}")
     if channels not in (1, teacher.channels):
@@ -230,9 +230,9 @@ def read_json(path: Path) -> dict[str, Any] | None:
     """Read a JSON object; None if there is no such file."""
     try:
         if path.exists() and not path.is_file():
-            raise OSError("something that is no file")
+            raise OSError("something other than a file")
         with path.open("rb") as file:
-            content = json.loads(file.read(LARGEST_FILE))  # what is cut off is no JSON
+            content = json.loads(file.read(LARGEST_FILE))  # truncated JSON is invalid
     except FileNotFoundError:
         return None
     except (OSError, ValueError, RecursionError) as error:

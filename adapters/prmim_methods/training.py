@@ -1,4 +1,4 @@
-"""Options of a training engine, for methods and classifiers alike."""
+"""Options of training engines, for methods and classifiers."""
 
 import re
 from typing import ClassVar
@@ -9,9 +9,9 @@ from prmim_methods.record import Record, option, record
 
 @record
 class EngineOptions(Record):
-    """Options that an engine takes from the command line as they are."""
+    """Options that the command line passes to an engine unchanged."""
 
-    group: ClassVar[str] = "Optimisation"
+    group: ClassVar[str] = "Optimization"
 
     seed: int = option(
         "Seed of the weights, the held-out split, the order of the images, the crops and the masks.",
@@ -21,14 +21,14 @@ class EngineOptions(Record):
     )
     warmup_learning_rate: float = option("Learning rate at the start of the warm-up.", default=0.0, at_least=0)
     min_learning_rate: float = option("Lowest learning rate after the warm-up.", default=0.0, at_least=0)
-    decay: str = option("How the learning rate falls after the warm-up.", default="cosine", choices=DECAYS)
+    decay: str = option("Decay of the learning rate after the warm-up.", default="cosine", choices=DECAYS)
     weight_decay: float = option("Weight decay; biases and norms have none.", default=0.05, at_least=0)
     betas: tuple[float, float] = option("Decay rates of AdamW.", default=(0.9, 0.95), at_least=0, below=1)
     clip_grad: float | None = option(
-        "Largest norm of the gradient; longer ones are scaled down. Null: no clipping.", default=None, above=0
+        "Maximal norm of the gradient; larger gradients are scaled down. Null: no clipping.", default=None, above=0
     )
     accumulate: int = option(
-        "Number of parts that a batch is split into, one after the other, to save memory.", default=1, at_least=1
+        "Number of sequential parts of a batch, to save memory (gradient accumulation).", default=1, at_least=1
     )
     precision: str = option(
         "Number format of the forward and backward pass (weights are float32).",
@@ -36,13 +36,13 @@ class EngineOptions(Record):
         choices={"auto": "bfloat16 where the device is faster in it, else float32", "float32": "", "bfloat16": ""},
     )
     compile: bool | None = option(
-        "Compile the training step, if the backend leaves the choice: takes minutes once, then steps are faster. Null: "
-        "on CUDA only.",
+        "Compile the training step: takes minutes once, then steps are faster. Null: on CUDA only. Backend jax always "
+        "compiles.",
         default=None,
     )
-    device: str = option("Where to compute: auto (a GPU if there is one), cpu, cuda, cuda:N or mps.", default="auto")
+    device: str = option("Device: auto (a GPU if there is one), cpu, cuda, cuda:N or mps.", default="auto")
     parallel: str = option(
-        "How several processes or devices share the work.",
+        "Distribution of the weights over processes or devices.",
         default="ddp",
         choices={
             "ddp": "each holds all weights",
@@ -51,7 +51,7 @@ class EngineOptions(Record):
     )
 
     def check(self) -> None:
-        """Validate options that depend on one another."""
+        """Validate combinations of options."""
         super().check()
         if not re.fullmatch(r"auto|mps|(cpu|cuda)(:[0-9]{1,4})?", self.device):
             raise ValueError(f"device: expected auto, cpu, cuda, cuda:N or mps, got {self.device!r}")
@@ -59,7 +59,7 @@ class EngineOptions(Record):
 
 @record
 class TrainingConfig(EngineOptions):
-    """Everything that an engine must know of a training run.
+    """All options of a training run that an engine needs.
 
     Examples
     --------
@@ -72,10 +72,12 @@ class TrainingConfig(EngineOptions):
     total_steps: int = option("Optimizer steps of the run.", default=1, at_least=1)
     warmup_steps: int = option("Steps of linear warm-up.", default=0, at_least=0)
     learning_rate: float = option("Peak learning rate.", default=1e-3, at_least=0)
-    timeout: float = option("Seconds that processes wait for one another in a training step.", default=45.0, above=0)
+    timeout: float = option(
+        "Timeout in seconds of communication between processes in a training step.", default=45.0, above=0
+    )
 
     def check(self) -> None:
-        """Validate options that depend on one another."""
+        """Validate combinations of options."""
         super().check()
         if self.warmup_steps > self.total_steps:
             raise ValueError(f"warmup_steps: expected at most total_steps {self.total_steps}, got {self.warmup_steps}")
@@ -95,7 +97,7 @@ class TrainingConfig(EngineOptions):
 
 
 def check_peak(options: EngineOptions, peak: float) -> None:
-    """Raise ValueError if the learning rate at the start of the warm-up or the lowest one is above the peak."""
+    """Raise ValueError if the start or minimum of the learning rate exceeds its peak."""
     for name in ("warmup_learning_rate", "min_learning_rate"):
         rate = getattr(options, name)
         if rate > peak:

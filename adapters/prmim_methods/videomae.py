@@ -1,4 +1,4 @@
-"""VideoMAE and VideoMAE V2: masked autoencoders of clips; dense, partial or PR-MIM."""
+"""VideoMAE and VideoMAE V2: masked autoencoders of clips."""
 
 from collections.abc import Mapping
 from functools import cached_property
@@ -13,23 +13,23 @@ from prmim_methods.method import Rows, throwing_option
 from prmim_methods.record import Function, option, record
 
 PHASES = 4
-"""Tokens of a running cell, each in another phase. Every time step advances them by one."""
+"""Tokens of a running cell, each in a different phase. Every time step advances phases by one."""
 
 
 @record
 class VideoMAEConfig(MAEConfig):
     """VideoMAE and VideoMAE V2 with partial and progressive reconstruction.
 
-    A token is a cube of a clip: some frames, rows and columns. The axes of a clip are time, height and width; the first
-    one of a volume takes the place of time. A mask is drawn for one time step and repeated in all of them (a tube). An
-    image of two axes has no time, so that its mask is random. Otherwise the method is MAE.
+    A token is a cube of a clip: some frames, rows and columns. The axes of a clip are time, height and width; in a
+    volume, the first axis acts as time. A mask is drawn for one time step and repeated in all others (a tube). Images
+    of two axes have no time, so their mask is random. Otherwise, the method is MAE.
 
     Notes
     -----
     VideoMAE V2 draws a mask for the decoder too, a running cell over all tokens. Its decoder sees the visible tokens,
-    and a mask token for each token that the cell keeps; the loss ignores those that are visible. This is ``throwing``
-    ``"dual"``. The other choices decode masked tokens only. As the cell passes through all of its four phases in four
-    time steps, it keeps the same number of visible tokens in every clip whose number of time steps is a multiple of 4.
+    and a mask token for each token that the cell keeps; the loss ignores visible ones. This is ``throwing`` ``"dual"``.
+    Other choices decode masked tokens only. The cell passes through its four phases in four time steps. So it keeps the
+    same number of visible tokens in all clips if the number of time steps is a multiple of 4.
 
     References
     ----------
@@ -54,10 +54,10 @@ class VideoMAEConfig(MAEConfig):
     patch_size: tuple[int, ...] = (2, 16, 16)
     mask_ratio: float = 0.9
     throwing: str | Function = throwing_option(
-        dual="a running cell over all tokens, whose visible ones are decoded too, without a loss (VideoMAE V2)"
+        dual="a running cell over all tokens; its visible tokens are decoded too, without a loss (VideoMAE V2)"
     )
     norm_over: str = option(
-        "What norm_pix normalises a target patch over.",
+        "Region over which norm_pix normalizes a target patch.",
         default="channel",
         choices={
             "channel": "each channel, in units of [0, 1] (VideoMAE)",
@@ -72,7 +72,7 @@ class VideoMAEConfig(MAEConfig):
     position: str = "raster"
 
     def check(self) -> None:
-        """Validate options that depend on one another."""
+        """Validate combinations of options."""
         super().check()
         if self.norm_pix and self.norm_over == "channel" and prod(self.patch_size) < 2:
             raise ValueError("norm_over: expected 'patch' for patches of one pixel, got 'channel'")
@@ -91,7 +91,7 @@ class VideoMAEConfig(MAEConfig):
 
     @property
     def time_steps(self) -> int:
-        """Tokens along the time of a clip; 1 for images of fewer than three axes."""
+        """Number of time steps; 1 for images of fewer than three axes."""
         return self.grid.shape[0] if self.grid.axes == 3 else 1
 
     @property
@@ -101,13 +101,13 @@ class VideoMAEConfig(MAEConfig):
 
     @cached_property
     def mask_shape(self) -> tuple[int, ...]:
-        """Tokens along each axis that are masked together: a tube through all time steps."""
+        """Tokens along each axis that are masked together: a tube in time."""
         unit = super().mask_shape
         return (self.time_steps, *unit[1:]) if self.grid.axes == 3 else unit
 
     @property
     def count_rounding(self) -> Rounding:
-        """The rounding rule of ``prmim_core.count_tokens`` in effect: the masked tubes are rounded down."""
+        """The rounding rule in effect: the number of masked tubes is rounded down."""
         return "amt" if self.rounding == "exact" else self.float_rounding
 
     @cached_property
@@ -121,12 +121,12 @@ class VideoMAEConfig(MAEConfig):
 
     @property
     def plan_throwing(self) -> Any:
-        """The strategy of ``prmim_core.Schedule`` that chooses the decoded tokens: its name, or a function."""
+        """The throwing strategy of the schedule: its name, or a function."""
         return "cell" if self.throwing == "dual" else super().plan_throwing
 
     @property
     def num_repeated(self) -> int:
-        """Number of visible tokens that are decoded once more, without a loss."""
+        """Number of visible tokens that are decoded too, without a loss."""
         visible = self.counts.visible
         return visible - int(PHASES * self.throw_ratio) * visible // PHASES if self.is_dual else 0
 
@@ -137,16 +137,16 @@ class VideoMAEConfig(MAEConfig):
 
     @property
     def official_predictions(self) -> int:
-        """Tokens that the original code predicts: those that the decoder mask keeps."""
+        """Number of tokens that the original code predicts: those of the decoder mask."""
         return self.counts.decoded + self.num_repeated
 
     def architecture(self) -> dict[str, Any]:
-        """Return what the weights mean; see :meth:`MethodConfig.architecture`."""
+        """Return the architecture of the weights; see :meth:`MethodConfig.architecture`."""
         return {**super().architecture(), **({"norm_over": self.norm_over} if self.norm_pix else {})}
 
     @classmethod
     def options_of(cls, architecture: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the options that :meth:`architecture` tells; see :meth:`EncoderOptions.options_of`."""
+        """Return the options that an architecture defines; see :meth:`EncoderOptions.options_of`."""
         return {**super().options_of(architecture), "norm_over": architecture.get("norm_over")}
 
     def _describe_sequences(self, dense: str) -> Rows:
@@ -157,5 +157,5 @@ class VideoMAEConfig(MAEConfig):
 
     @property
     def norm_text(self) -> str:
-        """What target patches are normalised over, in words."""
+        """Description of the normalization of target patches."""
         return "each channel of the patch" if self.norm_over == "channel" else super().norm_text

@@ -1,4 +1,4 @@
-"""What files of weights have in common, whichever framework writes and reads them."""
+"""The format of weight files, independent of frameworks."""
 
 import hashlib
 import json
@@ -14,17 +14,17 @@ from prmim_methods.hub import found_or_downloaded
 from prmim_methods.messages import shown
 
 METADATA_KEY = "prmim_architecture"
-"""Where a file's metadata holds the JSON of the method's ``architecture()``."""
+"""Key of the JSON of ``architecture()`` in a file's metadata."""
 
 WEIGHTS_FILE = "weights.safetensors"
-"""Name of the file of weights in a checkpoint."""
+"""Name of the weight file in a checkpoint."""
 
 RENAMED_FIELDS = {"variant": "reconstruction"}
-"""Fields of files that earlier versions wrote, by their names of today."""
+"""Fields of files from earlier versions, by their current names."""
 
 
 def architecture_of(method: object) -> dict[str, Any]:
-    """Return what the weights of a method mean, as it says itself; TypeError if it is no method."""
+    """Return the architecture of a method; TypeError if it is not a method."""
     architecture = getattr(method, "architecture", None)
     if not callable(architecture):
         raise TypeError(f"method: expected a module with architecture(), got {type(method).__name__}")
@@ -33,20 +33,22 @@ def architecture_of(method: object) -> dict[str, Any]:
 
 
 def dump_architecture(method: object) -> dict[str, str]:
-    """Return the metadata of the file of a method."""
-    # Tensors are laid out as PyTorch has them, and readers for PyTorch ask for this word.
+    """Return the metadata of a method's weight file."""
+    # Tensors have PyTorch's layout, and readers for PyTorch require this word.
     return {"format": "pt", METADATA_KEY: json.dumps(architecture_of(method))}
 
 
 def check_metadata(method: object, metadata: Mapping[str, str] | None, path: str | os.PathLike[str]) -> None:
-    """Raise ValueError, naming the first field that differs, unless a file holds weights of the method's architecture.
+    """Raise ValueError unless a file holds weights of the method's architecture.
+
+    The message names the first field that differs.
 
     Parameters
     ----------
     method
-        What the weights are for.
+        The method that loads the weights.
     metadata
-        That of the file.
+        The metadata of the file.
     path
         The file, for messages.
     """
@@ -55,12 +57,12 @@ def check_metadata(method: object, metadata: Mapping[str, str] | None, path: str
 
 
 def read_architecture(metadata: Mapping[str, str] | None, path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Return the architecture in the metadata of a file, with today's names; ValueError if there is none.
+    """Return the architecture in the metadata of a file; ValueError if there is none.
 
     Parameters
     ----------
     metadata
-        That of the file.
+        The metadata of the file.
     path
         The file, for messages.
     """
@@ -69,16 +71,16 @@ def read_architecture(metadata: Mapping[str, str] | None, path: str | os.PathLik
         return {RENAMED_FIELDS.get(field, field): value for field, value in got.items()}
     except (AttributeError, KeyError, TypeError, ValueError, RecursionError):
         place = os.fspath(path)
-        raise ValueError(f"path: expected weights written by prmim, got {place}, whose metadata has none") from None
+        raise ValueError(f"path: expected weights written by prmim, got {place} without an architecture") from None
 
 
 def check_architecture(expected: Mapping[str, Any], got: Mapping[str, Any]) -> None:
-    """Raise ValueError, naming the first field that differs, unless two architectures are equal."""
+    """Raise ValueError with the first different field unless architectures are equal."""
     for field in (*expected, *got):
         ours, theirs = expected.get(field), got.get(field)
         if ours != theirs:
             hint = ""
-            if field == "cells" and theirs is None:  # also files from before that option
+            if field == "cells" and theirs is None:  # also files older than that option
                 hint = "; weights without cells need thrown_target: patch and extra_cells: none"
             if field == "cells" and ours is None:
                 hint = "; weights with cells need thrown_target: cells, or extra_cells"
@@ -88,13 +90,13 @@ def check_architecture(expected: Mapping[str, Any], got: Mapping[str, Any]) -> N
 
 
 def find_weights(place: str | os.PathLike[str]) -> Path:
-    """Return the file of weights that a path names.
+    """Return the weight file that a path stands for.
 
     Parameters
     ----------
     place
-        A file; a folder with a file ``weights.safetensors``, such as a checkpoint; the folder of a run, which stands
-        for its newest good checkpoint; or a name on the Hugging Face hub, see :func:`prmim_methods.hub.find_folder`.
+        A file; a folder with a file ``weights.safetensors``, such as a checkpoint; the folder of a run, for its newest
+        undamaged checkpoint; or a name on the Hugging Face hub, see :func:`prmim_methods.hub.find_folder`.
 
     Raises
     ------
@@ -108,7 +110,7 @@ def find_weights(place: str | os.PathLike[str]) -> Path:
     Warns
     -----
     UserWarning
-        If a newer checkpoint than the returned one is damaged: its weights do not match its ``manifest.json``.
+        If a newer checkpoint is damaged: its weights do not match its ``manifest.json``.
     """
     path = found_or_downloaded(place, "path", (WEIGHTS_FILE,))
     if not path.is_dir():
@@ -128,7 +130,7 @@ def find_weights(place: str | os.PathLike[str]) -> Path:
 
 
 def is_damaged(file: Path) -> bool:
-    """Return whether a file of a checkpoint differs from what the ``manifest.json`` beside it lists, or has none."""
+    """Return whether a file of a checkpoint does not match its ``manifest.json``."""
     try:
         listed = json.loads(file.with_name("manifest.json").read_bytes())["files"][file.name]
         with open_regular(file) as content:
@@ -142,14 +144,14 @@ def check_tensors(
     got: Mapping[str, tuple[tuple[int, ...], str, bool]],
     path: str | os.PathLike[str],
 ) -> None:
-    """Raise ValueError unless a file holds exactly the tensors that are expected.
+    """Raise ValueError unless a file holds exactly the expected tensors.
 
     Parameters
     ----------
     expected
         Shapes by name.
     got
-        Shape, name of the dtype, and whether that is one of floating-point numbers, by name.
+        Shape, name of the dtype, and whether it is floating-point, by name.
     path
         The file, for messages.
     """
@@ -168,10 +170,10 @@ def check_tensors(
 
 
 def write_atomically(path: str | os.PathLike[str], write: Callable[[BinaryIO], object]) -> None:
-    """Write a file atomically: ``write`` fills a temporary file, which is flushed to disk and then renamed.
+    """Write a file atomically.
 
-    A killed process can leave the temporary file behind, in the same folder. Its name has the form
-    ``.NAME.partial-XXXXXXXX``.
+    ``write`` fills a temporary file in the same folder, which is flushed to disk and then renamed. A killed process can
+    leave it behind. Its name has the form ``.NAME.partial-XXXXXXXX``.
     """
     path = Path(path)
     beside = path.with_name(f".{path.name}.partial-{uuid.uuid4().hex[:8]}")

@@ -1,4 +1,4 @@
-"""Masked image modelling in PyTorch: methods, engines that train them, and parts for other trainers."""
+"""Masked image modelling in PyTorch: methods, training engines, and modules to reuse."""
 
 from prmim_torch.classifier import Classifier, ClassifierEngine
 from prmim_torch.encoder import EncoderEngine, ImageEncoder, load_encoder

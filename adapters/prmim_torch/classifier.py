@@ -1,4 +1,4 @@
-"""Classifiers on the encoder of a method: fine-tuned, or with a trained head on frozen features (linear probe)."""
+"""Classifiers on the encoder of a method: fine-tuning and linear probe."""
 
 import os
 from collections.abc import Callable, Iterable, Sequence
@@ -25,24 +25,24 @@ from prmim_torch.vit import LayerNorm, Linear
 
 
 class BatchNorm(nn.Module):
-    """Batch norm of vectors without learned factors, eps 1e-6, for features that need no gradient.
+    """Batch norm of vectors without learned factors or gradient, eps 1e-6.
 
     Parameters
     ----------
     dim
         Length of the vectors.
     over
-        Rows whose statistics are used in training mode, if processes share the batch:
-        ``"device"``, those of this process; ``"all"``, those of all.
+        Rows for the statistics in training mode, if processes share the batch: ``"device"``, those of this process;
+        ``"all"``, those of all processes.
 
     Notes
     -----
-    In training mode, the running statistics follow those of the batch: first the mean over the first ten batches, then
-    an exponential moving average with momentum 0.1. (PyTorch's average starts at 0 and 1, which biases short
-    trainings.) In evaluation mode, the running statistics are used.
+    In training mode, the running statistics are the mean over the first ten batches, then an exponential moving average
+    with momentum 0.1. (PyTorch's average starts at 0 and 1, which biases short trainings.) In evaluation mode, the
+    running statistics are used.
 
-    All processes hold the same running statistics. With ``"device"``, a batch counts with the mean over the processes
-    of their means and of their unbiased variances.
+    All processes hold the same running statistics. With ``"device"``, they are updated by the averages over processes
+    of means and of unbiased variances.
     """
 
     running_mean: Tensor
@@ -70,7 +70,7 @@ class BatchNorm(nn.Module):
         return (x - mean) * (variance + BATCH_NORM_EPS).rsqrt()
 
     def _learn(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return mean and variance of a batch, and update the running ones; the latter unbiased, as in PyTorch."""
+        """Return mean and variance of a batch; update the running, unbiased statistics."""
         rows, mean = x.shape[0], x.mean(0)
         if self.over == "all":
             rows, mean = rows * _num_processes(), _mean_of_all(mean)
@@ -92,7 +92,7 @@ def _num_processes() -> int:
 
 
 def _mean_of_all(values: Tensor) -> Tensor:
-    """Return the mean over the processes, which have equal numbers of rows; ``values`` are overwritten."""
+    """Return the mean over processes with equal numbers of rows; overwrites ``values``."""
     if not is_connected():
         return values
     dist.all_reduce(values)
@@ -100,25 +100,26 @@ def _mean_of_all(values: Tensor) -> Tensor:
 
 
 class Classifier(ImageModule):
-    """A method's encoder with a linear head, which maps images to logits; see :class:`prmim_methods.ClassifierConfig`.
+    """An encoder with a linear head; see :class:`prmim_methods.ClassifierConfig`.
 
     Parameters
     ----------
     method_config
-        The method whose encoder the classifier has. :func:`load_pretrained` loads trained weights.
+        The method of the encoder. :func:`load_pretrained` loads trained weights.
     config
-        The options. The classifier is frozen, apart from its head, with ``protocol="linear"``; else the position table
-        is trained too. Relative positions then have a table in each block, see :meth:`ClassifierConfig.position`.
+        The options. With ``protocol="linear"``, all but the head is frozen. Otherwise everything is trained, including
+        the position table; relative positions then have a table in each block, see :meth:`ClassifierConfig.position`.
     num_classes
         Number of classes.
     init_seed
-        Seed of the head's initial weights; that of the encoder's is ``method_config.init_seed``.
+        Seed of the head's initial weights; the encoder's is ``method_config.init_seed``.
 
     Notes
     -----
-    Names of weights are timm's: ``encoder.`` and those of a ViT, ``fc_norm``, ``head``. ``fc_norm`` is, for a frozen
-    encoder, a batch norm without learned factors, as in MAE's linear probe. Else, for the mean of the patch tokens, it
-    is a layer norm that replaces the encoder's final norm, as in MAE's fine-tuning; for the class token it is absent.
+    Names of weights are timm's: ``encoder.`` and those of a ViT, ``fc_norm``, ``head``. For a frozen encoder,
+    ``fc_norm`` is a batch norm without learned factors, as in MAE's linear probe. For fine-tuning on the mean of the
+    patch tokens, it is a layer norm that replaces the encoder's final norm, as in MAE. For fine-tuning on the class
+    token, it is absent.
 
     References
     ----------
@@ -161,7 +162,7 @@ class Classifier(ImageModule):
             self.fc_norm = LayerNorm(dim)
         with initial_weights(init_seed):
             self.head = Linear(dim, num_classes)
-            # The published recipes truncate at +-2, which has no effect.
+            # No truncation at +-2 as in the published recipes, since it has no effect.
             nn.init.normal_(self.head.weight, std=config.head_std)
 
     def _new(self) -> nn.Module:
@@ -181,8 +182,8 @@ class Classifier(ImageModule):
         images
             uint8 (batch, image_size..., channels); with a ``pixel_range``, also uint16 or float32.
         noise
-            int (batch, N), for example from ``prmim_core.counter_noise``: decides which branches drop path drops.
-            Needed in training mode with drop path.
+            int (batch, N), for example from ``prmim_core.counter_noise``: determines the branches that drop path drops.
+            Required in training mode with drop path.
 
         Returns
         -------
@@ -213,19 +214,19 @@ class Classifier(ImageModule):
         return self._drop_path(noise, self.config.drop_rate)
 
     def no_weight_decay(self) -> frozenset[str]:
-        """Return the parameters of several axes that fine-tuning exempts from weight decay."""
+        """Return the multi-axis parameters that fine-tuning exempts from weight decay."""
         return self.config.not_decayed()
 
     def architecture(self) -> dict[str, Any]:
-        """Return what the weights mean; see :meth:`prmim_methods.ClassifierConfig.architecture`."""
+        """Return the architecture; see :meth:`prmim_methods.ClassifierConfig.architecture`."""
         return self.config.architecture(self.method_config, self.num_classes)
 
 
 def load_pretrained(classifier: Classifier, path: str | os.PathLike[str]) -> None:
-    """Load the encoder of a classifier from a weight file of its method, or of an encoder alone.
+    """Load the encoder of a classifier from a weight file of a method or an encoder.
 
-    Images of the file may have another size: then tables of positions are fitted to the classifier's. If each block of
-    the classifier has a table of relative position bias, each gets a copy of the method's.
+    The image size of the file may differ: position tables are then fitted to the classifier's. If the classifier has a
+    table of relative position bias in each block, each is a copy of the method's.
 
     Parameters
     ----------
@@ -262,17 +263,17 @@ class LARS(torch.optim.Optimizer):
     lr
         Learning rate.
     momentum
-        Factor of the previous update that is added to the next one.
+        Factor of the previous update, added to the next one.
     trust
-        Norm of the update of a parameter of several axes, relative to the norm of the parameter, at learning rate 1.
+        Norm of the update of a multi-axis parameter at learning rate 1, relative to the norm of the parameter.
     weight_decay
-        Factor of a parameter of several axes that is added to its gradient.
+        Factor of a multi-axis parameter, added to its gradient.
 
     Notes
     -----
-    Parameters of one axis are neither scaled nor decayed. Like PyTorch's fused optimizers, this one obeys a gradient
-    scaler: gradients are divided by the attribute ``grad_scale``, and a step with nonzero ``found_inf`` changes
-    nothing. It never waits for the device.
+    Parameters of one axis are neither scaled nor decayed. Like PyTorch's fused optimizers, this one supports gradient
+    scalers: gradients are divided by the attribute ``grad_scale``, and a step with nonzero ``found_inf`` is a no-op. It
+    never waits for the device.
 
     References
     ----------
@@ -306,7 +307,7 @@ class LARS(torch.optim.Optimizer):
         if parameter.ndim > 1:
             update = update + group["weight_decay"] * parameter
             ratio = group["trust"] * parameter.norm() / update.norm()
-            # A norm of 0 has no ratio.
+            # For a norm of 0, the ratio is undefined.
             update = update * torch.where(ratio.isfinite() & (ratio > 0), ratio, 1.0)
         state = self.state[parameter]
         if "momentum_buffer" not in state:
@@ -338,20 +339,20 @@ class ClassifierEngine(Trainer[Classifier]):
         The options of the training. ``training.seed`` is the seed of drop path and of the head's initial weights. A
         frozen encoder is never sharded: with ``parallel="fsdp"``, each process holds all weights.
     weights
-        The method's ``weights.safetensors``; None: the encoder has the initial weights of a new method.
+        The method's ``weights.safetensors``; None: the initial weights of a new method.
 
     Raises
     ------
     FileNotFoundError
-        If the file of weights does not exist.
+        If the weight file does not exist.
     ValueError
         If the weights are of another architecture, or the device is not available.
 
     Notes
     -----
-    ``config.batch_norm`` says whether batch norm uses the rows of each process or of all. If ``accumulate`` splits the
-    batch, each part has statistics of its own. Batch norm of each process is the one thing by which a step depends on
-    the number of processes; weights and running statistics are equal in all of them.
+    ``config.batch_norm`` selects the rows for batch norm: those of each process, or of all. If ``accumulate`` splits
+    the batch, each part has its own statistics. Only batch norm of each process makes a step depend on the number of
+    processes. Weights and running statistics are equal in all processes.
     """
 
     def __init__(
@@ -394,7 +395,7 @@ class ClassifierEngine(Trainer[Classifier]):
         images
             (batch, image_size..., channels): this process's share of the batch, the same size in all processes.
         sample
-            int64 (batch,): index of each image in the data set. Seed, step and this index determine drop path.
+            int64 (batch,): index of each image in the data set. Seed, step and index determine drop path.
         targets
             float32 (batch, num_classes): class probabilities of each image; they sum to 1.
 
@@ -407,7 +408,10 @@ class ClassifierEngine(Trainer[Classifier]):
         self._take_step(images, sample, targets)
 
     def predict(self, images: NDArray[Any]) -> NDArray[np.float32]:
-        """Return logits float32 (batch, num_classes), in evaluation mode; all processes must pass the same images."""
+        """Return logits float32 (batch, num_classes), in evaluation mode.
+
+        All processes must pass the same images.
+        """
         with self._evaluation():
             logits = self.module(self._upload(images))
         return logits.float().cpu().numpy()
@@ -421,7 +425,7 @@ def _loss(forward: Callable[..., Tensor], images: Tensor, noise: Tensor, targets
 
 
 def _with_rates(classifier: Classifier, groups: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Split parameter groups by learning rate: the field ``rate_scale`` of a group is a factor of it."""
+    """Split parameter groups by ``rate_scale``, a factor of the learning rate."""
     names = {parameter: name for name, parameter in classifier.named_parameters()}
     depth = len(classifier.encoder.blocks)
     split: dict[tuple[float, float], list[nn.Parameter]] = {}

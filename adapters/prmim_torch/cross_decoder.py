@@ -1,4 +1,4 @@
-"""The decoder of CrossMAE: mask tokens attend to the encoder's layers, and not to each other."""
+"""The decoder of CrossMAE: mask tokens attend to the encoder's layers only."""
 
 from collections.abc import Sequence
 
@@ -12,7 +12,7 @@ from prmim_torch.vit import LayerNorm, Linear, Mlp, Position, add_table, reset_t
 
 
 class CrossAttention(nn.Module):
-    """Multi-head attention of queries to the tokens of a context; scale 1/sqrt(head_dim).
+    """Multi-head attention of queries to a context, with scale 1/sqrt(head_dim).
 
     Parameters
     ----------
@@ -28,7 +28,7 @@ class CrossAttention(nn.Module):
         self.proj = Linear(dim, dim)
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        """Map (batch, length, dim) to the same shape; the context is (batch, context length, context_dim)."""
+        """Map (batch, length, dim) to the same shape; context (batch, n, context_dim)."""
         q = self.q(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # batch, heads, length, head_dim
         k, v = (part.transpose(1, 2) for part in self.kv(context).unflatten(-1, (2, self.num_heads, -1)).unbind(2))
         return self.proj(attend(q, k, v, None).transpose(1, 2).flatten(2))
@@ -55,7 +55,7 @@ class CrossBlock(nn.Module):
         self.mlp = Mlp(dim, 4 * dim)
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        """Map (batch, length, dim) to the same shape; the context is (batch, context length, context_dim)."""
+        """Map (batch, length, dim) to the same shape; context (batch, n, context_dim)."""
         if self.recompute and torch.is_grad_enabled():
             return checkpoint(self._add, x, context, use_reentrant=False, preserve_rng_state=False)
         return self._add(x, context)
@@ -67,15 +67,15 @@ class CrossBlock(nn.Module):
 
 
 class CrossDecoder(nn.Module):
-    """Blocks of cross-attention from mask tokens, at the positions to decode, to learned mixes of the encoder's layers.
+    """Cross-attention from mask tokens to learned mixes of the encoder's layers.
 
-    Each block reads its own mix: a weighted sum of the input of the encoder's blocks and of the output of each. The
-    decoded tokens do not see each other, so the features of one do not depend on which others are decoded.
+    Each block reads its own mix: a weighted sum of the input of the encoder's blocks and the output of each. Decoded
+    tokens do not see each other, so their features do not depend on which others are decoded.
 
     Parameters
     ----------
     grid_shape
-        Tokens of a whole image along each axis; N in all.
+        Tokens of a whole image along each axis; N in total.
     encoder_dim, encoder_depth
         Width of the encoder, number of its blocks.
     output_dim
@@ -87,7 +87,7 @@ class CrossDecoder(nn.Module):
     class_tokens
         Number of class tokens of the encoder, C. Their rows of the position table have no effect.
     visible_features
-        Whether the visible tokens have features too: one more mix, normalised and projected to the decoder's width.
+        Whether visible tokens have features too: one more mix, normalized and projected to the decoder's width.
     recompute
         See :class:`prmim_torch.vit.Block`.
 
@@ -133,13 +133,16 @@ class CrossDecoder(nn.Module):
         self.pred = Linear(dim, output_dim)
 
     def reset_parameters(self) -> None:
-        """Redraw the mask token and the mixes, and reset the position table; the parts are not changed."""
+        """Redraw the mask token and the mixes; reset the position table.
+
+        Submodules are not changed.
+        """
         nn.init.normal_(self.mask_token, std=0.02)
         nn.init.xavier_uniform_(self.mix)
         reset_table(self.pos_embed, self._grid_shape, self.class_tokens, self.position)
 
     def forward(self, states: Sequence[Tensor], index: Tensor) -> Tensor:
-        """Decode, without the prediction head ``pred``: the caller applies it to the tokens that need it.
+        """Decode; the caller applies the prediction head ``pred`` where needed.
 
         Parameters
         ----------
@@ -151,14 +154,14 @@ class CrossDecoder(nn.Module):
         Returns
         -------
         Tensor
-            (batch, M, dim): normalised features of the tokens at ``index``. With ``visible_features``,
-            (batch, V + M, dim): those of the visible tokens come first.
+            (batch, M, dim): normalized features of the tokens at ``index``. With ``visible_features``, (batch, V + M,
+            dim), visible tokens first.
         """
         layers = torch.stack(tuple(states))
-        # One product for all mixes reads the layers once.
+        # A single product for all mixes reads the layers once.
         mixes = (self.mix @ layers.flatten(1)).view(-1, *layers.shape[1:]).unbind()
         x = self.mask_token + F.embedding(index, self.pos_embed[0, self.class_tokens :])
-        for block, context in zip(self.blocks, mixes, strict=False):  # the visible tokens may have one more
+        for block, context in zip(self.blocks, mixes, strict=False):  # visible tokens may have one more
             x = block(x, context)
         if self.norm_visible is not None and self.embed is not None:
             x = torch.cat([self.embed(self.norm_visible(mixes[-1][:, self.class_tokens :])), x], dim=1)

@@ -1,7 +1,7 @@
-"""Distributed training: agreement between processes, sharing of weights, and checkpoints.
+"""Distributed training: synchronization, sharding of weights, and checkpoints.
 
-``torchrun`` starts the processes. PyTorch's DistributedDataParallel or FSDP2 shares the weights. In a single process,
-all functions work without a process group.
+``torchrun`` starts the processes. PyTorch's DistributedDataParallel or FSDP2 distributes the weights. In a single
+process, all functions work without a process group.
 """
 
 import inspect
@@ -29,7 +29,7 @@ from torch.distributed.checkpoint.state_dict_saver import async_save
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.rendezvous import rendezvous
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from prmim_torch.cross_decoder import CrossBlock
@@ -39,32 +39,32 @@ Parallel = Literal["ddp", "fsdp"]
 Result = TypeVar("Result")
 
 LAUNCH_TIMEOUT = timedelta(minutes=5)
-"""How long a process waits for the others to join."""
+"""Timeout for other processes to join."""
 HOST_TIMEOUT = timedelta(minutes=10)
-"""How long processes wait for one another between training steps, for example while one writes files."""
+"""Timeout between training steps, for example while one process writes files."""
 
 ALONE = "torch.distributed is disabled, unavailable or uninitialized"
 """Warning of torch.distributed.checkpoint in a single process."""
 
 _NUMBERS = itertools.count()
-"""Numbers of the process groups created here; the same in all processes."""
+"""Counter of created process groups, equal in all processes."""
 
 ERRORS: dict[str, type[Exception]] = {
     kind.__name__: kind
     for kind in (ValueError, TypeError, OSError, FileNotFoundError, NotADirectoryError, PermissionError)
 }
-"""Types in which an error of one process is raised in the others, by name; any other type becomes a RuntimeError."""
+"""Error types that are re-raised in other processes, by name; any other type becomes a RuntimeError."""
 
 
 class Processes:
-    """The processes of a run: those that ``torchrun`` started, or a single one.
+    """The processes of a run, started by ``torchrun``, or a single one.
 
     Parameters
     ----------
     device
         The device of this process. Processes communicate through NCCL on ``cuda``, else through gloo.
     timeout
-        Seconds that a process waits for the others in a training step before it fails.
+        Seconds that a process waits for others in a training step before it fails.
 
     Attributes
     ----------
@@ -82,10 +82,10 @@ class Processes:
     -----
     An existing process group is used, and left open by :meth:`close`.
 
-    A second group, on the host and with a longer timeout, synchronises slow work of single processes: a first batch,
+    A second group, on the host and with a longer timeout, synchronizes slow work of single processes: a first batch,
     compilation, reading files. A third group belongs to the thread that writes files in the background, so that its
-    messages do not mix with those of the main thread. All processes notice at once that one died; they notice that one
-    hangs only after the timeout.
+    messages do not mix with those of the main thread. A dead process is noticed at once, a hanging one after the
+    timeout.
     """
 
     def __init__(self, device: torch.device, timeout: float) -> None:
@@ -98,7 +98,7 @@ class Processes:
             store, rank, world_size = _meet()
             dist.init_process_group(
                 "nccl" if on_gpu else "gloo",
-                # A group must not find the addresses of an earlier one.
+                # A group must not find the addresses of an earlier group.
                 store=PrefixStore(f"prmim/{next(_NUMBERS)}", store),
                 rank=rank,
                 world_size=world_size,
@@ -113,7 +113,7 @@ class Processes:
             self._files = dist.new_group(backend="gloo", timeout=patience)
 
     def any(self, flag: bool) -> bool:
-        """Return whether the flag of any process is True. Waits for all processes; does not use the device."""
+        """Return whether any process has a True flag; waits for all, without the device."""
         if self._host is None:
             return flag
         flags = torch.tensor(int(flag))
@@ -121,7 +121,7 @@ class Processes:
         return bool(flags)
 
     def together(self, call: Callable[[], Result], *, in_background: bool = False) -> Result:
-        """Call a function in every process; if it fails in one, raise in all, so that no process waits forever.
+        """Call a function in every process; if it fails in one, raise in all.
 
         Parameters
         ----------
@@ -133,7 +133,7 @@ class Processes:
         Raises
         ------
         Exception
-            The error of the call here, or else that of the first process in which it failed.
+            The error of the call in this process, or else of the first process in which it failed.
         """
         if self._host is None:
             return call()
@@ -152,18 +152,18 @@ class Processes:
         return result
 
     def total(self, values: Tensor) -> Tensor:
-        """Sum a tensor over the processes, in-place and on its device; the host does not wait."""
+        """Sum a tensor over processes, in-place on its device, without blocking the host."""
         if self._host is not None:
             dist.all_reduce(values)
         return values
 
     def async_write(self, state: dict[str, Tensor], folder: Path) -> Callable[[], None]:
-        """Start an atomic write of the current values of tensors into a folder, each process a part of them.
+        """Start an atomic write of tensors into a folder; each process writes a part.
 
         Parameters
         ----------
         state
-            Tensors by name, the same names in all processes: sharded (DTensor), or whole with the same values in all
+            Tensors by name, equal names in all processes: sharded (DTensor), or whole with equal values in all
             processes.
         folder
             The folder, on a shared file system; replaced if it exists. It will hold a ``.safetensors`` file per
@@ -172,12 +172,12 @@ class Processes:
         Returns
         -------
         callable
-            Finishes the write; the thread that writes files must call it in every process. If a process cannot write,
-            it raises OSError in all processes.
+            Finishes the write; the writing thread must call it in every process. If one process cannot write, it raises
+            OSError in all.
         """
         beside = folder.with_name(f".{folder.name}")
         self.together(lambda: self._remove(beside))
-        # Warned in another thread, so that a context manager here would not catch it.
+        # The warning comes from another thread, where a context manager does not catch it.
         warnings.filterwarnings("ignore", ALONE, UserWarning)
         writing = cast(
             Future[Any],
@@ -205,14 +205,14 @@ class Processes:
             shutil.rmtree(folder)
 
     def close(self) -> None:
-        """Leave the process group; without waiting, if an exception is being handled."""
+        """Leave the process group; after an exception, without waiting for the others."""
         if self._host is None or not is_connected():
             return
         if not self._is_ours:
             dist.destroy_process_group(self._host)
             dist.destroy_process_group(self._files)
         elif sys.exc_info()[0] is not None and dist.get_backend() == "nccl":
-            # destroy_process_group waits for pending communication, perhaps with a process that died.
+            # destroy_process_group would wait for pending communication, possibly with a dead process.
             dist.group.WORLD.abort()  # type: ignore[union-attr]  # connected
         else:
             dist.destroy_process_group()
@@ -220,7 +220,7 @@ class Processes:
 
 
 def _meet() -> tuple[Any, int, int]:
-    """Return a store that all processes share, the rank of this process, and the number of processes."""
+    """Return the shared store, the rank of this process, and the number of processes."""
     try:
         store, rank, world_size = next(rendezvous("env://", timeout=LAUNCH_TIMEOUT))
         return store, rank, world_size
@@ -233,7 +233,7 @@ def _meet() -> tuple[Any, int, int]:
 
 
 def num_processes() -> int:
-    """Return the number of processes from the environment: ``WORLD_SIZE``, which ``torchrun`` sets, or 1."""
+    """Return the number of processes: ``WORLD_SIZE``, which ``torchrun`` sets, or 1."""
     text = os.environ.get("WORLD_SIZE", "1")
     if not text.isdecimal() or int(text) < 1:
         raise ValueError(f"WORLD_SIZE: expected a positive integer in the environment, got {text!r}")
@@ -248,9 +248,10 @@ def is_connected() -> bool:
 
 
 def replicate(module: nn.Module) -> DistributedDataParallel:
-    """Wrap a module in DistributedDataParallel: every process holds all weights and gets the mean of all gradients.
+    """Wrap a module in DistributedDataParallel.
 
-    Frozen parameters and buffers are not synchronised.
+    Every process holds all weights and gets the mean of all gradients. Frozen parameters and buffers are not
+    synchronized.
     """
     parameters = inspect.signature(DistributedDataParallel).parameters
     option = "forward_sync_buffers" if "forward_sync_buffers" in parameters else "broadcast_buffers"  # its older name
@@ -271,7 +272,7 @@ def shard(
     if compiled is not None:
         for block in blocks:
             block.forward = compiled(block.forward)  # type: ignore[method-assign]
-    # FSDP hooks all outputs of a forward pass and warns about views, which predictions can be.
+    # FSDP hooks all outputs of a forward pass, and warns about views, such as predictions.
     method.register_forward_hook(_detach_predictions)
     for part in (*blocks, method):
         fully_shard(part, mesh=mesh, ignored_params=frozen)
@@ -282,7 +283,7 @@ def shard(
 
 
 def _detach_predictions(method: nn.Module, arguments: Any, output: Any) -> None:
-    if isinstance(output, Tensor):  # logits, of which the loss is computed
+    if isinstance(output, Tensor):  # logits, from which the loss is computed
         return
     for name in ("predicted", "predicted_cells"):
         predicted = getattr(output, name, None)
@@ -292,7 +293,7 @@ def _detach_predictions(method: nn.Module, arguments: Any, output: Any) -> None:
 
 @contextmanager
 def gradients_shared(module: Any, wanted: bool) -> Iterator[None]:
-    """Synchronise the gradients of backward passes inside if ``wanted``; else accumulate them in each process."""
+    """Synchronize gradients inside if ``wanted``; else accumulate them per process."""
     if isinstance(module, FSDPModule):
         module.set_requires_gradient_sync(wanted)
     if isinstance(module, DistributedDataParallel) and not wanted:
@@ -312,15 +313,10 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def spread(tensor: Tensor, like: Tensor) -> Tensor:
-    """Shard a whole tensor, the same in all processes, like another one."""
-    if not isinstance(like, DTensor):
-        return tensor
-    return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
-
-
 def read_state(state: dict[str, Tensor], folder: Path) -> None:
-    """Fill tensors from a folder that :meth:`Processes.async_write` wrote, for any number of processes and sharding.
+    """Fill tensors from a folder that :meth:`Processes.async_write` wrote.
+
+    Number of processes and sharding may differ from those of the write.
 
     Parameters
     ----------
@@ -334,15 +330,15 @@ def read_state(state: dict[str, Tensor], folder: Path) -> None:
     FileNotFoundError
         If the folder does not exist.
     ValueError
-        If the folder is corrupt or of another kind, or the tensors have other names, shapes or dtypes; one line. Some
-        tensors can be filled then.
+        If the folder is corrupt or of another kind, or the tensors have other names, shapes or dtypes. Some tensors may
+        be filled then. The message is one line.
     """
     corrupt = ValueError(f"directory: expected a training state, got {folder}, which is corrupt or of another kind")
     try:
         found = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
     except FileNotFoundError:
         raise
-    except Exception:  # of any type, for arbitrary bytes
+    except Exception:  # of any type, since bytes are arbitrary
         raise corrupt from None
     for name, tensor in state.items():
         _check_pieces(name, tensor, found.get(name), folder)
@@ -369,7 +365,7 @@ def _check_pieces(name: str, tensor: Tensor, found: Any, folder: Path) -> None:
 
 
 def _covers(pieces: list[ChunkStorageMetadata], shape: tuple[int, ...]) -> bool:
-    """Return whether pieces along the first axis make up a tensor of a shape, each row once."""
+    """Return whether pieces along the first axis cover a shape, each row once."""
     if not shape:
         return [tuple(piece.sizes) for piece in pieces] == [()]
     rows = 0
@@ -383,7 +379,7 @@ def _covers(pieces: list[ChunkStorageMetadata], shape: tuple[int, ...]) -> bool:
 
 
 def _cause(error: CheckpointException) -> BaseException:
-    """Return the error of a process that could not write; an OSError if there is one."""
+    """Return the error of a process that could not write, preferably an OSError."""
     causes = [cause for cause, _ in error.failures.values()]
     return next((cause for cause in causes if isinstance(cause, OSError)), causes[0])
 

@@ -1,4 +1,4 @@
-"""A trained encoder by itself: a module from images to features, and an engine that runs it on many."""
+"""Trained encoders: a module from images to features, and an engine to run it."""
 
 import os
 from typing import Any
@@ -23,7 +23,7 @@ from prmim_torch.trainer import choose_device, precision_on
 
 
 class ImageEncoder(ImageModule):
-    """An encoder by itself, which maps images to features; :func:`load_encoder` returns a trained one.
+    """An encoder from images to features; :func:`load_encoder` returns a trained one.
 
     Parameters
     ----------
@@ -33,7 +33,7 @@ class ImageEncoder(ImageModule):
     Attributes
     ----------
     config
-        The record: sizes, and the mean and standard deviation that normalise the pixels.
+        The record: sizes, and the mean and standard deviation of pixels.
 
     Examples
     --------
@@ -62,13 +62,13 @@ class ImageEncoder(ImageModule):
         ----------
         images
             (batch, image_size..., channels): uint8, or floating-point numbers in [0, 1]; with a ``pixel_range``, uint8,
-            uint16 or float32 values of files. The file's mean and standard deviation are applied here.
+            uint16 or float32 values of files. They are normalized here, with the file's mean and standard deviation.
         pool
             ``"mean"``: the mean of the patch tokens; ``"cls"``: the class token, or the mean of several; None: all
             tokens.
         layer
-            None: the output of the encoder, after the final norm, as ``prmim evaluate`` uses it. A number: the output
-            of this block, counted from 1, before the norm; 0: the input of the first block.
+            None: the output of the encoder, after the final norm, as in ``prmim evaluate``. A number: the output of
+            this block, counted from 1, before the norm; 0: the input of the first block.
 
         Returns
         -------
@@ -99,7 +99,7 @@ class ImageEncoder(ImageModule):
         return patchify(images.to(self.encoder.dtype) * 255, self._patch_size)
 
     def architecture(self) -> dict[str, Any]:
-        """Return what the weights mean; see :meth:`prmim_methods.MethodConfig.architecture`."""
+        """Return the architecture; see :meth:`prmim_methods.MethodConfig.architecture`."""
         return self.config.architecture()
 
 
@@ -109,19 +109,19 @@ def load_encoder(
     image_size: int | tuple[int, ...] | None = None,
     device: torch.device | str | None = None,
 ) -> ImageEncoder:
-    """Return a trained encoder, whose sizes come from its file.
+    """Load a trained encoder, with sizes from its file.
 
     Parameters
     ----------
     run_or_file
-        The folder of a run, which stands for its newest good checkpoint; or a ``.safetensors`` file that
-        :func:`prmim_torch.save_weights` of either adapter wrote, of any method or of an encoder alone; or
-        the name of a repository on the Hugging Face hub, see ``prmim push``.
+        The folder of a run, for its newest undamaged checkpoint; or a ``.safetensors`` file that
+        :func:`prmim_torch.save_weights` of either adapter wrote, of any method or of an encoder alone; or the name of a
+        repository on the Hugging Face hub, see ``prmim push``.
     image_size
-        Size of the images in pixels, in place of that in training: a multiple of the patch size. Tables of positions
-        are fitted to it; see :func:`prmim_methods.positions.fit_positions`.
+        Size of the images in pixels, in place of the training size; a multiple of the patch size. Position tables are
+        fitted to it; see :func:`prmim_methods.positions.fit_positions`.
     device
-        Where the module is; None: PyTorch's default device.
+        Device of the module; None: PyTorch's default device.
 
     Returns
     -------
@@ -166,22 +166,22 @@ class EncoderEngine:
     method_config
         The method, or an encoder alone.
     training
-        The options of the run, of which device, number format and timeout matter.
+        The options of the run; only device, number format and timeout are used.
     weights
-        File of the weights; None: those of a new method.
+        The weight file; None: the weights of a new method.
     image_size
         Size of the images, in place of that of ``method_config``.
 
     Raises
     ------
     FileNotFoundError
-        If the file of weights does not exist.
+        If the weight file does not exist.
     ValueError
         If the weights are of another encoder, the patches do not divide the images, or the device is not available.
 
     Notes
     -----
-    Processes do not share work: each may pass other images, and any number.
+    Processes are independent: each may pass other images, and any number of them.
     """
 
     def __init__(
@@ -224,16 +224,16 @@ class EncoderEngine:
     def features(
         self, images: NDArray[Any], pool: str | None = "mean", layer: int | None = None
     ) -> NDArray[np.float32]:
-        """Return features of images (batch, image_size..., channels); see :meth:`ImageEncoder.forward`."""
+        """Return features of images; see :meth:`ImageEncoder.forward`."""
         is_bfloat16 = self.precision.value == "bfloat16"
         with torch.inference_mode(), torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=is_bfloat16):
             found = self.module(torch.from_numpy(np.ascontiguousarray(images)).to(self._device), pool, layer)
         return found.float().cpu().numpy()
 
     def any(self, flag: bool) -> bool:
-        """Return whether the flag of any process is True. Waits for all processes; does not use the device."""
+        """Return whether any process has a True flag; waits for all, without the device."""
         return self._processes.any(flag)
 
     def close(self) -> None:
-        """Shut down, leaving the process group; call it last, also after an exception."""
+        """Leave the process group; call it last, also after an exception."""
         self._processes.close()

@@ -1,4 +1,4 @@
-"""The PyTorch engine: a method with its optimizer and device, as used by the training loop."""
+"""The PyTorch engine: a method with its optimizer and device."""
 
 import os
 from collections.abc import Callable, Sequence
@@ -28,8 +28,8 @@ class Reconstruction(NamedTuple):
     schedule
         The static boundaries inside ``order``.
     patches
-        float32 (batch, N, prod(patch) * C), in raster order, pixels in [0, 1] (predictions can lie outside): the
-        input's own where visible, NaN where nothing is predicted.
+        float32 (batch, N, prod(patch) * C), in raster order, pixels in [0, 1] (predictions may exceed the range): the
+        input where visible, NaN where nothing is predicted.
     """
 
     order: NDArray[np.int64]
@@ -79,9 +79,8 @@ class Engine(Trainer[Method]):
     With ``precision="bfloat16"``, matrix products are computed in bfloat16 by autocast; weights, residual stream,
     norms, loss and optimizer state are float32.
 
-    With ``parallel="ddp"``, each process holds all weights; with ``"fsdp"``, each holds a part of weights, gradients
-    and optimizer state. With several processes, each uses the CUDA device of its local rank, unless ``device`` names
-    a device number.
+    With ``parallel="ddp"``, each process holds all weights; with ``"fsdp"``, a part of weights, gradients and optimizer
+    state. With several processes, each uses the CUDA device of its local rank, unless ``device`` has a number.
 
     Examples
     --------
@@ -108,12 +107,15 @@ class Engine(Trainer[Method]):
 
     @property
     def method(self) -> Method:
-        """The method; with FSDP, each process holds its part of the parameters."""
+        """The method; with FSDP, each process holds a part of the parameters."""
         return self.module
 
     @property
     def predicts(self) -> Predicts:
-        """What the method predicts: ``"pixels"`` (see :meth:`reconstruct`) or ``"features"`` (see :meth:`compare`)."""
+        """Target of the method: ``"pixels"`` or ``"features"``.
+
+        See :meth:`reconstruct` for pixels, :meth:`compare` for features.
+        """
         return self.method.config.predicts
 
     def train_step(
@@ -126,7 +128,7 @@ class Engine(Trainer[Method]):
         images
             (batch, image_size..., channels): this process's share of the batch, the same size in all processes.
         sample
-            int64 (batch,): index of each image in the data set. Seed, step and this index determine its mask.
+            int64 (batch,): index of each image in the data set. Seed, step and index determine its mask.
         weights
             float32 (batch, N): weight of each token, for ``throwing="weighted"`` only; see :meth:`attention`.
 
@@ -138,7 +140,7 @@ class Engine(Trainer[Method]):
         self._take_step(images, sample, *(() if weights is None else (weights,)))
 
     def init_weights(self, source: str | os.PathLike[str]) -> str:
-        """Start from the weights of other code or of another method; see :func:`prmim_torch.init_weights`.
+        """Start from other weights; see :func:`prmim_torch.init_weights`.
 
         All processes must call it.
         """
@@ -147,7 +149,7 @@ class Engine(Trainer[Method]):
         return start.line
 
     def features(self, images: NDArray[Any]) -> NDArray[np.float32]:
-        """Return the mean patch feature of whole images, nothing masked: float32 (batch, dim).
+        """Return mean patch features of unmasked images: float32 (batch, dim).
 
         All processes must pass the same images, here and in :meth:`reconstruct` and :meth:`compare`.
         """
@@ -156,7 +158,7 @@ class Engine(Trainer[Method]):
         return features.float().cpu().numpy()
 
     def attention(self, images: NDArray[Any]) -> NDArray[np.float32]:
-        """Return the attention to the patches of whole images, in [0, 1]: float32 (batch, N).
+        """Return the attention to patches of unmasked images, in [0, 1]: float32 (batch, N).
 
         All processes must call it, with a batch of the same size; the images may differ.
         """
@@ -167,7 +169,7 @@ class Engine(Trainer[Method]):
     def reconstruct(self, images: NDArray[Any], sample: NDArray[np.int64]) -> Reconstruction:
         """Mask images as in step 0, and predict their pixels.
 
-        With ``throwing="weighted"``, the attention to these images is computed first.
+        With ``throwing="weighted"``, the attention of these images is computed first.
 
         Parameters
         ----------

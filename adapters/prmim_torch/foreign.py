@@ -1,4 +1,4 @@
-"""Weights of other code, and a method that starts from them. Only tensors and plain values are unpickled."""
+"""Import of weights of other code. Unpickles tensors and plain values only."""
 
 import argparse
 import os
@@ -21,15 +21,16 @@ from prmim_methods.weight_files import architecture_of
 from prmim_torch.interop import named_weights, put_weights, read_file, write_weights
 
 STATE_DICTS = ("model", "state_dict", "model_state_dict", "module")
-"""Where the files of trainers hold the tensors of the model."""
+"""Keys of the model's tensors in files of trainers."""
 ARGUMENTS = "args"
-"""Where they hold the options of the training."""
+"""Keys of the training options in files of trainers."""
 
 
 ALLOWED: list[Any] = [argparse.Namespace, (OrderedDict, "yacs.config.CfgNode")]
-"""Classes of the options of a training, in files of ``torch.save``: they hold values, and execute nothing.
+"""Allowed classes of training options in files of ``torch.save``; they hold values and execute nothing.
 
-The second, SimMIM's, is a dictionary of another package. It is read as one of Python; the package is not imported.
+The second, SimMIM's, is a dictionary of another package. It is read as a dictionary of Python; the package is not
+imported.
 """
 
 
@@ -53,7 +54,7 @@ def import_weights(
     out
         The ``.safetensors`` file to write. :func:`prmim_torch.load_weights` of both adapters reads it.
     num_heads, decoder_heads, image_size, norm_pix, encoder_only
-        What the weights do not tell; see :func:`prmim_methods.foreign.convert`.
+        Facts that the weights do not determine; see :func:`prmim_methods.foreign.convert`.
 
     Returns
     -------
@@ -89,7 +90,7 @@ def import_weights(
 
 
 def init_weights(method: nn.Module, source: str | os.PathLike[str] | Mapping[str, Any]) -> str:
-    """Start a method from weights of other code, or of another method: all parts that fit.
+    """Load all fitting parts of other weights into a method.
 
     Parameters
     ----------
@@ -101,12 +102,12 @@ def init_weights(method: nn.Module, source: str | os.PathLike[str] | Mapping[str
     Returns
     -------
     str
-        A line that says which parts were loaded.
+        A line of text on the loaded parts.
 
     Raises
     ------
     FileNotFoundError, ValueError
-        As :func:`import_weights`; ValueError also if the encoder is another one. The method is unchanged then.
+        As :func:`import_weights`; ValueError also if the encoder differs. The method is unchanged then.
     """
     start = read_start(method, source)
     put_weights(method, {name: torch.from_numpy(array) for name, array in start.weights.items()})
@@ -147,14 +148,14 @@ def read_checkpoint(source: str | os.PathLike[str] | Mapping[str, Any]) -> Check
 
 
 def read_torch_file(path: Path) -> dict[str, Any]:
-    """Return the dictionary in a file of ``torch.save``; ValueError unless it holds tensors and plain values alone."""
+    """Read a file of ``torch.save``; ValueError unless tensors and plain values only."""
     try:
         with path.open("rb") as file:
             is_archive = file.read(2) == b"PK"
         with torch.serialization.safe_globals(ALLOWED), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of pickle protocols; what cannot be read is an error
+            warnings.simplefilter("ignore")  # of pickle protocols; unreadable content is an error
             entries = torch.load(path, map_location="cpu", weights_only=True, mmap=is_archive)
-    except Exception as error:  # of many types, for a damaged file
+    except Exception as error:  # of many types, if the file is damaged
         text = str(error).partition("WeightsUnpickler error:")[2] or str(error)
         code = re.search(r"GLOBAL ([\w.]+)", text)
         got = f"one with code ({code[1]}), which was not executed" if code else one_line(text.strip().split("\n")[0])
@@ -171,7 +172,7 @@ def _from_entries(entries: Mapping[str, Any], place: str, found: CheckpointFiles
     others = [key for key in entries if key != inner] if inner is not None else []
     strange = [key for key, value in state.items() if not (isinstance(key, str) and isinstance(value, Tensor))]
     if strange:
-        raise ValueError(f"source: expected tensors by name in {place}, got {shown(strange[0])}, which is none")
+        raise ValueError(f"source: expected tensors by name in {place}, got {shown(strange[0])}, which is not a tensor")
     arguments = entries.get(ARGUMENTS) if inner is not None else None
     return Checkpoint(
         place,
@@ -184,7 +185,7 @@ def _from_entries(entries: Mapping[str, Any], place: str, found: CheckpointFiles
 
 
 def _as_array(name: str, tensor: Tensor) -> NDArray[Any]:
-    """Return a tensor as NumPy, of at least float32 if it holds floating-point numbers."""
+    """Convert a tensor to NumPy; floating-point ones to at least float32."""
     try:
         dtype = torch.promote_types(tensor.dtype, torch.float32) if tensor.is_floating_point() else tensor.dtype
         return np.asarray(tensor.detach().cpu().to(dtype).numpy())

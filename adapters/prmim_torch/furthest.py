@@ -1,6 +1,7 @@
-"""Furthest point sampling on a GPU as one Triton kernel: one program per image, with the whole loop in registers.
+"""Furthest point sampling on a GPU, as one Triton kernel.
 
-Importing this module needs Triton, which comes with CUDA builds of PyTorch; :mod:`prmim_torch.plan` imports it on use.
+There is one program per image, with the whole loop in registers. This module needs Triton, which is part of CUDA builds
+of PyTorch; :mod:`prmim_torch.plan` imports it on use.
 """
 
 import torch
@@ -35,7 +36,7 @@ def furthest_point_sampling(
     Returns
     -------
     Tensor
-        int64 (batch, num_samples), equal to :func:`prmim_core.furthest_point_sampling`, which is called instead if
+        int64 (batch, num_samples), equal to :func:`prmim_core.furthest_point_sampling`. That function is called if
         distance and rank do not fit into one int32 key.
     """
     if num_samples == 0 or not key_fits_int32(grid):
@@ -58,7 +59,7 @@ def furthest_point_sampling(
             length,
             block,
             num_warps=min(16, max(1, block // 256)),
-            enable_fp_fusion=True,  # no floats here, but Triton 3.9 warns without this option
+            enable_fp_fusion=True,  # no effect on integers, but Triton 3.9 warns without this option
         )
     return picks
 
@@ -77,11 +78,11 @@ def pick_tokens(  # type: ignore[no-untyped-def]  # Triton's types
     length: tl.constexpr,
     block: tl.constexpr,
 ):
-    """Pick ``num_samples`` tokens of this program's image, on a grid of three axes."""
+    """Pick ``num_samples`` tokens of one image, on a grid of three axes."""
     image = tl.program_id(0).to(tl.int64)
     token = tl.arange(0, block)
     is_token = token < length
-    # Padding is never the largest.
+    # Padding must never be the largest.
     key = tl.load(key_of + image * length + token, mask=is_token, other=-(2**31))
     rank = tl.load(rank_of + image * length + token, mask=is_token, other=0)
     for turn in range(num_samples):

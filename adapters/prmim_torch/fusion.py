@@ -1,4 +1,4 @@
-"""Fusion of encoder layers: one sequence from the outputs of several blocks."""
+"""Fusion of the outputs of several encoder blocks."""
 
 from collections.abc import Sequence
 
@@ -16,7 +16,7 @@ class Fusion(nn.Module):
     dim
         Width of the encoder.
     blocks
-        Numbers of the blocks, from 0. The outputs of all but the last pass through a linear layer of their own.
+        Numbers of the blocks, from 0. All outputs but the last pass through a linear layer each.
 
     Notes
     -----
@@ -43,7 +43,7 @@ class Fusion(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Set the weights to their initial value; the linear layers are not changed."""
+        """Set the weights to their initial value; linear layers are not changed."""
         nn.init.ones_(self.layer_weights)
 
     def forward(self, states: Sequence[Tensor]) -> Tensor:
@@ -61,12 +61,12 @@ class Fusion(nn.Module):
             (batch, length, dim).
         """
         *shallow, last = (states[block + 1] for block in self.blocks)
-        # Under autocast, the linear layers return a lower precision than that of the residual stream.
+        # Under autocast, linear layers return a lower precision than the residual stream.
         projected = (layer(state).to(last.dtype) for layer, state in zip(self.projections, shallow, strict=True))
         weights = self.layer_weights.softmax(0).to(last.dtype)
         return (weights[:, None, None, None] * torch.stack([*projected, last])).sum(0)
 
     def named_weights(self) -> dict[str, Tensor]:
-        """Return the weight of each block in the mean, without gradient: scalars ``layer_weight_K`` for block K."""
+        """Return the weights of blocks in the mean, as ``layer_weight_K``, without gradient."""
         weights = self.layer_weights.detach().softmax(0)
         return {f"layer_weight_{block}": weights[place] for place, block in enumerate(self.blocks)}

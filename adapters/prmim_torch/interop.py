@@ -1,4 +1,4 @@
-"""Weights to and from ``.safetensors`` files, which both adapters read. Nothing is unpickled."""
+"""Reading and writing ``.safetensors`` files, which both adapters share."""
 
 import os
 from collections.abc import Mapping
@@ -21,11 +21,13 @@ from prmim_methods.weight_files import (
 )
 
 FROZEN = "teacher."
-"""Prefix of tensors that a method holds but does not train; they are not part of its files."""
+"""Prefix of frozen tensors of a method, which are not part of its files."""
 
 
 def save_weights(method: nn.Module, path: str | os.PathLike[str]) -> None:
-    """Write parameters and persistent buffers, except a teacher's, to a ``.safetensors`` file, atomically.
+    """Write parameters and persistent buffers to a ``.safetensors`` file, atomically.
+
+    A teacher's are left out.
 
     Parameters
     ----------
@@ -47,7 +49,7 @@ def load_weights(method: nn.Module, path: str | os.PathLike[str], *, resize: boo
     path
         The file.
     resize
-        Whether images of the file may have another size. Then tables of positions are fitted to the method's; see
+        Whether the file's image size may differ. Position tables are then fitted to the method's; see
         :func:`prmim_methods.positions.fit_positions`.
 
     Raises
@@ -62,19 +64,19 @@ def load_weights(method: nn.Module, path: str | os.PathLike[str], *, resize: boo
 
 
 def named_weights(method: nn.Module) -> dict[str, Tensor]:
-    """Return the contents of a method's file, by name: parameters and persistent buffers, except a teacher's."""
+    """Return a method's weights by name, as in files, without a teacher's."""
     return {name: tensor for name, tensor in method.state_dict().items() if not name.startswith(FROZEN)}
 
 
 def write_weights(weights: dict[str, Tensor], metadata: dict[str, str], path: str | os.PathLike[str]) -> None:
-    """Write weights, named as by :func:`named_weights`, and the metadata of their method, atomically."""
+    """Write weights, named as by :func:`named_weights`, and metadata, atomically."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
     write_atomically(path, lambda file: file.write(save(tensors, metadata)))
 
 
 def put_weights(method: nn.Module, weights: dict[str, Tensor]) -> None:
     """Copy weights, named as by :func:`named_weights`, into a method."""
-    method.load_state_dict(weights, strict=False)  # a teacher's are missing
+    method.load_state_dict(weights, strict=False)  # a teacher's weights are missing
 
 
 def read_weights(method: nn.Module, path: str | os.PathLike[str], *, resize: bool = False) -> dict[str, Tensor]:
@@ -92,36 +94,38 @@ def read_weights(method: nn.Module, path: str | os.PathLike[str], *, resize: boo
 def read_encoder(
     path: str | os.PathLike[str], image_size: int | tuple[int, ...] | None = None
 ) -> tuple[EncoderConfig, dict[str, Tensor]]:
-    """Return the encoder in a file of weights: its record, and its weights by name, ``encoder.`` first.
+    """Return the record of the encoder in a weight file, and its weights by name.
+
+    All names begin with ``encoder.``.
 
     Parameters
     ----------
     path
         A file of a method, or of an encoder alone.
     image_size
-        Size of the images in place of the file's.
+        Size of the images, in place of the file's.
 
     Raises
     ------
     FileNotFoundError
         If the file does not exist.
     ValueError
-        If the file does not describe an encoder, lacks some of its weights, or the patches do not divide the images.
+        If the file has no encoder or lacks some of its weights, or the patches do not divide the images.
     """
     metadata, tensors = read_file(path)
     got = read_architecture(metadata, path)
     source = encoder_of(got)
     number, wanted = sum(array.numel() for array in tensors.values()), source.parameters()
-    if wanted.learned + wanted.fixed > number:  # before such a model is built
+    if wanted.learned + wanted.fixed > number:  # before a model of this size is built
         raise ValueError(f"path: expected the weights of an encoder, got {number:,} values in {os.fspath(path)}")
     config = source.encoder_config(image_size)
     return config, fit_encoder(config, got, tensors)
 
 
 def read_file(path: str | os.PathLike[str]) -> tuple[dict[str, str] | None, dict[str, Tensor]]:
-    """Return the metadata and the tensors of a ``.safetensors`` file; ValueError if it is another file."""
+    """Return metadata and tensors of a ``.safetensors`` file; ValueError otherwise."""
     try:
-        open_regular(path).close()  # safe_open would wait at a pipe
+        open_regular(path).close()  # safe_open would block on a pipe
         with safe_open(path, framework="pt") as file:
             return file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a dict
     except (SafetensorError, ValueError) as error:
@@ -129,7 +133,7 @@ def read_file(path: str | os.PathLike[str]) -> tuple[dict[str, str] | None, dict
 
 
 def check_fit(expected: Mapping[str, Tensor], got: Mapping[str, Tensor], path: str | os.PathLike[str]) -> None:
-    """Raise ValueError unless the tensors of a file have the expected names and shapes, and are floating-point."""
+    """Validate a file's tensors: floating-point, with the expected names and shapes."""
     check_tensors(
         {name: tuple(tensor.shape) for name, tensor in expected.items()},
         {name: (tuple(t.shape), str(t.dtype), t.is_floating_point()) for name, t in got.items()},

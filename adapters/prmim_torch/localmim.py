@@ -1,4 +1,4 @@
-"""LocalMIM: several encoder layers predict the image at several scales; dense, partial or PR-MIM."""
+"""LocalMIM: encoder layers predict the image at several scales."""
 
 from dataclasses import dataclass
 
@@ -32,12 +32,12 @@ class LocalOutput:
     Parameters
     ----------
     loss
-        Scalar to minimise, float32 or wider.
+        Scalar to minimize, float32 or wider.
     loss_decoded, loss_thrown
-        Scalars: the mean loss of decoded and of thrown tokens, a sum over the scales; 0 if no such token is supervised.
+        Scalars: mean loss of decoded and of thrown tokens, summed over the scales; 0 if no such token is supervised.
     predicted
-        (batch, supervised, values): predictions of the supervised tokens in plan order; for each scale the cells of the
-        token in raster order, or the cell that the token is part of.
+        (batch, supervised, values): predictions of the supervised tokens in plan order. For each scale, they are the
+        token's cells in raster order, or the cell that contains the token.
     plan
         The plan of the batch.
     """
@@ -53,19 +53,19 @@ register_dataclass(LocalOutput, serialized_type_name="prmim_torch.LocalOutput")
 
 
 class ScaleHead(nn.Module):
-    """Predict the cells of each token at one scale.
+    """Head that predicts the cells of each token at one scale.
 
     Parameters
     ----------
     config
         The record of the method.
     scale
-        Cells along each side of a token; below 1, the inputs are features of units, and each is one cell.
+        Cells along each side of a token. Below 1, inputs are features of units, and each unit is one cell.
 
     Notes
     -----
-    The published heads are transposed convolutions whose kernel equals their stride, on the grid of all tokens. Such a
-    convolution is a linear layer on each token, so it works on any tokens.
+    The published heads are transposed convolutions on the grid of all tokens, with kernel size equal to the stride.
+    They equal linear layers on each token, which work for any subset of tokens.
     """
 
     def __init__(self, config: LocalMIMConfig, scale: float) -> None:
@@ -77,20 +77,20 @@ class ScaleHead(nn.Module):
         self.pred = Linear(width, values)
 
     def forward(self, features: Tensor) -> Tensor:
-        """Map features (batch, n, dim) to cells (batch, n, cells * values), cells of a token in raster order."""
+        """Map features (batch, n, dim) to cells in raster order (batch, n, cells * values)."""
         batch, length, _ = features.shape
         x = features.reshape(batch * length, 1, -1)
         for number, up in enumerate(self.up):
             if number:
                 x = F.gelu(self.norms[number - 1](x))
             x = up(x)
-            # Each cell becomes a patch of 2 x 2 cells; they are put in raster order.
+            # Each cell becomes a patch of 2 x 2 cells, which are sorted in raster order.
             x = unpatchify(x, (2,) * self._axes, Grid((2**number,) * self._axes)).flatten(1, -2)
         return self.pred(x).reshape(batch, length, -1)
 
 
 class LocalMIM(FeatureMethod):
-    """LocalMIM with partial and progressive reconstruction; see :class:`prmim_methods.LocalMIMConfig`.
+    """LocalMIM with PR-MIM; see :class:`prmim_methods.LocalMIMConfig`.
 
     Parameters
     ----------
@@ -117,7 +117,7 @@ class LocalMIM(FeatureMethod):
         scales = config.scales_in_effect
         with initial_weights(config.init_seed):
             self.encoder = build_encoder(config)
-            # The encoder's final norm is that of the last decoder.
+            # The last decoder uses the encoder's final norm.
             self.norms = nn.ModuleList(LayerNorm(encoder.dim) for _ in scales[1:])
             self.decoders = nn.ModuleList(
                 Decoder(
@@ -161,7 +161,7 @@ class LocalMIM(FeatureMethod):
         plan = make_plan(self._schedule, noise)
         predicted = self._predict(patches, plan)
         targets = self._targets(images, self._supervised(plan))
-        # The error has the precision of the target; under autocast, the prediction can have a lower one.
+        # The error has the precision of the target. Under autocast, the prediction may have a lower one.
         errors = torch.stack(
             [
                 (rough.to(target.dtype) - target).square().mean(-1)
@@ -186,7 +186,7 @@ class LocalMIM(FeatureMethod):
         return predicted
 
     def _predict_scale(self, scale: float, head: nn.Module, features: Tensor, plan: Plan) -> Tensor:
-        """Predict from features (batch, V + M or N, dim) in plan order: (batch, supervised, values)."""
+        """Predict from features (batch, V + M or N, dim): (batch, supervised, values)."""
         if scale >= 1:
             first = plan.schedule.counts.visible
             return head(features[:, first : first + self.config.num_supervised])
@@ -210,11 +210,11 @@ class LocalMIM(FeatureMethod):
         return targets
 
     def _cell_maps(self, images: Tensor) -> list[Tensor]:
-        """Return what is predicted of each cell, (batch, cells..., values) for each scale."""
+        """Return the targets of all cells, (batch, cells..., values) for each scale."""
         config, dtype = self.config, self.encoder.cls_token.dtype
         images = self._pixels(images)
         if config.target == "hog":
-            # Of pixels that are not normalised: their gradients are exact, and histograms ignore the scale.
+            # Computed from unnormalized pixels: their gradients are exact, and histograms ignore the scale.
             return hog_pyramid(images.to(dtype), config.cell_sizes, config.bins)  # type: ignore[arg-type]  # two axes
         pixels = self._normalize(images.reshape(images.shape[0], 1, -1))  # the image as one patch
         pixels = normalize_over_image(pixels, pixels, config.channels)
@@ -235,7 +235,10 @@ class LocalMIM(FeatureMethod):
         return LocalOutput(loss, loss_decoded, loss_thrown, predicted, plan)
 
     def compared_features(self, images: Tensor, output: LocalOutput) -> tuple[Tensor, Tensor]:
-        """Return predictions and targets of all scales, for pictures; see :meth:`FeatureMethod.compared_features`."""
+        """Return predictions and targets of all scales.
+
+        See :meth:`FeatureMethod.compared_features`.
+        """
         self._check_output(output)
         every = torch.arange(self.num_tokens, device=images.device).expand(images.shape[0], -1)
         target = torch.cat(self._targets(images, every), dim=-1)

@@ -14,7 +14,7 @@ from prmim_torch.vit import Decoder
 
 
 class MAE(PixelMethod):
-    """Masked autoencoder with partial and progressive reconstruction; see :class:`prmim_methods.MAEConfig`.
+    """MAE with PR-MIM; see :class:`prmim_methods.MAEConfig`.
 
     Parameters
     ----------
@@ -61,8 +61,8 @@ class MAE(PixelMethod):
         images
             uint8 (batch, image_size..., channels); with a ``pixel_range``, also uint16 or float32.
         noise
-            int (batch, N), for example from ``prmim_core.counter_noise``. It also decides which branches drop path
-            drops, in training mode.
+            int (batch, N), for example from ``prmim_core.counter_noise``. In training mode, it also determines the
+            branches that drop path drops.
         weights
             float (batch, N), for ``throwing="weighted"`` only, for example from :meth:`attention`. Attended tokens
             tend to be masked.
@@ -88,7 +88,7 @@ class MAE(PixelMethod):
         return output if self.fusion is None else replace(output, layer_weights=self.fusion.named_weights())
 
     def _decode(self, visible: Tensor, plan: Plan, noise: Tensor) -> Tensor:
-        """Encode the visible patches and decode: the features from ``config.first_feature`` on, in plan order."""
+        """Encode visible patches and decode: features from ``config.first_feature`` on."""
         encoder, scales = self.encoder, self._drop_path(noise, self.config.drop_rate)
         if isinstance(self.decoder, Decoder) and self.fusion is None:
             return self.decoder(encoder(visible, plan.visible, scales), self._decoder_index(plan, noise))
@@ -99,11 +99,11 @@ class MAE(PixelMethod):
         return self.decoder(encoder.norm(self.fusion(layers)), self._decoder_index(plan, noise))
 
     def _decoder_index(self, plan: Plan, noise: Tensor) -> Tensor:
-        """Return the tokens that a decoder of self-attention sees: int, the visible tokens first."""
+        """Return the tokens that a self-attention decoder sees, visible ones first."""
         return plan.known(1)
 
     def _error(self, predicted: Tensor, target: Tensor) -> Tensor:
-        # The error has the precision of the target; under autocast, the prediction can have a lower one.
+        # The error has the precision of the target. Under autocast, the prediction may have a lower one.
         return (predicted.to(target.dtype) - target).square().mean(-1)
 
 

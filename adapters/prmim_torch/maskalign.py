@@ -1,4 +1,4 @@
-"""MaskAlign: a student that sees the visible tokens predicts a teacher's features of the whole image."""
+"""MaskAlign: a student predicts a teacher's features of the whole image."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.export import register_dataclass
 
-from prmim_core import Plan, random_visible, take_tokens, weighted_visible
+from prmim_core import Plan, take_tokens
 from prmim_methods import MaskAlignConfig
 from prmim_methods.teacher import find_teacher
 from prmim_torch.method import FeatureMethod, build_encoder, initial_weights
@@ -26,9 +26,9 @@ class AlignOutput:
     Parameters
     ----------
     loss
-        Scalar to minimise, float32 or wider.
+        Scalar to minimize, float32 or wider.
     loss_visible, loss_thrown
-        Scalars: the mean loss of the class token and the visible tokens, and of the thrown tokens; the latter is 0 if
+        Scalars: mean loss of the class token and the visible tokens, and of the thrown tokens; the latter is 0 if
         thrown tokens are not supervised.
     predicted
         (batch, 1 + supervised, teacher_dim): predictions for the last aligned layer of the teacher: class token, then
@@ -48,12 +48,12 @@ register_dataclass(AlignOutput, serialized_type_name="prmim_torch.AlignOutput")
 
 
 class MaskAlign(FeatureMethod):
-    """MaskAlign with progressive reconstruction of masked tokens; see :class:`prmim_methods.MaskAlignConfig`.
+    """MaskAlign with PR-MIM; see :class:`prmim_methods.MaskAlignConfig`.
 
     Parameters
     ----------
     config
-        The options. A teacher given by its name on the Hugging Face hub is downloaded.
+        The options. A teacher named on the Hugging Face hub is downloaded.
 
     Raises
     ------
@@ -71,9 +71,9 @@ class MaskAlign(FeatureMethod):
 
     def __init__(self, config: MaskAlignConfig) -> None:
         super().__init__(config)
-        config.read_teacher(find_teacher(str(config.teacher)))  # raises unless the teacher fits the options
+        config.read_teacher(find_teacher(str(config.teacher)))  # raises if the teacher does not fit the options
         self.teacher = Teacher(str(config.teacher), config.grid.shape, config.channels, layers=config.teacher_layers)
-        # A run can save its weights even if the teacher's folder is gone by then.
+        # Weights can be saved even if the teacher's folder no longer exists.
         self._architecture = config.architecture()
         size = config.encoder_size
         with initial_weights(config.init_seed):
@@ -91,8 +91,8 @@ class MaskAlign(FeatureMethod):
         images
             uint8 (batch, image_size..., channels); with a ``pixel_range``, also uint16 or float32.
         noise
-            int32 (batch, N), for example from ``prmim_core.counter_noise``. It also decides which branches drop path
-            drops, in training mode.
+            int32 (batch, N), for example from ``prmim_core.counter_noise``. In training mode, it also determines the
+            branches that drop path drops.
 
         Returns
         -------
@@ -108,42 +108,35 @@ class MaskAlign(FeatureMethod):
         patches = self._patches(images)
         self._check_batch(images, noise)
         seen = self.teacher(self._pixels(images))
-        plan = make_plan(self._schedule, noise, visible=self._visible(noise, seen.attention))
+        plan = make_plan(self._schedule, noise, **self.config.plan_arguments(noise, seen.attention))
         losses = []
         for head, fused, hidden in zip(self.heads, self._fused(patches, plan, noise), seen.hidden, strict=True):
             if self.reconstruct is not None:
                 fused = torch.cat([fused[:, :1], self.reconstruct(fused[:, 1:], plan)], dim=1)
             predicted = head(fused)
             target = _whiten(take_tokens(hidden, self._supervised_rows(plan)))
-            # The error has the precision of the target; under autocast, the prediction can have a lower one.
+            # The error has the precision of the target. Under autocast, the prediction may have a lower one.
             losses.append(F.smooth_l1_loss(predicted.to(target.dtype), target, reduction="none").mean(-1))
         return self._output(2 * torch.stack(losses).mean(0), predicted, plan)
 
     def _fused(self, patches: Tensor, plan: Plan, noise: Tensor) -> Tensor:
-        """Encode the visible patches and mix the outputs of all blocks: (k, batch, 1 + V, dim)."""
+        """Encode visible patches; mix the outputs of all blocks: (k, batch, 1 + V, dim)."""
         encoder, visible = self.encoder, plan.visible
         tokens = encoder.place(encoder.patch_embed(self._normalize(take_tokens(patches, visible))), visible)
         outputs = encoder.hidden_states(tokens, visible, self._drop_path(noise, self.config.drop_rate))[1:]
         states = torch.stack(outputs)
         return (self.fusion @ states.flatten(1)).view(-1, *states.shape[1:])
 
-    def _visible(self, noise: Tensor, attention: Tensor) -> Tensor:
-        """Draw the visible tokens: int (batch, V)."""
-        num_visible = self._schedule.counts.visible
-        if self.config.masking == "attention":
-            return weighted_visible(num_visible, noise, attention)
-        return random_visible(num_visible, noise)
-
     def _supervised(self, plan: Plan) -> Tensor:
         """Return the supervised tokens, without the class token: int (batch, supervised)."""
         return plan.visible if self.reconstruct is None else plan.order
 
     def _supervised_rows(self, plan: Plan) -> Tensor:
-        """Return the rows of the teacher's output that are targets, the class token's first: int (batch, 1 + n)."""
+        """Return the rows of target features, class token first: int (batch, 1 + n)."""
         return F.pad(self._supervised(plan) + 1, (1, 0))
 
     def _output(self, per_token: Tensor, predicted: Tensor, plan: Plan) -> AlignOutput:
-        """Average the losses (batch, 1 + supervised) of the class token and the supervised tokens."""
+        """Average the losses (batch, 1 + supervised), class token first."""
         num_visible = 1 + plan.schedule.counts.visible
         num_thrown = per_token.shape[1] - num_visible
         loss_visible = per_token[:, :num_visible].mean()
@@ -153,7 +146,10 @@ class MaskAlign(FeatureMethod):
         return AlignOutput(loss, loss_visible, loss_thrown, predicted, plan)
 
     def compared_features(self, images: Tensor, output: AlignOutput) -> tuple[Tensor, Tensor]:
-        """Return predicted and target features, for pictures; see :meth:`FeatureMethod.compared_features`."""
+        """Return predicted and target features.
+
+        See :meth:`FeatureMethod.compared_features`.
+        """
         self._check_output(output)
         target = _whiten(self.teacher(self._pixels(images)).hidden[-1][:, 1:])
         student = output.predicted[:, 1:].to(target.dtype)
@@ -161,12 +157,12 @@ class MaskAlign(FeatureMethod):
         return torch.full_like(target, torch.nan).scatter(1, places, student), target
 
     def architecture(self) -> dict[str, Any]:
-        """Return what the weights mean; see :meth:`prmim_methods.MethodConfig.architecture`."""
+        """Return the architecture; see :meth:`prmim_methods.MethodConfig.architecture`."""
         return self._architecture
 
 
 def _initial_fusion(config: MaskAlignConfig, depth: int) -> Tensor:
-    """Return the initial share of each of the student's layers in each aligned layer: (k, depth)."""
+    """Return the initial weights of student layers in aligned layers: (k, depth)."""
     if config.fusion == "sum":
         return torch.full((config.teacher_layers, depth), 1 / depth)
     return (torch.eye(depth) + 0.01)[depth - config.teacher_layers :].clone()

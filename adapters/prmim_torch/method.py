@@ -1,4 +1,4 @@
-"""Base classes of the methods: from images to patches, and from encoded images to features.
+"""Base classes of the methods.
 
 A method is one file that adds its parts and its loss; see :class:`Method`.
 """
@@ -6,7 +6,6 @@ A method is one file that adds its parts and its loss; see :class:`Method`.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from math import prod
 from typing import Any, Literal
 
 import torch
@@ -17,7 +16,6 @@ from torch.export import register_dataclass
 from prmim_core import (
     Plan,
     attention_weights,
-    block_visible,
     cell_means,
     denormalize_patches,
     denormalize_values,
@@ -29,23 +27,21 @@ from prmim_core import (
     normalize_values,
     patchify,
     take_tokens,
-    unattended_visible,
     unpatchify,
     window_statistics,
 )
 from prmim_methods import MethodConfig, PixelConfig
 from prmim_methods.cost import CONV_REPEATS, RECONSTRUCTION_HEADS
 from prmim_methods.encoder import EncoderOptions
-from prmim_torch.distributed import spread
 from prmim_torch.plan import make_plan
 from prmim_torch.reconstruct import ProgressiveReconstruction, no_weight_decay
-from prmim_torch.vit import Encoder, Linear, constant_like
+from prmim_torch.vit import Encoder, Linear, constant_like, spread
 
 Pool = Literal["mean", "cls"]
 
 
 class ImageModule(nn.Module):
-    """A module on images: validates them, cuts them into patches and normalises the pixels.
+    """A module on images: validation, patches, and normalization of pixels.
 
     Images are uint8; with a ``pixel_range``, also uint16 or float32.
 
@@ -72,10 +68,10 @@ class ImageModule(nn.Module):
         self._pixel_shift = tuple(-m / s for m, s in zip(mean, std, strict=True))
 
     def reset_parameters(self) -> None:
-        """Give all weights, those of the parts included, the values that a new module of the same options has.
+        """Reset all weights, parts included, to those of a new module of equal options.
 
-        For a module that was built on the meta device. Does not depend on the device or on the random state. With
-        FSDP2, every process must call it.
+        For modules built on the meta device. Independent of the device and of the random state. With FSDP2, every
+        process must call it.
         """
         with torch.device("cpu"):
             weights = self._new().state_dict()
@@ -87,11 +83,11 @@ class ImageModule(nn.Module):
         raise NotImplementedError
 
     def _patches(self, images: Tensor) -> Tensor:
-        """Cut images into patches (batch, N, prod(patch) * C) of values 0 .. 255; validate dtype and shape."""
+        """Validate images and cut them into patches (batch, N, prod(patch) * C), 0 .. 255."""
         return patchify(self._pixels(images), self._patch_size)
 
     def _pixels(self, images: Tensor) -> Tensor:
-        """Return images of values 0 .. 255: uint8, or float32 with a ``pixel_range``; validate dtype and shape."""
+        """Validate images and return values 0 .. 255: uint8; float32 for a ``pixel_range``."""
         if images.dtype not in self._image_dtypes:
             raise TypeError(f"images: expected {' or '.join(map(str, self._image_dtypes))}, got {images.dtype}")
         self._check_shape(images)
@@ -110,31 +106,34 @@ class ImageModule(nn.Module):
             raise ValueError(f"noise: expected shape {(images.shape[0], self.num_tokens)}, got {tuple(noise.shape)}")
 
     def _normalize(self, patches: Tensor) -> Tensor:
-        """Turn patches (batch, length, prod(patch) * C) of values 0 .. 255 into floats, normalised per channel."""
+        """Normalize patches (batch, length, prod(patch) * C) of values 0 .. 255 per channel."""
         pixels = self._by_channel(patches).to(self.encoder.dtype)
         return (pixels * constant_like(self._pixel_scale, pixels) + constant_like(self._pixel_shift, pixels)).flatten(
             -2
         )
 
     def _by_channel(self, patches: Tensor) -> Tensor:
-        """Separate the channels: (batch, length, P) to (batch, length, P / C, C); the length may be 0."""
+        """Separate channels: (batch, length, P) to (batch, length, P / C, C).
+
+        The length may be 0.
+        """
         channels = self._image_shape[-1]
         return patches.reshape(*patches.shape[:2], patches.shape[2] // channels, channels)
 
     def _pool(self, encoded: Tensor, pool: str) -> Tensor:
-        """Return one vector (batch, dim) per image from the encoded tokens (batch, C + N, dim)."""
+        """Pool encoded tokens (batch, C + N, dim) to (batch, dim)."""
         num_class = self.encoder.class_tokens
         return (encoded[:, :num_class] if pool == "cls" else encoded[:, num_class:]).mean(1)
 
     def _drop_path(self, noise: Tensor, rate: float) -> Tensor | None:
-        """Return the factors of the encoder's branches, (batch, depth, 2); None if no branch is dropped."""
+        """Return the factors of branches (batch, depth, 2); None if none can be dropped."""
         if not self.training or rate == 0:
             return None
         return drop_path_scales(len(self.encoder.blocks), rate, noise)
 
 
 class Method(ImageModule):
-    """A masked image modelling method: maps images and noise to an output with a ``loss``.
+    """A masked image modelling method, from images and noise to a ``loss``.
 
     A subclass builds ``encoder`` and implements ``forward(images, noise)``.
 
@@ -156,7 +155,7 @@ class Method(ImageModule):
         return type(self)(self.config)
 
     def encode(self, images: Tensor) -> Tensor:
-        """Encode whole images, nothing masked: uint8 (batch, image_size..., channels) to (batch, C + N, dim).
+        """Encode unmasked images: (batch, image_size..., channels) to (batch, C + N, dim).
 
         The C class tokens come first.
         """
@@ -181,7 +180,7 @@ class Method(ImageModule):
         return self._pool(self.encode(images), pool)
 
     def attention(self, images: Tensor) -> Tensor:
-        """Return the attention to the patches of whole images, for ``throwing="weighted"``.
+        """Return the attention to patches of unmasked images, for ``throwing="weighted"``.
 
         Parameters
         ----------
@@ -199,19 +198,22 @@ class Method(ImageModule):
         return attention_weights(encoder.cls_attention(tokens))
 
     def architecture(self) -> dict[str, Any]:
-        """Return what the weights mean; see :meth:`prmim_methods.MethodConfig.architecture`."""
+        """Return the architecture; see :meth:`prmim_methods.MethodConfig.architecture`."""
         return self.config.architecture()
 
     def no_weight_decay(self) -> frozenset[str]:
-        """Return the parameters of several axes that the recipe or a reconstruction exempts from weight decay."""
+        """Return the multi-axis parameters that are exempt from weight decay.
+
+        The recipe or a reconstruction exempts them.
+        """
         return self.config.not_decayed() | no_weight_decay(self)
 
     def measured(self, output: Any) -> list[Tensor]:
-        """Return the scalars of an output that a training step measures, in the order of ``losses``."""
+        """Return the measured scalars of an output, in the order of ``losses``."""
         return [getattr(output, name) for name in self.losses]
 
     def _check_batch(self, images: Tensor, noise: Tensor) -> None:
-        """Validate the images and the noise of a loss: a mean over no images would be NaN."""
+        """Validate images and noise; an empty batch is an error, since its mean is NaN."""
         check_not_empty(images)
         self._check_noise(noise, images)
 
@@ -220,7 +222,7 @@ class Method(ImageModule):
             raise ValueError(f"output: expected one of this method, got one with the plan of {output.plan.schedule}")
 
     def _build_reconstruction(self, dim: int) -> ProgressiveReconstruction | None:
-        """Return the reconstruction of features of ``dim`` channels; None if no token is reconstructed."""
+        """Return the reconstruction for ``dim`` channels; None without reconstruction."""
         config = self.config
         if not config.is_reconstructed:
             return None
@@ -246,11 +248,11 @@ class PixelOutput:
     Parameters
     ----------
     loss
-        Scalar to minimise, float32 or wider.
+        Scalar to minimize, float32 or wider.
     loss_decoded, loss_thrown
-        Scalars: the mean loss of decoded and of thrown tokens; 0 if no such token is supervised.
+        Scalars: mean loss of decoded and of thrown tokens; 0 if no such token is supervised.
     loss_cells
-        Scalar: the mean loss of the cells that other tokens predict in addition; 0 if none does.
+        Scalar: mean loss of the additional cells of other tokens; 0 if there are none.
     predicted
         (batch, n, prod(patch) * C): predicted patches of ``config.patch_places``, in plan order, in the units of the
         target.
@@ -276,7 +278,7 @@ register_dataclass(PixelOutput, serialized_type_name="prmim_torch.PixelOutput")
 
 
 class PixelMethod(Method):
-    """A method that predicts the pixels of masked tokens, or means of cells of them.
+    """A method that predicts pixels of masked tokens, or means of their cells.
 
     A subclass implements ``_error``.
     """
@@ -286,21 +288,15 @@ class PixelMethod(Method):
     cell_head: Linear | None
 
     def _plan(self, noise: Tensor, weights: Tensor | None) -> Plan:
-        """Choose visible, decoded and thrown tokens; attended ones tend to be masked if there are weights."""
-        config, schedule = self.config, self._schedule
+        """Choose visible, decoded and thrown tokens; with weights, mask attended ones."""
+        config = self.config
         if config.needs_weights != (weights is not None):
             got = "none" if weights is None else "a tensor"
             raise ValueError(f"weights: expected a tensor with throwing 'weighted' only, got {got}")
-        visible, unit = None, config.mask_shape
-        num_units = schedule.counts.visible // prod(unit)
-        if weights is not None:
-            visible = unattended_visible(schedule.grid, unit, num_units, noise, weights)
-        elif prod(unit) > 1:
-            visible = block_visible(schedule.grid, unit, num_units, noise)
-        return make_plan(schedule, noise, visible, weights=weights if schedule.throwing == "weighted" else None)
+        return make_plan(self._schedule, noise, **config.plan_arguments(noise, weights))
 
     def measured(self, output: PixelOutput) -> list[Tensor]:
-        """Return the scalars of an output that a training step measures, in the order of ``losses``."""
+        """Return the measured scalars of an output, in the order of ``losses``."""
         found = {**vars(output), **output.layer_weights}
         return [found[name] for name in self.losses]
 
@@ -317,10 +313,9 @@ class PixelMethod(Method):
         Returns
         -------
         Tensor
-            (batch, N, prod(patch) * C), in raster order, in units of [0, 1]. Visible patches are the input's own.
-            Supervised patches are the predictions; a token that predicts cells has the value of a cell in all its
-            pixels. Normalisation is undone with the statistics of the true patch, window or image. All other patches
-            are NaN.
+            (batch, N, prod(patch) * C), in raster order, in units of [0, 1]. Visible patches are the input. Supervised
+            patches are predictions; pixels of predicted cells have the value of the cell. Normalization is undone with
+            the statistics of the true patch, window or image. All other patches are NaN.
         """
         patches, plan, config = self._patches(images), output.plan, self.config
         self._check_output(output)
@@ -341,12 +336,12 @@ class PixelMethod(Method):
         return torch.full(patches.shape, torch.nan, dtype=pixels.dtype, device=pixels.device).scatter(1, places, pixels)
 
     def _to_unit_range(self, patches: Tensor) -> Tensor:
-        """Invert the normalisation of the data set: (batch, n, prod(patch) * C) in units of [0, 1]."""
+        """Undo the data set's normalization: (batch, n, prod(patch) * C) in [0, 1]."""
         pixels = self._by_channel(patches) - constant_like(self._pixel_shift, patches)
         return (pixels / (255 * constant_like(self._pixel_scale, patches))).flatten(-2)
 
     def _build_cell_head(self, dim: int) -> Linear | None:
-        """Return the layer that predicts cells from features of ``dim`` channels; None if no token predicts any."""
+        """Return the layer that predicts cells from ``dim`` channels; None without cells."""
         return Linear(dim, self.config.cell_dim) if self.config.cell_places else None
 
     def _error(self, predicted: Tensor, target: Tensor) -> Tensor:
@@ -361,7 +356,7 @@ class PixelMethod(Method):
         Parameters
         ----------
         features
-            (batch, V + M or N, dim), in plan order, without those before ``config.first_feature``.
+            (batch, V + M or N, dim), in plan order, starting at ``config.first_feature``.
         patches
             uint8 (batch, N, prod(patch) * C), in raster order.
         plan
@@ -369,7 +364,7 @@ class PixelMethod(Method):
         head
             The layer that predicts patches from features.
         eps
-            Added to an image's sum of weights: a decoded token weighs 1, a thrown one ``thrown_weight``.
+            Added to an image's sum of weights: 1 for a decoded token, ``thrown_weight`` for a thrown one.
         """
         config, counts, batch = self.config, plan.schedule.counts, patches.shape[0]
         predicted = head(_places(features, config.patch_places, config.first_feature))
@@ -394,14 +389,14 @@ class PixelMethod(Method):
         return PixelOutput(loss, loss_decoded, loss_thrown, loss_cells, predicted, predicted_cells, plan)
 
     def _patch_target(self, patches: Tensor, index: Tensor) -> Tensor:
-        """Return the pixels (batch, n, prod(patch) * C) that the tokens ``index`` predict, normalised per channel."""
+        """Return target pixels (batch, n, prod(patch) * C), normalized per channel."""
         if self.config.low_pass is not None:
             pixels = unpatchify(patches.to(self.encoder.dtype), self._patch_size, self.config.grid)
             patches = patchify(low_pass(pixels, self.config.low_pass), self._patch_size)
         return self._normalize(take_tokens(patches, index))
 
     def _normalize_target(self, target: Tensor) -> Tensor:
-        """Normalise the pixels of target patches (batch, n, prod(patch) * C) over each patch."""
+        """Normalize target patches (batch, n, prod(patch) * C) over each patch."""
         return normalize_patches(target)
 
     def _denormalize_target(self, predicted: Tensor, target: Tensor) -> Tensor:
@@ -409,15 +404,15 @@ class PixelMethod(Method):
         return denormalize_patches(predicted, target)
 
     def _cell_target(self, patches: Tensor, index: Tensor) -> Tensor:
-        """Return the normalised cells (batch, n, prod(cells) * C) of the tokens ``index``."""
+        """Return target cells (batch, n, prod(cells) * C), normalized."""
         pixels = self._normalize(take_tokens(patches, index))
         statistics = self._cell_statistics(patches, index)
-        # Normalised before they are averaged: the cells of an image of one colour, whose deviation is 0, are exactly 0.
+        # Normalized before averaging, so that cells of an image of one colour, whose deviation is 0, are exactly 0.
         pixels = pixels if statistics is None else normalize_values(pixels, *statistics)
         return cell_means(pixels, self._patch_size, self.config.cell_shape)
 
     def _cell_statistics(self, patches: Tensor, index: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Return the mean and deviation that normalise the cells of the tokens ``index``; None: no normalisation."""
+        """Return mean and deviation for the cells of ``index``; None: no normalization."""
         config = self.config
         if config.cell_norm == "none":
             return None
@@ -428,7 +423,10 @@ class PixelMethod(Method):
 
 
 def _places(tokens: Tensor, places: range, first: int = 0) -> Tensor:
-    """Return the tokens (batch, n, ...) at these places of a batch in plan order that starts at place ``first``."""
+    """Return the tokens (batch, n, ...) at some places in plan order.
+
+    The batch starts at place ``first``.
+    """
     return tokens[:, places.start - first : places.stop - first]
 
 
@@ -448,8 +446,8 @@ class FeatureMethod(Method):
         Returns
         -------
         tuple of Tensor
-            The student's and the teacher's features (batch, N, teacher_dim) of the last aligned layer, in raster order;
-            the student's are NaN where nothing is predicted.
+            The student's and the teacher's features (batch, N, teacher_dim) of the last aligned layer, in raster order.
+            The student's are NaN where nothing is predicted.
         """
         raise NotImplementedError
 
@@ -462,9 +460,9 @@ def build_encoder(
     mask_token: bool = False,
     final_norm: bool = True,
 ) -> Encoder:
-    """Return the encoder of a method; see :class:`prmim_torch.vit.Encoder` for the keyword arguments.
+    """Return the encoder of a method, with arguments of :class:`prmim_torch.vit.Encoder`.
 
-    ``position`` is by default that of the method.
+    ``position`` defaults to the method's.
     """
     size = config.encoder_size
     return Encoder(
@@ -492,7 +490,7 @@ def check_not_empty(images: Tensor | NDArray[Any]) -> None:
 
 @contextmanager
 def initial_weights(init_seed: int) -> Iterator[None]:
-    """Seed the weights that are drawn inside; torch's global random state is restored afterwards."""
+    """Seed torch's global random state inside, and restore it afterwards."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(init_seed)
         yield

@@ -1,4 +1,4 @@
-"""Loss of pixels from features of visible and decoded tokens: what a trainer of its own adds beside a plan."""
+"""Pixel loss from features of visible and decoded tokens, for custom trainers."""
 
 from collections.abc import Callable, Sequence
 from math import prod
@@ -13,10 +13,10 @@ from prmim_torch.vit import Linear
 
 
 class PixelLoss(nn.Module):
-    """Errors of all masked tokens of a masked autoencoder, from features of visible and decoded tokens.
+    """Error of each masked token, from features of visible and decoded tokens.
 
-    Decoded tokens predict the pixels of their patches, with the trainer's own head. Features of thrown tokens are
-    reconstructed; a linear layer predicts the means of their cells, normalised over the image.
+    Decoded tokens predict the pixels of their patches with the trainer's head. Features of thrown tokens are
+    reconstructed; a linear layer predicts the means of their cells, normalized over the image.
 
     Parameters
     ----------
@@ -27,19 +27,19 @@ class PixelLoss(nn.Module):
     channels
         Channels of the images.
     norm_pix
-        Whether the target of a decoded token is normalised over its patch, as in MAE.
+        Whether the target of a decoded token is normalized over its patch, as in MAE.
     cells
         Cells along each side of a patch, a divisor of it; None: 2, or 1 along odd sides.
 
     Raises
     ------
     ValueError
-        If a number is out of range, or patches and grid differ in their axes.
+        If a number is out of range, or patches and grid have different numbers of axes.
 
     Notes
     -----
-    The reconstruction is held as ``reconstruct_norm``, a name that the ``Trainer`` of transformers exempts from weight
-    decay. A subclass may override :meth:`error`.
+    The reconstruction is the attribute ``reconstruct_norm``, a name that the ``Trainer`` of transformers exempts from
+    weight decay. A subclass may override :meth:`error`.
 
     Examples
     --------
@@ -83,8 +83,8 @@ class PixelLoss(nn.Module):
         plan
             The plan of the batch, on the grid of the reconstruction.
         patches
-            float (batch, N, prod(patch) * C): all patches in raster order, see ``prmim_core.patchify``, normalised as
-            the trainer normalises images.
+            float (batch, N, prod(patch) * C): all patches in raster order, see ``prmim_core.patchify``, normalized as
+            the trainer normalizes images.
         head
             Maps features (batch, M, dim) to patches (batch, M, prod(patch) * C).
 
@@ -101,13 +101,16 @@ class PixelLoss(nn.Module):
         return self.errors(*self.predict(features, plan, head), plan, patches)
 
     def predict(self, features: Tensor, plan: Plan, head: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
-        """Predict patches of decoded (batch, M, prod(patch) * C) and cells of thrown (batch, T, prod(cells) * C)."""
+        """Predict patches of decoded tokens and cells of thrown tokens.
+
+        Returns (batch, M, prod(patch) * C) and (batch, T, prod(cells) * C).
+        """
         features = self.reconstruct_norm(features, plan)
         visible, known = plan.schedule.counts.visible, plan.schedule.num_known(1)
         return head(features[:, visible:known]), self.cell_head(features[:, known:])
 
     def errors(self, predicted: Tensor, predicted_cells: Tensor, plan: Plan, patches: Tensor) -> Tensor:
-        """Compare the predictions of :meth:`predict` with their targets: (batch, N - V)."""
+        """Return the errors of the predictions of :meth:`predict`: (batch, N - V)."""
         expected = plan.schedule.grid.num_tokens, prod(self.patch_size) * self.channels
         if tuple(patches.shape[1:]) != expected:
             raise ValueError(
@@ -120,5 +123,5 @@ class PixelLoss(nn.Module):
         return torch.cat([errors, cell_errors], dim=1)
 
     def error(self, predicted: Tensor, target: Tensor) -> Tensor:
-        """Return the error (batch, n) of each token: the mean squared error, in the precision of the target."""
+        """Return the mean squared error (batch, n), in the precision of the target."""
         return (predicted.to(target.dtype) - target).square().mean(-1)

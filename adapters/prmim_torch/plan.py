@@ -1,4 +1,4 @@
-"""The core's plan as one opaque operator, which ``torch.compile`` does not unroll."""
+"""Plans as a single opaque operator, which ``torch.compile`` does not unroll."""
 
 import importlib.util
 from collections.abc import Iterable, Sequence
@@ -22,7 +22,9 @@ def make_plan(
     decoded: Tensor | None = None,
     weights: Tensor | None = None,
 ) -> Plan:
-    """Make the plan of a batch; ``prmim_core.make_plan`` for torch, which also works inside ``torch.compile``.
+    """Return the plan of a batch; ``prmim_core.make_plan`` for torch.
+
+    Also works inside ``torch.compile``.
 
     Parameters
     ----------
@@ -36,7 +38,7 @@ def make_plan(
         units of lowest noise.
     decoded
         int (batch, M): the decoded tokens, distinct and masked, and in whole units if the schedule has a unit; None:
-        those that the strategy of the schedule chooses.
+        those chosen by the strategy of the schedule.
     weights
         float (batch, N), for ``throwing="weighted"``; cast to float32.
 
@@ -57,21 +59,20 @@ def make_plan(
 
     Notes
     -----
-    Values are checked on a CPU, also in compiled code, but not on other devices: the check would wait for them. Use
-    :meth:`prmim_core.Plan.check` on a plan from tokens of another source.
+    Values are checked on a CPU, also in compiled code. On other devices, a check would block; use
+    :meth:`prmim_core.Plan.check` for tokens from other sources.
 
     The plan is computed by the operator ``torch.ops.prmim.plan_order``. Furthest sampling is a loop of a few small
-    operations per pick; ``torch.compile`` would unroll it, which takes long and gains nothing. A function in
+    operations per pick. ``torch.compile`` would unroll it, which takes long and has no benefit. A function in
     ``schedule.throwing`` is called with tensors before the operator, so ``torch.compile`` traces it.
 
-    All devices give the same integers. On a CPU, the core works on NumPy views of the tensors, in less than half the
+    All devices return equal integers. On a CPU, the core works on NumPy views of the tensors, in less than half the
     time of PyTorch's operations. On CUDA, the loop is the kernel in :mod:`prmim_torch.furthest` if Triton is installed
-    (it comes with CUDA builds of PyTorch), else the core's.
+    (part of CUDA builds of PyTorch), else the core's.
 
-    A plan is a pytree of PyTorch with the leaf ``order``: ``torch.export`` takes and returns plans (it saves none whose
-    schedule has a function), and
-    ``torch.utils._pytree.tree_map(lambda order: order.to(device), plan)`` moves one. ``default_collate`` concatenates
-    the plans of a batch, which must have the same schedule.
+    A plan is a PyTorch pytree with the leaf ``order``. ``torch.export`` accepts and returns plans, but cannot save a
+    schedule with a function. ``torch.utils._pytree.tree_map(lambda order: order.to(device), plan)`` moves a plan to a
+    device. ``default_collate`` concatenates plans of equal schedules.
 
     Examples
     --------
@@ -90,7 +91,7 @@ def make_plan(
     if callable(throwing):
         if decoded is None:
             visible, decoded = choose_by_function(schedule, noise, visible)
-        throwing = "random"  # an operator takes no function; the decoded tokens are given
+        throwing = "random"  # operators accept no functions, so the decoded tokens are passed instead
     order = torch.ops.prmim.plan_order(
         noise,
         None if visible is None else visible.detach(),
@@ -131,7 +132,7 @@ def _plan_order(
         Grid(tuple(shape), tuple(spacing)),
         TokenCounts(*counts),
         stages=stages,
-        throwing=throwing,  # type: ignore[arg-type]  # an operator takes any string; Schedule checks it
+        throwing=throwing,  # type: ignore[arg-type]  # an operator accepts any string; Schedule validates it
         furthest_from=furthest_from,  # type: ignore[arg-type]
         unit=tuple(unit) or None,
     )
@@ -171,7 +172,7 @@ def _plan_order_fake(
 
 
 def _flatten(plan: Plan) -> tuple[list[Tensor], tuple[Any, ...]]:
-    # The context is plain values: torch.export cannot hold a frozen dataclass in the structure of its outputs.
+    # The context is plain values, because torch.export does not support frozen dataclasses in output structures.
     grid, counts, schedule = plan.schedule.grid, plan.schedule.counts, plan.schedule
     sizes = grid.shape, grid.spacing, (counts.visible, counts.decoded, counts.thrown), schedule.stages
     return [plan.order], (*sizes, schedule.throwing, schedule.furthest_from, schedule.unit)
@@ -187,7 +188,7 @@ def _unflatten(leaves: Iterable[Any], context: tuple[Any, ...]) -> Plan:
 
 
 def _dump_context(context: tuple[Any, ...]) -> list[Any]:
-    """Return what a file holds of a schedule; ValueError if it has a function."""
+    """Return a serializable schedule; ValueError if it has a function."""
     *_, throwing, _, _ = context
     if callable(throwing):
         raise ValueError(f"throwing: expected a named strategy in a plan that is saved, got the function {throwing!r}")
@@ -195,7 +196,7 @@ def _dump_context(context: tuple[Any, ...]) -> list[Any]:
 
 
 def _load_context(context: list[Any]) -> tuple[Any, ...]:
-    """Invert a round trip through JSON, which turns tuples into lists."""
+    """Restore tuples, which JSON turned into lists."""
     return tuple(tuple(part) if isinstance(part, list) else part for part in context)
 
 

@@ -1,4 +1,4 @@
-"""Trained encoders as programs of ``torch.export``, which run without prmim."""
+"""Export of trained encoders to ``torch.export`` programs, which run without prmim."""
 
 import os
 
@@ -10,7 +10,7 @@ from prmim_torch.encoder import ImageEncoder
 
 
 def save_program(encoder: ImageEncoder, path: str | os.PathLike[str]) -> None:
-    """Write the program of an encoder, from images to the mean of the patch tokens, atomically.
+    """Write an encoder as a program from images to mean patch tokens, atomically.
 
     Parameters
     ----------
@@ -21,8 +21,8 @@ def save_program(encoder: ImageEncoder, path: str | os.PathLike[str]) -> None:
 
     Notes
     -----
-    ``torch.export.load(path).module()`` takes uint8 images (batch, image_size..., channels) of any batch, and returns
-    features (batch, dim). The pixels are normalised inside.
+    ``torch.export.load(path).module()`` maps uint8 images (batch, image_size..., channels) of any batch size to
+    features (batch, dim). It normalizes the pixels.
     """
     config = encoder.config
     device = encoder.encoder.patch_embed.proj.bias.device

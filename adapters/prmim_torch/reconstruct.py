@@ -1,4 +1,4 @@
-"""Progressive reconstruction: features of thrown tokens, stage by stage, from the features of known ones."""
+"""Progressive reconstruction of features of thrown tokens, stage by stage."""
 
 from math import prod
 from typing import Literal, get_args
@@ -23,13 +23,13 @@ RECONSTRUCTIONS: tuple[str, ...] = get_args(ReconstructionKind)
 
 
 class ProgressiveReconstruction(nn.Module):
-    """Reconstruct the features of thrown tokens from those of their neighbours, at almost no cost.
+    """Reconstruct features of thrown tokens from those of known tokens.
 
     In stage s, each thrown token of that stage becomes a weighted mean of the features of all tokens known before the
     stage (visible, decoded, and thrown tokens of earlier stages). A layer norm follows, shared by the stages, eps 1e-6.
 
-    The module is bound to a grid and a width. Counts and stages are those of the plan, so one module serves a throw
-    ratio that changes during training.
+    The module has a fixed grid and width. Counts and stages come from the plan, so the throw ratio may change during
+    training.
 
     Parameters
     ----------
@@ -44,19 +44,19 @@ class ProgressiveReconstruction(nn.Module):
             a softmax over the known tokens, of a learned function of the offset between the two tokens: a table with
             one entry per offset and group of channels, initially minus the squared distance.
         ``"interpolate"``
-            normalised inverse squared distances. No parameters; the norm has none either.
+            normalized inverse squared distances. No parameters; the norm has none either.
         ``"conv"``
-            a learned depthwise 3x3 (3, 3x3x3) convolution over the grid, initially ones, divided by the number of
-            known tokens that it sees. It is repeated: each repeat fills the unknown tokens next to filled ones. Values
-            of tokens of later stages are dropped at the end of the stage. A token out of reach is 0 before the norm.
+            a learned depthwise 3x3 (3, 3x3x3) convolution over the grid, initially ones, divided by the number of known
+            tokens that it sees. It is repeated: each repeat fills the unknown tokens next to filled ones. Values of
+            tokens of later stages are discarded at the end of the stage. A token out of reach is 0 before the norm.
     heads
         Groups of channels with their own weights (``"kernel"`` only); divides ``dim``.
     repeats
         Convolutions per stage (``"conv"`` only).
     mix
-        A module of one's own in place of these: ``mix(features, known, thrown) -> (batch, n, dim)``, from the features
-        (batch, K, dim) of known tokens (batch, K) to those of thrown tokens (batch, n); the norm follows. Its
-        parameters are part of this module's. A function has none.
+        A custom module in place of these: ``mix(features, known, thrown) -> (batch, n, dim)``, from features (batch, K,
+        dim) of known tokens (batch, K) to those of thrown tokens (batch, n). The norm follows. Its parameters become
+        part of this module. It may be a function without parameters.
 
     Raises
     ------
@@ -120,7 +120,7 @@ class ProgressiveReconstruction(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Set the table or the convolution to its initial values; the norm and ``mix`` are not changed."""
+        """Reset the table or the convolution; the norm and ``mix`` are not changed."""
         if self.reconstruction == "kernel":
             start = -torch.from_numpy(offset_squared_distances(self.grid)).float()
             fill(self.table, start.repeat(self.heads, 1))
@@ -130,7 +130,7 @@ class ProgressiveReconstruction(nn.Module):
     def no_weight_decay(self) -> frozenset[str]:
         """Return the names of all parameters but those of ``mix``.
 
-        Decay towards 0 would give near and far tokens the same weight.
+        Decay towards 0 would make the weights of near and far tokens equal.
         """
         return frozenset(name for name, _ in self.named_parameters() if not name.startswith("mix."))
 
@@ -145,8 +145,8 @@ class ProgressiveReconstruction(nn.Module):
         plan
             The plan of the batch, on the grid of this module.
         visible_features
-            Whether visible tokens have features. False for a decoder that returns those of decoded tokens only (such as
-            CrossMAE's): thrown tokens are reconstructed from decoded tokens and those of earlier stages.
+            Whether visible tokens have features. False for a decoder that returns features of decoded tokens only (such
+            as CrossMAE's): thrown tokens are reconstructed from decoded tokens and those of earlier stages.
 
         Returns
         -------
@@ -164,7 +164,7 @@ class ProgressiveReconstruction(nn.Module):
             raise ValueError(f"plan: expected one on {self.grid}, got {plan.schedule.grid}")
         if features.shape[-1] != self.dim:
             raise ValueError(f"features: expected {self.dim} channels, got shape {tuple(features.shape)}")
-        # In the precision of the parameters, whatever that of the features; autocast still applies to the products.
+        # In the precision of the parameters, independent of the features; autocast still applies to products.
         is_learned = self.norm.elementwise_affine
         dtype = self.norm.weight.dtype if is_learned else torch.promote_types(features.dtype, torch.float32)
 
@@ -175,7 +175,7 @@ class ProgressiveReconstruction(nn.Module):
         return reconstruct_stages(features, plan, mix, visible_features=visible_features)
 
     def _mix(self, features: Tensor, known: Tensor, thrown: Tensor) -> Tensor:
-        """Return weighted means (batch, n, dim) of the known features, for the thrown tokens (batch, n)."""
+        """Return weighted means (batch, n, dim) of known features for thrown tokens."""
         if self.mix is not None:
             mixed: Tensor = self.mix(features, known, thrown)
             check_rebuilt(mixed, features, thrown)
@@ -195,18 +195,18 @@ class ProgressiveReconstruction(nn.Module):
         return (weights @ groups).permute(1, 2, 0, 3).flatten(2)
 
     def _mix_by_distance(self, features: Tensor, known: Tensor, thrown: Tensor) -> Tensor:
-        # The clamp avoids a division by the distance 0 of a token to itself, which is never looked up.
+        # The clamp avoids a division by zero for the offset of a token to itself, which is never looked up.
         inverse = self._squared_distances(features).clamp(min=1).reciprocal()
         weights = inverse[self._offset(known, thrown)]  # batch, n, num_known
         return weights / weights.sum(-1, keepdim=True) @ features
 
     def _offset(self, known: Tensor, thrown: Tensor) -> Tensor:
-        """Return the indices of the offsets from known to thrown tokens: int64 (batch, n, num_known)."""
+        """Return indices of offsets from known to thrown: int64 (batch, n, num_known)."""
         code = offset_code(self.grid, known.device)
         return code[thrown][:, :, None] - code[known][:, None, :] + num_offsets(self.grid) // 2
 
     def _squared_distances(self, like: Tensor) -> Tensor:
-        """Return the squared distance of every offset, (num_offsets,); computed on the device, without a copy."""
+        """Compute the squared distances of all offsets (num_offsets,) on the device."""
         total = like.new_zeros(1)
         for size, step in zip(self.grid.shape, self.grid.spacing, strict=True):
             along_axis = torch.arange(1 - size, size, device=like.device) * step
@@ -225,17 +225,20 @@ class ProgressiveReconstruction(nn.Module):
         return take_tokens(values.flatten(2).mT, thrown)
 
     def _fill(self, values: Tensor, is_filled: Tensor) -> tuple[Tensor, Tensor]:
-        """Fill the unknown tokens next to filled ones; ``is_filled`` holds ones and zeros, unknown values are 0."""
+        """Fill unknown tokens next to filled ones.
+
+        ``is_filled`` holds ones and zeros. Unknown values are 0.
+        """
         convolution = (F.conv1d, F.conv2d, F.conv3d)[self.kernel.ndim - 2]
         seen = convolution(is_filled, torch.ones_like(self.kernel[:1, None]), padding=1)
         mean = convolution(values, self.kernel[:, None], padding=1, groups=self.dim) / seen.clamp(min=1)
-        # Where nothing is seen, the convolution of zeros gives the wanted 0.
+        # Without filled neighbours, the convolution of zeros is 0, as wanted.
         values = torch.where(is_filled > 0, values, mean.to(values.dtype))
         return values, (seen > 0).to(is_filled.dtype)
 
 
 def no_weight_decay(module: nn.Module) -> frozenset[str]:
-    """Return the names of the parameters that the reconstructions inside a module exempt from weight decay.
+    """Return the parameters that reconstructions in a module exempt from weight decay.
 
     Examples
     --------

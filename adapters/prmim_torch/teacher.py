@@ -1,4 +1,4 @@
-"""Teachers: published vision transformers, frozen, whose features a student learns to predict."""
+"""Teachers: frozen, published vision transformers, whose features a student predicts."""
 
 import copy
 import importlib
@@ -25,7 +25,7 @@ TeacherDtype = Literal["float32", "bfloat16"]
 
 
 class _Names(NamedTuple):
-    """Names of the parts of a family's models in transformers."""
+    """Names of modules of a model family in transformers."""
 
     model: str
     blocks: str
@@ -39,7 +39,7 @@ NAMES: dict[Family, _Names] = {
     "dinov2": _Names("Dinov2Model", "encoder.layer", "norm1", "attention"),
 }
 NOT_NEEDED = ("post_layernorm.", "layernorm.", "embeddings.mask_token")
-"""Prefixes of tensors that may be missing, since they are not used."""
+"""Prefixes of unused tensors, which may be missing."""
 
 
 @dataclass
@@ -53,7 +53,7 @@ class TeacherOutput:
         then all tokens in raster order.
     attention
         float32 or wider (batch, N): attention of the class token to each token in the last block, averaged over heads.
-        The attention to the class token itself is left out, so the sum is below 1.
+        The attention of the class token to itself is left out, so the sum is below 1.
     """
 
     hidden: Tensor
@@ -64,7 +64,7 @@ register_dataclass(TeacherOutput, serialized_type_name="prmim_torch.TeacherOutpu
 
 
 class Teacher(nn.Module):
-    """A frozen vision transformer, loaded by ``transformers``: CLIP, DINO (or any plain ViT), or DINOv2.
+    """A frozen CLIP, DINO (or any plain ViT) or DINOv2, loaded by ``transformers``.
 
     Parameters
     ----------
@@ -74,7 +74,7 @@ class Teacher(nn.Module):
     grid_shape
         Tokens of the student along both axes; the teacher sees images of the same grid.
     channels
-        Channels of the images: the teacher's, or 1, which is repeated.
+        Channels of the images: the teacher's number, or 1, which is repeated.
     layers
         Number of last blocks whose outputs are returned; None: all.
     dtype
@@ -84,13 +84,13 @@ class Teacher(nn.Module):
     Attributes
     ----------
     dim, depth, num_heads
-        Width, number of blocks, attention heads; also together, as ``size``.
+        Width, number of blocks, attention heads; ``size`` holds all three.
     patch_size
         Pixels of a patch along both axes.
     num_parameters
         Number of parameters in use, without poolers, final norms and text models.
     description
-        The model in words.
+        Text on the model.
 
     Raises
     ------
@@ -101,13 +101,13 @@ class Teacher(nn.Module):
 
     Notes
     -----
-    If their sizes differ, images are resized bicubically to the size of the grid in patches of the teacher, and the
-    teacher's position table to the grid. Pixels are normalised with ``image_mean`` and ``image_std`` of
+    If sizes differ, images are resized bicubically to the grid in patches of the teacher, and the teacher's position
+    table is resized to the grid. Pixels are normalized with ``image_mean`` and ``image_std`` of
     ``preprocessor_config.json``, or else with CLIP's own (CLIP) or ImageNet's.
 
-    The teacher passes no gradient and draws nothing at random. It adds nothing to the parameters and the state dict of
-    the module that holds it, but its weights move with that module to another device or dtype. They are always loaded
-    and kept: on the CPU, if the module is built on the meta device or moved to it.
+    The teacher has no gradient and no randomness. It adds nothing to the parameters and the state dict of its parent
+    module, but its weights follow the parent to another device or dtype. They are always loaded and kept. If the parent
+    is built on the meta device or moved to it, they stay on the CPU.
 
     Only ``.safetensors`` files are read.
     """
@@ -135,21 +135,21 @@ class Teacher(nn.Module):
         self.description = f"{config.title}, from {source}"
         self._pixel_scale = tuple(1 / (255 * deviation) for deviation in config.std)
         self._pixel_shift = tuple(-m / s for m, s in zip(config.mean, config.std, strict=True))
-        with torch.device("cpu"):  # weights come from files, even if the default is the meta device
+        with torch.device("cpu"):  # weights come from files, even if the default device is meta
             parts = _Parts(_load_model(config), config, self.grid_shape)
         self.num_parameters = sum(tensor.numel() for tensor in (*parts.parameters(), *parts.buffers()))
         if dtype == "bfloat16":
             for part in parts.blocks.modules():
                 if isinstance(part, nn.Linear):
                     part.bfloat16()
-        # In a tuple, torch does not find the parts: they are not trained, saved, or switched to training mode.
+        # In a tuple, the parts are hidden from torch: they are not trained, saved, or switched to training mode.
         self._held = (parts,)
         self._dtype = dtype
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Move the parts to the device and dtype that ``fn`` gives; keep their values, even if ``fn`` does not.
+        """Move the parts to the device and dtype of ``fn``, and keep their values.
 
-        The values are in no state dict, so nothing could restore what ``to("meta")`` or ``to_empty`` drops.
+        No state dict holds the values, so nothing could restore what ``to("meta")`` or ``to_empty`` drops.
         """
 
         def move(tensor: Tensor) -> Tensor:
@@ -175,7 +175,7 @@ class Teacher(nn.Module):
         TeacherOutput
         """
         (parts,) = self._held
-        if images.is_meta:  # shapes alone are wanted, and the weights stay where they are
+        if images.is_meta:  # only shapes are computed, and weights stay where they are
             parts = copy.deepcopy(parts).to("meta")
         device = images.device.type
         with _full_precision(device):  # autocast would resize pixels in bfloat16
@@ -183,7 +183,7 @@ class Teacher(nn.Module):
         with self._precision(device):
             states = [parts.embed(patches)]
             for block in parts.blocks:
-                # One more than asked for: the attention is computed from the input of the last block.
+                # One more than requested: the attention is computed from the input of the last block.
                 states = [*states[-self.layers :], block(states[-1], None)]
             return TeacherOutput(torch.stack(states[-self.layers :]), parts.cls_attention(states[-2]))
 
@@ -193,18 +193,18 @@ class Teacher(nn.Module):
         return torch.autocast(device, dtype=torch.bfloat16)
 
     def _patches(self, images: Tensor, dtype: torch.dtype) -> Tensor:
-        """Turn uint8 images into normalised patches (batch, N, prod(patch) * channels) of the teacher's size."""
+        """Return normalized patches (batch, N, prod(patch) * channels) of uint8 images."""
         shape = tuple(tokens * size for tokens, size in zip(self.grid_shape, self.patch_size, strict=True))
         pixels = resize_images(images.to(dtype), shape)
-        # A single channel is broadcast to all channels here.
+        # Broadcasts a single channel to all channels.
         pixels = pixels * constant_like(self._pixel_scale, pixels) + constant_like(self._pixel_shift, pixels)
         return patchify(pixels, self.patch_size)
 
 
 class _Parts(nn.Module):
-    """The parts of a model of transformers that are used, under the same names for all families.
+    """The used parts of a transformers model, with equal names for all families.
 
-    The model's own forward pass returns no attention weights from fused attention, and resizes the position table in
+    The model's own forward pass returns no attention weights with fused attention, and resizes the position table in
     every call.
     """
 
@@ -232,13 +232,13 @@ class _Parts(nn.Module):
         self.requires_grad_(False).eval()
 
     def embed(self, patches: Tensor) -> Tensor:
-        """Return the input of the first block, (batch, 1 + N, dim), class token first, from normalised patches."""
+        """Embed patches to the first block's input (batch, 1 + N, dim), class token first."""
         tokens = F.linear(patches, self.weight, self.bias) + self.table[:, 1:]
         cls_token = (self.cls_token + self.table[:, :1]).expand(patches.shape[0], -1, -1)
         return self.norm(torch.cat([cls_token, tokens], dim=1))
 
     def cls_attention(self, x: Tensor) -> Tensor:
-        """Return the class token's attention (batch, N) in the last block, from its input (batch, 1 + N, dim)."""
+        """Return the class token's attention (batch, N) from the input of the last block."""
         norm, attention = (getattr(self.blocks[-1], name) for name in self._names)
         x = norm(x)
         q, k = (
@@ -250,7 +250,7 @@ class _Parts(nn.Module):
 
 
 def _load_model(config: TeacherConfig) -> Any:
-    """Load a model in float32 with transformers; raise ValueError if a tensor is missing or has the wrong shape."""
+    """Load a model in float32; ValueError for missing tensors and wrong shapes."""
     try:
         transformers = importlib.import_module("transformers")
     except ImportError:
@@ -276,7 +276,7 @@ def _load_model(config: TeacherConfig) -> Any:
             raise ValueError(
                 f"teacher: expected weights in .safetensors files in {folder}, got {one_line(error)}"
             ) from None
-    # transformers fills these tensors with random numbers, with a warning at most.
+    # transformers fills such tensors with random numbers, with a warning at most.
     for name, got, expected in sorted(report["mismatched_keys"]):
         raise ValueError(f"teacher: {name}: expected shape {tuple(expected)}, got {tuple(got)} in {folder}")
     missing = sorted(name for name in report["missing_keys"] if not name.startswith(NOT_NEEDED))

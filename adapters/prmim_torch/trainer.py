@@ -1,4 +1,4 @@
-"""The trainer behind every engine: training steps, measurements and checkpoints, whatever is trained."""
+"""The trainer behind all engines: training steps, measurements and checkpoints."""
 
 import math
 import os
@@ -32,26 +32,26 @@ from prmim_torch.distributed import (
     read_state,
     replicate,
     shard,
-    spread,
     whole,
 )
 from prmim_torch.interop import named_weights, put_weights, read_weights, write_weights
 from prmim_torch.method import ImageModule, check_not_empty
 from prmim_torch.reconstruct import no_weight_decay
+from prmim_torch.vit import spread
 
 Module = TypeVar("Module", bound=ImageModule)
 Loss = Callable[..., Sequence[Tensor]]
-"""Called as ``loss(forward, images, noise, *more)``; returns the scalars named in ``losses`` of the module."""
+"""Signature ``loss(forward, images, noise, *more)``; returns the scalars named in ``losses`` of the module."""
 
 STATE_FOLDER = "training_state"
 TIMED_IMAGES, TIMED_TOKENS = 8, 16
-"""Input of the layer that is timed in both number formats."""
+"""Input shape of the layer that is timed in both number formats."""
 HAVE_FLOAT64 = ("cpu", "cuda")
 """Types of devices with float64, which MPS lacks."""
 
 
 class Trainer(Generic[Module]):
-    """Trains a module on one device, or on one device per process that ``torchrun`` starts.
+    """Trains a module on one device, or on one device per process of ``torchrun``.
 
     Parameters
     ----------
@@ -60,16 +60,16 @@ class Trainer(Generic[Module]):
     training
         The options; ``training.compile`` compiles the forward pass with ``torch.compile``, as one graph.
     loss
-        See :data:`Loss`; the first scalar is minimised.
+        See :data:`Loss`; the first scalar is minimized.
     make_optimizer
-        Returns the optimizer of a module. The optimizer must obey ``grad_scale`` and ``found_inf``, the attributes
-        that a gradient scaler sets on fused optimizers.
+        Returns the optimizer of a module. The optimizer must support ``grad_scale`` and ``found_inf``, which a gradient
+        scaler sets on fused optimizers.
     moments
-        Names of the tensors that the optimizer keeps for each parameter, besides the number of updates.
+        Names of the optimizer's tensors per parameter, except the number of updates.
     ema_decay
         Decay, per step, of an exponential moving average of the weights; None: no average.
     statistics
-        Part of the module whose buffers a forward pass in training mode changes; None: there is none.
+        Part of the module whose buffers change in training mode; None: no such part.
 
     Attributes
     ----------
@@ -80,13 +80,12 @@ class Trainer(Generic[Module]):
 
     Notes
     -----
-    Several processes make one run. Each must call the same methods in the same order. A step equals the step of a
-    single process on the rows of all processes, up to rounding: losses and gradients are means over all rows, and so
-    are the measurements.
+    Processes of a run must call the same methods in the same order. Up to rounding, a step equals the step of a single
+    process on the rows of all processes: losses, gradients and measurements are means over all rows.
 
-    A training step never waits for the device. Images are uploaded as uint8; noise, plan and normalisation are computed
-    on the device. A step whose loss or gradient norm is not finite changes no weights, optimizer state, average or
-    statistics: the optimizer reads a flag on the device. :attr:`step` and the learning rate advance nevertheless.
+    A training step never waits for the device. Images are uploaded as uint8; noise, plan and normalization are computed
+    on the device. A step with a nonfinite loss or gradient norm changes no weights, optimizer state, average or
+    statistics: the optimizer reads a flag on the device. :attr:`step` and the learning rate still advance.
     """
 
     def __init__(
@@ -123,15 +122,15 @@ class Trainer(Generic[Module]):
         self._background = ThreadPoolExecutor(1, "save")
         self._saving: Future[None] | None = None
         self._measured = (*self.module.losses, "grad_norm")
-        # Their sums over the finite steps since the last reading, then the number of those steps.
+        # Their sums over finite steps since the last reading, then the number of these steps.
         wide = torch.float64 if self._device.type in HAVE_FLOAT64 else torch.float32
         self._sums = torch.zeros(len(self._measured) + 1, dtype=wide, device=self._device)
         self._nonfinite_step = torch.full((), -1, dtype=torch.int64, device=self._device)
-        # Number of nonfinite steps: since the last reading, and in a row up to now.
+        # Number of nonfinite steps: since the last reading, and consecutive up to now.
         self._skipped = torch.zeros(2, dtype=torch.int64, device=self._device)
 
     def _share(self, compile: bool) -> Callable[..., Any]:
-        """Return the forward pass of a training step, with the work shared among the processes."""
+        """Return the forward pass of a training step, distributed over processes."""
         compiled: Callable[..., Any] = partial(torch.compile, fullgraph=True, dynamic=False)
         if self._is_sharded:
             shard(self.module, self._device.type, compiled if compile else None)
@@ -168,9 +167,9 @@ class Trainer(Generic[Module]):
         return f"{self._device} ({torch.get_num_threads()} threads){others}"
 
     def measure_slowdown(self, size: Transformer) -> float | None:
-        """Time a layer of a transformer in bfloat16, relative to float32, if bfloat16 may be slow; else return None.
+        """Return the time of a layer in bfloat16 relative to float32, if it may be slow.
 
-        Takes about a second at most, and no time on accelerators.
+        Otherwise returns None. Takes about a second at most, and no time on accelerators.
         """
         if not is_slow(self.precision.value, self._device.type, backend="torch"):
             return None
@@ -188,7 +187,7 @@ class Trainer(Generic[Module]):
         return seconds[True] / seconds[False]
 
     def _take_step(self, images: NDArray[Any], sample: NDArray[np.int64], *more: NDArray[Any]) -> None:
-        """Take one optimizer step on images, their sample numbers, and further inputs of the loss."""
+        """Take an optimizer step on images, sample numbers, and further inputs of the loss."""
         check_not_empty(images)
         batch, parts = len(images), self._training.accumulate
         if batch % parts:
@@ -208,7 +207,7 @@ class Trainer(Generic[Module]):
         self._step += 1
 
     def _backward(self, *chunk: Tensor) -> Tensor:
-        """Add the gradients of a part of a batch; return its share of the losses."""
+        """Accumulate the gradients of a part of a batch; return its share of the losses."""
         with self._autocast():
             losses = self._loss(self._forward, *chunk)
         parts = self._training.accumulate
@@ -218,9 +217,9 @@ class Trainer(Generic[Module]):
     def _start(self, *chunk: Tensor) -> None:
         """Warm up before the first step; discards the gradients.
 
-        Data loading and compilation can delay some processes, so all wait for one another, longer than in a step. Also,
-        DistributedDataParallel rebuilds its buckets after its first pass. Sums over more than two processes depend on
-        the buckets, so without this a resumed run would not be bit-identical.
+        Data loading and compilation can delay processes, so this waits longer than a step. Also,
+        DistributedDataParallel rebuilds its buckets after its first pass, and sums over more than two processes depend
+        on the buckets. Without this pass, a resumed run would not be bit-identical.
         """
         if self._is_sharded:
             self._processes.any(False)
@@ -236,7 +235,7 @@ class Trainer(Generic[Module]):
         self._has_started = True
 
     def _update(self, losses: Tensor, learning_rate: float) -> Tensor:
-        """Apply the gradients unless they or the loss are not finite; return whether that is so.
+        """Apply the gradients if they and the loss are finite; return whether they are not.
 
         Never reads a value from the device.
         """
@@ -248,7 +247,7 @@ class Trainer(Generic[Module]):
         is_bad = ~(losses[0].isfinite() & norm.isfinite())
         for group in optimizer.param_groups:
             group["lr"] = learning_rate * group.get("rate_scale", 1.0)
-        # The interface of gradient scalers and fused optimizers: a flag that skips the update, a divisor of gradients.
+        # The interface of gradient scalers and fused optimizers: a flag to skip the update, and a divisor of gradients.
         scaling = {"found_inf": is_bad.float()}
         if self._training.clip_grad is not None:
             scaling["grad_scale"] = ((norm + 1e-6) / self._training.clip_grad).clamp(min=1.0).float()
@@ -274,21 +273,21 @@ class Trainer(Generic[Module]):
                 local(average).lerp_(local(self._learned[name]).detach(), weight)
 
     def _agree(self, losses: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:
-        """Return losses and gradient norm of the whole batch, the same in all processes, from those of this one."""
+        """Return losses and gradient norm of the whole batch, equal in all processes."""
         sums = self._processes.total(torch.cat([losses / self.world_size, norm.square()[None]]))
-        # If each process holds all gradients, the gradients are equal, and so are their norms.
+        # If each process holds all gradients, their norms are equal already.
         return sums[:-1], sums[-1].sqrt() if self._is_sharded else norm
 
     def read_metrics(self) -> dict[str, Any]:
-        """Wait for all steps, and return the measurements since the last reading; the same in all processes.
+        """Wait for all steps; return measurements since the last reading.
 
         Returns
         -------
         dict
-            The ``losses`` of the module and ``grad_norm`` (before clipping): means over the finite steps, NaN if there
-            was none. ``learning_rate``: of the last step. ``nonfinite_step``: the first step of the run, counted from
-            1, whose loss or gradient was not finite; None if there was none. ``skipped``: number of such steps since
-            the last reading. ``skipped_in_a_row``: number of consecutive such steps up to now.
+            Equal in all processes. The ``losses`` of the module and ``grad_norm`` (before clipping): means over the
+            finite steps, NaN if there was none. ``learning_rate``: of the last step. ``nonfinite_step``: the first step
+            of the run, counted from 1, with a nonfinite loss or gradient; None if there was none. ``skipped``: number
+            of such steps since the last reading. ``skipped_in_a_row``: number of consecutive such steps up to now.
         """
         *sums, steps = self._sums.tolist()
         self._sums.zero_()
@@ -306,9 +305,9 @@ class Trainer(Generic[Module]):
         }
 
     def save(self, directory: str | os.PathLike[str]) -> None:
-        """Write ``weights.safetensors`` and the folder ``training_state`` into an existing folder, each atomically.
+        """Write ``weights.safetensors`` and ``training_state/`` atomically into a folder.
 
-        All processes must call it, with a folder on a shared file system. It returns when all have written.
+        All processes must call it, with an existing folder on a shared file system. It returns when all have written.
 
         Raises
         ------
@@ -323,7 +322,7 @@ class Trainer(Generic[Module]):
         Returns
         -------
         Future
-            Done when all processes have written; its result raises the errors of :meth:`save`. The next save waits for
+            Done when all processes have written. Its result raises the errors of :meth:`save`. The next save waits for
             it.
 
         Raises
@@ -354,7 +353,7 @@ class Trainer(Generic[Module]):
         return self._saving
 
     def _state(self, *, new: bool = False) -> dict[str, Tensor]:
-        """Return the training state besides the weights, by name; ``new``: tensors of its shapes, to be filled."""
+        """Return the training state without weights; ``new``: uninitialized tensors."""
         held: Mapping[Tensor, Mapping[str, Tensor]] = {} if new else self._optimizer.state
         updates = [moments["step"] for moments in held.values() if "step" in moments]
         return {
@@ -375,10 +374,10 @@ class Trainer(Generic[Module]):
         }
 
     def restore(self, directory: str | os.PathLike[str]) -> None:
-        """Restore a state that :meth:`save` wrote; all processes must call it.
+        """Restore a state written by :meth:`save`; all processes must call it.
 
-        The number of processes and ``parallel`` may differ from those of the saved run. Learning rate, weight decay and
-        other options are those of this engine. With the same options and the same number of devices, the run continues
+        The number of processes and ``parallel`` may differ from the saved run. Learning rate, weight decay and other
+        options are those of this engine. With equal options and an equal number of devices, the run continues
         bit-identically if all kernels are deterministic.
 
         Raises
@@ -406,9 +405,9 @@ class Trainer(Generic[Module]):
         self._skipped.copy_(state["skipped"])
 
     def load_weights(self, path: str | os.PathLike[str]) -> None:
-        """Load weights from a ``.safetensors`` file, without a training state; all processes must call it.
+        """Load weights from a ``.safetensors`` file; all processes must call it.
 
-        The file may be one for images of another size; see :func:`prmim_torch.load_weights`.
+        The image size of the file may differ; see :func:`prmim_torch.load_weights`.
         """
         self._put_weights(self._processes.together(lambda: read_weights(self.module, path, resize=True)))
 
@@ -419,19 +418,19 @@ class Trainer(Generic[Module]):
             average.copy_(self._learned[name].detach())
 
     def any(self, flag: bool) -> bool:
-        """Return whether the flag of any process is True. Waits for all processes; does not use the device."""
+        """Return whether any process has a True flag; waits for all, without the device."""
         return self._processes.any(flag)
 
     def close(self) -> None:
-        """Shut down, leaving the process group; call it last, also after an exception."""
+        """Leave the process group; call it last, also after an exception."""
         self._background.shutdown(wait=sys.exc_info()[0] is None)
         self._processes.close()
 
     @contextmanager
     def _evaluation(self) -> Iterator[None]:
-        """Set evaluation mode inside: no gradients, and the average of the weights, if there is one."""
+        """Set evaluation mode inside: no gradients, averaged weights if available."""
         self.module.eval()
-        # Weights that FSDP gathers in inference mode cannot be trained afterwards.
+        # Weights gathered by FSDP in inference mode cannot be trained afterwards.
         no_gradients = torch.no_grad() if self._is_sharded else torch.inference_mode()
         self._swap_average()
         try:
@@ -443,20 +442,20 @@ class Trainer(Generic[Module]):
 
     @torch.no_grad()
     def _swap_average(self) -> None:
-        """Swap the weights and their average, if there is one."""
+        """Swap the weights and their average, if available."""
         for name, average in self._average.items():
             held, mean = local(self._learned[name]), local(average)
             before = held.clone()
             held.copy_(mean)
             mean.copy_(before)
         if self._average and isinstance(self.module, FSDPModule):
-            self.module.reshard()  # discards weights that were gathered before the swap
+            self.module.reshard()  # discards weights gathered before the swap
 
     def _autocast(self) -> AbstractContextManager[None]:
         return torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=self.precision.value == "bfloat16")
 
     def _to_device(self, images: NDArray[Any], sample: NDArray[np.int64], step: int) -> tuple[Tensor, Tensor]:
-        """Upload images, and compute the noise of a step from their sample numbers."""
+        """Upload images, and compute the noise of a step from sample numbers."""
         if tuple(sample.shape) != (len(images),):
             raise ValueError(f"sample: expected shape {(len(images),)}, got {tuple(sample.shape)}")
         noise = counter_noise(self._training.seed, step, self._upload(sample), self.module.num_tokens)
@@ -471,10 +470,10 @@ class Trainer(Generic[Module]):
 
 
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Split the trained parameters into two groups of an optimizer: with and without weight decay.
+    """Split the trained parameters into groups with and without weight decay.
 
     Exempt from weight decay are parameters of one axis (biases, norms), those in ``module.no_weight_decay()`` if there
-    is such a method, and those of :class:`prmim_torch.ProgressiveReconstruction`, which is our decision.
+    is such a method, and those of :class:`prmim_torch.ProgressiveReconstruction` (our choice).
 
     Examples
     --------
@@ -492,7 +491,7 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, A
 
 
 def choose_device(name: str) -> torch.device:
-    """Return the device that an option names, for this process; ValueError if it is not available."""
+    """Return this process's device by an option's value; ValueError if unavailable."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(name)
@@ -515,7 +514,7 @@ def choose_device(name: str) -> torch.device:
 
 
 def precision_on(asked: str, device: torch.device) -> Choice[str]:
-    """Return the number format in effect on a device, with the reason."""
+    """Return the number format on a device, with the reason."""
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
     return choose_precision(asked, device.type, backend="torch", capability=capability)
 

@@ -1,4 +1,4 @@
-"""ViTMAE of transformers with partial and progressive reconstruction. Needs the extra ``hf``."""
+"""ViTMAE of transformers with PR-MIM. Needs the extra ``hf``."""
 
 from copy import copy
 from typing import Any, cast
@@ -31,7 +31,7 @@ THROWING = ("furthest", "random")
 
 
 class PRViTMAEConfig(ViTMAEConfig):
-    """Options of :class:`PRViTMAEForPreTraining`: those of ``transformers.ViTMAEConfig``, and the following.
+    """Options of :class:`PRViTMAEForPreTraining`, in addition to ``ViTMAEConfig``.
 
     Parameters
     ----------
@@ -40,14 +40,14 @@ class PRViTMAEConfig(ViTMAEConfig):
     stages
         Number of stages of the reconstruction.
     throwing
-        How decoded tokens are chosen, ``"furthest"`` or ``"random"``.
+        Choice of decoded tokens, ``"furthest"`` or ``"random"``.
     reconstruction
         ``"kernel"``, ``"interpolate"`` or ``"conv"``, see :class:`prmim_torch.ProgressiveReconstruction`.
     cells
         Cells that a thrown token predicts along each side of its patch; None: 2, or 1 if the side is odd.
     """
 
-    # The type of the parent: AutoModel and ViTMAE of transformers load the folders too, and ignore the new parts.
+    # The type of the parent, so that AutoModel and ViTMAE load the folders too, and ignore the new parts.
     model_type = "vit_mae"
 
     throw_ratio: float | int = 0.5
@@ -58,12 +58,12 @@ class PRViTMAEConfig(ViTMAEConfig):
 
 
 class PRViTMAEForPreTraining(ViTMAEForPreTraining):
-    """``transformers.ViTMAEForPreTraining`` with partial and progressive reconstruction; a drop-in replacement.
+    """Drop-in replacement of ``transformers.ViTMAEForPreTraining`` with PR-MIM.
 
     Parameters
     ----------
     config
-        A :class:`PRViTMAEConfig`, or a ``ViTMAEConfig``, which stands for our defaults.
+        A :class:`PRViTMAEConfig`, or a ``ViTMAEConfig`` for our defaults.
 
     Raises
     ------
@@ -72,11 +72,11 @@ class PRViTMAEForPreTraining(ViTMAEForPreTraining):
 
     Notes
     -----
-    ``from_pretrained`` loads checkpoints of ViTMAE too. It reports the weights of ``pixel_loss`` as missing then: they
-    have their start values. Names: ``pixel_loss.reconstruct_norm`` is ``reconstruct`` of :class:`prmim_torch.MAE`, and
-    ``pixel_loss.cell_head`` its ``cell_head``.
+    ``from_pretrained`` loads checkpoints of ViTMAE too. It then reports the weights of ``pixel_loss`` as missing; they
+    keep their initial values. Names: ``pixel_loss.reconstruct_norm`` is ``reconstruct`` of :class:`prmim_torch.MAE`,
+    and ``pixel_loss.cell_head`` its ``cell_head``.
 
-    New models have sine-cosine position tables. In transformers 5.23, those of ViTMAE are zeros.
+    New models have sine-cosine position tables; those of ViTMAE in transformers 5.23 are zeros.
 
     Examples
     --------
@@ -112,7 +112,7 @@ class PRViTMAEForPreTraining(ViTMAEForPreTraining):
         self.post_init()
 
     def no_weight_decay(self) -> frozenset[str]:
-        """Return the parameters of several axes that should not be decayed, as timm's optimizers ask for them."""
+        """Return multi-axis parameters without weight decay, for timm's optimizers."""
         return no_weight_decay(self)
 
     @can_return_tuple
@@ -132,7 +132,7 @@ class PRViTMAEForPreTraining(ViTMAEForPreTraining):
             float (batch, channels, height, width), as from a ``ViTImageProcessor``.
         noise
             (batch, N), any real dtype; the tokens of lowest noise are visible, as in ``ViTMAEForPreTraining``. None:
-            drawn with ``torch.rand``, so that the same random state hides the same tokens as there.
+            ``torch.rand``, so that equal random states mask the same tokens as there.
         interpolate_pos_encoding, attention_mask, **kwargs
             As for ``ViTMAEForPreTraining``. For images of another size, the reconstruction interpolates its table.
 
@@ -165,12 +165,12 @@ class PRViTMAEForPreTraining(ViTMAEForPreTraining):
             attention_mask=attention_mask,
             **kwargs,
         )
-        # The encoder's order, since its sort is not stable.
+        # The order of the encoder, because its sort is not stable.
         visible = encoded.ids_restore.argsort(dim=1)[:, : schedule.counts.visible]
         plan = make_plan(schedule, noise, visible=visible)
         features = self._decode(encoded.last_hidden_state, plan, interpolate)
         patches = self.patchify(pixel_values, interpolate_pos_encoding=interpolate).float()
-        self.pixel_loss.norm_pix = self.config.norm_pix_loss  # as all options, it may change between steps
+        self.pixel_loss.norm_pix = self.config.norm_pix_loss  # like all options, it may change between steps
         pixel_loss = self.pixel_loss if grid == self.grid else _resized(self.pixel_loss, grid)
         predicted, cells = pixel_loss.predict(features, plan, self.decoder.decoder_pred)
         return ViTMAEForPreTrainingOutput(
@@ -188,12 +188,12 @@ class PRViTMAEForPreTraining(ViTMAEForPreTraining):
         return Schedule(grid, counts, stages=config.stages, throwing=config.throwing)  # type: ignore[arg-type]
 
     def _decode(self, encoded: Tensor, plan: Plan, interpolate: bool) -> Tensor:
-        """Decode visible and decoded tokens: (batch, 1 + V, dim) to (batch, V + M, decoder dim), in plan order."""
+        """Decode (batch, 1 + V, dim) to (batch, V + M, decoder dim), in plan order."""
         decoder = self.decoder
         x = decoder.decoder_embed(encoded)
         mask_tokens = decoder.mask_token.expand(*plan.decoded.shape, -1).to(x.dtype)
         table: Tensor = decoder.decoder_pos_embed
-        if interpolate:  # of its argument, the shape alone is used
+        if interpolate:  # only the shape of its argument is used
             table = decoder.interpolate_pos_encoding(x.new_empty(1, 1 + plan.schedule.grid.num_tokens, 0))
         places = take_tokens(table[:, 1:], plan.known(1))
         x = torch.cat([x[:, :1] + table[:, :1], torch.cat([x[:, 1:], mask_tokens], dim=1) + places], dim=1)
@@ -215,9 +215,9 @@ class PRViTMAEForPreTraining(ViTMAEForPreTraining):
 
     @torch.no_grad()
     def initialize_weights(self) -> None:
-        """Give new weights their start values; transformers calls it, and marks loaded weights, which are kept."""
+        """Initialize new weights; called by transformers, which marks loaded weights."""
         super().initialize_weights()
-        # transformers 5.23 leaves the fixed position tables and the tokens of new models at 0.
+        # transformers 5.23 leaves fixed position tables and tokens of new models at 0.
         embeddings, decoder, (side, patch) = self.vit.embeddings, self.decoder, _sides(self.config)
         for table in (embeddings.position_embeddings, decoder.decoder_pos_embed):
             initialization.copy_(table, torch.from_numpy(sincos_table((side // patch,) * 2, table.shape[-1])))
@@ -226,7 +226,7 @@ class PRViTMAEForPreTraining(ViTMAEForPreTraining):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Give the new weights of one part their start values."""
+        """Initialize the new weights of a module."""
         super()._init_weights(module)
         if isinstance(module, ProgressiveReconstruction):
             with torch.device("cpu"):
@@ -249,7 +249,7 @@ def _sides(config: ViTMAEConfig) -> tuple[int, int]:
 
 
 def _resized(pixel_loss: PixelLoss, grid: Grid) -> PixelLoss:
-    """Return a loss on another grid that shares all parameters."""
+    """Return a loss on another grid, with shared parameters."""
     resized, reconstruct = copy(pixel_loss), copy(pixel_loss.reconstruct_norm)
     reconstruct.grid = grid
     if reconstruct.reconstruction == "kernel":
@@ -260,7 +260,10 @@ def _resized(pixel_loss: PixelLoss, grid: Grid) -> PixelLoss:
 
 
 def _resized_table(reconstruct: ProgressiveReconstruction, grid: Grid) -> Tensor:
-    """Return the table (heads, offsets) for another grid, as :func:`prmim_methods.positions.fit_positions` does."""
+    """Return the table (heads, offsets) for another grid.
+
+    Equals :func:`prmim_methods.positions.fit_positions`.
+    """
     table, before = reconstruct.table, reconstruct.grid
     start, new_start = (torch.from_numpy(-offset_squared_distances(each)).to(table) for each in (before, grid))
     rows, columns = (

@@ -13,7 +13,7 @@ NORM_EPS = 1e-6
 
 
 class VideoMAE(MAE):
-    """VideoMAE with partial and progressive reconstruction; see :class:`prmim_methods.VideoMAEConfig`.
+    """VideoMAE with PR-MIM; see :class:`prmim_methods.VideoMAEConfig`.
 
     Parameters
     ----------
@@ -35,18 +35,18 @@ class VideoMAE(MAE):
     config: VideoMAEConfig
 
     def _decode(self, visible: Tensor, plan: Plan, noise: Tensor) -> Tensor:
-        """Encode the visible patches and decode; leave out the features of tokens that are decoded once more."""
+        """Encode visible patches and decode, without features of repeated tokens."""
         return super()._decode(visible, plan, noise)[:, : plan.schedule.num_known(1)]
 
     def _decoder_index(self, plan: Plan, noise: Tensor) -> Tensor:
-        """Return the tokens that the decoder sees: visible ones that a dual mask keeps come once more."""
+        """Return the tokens that the decoder sees; a dual mask repeats visible tokens."""
         if not self.config.is_dual:
             return plan.known(1)
         repeated = cell_decoded(plan.schedule.grid, self.config.num_repeated, noise, plan.mask)
         return torch.cat([plan.known(1), repeated], dim=1)
 
     def _normalize_target(self, target: Tensor) -> Tensor:
-        """Normalise target patches (batch, n, prod(patch) * C) over each channel, or over the patch."""
+        """Normalize target patches (batch, n, prod(patch) * C) per channel or per patch."""
         if self.config.norm_over == "patch":
             return super()._normalize_target(target)
         return normalize_values(target, *self._channel_statistics(target), eps=0)
@@ -58,7 +58,7 @@ class VideoMAE(MAE):
         return denormalize_values(predicted, *self._channel_statistics(target), eps=0)
 
     def _channel_statistics(self, target: Tensor) -> tuple[Tensor, Tensor]:
-        """Return mean and deviation plus eps of each channel of the patches, in units of the target."""
+        """Return mean and deviation plus eps per channel of patches, in target units."""
         mean, deviation = patch_statistics(target, self.config.channels)
         eps = constant_like([NORM_EPS / std for std in self.config.pixel_std], target)
         return mean, deviation + eps

@@ -1,7 +1,7 @@
-"""Parts of a vision transformer: patch embedding, position table, attention, blocks, encoder, decoder.
+"""Vision transformer modules.
 
-Parameter names follow timm's ViT; the initialisation is MAE's. Masking strategies live elsewhere: the encoder and the
-decoder take tokens and the indices of their positions.
+Parameter names follow timm's ViT; the initialization is MAE's. Masking is separate: the encoder and the decoder take
+tokens and indices of their positions.
 """
 
 from collections.abc import Sequence
@@ -11,6 +11,7 @@ from typing import Literal, cast, get_args
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 
 from prmim_core import Grid, num_offsets
@@ -23,23 +24,31 @@ LAYER_NORM_EPS = 1e-6
 
 
 def constant_like(values: Sequence[float], like: Tensor) -> Tensor:
-    """Return a vector of the dtype and on the device of another tensor; the host does not wait for the device.
+    """Return a vector with the dtype and device of a tensor, without blocking.
 
-    Constants are no buffers: a module that was built on the meta device has them too.
+    Constants are not buffers, so that modules built on the meta device have them too.
     """
     return torch.tensor(values, dtype=like.dtype, device="cpu").to(like.device, non_blocking=True)
 
 
-def fill(tensor: Tensor, values: Tensor) -> None:
-    """Copy values into a parameter or buffer, in-place; if FSDP2 shards it, each process copies its part."""
-    from prmim_torch.distributed import spread  # it imports this module
+def spread(tensor: Tensor, like: Tensor) -> Tensor:
+    """Shard a tensor, whole and equal in all processes, like another one."""
+    if not isinstance(like, DTensor):
+        return tensor
+    return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
 
+
+def fill(tensor: Tensor, values: Tensor) -> None:
+    """Copy values into a parameter or buffer, in-place.
+
+    If FSDP2 shards it, each process copies its part.
+    """
     with torch.no_grad():
         tensor.copy_(spread(values, tensor))
 
 
 def add_table(module: nn.Module, grid_shape: Sequence[int], dim: int, class_tokens: int, *, is_learned: bool) -> None:
-    """Give a module an uninitialised position table ``pos_embed`` (1, C + N, dim): a parameter if it is learned."""
+    """Add an uninitialized table ``pos_embed`` (1, C + N, dim): a parameter if learned."""
     table = torch.empty(1, class_tokens + prod(grid_shape), dim)
     if is_learned:
         module.register_parameter("pos_embed", nn.Parameter(table))
@@ -48,16 +57,19 @@ def add_table(module: nn.Module, grid_shape: Sequence[int], dim: int, class_toke
 
 
 def reset_table(table: Tensor, grid_shape: Sequence[int], class_tokens: int, position: str) -> None:
-    """Give a position table its initial values: normal with deviation 0.02 for ``"learned"``, else sine-cosine."""
+    """Initialize a position table: normal (0.02) if ``"learned"``, else sine-cosine."""
     if position == "learned":
-        # Truncating at +-2, as timm does, has no effect.
+        # No truncation at +-2 as in timm, since it has no effect.
         nn.init.normal_(table, std=0.02)
     else:
         fill(table, torch.from_numpy(fixed_table(position, grid_shape, table.shape[-1], class_tokens)))
 
 
 class Linear(nn.Linear):
-    """``nn.Linear`` with MAE's initialisation: Xavier-uniform weight (a fused qkv matrix counts as one), zero bias."""
+    """``nn.Linear`` with MAE's initialization: Xavier-uniform weight, zero bias.
+
+    A fused qkv matrix counts as one weight.
+    """
 
     def reset_parameters(self) -> None:
         """Redraw the weight from torch's global random state."""
@@ -78,7 +90,7 @@ class LayerNorm(nn.LayerNorm):
 
 
 class PatchProjection(nn.Module):
-    """A patch convolution, applied to patches that are already cut out.
+    """A patch convolution, applied to patches.
 
     Parameters
     ----------
@@ -91,8 +103,8 @@ class PatchProjection(nn.Module):
 
     Notes
     -----
-    The weight has the layout of a convolution, channels before pixels, so that files match other ViTs. Patches hold
-    their channels last; the small weight is permuted to fit, never the data.
+    The weight has the layout of a convolution, channels before pixels, so that files match other ViTs. Patches have
+    channels last, so the weight is permuted, not the data.
     """
 
     def __init__(self, dim: int, channels: int, patch_size: Sequence[int]) -> None:
@@ -102,7 +114,10 @@ class PatchProjection(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Redraw the weight Xavier-uniform as a matrix, and the bias as a convolution's: uniform in 1/sqrt(fan in)."""
+        """Redraw the weight (Xavier-uniform as a matrix) and the bias (a convolution's).
+
+        The bias is uniform in 1/sqrt(fan in).
+        """
         nn.init.xavier_uniform_(self.weight.view(self.weight.shape[0], -1))
         bound = 1 / sqrt(self.weight[0].numel())
         nn.init.uniform_(self.bias, -bound, bound)
@@ -113,7 +128,7 @@ class PatchProjection(nn.Module):
 
 
 class PatchEmbed(nn.Module):
-    """Holds the projection under its name in ViT files, ``patch_embed.proj``."""
+    """Container that names the projection ``patch_embed.proj``, as in ViT files."""
 
     def __init__(self, dim: int, channels: int, patch_size: Sequence[int]) -> None:
         super().__init__()
@@ -132,12 +147,12 @@ class Attention(nn.Module):
     dim, num_heads
         Width, attention heads.
     table_rows
-        Rows of an own table of relative position bias, see :class:`RelativePositionBias`; None: no table.
+        Rows of the layer's own table of relative position bias, see :class:`RelativePositionBias`; None: no table.
 
     Notes
     -----
-    Queries, keys and values have biases. Models without a bias for the keys (BEiT, SimMIM) compute the same function:
-    a bias of the keys adds one number to all scores of a query, which the softmax ignores. Its gradient is 0.
+    Queries, keys and values have biases. Models without a bias of the keys (BEiT, SimMIM) compute the same function: it
+    adds one number to all scores of a query, which does not change the softmax. Its gradient is 0.
     """
 
     def __init__(self, dim: int, num_heads: int, *, table_rows: int | None = None) -> None:
@@ -150,26 +165,26 @@ class Attention(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Set the table to zero, if there is one; the parts are not changed."""
+        """Set the table to zero, if there is one; submodules are not changed."""
         if self.relative_position_bias_table is not None:
             nn.init.zeros_(self.relative_position_bias_table)
 
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """Map (batch, length, dim) to the same shape.
 
-        ``bias`` is added to the scores: ([batch,] heads, length, length). With an own table, it is instead the row of
-        each pair of tokens in that table: int ([batch,] length, length).
+        ``bias`` is added to the scores: ([batch,] heads, length, length). If the layer has a table, ``bias`` is the row
+        of each pair of tokens in it: int ([batch,] length, length).
         """
         if self.relative_position_bias_table is not None and bias is not None:
             bias = look_up(self.relative_position_bias_table, bias)
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))  # batch, length, 3, heads, head_dim
-        # Unbinding before transposing lets the backward pass join the gradients in one copy instead of two.
+        # Unbinding before transposing saves one of two copies of the gradients in the backward pass.
         q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))
         mixed = attend(q, k, v, None if bias is None else bias.to(q.dtype))  # batch, heads, length, head_dim
         return self.proj(mixed.transpose(1, 2).flatten(2))
 
     def first_query(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """Return the attention of the first token to all: (batch, length, dim) to (batch, heads, length).
+        """Return the first token's attention: (batch, length, dim) to (batch, heads, length).
 
         ``bias`` is added to the scores: ([batch,] heads, length, length).
         """
@@ -179,10 +194,9 @@ class Attention(nn.Module):
 
 
 def offset_code(grid: Grid, device: torch.device) -> Tensor:
-    """Return a number per token, int64 (N,), computed on the device.
+    """Return codes int64 (N,) of tokens, whose differences identify offsets.
 
-    The difference of two numbers identifies the offset of two tokens: adding ``num_offsets(grid) // 2`` gives the index
-    of ``prmim_core.offset_index``.
+    A difference plus ``num_offsets(grid) // 2`` is the index of ``prmim_core.offset_index``. Computed on the device.
     """
     code = torch.zeros(1, dtype=torch.int64, device=device)
     for size in grid.shape:
@@ -191,7 +205,7 @@ def offset_code(grid: Grid, device: torch.device) -> Tensor:
 
 
 def bias_rows(grid: Grid, index: Tensor | None, device: torch.device) -> Tensor:
-    """Return the row of each pair of tokens in a table of :class:`RelativePositionBias`.
+    """Return the table row of each token pair; see :class:`RelativePositionBias`.
 
     Parameters
     ----------
@@ -219,17 +233,17 @@ def bias_rows(grid: Grid, index: Tensor | None, device: torch.device) -> Tensor:
 
 
 def look_up(table: Tensor, rows: Tensor) -> Tensor:
-    """Return the bias ([batch,] heads, length, length) at the rows ([batch,] length, length) of a table."""
+    """Look up ([batch,] heads, length, length) at table rows ([batch,] length, length)."""
     return F.embedding(rows, table).movedim(-1, -3)
 
 
 class RelativePositionBias(nn.Module):
-    """Bias of attention scores by the offset between two tokens: one learned number per offset and head.
+    """Relative position bias: one learned number per offset and head.
 
     Parameters
     ----------
     grid_shape
-        Tokens of a whole image along each axis; N in all.
+        Tokens of a whole image along each axis; N in total.
     num_heads
         Attention heads.
 
@@ -307,7 +321,7 @@ class Block(nn.Module):
     layer_scale
         Initial value of LayerScale on both branches; None: no LayerScale.
     recompute
-        Whether to save only the input and recompute the block in the backward pass (activation checkpointing).
+        Whether to save only the input, and recompute the block in the backward pass (activation checkpointing).
     table_rows
         See :class:`Attention`.
     """
@@ -349,12 +363,12 @@ class Block(nn.Module):
             (batch, length, dim).
         """
         if self.recompute and torch.is_grad_enabled():
-            # No random state to preserve: drop path is an argument.
+            # No random state to preserve, since drop path is an argument.
             return checkpoint(self._add, x, bias, scales, use_reentrant=False, preserve_rng_state=False)
         return self._add(x, bias, scales)
 
     def first_query(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """Return the attention of the first token of the block's input; see :meth:`Attention.first_query`."""
+        """Return the attention of the first input token; see :meth:`Attention.first_query`."""
         return self.attn.first_query(self.norm1(x), bias)
 
     def _add(self, x: Tensor, bias: Tensor | None, scales: Tensor | None) -> Tensor:
@@ -366,12 +380,12 @@ class Block(nn.Module):
 
 
 class Encoder(nn.Module):
-    """A vision transformer that embeds and encodes only the patches it is given.
+    """A vision transformer that embeds and encodes only the given patches.
 
     Parameters
     ----------
     grid_shape
-        Tokens of a whole image along each axis; N in all.
+        Tokens of a whole image along each axis; N in total.
     patch_size
         Pixels of a patch along each axis.
     channels
@@ -387,7 +401,7 @@ class Encoder(nn.Module):
     layer_scale, recompute
         See :class:`Block`.
     class_tokens
-        Number of class tokens, C, each with a position of its own. Relative positions need exactly one.
+        Number of class tokens, C, each with its own position. Relative positions need exactly one.
     mask_token
         Whether there is a mask token, ``mask_token``. It starts at zero, and :meth:`encode` does not use it.
     final_norm
@@ -445,9 +459,9 @@ class Encoder(nn.Module):
         self.norm = LayerNorm(dim) if final_norm else nn.Identity()
 
     def reset_parameters(self) -> None:
-        """Redraw the class tokens; give the mask token and the position table their initial values.
+        """Redraw class tokens; reset the mask token and the position table.
 
-        The parts of the encoder are not changed. Each has a ``reset_parameters`` of its own.
+        Submodules are not changed; each has its own ``reset_parameters``.
         """
         if self.class_tokens:
             nn.init.normal_(self.cls_token, std=0.02)
@@ -467,7 +481,7 @@ class Encoder(nn.Module):
         Parameters
         ----------
         patches
-            (batch, length, prod(patch) * C), normalised pixels.
+            (batch, length, prod(patch) * C), normalized pixels.
         index
             int (batch, length): the token of each patch; None: the patches are all N tokens, in raster order.
         scales
@@ -481,7 +495,7 @@ class Encoder(nn.Module):
         return self.encode(self.place(self.patch_embed(patches), index), index, scales)
 
     def place(self, tokens: Tensor, index: Tensor | None = None) -> Tensor:
-        """Add the position table at ``index``, if there is one, to embedded tokens ([batch,] length, dim)."""
+        """Add the position table, if any, at ``index`` to tokens ([batch,] length, dim)."""
         if not self._has_table:
             return tokens
         table = self.pos_embed[0, self.class_tokens :]
@@ -510,7 +524,7 @@ class Encoder(nn.Module):
         return self.norm(x)
 
     def hidden_states(self, tokens: Tensor, index: Tensor | None = None, scales: Tensor | None = None) -> list[Tensor]:
-        """Run the blocks on embedded and placed tokens; see :meth:`encode` for the arguments.
+        """Run the blocks on embedded and placed tokens; arguments as for :meth:`encode`.
 
         Returns
         -------
@@ -544,8 +558,8 @@ class Encoder(nn.Module):
         return cast(Block, self.blocks[-1]).first_query(x, bias)[:, :, -tokens.shape[1] :]
 
     def _start(self, tokens: Tensor, index: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Return the input of the first block, with the class tokens, and the blocks' argument ``bias``."""
-        # The residual stream has the precision of the parameters; under autocast, the tokens can have a lower one.
+        """Return the first block's input with class tokens, and the blocks' ``bias``."""
+        # The residual stream has the precision of the parameters. Under autocast, tokens may have a lower one.
         x = tokens.to(self.dtype)
         if self.class_tokens:
             cls_token = self.cls_token + self.pos_embed[:, : self.class_tokens] if self._has_table else self.cls_token
@@ -556,12 +570,12 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """A narrow transformer over the encoded tokens and mask tokens at the positions to decode.
+    """A narrow transformer over encoded tokens and mask tokens.
 
     Parameters
     ----------
     grid_shape
-        Tokens of a whole image along each axis; N in all.
+        Tokens of a whole image along each axis; N in total.
     encoder_dim
         Width of the encoder.
     output_dim
@@ -571,9 +585,9 @@ class Decoder(nn.Module):
     position
         ``"absolute"``, ``"raster"`` or ``"learned"``, see :class:`Encoder`.
     class_tokens
-        Number of class tokens, C, each with a position of its own.
+        Number of class tokens, C, each with its own position.
     embed_bias
-        Whether the layer that narrows the encoder's tokens has a bias.
+        Whether the projection of the encoder's tokens has a bias.
     recompute
         See :class:`Block`.
 
@@ -613,12 +627,12 @@ class Decoder(nn.Module):
             self.pred = Linear(dim, output_dim)
 
     def reset_parameters(self) -> None:
-        """Redraw the mask token, reset the position table; the parts of the decoder are not changed."""
+        """Redraw the mask token, reset the position table; submodules are not changed."""
         nn.init.normal_(self.mask_token, std=0.02)
         reset_table(self.pos_embed, self._grid_shape, self.class_tokens, self.position)
 
     def forward(self, encoded: Tensor, index: Tensor) -> Tensor:
-        """Decode, without the prediction head ``pred``: the caller applies it to the tokens that need it.
+        """Decode; the caller applies the prediction head ``pred`` where needed.
 
         Parameters
         ----------
@@ -630,7 +644,7 @@ class Decoder(nn.Module):
         Returns
         -------
         Tensor
-            (batch, V + M, dim): normalised features of the tokens at ``index``, without the class tokens.
+            (batch, V + M, dim): normalized features of the tokens at ``index``, without the class tokens.
         """
         num_class = self.class_tokens
         places = F.embedding(index, self.pos_embed[0, num_class:])

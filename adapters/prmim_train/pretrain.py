@@ -8,7 +8,7 @@ from prmim_methods.checkpoints import find_source
 from prmim_methods.sizes import Transformer
 from prmim_train.config.packages import check_installed
 from prmim_train.config.pretrain import PretrainConfig
-from prmim_train.data.batches import Batch, BatchIterator, train_batches
+from prmim_train.data.batches import Batch, BatchIterator
 from prmim_train.evaluate.features import evaluate_run, format_evaluation, probe_run
 from prmim_train.report.inspect import format_brief
 from prmim_train.report.pictures import draw_run
@@ -17,7 +17,7 @@ from prmim_train.run.directory import RunDirectory
 from prmim_train.run.engine import Engine, create_engine
 from prmim_train.run.loop import Job, train
 from prmim_train.run.origin import Origin, run_origin
-from prmim_train.run.prepare import leave_out_trained, open_data, why_not
+from prmim_train.run.prepare import leave_out_trained, open_data, training_batches, why_not
 from prmim_train.run.processes import launched, say
 from prmim_train.run.size import check_size
 
@@ -93,12 +93,12 @@ class Pretraining(Job[Engine]):
         return self.config.method.encoder_size
 
     def create_engine(self) -> Engine:
-        """Build the engine of the method, unless a training step is too large for any device."""
+        """Build the engine, after checking that a training step fits into memory."""
         check_size(self.config, images=ceil(self.config.micro_batch / launched().world_size))
         return create_engine(self.config, self.budget)
 
     def begin(self, engine: Engine) -> None:
-        """Load `init_weights`, if given, and say which parts were loaded."""
+        """Load `init_weights`, if given, and print which parts were loaded."""
         if weights := self._initial_weights():
             try:
                 say(engine.init_weights(weights))
@@ -106,7 +106,7 @@ class Pretraining(Job[Engine]):
                 raise ValueError(f"init_weights: {str(error).removeprefix('source: ')}") from error
 
     def _initial_weights(self) -> Path | None:
-        """Return the file or folder of `init_weights`, if given; a missing one is found before the engine is built."""
+        """Find the file or folder of `init_weights`, if given. Raises an error if it does not exist."""
         if self.config.init_weights is None:
             return None
         return find_source(self.config.init_weights, "init_weights")
@@ -117,27 +117,19 @@ class Pretraining(Job[Engine]):
 
     def batches(self, engine: Engine) -> BatchIterator[Batch]:
         """Iterate over random crops of the training images."""
-        config = self.config
-        return train_batches(
-            self.data.source,
-            indices=self.data.train,
-            batch_size=config.batch_size,
-            image_size=config.method.image_size,
-            seed=config.seed,
+        return training_batches(
+            self.config,
+            self.data,
+            batch_size=self.config.batch_size,
             start_step=engine.step,
             total_steps=self.budget.total_steps,
-            crop_scale=config.crop_scale,
-            crop_ratio=config.crop_ratio,
-            crop_draw=config.crop_draw,
-            crop_padding=config.crop_padding,
-            flip=config.flip,
-            workers=config.workers,
+            workers=self.config.workers,
             rank=engine.rank,
             world_size=engine.world_size,
         )
 
     def take_step(self, engine: Engine, batch: Batch) -> None:
-        """Mask the images, by the attention to them if the method needs it, and take one optimizer step."""
+        """Mask the images, by their attention maps if the method needs them, and take one optimizer step."""
         if self.attention is None:
             engine.train_step(batch.images, batch.index)
         else:
@@ -148,7 +140,7 @@ class Pretraining(Job[Engine]):
         return probe_run(self.config, self.data, engine)
 
     def origin(self) -> Origin:
-        """Return images, split and teacher."""
+        """Return the origin: images, split and teacher."""
         return run_origin(self.config, self.data.source, self.data.train)
 
     def facts(self) -> dict[str, Any]:

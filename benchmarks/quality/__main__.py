@@ -43,8 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
             images = data.find(study.world.data, options.data, options.runs / "data")
             runs = [
                 Run(study, arm, seed, images, options.runs, options.backend)
-                for seed in range(options.seeds or study.seeds)
-                for arm in options.arms or study.arms
+                for arm, seed in study.order(options.arms or study.arms, options.seeds or study.seeds)
             ]
             done = records.load(study, options.results)
             left = [run for run in runs if run.seed not in done[run.arm]]

@@ -1,16 +1,16 @@
 """Arms, worlds (data and common options), and studies (arms in one world)."""
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from itertools import product
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import chain, product
 from typing import Any
 
-from benchmarks.quality.config import Options, config_of
+from benchmarks.quality.config import Options, config_of, cost_ratio
 
 DENSE, PARTIAL, DEFAULT = "dense", "partial, random", "PR-MIM, cells"
 PATCHES = "visible, kernel, 2"
-"""PR-MIM at 0.5 whose thrown tokens predict patches, as decoded ones do: the default before they predicted cells."""
+"""PR-MIM at 0.5 whose thrown tokens predict patches, as decoded tokens do: the former default."""
 
 
 @dataclass(frozen=True)
@@ -22,14 +22,17 @@ class Arm:
     options
         Options of ``prmim pretrain``, on top of the world's.
     detached
-        Detach the loss on thrown tokens from the features that rebuild them; see :mod:`.detached`.
+        Detach the loss on thrown tokens from the known features; see :mod:`.detached`.
     equal_compute
-        Train for as many multiply-accumulates as the dense arm, that is, for more epochs.
+        Train for as many multiply-accumulates as the dense arm, which means more epochs.
+    scaled
+        Factors of the world's options.
     """
 
     options: Options
     detached: bool = False
     equal_compute: bool = False
+    scaled: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -63,13 +66,15 @@ class Study:
     world
         Data and common options.
     arms
-        Names of the arms, in the order of table rows.
+        Names of the arms, in the order of table rows; the others are compared with the first.
     epochs
         Epochs of pre-training.
     seeds
         Number of trainings per arm.
     finetuned
         Also fine-tune classifiers, which takes longest.
+    first
+        Groups of arms that are trained first: all seeds of a group before the next group.
     """
 
     name: str
@@ -78,10 +83,33 @@ class Study:
     epochs: int
     seeds: int
     finetuned: bool = True
+    first: tuple[tuple[str, ...], ...] = ()
 
     def options(self, arm: str) -> dict[str, Any]:
         """Return the options of ``prmim pretrain`` that define an arm of the study."""
-        return {**self.world.pretrain, **ARMS[arm].options}
+        scaled = {name: factor * self.world.pretrain[name] for name, factor in ARMS[arm].scaled.items()}
+        return {**self.world.pretrain, **scaled, **ARMS[arm].options}
+
+    def cost_ratio(self, arm: str) -> float:
+        """Return the forward MACs of an arm relative to those of the first arm, which is dense or as published."""
+        return cost_ratio(*(config_of(self.options(name)) for name in (arm, self.arms[0])))
+
+    def arm_epochs(self, arm: str) -> int:
+        """Return the epochs of an arm."""
+        return round(self.epochs / self.cost_ratio(arm)) if ARMS[arm].equal_compute else self.epochs
+
+    def order(self, arms: Sequence[str], seeds: int) -> list[tuple[str, int]]:
+        """Return the trainings in order, as arms and seeds: groups of arms, in each of them seed by seed.
+
+        Examples
+        --------
+        >>> study = Study("example", DIGITS, ("a", "b", "c"), epochs=1, seeds=2, first=(("b",),))
+        >>> study.order(study.arms, study.seeds)
+        [('b', 0), ('b', 1), ('a', 0), ('c', 0), ('a', 1), ('c', 1)]
+        """
+        rest = [arm for arm in arms if not any(arm in group for group in self.first)]
+        groups = [*([arm for arm in group if arm in arms] for group in self.first), rest]
+        return [(arm, seed) for group in groups for seed in range(seeds) for arm in group]
 
     def has(self, record: Mapping[str, Any]) -> bool:
         """Return whether a record was trained with the current options of the study.
@@ -93,7 +121,7 @@ class Study:
         return (
             arm in self.arms
             and _comparable(self.options(arm)) == _comparable(record["options"])
-            and (ARMS[arm].equal_compute or record["epochs"] == self.epochs)
+            and record["epochs"] == self.arm_epochs(arm)
             and (not self.finetuned or json.loads(json.dumps(self.world.finetune)) == record.get("finetune_options"))
         )
 
@@ -140,6 +168,24 @@ CELL_ARMS: dict[str, Arm] = {
 ``low_pass`` is PixMIM's radius at the size of the images of CIFAR-10.
 """
 
+LONGER, DEEPER, MORE_VISIBLE = (
+    f"PR-MIM, cells, {way}, equal compute" for way in ("more epochs", "deeper decoder", "more visible")
+)
+
+EQUAL_ARMS = {
+    LONGER: Arm({}, equal_compute=True),
+    DEEPER: Arm({}, scaled={"decoder_depth": 2}, equal_compute=True),
+    MORE_VISIBLE: Arm({"mask_ratio": 0.6}, equal_compute=True),
+}
+"""Ways to spend the compute that throwing saves. Compute that remains after the change of the model becomes epochs.
+
+More epochs show the encoder more crops. A deeper decoder takes over reconstruction from the encoder, whose features
+become more general (Pixio). More visible tokens move compute from the decoder, which is discarded, to the encoder,
+which is kept. Half of all tokens stay thrown, so the decoder's sequence keeps its length: visible tokens replace
+decoded tokens. The encoder then trains on sequences closer to those in use, and thrown tokens are closer to known
+tokens. Unlike a larger encoder or a finer grid, none of the three changes the cost of the encoder in use.
+"""
+
 ARMS: dict[str, Arm] = {
     DENSE: Arm({"throw_ratio": 0.0}),
     PARTIAL: Arm({"throwing": "random", "reconstruction": "none"}),
@@ -154,8 +200,15 @@ ARMS: dict[str, Arm] = {
     "PR-MIM, thrown weight 0.5": Arm({"thrown_weight": 0.5, **PATCH_TARGET}),
     "PR-MIM, random": Arm({"throwing": "random", **PATCH_TARGET}),
     **CELL_ARMS,
+    **EQUAL_ARMS,
+    "PR-MIM 0.5, cells": Arm({"throw_ratio": 0.5}),
 }
-"""All arms by name. Omitted options have the defaults of ``prmim pretrain``: PR-MIM at 0.5."""
+"""All arms by name. Omitted options have the defaults of ``prmim pretrain``: PR-MIM at 0.5, with SimMIM at 0.25."""
+
+MASKALIGN, MASKED_TOO = "MaskAlign", "MaskAlign, masked tokens"
+MASKALIGN_ARMS = {MASKALIGN: Arm({"reconstruction": "none"}), MASKED_TOO: Arm({})}
+"""MaskAlign as published, and with masked tokens also aligned. It has no decoder, and its own targets."""
+ARMS |= MASKALIGN_ARMS
 
 DIGITS = World(data="digits", pretrain={}, finetune={})
 """A quick check that everything works."""
@@ -197,6 +250,48 @@ CIFAR = World(
 CIFAR_GRID16 = replace(CIFAR, pretrain={**CIFAR.pretrain, "patch_size": 2})
 """The same images with 16 x 16 tokens: 4.7 times the multiply-accumulates."""
 
+GRID14 = World(
+    data="imagenette",
+    pretrain={
+        **CIFAR.pretrain,
+        "image_size": 112,
+        "patch_size": 8,
+        "embed_dim": 96,
+        "num_heads": 3,
+        "decoder_dim": 64,
+        "decoder_depth": 3,
+        "decoder_heads": 2,
+    },
+    finetune={**CIFAR.finetune, "epochs": 5},
+)
+"""One CPU core: the paper's 14 x 14 tokens with 49 visible, encoder width 96; 83 M multiply-accumulates per image."""
+
+TEACHER = "runs/grid14-teacher"
+"""Folder of MaskAlign's teacher, the encoder of a training of ``grid14``.
+
+``prmim export runs/grid14-teacher --run runs/quality/grid14/dense-0 --to hf --encoder_only`` writes it. Its forward
+pass takes 179 M multiply-accumulates per image, the student's 50 M, so a step costs 1.3 times that of the dense MAE. A
+published teacher, CLIP ViT-B/16, takes 17.6 G: 350 times as much as the student.
+"""
+
+GRID14_MASKALIGN = replace(
+    GRID14,
+    pretrain={
+        **{"method": "maskalign", "teacher": TEACHER, "teacher_layers": 3},
+        **{name: value for name, value in GRID14.pretrain.items() if not name.startswith("decoder_")},
+    },
+)
+"""The images and the encoder of ``grid14`` for MaskAlign."""
+
+SIMMIM = replace(
+    CIFAR,
+    pretrain={
+        "method": "simmim",
+        **{name: value for name, value in CIFAR.pretrain.items() if not name.startswith("decoder_")},
+    },
+)
+"""The images of CIFAR-10 again. SimMIM has no decoder: its encoder sees the masked tokens that are not thrown."""
+
 IMAGENETTE = World(
     data="imagenette",
     pretrain={
@@ -224,12 +319,25 @@ OTHER_ARMS = (
 )
 MAIN_ARMS = (DENSE, PARTIAL, "partial, furthest", PATCHES, *OTHER_ARMS)
 BEST_SCREENED_ARMS = ("none, conv, 2", "none, kernel, 2")
-"""Ahead of the rest on linear accuracy in ``screen`` with the same number of stages: worth more seeds."""
+"""Best arms by linear accuracy in ``screen`` with the same number of stages, trained with more seeds."""
 MILDER_ARMS = ("PR-MIM, random", "PR-MIM, thrown weight 0.5")
-"""Between PR-MIM and plain partial reconstruction: random throwing; half the weight on thrown tokens."""
+"""Between PR-MIM and partial reconstruction: random throwing; half the weight on thrown tokens."""
 SCREENED_ARMS = (DENSE, PARTIAL, "partial, furthest", *GRID, *OTHER_ARMS, "PR-MIM, thrown weight 0.5")
 DIGITS_ARMS = (DENSE, PARTIAL, "partial, furthest", PATCHES, "PR-MIM, random", "PR-MIM, detached")
 """Furthest sampling and reconstruction, each with and without the other."""
+LONG_ARMS = (*MAIN_ARMS, *BEST_SCREENED_ARMS, *MILDER_ARMS, *CELL_ARMS, *EQUAL_ARMS)
+SIMMIM_ARMS = (
+    *(DENSE, DEFAULT, "partial, furthest, cells"),
+    *(PARTIAL, "dense, cells", PATCHES, "PR-MIM 0.5, cells"),
+)
+GRID14_GROUPS = (
+    (DENSE, DEFAULT, PARTIAL),
+    (LONGER, DEEPER),
+    ("dense, cells", "partial, furthest, cells"),
+    ("PR-MIM 0.65, cells", MORE_VISIBLE),
+    ("partial 0.65, furthest, cells",),
+)
+"""Lossless, and better than partial reconstruction? Better at equal compute? Due to which of the two ideas?"""
 DIGITS_CELL_ARMS = (DEFAULT, "PR-MIM, 1 cell", "dense, cells", "partial, furthest, cells")
 """Patches of the digits have 2 x 2 pixels, so there are no finer cells."""
 
@@ -239,9 +347,12 @@ STUDIES = {
         Study("digits", DIGITS, (*DIGITS_ARMS, *DIGITS_CELL_ARMS), epochs=60, seeds=3),
         Study("screen", CIFAR, SCREENED_ARMS, epochs=4, seeds=1, finetuned=False),
         Study("confirm", CIFAR, (*MAIN_ARMS, *BEST_SCREENED_ARMS), epochs=4, seeds=3),
-        Study("long", CIFAR, (*MAIN_ARMS, *BEST_SCREENED_ARMS, *MILDER_ARMS, *CELL_ARMS), epochs=20, seeds=3),
+        Study("long", CIFAR, LONG_ARMS, epochs=20, seeds=3),
         Study("grid8", CIFAR, (DENSE, PARTIAL, PATCHES), epochs=10, seeds=3),
         Study("grid16", CIFAR_GRID16, (DENSE, PARTIAL, PATCHES), epochs=10, seeds=3),
+        Study("grid14", GRID14, tuple(chain(*GRID14_GROUPS)), epochs=25, seeds=3, first=GRID14_GROUPS),
+        Study("simmim", SIMMIM, SIMMIM_ARMS, epochs=10, seeds=3, first=(SIMMIM_ARMS[:3],)),
+        Study("maskalign", GRID14_MASKALIGN, tuple(MASKALIGN_ARMS), epochs=25, seeds=3),
         Study("imagenette", IMAGENETTE, MAIN_ARMS, epochs=200, seeds=3),
     )
 }

@@ -23,9 +23,9 @@ def stored_config(folder: Path) -> PretrainConfig:
     return read_run_config(RunDirectory(folder))
 
 
-def cost_ratio(config: PretrainConfig) -> float:
-    """Return the forward MACs of a configuration relative to the dense method."""
-    reports = cost_reports(config)
-    assert reports is not None  # None is for methods with a teacher of unknown size; the study has no teachers
-    ours, dense = reports
-    return ours.macs / dense.macs
+def cost_ratio(config: PretrainConfig, dense: PretrainConfig) -> float:
+    """Return the forward MACs of a configuration relative to those of another one."""
+    ours, other = (cost_reports(each) for each in (config, dense))
+    assert ours is not None  # None: methods with a teacher of unknown size
+    assert other is not None
+    return ours[0].macs / other[0].macs

@@ -1,10 +1,14 @@
 """Images of the studies, in formats that ``prmim`` reads."""
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from tqdm import trange
+
+from prmim_train.data.sources import open_source
 
 CIFAR_CLASSES = (
     *("airplane", "automobile", "bird", "cat", "deer"),
@@ -36,8 +40,9 @@ def find(name: str, folder: Path, prepared: Path) -> Images:
         ``"digits"`` (embedded), ``"cifar10"`` or ``"imagenette"``.
     folder
         Folder of the data sets. CIFAR-10: ``cifar10_train.npz`` and ``cifar10_test.npz``, or the published binary
-        version ``cifar-10-batches-bin``. Imagenette: ``imagenette128_train.tar`` and ``imagenette128_val.tar``, or
-        ``imagenette/train`` and ``imagenette/val``; without validation images, part of the training images is held out.
+        version ``cifar-10-batches-bin``. Imagenette: ``imagenette128_train.tar`` and ``imagenette128_val.tar``, which
+        are decoded once, or ``imagenette/train`` and ``imagenette/val``; without validation images, part of the
+        training images is held out.
     prepared
         Folder for converted files.
 
@@ -49,26 +54,43 @@ def find(name: str, folder: Path, prepared: Path) -> Images:
     if name == "digits":
         return Images("digits", None)
     if name == "imagenette":
-        choices = (
-            (folder / "imagenette128_train.tar", folder / "imagenette128_val.tar"),
-            (folder / "imagenette" / "train", folder / "imagenette" / "val"),
-        )
-        for train, test in choices:
-            if train.exists():
-                return Images(str(train), str(test) if test.exists() else None)
-        raise FileNotFoundError(f"data: expected {choices[0][0]}, or a folder {choices[1][0]}")
+        return _find_imagenette(folder, prepared)
     return Images(*(str(_prepare_cifar(folder, prepared, part)) for part in ("train", "test")))
+
+
+def _find_imagenette(folder: Path, prepared: Path) -> Images:
+    tars = {part: folder / f"imagenette128_{part}.tar" for part in ("train", "val")}
+    if all(tar.exists() for tar in tars.values()):
+        return Images(*(str(_decode(tar, prepared / f"imagenette_{part}.npz")) for part, tar in tars.items()))
+    train, test = (folder / "imagenette" / part for part in tars)
+    if train.exists():
+        return Images(str(train), str(test) if test.exists() else None)
+    raise FileNotFoundError(f"data: expected {' and '.join(map(str, tars.values()))}, or a folder {train}")
+
+
+def _decode(tar: Path, path: Path) -> Path:
+    """Store the images of a tar file, which have equal size, as uint8, so that they are decoded once."""
+    if not path.exists():
+        source = open_source(str(tar), channels=3)
+        images = np.stack([source.read(index) for index in trange(len(source), desc=tar.name, unit="image")])
+        assert source.labels is not None  # folders of the tar file are classes
+        assert source.class_names is not None
+        _save(path, images, source.labels, source.class_names)
+    return path
 
 
 def _prepare_cifar(folder: Path, prepared: Path, part: str) -> Path:
     path = prepared / f"cifar10_{part}.npz"
     if not path.exists():
-        images, labels = _read_cifar(folder, part)
-        prepared.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial.npz")
-        np.savez(partial, images=images, labels=labels.astype(np.int64), names=np.array(CIFAR_CLASSES))
-        partial.rename(path)
+        _save(path, *_read_cifar(folder, part), CIFAR_CLASSES)
     return path
+
+
+def _save(path: Path, images: NDArray[np.uint8], labels: NDArray[Any], names: Sequence[str]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial.npz")
+    np.savez(partial, images=images, labels=labels.astype(np.int64), names=np.array(names))
+    partial.rename(path)
 
 
 def _read_cifar(folder: Path, part: str) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:

@@ -1,7 +1,7 @@
 """``prmim`` with detached loss on thrown tokens (PyTorch only).
 
-The loss does not flow back to the features that rebuild thrown tokens: it trains the reconstruction and the head, but
-neither decoder nor encoder.
+The loss on thrown tokens has no gradient with respect to the known features. It trains the reconstruction and the head,
+but neither decoder nor encoder.
 """
 
 import sys

@@ -13,12 +13,13 @@ from typing import Any
 
 from benchmarks.quality import records
 from benchmarks.quality.arms import ARMS, Study
-from benchmarks.quality.config import config_of, cost_ratio, stored_config
+from benchmarks.quality.config import stored_config
+from benchmarks.quality.correct import read_correct
 from benchmarks.quality.data import Images
 from benchmarks.report import environment
 
 PATIENCE = 120.0
-"""Seconds that an interrupted training has to write its checkpoint."""
+"""Seconds reserved for an interrupted training to write its checkpoint."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,9 +71,8 @@ class Run:
 
     def options(self) -> dict[str, Any]:
         """Return the options of ``prmim pretrain``, without those of saving and reporting."""
-        options = {"data": self.images.train, "epochs": self.study.epochs, **self.study.options(self.arm)}
-        if ARMS[self.arm].equal_compute:
-            options["epochs"] = round(self.study.epochs / cost_ratio(config_of(self.study.options(self.arm))))
+        epochs = self.study.arm_epochs(self.arm)
+        options = {"data": self.images.train, "epochs": epochs, **self.study.options(self.arm)}
         holdout = {} if self.images.test is None else {"holdout": 0.0}
         return {**options, **holdout, "seed": self.seed, "backend": self.backend}
 
@@ -100,13 +100,17 @@ class Run:
         if self.study.finetuned:
             finetune = {"finetune": _read(self.path / "finetune" / "evaluation.json")["accuracy"]}
             finetune_options = {"finetune_options": dict(self.study.world.finetune)}
+        files = (self.path / folder / "predictions.npz" for folder in ("evaluation", "finetune"))
+        correct = {name: digits for file in files for name, digits in read_correct(file).items()}
+        # Held-out images differ between seeds, so they cannot be paired.
+        correct_images = {"correct": correct} if correct and self.images.test is not None else {}
         return {
             "study": self.study.name,
             "arm": self.arm,
             "seed": self.seed,
             **{name: features["protocols"][name]["accuracy"] for name in ("linear", "knn")},
             **finetune,
-            "macs_to_dense": cost_ratio(config),
+            "macs_to_dense": self.study.cost_ratio(self.arm),
             "epochs": config.epochs,
             "steps": lines[-1]["step"],
             "seconds": lines[-1]["seconds"],
@@ -115,6 +119,7 @@ class Run:
             "options": {name: value for name, value in self.options().items() if name not in ("data", "seed")},
             **finetune_options,
             **environment(),
+            **correct_images,
         }
 
 

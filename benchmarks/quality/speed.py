@@ -10,7 +10,7 @@ from functools import partial
 import numpy as np
 
 from benchmarks.quality.arms import ARMS, DENSE, Study
-from benchmarks.quality.config import config_of, cost_ratio
+from benchmarks.quality.config import config_of
 from benchmarks.report import Report, ratio, take_turns
 from prmim_train.run.budget import training_budget
 from prmim_train.run.engine import Engine, create_engine
@@ -37,7 +37,7 @@ def time_steps(study: Study, arms: list[str], repeats: int, backend: str, report
         }
         times = take_turns({arm: partial(step, engine) for arm, engine in engines.items()}, repeats, warm_up=WARM_UP)
     rows = {
-        arm: (1e3 * statistics.median(seconds) / batch, ratio(seconds, times[DENSE]), cost_ratio(configs[arm]))
+        arm: (1e3 * statistics.median(seconds) / batch, ratio(seconds, times[DENSE]), study.cost_ratio(arm))
         for arm, seconds in times.items()
     }
     report.table("training step", {"ms per image": ".3f", "to dense": ".2f", "MACs to dense": ".3f"}, rows)

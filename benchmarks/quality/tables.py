@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.quality.arms import DEFAULT, DENSE, FACTORS, GRID, PARTIAL, PATCHES
+from benchmarks.quality.correct import image_error
 from benchmarks.quality.records import Results
 from benchmarks.report import Report
 from prmim_train.report.figures import new_figure, save_figure, write_caption
@@ -42,7 +43,7 @@ def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
 
 
 def differences(results: Results, arm: str, other: str, value: str) -> list[float]:
-    """Return the differences of an arm to another one, for each seed that both have.
+    """Return the differences between two arms, for each seed that both have.
 
     Examples
     --------
@@ -93,15 +94,11 @@ def show(results: Results, report: Report) -> None:
         {"seeds": "d", **{ACCURACIES[name]: "" for name in measured}},
         {arm: (len(runs), *(_percent(list(values(runs, name))) for name in measured)) for arm, runs in present.items()},
     )
-    if results[DENSE]:
+    if results.get(DENSE):
         report.table(
             "points above dense",
             {ACCURACIES[name]: "" for name in measured},
-            {
-                arm: tuple(_percent(differences(results, arm, DENSE, name), sign="+") for name in measured)
-                for arm in present
-                if arm != DENSE
-            },
+            {arm: tuple(points(results, arm, DENSE, name) for name in measured) for arm in present if arm != DENSE},
         )
     effects = {name: main_effects(results, name) for name in measured}
     if measured and effects[measured[0]]:
@@ -122,6 +119,13 @@ def values(runs: Mapping[int, Mapping[str, Any]], name: str) -> list[float]:
     return [run[name] for run in runs.values() if run.get(name) is not None]
 
 
+def points(results: Results, arm: str, other: str, measure: str) -> str | None:
+    """Return the mean difference in points ± its standard error over seeds (that over test images, if known)."""
+    found = _percent(differences(results, arm, other, measure), sign="+")
+    error = 100 * image_error(results[arm], results[other], measure)
+    return found if found is None or math.isnan(error) else f"{found} ({error:.2f})"
+
+
 def _percent(numbers: Sequence[float], sign: str = "") -> str | None:
     if not numbers:
         return None
@@ -138,6 +142,36 @@ def _costs(runs: Mapping[int, Mapping[str, Any]]) -> tuple[Any, ...]:
         # A loss of exactly 0 means that no tokens contribute.
         *(f"{statistics.mean(found):.4f}" if any(found) else None for found in losses),
     )
+
+
+def markdown(results: Results) -> str:
+    """Return accuracies and differences to dense as Markdown tables, without arms that have no records.
+
+    Differences have the standard error over seeds, and in brackets that over test images.
+    """
+    present = {arm: runs for arm, runs in results.items() if runs}
+    head = ("", "seeds", "MACs of a step to dense", "epochs", *ACCURACIES.values())
+    rows = [
+        (
+            arm,
+            str(len(runs)),
+            f"{next(iter(runs.values()))['macs_to_dense']:.2f}",
+            str(next(iter(runs.values()))["epochs"]),
+            *(f"{_percent(values(runs, name)) or ''} %" for name in ACCURACIES),
+        )
+        for arm, runs in present.items()
+    ]
+    above = [
+        (arm, *(points(results, arm, DENSE, name) or "" for name in ACCURACIES))
+        for arm in present
+        if arm != DENSE and results[DENSE]
+    ]
+    return "\n\n".join([_table(head, rows), _table(("points above dense", *ACCURACIES.values()), above)])
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 def draw(results: Results, path: Path, caption: str) -> None:

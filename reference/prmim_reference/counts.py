@@ -25,7 +25,9 @@ class TokenCounts:
 
 
 def rounding_rule(rounding: str, float_rule: str, exact_rule: str = "mae") -> str:
-    """Return the rule of `count_tokens` for the option ``rounding`` of a method, whose code computes by ``float_rule``.
+    """Return the rule of `count_tokens` for a method's option ``rounding``.
+
+    ``float_rule`` is the rule of the method's original code.
 
     Examples
     --------
@@ -48,7 +50,7 @@ def count_tokens(
 ) -> TokenCounts:
     """Convert ratios to token counts.
 
-    A ratio stands for the decimal number that it prints as: 0.7 is exactly 7/10. The "float" rules compute with binary
+    A ratio is read as the decimal number that it prints as: 0.7 is exactly 7/10. The "float" rules use binary
     floating-point numbers instead.
 
     Parameters
@@ -59,8 +61,8 @@ def count_tokens(
         Fractions of **all** tokens, in [0, 1].
     rounding : {"mae", "amt", "mae_float", "simmim_float", "amt_float"}
         "mae": the visible count is floor(N (1 - mask_ratio)). "amt": the masked count is floor(N mask_ratio).
-        "mae_float": as "mae", in floating point. "simmim_float": the masked count is ceil(N mask_ratio), in floating
-        point. "amt_float": as "amt", in floating point.
+        "mae_float": like "mae", in floating point. "simmim_float": the masked count is ceil(N mask_ratio), in floating
+        point. "amt_float": like "amt", in floating point.
     mask_unit, throw_unit : int
         Numbers of tokens that are masked or thrown together. The rules above then count units instead of tokens.
 

@@ -24,7 +24,7 @@ def squared_distance(first: Position, second: Position) -> int:
 
 
 def nearest_squared_distance(position: Position, others: Iterable[Position]) -> int:
-    """Return the squared distance from a position to the nearest of at least one other.
+    """Return the squared distance from a position to the nearest of some others.
 
     Examples
     --------
@@ -54,7 +54,9 @@ def nearest_squared_distances(positions: Sequence[Position], known: Sequence[int
 
 
 def covering_radius(positions: Sequence[Position], known: Sequence[int]) -> float:
-    """Return the largest Euclidean distance from a token to its nearest known token; infinite if none is known.
+    """Return the largest Euclidean distance from a token to its nearest known token.
+
+    It is infinite if no token is known.
 
     Examples
     --------

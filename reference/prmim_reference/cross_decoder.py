@@ -1,4 +1,4 @@
-"""The decoder of CrossMAE in float64: mask tokens attend to mixes of the encoder's layers, and not to each other."""
+"""The decoder of CrossMAE in float64: mask tokens attend to encoder layers only."""
 
 import math
 from collections.abc import Sequence
@@ -26,7 +26,7 @@ def mix_of_layers(layers: Sequence[Array], shares: Sequence[float] | Array) -> A
 
 
 def cross_attention(query: Array, context: Array, weights: Weights, name: str, num_heads: int) -> Array:
-    """Return what one query attends to: (dim,).
+    """Return the attention output of one query: (dim,).
 
     The first half of the fused layer ``kv`` are keys, the second half values, each head by head. Scores are scaled by
     head_dim^-0.5.
@@ -56,7 +56,7 @@ def cross_attention(query: Array, context: Array, weights: Weights, name: str, n
 
 
 def cross_block(x: Array, context: Array, weights: Weights, name: str, num_heads: int) -> Array:
-    """Apply one pre-norm block to one token (dim,): a residual branch of cross-attention, then a residual MLP."""
+    """Apply a pre-norm block to a token (dim,): residual cross-attention, then an MLP."""
     query = norm(x[None], weights, f"{name}.norm1")[0]
     x = x + cross_attention(query, norm(context, weights, f"{name}.norm_context"), weights, f"{name}.attn", num_heads)
     mixed: Array = mlp(norm(x[None], weights, f"{name}.norm2"), weights, f"{name}.mlp")[0]
@@ -66,10 +66,10 @@ def cross_block(x: Array, context: Array, weights: Weights, name: str, num_heads
 def cross_decode(
     layers: Sequence[Array], visible: Sequence[int], decoded: Sequence[int], weights: Weights, num_heads: int
 ) -> Array:
-    """Return the features of the visible, then of the decoded tokens of one image: (V + M, dim).
+    """Return the features of visible, then decoded tokens of one image: (V + M, dim).
 
     Row k of ``decoder.mix`` holds the shares of the layers in the mix that block k reads. If the weights contain
-    ``decoder.embed``, one more row makes the features of the visible tokens. Else they have none, and are NaN.
+    ``decoder.embed``, an additional row gives the features of the visible tokens. Otherwise these are NaN.
 
     Parameters
     ----------

@@ -11,7 +11,7 @@ STREAM = 0x64726F70
 
 
 def drop_rate(block: int, depth: int, rate: float) -> float:
-    """Return the drop probability of a block: linear from 0 at block 0 to ``rate`` at the last block.
+    """Return the drop probability of a block: linear from 0 to ``rate`` at the last.
 
     Examples
     --------
@@ -22,11 +22,11 @@ def drop_rate(block: int, depth: int, rate: float) -> float:
 
 
 def drop_path_scales(depth: int, rate: float, noise: Sequence[int]) -> list[list[float]]:
-    """Return the factors of the attention and the MLP branch of every block of one image.
+    """Return the factors of both branches of every block for one image.
 
     A factor is 0 if the branch is dropped, else 1 / (1 - its rate). Factors and rates are rounded to float32. A state
-    absorbs the word of the stream, the first noise and the last noise. The state after absorbing the number of a branch
-    decides whether it is dropped.
+    absorbs the word of the stream, the first noise and the last noise. It then absorbs the number of a branch, which
+    determines whether the branch is dropped.
 
     Parameters
     ----------

@@ -6,7 +6,7 @@ from prmim_reference.vit import Array, Weights, linear, softmax
 
 
 def fused_blocks(number_of_blocks: int) -> list[int]:
-    """Return the numbers of the blocks that MFF fuses, from 0: five shallow ones and the last.
+    """Return the numbers of the fused blocks of MFF, from 0: five shallow, and the last.
 
     Examples
     --------
@@ -21,10 +21,10 @@ def fused_blocks(number_of_blocks: int) -> list[int]:
 
 
 def fuse(states: Sequence[Array], weights: Weights) -> Array:
-    """Return the learned mean of the outputs of some blocks (MFF), before the final norm.
+    """Return the learned mean of block outputs (MFF), before the final norm.
 
-    The shallow ones pass through the linear layers ``fusion.projections.0``, ``fusion.projections.1``, ...; the last is
-    used as it is. The weights are the softmax of ``fusion.layer_weights``.
+    Shallow outputs pass through the linear layers ``fusion.projections.0``, ``fusion.projections.1``, ...; the last
+    output is used unchanged. The weights are the softmax of ``fusion.layer_weights``.
 
     Parameters
     ----------

@@ -19,7 +19,7 @@ def num_tokens(shape: Sequence[int]) -> int:
 
 
 def positions(shape: Sequence[int], spacing: Sequence[int] | None = None) -> list[tuple[int, ...]]:
-    """Return the position of every token, in raster order (the last axis runs fastest).
+    """Return the position of every token, in raster order (last axis fastest).
 
     Parameters
     ----------
@@ -58,7 +58,7 @@ def positions(shape: Sequence[int], spacing: Sequence[int] | None = None) -> lis
 
 
 def raster_number(index: Sequence[int], shape: Sequence[int]) -> int:
-    """Return the raster number of a grid cell: the inverse of ``positions(shape)[number]``.
+    """Return the raster number of a grid cell; the inverse of ``positions(shape)``.
 
     Examples
     --------

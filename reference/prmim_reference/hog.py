@@ -1,4 +1,4 @@
-"""Histograms of oriented gradients, pixel by pixel. The cells of one image."""
+"""Histograms of oriented gradients of one image, computed pixel by pixel."""
 
 import math
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ COLUMNS = [[1, 0, -1], [2, 0, -2], [1, 0, -1]]
 
 
 def reflected(index: int, length: int) -> int:
-    """Return the index inside a line of `length` pixels that one up to a pixel outside of it mirrors.
+    """Reflect an index at most one pixel outside of a line of `length` pixels.
 
     Examples
     --------
@@ -24,7 +24,7 @@ def reflected(index: int, length: int) -> int:
 
 
 def gradient(plane: Array, row: int, column: int) -> tuple[float, float]:
-    """Return the two Sobel responses at a pixel of one channel: differences between columns, and between rows.
+    """Return the Sobel responses at a pixel to column and to row differences.
 
     Examples
     --------
@@ -42,7 +42,7 @@ def gradient(plane: Array, row: int, column: int) -> tuple[float, float]:
 
 
 def direction_bin(across: float, down: float, bins: int) -> int:
-    """Return the bin of a gradient; opposite gradients have the same.
+    """Return the bin of a gradient; opposite gradients share a bin.
 
     Examples
     --------
@@ -53,7 +53,7 @@ def direction_bin(across: float, down: float, bins: int) -> int:
 
 
 def hog(image: Array, cell_size: Sequence[int], bins: int) -> Array:
-    """Describe each cell of an image by a normalised histogram of gradient directions per channel.
+    """Compute a normalized histogram of gradient directions per cell and channel.
 
     Parameters
     ----------

@@ -19,7 +19,7 @@ from prmim_reference.method import (
     mean_or_zero,
     rebuild,
 )
-from prmim_reference.method import encode as encode  # re-exported: the same for all methods
+from prmim_reference.method import encode as encode  # re-exported: shared by all methods
 from prmim_reference.schedule import make_order
 from prmim_reference.targets import cell_targets, grid_shape
 from prmim_reference.vit import Weights, gelu, linear, norm, transformer
@@ -28,12 +28,12 @@ Array = NDArray[np.float64]
 
 
 def part(weights: Weights, name: str) -> dict[str, Array]:
-    """Return the weights whose names start with `name`, without this prefix and the dot after it."""
+    """Return the weights under the prefix `name`, without this prefix and its dot."""
     return {key.removeprefix(f"{name}."): value for key, value in weights.items() if key.startswith(f"{name}.")}
 
 
 def decode(encoded: Array, visible: Sequence[int], decoded: Sequence[int], weights: Weights, num_heads: int) -> Array:
-    """Run one decoder on class token, visible and decoded tokens; return (V + M, dim) without class token."""
+    """Decode visible and decoded tokens of one scale: (V + M, dim), no class token."""
     table = weights["pos_embed"][0]
     embedded = linear(encoded, weights, "embed")
     sequence = [embedded[0] + table[0]]
@@ -47,10 +47,10 @@ def decode(encoded: Array, visible: Sequence[int], decoded: Sequence[int], weigh
 
 
 def predict_cells(feature: Array, weights: Weights, axes: int) -> dict[tuple[int, ...], Array]:
-    """Return the predicted values of each cell of a token, by the cell's place in the token.
+    """Return the predicted values of a token's cells, by the cell's place in the token.
 
-    Each layer under ``up`` cuts a cell into halves along each axis. A layer norm and a GELU come before all but the
-    first. The layer ``pred`` predicts the values of a cell.
+    Each layer under ``up`` halves a cell along each axis. A layer norm and a GELU precede all but the first. The layer
+    ``pred`` predicts the values of a cell.
     """
     cells = {(0,) * axes: feature}
     number = 0
@@ -68,7 +68,7 @@ def predict_cells(feature: Array, weights: Weights, axes: int) -> dict[tuple[int
 
 
 def unit_of(token: int, shape: Sequence[int]) -> tuple[int, ...]:
-    """Return the place of the unit of 2 tokens along each axis that a token is part of.
+    """Return the place of a token's unit, of 2 tokens along each axis.
 
     Examples
     --------
@@ -88,7 +88,8 @@ def scale_predictions(
 ) -> list[Array]:
     """Return the prediction of each supervised token at one scale.
 
-    At a scale below 1, it is that of the token's unit: the mean of the features that its tokens have is its feature.
+    At a scale below 1, it is the prediction of the token's unit. The feature of a unit is the mean of the available
+    features of its tokens.
 
     Parameters
     ----------
@@ -115,7 +116,7 @@ def scale_predictions(
 def hog_targets(
     image: Array, supervised: Sequence[int], scale: float, patch_size: Sequence[int], shape: Sequence[int], bins: int
 ) -> list[Array]:
-    """Return the histograms of the cells of each supervised token, or that of the cell that it is part of."""
+    """Return the histograms of each supervised token's cells, or of its larger cell."""
     cells = hog(image, [int(side / scale) for side in patch_size], bins)
     side = max(int(scale), 1)
     wanted = []
@@ -132,7 +133,7 @@ def hog_targets(
 def pixel_targets(
     patches: Array, supervised: Sequence[int], scale: float, patch_size: Sequence[int], shape: Sequence[int]
 ) -> list[Array]:
-    """Return the means of the cells of each supervised token, or that of the cell that it is part of."""
+    """Return the means of each supervised token's cells, or of its larger cell."""
     side = max(int(scale), 1)
     every = cell_targets(patches, range(len(patches)), patch_size, shape, (side,) * len(shape), "image")
     if scale >= 1:
@@ -205,7 +206,7 @@ def forward(
     layers : int
         The encoder block that each decoder reads, counted from 1.
     target : {"hog", "pixels"}
-        What is predicted of a cell: a histogram of oriented gradients, or the mean of its pixels.
+        Target of a cell: a histogram of oriented gradients, or the mean of its pixels.
     bins : int
         Bins of a histogram.
     mask_ratio, throw_ratio : float
@@ -219,8 +220,8 @@ def forward(
 
     Notes
     -----
-    The published loss weighs the cells of each scale by the mask, resampled to them: a cell of 2 x 2 tokens weighs the
-    share of them that is masked. So each masked token counts the error of its cell once.
+    The published loss weights the cells of each scale by the resampled mask: the weight of a cell of 2 x 2 tokens is
+    the masked share of these tokens. So each masked token counts the error of its cell once.
     """
     check_reconstruction(reconstruction)
     if target not in ("hog", "pixels"):
@@ -261,7 +262,7 @@ def forward(
             head = part(weights, f"heads.{decoder}")
             found = scale_predictions(features, order, supervised, scale, head, shape)
             if target == "hog":
-                # Histograms are the same for normalised pixels, which have rounding errors.
+                # Histograms of normalized pixels would be equal, but with rounding errors.
                 wanted = hog_targets(image.astype(np.float64), supervised, scale, patch_size, shape, bins)
             else:
                 wanted = pixel_targets(patches, supervised, scale, patch_size, shape)

@@ -25,8 +25,8 @@ from prmim_reference.method import (
     rebuild,
     supervise,
 )
-from prmim_reference.method import attention as attention  # re-exported: the same for all methods
-from prmim_reference.method import encode as encode  # re-exported: the same for all methods
+from prmim_reference.method import attention as attention  # re-exported: shared by all methods
+from prmim_reference.method import encode as encode  # re-exported: shared by all methods
 from prmim_reference.schedule import make_order
 from prmim_reference.targets import grid_shape
 from prmim_reference.vit import Weights, linear, norm, transformer
@@ -37,7 +37,7 @@ Array = NDArray[np.float64]
 def decode_tokens(
     encoded: Array, visible: Sequence[int], decoded: Sequence[int], weights: Weights, num_heads: int
 ) -> Array:
-    """Run the decoder on class tokens, visible and decoded tokens; return (V + M, dim) without class tokens."""
+    """Decode visible and decoded tokens: (V + M, dim), without class tokens."""
     table = weights["decoder.pos_embed"][0]
     embedded = linear(encoded, weights, "decoder.embed")
     class_tokens = len(embedded) - len(visible)
@@ -65,9 +65,11 @@ def image_features(
     scales: Array | None,
     repeated: Sequence[int] = (),
 ) -> Array:
-    """Return the features of one image that the heads read, in plan order: (V + M, dim), or (N, dim) if rebuilt.
+    """Return the inputs of the heads for one image, in plan order.
 
-    The visible tokens in `repeated` pass through the decoder once more, as mask tokens.
+    Shape (V + M, dim), or (N, dim) with reconstruction.
+
+    The visible tokens in `repeated` pass through the decoder again, as mask tokens.
     """
     visible = order[: counts.visible]
     decoded = order[counts.visible : counts.visible + counts.decoded]
@@ -140,34 +142,34 @@ def forward(
     mask_ratio, throw_ratio : float
         Fractions of all tokens.
     rounding : {"exact", "float"}
-        Arithmetic that turns ratios into counts: exact, or that of the original code (`counts.count_tokens`).
+        Arithmetic that converts ratios to counts: exact, or that of the original code (`counts.count_tokens`).
     throwing : {"furthest", "random", "weighted", "cell", "none"}
-        "none" throws nothing (throw_ratio 0). If no token is thrown, masked tokens are in the order of "random"; their
-        order has no effect then.
+        "none" throws nothing (throw_ratio 0). If no token is thrown, masked tokens are in the order of "random", which
+        has no effect.
     furthest_from : {"visible", "none"}
     stages : int
     reconstruction : {"kernel", "interpolate", "conv", "none"}
-        "none": thrown tokens are neither rebuilt nor supervised.
+        "none": thrown tokens are neither reconstructed nor supervised.
     thrown_weight : float
         Weight of a thrown token in the loss; a decoded one has 1.
     low_pass : float, optional
         Radius, in periods per image, of the low-pass filter on the patches that tokens predict.
     thrown_target : {"cells", "patch"}
-        What a thrown token predicts: the means of the cells of its patch, or its pixels.
+        Target of a thrown token: the means of the cells of its patch, or its pixels.
     cells : int, optional
         Cells of a patch along each axis; by default 2, or 1 along a side of odd length.
     cell_norm : {"image", "window", "none"}
-        What cells are normalised over: the image, the patch and those next to it, or nothing.
+        Region over which cells are normalized: the image, the patch and its neighbours, or none.
     extra_cells : {"none", "decoded", "known"}
-        Which other tokens also predict cells: none, the decoded ones, or those and the visible ones.
+        Tokens that predict cells in addition: none, decoded ones, or decoded and visible ones.
     extra_cells_weight : float
-        Weight of the cells of such a token in the loss.
+        Weight of these additional cells in the loss.
     fusion : {"none", "mff"}
-        What the decoder reads: the output of the encoder's last block, or a learned mean of several (`fusion.fuse`).
+        Input of the decoder: the output of the encoder's last block, or a learned mean of several (`fusion.fuse`).
     norm_pix : bool
-        Normalise target patches by their own statistics.
+        Normalize target patches by their own statistics.
     decoder : {"self", "cross"}
-        What decoder blocks attend to: visible and decoded tokens, or mixes of the encoder's layers.
+        Context of decoder blocks: visible and decoded tokens, or mixes of the encoder's layers.
     mask_unit : int
         Tokens per masked unit along each axis; divides the grid.
     drop_path : float
@@ -175,14 +177,14 @@ def forward(
     mean, std : numbers per channel
         Defaults: ImageNet's for three channels, else 0.5.
     visible : int (batch, V), optional
-        The visible tokens; by default those of the units of lowest noise.
+        The visible tokens; by default, the units of lowest noise.
     draw_weights : float (batch, N), optional
-        Token weights for ``throwing="weighted"``. They also draw the visible units, if these are not given: those
-        drawn last are visible.
+        Token weights for ``throwing="weighted"``. They also draw the visible units, unless these are given: units drawn
+        last are visible.
     counts : TokenCounts, optional
-        The counts; by default those of the ratios.
-    repeated : for each image, visible tokens that are decoded once more, without a loss; optional
-    wanted : for each image, the patches (N, patch_dim) that tokens predict, already normalised; optional
+        The counts; by default, from the ratios.
+    repeated : for each image, visible tokens that are decoded again, without a loss; optional
+    wanted : for each image, the patches (N, patch_dim) that tokens predict, already normalized; optional
 
     Returns
     -------

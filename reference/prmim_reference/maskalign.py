@@ -1,4 +1,4 @@
-"""PR-MIM on MaskAlign: the student's complete forward pass in float64, and the loss.
+"""PR-MIM on MaskAlign: the student's forward pass and the loss in float64.
 
 The outputs of the teacher for whole images are an argument.
 """
@@ -22,7 +22,7 @@ from prmim_reference.method import (
     mean_or_zero,
     rebuild,
 )
-from prmim_reference.method import encode as encode  # re-exported: the same for all methods
+from prmim_reference.method import encode as encode  # re-exported: shared by all methods
 from prmim_reference.schedule import make_order
 from prmim_reference.targets import grid_shape
 from prmim_reference.vit import Weights, attention_maps, layer_norm, linear
@@ -62,7 +62,7 @@ class MaskAlignOutput:
 
 
 def cls_attention(x: Array, weights: Weights, name: str, num_heads: int) -> Array:
-    """Return the attention of the class token to every patch, averaged over the heads of `vit.attention_maps`.
+    """Return the class token's attention to every patch, averaged over heads.
 
     Parameters
     ----------
@@ -74,7 +74,7 @@ def cls_attention(x: Array, weights: Weights, name: str, num_heads: int) -> Arra
     Returns
     -------
     array (N,)
-        The sum is below 1, because the attention of the class token to itself is left out.
+        The sum is below 1, because the class token's attention to itself is left out.
     """
     shares = np.zeros(len(x) - 1)
     for looks_at in attention_maps(x, weights, name, num_heads):
@@ -83,7 +83,7 @@ def cls_attention(x: Array, weights: Weights, name: str, num_heads: int) -> Arra
 
 
 def initial_fusion(fusion: str, teacher_layers: int, teacher_depth: int, student_depth: int) -> Array:
-    """Return the initial fusion matrix: weights of the student's layers for every aligned teacher layer.
+    """Return the initial weights of student layers for each aligned teacher layer.
 
     Parameters
     ----------
@@ -123,7 +123,7 @@ def initial_fusion(fusion: str, teacher_layers: int, teacher_depth: int, student
 
 
 def fuse(states: Sequence[Array], fusion: Array) -> list[Array]:
-    """Return a weighted sum of the student's layers for every row of the fusion matrix."""
+    """Return the sum of student layers weighted by each row of the fusion matrix."""
     if fusion.shape[1] != len(states):
         raise ValueError(f"fusion: expected a column for each of {len(states)} blocks, got {fusion.shape[1]}")
     fused = []
@@ -141,7 +141,7 @@ def whiten(x: Array) -> Array:
 
 
 def smooth_l1(difference: float) -> float:
-    """Return half the square of a difference up to 1, else its absolute value minus one half.
+    """Return half the square of a difference up to 1, else the absolute value - 1/2.
 
     Examples
     --------
@@ -171,7 +171,7 @@ def predict_image(
     reconstruction: str,
     scales: Array | None,
 ) -> list[Array]:
-    """Predict every aligned layer for one image: class token, then tokens in plan order.
+    """Predict every aligned layer of one image: class token, then plan order.
 
     The student encodes visible tokens only. Thrown tokens of each fused layer are reconstructed with shared weights.
     """
@@ -239,13 +239,13 @@ def forward(
     num_heads : int
     mask_ratio : float
     rounding : {"exact", "float"}
-        Arithmetic that turns ratios into counts: exact, or that of the original code (`counts.count_tokens`).
+        Arithmetic that converts ratios to counts: exact, or that of the original code (`counts.count_tokens`).
     masking : {"attention", "random"}
     stages : int
     reconstruction : {"kernel", "interpolate", "conv", "none"}
-        "none": thrown tokens are neither rebuilt nor supervised, which is plain MaskAlign.
+        "none": thrown tokens are neither reconstructed nor supervised, which is the published MaskAlign.
     thrown_weight : float
-        Weight of a thrown token in the loss; 0 is plain MaskAlign too.
+        Weight of a thrown token in the loss; 0 is also the published MaskAlign.
     drop_path : float
         Rate of the last block in training; 0 is evaluation.
     mean, std : numbers per channel
@@ -286,7 +286,7 @@ def forward(
             shape,
             counts,
             image_noise,
-            throwing="random",  # has no effect: no token is decoded
+            throwing="random",  # no effect, since no token is decoded
             visible=choose_visible(masking, image_noise, looks_at, counts.visible),
         )
         predicted = predict_image(
@@ -326,7 +326,7 @@ def forward(
 def teacher_outputs(
     teacher_hidden: ArrayLike, teacher_attention: ArrayLike | None, weights: Weights, batch: int, num_tokens: int
 ) -> tuple[Array, Array | None]:
-    """Return the teacher's outputs as float64; raise ValueError if a shape does not fit."""
+    """Return the teacher's outputs as float64; ValueError if a shape does not fit."""
     hidden = np.asarray(teacher_hidden, np.float64)
     expected = (len(weights["fusion"]), batch, 1 + num_tokens, len(weights["heads.0.bias"]))
     if hidden.shape != expected:

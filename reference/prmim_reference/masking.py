@@ -43,7 +43,7 @@ def unit_shape(shape: Sequence[int], mask_unit: int) -> tuple[int, ...]:
 def block_visible(
     shape: Sequence[int], unit: Sequence[int], num_visible_units: int, noise: Sequence[float]
 ) -> list[int]:
-    """Return the tokens of the visible units, blocks of tokens that are masked together (SimMIM).
+    """Return the tokens of visible units, blocks that are masked together (SimMIM).
 
     A unit takes the noise of its first token. The units of lowest noise are visible, in ascending order of noise; units
     of equal noise keep raster order. The tokens of a unit are in raster order.
@@ -91,7 +91,7 @@ def unit_tokens(shape: Sequence[int], unit: Sequence[int]) -> list[list[int]]:
 def weighted_draw(
     num_drawn: int, noise: Sequence[int], weights: Sequence[float], candidates: Sequence[int]
 ) -> list[int]:
-    """Draw candidates without replacement, in proportion to their weights; return them in drawing order.
+    """Draw candidates without replacement in proportion to weights, in drawing order.
 
     An exponential race: token i arrives at time -log(u_i) / w_i, where u_i in (0, 1) is the `noise.uniform` of its
     noise. The first arrivals are drawn. Tokens of weight 0 arrive at infinity, after all others. Of equal times, the
@@ -112,7 +112,7 @@ def weighted_draw(
 
 
 def weighted_visible(num_visible: int, noise: Sequence[int], weights: Sequence[float]) -> list[int]:
-    """Draw visible tokens without replacement, in proportion to ``weights`` (MaskAlign).
+    """Draw visible tokens without replacement, in proportion to weights (MaskAlign).
 
     Parameters
     ----------
@@ -131,10 +131,10 @@ def weighted_visible(num_visible: int, noise: Sequence[int], weights: Sequence[f
 def unattended_visible(
     shape: Sequence[int], unit: Sequence[int], num_visible_units: int, noise: Sequence[int], weights: Sequence[float]
 ) -> list[int]:
-    """Draw all units without replacement, in proportion to weights; return the tokens of those drawn last (AMT).
+    """Draw units in proportion to weights; return the tokens of the last ones (AMT).
 
-    A unit takes the noise of its first token and the sum of its weights. The unit drawn last comes first, the tokens of
-    a unit are in raster order.
+    Units are drawn without replacement. A unit takes the noise of its first token and the sum of its weights. The unit
+    drawn last comes first; the tokens of a unit are in raster order.
 
     Parameters
     ----------
@@ -162,9 +162,9 @@ def unattended_visible(
 
 
 def attention_weights(attention: Sequence[Sequence[float]]) -> list[float]:
-    """Turn the attention of several heads to N patches into N weights: min-max normalised per head, averaged (AMT).
+    """Average min-max normalized attention of several heads to N weights (AMT).
 
-    A head that attends to all patches alike gives each the weight 1.
+    A head with uniform attention gives every patch the weight 1.
 
     Examples
     --------
@@ -181,7 +181,7 @@ def attention_weights(attention: Sequence[Sequence[float]]) -> list[float]:
 def tube_visible(shape: Sequence[int], num_visible: int, noise: Sequence[float]) -> list[int]:
     """Draw the visible tokens of one frame and repeat them in every frame (VideoMAE).
 
-    The noise of the first frame decides. Tokens are in order of frames.
+    Only the noise of the first frame is used. Tokens are in order of frames.
 
     Parameters
     ----------

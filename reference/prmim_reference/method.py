@@ -1,4 +1,4 @@
-"""Parts that all methods share: normalisation of pixels, the encoder, and reconstruction."""
+"""Parts shared by all methods: normalization, the encoder, and reconstruction."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -42,7 +42,9 @@ def as_weights(weights: Mapping[str, ArrayLike] | str | Path) -> dict[str, Array
 
 
 def channel_statistics(channels: int, mean: Sequence[float] | None, std: Sequence[float] | None) -> tuple[Array, Array]:
-    """Return mean and deviation per channel; the defaults are ImageNet's for three channels, else 0.5.
+    """Return mean and deviation per channel.
+
+    The defaults are ImageNet's for three channels, else 0.5.
 
     Examples
     --------
@@ -66,7 +68,7 @@ def image_patches(
     std: Sequence[float] | None,
     radius: float | None = None,
 ) -> Array:
-    """Normalise an image of values 0 .. 255 per channel and cut it into patches (N, patch_dim).
+    """Normalize an image (0 .. 255) per channel; cut it into patches (N, patch_dim).
 
     With a radius, high frequencies are removed first; see `targets.low_pass`.
     """
@@ -84,11 +86,11 @@ def encoder_input(
     *,
     mask_tokens: Sequence[int] = (),
 ) -> tuple[Array, Array | None]:
-    """Return the input of the encoder's first block, (1 + n + m, dim), and the bias on attention scores, if any.
+    """Return the first block's input (1 + n + m, dim), and the attention bias, if any.
 
     Positions are absolute (``encoder.pos_embed``, added to the tokens) or relative (``encoder.rel_pos_bias``, a bias on
-    attention scores), depending on the weights. So is the number of class tokens, C: the rows of ``encoder.cls_token``,
-    or 0 without it.
+    attention scores), depending on the weights. The number of class tokens, C, is that of the rows of
+    ``encoder.cls_token``, or 0 without it.
 
     Parameters
     ----------
@@ -154,13 +156,13 @@ def encode_tokens(
     mask_tokens: Sequence[int] = (),
     scales: Sequence[Sequence[float]] | Array | None = None,
 ) -> Array:
-    """Encode some tokens of an image and apply the final norm: (C + n + m, dim); see `encoder_states`."""
+    """Encode tokens with the final norm: (C + n + m, dim); see `encoder_states`."""
     states = encoder_states(patches, tokens, shape, weights, num_heads, mask_tokens=mask_tokens, scales=scales)
     return norm(states[-1], weights, "encoder.norm")
 
 
 def encoder_scales(noise: Sequence[int], weights: Weights, drop_path: float) -> Array | None:
-    """Return the drop-path factors of the encoder's branches for one image; None for a rate of 0 (evaluation)."""
+    """Return the drop-path factors of one image; None for a rate of 0 (evaluation)."""
     if drop_path == 0:
         return None
     return np.array(drop_path_scales(depth(weights, "encoder"), drop_path, noise), np.float64)
@@ -182,7 +184,9 @@ def rebuild(
     stages: int,
     reconstruction: str,
 ) -> Array:
-    """Append the features of thrown tokens, (V + M, dim) -> (N, dim), with the weights under ``reconstruct``.
+    """Reconstruct thrown tokens: (V + M, dim) -> (N, dim).
+
+    The weights are those under ``reconstruct``.
 
     A no-op for the reconstruction "none".
     """
@@ -195,7 +199,9 @@ def rebuild(
 
 
 def cells_of_patch(patch_size: Sequence[int], cells: int | None) -> tuple[int, ...]:
-    """Return the cells of a patch along each axis; the default is 2, or 1 along a side of odd length.
+    """Return the cells of a patch along each axis.
+
+    The default is 2, or 1 along a side of odd length.
 
     Examples
     --------
@@ -207,13 +213,13 @@ def cells_of_patch(patch_size: Sequence[int], cells: int | None) -> tuple[int, .
 
 @dataclass(frozen=True)
 class Targets:
-    """What the tokens of a method that predicts pixels predict; the arguments of its `forward`.
+    """Targets of methods that predict pixels; the arguments of `forward`.
 
     Attributes
     ----------
     patch_size : pixels of a patch along each axis
     norm_pix : bool
-        Normalise target patches by their own statistics.
+        Normalize target patches by their own statistics.
     is_rebuilt : bool
         Whether thrown tokens are reconstructed.
     thrown_target : {"cells", "patch"}
@@ -242,7 +248,7 @@ class Supervised:
     predicted_cells : list of array (cell_dim,)
         Predicted cells, in plan order.
     decoded, thrown, extra : list of float
-        The error of every decoded token, of every thrown one, and of the cells that other tokens predict in addition.
+        The error of every decoded token, of every thrown token, and of the additional cells of other tokens.
     """
 
     predicted: list[Array]
@@ -265,12 +271,12 @@ def supervise(
     head: str,
     error: Callable[[Array, Array], float],
 ) -> Supervised:
-    """Predict the targets of the supervised tokens of one image and measure the errors.
+    """Predict the targets of one image's supervised tokens, and compute the errors.
 
     Parameters
     ----------
     features : array (V + M or N, dim)
-        In plan order; the thrown tokens are present if they are reconstructed.
+        In plan order; with reconstruction, including thrown tokens.
     patches : array (N, patch_dim)
         The source of the cells.
     wanted_patches : array (N, patch_dim)
@@ -324,7 +330,7 @@ class PixelOutput:
     loss_decoded, loss_thrown : float
         Mean unweighted error of the decoded and of the thrown tokens; 0 if there are none.
     loss_cells : float
-        Mean unweighted error of the cells that other tokens predict in addition; 0 if none does.
+        Mean unweighted error of the additional cells of other tokens; 0 if there are none.
     predicted : float64 (batch, n, patch_dim)
         Predicted patches, in plan order: decoded tokens, then thrown ones if they predict patches.
     predicted_cells : float64 (batch, n, cell_dim)
@@ -353,7 +359,7 @@ def pixel_output(
     """Average the errors of a batch.
 
     The loss is the weighted sum of all errors, divided by the sum of the weights of the tokens: 1 for a decoded token,
-    ``thrown_weight`` for a thrown one. Cells in addition have the weight ``extra_cells_weight`` in the numerator only.
+    ``thrown_weight`` for a thrown one. Additional cells have the weight ``extra_cells_weight`` in the numerator only.
     ``eps`` is added to the denominator.
     """
     decoded = [error for image in found for error in image.decoded]
@@ -385,7 +391,9 @@ def encode(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
 ) -> Array:
-    """Encode whole images without masking or drop path: float64 (batch, C + N, dim), class tokens first.
+    """Encode unmasked images without drop path: float64 (batch, C + N, dim).
+
+    The C class tokens come first.
 
     Parameters
     ----------
@@ -415,9 +423,11 @@ def attention(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
 ) -> Array:
-    """Return the attention of the class token to the patches of whole images in the last block: float64 (batch, N).
+    """Return the class token's attention in the last block: float64 (batch, N).
 
-    Min-max normalised per head and averaged (`masking.attention_weights`). The arguments are those of `encode`.
+    Images are not masked.
+
+    Min-max normalized per head and averaged (`masking.attention_weights`). The arguments are those of `encode`.
     """
     weights, images = as_weights(weights), np.asarray(images)
     shape = grid_shape(images.shape[1:-1], patch_size)

@@ -63,7 +63,7 @@ def counter_noise(seed: int, step: int, sample: int, num_tokens: int) -> list[in
 
 
 def uniform(noise: int) -> float:
-    """Map signed 32-bit noise to (0, 1): the midpoint of one of 2**23 equal intervals.
+    """Map signed 32-bit noise to the midpoint of one of 2**23 intervals of (0, 1).
 
     The upper 23 bits of the word select the interval. Float32 represents the midpoints exactly.
 
@@ -76,7 +76,7 @@ def uniform(noise: int) -> float:
 
 
 def check_noise(noise: Sequence[float]) -> None:
-    """Raise unless all noise is numbers, and none is NaN.
+    """Raise unless all noise is numeric and none is NaN.
 
     Examples
     --------
@@ -90,7 +90,7 @@ def check_noise(noise: Sequence[float]) -> None:
 
 
 def integers(noise: Sequence[float]) -> list[int]:
-    """Return noise as integers, for strategies that use its bits; raise if it is something else.
+    """Return noise as integers, for strategies that use its bits; raise otherwise.
 
     Examples
     --------

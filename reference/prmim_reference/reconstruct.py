@@ -1,4 +1,4 @@
-"""Progressive reconstruction: features of thrown tokens from features of known tokens, stage by stage."""
+"""Progressive reconstruction of features of thrown tokens, stage by stage."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -36,7 +36,7 @@ def offset_column(target: int, source: int, shape: Sequence[int]) -> int:
 
 
 def initial_table(shape: Sequence[int], heads: int, spacing: Sequence[int] | None = None) -> Array:
-    """Return the initial offset table: minus the squared distance (spacing applied), for every head.
+    """Return the initial offset table of all heads: minus squared distances (with spacing).
 
     Examples
     --------
@@ -51,12 +51,12 @@ def initial_table(shape: Sequence[int], heads: int, spacing: Sequence[int] | Non
 
 
 def kernel_weights(target: int, known: Sequence[int], shape: Sequence[int], row: Array) -> Array:
-    """Return the weights of the known tokens for one target: a softmax of the table's row at their offsets."""
+    """Return the weights of known tokens for a target: a softmax of table entries."""
     return softmax(np.array([row[offset_column(target, source, shape)] for source in known]))
 
 
 def kernel(target: int, known: Sequence[int], features: Array, shape: Sequence[int], table: Array) -> Array:
-    """Mix the features of known tokens for one target, with weights that depend on offsets only.
+    """Mix features of known tokens for a target, with weights of offsets.
 
     Every row of the table (head) applies to its own group of consecutive channels.
 
@@ -88,7 +88,9 @@ def kernel(target: int, known: Sequence[int], features: Array, shape: Sequence[i
 def interpolation_weights(
     target: int, known: Sequence[int], shape: Sequence[int], spacing: Sequence[int] | None = None
 ) -> list[float]:
-    """Return the weights of the known tokens for one target: normalised inverse squared distances.
+    """Return the weights of known tokens for a target: inverse squared distances.
+
+    They are normalized to sum 1.
 
     Examples
     --------
@@ -107,7 +109,7 @@ def interpolate(
     shape: Sequence[int],
     spacing: Sequence[int] | None = None,
 ) -> Array:
-    """Mix the features of known tokens for one target by inverse squared distance (spacing applied).
+    """Mix features of known tokens for a target by inverse squared distance.
 
     Parameters
     ----------
@@ -135,7 +137,7 @@ def stage_weights(
     spacing: Sequence[int] | None = None,
     visible_features: bool = True,
 ) -> list[Array]:
-    """Return one matrix per stage: the weights of the known tokens (columns) for the stage's tokens (rows).
+    """Return a matrix per stage: weights of known tokens (columns) for thrown ones (rows).
 
     Parameters
     ----------
@@ -167,7 +169,9 @@ def stage_weights(
 
 
 def neighbours(token: int, shape: Sequence[int]) -> list[tuple[int, tuple[int, ...]]]:
-    """Return the tokens in a window of 3 cells per axis around a token (inclusive), with their cell in the window.
+    """Return the tokens in a window of 3 cells per axis, with their cell in it.
+
+    The token itself is included.
 
     Examples
     --------
@@ -231,10 +235,9 @@ def progressive_reconstruction(
     spacing: Sequence[int] | None = None,
     visible_features: bool = True,
 ) -> Array:
-    """Rebuild the features of all thrown tokens of one image.
+    """Reconstruct the features of all thrown tokens of one image.
 
-    A stage rebuilds its tokens from visible tokens, decoded tokens and tokens of earlier stages. Its output passes a
-    layer norm (eps 1e-6).
+    Each stage uses visible tokens, decoded tokens and tokens of earlier stages. A layer norm (eps 1e-6) follows.
 
     Parameters
     ----------
@@ -262,7 +265,7 @@ def progressive_reconstruction(
         If the reconstruction is unknown, or tokens are thrown and none is known.
     """
     if counts.thrown and not len(features):
-        raise ValueError("features: expected at least one known token to rebuild others from, got none")
+        raise ValueError("features: expected at least one known token to reconstruct others from, got none")
     for stage, size in enumerate(stage_sizes(counts.thrown, stages), start=1):
         if size == 0:
             continue

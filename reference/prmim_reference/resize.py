@@ -11,7 +11,9 @@ SHARPNESS = -0.75
 
 
 def cubic(distance: float) -> float:
-    """Return the weight of a pixel at this distance: cubic convolution (Keys, 1981) with a = -0.75.
+    """Return the weight of a pixel at this distance: cubic convolution with a = -0.75.
+
+    Keys, "Cubic convolution interpolation for digital image processing", 1981.
 
     Examples
     --------
@@ -27,7 +29,7 @@ def cubic(distance: float) -> float:
 
 
 def taps(pixel: int, source: int, target: int) -> list[tuple[int, float]]:
-    """Return the four source pixels of a target pixel along one axis, with their weights.
+    """Return the four source pixels of a target pixel along an axis, with weights.
 
     Source and target span the same length, and positions are those of pixel centres. Pixels beyond the border are
     replaced by the border pixel.
@@ -77,7 +79,7 @@ def resize_image(image: ArrayLike, shape: Sequence[int]) -> NDArray[np.float64]:
 def resize_table(
     table: ArrayLike, from_shape: Sequence[int], to_shape: Sequence[int], class_tokens: int = 1
 ) -> NDArray[np.float64]:
-    """Resize a position table (class_tokens + N, dim); the first rows (class tokens) are kept.
+    """Resize a position table (class_tokens + N, dim); keep the rows of class tokens.
 
     Examples
     --------

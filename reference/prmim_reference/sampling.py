@@ -15,8 +15,8 @@ def furthest_point_sampling(
 ) -> list[int]:
     """Repeatedly pick the token furthest from all known and picked tokens.
 
-    The next pick is the candidate with the largest squared distance to its nearest known or picked token. Among equals
-    it is the one of highest noise rank. Without known or picked tokens, all candidates are equal.
+    The next pick is the candidate with the largest squared distance to its nearest known or picked token. Ties are
+    broken by the highest noise rank. Without known or picked tokens, all candidates are equal.
 
     Parameters
     ----------

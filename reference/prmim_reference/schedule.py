@@ -1,4 +1,4 @@
-"""Plans: one permutation of an image's tokens, cut into visible, decoded and stages."""
+"""Plans: a permutation of an image's tokens, cut into visible, decoded and stages."""
 
 from collections.abc import Sequence
 
@@ -42,9 +42,9 @@ def num_known(counts: TokenCounts, stages: int, stage: int) -> int:
 def thrown_order(
     shape: Sequence[int], noise: Sequence[float], known: Sequence[int], *, spacing: Sequence[int] | None = None
 ) -> list[int]:
-    """Sort unknown tokens by squared distance to the nearest known token, then by noise rank.
+    """Sort unknown tokens by squared distance to known tokens, then by noise rank.
 
-    Without known tokens, the noise rank alone decides.
+    Without known tokens, the order is that of the noise rank.
 
     Examples
     --------
@@ -86,7 +86,7 @@ def make_order(
     noise : sequence of N numbers, not NaN; integers for throwing by "weighted" or "cell"
     throwing, furthest_from, weights : see `throwing.choose_decoded`
     visible : raster numbers of the visible tokens, distinct; by default the tokens (or units) of lowest noise
-    decoded : raster numbers of the decoded tokens, distinct and masked; by default those that `throwing` chooses
+    decoded : raster numbers of the decoded tokens, distinct and masked; by default, chosen by `throwing`
     unit : tokens along each axis of the blocks that are decoded or thrown together (`throwing.choose_decoded_units`);
         single tokens by default. Thrown tokens are sorted one by one in either case.
 

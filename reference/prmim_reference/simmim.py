@@ -21,8 +21,8 @@ from prmim_reference.method import (
     rebuild,
     supervise,
 )
-from prmim_reference.method import attention as attention  # re-exported: the same for all methods
-from prmim_reference.method import encode as encode  # re-exported: the same for all methods
+from prmim_reference.method import attention as attention  # re-exported: shared by all methods
+from prmim_reference.method import encode as encode  # re-exported: shared by all methods
 from prmim_reference.schedule import make_order
 from prmim_reference.targets import grid_shape
 from prmim_reference.vit import Weights
@@ -38,7 +38,7 @@ def unit_counts(
     throw_by: str,
     rounding: str = "exact",
 ) -> TokenCounts:
-    """Return the counts if whole units are masked, and single tokens or whole units thrown.
+    """Return the counts for masking by units, and throwing by tokens or units.
 
     Examples
     --------
@@ -72,9 +72,11 @@ def image_features(
     reconstruction: str,
     scales: Array | None,
 ) -> Array:
-    """Return the features of one image that the heads read, in plan order: (V + M, dim), or (N, dim) if rebuilt.
+    """Return the inputs of the heads for one image, in plan order.
 
-    There is no decoder: the encoder runs on visible patches and a mask token per decoded token.
+    Shape (V + M, dim), or (N, dim) with reconstruction.
+
+    There is no decoder: the encoder sees visible patches, and a mask token per decoded token.
     """
     visible = order[: counts.visible]
     decoded = order[counts.visible : counts.visible + counts.decoded]
@@ -117,9 +119,9 @@ def forward(
 ) -> PixelOutput:
     """Compute the loss and the predictions of a batch.
 
-    The target is the pixels, normalised per channel. The published loss is the sum of absolute errors of masked tokens,
+    The target is the pixels, normalized per channel. The published loss is the sum of absolute errors of masked tokens,
     divided by their number of pixels plus 1e-5 and by the number of channels. Here, it is the sum of the mean errors of
-    tokens, divided by their number plus 1e-5 / (pixels of a patch), which is the same, and holds for cells too.
+    tokens, divided by their number plus 1e-5 / (pixels of a patch). This is equivalent, and also applies to cells.
 
     Parameters
     ----------
@@ -133,28 +135,28 @@ def forward(
     mask_ratio, throw_ratio : float
         Fractions of all tokens.
     rounding : {"exact", "float"}
-        Arithmetic that turns ratios into counts: exact, or that of the original code (`counts.count_tokens`).
+        Arithmetic that converts ratios to counts: exact, or that of the original code (`counts.count_tokens`).
     throwing : {"furthest", "random", "weighted", "cell", "none"}
-        "none" throws nothing (throw_ratio 0). If no token is thrown, masked tokens are in the order of "random"; their
-        order has no effect then.
+        "none" throws nothing (throw_ratio 0). If no token is thrown, masked tokens are in the order of "random", which
+        has no effect.
     furthest_from : {"visible", "none"}
     stages : int
     reconstruction : {"kernel", "interpolate", "conv", "none"}
-        "none": thrown tokens are neither rebuilt nor supervised.
+        "none": thrown tokens are neither reconstructed nor supervised.
     thrown_weight : float
         Weight of a thrown token in the loss; a decoded one has 1.
     low_pass : float, optional
         Radius, in periods per image, of the low-pass filter on the patches that tokens predict.
     thrown_target : {"cells", "patch"}
-        What a thrown token predicts: the means of the cells of its patch, or its pixels.
+        Target of a thrown token: the means of the cells of its patch, or its pixels.
     cells : int, optional
         Cells of a patch along each axis; by default 2, or 1 along a side of odd length.
     cell_norm : {"image", "window", "none"}
-        What cells are normalised over: the image, the patch and those next to it, or nothing.
+        Region over which cells are normalized: the image, the patch and its neighbours, or none.
     extra_cells : {"none", "decoded", "known"}
-        Which other tokens also predict cells: none, the decoded ones, or those and the visible ones.
+        Tokens that predict cells in addition: none, decoded ones, or decoded and visible ones.
     extra_cells_weight : float
-        Weight of the cells of such a token in the loss.
+        Weight of these additional cells in the loss.
     mask_unit : int
         Tokens per masked unit along each axis; divides the grid.
     throw_by : {"token", "unit"}
@@ -164,7 +166,7 @@ def forward(
     mean, std : numbers per channel
         Defaults: ImageNet's for three channels, else 0.5.
     draw_weights : float (batch, N), optional
-        Token weights for ``throwing="weighted"``. They also draw the visible units: those drawn last are visible.
+        Token weights for ``throwing="weighted"``. They also draw the visible units: units drawn last are visible.
 
     Returns
     -------

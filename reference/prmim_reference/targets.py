@@ -1,4 +1,4 @@
-"""Prediction targets: patches of an image and their normalisation."""
+"""Prediction targets: patches of an image and their normalization."""
 
 import itertools
 from collections.abc import Sequence
@@ -57,7 +57,7 @@ def patchify(image: Array, patch_size: Sequence[int]) -> Array:
 
 
 def unpatchify(tokens: Array, patch_size: Sequence[int], shape: Sequence[int]) -> Array:
-    """Assemble patches to an image: the inverse of `patchify`.
+    """Assemble an image from patches; the inverse of `patchify`.
 
     Parameters
     ----------
@@ -101,7 +101,7 @@ def patch_statistics(patch: Array, eps: float = 1e-6) -> tuple[float, float]:
 
 
 def normalize_patches(patches: Array, eps: float = 1e-6) -> Array:
-    """Normalise every patch by its own mean and deviation (MAE's target).
+    """Normalize every patch by its own mean and deviation (MAE's target).
 
     Examples
     --------
@@ -131,7 +131,9 @@ def denormalize_patches(normalized: Array, patches: Array, eps: float = 1e-6) ->
 
 
 def normalize_patch_channels(patches: Array, channels: int, eps: float = 1e-6) -> Array:
-    """Normalise every channel of every patch by its own mean and unbiased deviation plus eps (VideoMAE's target).
+    """Normalize every channel of every patch separately (VideoMAE's target).
+
+    The divisor is the unbiased deviation plus eps.
 
     Examples
     --------
@@ -223,7 +225,7 @@ def channel_values(patches: Array, tokens: Sequence[int], channels: int, channel
 
 
 def pixel_statistics(patches: Array, tokens: Sequence[int], channels: int) -> tuple[list[float], list[float]]:
-    """Return mean and standard deviation of each channel over the pixels of some patches.
+    """Return mean and standard deviation per channel over some patches.
 
     The variance is the mean squared deviation.
 
@@ -260,9 +262,9 @@ def window(shape: Sequence[int], token: int) -> list[int]:
 def cell_statistics(
     patches: Array, shape: Sequence[int], token: int, channels: int, cell_norm: str
 ) -> tuple[list[float], list[float]]:
-    """Return the mean and the divisor of each channel that normalise the cells of a token.
+    """Return mean and divisor per channel for the cells of a token.
 
-    They are those of the image, of the patch and the patches next to it (`window`), or 0 and 1 (``"none"``). 1e-3 is
+    The statistics are those of the image, of the patch and its neighbours (`window`), or 0 and 1 (``"none"``). 1e-3 is
     added to a standard deviation.
     """
     if cell_norm == "none":
@@ -280,7 +282,7 @@ def cell_targets(
     cells: Sequence[int],
     cell_norm: str = "image",
 ) -> Array:
-    """Return the normalised cell means of some tokens of an image.
+    """Return the normalized cell means of some tokens of an image.
 
     Parameters
     ----------
@@ -315,7 +317,7 @@ def cell_targets(
 
 
 def low_pass(image: Array, radius: float) -> Array:
-    """Remove high frequencies from an image: PixMIM's filter, in the literal form of a discrete Fourier transform.
+    """Remove high frequencies from an image by a literal Fourier transform (PixMIM).
 
     Parameters
     ----------
@@ -325,8 +327,8 @@ def low_pass(image: Array, radius: float) -> Array:
     Returns
     -------
     array (axes..., channels)
-        Absolute values. With the zero frequency in the middle, an axis of n coefficients is kept where the distances
-        i - (n - 1) / 2 of its coefficients i from the centre lie in the ball of this radius.
+        Absolute values. The zero frequency is in the middle. Along an axis of n coefficients, coefficient i has the
+        distance i - (n - 1) / 2 from the centre. Coefficients in the ball of this radius are kept.
 
     Examples
     --------

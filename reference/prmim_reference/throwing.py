@@ -1,4 +1,4 @@
-"""Throwing strategies: the choice of decoded tokens among the masked. The others are thrown."""
+"""Throwing strategies: the choice of decoded tokens; other masked ones are thrown."""
 
 from collections.abc import Sequence
 
@@ -59,12 +59,12 @@ def random_decoded(num_decoded: int, noise: Sequence[float], visible: Sequence[i
 def weighted_decoded(
     num_decoded: int, noise: Sequence[int], visible: Sequence[int], weights: Sequence[float]
 ) -> list[int]:
-    """Draw masked tokens without replacement, in proportion to their weights; return them in drawing order."""
+    """Draw masked tokens without replacement in proportion to weights, in drawing order."""
     return weighted_draw(num_decoded, noise, weights, masked_tokens(len(noise), visible))
 
 
 def cell_phase(index: Sequence[int], offset: int) -> int:
-    """Return the phase 0 .. 3 of a grid cell in the running-cell pattern (VideoMAE V2).
+    """Return the phase 0 .. 3 of a grid cell in the running cell (VideoMAE V2).
 
     A cell of 2x2 tokens over the last two axes has the phases 0, 1 / 2, 3. Every time step (axis 0 of three) advances
     them by one, and ``offset`` advances all. On a single axis, a cell is four tokens long.
@@ -82,7 +82,7 @@ def cell_phase(index: Sequence[int], offset: int) -> int:
 
 
 def cell_decoded(shape: Sequence[int], num_decoded: int, noise: Sequence[int], visible: Sequence[int]) -> list[int]:
-    """Take the masked tokens of lowest phase; within a phase, those of lowest noise rank.
+    """Take the masked tokens of lowest phase, then of lowest noise rank.
 
     The offset of the pattern is the noise of token 0 modulo 4 (non-negative).
 
@@ -109,7 +109,7 @@ def choose_decoded(
     spacing: Sequence[int] | None = None,
     weights: Sequence[float] | None = None,
 ) -> list[int]:
-    """Choose the decoded tokens by the throwing strategy of this name.
+    """Choose the decoded tokens by a named throwing strategy.
 
     Parameters
     ----------

@@ -11,7 +11,7 @@ from prmim_reference import grid, mae
 from prmim_reference.counts import TokenCounts, count_tokens, rounding_rule
 from prmim_reference.masking import block_visible
 from prmim_reference.method import PixelOutput
-from prmim_reference.method import encode as encode  # re-exported: the same for all methods
+from prmim_reference.method import encode as encode  # re-exported: shared by all methods
 from prmim_reference.targets import grid_shape, low_pass, normalize_patch_channels, patchify
 from prmim_reference.throwing import cell_phase
 
@@ -19,9 +19,9 @@ Array = NDArray[np.float64]
 
 
 def tube_shape(shape: Sequence[int], mask_unit: int = 1) -> tuple[int, ...]:
-    """Return the number of tokens along each axis that are masked together: all time steps of a clip.
+    """Return the number of tokens along each axis that are masked together.
 
-    A still image, of fewer than three axes, has no time.
+    A tube spans all time steps of a clip. Images of fewer than three axes have no time.
 
     Examples
     --------
@@ -33,9 +33,9 @@ def tube_shape(shape: Sequence[int], mask_unit: int = 1) -> tuple[int, ...]:
 
 
 def kept_cells(shape: Sequence[int], throw_ratio: float, noise: Sequence[int]) -> list[int]:
-    """Return the tokens that the decoder mask of VideoMAE V2 keeps, in raster order: a running cell over all tokens.
+    """Return the tokens that VideoMAE V2's decoder mask keeps, in raster order.
 
-    Of the four phases of a cell, the lowest 4 (1 - throw_ratio) are kept.
+    The mask is a running cell over all tokens. Of its four phases, the lowest 4 (1 - throw_ratio) are kept.
 
     Examples
     --------
@@ -50,7 +50,10 @@ def kept_cells(shape: Sequence[int], throw_ratio: float, noise: Sequence[int]) -
 
 
 def channel_targets(image: Array, patch_size: Sequence[int], radius: float | None) -> Array:
-    """Return the patches (N, patch_dim) of an image of values 0 .. 255, normalised in units of [0, 1] per channel."""
+    """Return the target patches (N, patch_dim) of an image, normalized per channel.
+
+    The image has values 0 .. 255; the units are [0, 1].
+    """
     if radius is not None:
         image = low_pass(image, radius)
     return normalize_patch_channels(patchify(image / 255, patch_size), image.shape[-1])
@@ -91,7 +94,7 @@ def forward(
         "dual": the decoder also decodes the visible tokens that the running cell keeps; the loss ignores them.
     low_pass, norm_pix : see `mae.forward`
     norm_over : {"channel", "patch"}
-        What a target patch is normalised over.
+        Region over which a target patch is normalized.
     **options
         See `mae.forward`.
 

@@ -26,7 +26,9 @@ def linear(x: Array, weights: Weights, name: str) -> Array:
 
 
 def layer_norm(x: Array, weight: Array | None = None, bias: Array | None = None, eps: float = LAYER_NORM_EPS) -> Array:
-    """Normalise every row to mean 0 and variance 1 (biased, plus eps), then apply weight and bias if given.
+    """Normalize every row to mean 0 and variance 1; apply weight and bias if given.
+
+    The variance is biased; eps is added to it.
 
     Examples
     --------
@@ -150,7 +152,7 @@ def block(
     bias: Array | None = None,
     scales: Sequence[float] | Array = (1.0, 1.0),
 ) -> Array:
-    """Apply one pre-norm transformer block: a residual attention branch, then a residual MLP branch.
+    """Apply a pre-norm transformer block: residual attention, then a residual MLP.
 
     Each branch is multiplied by its LayerScale (``{name}.ls1.gamma``, ``{name}.ls2.gamma``), if the weights contain it,
     and by its drop-path factor from ``scales``.
@@ -215,11 +217,11 @@ def transformer(
 
 
 def relative_position_row(query: Sequence[int] | None, key: Sequence[int] | None, shape: Sequence[int]) -> int:
-    """Return the row of the relative position table for the cells of a query and a key.
+    """Return the relative position table's row for the cells of a query and a key.
 
     The offset between two tokens is counted in grid cells, query minus key. Along an axis of length n it runs from
-    -(n-1) to n-1; shifted to 0 .. 2n-2 it numbers the rows in raster order. The cell of the class token is None. It has
-    the last three rows: class token to token, token to class token, and class token to itself.
+    -(n-1) to n-1; shifted to 0 .. 2n-2 it numbers the rows in raster order. The cell of the class token is None. Its
+    rows are the last three: class token to token, token to class token, and class token to itself.
 
     Examples
     --------
@@ -268,9 +270,9 @@ def relative_position_bias(tokens: Sequence[int], shape: Sequence[int], table: A
 
 
 def patch_embedding(patches: Array, weights: Weights, name: str) -> Array:
-    """Embed patches (n, pixels * channels) with a convolution weight (dim, channels, patch axes...).
+    """Embed patches (n, pixels * channels) with the weight of a convolution.
 
-    Channels come last in a patch and first in the weight.
+    The weight is (dim, channels, patch axes...). Channels come last in a patch and first in the weight.
     """
     weight = weights[f"{name}.weight"]
     rows = np.array([np.moveaxis(kernel, 0, -1).reshape(-1) for kernel in weight], np.float64)
@@ -278,7 +280,7 @@ def patch_embedding(patches: Array, weights: Weights, name: str) -> Array:
 
 
 def raster_table(number: int, dim: int) -> Array:
-    """Return VideoMAE's frozen position table of tokens in raster order.
+    """Return VideoMAE's fixed position table of tokens in raster order.
 
     Channels 2k and 2k + 1 are the sine and the cosine of the token's number times 10000^(-2k / dim).
 
@@ -301,7 +303,7 @@ def raster_table(number: int, dim: int) -> Array:
 
 
 def sin_cos_table(shape: Sequence[int], dim: int) -> Array:
-    """Return the frozen position table: zeros for the class token, then one row per token.
+    """Return the fixed position table: zeros for the class token, then a row per token.
 
     Channels are split equally among the axes, **last** axis first (for images: column, then row). The w channels of an
     axis are the sines, then the cosines, of the token's index times 10000^(-k / (w / 2)), k = 0 .. w/2 - 1.

@@ -41,11 +41,11 @@ def test_arrays_outside_of_the_standard_learn_the_way_in(with_others):
     others = [np.zeros((1, 4), dtype=np.int64)] * with_others
     message = (
         r"^arrays: expected arrays of the array API standard .* got \w+\.ForeignTensor: make the plan from NumPy "
-        r"noise, and pass plan.order and stage_weights\(plan\) as NumPy arrays \(docs/foreign_frameworks.md\)$"
+        r"noise, and pass plan.order and stage_weights\(plan\) as NumPy arrays \(docs/guides/foreign_frameworks.md\)$"
     )
     with pytest.raises(TypeError, match=message):
         make_plan(Schedule(Grid((4,)), TokenCounts(1, 1, 2)), ForeignTensor(), *others)
-    assert (Path(__file__).parents[2] / "docs" / "foreign_frameworks.md").is_file()
+    assert (Path(__file__).parents[2] / "docs" / "guides" / "foreign_frameworks.md").is_file()
 
 
 def test_a_namespace_without_the_types_of_the_standard_does_not_count():

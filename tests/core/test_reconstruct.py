@@ -96,14 +96,14 @@ def test_without_visible_features_only_decoded_tokens_are_known(library, grid):
 
 def test_without_visible_features_some_token_is_decoded():
     schedule, order, features = case(GRIDS[1], TokenCounts(8, 0, 16))
-    with pytest.raises(ValueError, match=r"^features: expected at least one decoded token to rebuild others from"):
+    with pytest.raises(ValueError, match=r"^features: expected at least one decoded token to reconstruct others from"):
         interpolate(features[:, :0], Plan(order, schedule), visible_features=False)
 
 
 @pytest.mark.parametrize("shape", [(2, 7, 1), (2, 1, 4), (1, 7, 4), (2, 7)])
 def test_what_a_mix_returns_is_checked(shape):
     schedule, order, features = case(GRIDS[1], TokenCounts(6, 4, 14))
-    with pytest.raises(ValueError, match=r"^mix: expected rebuilt features of shape \(2, 7, 4\), got "):
+    with pytest.raises(ValueError, match=r"^mix: expected reconstructed features of shape \(2, 7, 4\), got "):
         reconstruct_stages(features, Plan(order, schedule), lambda *_: np.zeros(shape))
 
 

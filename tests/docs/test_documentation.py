@@ -53,6 +53,20 @@ def test_prmim_commands_name_options_that_exist(command):
     split_words(words, COMMANDS[verb].options(), COMMANDS[verb].places)
 
 
+def test_tests_that_guarantees_name_exist():
+    named = set(re.findall(r"`(test_\w+)`", (ROOT / "docs" / "guides" / "data_guarantees.md").read_text()))
+    files = [path.read_text() for path in (ROOT / "tests").rglob("test_*.py")]
+    existing = {test for text in files for test in re.findall(r"^def (test_\w+)\(", text, flags=re.MULTILINE)}
+    assert named
+    assert named <= existing
+
+
+def test_files_of_tests_that_formats_name_exist():
+    named = set(re.findall(r"`(test_\w+\.py)`", (ROOT / "docs" / "guides" / "data.md").read_text()))
+    assert named
+    assert named <= {path.name for path in (ROOT / "tests" / "train" / "data").glob("test_*.py")}
+
+
 def test_make_targets_exist():
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
     named = {word for page in PAGES for word in re.findall(r"\bmake ([a-z-]+)\b", "\n".join(commands(page)))}
@@ -74,12 +88,23 @@ def test_a_broken_block_would_be_noticed(tmp_path):
         exec(blocks(page, "python")[0], {})
 
 
-def test_the_table_of_deviations_is_that_of_the_records():
-    spec = importlib.util.spec_from_file_location("write_deviations", ROOT / "docs" / "write_deviations.py")
-    writer = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(writer)
-    page = writer.PAGE.read_text(encoding="utf-8")
-    assert writer.with_table(page) == page, "run docs/write_deviations.py"
-    rows = [line for line in page.splitlines() if line.startswith("| ") and line.count(" | ") == 5]
+@pytest.fixture(scope="module")
+def writer():
+    spec = importlib.util.spec_from_file_location("write_reference", ROOT / "docs" / "write_reference.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("page", ["cli.md", "recipes.md", "deviations.md"])
+def test_reference_pages_are_those_of_the_records(writer, page):
+    assert writer.PAGES[page]() == (writer.FOLDER / page).read_text(encoding="utf-8"), "run docs/write_reference.py"
+
+
+def test_reference_pages_name_everything_once(writer):
+    assert writer.PAGES.keys() == {"cli.md", "recipes.md", "deviations.md"}
+    options = writer.PAGES["cli.md"]()
+    assert all(f"\n## prmim {name}\n" in options for name in writer.COMMANDS)
+    assert options.count("| `--throw_ratio` |") == 1
+    rows = [line for line in writer.deviations_page().splitlines() if line.startswith("| ") and line.count(" | ") == 5]
     assert len(rows) == 1 + len(writer.DEVIATIONS)
-    assert writer.with_table(page.replace("float16 with loss scaling", "float64")) == page

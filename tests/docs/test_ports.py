@@ -56,8 +56,8 @@ def count_lines(name):
 
 
 def test_the_page_counts_their_lines():
-    page = (FOLDER.parent / "porting.md").read_text(encoding="utf-8")
-    rows = re.findall(r"^\| .* \| (\d+) \| \[diff\]\(ports/(\w+)\.diff\) of", page, flags=re.MULTILINE)
+    page = (FOLDER.parent / "guides" / "porting.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| .* \| (\d+) \| \[diff\]\(\.\./ports/(\w+)\.diff\) of", page, flags=re.MULTILINE)
     assert {name: int(number) for number, name in rows} == {name: count_lines(name) for name in PORTS}
 
 

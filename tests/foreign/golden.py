@@ -1,4 +1,4 @@
-"""Compares a framework's `take` and `rebuild`, as docs/foreign_frameworks.md defines them, to the core in NumPy.
+"""Compares a framework's `take` and `rebuild`, as docs/guides/foreign_frameworks.md defines them, to the core in NumPy.
 
 The script of a page calls it in a process of its own; the packages of the page are not imported here.
 """
@@ -65,6 +65,10 @@ def compare(
             message = str(error)
         else:
             raise AssertionError("make_plan: expected to refuse the arrays of this framework")
-        if "stage_weights(plan)" not in message or "docs/foreign_frameworks.md" not in message or "\n" in message:
+        if (
+            "stage_weights(plan)" not in message
+            or "docs/guides/foreign_frameworks.md" not in message
+            or "\n" in message
+        ):
             raise AssertionError(f"make_plan: expected an error that names the way in, got {message!r}")
     print("golden comparisons passed")  # noqa: T201

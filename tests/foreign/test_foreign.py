@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-PAGE = ROOT / "docs" / "foreign_frameworks.md"
+PAGE = ROOT / "docs" / "guides" / "foreign_frameworks.md"
 
 CASES = {  # framework of the blocks and backend of Keras: package, conversions, whether the core refuses its arrays
     ("keras", "tensorflow"): ("tensorflow", "keras.ops.convert_to_tensor, keras.ops.convert_to_numpy", True),

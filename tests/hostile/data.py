@@ -490,7 +490,7 @@ def link_to_a_class(folder):
     put(folder / "cat" / "y.png")
     (folder / "ant").symlink_to(folder / "dog")
     source = open_source(str(folder), channels=1)
-    assert (list(source.files), source.class_names) == (["cat/y.png", "dog/x.png"], ("cat", "dog"))
+    assert (list(source.records.files), source.class_names) == (["cat/y.png", "dog/x.png"], ("cat", "dog"))
 
 
 @case(9, "a class that lies elsewhere")

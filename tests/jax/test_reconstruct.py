@@ -116,7 +116,9 @@ def test_wrong_mixes(options, error, message):
 def test_a_mix_returns_features_of_all_thrown_tokens():
     _, features, plan = make_case(Grid((4, 5)), "kernel")
     module = ProgressiveReconstruction(8, Grid((4, 5)), mix=lambda features, known, thrown: features[:, :, :1])
-    with pytest.raises(ValueError, match=r"^mix: expected rebuilt features of shape \(2, 5, 8\), got \(2, 10, 1\)$"):
+    with pytest.raises(
+        ValueError, match=r"^mix: expected reconstructed features of shape \(2, 5, 8\), got \(2, 10, 1\)$"
+    ):
         module(features, plan)
 
 

@@ -40,7 +40,7 @@ def test_shards_are_found_by_their_index(tmp_path):
     assert [path.name for path in found.files] == ["1.bin", "2.bin"]
     assert found.is_torch
     (tmp_path / "2.bin").unlink()
-    with pytest.raises(FileNotFoundError, match=r"^source: expected the shard '2.bin' next to .*, there is none$"):
+    with pytest.raises(FileNotFoundError, match=r"^source: expected the shard '2.bin' next to .*, got no such file$"):
         find_checkpoint(tmp_path)
 
 
@@ -53,7 +53,7 @@ def test_shards_are_found_by_their_index(tmp_path):
             {"a.pth": POINTER.encode()},
             r"expected a checkpoint .*, got the git-LFS pointer .*; `git lfs pull` fetches .*",
         ),
-        ({"a.pth": b"<html>"}, r"expected a checkpoint .*, got .*a.pth, which is none"),
+        ({"a.pth": b"<html>"}, r"expected a checkpoint .*, got .*a.pth, which is no checkpoint"),
         ({"a.pth": b"PK", "config.json": b"{"}, r"expected JSON in .*config.json, got .*"),
         ({"a.pth": b"PK", "config.json": b"[]"}, r"expected a JSON object in .*config.json, got list"),
         ({"m.index.json": b"{}"}, r"expected an object weight_map in .*, got None"),
@@ -77,9 +77,11 @@ def test_other_folders_are_refused(tmp_path, files, message):
 
 def test_files_that_are_no_checkpoints_are_refused(tmp_path):
     (tmp_path / "notes.txt").write_text("hello")
-    with pytest.raises(ValueError, match=r"^source: expected a checkpoint .*, got .*notes.txt, which is none$"):
+    with pytest.raises(
+        ValueError, match=r"^source: expected a checkpoint .*, got .*notes.txt, which is no checkpoint$"
+    ):
         find_checkpoint(tmp_path / "notes.txt")
-    with pytest.raises(FileNotFoundError, match=re.escape(f"there is none at {tmp_path / 'nothing.pth'}")):
+    with pytest.raises(FileNotFoundError, match=re.escape(f"got {tmp_path / 'nothing.pth'}, which does not exist")):
         find_checkpoint(tmp_path / "nothing.pth")
 
 

@@ -137,7 +137,7 @@ def test_keys_without_a_bias_get_one_of_zeros():
         (
             {"pos_embed": np.ones((1, 21, DIM))},
             {},
-            "image_size: expected the size of images of 20 patches of 4 x 4, which the weights do not tell, .*",
+            "image_size: expected the size of images of 20 patches of 4 x 4, which the weights do not determine, .*",
         ),
         ({}, {"config": {"image_size": 32}}, "image_size: expected images of 16 or 17 patches .*json, got 32"),
         ({}, {"config": {"hidden_act": "relu"}}, "source: expected the activation 'gelu', got 'relu'"),

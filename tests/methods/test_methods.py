@@ -185,8 +185,8 @@ def test_which_tokens_predict_patches_and_cells(given, patches, cells, num_extra
     assert config.losses == ("loss", "loss_decoded", "loss_thrown", "loss_cells")[: 4 if num_extra else 3]
     assert ("cells" in config.architecture()) is ("cell_norm" in config.architecture()) is bool(cells)
     rows = dict(config.describe())
-    all_pixels = f"{len(patches)} tokens predict all 16 x 16 pixels, normalised over the patch"
-    means = f"{len(cells)} tokens predict the means of 2 x 2 cells, normalised over the image"
+    all_pixels = f"{len(patches)} tokens predict all 16 x 16 pixels, normalized over the patch"
+    means = f"{len(cells)} tokens predict the means of 2 x 2 cells, normalized over the image"
     assert rows.get("  patches") == (all_pixels if patches else None)
     assert rows.get("  cells") == (means if cells else None)
 
@@ -212,9 +212,9 @@ def test_cells_of_a_patch(given, shape, dim):
 
 def test_reports_of_targets():
     rows = dict(SimMIMConfig(cells=4, cell_norm="window", low_pass=40).describe())
-    over = "the patch and those next to it"
+    over = "the patch and its neighbours"
     assert rows["  patches"] == "71 tokens predict all 16 x 16 pixels, up to 40 periods per image"
-    assert rows["  cells"] == f"49 tokens predict the means of 4 x 4 cells, normalised over {over}"
+    assert rows["  cells"] == f"49 tokens predict the means of 4 x 4 cells, normalized over {over}"
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -518,7 +518,7 @@ WRONG = [
     # MAE
     ("mae", {"norm_pix": 1}, TypeError, "norm_pix: expected true or false, got 1"),
     ("mae", {"image_size": 4, "patch_size": 1, "channels": 1}, ValueError,
-     "norm_pix: expected patches of at least 2 values to normalise, got patches of 1"),
+     "norm_pix: expected patches of at least 2 values to normalize, got patches of 1"),
     ("mae", {"decoder_depth": 0}, ValueError, "decoder_depth: expected a whole number of at least 1, got 0"),
     ("mae", {"decoder_heads": 0}, ValueError, "decoder_heads: expected a whole number of at least 1, got 0"),
     ("mae", {"decoder_dim": 100}, ValueError, "decoder_dim: expected a multiple of decoder_heads 16, got 100"),

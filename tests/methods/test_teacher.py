@@ -111,7 +111,7 @@ def test_unusable_statistics(folder, values, got):
 
 def test_configurations_that_are_no_files(tmp_path):
     (tmp_path / "config.json").mkdir()
-    with pytest.raises(ValueError, match=r"^teacher: expected JSON in .*config.json, got something that is no file$"):
+    with pytest.raises(ValueError, match=r"^teacher: expected JSON in .*config.json, got something other than a file$"):
         read_teacher(tmp_path)
 
 
@@ -133,7 +133,9 @@ def test_a_pipe_in_place_of_a_file_does_not_block(name, folder):
 
 
 def test_folders_without_a_model(tmp_path):
-    with pytest.raises(ValueError, match=r"^teacher: expected a folder with a config.json, got .*, which has none$"):
+    with pytest.raises(
+        ValueError, match=r"^teacher: expected a folder with a config.json, got .*, which has no such file$"
+    ):
         read_teacher(tmp_path)
     for find in (find_teacher, local_teacher):
         for source in ("nowhere", "/no/where"):

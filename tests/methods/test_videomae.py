@@ -64,11 +64,11 @@ def test_reports():
     assert rows["decoder sequence"] == "944 (dense: 1568)"
     assert rows["decoded again"] == "80 visible tokens, without a loss"
     over = "each channel of the patch"
-    assert rows["  patches"] == f"704 tokens predict all 2 x 16 x 16 pixels, normalised over {over}"
-    assert rows["  cells"] == "704 tokens predict the means of 2 x 2 x 2 cells, normalised over the image"
+    assert rows["  patches"] == f"704 tokens predict all 2 x 16 x 16 pixels, normalized over {over}"
+    assert rows["  cells"] == "704 tokens predict the means of 2 x 2 x 2 cells, normalized over the image"
     rows = dict(VideoMAEConfig(norm_over="patch").describe())
     assert "decoded again" not in rows
-    assert rows["  patches"].endswith("normalised over the patch")
+    assert rows["  patches"].endswith("normalized over the patch")
 
 
 @pytest.mark.parametrize(

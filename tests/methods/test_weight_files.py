@@ -51,7 +51,7 @@ def test_files_that_call_the_reconstruction_variant(config):
             {"method": "mae", "dim": 8, "cells": [2, 2]},
             "weights: cells: expected None, got [2, 2]; weights with cells need thrown_target: cells, or extra_cells",
         ),
-        ([1], "path: expected weights written by prmim, got w.safetensors, whose metadata has none"),
+        ([1], "path: expected weights written by prmim, got w.safetensors without an architecture"),
     ],
 )
 def test_errors_name_the_first_field_that_differs(values, message):
@@ -85,7 +85,7 @@ def test_classifiers_of_earlier_versions_are_refused_with_the_reason():
 
 @pytest.mark.parametrize("metadata", [None, {}, {METADATA_KEY: "{"}, {METADATA_KEY: "[" * 100_000}])
 def test_missing_and_corrupt_metadata(metadata):
-    with pytest.raises(ValueError, match=r"^path: expected weights written by prmim, got w.safetensors, whose"):
+    with pytest.raises(ValueError, match=r"^path: expected weights written by prmim, got w.safetensors without"):
         check_metadata(Method(), metadata, "w.safetensors")
 
 

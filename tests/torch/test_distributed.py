@@ -107,7 +107,7 @@ def assert_same_run(curve, expected, losses=LOSSES):
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-@pytest.mark.parametrize("name", ["mae", "simmim", "spoilt"])
+@pytest.mark.parametrize("name", ["mae", "simmim"])
 def test_several_processes_make_the_run_of_one(one, several, shared, name, parallel):
     processes, results = several
     expected = one["curves"][f"{name} ddp"]
@@ -165,14 +165,14 @@ def test_batch_norm_of_each_process(worker, two, shared):
 
 
 def test_one_process_is_the_same_either_way(one):
-    for name in ("mae", "simmim", "spoilt"):
+    for name in ("mae", "simmim"):
         np.testing.assert_equal(one["curves"][f"{name} fsdp"], one["curves"][f"{name} ddp"])
 
 
 def test_a_step_that_is_not_finite_in_one_process_counts_for_none(one, several):
     results = several[1]
     for rank in results:
-        curve = rank["curves"]["spoilt fsdp"]
+        curve = rank["curves"]["mae fsdp"]
         assert [step["nonfinite_step"] for step in curve] == [None, None, None, 4, 4, 4]
         assert np.isnan(curve[3]["loss"])
         assert np.isfinite([curve[4]["loss"], curve[4]["grad_norm"]]).all()
@@ -185,7 +185,7 @@ def test_all_processes_measure_the_same(several):
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-@pytest.mark.parametrize("name", ["mae", "simmim", "spoilt"])
+@pytest.mark.parametrize("name", ["mae", "simmim"])
 def test_a_resumed_run_goes_on_bit_for_bit(several, name, parallel):
     curves = several[1][0]["curves"]
     resumed = curves[f"{name} {parallel} resumed"]

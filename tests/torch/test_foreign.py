@@ -327,8 +327,8 @@ def test_settings_of_simmim_are_read_without_their_package(tmp_path, monkeypatch
     ("entries", "message"),
     [
         ([1], r"expected a dictionary of tensors in .*, got list"),
-        ({"model": {"a": 3}}, r"expected tensors by name in .*, got 'a', which is none"),
-        ({"epoch": 3}, r"expected tensors by name in .*, got 'epoch', which is none"),
+        ({"model": {"a": 3}}, r"expected tensors by name in .*, got 'a', which is not a tensor"),
+        ({"epoch": 3}, r"expected tensors by name in .*, got 'epoch', which is not a tensor"),
         (
             {"model": {}},
             r"expected a vision transformer with a tensor patch_embed.proj.weight or .*, got no tensors in .*",

@@ -118,7 +118,9 @@ def test_wrong_mixes(options, error, message):
 def test_a_mix_returns_features_of_all_thrown_tokens():
     _, features, plan = make_case(Grid((4, 5)), "kernel", dtype=torch.float32)
     module = ProgressiveReconstruction(8, Grid((4, 5)), mix=lambda features, known, thrown: features[:, :1])
-    with pytest.raises(ValueError, match=r"^mix: expected rebuilt features of shape \(2, 5, 8\), got \(2, 1, 8\)$"):
+    with pytest.raises(
+        ValueError, match=r"^mix: expected reconstructed features of shape \(2, 5, 8\), got \(2, 1, 8\)$"
+    ):
         module(features, plan)
 
 

@@ -75,6 +75,8 @@ def tiny_recipe() -> Callable[..., PretrainConfig]:
         if recipe["method"] == "videomae":
             tiny |= {"image_size": (4, 16, 16), "patch_size": (1, 4, 4)}
         tiny |= {name: size for name, size in DECODER.items() if name in recipe}
+        if recipe.get("volumes"):
+            tiny |= {"image_size": (16, 16, 16), "patch_size": (4, 4, 4), "embed_dim": 24, "decoder_dim": 12}
         # The lowest rate of a recipe can be higher than the peak rate of so small a batch.
         tiny |= {"batch_size": 32, "min_learning_rate": 0.0, "precision": "float32", "device": "cpu"}
         return pretrain_config(**merge_layers(recipe, {**tiny, **changes}))

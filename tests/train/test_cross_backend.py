@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from PIL import Image
 
 jax = pytest.importorskip("jax")
 pytest.importorskip("flax")
@@ -145,3 +146,21 @@ def test_a_torch_run_loads_nothing_of_the_jax_adapter(tmp_path):
     assert "prmim_torch" in modules
     # Not among them: jax and orbax, which grain loads by itself where they are installed.
     assert {"prmim_jax", "flax", "optax"} & set(modules) == set()
+
+
+@pytest.mark.parametrize("backend", ["torch", "jax"])
+def test_tall_images_of_13_channels_and_16_bits(backend, tmp_path):
+    """Spectrograms and satellite images in small: crops, range and pictures of held-out images."""
+    levels = np.random.default_rng(0).integers(0, 3500, (24, 64, 8, 13)).astype(np.uint16)
+    np.savez(tmp_path / "a.npz", images=levels)
+    options = {"data": tmp_path / "a.npz", "channels": 13, "image_size": "64,8", "patch_size": "8,4", "batch_size": 6}
+    words = [f"--{name}={value}" for name, value in options.items()]
+    words += ["--pixel_range=0,3500", "--holdout=0.25", "--pictures=2", "--log_every=1", "--precision=float32"]
+    run = pretrain(tmp_path / "run", backend, *words)
+    assert len(losses(run)) == 3
+    assert np.isfinite(list(losses(run).values())).all()
+    for name in ("reconstructions.png", "schedule.png", "loss.png"):
+        with Image.open(run.path / name) as picture:
+            width, height = picture.size
+            assert 150 < height < 1500  # a page, although the images are eight times as high as wide
+            assert 600 < width < 1900

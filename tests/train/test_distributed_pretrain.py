@@ -218,7 +218,7 @@ def test_the_main_process_alone_reports(two, shared):
     assert record["protocols"]["knn"]["test_images"] == 40
     for folder in ("finetune", "linear"):
         names = {"config.yaml", "metrics.jsonl", "checkpoints", "summary.json", "evaluation.json", "confusion.png"}
-        names |= {"curves.png", ".lock", "run.json", "trained.npz"}
+        names |= {"curves.png", ".lock", "run.json", "trained.npz", "predictions.npz"}
         assert {entry.name for entry in (shared / folder).iterdir()} == names
 
 

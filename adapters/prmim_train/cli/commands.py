@@ -1,4 +1,4 @@
-"""The commands of `prmim`: their options, what they run, and how errors are reported."""
+"""The commands of `prmim`: options, functions and error reports."""
 
 import errno
 import os
@@ -30,28 +30,28 @@ from prmim_train.cli.options import (
 )
 from prmim_train.config.layers import merge_layers, recipe_names
 from prmim_train.config.packages import check_installed
-from prmim_train.config.training import DIGITS
+from prmim_train.config.training import DIGITS, SOURCE_OPTIONS
 from prmim_train.run.processes import FailedElsewhereError, adopt_srun, is_main, launched, say
 
 EXIT_USAGE = 2
 EXIT_FAILURE = 1
-EXIT_SIGNAL = 128  # plus the signal's number, as shells count
+EXIT_SIGNAL = 128  # plus the number of the signal, as in shells
 
 
 @dataclass(frozen=True)
 class Command:
-    """One command.
+    """A command of `prmim`.
 
     Parameters
     ----------
     summary, description
-        Help in a phrase, and in a few sentences.
+        Help as a phrase, and as a few sentences.
     groups
-        Returns its options by title of the group.
+        Returns the options by title of the group.
     run
-        Carries it out, with the command, its name and the texts of the given options.
+        Runs the command. Arguments: the command, its name, and the texts of the given options.
     places
-        The options whose values may also stand without their names, in this order.
+        Options that can also be given by position, in this order.
     """
 
     summary: str
@@ -61,7 +61,7 @@ class Command:
     places: tuple[str, ...] = ()
 
     def options(self) -> list[Option]:
-        """Return its options."""
+        """Return the options of all groups."""
         return [item for items in self.groups().values() for item in items]
 
 
@@ -71,15 +71,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Parameters
     ----------
     arguments
-        The words after `prmim`; None: those of the process.
+        Words after `prmim`. None: the arguments of the process.
 
     Returns
     -------
     int
-        The exit code: 0; 1 if a run failed; 2 if the options or the data are wrong; 128 and the signal's number if
-        a signal stopped a run, such as 130 after Ctrl-C.
-        An error is reported in one line. `--traceback`, or the environment variable `PRMIM_TRACEBACK=1`, adds the
-        traceback.
+        Exit code: 0 on success, 1 if a run failed, 2 if the options or the data are wrong. If a signal stopped a run,
+        128 plus the number of the signal, such as 130 after Ctrl-C.
+
+    Notes
+    -----
+    Errors are printed in one line. `--traceback`, or the environment variable `PRMIM_TRACEBACK=1`, adds the traceback.
     """
     from prmim_train.run.loop import Interrupted, NonFiniteLoss
 
@@ -153,9 +155,9 @@ def _overview() -> str:
         *(f"  {name:<{width}}  {command.summary}" for name, command in COMMANDS.items()),
         "",
         "options:",
-        "  --help       this text; after a command, its options",
-        "  --version    the version of prmim",
-        "  --traceback  after an error, show the traceback",
+        "  --help       show this help; after a command, show its options",
+        "  --version    show the version of prmim",
+        "  --traceback  show the traceback of an error",
         "",
         "first steps:",
         "  prmim pretrain                                   train on the embedded digits",
@@ -170,7 +172,9 @@ def _pretrain_groups() -> dict[str, list[Option]]:
 
 
 def _inspect_groups() -> dict[str, list[Option]]:
-    return {"": [_config_option("pretrain", "evaluate")], **pretrain_options()}
+    sheet = "Also draw the first training samples with their masks to this file: .png, .pdf or .svg."
+    own = [_config_option("pretrain", "evaluate"), command_option("sheet", str | None, sheet)]
+    return {"": own, **pretrain_options()}
 
 
 def _config_option(*commands: str, note: str = "") -> Option:
@@ -191,13 +195,19 @@ def _inspect(command: Command, name: str, given: dict[str, str]) -> None:
         return
     from prmim_train.report.inspect import inspect_run
 
-    options = command.options()
-    given = {option: text for option, text in given.items() if option != "resume"}
-    print(inspect_run(read_config(given, _parser(command, name), options, say)))
+    options = [item for item in command.options() if item.name != "sheet"]
+    sheet = given.get("sheet")
+    given = {option: text for option, text in given.items() if option not in ("resume", "sheet")}
+    config = read_config(given, _parser(command, name), options, say)
+    if sheet is not None:
+        from prmim_train.report.sheet import sheet_command
+
+        sheet_command(config, sheet)
+    print(inspect_run(config))
 
 
 def _explain_recipe(given: dict[str, str]) -> bool:
-    """Print what a packaged recipe is; return whether that is all, since `evaluate` takes it."""
+    """Describe a packaged recipe; return True if it is a recipe of `evaluate`, which has nothing else to inspect."""
     from prmim_train.report.recipe import recipe_lines
 
     name = given.get("config", "")
@@ -210,29 +220,35 @@ def _explain_recipe(given: dict[str, str]) -> bool:
     return is_of_evaluate
 
 
+KEYS = tuple(name for name in SOURCE_OPTIONS if name != "data")
+"""Options of the source of images, without `data`."""
+
 RUN_OPTION = command_option("run", str, "Folder of the run.")
 
 
 def _evaluate_groups() -> dict[str, list[Option]]:
-    limit = "Most images to learn from, and to classify. Not given: as in the run. For knn, and linear by lbfgs, only."
-    others = "Also classify by an untrained encoder and by raw pixels. For knn, and linear by lbfgs, only."
+    limit = (
+        "Maximum number of training images and of test images. Not given: as in the run. For knn and linear with lbfgs."
+    )
+    others = "Also evaluate an untrained encoder and raw pixels. For knn and linear with lbfgs."
     groups = classify_options()
     named = {item.name: item for items in groups.values() for item in items}
     frozen = [
-        named[name] for name in ("data", "holdout", "image_size", "test_data", "device", "checkpoint", "allow_changes")
+        *(named[name] for name in ("data", *KEYS, "holdout", "image_size", "test_data", "device", "checkpoint")),
+        named["allow_changes"],
     ]
     own = {
-        f"For finetune, and linear by lars: {title.lower()}": [item for item in items if item not in frozen]
+        f"For finetune and linear with lars: {title.lower()}": [item for item in items if item not in frozen]
         for title, items in groups.items()
     }
     return {
         "": [
             RUN_OPTION,
-            command_option("protocol", str | None, "knn, linear or finetune. Null: knn, and linear by lbfgs."),
+            command_option("protocol", str | None, "knn, linear or finetune. Null: knn, and linear with lbfgs."),
             command_option(
                 "solver", str | None, "For linear: lbfgs (fast, the default) or lars (MAE's published probe)."
             ),
-            _config_option("evaluate", note=" For finetune, and linear by lars, only."),
+            _config_option("evaluate", note=" For finetune and linear with lars."),
             *frozen,
             command_option("eval_limit", int | None, limit),
             command_option("baselines", bool, others, True),
@@ -287,16 +303,16 @@ def _with_classify_file(arguments: dict[str, Any], config: str, command: Command
 
 
 def _picture_groups() -> dict[str, list[Option]]:
-    kinds = "reconstructions (similarity for maskalign), schedule or loss. Null: all of them."
+    kinds = "Picture to draw: reconstructions (similarity for maskalign), schedule or loss. Null: all."
     return {
         "": [
             RUN_OPTION,
-            command_option("data", str | None, "Other images than those of the run: see prmim pretrain --help."),
-            command_option("holdout", float | None, "Another held-out share than that of the run."),
-            command_option("device", str | None, "Another device than that of the run: auto, cpu, cuda or mps."),
+            command_option("data", str | None, "Images, in place of those of the run; see prmim pretrain --help."),
+            command_option("holdout", float | None, "Fraction of held-out images, in place of the run's."),
+            command_option("device", str | None, "Device, in place of the run's: auto, cpu, cuda or mps."),
             command_option("kind", str | None, kinds),
-            command_option("pictures", int | None, "Number of images shown."),
-            command_option("allow_changes", bool, "Draw although the images of the run have changed.", False),
+            command_option("pictures", int | None, "Number of images to draw."),
+            command_option("allow_changes", bool, "Draw even if the images of the run have changed.", False),
         ]
     }
 
@@ -312,9 +328,11 @@ def _stats_groups() -> dict[str, list[Option]]:
     return {
         "": [
             named["data"],
-            named["image_key"],
+            *(named[name] for name in KEYS),
+            command_option("clips", bool, "The images are clips: videos, folders of frames, or arrays.", False),
+            named["volumes"],
             command_option("channels", int | None, "Channels to convert images to. Null: as in the files, 1 or 3."),
-            command_option("limit", int | None, "Most images to read, evenly spaced. Null: all of them."),
+            command_option("limit", int | None, "Maximum number of images to read, evenly spaced. Null: all."),
         ]
     }
 
@@ -329,20 +347,24 @@ def _features_groups() -> dict[str, list[Option]]:
     named = {item.name: item for items in pretrain_options().values() for item in items}
     size = find_option(ClassifierConfig, "image_size")
     run = command_option("run", str, "Folder of the run, or a file of weights.")
-    inherited = [
-        command_option(name, named[name].type | None, f"{named[name].help} Not given: as in the run.")
-        for name in ("device", "precision", "backend")
-    ]
+    keys, inherited = (
+        [
+            command_option(name, named[name].type | None, f"{named[name].help} Not given: as in the run.")
+            for name in names
+        ]
+        for names in (KEYS, ("frame_stride", "volumes", "spacing", "device", "precision", "backend"))
+    )
     return {
         "": [
             run,
             command_option("data", str | None, "Images: see prmim pretrain --help. Not given: those of the run."),
-            command_option("out", str, "The file to write: .npz or .parquet."),
+            *keys,
+            command_option("out", str, "File to write: .npz or .parquet."),
             command_option("pool", str, "mean: the mean of the patch tokens; cls: the class token.", "mean"),
             command_option("layer", int | None, "Block whose output is written, from 1. Null: the encoder's output."),
             size,
             command_option("checkpoint", int | None, "Step of the run's checkpoint. Null: the last one."),
-            command_option("batch_size", int, "Images of a forward pass, in each process.", 64),
+            command_option("batch_size", int, "Images per forward pass, in each process.", 64),
             *inherited,
         ]
     }
@@ -360,9 +382,9 @@ CHECKPOINT_OPTION = command_option("checkpoint", int | None, "Step of the checkp
 def _export_groups() -> dict[str, list[Option]]:
     return {
         "": [
-            command_option("out", str, "The file to write, or for hf the folder. Nothing may exist there."),
+            command_option("out", str, "File to write, or folder for hf. Must not exist."),
             command_option("run", str, "Folder of the run, or a file of weights."),
-            Option("to", str, None, Rule(help="The format.", choices=FORMATS)),
+            Option("to", str, None, Rule(help="Format of the export.", choices=FORMATS)),
             CHECKPOINT_OPTION,
             command_option("encoder_only", bool, "For hf and safetensors: leave out the decoder.", False),
         ]
@@ -378,10 +400,10 @@ def _export(command: Command, name: str, given: dict[str, str]) -> None:
 def _push_groups() -> dict[str, list[Option]]:
     return {
         "": [
-            command_option("repo", str, "Repository of the hub, owner/name; created if there is none."),
+            command_option("repo", str, "Repository on the hub, owner/name. Created if it does not exist."),
             RUN_OPTION,
             CHECKPOINT_OPTION,
-            command_option("private", bool, "Only you can read a new repository.", False),
+            command_option("private", bool, "Create a new repository as private.", False),
             command_option("pictures", bool, "Upload the pictures of the run, which show some of its images.", True),
         ]
     }
@@ -397,20 +419,18 @@ def _import_groups() -> dict[str, list[Option]]:
     size = find_option(MethodConfig, "image_size")
     return {
         "": [
-            command_option("source", str, f"The weights: {EXPECTED}."),
-            command_option("out", str, "The .safetensors file to write. Nothing may exist there."),
-            command_option(
-                "backend", str, "The framework that reads the source: torch, or jax for safetensors.", "torch"
-            ),
-            command_option("encoder_only", bool, "Leave out all but the encoder.", False),
+            command_option("source", str, f"Weights: {EXPECTED}."),
+            command_option("out", str, "File to write, .safetensors. Must not exist."),
+            command_option("backend", str, "Framework that reads the source: torch, or jax for safetensors.", "torch"),
+            command_option("encoder_only", bool, "Import the encoder only.", False),
         ],
-        "What weights do not tell; what the source says takes precedence": [
+        "Metadata, used where the source has none": [
             command_option(
                 "num_heads", int | None, "Attention heads of the encoder. Null: as published, or width / 64."
             ),
             command_option("decoder_heads", int | None, "Attention heads of the decoder. Null: width / 32."),
             command_option("image_size", size.type | None, f"{size.help} Null: a square."),
-            command_option("norm_pix", bool | None, "Whether MAE's target patches were normalised. Null: true."),
+            command_option("norm_pix", bool | None, "Whether MAE's target patches were normalized. Null: true."),
         ],
     }
 
@@ -431,7 +451,7 @@ def _run_arguments(command: Command, name: str, given: dict[str, str], **needed:
 
 
 def _arguments(command: Command, name: str, given: dict[str, str], **needed: str) -> dict[str, Any]:
-    """Convert the options of a command; ``needed`` are those that must be given, and what they are."""
+    """Convert the options of a command; ``needed`` describes the required ones, for the error message."""
     for option, expected in needed.items():
         if option not in given:
             raise ValueError(f"{option}: expected {expected}, got nothing")
@@ -443,63 +463,64 @@ def _parser(command: Command, name: str) -> ArgumentParser:
 
 
 SHARED_COMMANDS = ("pretrain", "evaluate", "features")
-"""Commands that may run in several processes."""
+"""Commands that can be distributed over processes."""
 
 EVALUATIONS = ("knn", "linear", "finetune")
 SOLVERS = ("lbfgs", "lars")
 TRAINED = ("finetune", "linear")
-"""Protocols that can train a classifier by steps."""
+"""Protocols that train a classifier on the encoder; linear only with LARS."""
 FROZEN_OPTIONS = {"data", "holdout", "image_size", "test_data", "device", "checkpoint", "eval_limit", "baselines"}
-FROZEN_OPTIONS |= {"allow_changes"}
+FROZEN_OPTIONS |= {"allow_changes", *KEYS}
 
 COMMANDS = {
     "pretrain": Command(
-        "train on your images, or on the embedded digits",
-        "Pre-train, evaluate the frozen features, and draw pictures. Defaults are the published recipe of MAE; for the "
-        "embedded digits, the packaged recipe 'digits'. The published recipes of all methods are packaged: for example "
-        "--config simmim_vit_base.",
+        "pre-train an encoder on your images, or on the embedded digits",
+        "Pre-train an encoder, evaluate its frozen features, and draw pictures. The defaults are MAE's published "
+        "recipe; for the embedded digits, the packaged recipe 'digits'. Published recipes of all methods are packaged, "
+        "for example --config simmim_vit_base.",
         _pretrain_groups,
         _pretrain,
     ),
     "inspect": Command(
-        "show what a run would do and cost; trains nothing",
-        "Show what pretrain would do with the same options: data found, tokens per stage, computation, memory, "
-        "learning rate. Trains nothing and writes nothing. For a packaged recipe, also paper, published number, and "
-        "differences from the published run.",
+        "show data, tokens and cost of a run, without training",
+        "Show data, tokens per stage, computation, memory and learning rate of a run of pretrain with the same "
+        "options. Does not train, and writes no file except the picture of --sheet. For a packaged recipe, also show "
+        "its paper, the published number, and the differences from the published run.",
         _inspect_groups,
         _inspect,
     ),
     "stats": Command(
-        "measure the images: sizes, types, range, mean, duplicates",
-        "Read the images, and show sizes, channels, types, the range of values, mean and standard deviation per "
-        "channel, unreadable files, duplicates (equal pixels), and options of pretrain that fit. Writes nothing.",
+        "show statistics of images: sizes, types, range, mean, duplicates",
+        "Read the images and show their sizes, channels, types, range of values, mean and standard deviation per "
+        "channel, unreadable files, and duplicates (equal pixels). Print options of pretrain that fit these images. "
+        "Writes no file.",
         _stats_groups,
         _stats,
     ),
     "evaluate": Command(
-        "classify held-out images with frozen features, a linear probe or fine-tuning",
-        "Classify held-out images with the frozen features of a run's last checkpoint (knn, linear), compared with an "
-        "untrained encoder and raw pixels. Or train a classifier on the encoder: finetune, or linear with --solver "
-        "lars. Defaults are the published recipes of MAE; for the embedded digits, smaller ones. The published recipes "
-        "of all methods are packaged: for example --config simmim_vit_base_finetune.",
+        "evaluate an encoder with frozen features, a linear probe or fine-tuning",
+        "Classify held-out images with the encoder of a run's last checkpoint. knn, and linear with lbfgs, use frozen "
+        "features, and compare them with an untrained encoder and raw pixels. finetune, and linear with lars, train a "
+        "classifier in steps. Their defaults are MAE's published recipes, or smaller ones for the embedded digits. "
+        "Published recipes of all methods are packaged, for example --config simmim_vit_base_finetune.",
         _evaluate_groups,
         _evaluate,
     ),
     "features": Command(
         "write the features of images to a file, with names and labels",
-        "Write the features of all images of a source to a file .npz or .parquet, with names and labels. A repeated "
-        "command continues an interrupted one. Several processes, started by torchrun, share the images.",
+        "Write the features of all images of a source to an .npz or .parquet file, with names and labels. Repeat the "
+        "command to continue after an interruption. Start it with torchrun to distribute the images over processes.",
         _features_groups,
         _features,
     ),
     "picture": Command(
-        "draw the reconstructions, the sampling and the loss of a run",
-        "Draw pictures of a run's last checkpoint into its folder.",
+        "draw reconstructions, sampling and loss curves of a run",
+        "Draw pictures of a run's last checkpoint, and write them into the folder of the run.",
         _picture_groups,
         _picture,
     ),
     "export": Command(
-        "write the weights of a run for transformers, timm or PyTorch",
+        "export the weights of a run to transformers, timm or PyTorch",
         "Write the weights of a run's last checkpoint in the format of another library, and print how to load them.",
         _export_groups,
         _export,
@@ -514,10 +535,11 @@ COMMANDS = {
         places=("repo",),
     ),
     "import": Command(
-        "convert weights of other code to a file of prmim",
+        "convert a checkpoint of other code to a file of prmim",
         "Convert a checkpoint of the authors of MAE, Pixio, CrossMAE, SimMIM, MaskAlign or LocalMIM, a ViT, ViTMAE or "
-        "ViTForMaskedImageModeling of transformers, or a ViT of timm. The names of the tensors tell the format. Prints "
-        "format and encoder, and all that was assumed or left out. Executes no code of the source.",
+        "ViTForMaskedImageModeling of transformers, or a ViT of timm. The format is detected from the names of the "
+        "tensors. Prints the format, the encoder, and everything that was assumed or left out. Never executes code of "
+        "the source.",
         _import_groups,
         _import,
         places=("source", "out"),

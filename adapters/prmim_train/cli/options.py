@@ -1,6 +1,6 @@
-"""From the words of the command line to a validated configuration.
+"""Parse the command line into a validated configuration.
 
-The records declare the options; jsonargparse writes the help and converts the values.
+Records declare the options; jsonargparse writes the help and converts the values.
 """
 
 import dataclasses
@@ -30,7 +30,7 @@ from prmim_train.run.directory import RunDirectory
 from prmim_train.run.prepare import measured_range
 
 AUTO = "auto"
-"""Text of a `pixel_range` that is measured on the images, unless the run has one."""
+"""Value of `pixel_range` that measures the range on the images, unless the run has stored one."""
 TRUE_WORDS = ("true", "yes", "on", "1")
 FALSE_WORDS = ("false", "no", "off", "0")
 NULL_WORDS = ("null", "~")
@@ -39,11 +39,11 @@ NUMBERS: dict[Any, Any] = {
     Sequence[int]: int | tuple[int, ...],
     Sequence[float]: float | tuple[float, ...],
 }
-"""Types of several numbers, and those that the command line takes for them: a single number need not be in a list."""
+"""Types of several numbers, and what the command line accepts for them: also a single number outside a list."""
 
 
 def command_option(name: str, type: Any, help: str, default: Any = None) -> Option:
-    """Return an option that belongs to a command and to no record."""
+    """Create an option of a command that no record declares."""
     return Option(name, type, default, Rule(help=help))
 
 
@@ -68,7 +68,7 @@ def _ordered(names: Iterable[str]) -> list[str]:
 
 
 def _special_option(name: str) -> Option:
-    """Return an option that not all methods have, or not with the same default or choices; its help says so."""
+    """Return an option that differs between methods; the help names its methods and defaults."""
     owners = {method: item for method, record in METHODS.items() for item in options(record) if item.name == name}
     item = next(iter(owners.values()))
     texts: dict[str, list[str]] = {}
@@ -83,20 +83,20 @@ def _special_option(name: str) -> Option:
     if len(set(defaults.values())) > 1:
         text += f" Default: {', '.join(f'{value} for {method}' for method, value in defaults.items())}."
         item = dataclasses.replace(item, default=None)
-    # Each method has its own choices; its record refuses those of the others.
+    # The record of a method rejects the choices of other methods.
     choices = {choice: meaning for owner in owners.values() for choice, meaning in owner.rule.choices.items()}
     return dataclasses.replace(item, rule=dataclasses.replace(_with_help(item.rule, text), choices=choices))
 
 
 def _with_help(rule: Rule, text: str) -> Rule:
-    """Return a rule whose documentation is a text that already names the choices."""
+    """Return a rule with a help text that already names the choices."""
     return dataclasses.replace(rule, help=text, shows_choices=False)
 
 
 def classify_options() -> dict[str, list[Option]]:
     """Return the options of a classifier's training by group, without the protocol.
 
-    The help says where an option has no effect, and what its default depends on.
+    The help names the protocols that use an option, and defaults that depend on the protocol.
     """
     defaults = {protocol: protocol_defaults(protocol) for protocol in FOREIGN}
 
@@ -120,25 +120,25 @@ def _grouped(record: type) -> dict[str, list[Option]]:
     groups: dict[str, list[Option]] = {}
     for item in options(record):
         owner = next(cls for cls in reversed(record.__mro__) if item.name in vars(cls).get("__annotations__", {}))
-        groups.setdefault(owner.group, []).append(item)  # type: ignore[attr-defined]  # each record of a run has one
+        groups.setdefault(owner.group, []).append(item)  # type: ignore[attr-defined]  # every record of a run has a group
     return groups
 
 
 def build_parser(
     command: str, description: str, groups: Mapping[str, Sequence[Option]], places: Sequence[str] = ()
 ) -> ArgumentParser:
-    """Return the parser of a command: its types and its help.
+    """Build the parser of a command, with types and help.
 
     Parameters
     ----------
     command
         Name of the command.
     description
-        What it does.
+        Description of the command.
     groups
-        Its options by title of the group; an empty title for those without a group.
+        Options by title of the group. The title of options without a group is empty.
     places
-        The options whose values may also stand without their names.
+        Options that can also be given by position.
     """
     words = " ".join([command, *map(str.upper, places)])
     parser = ArgumentParser(
@@ -169,12 +169,12 @@ def split_words(words: Sequence[str], items: Sequence[Option], places: Sequence[
     items
         The options of the command.
     places
-        The options that words without a name give, in this order.
+        Options that can be given by position, in this order.
 
     Returns
     -------
     dict
-        Name to text; the last one of an option that is given twice.
+        Name to text. If an option is given twice, the last text counts.
 
     Raises
     ------
@@ -230,9 +230,9 @@ def convert(parser: ArgumentParser, items: Sequence[Option], given: Mapping[str,
     parser
         The parser of the command.
     items
-        Its options.
+        Options of the command.
     given
-        Name to text or value; every name is that of an option.
+        Option name to text or value.
 
     Returns
     -------
@@ -257,7 +257,7 @@ def convert(parser: ArgumentParser, items: Sequence[Option], given: Mapping[str,
 
 
 def _prepare(item: Option, value: Any) -> Any:
-    """Return a text as the value of an option: a flag, a number, numbers with commas between them, or null."""
+    """Parse a text as a flag, a number, comma-separated numbers, or null."""
     if item.kind is str:
         return value
     if isinstance(value, list):
@@ -279,7 +279,7 @@ def _prepare(item: Option, value: Any) -> Any:
 
 
 def _number(value: Any) -> Any:
-    """Return a text as a number: 010 is ten, and 1:30 or 1_000 is none."""
+    """Parse a text as a decimal number: 010 is ten; 1:30 and 1_000 are not numbers."""
     if not isinstance(value, str):
         return value
     text = value.strip()
@@ -293,7 +293,7 @@ def _number(value: Any) -> Any:
 
 
 def suggest(name: str, known: Collection[str], prefix: str = "") -> str:
-    """Return a hint at the known name closest to an unknown one; empty if none is close."""
+    """Return a hint with the known name closest to an unknown one; empty if none is close."""
     if len(name) > 2 * max(map(len, known)):
         return ""
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
@@ -314,7 +314,7 @@ def read_config(
     items
         Its options.
     say
-        Called with a line for the user when options come from a source that was not named.
+        Prints a line for the user if options come from a source that the user did not name.
     """
     config_file = given.get("config")
     found = {} if config_file is None else read_options(config_file)
@@ -339,13 +339,13 @@ def read_config(
         config = change(config, pixel_range=(low, high))
         say(f"Pixel range: {low:g},{high:g}, measured on the images.")
     if config.resume:
-        # Schedulers restart the same command: it starts the run the first time.
+        # Schedulers repeat the same command, which then starts the run the first time.
         say(f"No run in {config.run_path} yet: starting a new one.")
     if config.data == DIGITS:
         which = "No --data given" if "data" not in merge_layers(*layers) else "Data"
         say(
-            f"{which}: the embedded digits, with the packaged recipe '{DIGITS}'. Your own images: --data FOLDER "
-            "(see prmim pretrain --help)."
+            f"{which}: the embedded digits, with the packaged recipe '{DIGITS}'. For your own images, add "
+            "--data FOLDER (see prmim pretrain --help)."
         )
     return config
 
@@ -360,7 +360,7 @@ def read_classify_options(name_or_path: str, parser: ArgumentParser, items: Sequ
     parser
         The parser of the command.
     items
-        The options that a file can have.
+        Options that are allowed in a file.
 
     Raises
     ------

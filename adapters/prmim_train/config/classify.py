@@ -12,14 +12,16 @@ from prmim_methods import ClassifierConfig, classifier
 from prmim_methods.record import Record, find_option, option, record
 from prmim_train.config.layers import merge_layers, read_options
 from prmim_train.config.pretrain import PretrainConfig
-from prmim_train.config.training import DIGITS, TrainingOptions
+from prmim_train.config.training import DIGITS, OF_DATA, SOURCE_OPTIONS, TrainingOptions
 
 INHERITED = (
-    "data",
+    *SOURCE_OPTIONS,
     "holdout",
     "flip",
     "max_pixels",
-    "image_key",
+    "frame_stride",
+    "volumes",
+    "spacing",
     "workers",
     "precision",
     "compile",
@@ -28,10 +30,10 @@ INHERITED = (
     "seed",
     "backend",
 )
-"""Options of the run whose encoder is used, unless given."""
+"""Options that are inherited from the run of the encoder, unless given."""
 
 RECIPES = {"finetune": "mae_vit_base_finetune", "linear": "mae_vit_base_linear"}
-"""The packaged recipe that each protocol takes its defaults from."""
+"""Packaged recipe with the defaults of each protocol."""
 
 DIGITS_RECIPES: dict[str, dict[str, Any]] = {
     "finetune": {
@@ -52,18 +54,17 @@ DIGITS_RECIPES: dict[str, dict[str, Any]] = {
         "base_learning_rate": 50.0,  # few steps must go as far as many: see `Classification.describe`
     },
 }
-"""Differences for the embedded digits, which are few and small."""
+"""Defaults for the embedded digits, which are few and small."""
 
 LARGEST_CROPPED = 224
 CROPPED_SHARE = 0.875
-"""Share of a test image's sides that is seen by models of at most 224 pixels, as after resizing to 256; larger ones see
-all of it."""
+"""Default of `test_crop` up to 224 pixels, which corresponds to resizing to 256; larger models see the whole image."""
 
 FOREIGN = {**classifier.FOREIGN, "linear": (*classifier.FOREIGN["linear"], "betas")}
 """Options without effect, by protocol."""
 
 WARMUP = {"finetune": 1 / 20, "linear": 1 / 9}
-"""Share of the epochs that is warm-up where no number of epochs is given: that of the published recipe."""
+"""Warm-up as a fraction of the epochs if `warmup_epochs` is None, as in the published recipe."""
 
 
 @record
@@ -83,15 +84,15 @@ class AugmentOptions(Record):
     )
     rand_augment_spread: float = option("Standard deviation of that strength.", default=0.5, at_least=0)
     erasing: float = option(
-        "Share of the images in which a random box is replaced by noise.", default=0.25, at_least=0, at_most=1
+        "Fraction of the images in which a random box is replaced by noise.", default=0.25, at_least=0, at_most=1
     )
     mixup: float = option("Parameter of mixup's beta distribution. 0: no mixup.", default=0.8, at_least=0)
     cutmix: float = option("Parameter of cutmix's beta distribution. 0: no cutmix.", default=1.0, at_least=0)
     mix_switch: float = option(
-        "With mixup and cutmix: share of the batches that get cutmix.", default=0.5, at_least=0, at_most=1
+        "With both mixup and cutmix: fraction of the batches that get cutmix.", default=0.5, at_least=0, at_most=1
     )
     label_smoothing: float = option(
-        "Share of each target that is spread evenly over all classes.", default=0.1, at_least=0, below=1
+        "Fraction of each target that is spread uniformly over all classes.", default=0.1, at_least=0, below=1
     )
     test_data: str | None = option(
         "Other labelled images to test on, with the same class names. Null: the held-out images.", default=None
@@ -109,8 +110,8 @@ class AugmentOptions(Record):
 class ClassifyConfig(AugmentOptions, TrainingOptions, ClassifierConfig):
     """The options of a classifier's training.
 
-    The defaults are the published recipe of MAE for fine-tuning ViT-B/16 on ImageNet (`mae_vit_base_finetune`), but for
-    the epochs of warm-up.
+    The defaults are MAE's published recipe for fine-tuning ViT-B/16 on ImageNet (`mae_vit_base_finetune`), except
+    `warmup_epochs`.
     """
 
     group: ClassVar[str] = "Run"
@@ -122,13 +123,15 @@ class ClassifyConfig(AugmentOptions, TrainingOptions, ClassifierConfig):
     min_learning_rate: float = 1e-6
     betas: tuple[float, float] = (0.9, 0.999)
     out: str | None = option(
-        "Folder of the classifier. Null: a folder named after the protocol, in that of the run.", default=None
+        "Folder of the classifier. Null: a subfolder of the run, named after the protocol.", default=None
     )
     checkpoint_every: int = 5
     checkpoint: int | None = option(
         "Step of the run's checkpoint to take the encoder from. Null: the last one.", default=None, at_least=0
     )
-    test_every: int = option("Epochs between two tests. The test after the last step counts.", default=5, at_least=1)
+    test_every: int = option(
+        "Epochs between two tests. The result is the test after the last step.", default=5, at_least=1
+    )
 
     @property
     def run_path(self) -> Path:
@@ -142,7 +145,7 @@ class ClassifyConfig(AugmentOptions, TrainingOptions, ClassifierConfig):
 
     @property
     def warmup_share(self) -> float:
-        """Share of the epochs that is warm-up if `warmup_epochs` is None."""
+        """Warm-up as a fraction of the epochs if `warmup_epochs` is None."""
         return WARMUP[self.protocol]
 
     def test_share(self, image_size: tuple[int, ...]) -> float:
@@ -183,7 +186,8 @@ def classify_config(base: PretrainConfig, given: Mapping[str, Any]) -> ClassifyC
     (3, 16384, 0.1, 50)
     """
     protocol = find_option(ClassifyConfig, "protocol").check(given["protocol"])
-    inherited = {name: getattr(base, name) for name in INHERITED}
+    is_other = given.get("data", base.data) != base.data
+    inherited = {name: getattr(base, name) for name in INHERITED if not (is_other and name in OF_DATA)}
     digits = DIGITS_RECIPES[protocol] if given.get("data", base.data) == DIGITS else {}
     own = {"out": str(base.run_path / protocol), **given}
     return ClassifyConfig(**merge_layers(protocol_defaults(protocol), inherited, digits, own))

@@ -1,6 +1,6 @@
 """Differences between the packaged recipes and the published runs.
 
-`prmim inspect --config NAME` prints those of a recipe; `docs/deviations.md` lists all of them.
+`prmim inspect --config NAME` prints those of a recipe; `docs/reference/deviations.md` lists all of them.
 """
 
 from dataclasses import dataclass
@@ -12,11 +12,11 @@ from prmim_train.config.pretrain import pretrain_config
 
 STAGES = {
     "pretrain": "pre-training",
-    "throwing": "thrown or rebuilt tokens",
+    "throwing": "thrown or reconstructed tokens",
     "finetune": "fine-tuning",
     "linear": "linear probe",
 }
-"""Parts of a recipe. Thrown or rebuilt tokens are the addition of PR-MIM to a published recipe."""
+"""Parts of a recipe. PR-MIM adds thrown or reconstructed tokens to a published recipe."""
 
 EVERY_STAGE = ("pretrain", "finetune", "linear")
 CLASSIFIERS = ("finetune", "linear")
@@ -29,7 +29,7 @@ FAMILIES = {
     "pixio": "Pixio",
     "amt": "AMT",
 }
-"""What the first words of the names of recipes stand for."""
+"""Method or variant, by the first word of a recipe's name."""
 
 LIKE_MAE = ("mae", "mff", "pixmim", "crossmae")
 AREA_CROPS = ("mae", "crossmae", "pixio", "simmim", "maskalign", "localmim")
@@ -49,7 +49,7 @@ class Deviation:
     published
         What the authors do.
     source
-        Where it was read: repository and file, or paper.
+        Where this was read: repository and file, or paper.
     ours
         What this project does.
     reason
@@ -107,7 +107,7 @@ DEVIATIONS = (
         "large JPEG files",
         "decoded at full size",
         "torchvision `ImageFolder`",
-        "decoded at 1/2, 1/4 or 1/8 where the crop is then still twice as large as the result, or larger",
+        "decoded at 1/2, 1/4 or 1/8 if the crop is then still at least twice as large as the result",
         "reading is faster",
         AREA_CROPS,
     ),
@@ -195,8 +195,8 @@ DEVIATIONS = (
         "clips of a video",
         "a step has 1,024 videos, and four clips of each, drawn anew; 200 epochs",
         "VideoMAE V2 run_mae_pretraining.py, dataset/pretrain_datasets.py",
-        "a clip is an image of three axes, in a `.npz` file; 4,096 of a step are drawn like images, for 800 epochs",
-        "as many steps, clips and visits of a video; `--data` reads no videos",
+        "a step has 4,096 videos, and a clip of each; 800 epochs",
+        "as many steps and clips; each clip is decoded separately",
         ("videomae",),
     ),
     Deviation(
@@ -232,16 +232,16 @@ DEVIATIONS = (
         "none",
         "CrossMAE models_cross.py",
         "a layer norm that takes no part in the loss and keeps its initial weights",
-        "the same encoder for all methods; evaluation reads its normalised output",
+        "the same encoder for all methods; evaluation reads its normalized output",
         ("crossmae",),
     ),
     Deviation(
         ("pretrain",),
         "pixels of the histograms of oriented gradients",
-        "normalised with mean and deviation of each channel",
+        "normalized with mean and deviation of each channel",
         "LocalMIM ViT/models_mim.py",
-        "not normalised",
-        "the same function; integer gradients are exact, so those on the edge of a bin do not fall to either side",
+        "not normalized",
+        "the same function; integer gradients are exact, so rounding does not move gradients on the edge of a bin",
         ("localmim",),
     ),
     Deviation(
@@ -267,7 +267,7 @@ DEVIATIONS = (
         "targets of thrown tokens",
         "unknown",
         "arXiv 2411.15746 (no text on LocalMIM)",
-        "those of the decoded tokens, at every scale, from features that each decoder's stages rebuild",
+        "those of the decoded tokens, at every scale, from features that each decoder's stages reconstruct",
         "one head per scale; each decoder reconstructs at almost no cost",
         ("localmim",),
     ),
@@ -339,7 +339,7 @@ DEVIATIONS = (
         "masks before the first attention maps",
         "nothing is thrown: MAE masks 0.75 at random",
         "AMT mae-AMT/models_mae.py",
-        "an even draw with the counts of the recipe",
+        "a uniform draw with the counts of the recipe",
         "one program and one cost per step for the whole run",
         ("amt",),
     ),
@@ -384,7 +384,7 @@ DEVIATIONS = (
         "thrown tokens",
         "the readable text of PR-MIM leaves operator, order, targets and weights open",
         "arXiv 2411.15746, abstract and introduction",
-        "the decisions in docs/paper.md",
+        "the decisions in docs/design/paper.md",
         "needed to implement the method",
         (*LIKE_MAE, "pixio", "simmim", "localmim", "videomae"),
     ),
@@ -393,7 +393,7 @@ DEVIATIONS = (
         "features of visible tokens",
         "the decoder has none; PR-MIM on CrossMAE is not described",
         "CrossMAE models_cross.py",
-        "one more mix of the encoder's layers, normalised and projected to the width of the decoder",
+        "one more mix of the encoder's layers, normalized and projected to the width of the decoder",
         "thrown tokens are reconstructed from visible and decoded ones, as in MAE",
         ("crossmae",),
     ),
@@ -411,7 +411,7 @@ DEVIATIONS = (
         "masked tokens",
         "not used; PR-MIM on MaskAlign is not described",
         "MaskAlign models_pretrain.py",
-        "their features are rebuilt from the visible ones and aligned too, each token with weight 1",
+        "their features are reconstructed from the visible ones and also aligned, each token with weight 1",
         "supervises all tokens",
         ("maskalign",),
     ),
@@ -420,7 +420,7 @@ DEVIATIONS = (
         "choice of the decoded tokens",
         "a running cell over all tokens, visible ones included; PR-MIM on clips is not described",
         "VideoMAE V2 dataset/masking_generator.py, modeling_pretrain.py",
-        "furthest sampling among the masked tokens, distances counted in cubes; the others are rebuilt",
+        "furthest sampling among the masked tokens, distances counted in cubes; the others are reconstructed",
         "supervises all masked tokens, and decodes no token twice",
         ("videomae",),
     ),
@@ -435,7 +435,7 @@ DEVIATIONS = (
     Deviation(
         ("finetune",),
         "random erasing and mixing",
-        "on normalised floating-point pixels",
+        "on normalized floating-point pixels",
         "timm random_erasing.py, mixup.py",
         "on uint8 pixels: noise is rounded and clipped to 0..255; mixup rounds its share to 1/256, and pixels",
         "images stay uint8 up to the device",
@@ -443,7 +443,7 @@ DEVIATIONS = (
     Deviation(
         ("finetune",),
         "partner in mixup and cutmix",
-        "the image at the mirrored place of the process's batch; each process draws its own mix",
+        "the image at the mirrored position of the process's batch; each process draws its own mix",
         "timm mixup.py",
         "the image half a batch further on; one mix is drawn for the batch of all processes",
         "the same on any number of processes",
@@ -501,7 +501,7 @@ DEVIATIONS = (
 
 
 def deviations_of(recipe: str) -> list[Deviation]:
-    """Return the differences of a packaged recipe from the published run; none for recipes without a paper.
+    """Return the differences of a packaged recipe from the published run; empty for recipes without a paper.
 
     Examples
     --------

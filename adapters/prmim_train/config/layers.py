@@ -15,31 +15,31 @@ from prmim_train.config.pretrain import special_option_names
 from prmim_train.config.training import TrainingOptions
 
 RECIPE_FOLDERS = {"pretrain": "recipes", "evaluate": "recipes/evaluate"}
-"""Folders of the packaged recipes, by the command that takes them."""
+"""Folder of the packaged recipes of each command."""
 
 KIND_OPTIONS = {"method": "pretrain", "protocol": "evaluate"}
 """Options that only a file of one command has."""
 
 RECIPE_COMMANDS = {"pretrain": "prmim pretrain --config", "evaluate": "prmim evaluate --run RUN --config"}
-"""How to use a recipe."""
+"""Command that uses a recipe, by the command of the recipe."""
 
 DEPENDENT_OPTIONS = {"model": ("embed_dim", "depth", "num_heads"), "channels": ("mean", "std")}
-"""Options that belong to another one: a layer that sets the key drops them from lower layers. A recipe's width must not
-survive ``--model vit_small``."""
+"""Option to the options that it resets: a layer that sets the key drops them from lower layers. For example, a recipe's
+width must not survive ``--model vit_small``."""
 
 NOT_STORED = ("out", "resume", "allow_changes")
-"""Options that are no property of a run."""
+"""Options that a run does not store."""
 
 LARGEST_FILE = 2**16
-"""Most characters of a file of options."""
+"""Maximum number of characters of a file of options."""
 
 
 def merge_layers(*layers: Mapping[str, Any]) -> dict[str, Any]:
     """Merge dictionaries of options; later ones override earlier ones.
 
-    A layer that sets an option drops the options that belong to it (`DEPENDENT_OPTIONS`) from the layers below. A layer
-    that changes the method drops the options that differ between methods. A layer with fewer epochs drops the epochs of
-    warm-up, which were meant for a longer run: unless given again, they are a share of the epochs.
+    A layer that sets an option drops its dependent options (`DEPENDENT_OPTIONS`) from the layers below. A layer that
+    changes the method drops the options that differ between methods. A layer with fewer epochs drops `warmup_epochs`,
+    which was meant for a longer run. The default warm-up is a fraction of the epochs.
 
     Examples
     --------
@@ -78,7 +78,7 @@ def read_recipe(name: str) -> str | None:
 
 
 def read_header(name: str) -> dict[str, str]:
-    """Return the first comment of a packaged recipe: what it is (`title`), its paper, command, and so on.
+    """Return the entries of a recipe's first comment: `title`, paper, command, and so on.
 
     Examples
     --------
@@ -110,7 +110,7 @@ def read_options(name_or_path: str | Path, command: str = "pretrain") -> dict[st
     Returns
     -------
     dict
-        Option name to value, as YAML gave it; names and values are not checked here.
+        Option name to value, as parsed from YAML. Names and values are not validated.
 
     Raises
     ------

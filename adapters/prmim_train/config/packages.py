@@ -13,29 +13,36 @@ _EXTRAS = {
     "wandb": "wandb",
     "mlflow": "mlflow",
     "pyarrow": "parquet",
+    "av": "video",
+    "nibabel": "medical",
+    "datasets": "hf",
+    "lmdb": "lmdb",
+    "fsspec": "remote",
+    "aiohttp": "remote",
+    "s3fs": "remote",
 }
 """Package to the extra of prmim that installs it."""
-_NAMES = {"sklearn": "scikit-learn"}
+_NAMES = {"av": "PyAV", "sklearn": "scikit-learn"}
 
 
 def check_installed(option: str, *packages: str, otherwise: str = "") -> None:
     """Check that optional packages are installed, without importing them.
 
-    Call it before the work starts: a long training must not end with a missing package.
+    Call it before the work starts, so that a missing package does not end a long training.
 
     Parameters
     ----------
     option
-        What needs the packages.
+        Option that needs the packages.
     packages
         Import names.
     otherwise
-        What to do without the packages, for the message.
+        Alternative that needs no package, for the message.
 
     Raises
     ------
     ImportError
-        If one is not installed. The message names the extra that installs it.
+        If a package is not installed. The message names the extra that installs it.
 
     Examples
     --------
@@ -47,4 +54,5 @@ def check_installed(option: str, *packages: str, otherwise: str = "") -> None:
         if find_spec(package) is None:
             advice = f", or {otherwise}" if otherwise else ""
             name = _NAMES.get(package, package)
-            raise ImportError(f"{option}: {name} is not installed; pip install 'prmim[{_EXTRAS[package]}]'{advice}")
+            wanted = f"'prmim[{_EXTRAS[package]}]'" if package in _EXTRAS else name
+            raise ImportError(f"{option}: {name} is not installed; pip install {wanted}{advice}")

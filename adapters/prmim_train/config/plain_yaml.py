@@ -1,7 +1,7 @@
-"""A loader of plain YAML: one level of `option: value`, in which nothing expands and nothing is said twice.
+"""A loader of plain YAML: one level of `option: value`, without expansion and without duplicate options.
 
-Scalars are those that YAML 1.1 and 1.2 agree about. All else is text: `010`, `1:30`, `1_000`, `1e-3` and `yes` keep
-their characters, and the option that they belong to decides what they mean.
+Only scalars that YAML 1.1 and 1.2 parse equally are converted. All others stay text: `010`, `1:30`, `1_000`, `1e-3` and
+`yes` keep their characters, and the type of the option decides how they are read.
 """
 
 import re
@@ -18,7 +18,7 @@ class PlainLoader(yaml.SafeLoader):
     yaml_implicit_resolvers: dict[str, list[Any]] = {}  # noqa: RUF012  # declared so by the base class
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        """Compose the next node, or refuse it before what it contains is read."""
+        """Compose the next node, or reject it before its content is read."""
         event = self.peek_event()  # type: ignore[no-untyped-call]
         problem = ""
         if isinstance(event, yaml.AliasEvent) or event.anchor is not None:
@@ -33,7 +33,7 @@ class PlainLoader(yaml.SafeLoader):
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """Construct a dictionary whose keys differ."""
+        """Construct a dictionary; duplicate keys are an error."""
         seen = set()
         for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode) and key.value in seen:

@@ -1,11 +1,10 @@
-"""The options of a pre-training run: the trainer's own, and the record of the method.
+"""The options of a pre-training run: options of the trainer, and the record of the method.
 
-Files and the command line have all of them in one flat list: :func:`pretrain_config` reads it,
+Files and the command line hold all options in one flat list: :func:`pretrain_config` reads it,
 :meth:`PretrainConfig.flat` returns it.
 """
 
 import re
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -15,14 +14,15 @@ from prmim_core import counter_noise, make_plan
 from prmim_methods import METHODS, MAEConfig, MethodConfig, create_config
 from prmim_methods.messages import one_line, shown
 from prmim_methods.methods import METHOD_OPTION
-from prmim_methods.record import option, options, record
-from prmim_train.config.training import DIGITS, TrainingOptions
+from prmim_methods.record import find_option, option, options, record
+from prmim_train.config.axes import ThreeAxes
+from prmim_train.config.training import DIGITS, VOLUME_EXAMPLE, TrainingOptions
 
 OF_IMAGES = {"image_size", "patch_size"}
-"""Options of methods that follow from the images, so that they outlast a change of the method."""
+"""Options of methods that describe the images, so a change of the method keeps them."""
 
 TRIED = 2
-"""Images whose decoded tokens a function of one's own chooses, of NumPy arrays, before a run starts."""
+"""Images on which a custom throwing function is tried with NumPy arrays, before a run starts."""
 
 
 @record
@@ -42,19 +42,21 @@ class PretrainConfig(TrainingOptions):
         default=False,
     )
     attention_start: int = option(
-        "Epochs after which throwing=weighted computes the attention to all training images for the first time. Until "
-        "then, masks are drawn evenly.",
+        "Epochs before throwing=weighted first computes the attention to all training images. Until then, masks are "
+        "drawn uniformly.",
         default=41,
         at_least=1,
     )
-    attention_every: int = option("Epochs between two such passes over the images.", default=40, at_least=1)
+    attention_every: int = option("Epochs between two passes that compute attention.", default=40, at_least=1)
     init_weights: str | None = option(
         "Initial weights: a run, a file of prmim, a checkpoint of other code (see prmim import), or a name on the hub. "
-        "Where decoders differ, the encoder alone is loaded. Null: random weights.",
+        "If the decoders differ, only the encoder is loaded. Null: random weights.",
         default=None,
     )
     eval_limit: int = option(
-        "Most images for the evaluation of frozen features at the end. 0: no evaluation.", default=5000, at_least=0
+        "Maximum number of images for the final evaluation of frozen features. 0: no evaluation.",
+        default=5000,
+        at_least=0,
     )
     probe_every: int | None = option(
         "Epochs between two evaluations of frozen features during training (needs labels). Null: none.",
@@ -62,7 +64,7 @@ class PretrainConfig(TrainingOptions):
         at_least=1,
     )
     pictures: int = option(
-        "Held-out images in the pictures drawn at the end. 0: no pictures.", default=6, at_least=0, at_most=1000
+        "Number of held-out images in the final pictures. 0: no pictures.", default=6, at_least=0, at_most=1000
     )
 
     def check(self) -> None:
@@ -84,7 +86,7 @@ class PretrainConfig(TrainingOptions):
             raise ValueError(f"probe_every: expected null, since eval_limit is 0, got {self.probe_every}")
 
     def _check_functions(self) -> None:
-        """Refuse functions without an import path, which a run cannot store, and try the one that throws."""
+        """Require import paths of custom functions, since runs store paths, and try the throwing function."""
         for item in options(type(self.method)):
             value = getattr(self.method, item.name)
             if item.takes_function and not isinstance(value, str):
@@ -102,6 +104,13 @@ class PretrainConfig(TrainingOptions):
 
     def _check_axes(self) -> None:
         axes = len(self.method.image_size)
+        if self.volumes and axes != 3:
+            raise ValueError(
+                f"image_size: expected depth,height,width with volumes, as in {VOLUME_EXAMPLE}, got "
+                f"{self.method.image_size}"
+            )
+        if self.frame_stride > 1 and axes != 3:
+            raise ValueError(f"frame_stride: expected 1 for images of {axes} axes, got {self.frame_stride}")
         if axes != 2 and self.method.needs_weights:
             raise ValueError(f"throwing: expected another choice than weighted for images of {axes} axes, got weighted")
         if axes == 2 or (axes == 3 and self.method.predicts == "pixels"):
@@ -114,7 +123,7 @@ class PretrainConfig(TrainingOptions):
 
     @property
     def learning_rate(self) -> float:
-        """The peak learning rate, scaled by the batch size and, if wanted, by the share of supervised tokens."""
+        """Peak learning rate, scaled by the batch size and, optionally, by the fraction of supervised tokens."""
         supervised, masked = self.supervision
         return super().learning_rate * supervised / masked
 
@@ -132,7 +141,7 @@ class PretrainConfig(TrainingOptions):
         return len(range(self.attention_start, self.epochs, self.attention_every))
 
     def flat(self) -> dict[str, Any]:
-        """Return all options by name, those of the method included; :func:`pretrain_config` reverses it.
+        """Return all options by name, including those of the method; the inverse of :func:`pretrain_config`.
 
         Examples
         --------
@@ -145,9 +154,9 @@ class PretrainConfig(TrainingOptions):
         return {"method": self.method.name, **method, **super().flat()}
 
     @property
-    def frames(self) -> int | None:
-        """Number of frames of the clips to train on; None for images."""
-        return self.method.image_size[0] if len(self.method.image_size) == 3 else None
+    def three_axes(self) -> ThreeAxes | None:
+        """How clips or volumes are sampled along their first axis; None for images."""
+        return self.sampled_axes(self.method.image_size)
 
     @property
     def run_path(self) -> Path:
@@ -159,7 +168,7 @@ class PretrainConfig(TrainingOptions):
 
 
 def pretrain_config(**given: Any) -> PretrainConfig:
-    """Return the configuration of a flat list of options, as files and the command line have them.
+    """Create a configuration from a flat list of options, as in files and on the command line.
 
     Parameters
     ----------
@@ -184,13 +193,14 @@ def pretrain_config(**given: Any) -> PretrainConfig:
     """
     name = given.pop("method", METHOD_OPTION.default)
     own = {item.name for item in options(PretrainConfig)}
-    config = PretrainConfig(**{name: value for name, value in given.items() if name in own})  # validates the seed
+    seed = find_option(PretrainConfig, "seed")
     of_method = {name: value for name, value in given.items() if name not in own}
-    return replace(config, method=create_config(name, init_seed=config.seed, **of_method))
+    method = create_config(name, init_seed=seed.check(given.get("seed", seed.default)), **of_method)
+    return PretrainConfig(method=method, **{name: value for name, value in given.items() if name in own})
 
 
 def change(config: PretrainConfig, **changes: Any) -> PretrainConfig:
-    """Return a configuration with some of its flat options replaced."""
+    """Return a copy of a configuration with some flat options replaced."""
     return pretrain_config(**{**config.flat(), **changes})
 
 
@@ -201,7 +211,7 @@ def pretrain_option_names() -> set[str]:
 
 
 def special_option_names() -> set[str]:
-    """Return the names of the options that not all methods have, or not with the same default and choices."""
+    """Return the names of the options that some methods lack, or have with other defaults or choices."""
     records = [{item.name: item for item in options(method)} for method in METHODS.values()]
     defaults = [{name: (item.default, item.help) for name, item in known.items()} for known in records]
     shared = {name for name, value in defaults[0].items() if all(name in d and d[name] == value for d in defaults)}

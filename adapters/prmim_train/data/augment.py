@@ -18,7 +18,7 @@ Fill = tuple[int, ...]
 Operation = Callable[[ImageArray, float, Fill], ImageArray]
 
 _MAX_LEVEL = 10.0
-_PROBABILITY = 0.5  # of applying a drawn operation
+_PROBABILITY = 0.5  # probability of applying a drawn operation
 _ERASED_AREA = (0.02, 1 / 3)
 _ERASED_RATIO = (0.3, 1 / 0.3)
 _TRIES = 10
@@ -80,7 +80,7 @@ def rand_augment(
     """Apply operations drawn from `OPERATIONS` with replacement, each with probability 0.5.
 
     Each strength is drawn from a normal distribution and clipped to [0, 10]. The defaults are
-    `rand-m9-mstd0.5-inc1`, the policy that masked autoencoders are fine-tuned with.
+    `rand-m9-mstd0.5-inc1`, the policy for fine-tuning of masked autoencoders.
 
     Parameters
     ----------
@@ -111,7 +111,7 @@ def rand_augment(
     (4, 6, 3)
     """
     # The order of the draws and of `OPERATIONS` is fixed, and every draw is made even if the operation is skipped:
-    # workers and resumed runs, also those of older versions, must augment an image in the same way.
+    # workers and resumed runs, even from older versions, must augment an image in the same way.
     names = list(OPERATIONS)
     for number in rng.integers(len(names), size=operations):
         is_applied = rng.random() < _PROBABILITY
@@ -137,7 +137,8 @@ def erase(
     rng
         Advanced by the draws.
     mean, std
-        Of the normal noise, per channel, for pixels in [0, 1]. The noise is rounded and clipped to [0, 255].
+        Mean and standard deviation of the noise, per channel, for pixels in [0, 1]. The noise is rounded and clipped to
+        [0, 255].
 
     Returns
     -------
@@ -172,7 +173,7 @@ def erase(
 
 
 def _with_pillow(change: Callable[[Image.Image, float, Fill], Image.Image]) -> Operation:
-    """Return an operation that changes RGB images as a whole, and all others channel by channel."""
+    """Return an operation for whole RGB images; other images are changed channel by channel."""
 
     def operation(image: ImageArray, amount: float, fill: Fill) -> ImageArray:
         if image.shape[2] == 3:
@@ -185,14 +186,14 @@ def _with_pillow(change: Callable[[Image.Image, float, Fill], Image.Image]) -> O
 
 
 def _blend(degenerate: Callable[[ImageArray], NDArray[np.uint8] | int]) -> Operation:
-    """Return an operation that blends an image with its degenerate version, or extrapolates away from that.
+    """Return an operation that blends an image with its degenerate version, or extrapolates away from it.
 
-    Equal to `PIL.ImageEnhance` for RGB images, but for any number of channels.
+    Equals `PIL.ImageEnhance` for RGB images, and accepts any number of channels.
     """
 
     def operation(image: ImageArray, amount: float, fill: Fill) -> ImageArray:
         other = np.broadcast_to(np.uint8(degenerate(image)), image.shape)
-        # Image.blend treats every value alike, so one grey picture can hold all channels.
+        # Image.blend treats all values alike, so one grey picture can hold all channels.
         first, second = (Image.fromarray(np.ascontiguousarray(part).reshape(len(part), -1)) for part in (other, image))
         return np.asarray(Image.blend(first, second, max(0.1, 1 + 0.9 * amount))).reshape(image.shape)
 
@@ -253,4 +254,4 @@ OPERATIONS: dict[str, Operation] = {
     "translate_x": _affine(lambda amount, width, height: (1, 0, 0.45 * amount * width, 0, 1, 0)),
     "translate_y": _affine(lambda amount, width, height: (1, 0, 0, 0, 1, 0.45 * amount * height)),
 }
-"""Operations by name: from an image, an amount in [-1, 1] and a fill value per channel to an image."""
+"""Operations by name. Arguments: an image, an amount in [-1, 1], and a fill value per channel."""

@@ -19,9 +19,10 @@ from numpy.typing import NDArray
 from prmim_methods.messages import shorten
 from prmim_train.data.image_files import ignore_pillow_warnings
 from prmim_train.data.sources import ImageSource, UnreadableImageError
+from prmim_train.data.three_axes import random_flips, random_frames, random_volume_box, read_center, spacing_of
 from prmim_train.data.transforms import (
-    center_crop,
     check_crop_options,
+    fold_frames,
     plane_of,
     random_crop_box,
     random_flip,
@@ -72,7 +73,7 @@ class Batch:
         Record of the source of each image.
     boxes : float32 array (batch, 4)
         Top, left, bottom, right of each crop as fractions of its image. Left is greater than right in mirrored crops.
-        NaN with `crop_padding`.
+        NaN with `crop_padding` and for volumes. For a clip, the box in the plane.
     unreadable : tuple of (int, str)
         Records that could not be read for this batch, and the reasons.
     targets : float32 array (batch, classes) or None
@@ -188,7 +189,7 @@ T = TypeVar("T")
 
 
 class _Reader(Generic[T]):
-    """The part of a `BatchIterator` that its finalizer closes, and which must not refer to the iterator."""
+    """The part of a `BatchIterator` that its finalizer closes. It must not refer to the iterator."""
 
     def __init__(self, stream: Any, batches: Iterator[T]) -> None:
         self.stream = stream
@@ -285,7 +286,7 @@ def train_batches(
     crop_padding : int, optional
         In place of such crops: see `prmim_train.data.transforms.random_padded_crop`.
     flip : bool, optional
-        Mirror images left to right with probability 0.5.
+        Mirror images left to right with probability 0.5; volumes along each axis.
     augment : callable, optional
         Further augmentation of an image, after crop and flip. Takes the image and the generator that crop and flip
         were drawn from. Picklable; see `prmim_train.data.augment`.
@@ -354,11 +355,12 @@ def train_batches(
     )
     # Threads and workers get whole batches, so the content of a batch does not depend on their number.
     crop: _Crop
-    if crop_padding is None:
-        plane = plane_of(image_size)
-        crop = _AreaCrop(plane, crop_scale, relative_ratio(crop_ratio, plane), crop_draw)
+    if crop_padding is not None:
+        crop = _PaddedCrop(image_size, crop_padding)
+    elif source.three_axes is not None and source.three_axes.volumes:
+        crop = _VolumeCrop((image_size[0], image_size[1], image_size[2]), crop_scale, crop_ratio, crop_draw)
     else:
-        crop = _PaddedCrop(plane_of(image_size), crop_padding)
+        crop = _AreaCrop(image_size, crop_scale, relative_ratio(crop_ratio, plane_of(image_size)), crop_draw)
     make = _TrainingBatch(source, records, image_size, seed, crop, flip, augment, mix, batch_size)
     ignore_pillow_warnings()
     if workers > 0:
@@ -391,7 +393,7 @@ def evaluation_batches(
     image_size : (height, width) or (frames, height, width)
         In pixels.
     share : float or None, optional
-        See `prmim_train.data.transforms.center_crop`. None: whole images, resized whatever their proportions.
+        See `prmim_train.data.transforms.center_crop`. None: whole images, resized without keeping proportions.
     threads : int, optional
         Number of prefetching threads. 0 reads on demand. Default: one per available core, at most 8.
 
@@ -433,8 +435,8 @@ def split_indices(
     Parameters
     ----------
     labels_or_number : int array (number of images,), or int
-        Labels, or number of images. With labels, the split is stratified: each class contributes its share of held-out
-        images, to within one.
+        Labels, or number of images. With labels, the split is stratified: each class has a proportional number of
+        held-out images, to within one.
     holdout : float
         Fraction to hold out, in [0, 1); rounded to whole images.
     seed : int
@@ -463,8 +465,8 @@ def split_indices(
     if not isinstance(labels_or_number, int):
         shuffled = shuffled[np.argsort(labels_or_number[shuffled], kind="stable")]
     num_held_out = round(number * holdout)
-    # Hold out exactly num_held_out evenly spaced records. Each class is a run of the shuffled records, and so
-    # contributes its share.
+    # Hold out exactly num_held_out evenly spaced records. Each class is a run of the shuffled records, so its share is
+    # proportional.
     place = np.arange(number, dtype=np.int64)
     is_held_out = (place + 1) * num_held_out // max(1, number) > place * num_held_out // max(1, number)
     return np.sort(shuffled[~is_held_out]).astype(np.int64), np.sort(shuffled[is_held_out]).astype(np.int64)
@@ -479,9 +481,9 @@ def _place(position: int, choice: int) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class _AreaCrop:
-    """Reads a resized random area of an image."""
+    """Reads a resized random area of an image, or of some frames of a clip."""
 
-    size: tuple[int, int]
+    size: tuple[int, ...]
     scale: tuple[float, float]
     ratio: tuple[float, float]
     draw: str
@@ -496,25 +498,60 @@ class _AreaCrop:
             box = top / rows, left / columns, (top + height) / rows, (left + width) / columns
             return chosen
 
-        return source.read_crop(record, self.size, choose), box
+        axes = source.three_axes
+        if axes is None:
+            return source.read_crop(record, self.size, choose), box
+
+        def choose_frames(shape: tuple[int, int, int]) -> tuple[IndexArray, tuple[int, int, int, int]]:
+            chosen = choose((shape[1], shape[2]))  # before the start, as clips of one start were drawn first
+            return random_frames(shape[0], self.size[0], axes.stride, rng), chosen
+
+        return source.read_crop(record, self.size, choose_frames), box
 
 
 @dataclass(frozen=True)
 class _PaddedCrop:
-    """Reads a whole image and cuts a random window of it."""
+    """Reads a whole image, or some whole frames of a clip, and cuts a random window of it."""
 
-    size: tuple[int, int]
+    size: tuple[int, ...]
     padding: int
 
     def __call__(self, source: ImageSource, record: int, rng: np.random.Generator) -> tuple[ImageArray, Box]:
-        return random_padded_crop(source.read(record), self.size, rng, padding=self.padding), _NO_BOX
+        plane, axes = plane_of(self.size), source.three_axes
+        if axes is None:
+            return random_padded_crop(source.read(record), plane, rng, padding=self.padding), _NO_BOX
+
+        def choose(shape: tuple[int, int, int]) -> tuple[IndexArray, tuple[int, int, int, int]]:
+            return random_frames(shape[0], self.size[0], axes.stride, rng), (0, 0, shape[1], shape[2])
+
+        clip = fold_frames(source.read(record, choose))
+        return unfold_frames(random_padded_crop(clip, plane, rng, padding=self.padding), self.size), _NO_BOX
 
 
-_Crop = _AreaCrop | _PaddedCrop
+@dataclass(frozen=True)
+class _VolumeCrop:
+    """Reads a resized random box of a volume."""
+
+    size: tuple[int, int, int]
+    scale: tuple[float, float]
+    ratio: tuple[float, float]
+    draw: str
+
+    def __call__(self, source: ImageSource, record: int, rng: np.random.Generator) -> tuple[ImageArray, Box]:
+        how: Any = {"spacing": spacing_of(source, record), "scale": self.scale, "ratio": self.ratio, "draw": self.draw}
+
+        def choose(shape: tuple[int, int, int]) -> tuple[IndexArray, tuple[int, int, int, int]]:
+            front, *plane_start, depth, height, width = random_volume_box(shape, self.size, rng, **how)
+            return np.arange(front, front + depth), (plane_start[0], plane_start[1], height, width)
+
+        return source.read_crop(record, self.size, choose), _NO_BOX
+
+
+_Crop = _AreaCrop | _PaddedCrop | _VolumeCrop
 
 
 class _TrainingBatch:
-    """Makes the training batch of given places in the stream. Pickled for worker processes."""
+    """Creates the training batch of given positions in the stream. Pickled for worker processes."""
 
     def __init__(
         self,
@@ -551,7 +588,7 @@ class _TrainingBatch:
     def _read(
         self, epoch: int, choice: int, failures: list[tuple[int, str]], note: Callable[[int], None]
     ) -> tuple[ImageArray, Box, int]:
-        """Read the chosen record, or else the next readable one; append unreadable records to `failures`."""
+        """Read the chosen record, or the next readable one; append unreadable records to `failures`."""
         unreadable = UnreadableImages(self.source, len(self.records))
         while True:
             record = int(self.records[choice])
@@ -570,12 +607,18 @@ class _TrainingBatch:
         """Return the augmented crop of an image, and its box; see `Batch`."""
         # The order of the draws (crop, flip, augment) is fixed: workers and resumed runs must draw the same values.
         rng = np.random.default_rng((self.seed, epoch, record))
-        crop, box = self.crop(self.source, record, rng)
-        image = random_flip(crop, rng) if self.flip else crop
-        if image is not crop:
-            box = box[0], box[3], box[2], box[1]
-        image = image if self.augment is None else self.augment(image, rng)
-        return unfold_frames(image, self.image_size), box
+        image, box = self.crop(self.source, record, rng)
+        if self.flip and isinstance(self.crop, _VolumeCrop):
+            image = random_flips(image, rng)
+        elif self.flip:
+            crop, image = image, random_flip(image, rng)
+            if image is not crop:
+                box = box[0], box[3], box[2], box[1]
+        if self.augment is None:
+            return image, box
+        if image.ndim == 3:
+            return self.augment(image, rng), box
+        return unfold_frames(self.augment(fold_frames(image), rng), self.image_size), box
 
 
 class _Example(NamedTuple):
@@ -591,14 +634,10 @@ class _EvaluationRecord:
     def __call__(self, record: Any) -> _Example:
         record = int(record)
         try:
-            plane = plane_of(self.image_size)
-            if self.share is None:
-                image = self.source.read_crop(record, plane, lambda shape: (0, 0, *shape))
-            else:
-                image = center_crop(self.source.read(record), plane, share=self.share)
+            image = read_center(self.source, record, self.image_size, share=self.share)
         except UnreadableImageError as error:
             return _Example(None, record, ((record, error.reason),))
-        return _Example(unfold_frames(image, self.image_size), record, ())
+        return _Example(image, record, ())
 
 
 # -------------------------------------------------------------------------------------------------------- batches
@@ -639,7 +678,7 @@ def _evaluation_batch(images: list[ImageArray], records: list[int], labels: Inde
 
 
 def _import_grain() -> Any:
-    """Import grain on demand: it takes a second, imports jax if that is installed, and otherwise warns."""
+    """Import grain on demand: it takes a second, imports jax if installed, and otherwise warns."""
     from absl import logging
 
     verbosity = logging.get_verbosity()

@@ -1,4 +1,4 @@
-"""Depth and range of pixel values: 8 bits without a range, else the values of the source up to the device.
+"""Depth and range of pixel values: 8 bits without a range, else the stored values.
 
 Without a range, all values become 8 bits on the host. With one, images keep their depth (uint8, uint16 or float32) up
 to the device, which maps the range to [0, 1].
@@ -15,11 +15,11 @@ SourceArray = NDArray[np.uint8] | NDArray[np.uint16] | NDArray[np.int16] | NDArr
 PixelRange = tuple[float, float]
 
 DEPTHS = {"uint8": "uint8", "uint16": "uint16", "int16": "float32", "float32": "float32"}
-"""Types of stored values, and those that images of them have."""
+"""Type of stored values to the type of their images."""
 
 
 def depth_of(dtype: np.dtype[Any]) -> str:
-    """Return the type of the images that have such values; ValueError if it is not supported.
+    """Return the type of images with values of a type. Unsupported types raise ValueError.
 
     Examples
     --------
@@ -37,7 +37,7 @@ def to_8_bits(values: NDArray[Any]) -> NDArray[np.uint8]:
     Raises
     ------
     ValueError
-        If the values are of another type, whose range is not fixed.
+        If the values have another type, without a fixed range.
     """
     if values.dtype == np.uint8:
         return values.astype(np.uint8, copy=False)
@@ -48,12 +48,12 @@ def to_8_bits(values: NDArray[Any]) -> NDArray[np.uint8]:
 
 
 def cast_depth(values: NDArray[Any], depth: str | None) -> NDArray[Any]:
-    """Return the values of an image in the type of its source; without one, in 8 bits.
+    """Return the values of an image in the type of its source, or in 8 bits if None.
 
     Raises
     ------
     ValueError
-        If that would lose something, or values are not finite.
+        If the type cannot hold the values, or values are not finite.
 
     Examples
     --------
@@ -71,7 +71,7 @@ def cast_depth(values: NDArray[Any], depth: str | None) -> NDArray[Any]:
 
 
 def in_8_bit_range(images: NDArray[Any], pixel_range: PixelRange | None) -> NDArray[Any]:
-    """Map a range of pixel values to 0 to 255, clipped, as the device does; without a range, return the images.
+    """Map a range of pixel values to [0, 255] and clip, as on the device. No-op without a range.
 
     Examples
     --------

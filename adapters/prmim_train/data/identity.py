@@ -1,4 +1,4 @@
-"""What tells images apart without decoding them, so that a run notices when its images change."""
+"""Identities of images, computed without decoding. They detect changed images in a resumed run."""
 
 import hashlib
 from collections.abc import Iterable
@@ -16,10 +16,10 @@ class Identities(NamedTuple):
     Parameters
     ----------
     keys
-        uint64 (number of images,): hashes of what an image is known by: its name and size in bytes, or its pixels.
+        uint64 (number of images,): hashes of name and size in bytes, or of the pixels.
     stamps
-        int64 (number of images,): change when the content is replaced: the modification time in seconds, or the
-        checksum of a tar header, which holds that time. 0 where the key covers the content.
+        int64 (number of images,): change if the content is replaced. The modification time in seconds, or the checksum
+        of a tar header, which holds that time. 0 if the key covers the content.
     """
 
     keys: NDArray[np.uint64]
@@ -31,7 +31,7 @@ class Identities(NamedTuple):
 
 
 def identities(images: Iterable[tuple[bytes, int]]) -> Identities:
-    """Hash what each image is known by.
+    """Hash the key of each image.
 
     Parameters
     ----------

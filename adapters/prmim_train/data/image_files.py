@@ -40,8 +40,10 @@ from PIL import (
 
 from prmim_methods.files import open_regular
 from prmim_methods.messages import printable
+from prmim_train.config.axes import Spacing
 from prmim_train.data.depth import cast_depth, depth_of, to_8_bits
-from prmim_train.data.npy import NPY_START, decode_npy, npy_shape, read_npy_header
+from prmim_train.data.formats.npy import NPY_START, decode_npy, npy_shape, read_npy_header
+from prmim_train.data.storage import File, PartialFile, Place, open_place
 from prmim_train.data.transforms import check_size, resize, resize_picture
 
 __all__ = [
@@ -52,8 +54,10 @@ __all__ = [
     "ChooseBox",
     "ImageHeader",
     "UnreadableImageError",
-    "check_array_channels",
+    "array_header",
     "check_file_channels",
+    "check_pixels",
+    "convert_picture",
     "counted",
     "cut_box",
     "decode_crop",
@@ -61,6 +65,8 @@ __all__ = [
     "ignore_pillow_warnings",
     "image_endings",
     "missing_plugins",
+    "named_errors",
+    "open_part",
     "read_file",
     "read_header",
     "read_image",
@@ -75,21 +81,21 @@ ChooseBox = Callable[[tuple[int, int]], tuple[int, int, int, int]]
 _Box = tuple[float, float, float, float]
 
 IMAGE_ENDINGS = (*(".bmp", ".gif", ".jfif", ".jp2", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"),)
-"""Endings of image files, whatever is installed; see `image_endings`."""
+"""Endings of image files that need no plug-in; see `image_endings`."""
 
 ARRAY_ENDING = ".npy"
-"""Ending of files with one array each. They are images where there are no others: features often lie beside images."""
+"""Ending of files with one array each. They count as images only if there are no others: they often hold features."""
 
 _PLUGINS = {"AVIF": ("PIL.AvifImagePlugin", "pillow_avif"), "HEIF": ("pillow_heif",)}
-"""Modules that decode a format, the first that is installed counts; Pillow has its own for AVIF since version 11.3."""
+"""Modules that decode a format, in order of preference. Pillow decodes AVIF itself since version 11.3."""
 
 _PLUGIN_OF_ENDING = {".avif": "AVIF", ".heic": "HEIF", ".heif": "HEIF"}
 
 MAX_PIXELS = 89_478_485
-"""Default limit of pixels in an image, that of Pillow."""
+"""Default maximum number of pixels of an image, as in Pillow."""
 
 MAX_FILE_BYTES = 2**29
-"""Larger files are not read. `MAX_PIXELS` pixels of three 16-bit values fit uncompressed."""
+"""Maximum size of a file. `MAX_PIXELS` pixels of three 16-bit values fit uncompressed."""
 
 # Resizing takes 32 bytes of memory per pixel of a side.
 _MAX_SIDE = 2**20
@@ -190,6 +196,20 @@ class UnreadableImageError(ValueError):
         return type(self), (self.name, self.reason)
 
 
+@contextmanager
+def named_errors(name: str) -> Iterator[None]:
+    """Convert any error into an `UnreadableImageError`.
+
+    A `ConnectionError` is only prefixed with the name. It is no fault of the image, so the run must not skip the image.
+    """
+    try:
+        yield
+    except ConnectionError as error:
+        raise ConnectionError(f"data: {name}: {reason_of(error)}") from error
+    except Exception as error:  # decoders raise many types of errors on corrupt input
+        raise UnreadableImageError(name, reason_of(error)) from error
+
+
 def image_endings() -> tuple[str, ...]:
     """Return the endings of image files that can be decoded here: `IMAGE_ENDINGS`, and those of installed plug-ins."""
     return (*IMAGE_ENDINGS, *(ending for ending, name in _PLUGIN_OF_ENDING.items() if _plugin(name) is not None))
@@ -210,7 +230,7 @@ def missing_plugins(endings: Iterable[str]) -> str:
 
 @cache
 def _plugin(name: str) -> str | None:
-    """Return the installed module that decodes a format, registered in Pillow; None without."""
+    """Return the installed module that decodes a format, and register it in Pillow; None if there is none."""
     for module in _PLUGINS[name]:
         if find_spec(module) is None:
             continue
@@ -247,11 +267,18 @@ def read_image(path: str | Path, *, channels: int, max_pixels: int = MAX_PIXELS)
     """
     check_file_channels(channels, "image files")
     name = printable(os.fspath(path))
-    return decode_image(read_file(path, name=name), channels=channels, max_pixels=max_pixels, name=name)
+    with named_errors(name):
+        content = read_file(path)
+    return decode_image(content, channels=channels, max_pixels=max_pixels, name=name)
 
 
 def decode_image(
-    content: bytes, *, channels: int, max_pixels: int = MAX_PIXELS, name: str = "image", depth: str | None = None
+    content: bytes | ImageArray,
+    *,
+    channels: int,
+    max_pixels: int = MAX_PIXELS,
+    name: str = "image",
+    depth: str | None = None,
 ) -> ImageArray:
     """Decode the content of an image file.
 
@@ -260,18 +287,18 @@ def decode_image(
     - 16-bit grey values become round(value / 257). Of 16-bit colours, Pillow keeps the upper 8 bits.
     - For 1 and 3 channels, transparent images are composited on white, since fully transparent pixels often have
       arbitrary colours.
-    - Of animations and multi-page files, the first picture is read.
-    - NumPy arrays (``.npy``) are read as they are; uint16 becomes 8 bits as above.
+    - For animations and multi-page files, the first picture is read.
+    - NumPy arrays (``.npy``) are not converted, except uint16 to 8 bits as above.
 
-    With a depth, values are not scaled. Grey images of 16 or 32 bits have their own values then, in every channel.
+    With a depth, values are not scaled: grey images of 16 or 32 bits keep their values, in every channel.
 
     Parameters
     ----------
-    content : bytes
-        The complete file.
+    content : bytes or array
+        The complete file, or the array that a ``.npy`` file holds.
     channels : int
-        1 (grey), 3 (RGB) or 4 (RGBA; opaque images get alpha 255). A NumPy array must have this number, which can be
-        any.
+        1 (grey), 3 (RGB) or 4 (RGBA; opaque images get alpha 255). A NumPy array must have this number of channels; any
+        number is allowed.
     max_pixels : int, optional
         Larger images are unreadable.
     name : str, optional
@@ -298,21 +325,21 @@ def decode_image(
     -----
     A `max_pixels` above `PIL.Image.MAX_IMAGE_PIXELS` also raises that limit, for all of this process.
     """
-    if content.startswith(NPY_START):
+    if isinstance(content, np.ndarray) or content.startswith(NPY_START):
         return _decode_array(content, channels, max_pixels, name, depth)
     check_file_channels(channels, "image files")
-    with _named_errors(name):
+    with named_errors(name):
         picture = _open(content, max_pixels)
         picture.load()
         if depth is not None:
             return cast_depth(_own_values(picture, channels), depth)
-        upright = _set_upright(_convert(picture, channels), _turn(picture))
+        upright = _set_upright(convert_picture(picture, channels), _turn(picture))
         return np.asarray(upright).reshape(upright.height, upright.width, channels)
 
 
 def decode_crop(
-    content: bytes,
-    size: tuple[int, int],
+    content: bytes | ImageArray,
+    size: tuple[int, ...],
     choose: ChooseBox,
     *,
     channels: int,
@@ -328,8 +355,8 @@ def decode_crop(
 
     Parameters
     ----------
-    content : bytes
-        The complete file.
+    content : bytes or array
+        The complete file, or the array that a ``.npy`` file holds.
     size : (height, width)
         Of the result, in pixels.
     choose : callable
@@ -369,11 +396,11 @@ def decode_crop(
     (32, 32, 3)
     """
     check_size(size)
-    if content.startswith(NPY_START) or depth is not None:
+    if isinstance(content, np.ndarray) or content.startswith(NPY_START) or depth is not None:
         image = decode_image(content, channels=channels, max_pixels=max_pixels, name=name, depth=depth)
         return resize(cut_box(image, choose), size)
     check_file_channels(channels, "image files")
-    with _named_errors(name):
+    with named_errors(name):
         picture = _open(content, max_pixels)
         is_jpeg = isinstance(picture, JpegImagePlugin.JpegImageFile)
         if not is_jpeg:
@@ -383,47 +410,52 @@ def decode_crop(
     chosen = choose((width, height) if turn.axes else (height, width))
     top, left, rows, columns = _swap_axes(chosen, turn)
     stored = _mirror((left, top, left + columns, top + rows), picture.size, turn)
-    with _named_errors(name):
+    with named_errors(name):
         reduction = _reduce(picture, chosen, size) if is_jpeg else 1
         picture.load()
         sides = [side / reduction for side in stored]
         # Crop before resizing, so that the filter uses no pixel outside the box.
         outer = (math.floor(sides[0]), math.floor(sides[1]), math.ceil(sides[2]), math.ceil(sides[3]))
-        cut = _convert(picture, channels).crop(outer)
+        cut = convert_picture(picture, channels).crop(outer)
         inner = (sides[0] - outer[0], sides[1] - outer[1], sides[2] - outer[0], sides[3] - outer[1])
         upright = _swap_axes(_mirror(inner, cut.size, turn), turn)
         return resize_picture(_set_upright(cut, turn), size, box=upright)
 
 
 class ImageHeader(NamedTuple):
-    """What the header of an image tells.
+    """Header of an image.
 
     Parameters
     ----------
-    shape : (height, width)
+    shape : (height, width) or (frames, height, width)
         In pixels, upright.
     depth : "uint8", "uint16" or "float32"
         Smallest type that holds the values.
     channels : int
-        Channels of the file: those of a palette count as 3.
+        Channels of the file; a palette counts as 3.
+    is_array : bool
+        Whether it is a NumPy array, whose channels are not converted.
+    spacing : (depth, height, width), optional
+        Millimetres per voxel of a volume; None if unknown.
+    rate : float, optional
+        Frames per second of a clip; None if unknown.
     """
 
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     depth: str
     channels: int
+    is_array: bool = False
+    spacing: Spacing | None = None
+    rate: float | None = None
 
 
-def read_header(
-    path: str | Path, offset: int = 0, size: int | None = None, *, max_pixels: int = MAX_PIXELS, name: str = "image"
-) -> ImageHeader:
-    """Return size and depth of an image, reading little more than its header.
+def read_header(file: BinaryIO, *, max_pixels: int = MAX_PIXELS, name: str = "image") -> ImageHeader:
+    """Return size and depth of an image. Reads little more than its header.
 
     Parameters
     ----------
-    path : str or Path
-        The image file, or an archive that contains it.
-    offset, size : int, optional
-        Position and length of the image's content, in bytes. Default: the whole file.
+    file : binary file
+        The image file, from its first byte to its last.
     max_pixels : int, optional
         Larger images are unreadable.
     name : str, optional
@@ -438,19 +470,26 @@ def read_header(
     UnreadableImageError
         If the header alone shows that `decode_image` would raise it.
     """
-    with _named_errors(name), open_regular(path) as file:
-        size = os.fstat(file.fileno()).st_size if size is None else size
-        _check_bytes(size)
-        part = io.BufferedReader(_Part(file, offset, size))
-        if part.peek(len(NPY_START)).startswith(NPY_START):
-            shape, dtype, _ = read_npy_header(part)
-            height, width, channels = npy_shape(shape, dtype)
-            _check_array((height, width, channels), None, max_pixels)
-            return ImageHeader((height, width), depth_of(dtype), channels)
-        picture = _open_header(part, max_pixels)
+    with named_errors(name):
+        _check_bytes(file.seek(0, io.SEEK_END))
+        file.seek(0)
+        is_array = file.read(len(NPY_START)) == NPY_START
+        file.seek(0)
+        if is_array:
+            shape, dtype, _ = read_npy_header(file)
+            return array_header(shape, dtype, max_pixels)
+        picture = _open_header(file, max_pixels)
         width, height = reversed(picture.size) if _turn(picture).axes else picture.size
         channels = 3 if picture.mode in ("P", "PA") else len(picture.getbands())
         return ImageHeader((height, width), _depth(picture), channels)
+
+
+def array_header(shape: tuple[int, ...], dtype: np.dtype[Any], max_pixels: int = MAX_PIXELS) -> ImageHeader:
+    """Return size and depth of an array. Raises ValueError if it is not an image, or too large."""
+    height, width, channels = npy_shape(shape, dtype)
+    if height * width > max_pixels:
+        raise ValueError(_too_many_pixels(height * width, max_pixels))
+    return ImageHeader((height, width), depth_of(dtype), channels, is_array=True)
 
 
 def check_file_channels(channels: int | None, what: str) -> None:
@@ -462,32 +501,23 @@ def check_file_channels(channels: int | None, what: str) -> None:
         )
 
 
-def check_array_channels(path: Path, offset: int = 0, *, channels: int | None, name: str) -> None:
-    """Raise ValueError if a ``.npy`` file, which nothing converts, has another number of channels."""
-    try:
-        with open_regular(path) as file:
-            file.seek(offset)
-            shape, dtype, _ = read_npy_header(file)
-        found = npy_shape(shape, dtype)[2]
-    except (OSError, ValueError):  # reported with the other unreadable images
-        return
-    if channels not in (None, found):
-        raise ValueError(f"channels: {name} has {counted(found, 'channel')}, got {channels}")
-
-
 # --------------------------------------------------------------------------------------------------------- reading
 
 
-def read_file(path: str | Path, *, name: str) -> bytes:
-    """Read a regular file; raise `UnreadableImageError` with this name if that fails."""
-    try:
-        with open_regular(path) as file:
-            return read_part(file, 0, os.fstat(file.fileno()).st_size)
-    except (OSError, ValueError) as error:
-        raise UnreadableImageError(name, reason_of(error)) from error
+def read_file(path: str | Path) -> bytes:
+    """Read a regular file."""
+    with open_regular(path) as file:
+        return read_part(file, 0, os.fstat(file.fileno()).st_size)
 
 
-def read_part(file: io.FileIO, offset: int, size: int) -> bytes:
+def open_part(place: Place, offset: int = 0, size: int | None = None) -> BinaryIO:
+    """Open a part of a regular file, or all of it, as a file."""
+    file = open_place(place)
+    size = file.seek(0, io.SEEK_END) - offset if size is None else size
+    return io.BufferedReader(PartialFile(lambda start, number: read_part(file, offset + start, number), size, file))
+
+
+def read_part(file: File, offset: int, size: int) -> bytes:
     """Read `size` bytes from `offset`, fewer at the end of the file; raise ValueError above `MAX_FILE_BYTES`."""
     _check_bytes(size)
     file.seek(offset)
@@ -495,29 +525,6 @@ def read_part(file: io.FileIO, offset: int, size: int) -> bytes:
     while len(content) < size and (more := file.read(size - len(content))):
         content += more
     return content
-
-
-class _Part(io.RawIOBase):
-    """A part of a file, as a file."""
-
-    def __init__(self, file: io.FileIO, offset: int, size: int) -> None:
-        self._file, self._offset, self._size, self._place = file, offset, size, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
-        self._place = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._place, io.SEEK_END: self._size}[whence]
-        return self._place
-
-    def readinto(self, buffer: Any, /) -> int:
-        content = read_part(self._file, self._offset + self._place, max(0, min(len(buffer), self._size - self._place)))
-        buffer[: len(content)] = content
-        self._place += len(content)
-        return len(content)
 
 
 def _check_bytes(size: int) -> None:
@@ -531,17 +538,26 @@ def _check_bytes(size: int) -> None:
 def ignore_pillow_warnings() -> None:
     """Silence Pillow's warnings in this process.
 
-    Pillow warns about damaged metadata, nearly once per file. These warnings add nothing: an image is either read or
+    Pillow warns about damaged metadata, nearly once per file. The warnings are redundant: an image is either read, or
     listed as unreadable with the reason.
     """
     warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
-def _decode_array(content: bytes, channels: int, max_pixels: int, name: str, depth: str | None) -> ImageArray:
-    with _named_errors(name):
-        shape, dtype, _ = read_npy_header(io.BytesIO(content))
-        _check_array(npy_shape(shape, dtype), channels, max_pixels)
-        return cast_depth(decode_npy(content), depth)
+def _decode_array(
+    content: bytes | ImageArray, channels: int, max_pixels: int, name: str, depth: str | None
+) -> ImageArray:
+    with named_errors(name):
+        if isinstance(content, np.ndarray):
+            header = array_header(content.shape, content.dtype, max_pixels)
+            image = content.reshape(*header.shape, header.channels)
+        else:
+            shape, dtype, _ = read_npy_header(io.BytesIO(content))
+            header = array_header(shape, dtype, max_pixels)
+            image = decode_npy(content)
+        if header.channels != channels:
+            raise ValueError(f"{counted(header.channels, 'channel')}, expected {channels}")
+        return cast_depth(image, depth)
 
 
 def cut_box(image: ImageArray, choose: ChooseBox) -> ImageArray:
@@ -550,23 +566,8 @@ def cut_box(image: ImageArray, choose: ChooseBox) -> ImageArray:
     return image[top : top + rows, left : left + columns]
 
 
-def _check_array(shape: tuple[int, int, int], channels: int | None, max_pixels: int) -> None:
-    if shape[0] * shape[1] > max_pixels:
-        raise ValueError(_too_many_pixels(shape[0] * shape[1], max_pixels))
-    if channels not in (None, shape[2]):
-        raise ValueError(f"{counted(shape[2], 'channel')}, expected {channels}")
-
-
-@contextmanager
-def _named_errors(name: str) -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:  # decoders raise nearly anything on corrupt input
-        raise UnreadableImageError(name, reason_of(error)) from error
-
-
 def _open(content: bytes, max_pixels: int) -> ImageFile.ImageFile:
-    """Open an image, and check what its decoding would cost."""
+    """Open an image, and check the cost of decoding it."""
     picture = _open_header(io.BytesIO(content), max_pixels)
     if isinstance(picture, JpegImagePlugin.JpegImageFile) and (number := _count_scans(content)) > _MAX_SCANS:
         raise ValueError(f"JPEG of {number:,} scans, more than the limit of {_MAX_SCANS}")
@@ -590,8 +591,7 @@ def _open_header(file: BinaryIO, max_pixels: int) -> ImageFile.ImageFile:
         raise ValueError(
             f"{picture.width:,} x {picture.height:,} pixels, more than the limit of {_MAX_SIDE:,} per side"
         )
-    if (number := max(picture.width * picture.height, _tile_pixels(picture))) > max_pixels:
-        raise ValueError(_too_many_pixels(number, max_pixels))
+    check_pixels(max(picture.width * picture.height, _tile_pixels(picture)), max_pixels)
     return picture
 
 
@@ -620,12 +620,18 @@ def _tile_pixels(picture: ImageFile.ImageFile) -> int:
     return int(width) * int(height)
 
 
+def check_pixels(number: int, max_pixels: int) -> None:
+    """Raise ValueError if an image has too many pixels."""
+    if number > max_pixels:
+        raise ValueError(_too_many_pixels(number, max_pixels))
+
+
 def _too_many_pixels(number: int, limit: int) -> str:
     return f"{number:,} pixels, more than max_pixels {limit:,}"
 
 
 def _count_scans(content: bytes) -> int:
-    """Count the scans of a JPEG up to the end of the image; beyond the limit only."""
+    """Count the scans of a JPEG up to the end of the image, if there may be too many."""
     number = content.count(_SCAN)  # also counts those in metadata and after the end, where videos can be
     if number <= _MAX_SCANS:
         return number
@@ -638,7 +644,7 @@ def _count_scans(content: bytes) -> int:
     return number
 
 
-def _reduce(picture: ImageFile.ImageFile, box: tuple[int, int, int, int], size: tuple[int, int]) -> int:
+def _reduce(picture: ImageFile.ImageFile, box: tuple[int, int, int, int], size: tuple[int, ...]) -> int:
     """Set the JPEG decoder's reduction for a box (top, left, height, width) and return the factor."""
     spare = min(box[2] / size[0], box[3] / size[1]) / _LEFT_TO_FILTER
     reduction = next((factor for factor in _REDUCTIONS if factor <= spare), 1)
@@ -654,11 +660,11 @@ def _depth(picture: ImageFile.ImageFile) -> str:
 
 
 def _own_values(picture: ImageFile.ImageFile, channels: int) -> NDArray[Any]:
-    """Return the values of an upright image, (height, width, channels), in their own depth."""
+    """Return the values of an upright image, (height, width, channels), in the stored depth."""
     turn = _turn(picture)
     depth = _depth(picture)
     if depth == "uint8":
-        values = np.asarray(_set_upright(_convert(picture, channels), turn))
+        values = np.asarray(_set_upright(convert_picture(picture, channels), turn))
         return values.reshape(*values.shape[:2], channels)
     values = np.asarray(picture).astype(depth)
     if channels == 4:
@@ -667,7 +673,8 @@ def _own_values(picture: ImageFile.ImageFile, channels: int) -> NDArray[Any]:
     return np.repeat((values.T if turn.axes else values)[..., None], channels, axis=2)
 
 
-def _convert(picture: Image.Image, channels: int) -> Image.Image:
+def convert_picture(picture: Image.Image, channels: int) -> Image.Image:
+    """Convert a Pillow image to 1 (grey), 3 (RGB) or 4 (RGBA) channels of 8 bits; see `decode_image`."""
     mode = _MODE_OF_CHANNELS[channels]
     if picture.mode == mode:
         return picture

@@ -32,14 +32,14 @@ class Mixing:
     switch
         Probability of CutMix if both are enabled.
     smoothing
-        Label smoothing: share of a target that is spread evenly over all classes.
+        Label smoothing: fraction of a target that is spread uniformly over all classes.
 
     Notes
     -----
-    One share is drawn per batch. For mixup it is rounded to a multiple of 1 / 256, for images and targets, so images
-    are mixed exactly in integers, rounded half up. The partner of an image is half a batch away, not in the reversed
-    batch: this keeps partners in the same process when a batch is distributed. The result does not depend on the number
-    of processes if each has an even number of images.
+    One share is drawn per batch. For mixup, it is rounded to a multiple of 1 / 256 for images and targets, so images
+    are mixed exactly in integers, rounded half up. The partner of an image is half a batch away, not at the mirrored
+    position: this keeps partners in the same process when a batch is distributed. The result does not depend on the
+    number of processes if each has an even number of images.
 
     References
     ----------
@@ -110,7 +110,7 @@ def soft_targets(labels: NDArray[Any], num_classes: int, smoothing: float = 0.0)
     num_classes
         Number of classes.
     smoothing
-        Share that is spread evenly over all classes.
+        Fraction of a target that is spread uniformly over all classes.
 
     Returns
     -------

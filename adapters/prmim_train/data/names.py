@@ -24,7 +24,7 @@ __all__ = [
 ]
 
 MAX_CLASSES = 2**20
-"""Labels must be smaller than this; larger ones are treated as errors in the data."""
+"""Upper bound of labels, exclusive. Larger labels are errors in the data."""
 
 UNLABELLED = -1
 """Label of an image without a class, in a source that has classes."""
@@ -34,7 +34,7 @@ _MAX_STRAY = 0.01  # share of images outside the class folders; one is always to
 _NUM_ENDINGS = 4
 
 MAX_NAMES = 2**20
-"""Most names that braces in a pattern expand to."""
+"""Maximum number of names from the braces of a pattern."""
 
 _BRACES = re.compile(r"\{(?:(\d{1,9})\.\.(\d{1,9})|([^{},]*(?:,[^{},]*)+))\}")
 
@@ -42,8 +42,8 @@ _BRACES = re.compile(r"\{(?:(\d{1,9})\.\.(\d{1,9})|([^{},]*(?:,[^{},]*)+))\}")
 class PackedNames(Sequence[str]):
     """Sequence of file names, stored in one byte string.
 
-    A list of strings takes about 100 bytes per name, again in every worker process; this takes the length of the name
-    plus 8 bytes, and is fast to pickle.
+    A list of strings takes about 100 bytes per name, in every worker process. This class takes the length of the name
+    plus 8 bytes, and pickles fast.
 
     Parameters
     ----------
@@ -108,9 +108,10 @@ class Classes(NamedTuple):
 def classes_of_folders(folders: Sequence[tuple[str, ...]], index: NDArray[np.integer]) -> Classes:
     """Return the classes of images that lie in folders.
 
-    The class is the first folder after those that all images share. Folders of splits (``train``, ``val``, ``test``,
-    ...), if there are at least two and nothing else, are no classes: the folders in them are. Images outside the class
-    folders are unlabelled; more than 1 % of them (one is always tolerated), or a single class, leave no labels.
+    The class is the first folder below the folders that all images share. If the only folders there are at least two
+    splits (``train``, ``val``, ``test``, ...), the classes are the folders inside them. Images outside the class
+    folders are unlabelled. There are no labels if more than 1 % of the images are unlabelled (one is always tolerated),
+    or if there is a single class.
 
     Parameters
     ----------
@@ -163,14 +164,14 @@ def _class_names(folders: Sequence[tuple[str, ...]], counts: NDArray[np.integer]
 
 
 def _shared(folders: Iterable[tuple[str, ...]]) -> int:
-    """Return the number of folders that all paths begin with."""
+    """Return the number of leading folders that all paths share."""
     folders = list(folders)
     first, last = min(folders), max(folders)  # the common prefix of these two is that of all folders
     return next((k for k, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
 
 
 def ending_of(name: str) -> str:
-    """Return the ending of a file name in lower case, with both parts of ``.tar.gz``.
+    """Return the ending of a file name in lower case, with both parts of ``.tar.gz`` and ``.nii.gz``.
 
     Examples
     --------
@@ -178,7 +179,8 @@ def ending_of(name: str) -> str:
     ('.jpg', '.tar.gz', 'no ending')
     """
     stem, ending = os.path.splitext(name.lower())  # noqa: PTH122  # of names that are no paths here
-    return (".tar" * stem.endswith(".tar") + ending) or "no ending"
+    inner = next((part for part in (".tar", ".nii") if stem.endswith(part) and ending), "")
+    return inner + ending or "no ending"
 
 
 def expand_braces(pattern: str) -> list[str]:
@@ -220,7 +222,7 @@ def _range(first: str, last: str) -> list[str]:
 
 
 def skipped(endings: Counter[str], what: str = "other file") -> str:
-    """Return how many files of which endings are skipped; empty without any.
+    """Return the number of skipped files by ending, as text; empty if there are none.
 
     Examples
     --------

@@ -1,17 +1,14 @@
 """Image sources: the embedded digits, a folder of image files, tar files, or a `.npz` file.
 
-A source returns single images by index, as arrays (height, width, channels): uint8, or, with a depth, the values that
-are stored. The order of its images is fixed. The frames of clips are folded into channels.
+A source returns single images by index, as arrays (height, width, channels): uint8, or, with a depth, the stored
+values. The order of its images is fixed. The first axis of clips and volumes is that of frames or slices.
 """
 
-import glob
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
-from importlib.util import find_spec
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,39 +16,45 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prmim_methods.messages import printable
+from prmim_methods.record import IMPORT_PATH
+from prmim_train.config.axes import ThreeAxes
 from prmim_train.config.packages import check_installed
-from prmim_train.data.depth import SourceArray, cast_depth, depth_of
-from prmim_train.data.identity import Identities, identities
+from prmim_train.config.training import DIGITS, VOLUME_EXAMPLE, SourceOptions
+from prmim_train.data.cache import open_cache
+from prmim_train.data.depth import depth_of
+from prmim_train.data.formats.arrays import ArraySource, open_digits, open_npz
+from prmim_train.data.formats.custom import open_custom
+from prmim_train.data.formats.folder import open_folder
+from prmim_train.data.formats.frame_folders import FrameSource, find_frame_folders
+from prmim_train.data.formats.hub import HUB, open_hub
+from prmim_train.data.formats.lmdb import DATA_FILE, LMDB_ENDINGS, open_lmdb
+from prmim_train.data.formats.nifti import NIFTI_ENDINGS
+from prmim_train.data.formats.parquet import PARQUET_ENDING, open_parquet
+from prmim_train.data.formats.records import FileSource, Records
+from prmim_train.data.formats.stack_files import STACK_ENDINGS, StackSource
+from prmim_train.data.formats.stacks import Choose, ChooseFrames
+from prmim_train.data.formats.tar_shards import COMPRESSED_TARS, open_tars
+from prmim_train.data.formats.video import VIDEO_ENDINGS
+from prmim_train.data.identity import Identities
 from prmim_train.data.image_files import (
-    ARRAY_ENDING,
     IMAGE_ENDINGS,
     MAX_PIXELS,
-    ChooseBox,
     ImageHeader,
     UnreadableImageError,
-    check_array_channels,
     check_file_channels,
     counted,
-    cut_box,
-    decode_crop,
-    decode_image,
     image_endings,
-    missing_plugins,
-    read_file,
-    read_header,
     read_image,
 )
-from prmim_train.data.names import PackedNames, classes_of_folders, ending_of, expand_braces, skipped
-from prmim_train.data.npz import read_npz
-from prmim_train.data.tar_shards import TarSource, open_tars
-from prmim_train.data.transforms import fold_frames, resize
+from prmim_train.data.names import ending_of, skipped
+from prmim_train.data.paths import Parts, matches, walk, with_endings
+from prmim_train.data.storage import Place, find_addresses, is_address, public_address
 
 __all__ = [
     "IMAGE_ENDINGS",
     "ArraySource",
-    "FolderSource",
+    "FileSource",
     "ImageSource",
-    "TarSource",
     "UnreadableImageError",
     "keeping_depth",
     "open_source",
@@ -59,8 +62,6 @@ __all__ = [
 ]
 
 ImageArray = NDArray[Any]
-
-_STAT_THREADS = 16
 
 
 class ImageSource(Protocol):
@@ -72,8 +73,8 @@ class ImageSource(Protocol):
         ...
 
     @property
-    def frames(self) -> int | None:
-        """Number of frames of every clip, which `read` folds into channels; None for images."""
+    def three_axes(self) -> ThreeAxes | None:
+        """How clips or volumes are sampled along their first axis; None for images."""
         ...
 
     @property
@@ -91,7 +92,7 @@ class ImageSource(Protocol):
 
     @property
     def description(self) -> str:
-        """One line that says what was found, and where."""
+        """One line that describes the images and their place."""
         ...
 
     @property
@@ -101,23 +102,27 @@ class ImageSource(Protocol):
 
     @property
     def depth(self) -> str | None:
-        """Type of the images: `uint8`, `uint16` or `float32`, with the values stored; None: uint8, scaled to that."""
+        """Type of the images, with stored values: `uint8`, `uint16` or `float32`. None: scaled to uint8."""
         ...
 
     def __len__(self) -> int:
         """Return the number of images."""
         ...
 
-    def read(self, index: int) -> ImageArray:
-        """Return one image (height, width, channels), or raise `UnreadableImageError`."""
+    def read(self, index: int, choose: ChooseFrames | None = None) -> ImageArray:
+        """Return one image ([frames,] height, width, channels), or raise `UnreadableImageError`.
+
+        For a clip or a volume, returns the frames and the box of `choose` only.
+        """
         ...
 
-    def read_crop(self, index: int, size: tuple[int, int], choose: ChooseBox) -> ImageArray:
-        """Return a resized box of one image (height, width, channels), or raise `UnreadableImageError`.
+    def read_crop(self, index: int, size: tuple[int, ...], choose: Choose) -> ImageArray:
+        """Return a resized box of one image ([frames,] height, width, channels), or raise `UnreadableImageError`.
 
         `choose` maps (height, width) of the image to the box (top, left, height, width). The result is
         ``resize(read(index)[box], size)``; for large JPEGs an approximation, see
-        `prmim_train.data.image_files.decode_crop`.
+        `prmim_train.data.image_files.decode_crop`. Of clips and volumes, it is
+        ``resize_stack(read(index, choose), size)``, see `prmim_train.data.formats.stacks`.
         """
         ...
 
@@ -130,157 +135,8 @@ class ImageSource(Protocol):
         ...
 
     def identities(self) -> Identities:
-        """Return what tells the images apart, without decoding them."""
+        """Return the identities of the images, without decoding them."""
         ...
-
-
-@dataclass(frozen=True)
-class ArraySource:
-    """Images or clips of one size, held in memory.
-
-    Parameters
-    ----------
-    images : array (number of images, height, width, channels) or (number of clips, frames, height, width, channels)
-        Of one of the types in `prmim_train.data.depth.DEPTHS`. Without `depth`, `read` scales uint16 to 8 bits.
-    description : str
-    labels : int64 array (number of images,), optional
-    class_names : tuple of str, optional
-    max_pixels : int, optional
-        Limit for image files that are used with this source, as test images. No effect on arrays.
-    depth : str, optional
-        Type of the images; see `ImageSource`.
-
-    Examples
-    --------
-    >>> source = ArraySource(np.zeros((5, 8, 6, 1), np.uint8), "five black images")
-    >>> len(source), source.channels, source.read(4).shape
-    (5, 1, (8, 6, 1))
-    """
-
-    images: SourceArray
-    description: str
-    labels: NDArray[np.int64] | None = None
-    class_names: tuple[str, ...] | None = None
-    max_pixels: int = MAX_PIXELS
-    depth: str | None = None
-
-    @property
-    def channels(self) -> int:
-        """Number of channels of every image."""
-        return int(self.images.shape[-1])
-
-    @property
-    def frames(self) -> int | None:
-        """Number of frames of every clip; None for images."""
-        return int(self.images.shape[1]) if self.images.ndim == 5 else None
-
-    def __len__(self) -> int:
-        """Return the number of images."""
-        return len(self.images)
-
-    def read(self, index: int) -> ImageArray:
-        """Return one image (height, width, channels). For uint8 images this is a view: do not modify it.
-
-        Of a clip, (height, width, frames * channels).
-        """
-        try:
-            image = cast_depth(self.images[index], self.depth)
-        except ValueError as error:
-            raise UnreadableImageError(self.name(index), str(error)) from error
-        return image if self.frames is None else fold_frames(image)
-
-    def read_crop(self, index: int, size: tuple[int, int], choose: ChooseBox) -> ImageArray:
-        """Return a resized box of one image; see `ImageSource`."""
-        return resize(cut_box(self.read(index), choose), size)
-
-    def header(self, index: int) -> ImageHeader:
-        """Return size and depth of one image."""
-        height, width, channels = self.images.shape[-3:]
-        return ImageHeader((height, width), depth_of(self.images.dtype), channels)
-
-    def name(self, index: int) -> str:
-        """Return the image's name for messages."""
-        return f"image {index}"
-
-    def identities(self) -> Identities:
-        """Hash the pixels; see `ImageSource`."""
-        return identities((image.tobytes(), 0) for image in self.images)
-
-
-@dataclass(frozen=True)
-class FolderSource:
-    """Image files in a folder, decoded on access.
-
-    Parameters
-    ----------
-    folder : Path
-    files : sequence of str
-        Paths relative to `folder`.
-    channels : int
-        1 (grey), 3 (RGB) or 4 (RGBA).
-    description : str
-    labels : int64 array (number of images,), optional
-    class_names : tuple of str, optional
-    max_pixels : int, optional
-        Larger images are unreadable.
-    depth : str, optional
-        Type of the images; see `ImageSource`.
-    """
-
-    folder: Path
-    files: Sequence[str]
-    channels: int
-    description: str
-    labels: NDArray[np.int64] | None = None
-    class_names: tuple[str, ...] | None = None
-    max_pixels: int = MAX_PIXELS
-    depth: str | None = None
-    frames: None = None
-
-    def __len__(self) -> int:
-        """Return the number of images."""
-        return len(self.files)
-
-    def read(self, index: int) -> ImageArray:
-        """Decode one image; see `ImageSource`."""
-        return decode_image(self._content(index), **self._how(index))
-
-    def read_crop(self, index: int, size: tuple[int, int], choose: ChooseBox) -> ImageArray:
-        """Decode and resize a box of one image; see `ImageSource`."""
-        return decode_crop(self._content(index), size, choose, **self._how(index))
-
-    def header(self, index: int) -> ImageHeader:
-        """Read size and depth of one image; see `ImageSource`."""
-        return read_header(self.folder / self.files[index], max_pixels=self.max_pixels, name=self.name(index))
-
-    def _how(self, index: int) -> dict[str, Any]:
-        name = self.name(index)
-        return {"channels": self.channels, "max_pixels": self.max_pixels, "name": name, "depth": self.depth}
-
-    def _content(self, index: int) -> bytes:
-        return read_file(self.folder / self.files[index], name=self.name(index))
-
-    def name(self, index: int) -> str:
-        """Return the image's name for messages: its path relative to the folder."""
-        return printable(self.files[index])
-
-    def identities(self) -> Identities:
-        """Read size and modification time of every file, and hash path and size; see `ImageSource`.
-
-        A file that cannot be examined has size -1 and time 0.
-        """
-        with ThreadPoolExecutor(_STAT_THREADS) as pool:  # network file systems answer slowly, but many at once
-            found = pool.map(self._size_and_time, self.files, chunksize=1000)
-            return identities(
-                (os.fsencode(f"{name} {size}"), time) for name, (size, time) in zip(self.files, found, strict=True)
-            )
-
-    def _size_and_time(self, name: str) -> tuple[int, int]:
-        try:
-            status = (self.folder / name).stat()
-        except OSError:
-            return -1, 0
-        return status.st_size, int(status.st_mtime)
 
 
 def open_source(
@@ -288,9 +144,10 @@ def open_source(
     *,
     channels: int | None,
     max_pixels: int = MAX_PIXELS,
-    frames: int | None = None,
-    image_key: str | None = None,
+    three_axes: ThreeAxes | None = None,
     keep_depth: bool = False,
+    options: SourceOptions | None = None,
+    for_test: bool = False,
 ) -> ImageSource:
     """Open an image source.
 
@@ -308,22 +165,37 @@ def open_source(
           `prmim_train.data.names.classes_of_folders`.
         - a ``.tar`` file, a folder that contains ``.tar`` files but no image files, or a pattern such as
           ``"photos/train-*.tar"`` or ``"train-{000..099}.tar"``: the images in these files, which are sorted by path.
-          Compressed files are refused. For samples and labels see `prmim_train.data.tar_shards.open_tars`.
+          Compressed files are refused. For samples and labels see `prmim_train.data.formats.tar_shards.open_tars`.
+        - a ``.parquet`` file, a folder that contains ``.parquet`` files but no image or tar files, or a pattern: see
+          `prmim_train.data.formats.parquet.open_parquet`.
+        - tar or parquet files at addresses that begin with ``https://``, ``http://``, ``s3://`` or ``gs://``; see
+          `prmim_train.data.storage.find_addresses`.
+        - ``"hf:FOLDER"`` or ``"hf:OWNER/NAME"``: a data set of Hugging Face ``datasets``; see
+          `prmim_train.data.formats.hub.open_hub`.
+        - an LMDB: a folder with ``data.mdb``, or a file; see `prmim_train.data.formats.lmdb.open_lmdb`.
+        - ``"package.module:function"``: a custom function; see `prmim_train.data.formats.custom.open_custom`.
+        - for clips and volumes (`three_axes`): a folder or tar files with videos (see
+          `prmim_train.data.formats.video.VIDEO_ENDINGS`), or with ``.npy``, ``.nii`` and ``.nii.gz`` files, one clip or
+          volume each. Without any, each folder of at least two images is one, see
+          `prmim_train.data.formats.frame_folders.find_frame_folders`.
         - a ``.npz`` file with ``images`` (N, height, width) or (N, height, width, channels), uint8 or uint16, and
           optionally ``labels`` (N,), integers from 0, and ``names``, the class names. Read without pickle. Clips are
           (N, frames, height, width) or (N, frames, height, width, channels).
     channels : int
         Number of channels. Files and digits are converted to 1 (grey), 3 (RGB) or 4 (RGBA); ``.npz`` and ``.npy`` files
-        must have this number, which can be any. None: that of arrays; else 1 if all files looked at are grey, or 3.
+        must have this number; any number is allowed. None: that of arrays; else 1 if all examined files are grey, or 3.
     max_pixels : int, optional
-        Images of more pixels are unreadable, whatever size they are cropped to. No effect on digits and ``.npz`` files.
-    frames : int, optional
-        Number of frames of clips, which a ``.npz`` file must have; digits are still clips then. Default: images.
-    image_key : str, optional
-        Which member of a sample in tar files is the image; see `prmim_train.data.tar_shards.open_tars`.
+        Images with more pixels are unreadable, even if crops are smaller. No effect on digits and ``.npz`` files.
+    three_axes : ThreeAxes, optional
+        The items are clips or volumes, sampled so; digits are still clips of as many frames. Default: images.
     keep_depth : bool, optional
-        Keep the values that are stored, as needed for a range of pixel values. All images get the widest type that the
-        first of up to 8 evenly spaced ones have. Default: 8 bits.
+        Keep the stored values, as needed for a range of pixel values. All images get the widest type of up to 8 evenly
+        spaced images. Default: 8 bits.
+    options : SourceOptions, optional
+        Which images of the source. Its `data` is not used: `spec` can be the test images of a run.
+    for_test : bool, optional
+        Whether these are test images of a run with these options. Then, options that do not apply to them are ignored,
+        and the default split is test or validation.
 
     Returns
     -------
@@ -351,278 +223,199 @@ def open_source(
     """
     if channels is not None and channels < 1:
         raise ValueError(f"channels: expected at least 1, got {channels}")
-    source = _open(spec, channels, max_pixels, frames, image_key)
-    if channels is None and not isinstance(source, ArraySource):
-        source = replace(source, channels=_find_channels(source))
+    source = _open(spec, channels, max_pixels, three_axes, options or SourceOptions(), for_test)
     if keep_depth:
         return keeping_depth(source)
-    if isinstance(source, ArraySource) and source.images.dtype not in (np.uint8, np.uint16):
-        raise ValueError(f"pixel_range: expected low,high or auto for {source.images.dtype} images, got null")
+    if (dtype := _unscaled_type(source)) is not None:
+        raise ValueError(f"pixel_range: expected low,high or auto for {dtype} images, got null")
     return source
 
 
+def _unscaled_type(source: ImageSource) -> str | None:
+    """Return the type of the values if they are arrays without a fixed range, else None."""
+    if isinstance(source, ArraySource):
+        return None if source.images.dtype in (np.uint8, np.uint16) else source.images.dtype.name
+    is_float = isinstance(source, StackSource) and any(head.depth == "float32" for _, head in _some_headers(source))
+    return "int16 or float32" if is_float else None
+
+
 def keeping_depth(source: ImageSource) -> ImageSource:
-    """Return a source whose images have the values that are stored; see `open_source`."""
+    """Return a source whose images keep the stored values; see `open_source`."""
     if isinstance(source, ArraySource):
         return replace(source, depth=depth_of(source.images.dtype))
-    if not isinstance(source, FolderSource | TarSource):
+    if not isinstance(source, FileSource):
         return source
-    found = [header.depth for header in _some_headers(source)]
+    found = [header.depth for _, header in _some_headers(source)]
     return replace(source, depth=np.result_type(*found).name if found else "uint8")
 
 
-def _find_channels(source: FolderSource | TarSource) -> int:
-    found = {header.channels for header in _some_headers(source)}
-    if source.name(0).lower().endswith(ARRAY_ENDING):
-        return max(found, default=1)
+def _open(
+    spec: str,
+    channels: int | None,
+    max_pixels: int,
+    three_axes: ThreeAxes | None,
+    options: SourceOptions,
+    for_test: bool,
+) -> ArraySource | FileSource:
+    path = Path(os.path.expanduser(spec))  # noqa: PTH111  # pathlib raises for an unknown user
+    is_npz = path.suffix.lower() == ".npz" and not path.is_dir() and not is_address(spec)
+    if is_npz or spec == DIGITS:
+        _refuse(spec, options, for_test)
+        if is_npz:
+            return open_npz(path, channels, max_pixels, three_axes)
+        return open_digits(channels or 1, max_pixels, three_axes)
+    files = sorted(walk(path)) if path.is_dir() else []
+    if three_axes is None:
+        records, description = _open_records(spec, path, files, max_pixels, None, options, for_test)
+        source = FileSource(records, channels or 3, description, max_pixels)
+    else:
+        source = _open_stacks(spec, path, files, channels or 3, max_pixels, three_axes, options, for_test)
+    return replace(source, channels=_channels_of(source, channels))
+
+
+def _open_stacks(
+    spec: str,
+    path: Path,
+    files: list[Parts],
+    channels: int,
+    max_pixels: int,
+    three_axes: ThreeAxes,
+    options: SourceOptions,
+    for_test: bool,
+) -> StackSource:
+    """Return a source of clips or volumes: files, or folders of frames."""
+    endings = VIDEO_ENDINGS if with_endings(files, VIDEO_ENDINGS) else STACK_ENDINGS
+    if not with_endings(files, (*endings, *_ARCHIVES)) and (found := find_frame_folders(path, files)) is not None:
+        _refuse(spec, options, for_test)
+        folders, description = found
+        return FrameSource(folders, channels, description, max_pixels, three_axes=three_axes)
+    records, description = _open_records(spec, path, files, max_pixels, endings, options, for_test)
+    name = records.name(0).lower()
+    if name.endswith(NIFTI_ENDINGS):
+        check_installed("data", "nibabel", otherwise="volumes in .npy or .npz files")
+        if not three_axes.volumes:
+            raise ValueError(f"volumes: expected true for NIfTI files, got false for {description}")
+    if name.endswith(VIDEO_ENDINGS):
+        check_installed("data", "av", otherwise="folders of frames")
+    return StackSource(records, channels, description, max_pixels, three_axes=three_axes)
+
+
+_ARCHIVES = (".tar", PARQUET_ENDING)
+
+
+def _open_records(
+    spec: str,
+    path: Path,
+    files: list[Parts],
+    max_pixels: int,
+    endings: tuple[str, ...] | None,
+    options: SourceOptions,
+    for_test: bool,
+) -> tuple[Records, str]:
+    if is_address(spec):
+        addresses = find_addresses(spec, open_cache(options.cache, options.cache_size))
+        where = f"{counted(len(addresses), 'file')} {public_address(spec)}"
+        named: Mapping[str, Place] = {address.url: address for address in addresses}
+        return _open_archives(named, where, endings, options, for_test, Counter())
+    if spec.startswith(HUB):
+        return open_hub(spec.removeprefix(HUB), **_keys(options), split=options.split, for_test=for_test)
+    if IMPORT_PATH.fullmatch(spec) and not path.exists():
+        _refuse(spec, options, for_test)
+        return open_custom(spec)
+    if (path / DATA_FILE).is_file() or (path.is_file() and ending_of(path.name) in LMDB_ENDINGS):
+        _refuse(spec, options, for_test)
+        return open_lmdb(path)
+    if path.is_dir():
+        others = Counter(ending_of(parts[-1]) for parts in files)
+        archives = () if with_endings(files, endings or image_endings()) else _ARCHIVES
+        for ending in archives:
+            if chosen := with_endings(files, (ending,)):
+                del others[ending]
+                named = {"/".join(parts): path.joinpath(*parts) for parts in chosen}
+                return _open_archives(named, f"folder {printable(spec)}", endings, options, for_test, others)
+        _refuse(spec, options, for_test)
+        return open_folder(path, files, max_pixels=max_pixels, endings=endings)
+    paths = [path] if path.exists() else matches(str(path))
+    if not paths:
+        raise FileNotFoundError(f"data: nothing at {printable(str(path))}; expected {_EXPECTED}")
+    where = f"file {printable(spec)}" if len(paths) == 1 else f"{len(paths):,} files {printable(spec)}"
+    base = os.path.commonpath([found.parent for found in paths])
+    named = {os.path.relpath(found, base): found for found in paths}
+    if endings is not None and (chosen := with_endings([Path(name).parts for name in named], endings)):
+        _refuse(spec, options, for_test)
+        return open_folder(Path(base), chosen, max_pixels=max_pixels, endings=endings)
+    return _open_archives(named, where, endings, options, for_test, Counter())
+
+
+def _open_archives(
+    paths: Mapping[str, Place],
+    where: str,
+    endings: tuple[str, ...] | None,
+    options: SourceOptions,
+    for_test: bool,
+    others: Counter[str],
+) -> tuple[Records, str]:
+    """Open tar or parquet files; `others` are other files in the folder."""
+    if {ending_of(path.name) for path in paths.values()} == {PARQUET_ENDING}:
+        keys = _keys(options)
+        return open_parquet(paths, where, **keys, split=options.split, for_test=for_test, others=skipped(others))
+    for path in paths.values():
+        if ending_of(path.name) not in (".tar", *COMPRESSED_TARS):
+            raise ValueError(f"data: expected {_EXPECTED}, got {printable(str(path))}")
+    _refuse(where, replace(options, image_key=None), for_test)
+    return open_tars(list(paths.values()), image_key=options.image_key, others=others, endings=endings)
+
+
+_MANY = 16  # channels, more than images usually have
+
+_EXPECTED = (
+    'a folder of images, .tar or .parquet files, on disk or at addresses, a .npz file, an LMDB, hf:NAME, or "digits"'
+)
+
+
+def _keys(options: SourceOptions) -> dict[str, str | None]:
+    return {"image_key": options.image_key, "label_key": options.label_key}
+
+
+def _refuse(spec: str, options: SourceOptions, for_test: bool) -> None:
+    """Raise ValueError if a set option does not apply to a source. For test images, options of the run are ignored."""
+    for name, value in {**_keys(options), "split": options.split}.items():
+        if value is not None and not for_test:
+            raise ValueError(f"{name}: expected null, since {printable(spec)} is no {_HAS[name]}, got {value}")
+
+
+_HAS = {
+    "image_key": "tar file, parquet file or data set of Hugging Face",
+    "label_key": "parquet file or data set of Hugging Face",
+    "split": "set of parquet files or data set of Hugging Face",
+}
+
+
+def _channels_of(source: FileSource, channels: int | None) -> int:
+    """Validate the number of channels and return it. Default: that of the images."""
+    if channels is not None:
+        record, header = next(_some_headers(source), (0, None))
+        if header is None or not header.is_array:
+            check_file_channels(channels, "image files")
+        elif header.channels != channels:
+            name = source.name(record)
+            hint = (
+                f"; for volumes, write {VOLUME_EXAMPLE}" if len(header.shape) == 2 and header.channels > _MANY else ""
+            )
+            raise ValueError(f"channels: {name} has {counted(header.channels, 'channel')}, got {channels}{hint}")
+        return channels
+    headers = [header for _, header in _some_headers(source)]
+    found = {header.channels for header in headers}
+    if any(header.is_array for header in headers):
+        return max(found)
     return 1 if found <= {1, 2} else 3  # two: grey with opacity
 
 
-def _some_headers(source: ImageSource) -> list[ImageHeader]:
-    """Return the headers of a few evenly spaced images, without unreadable ones."""
-    found = []
+def _some_headers(source: ImageSource) -> Iterator[tuple[int, ImageHeader]]:
+    """Iterate over a few evenly spaced images and their headers, without unreadable ones."""
     for record in sorted({len(source) * k // _NUM_SAMPLES for k in range(_NUM_SAMPLES)}):
         with suppress(UnreadableImageError):
-            found.append(source.header(record))
-    return found
-
-
-def _open(
-    spec: str, channels: int | None, max_pixels: int, frames: int | None, image_key: str | None
-) -> ArraySource | FolderSource | TarSource:
-    path = Path(os.path.expanduser(spec))  # noqa: PTH111  # pathlib raises for an unknown user
-    is_npz = path.suffix.lower() == ".npz" and not path.is_dir()
-    if image_key is not None and (is_npz or spec == "digits"):
-        raise ValueError(f"image_key: expected null, since {printable(spec)} is no tar file, got {image_key}")
-    if is_npz:
-        return _open_npz(path, channels, max_pixels, frames)
-    if spec == "digits":
-        return _open_digits(channels or 1, max_pixels, frames)
-    if frames is not None:
-        raise ValueError(f"image_size: expected height,width: clips come from .npz files, got {printable(spec)}")
-    if path.is_dir():
-        return _open_folder(path, channels, max_pixels, image_key)
-    paths = [path] if path.exists() else _matches(str(path))
-    if not paths:
-        raise FileNotFoundError(f"data: nothing at {printable(spec)}; expected {_EXPECTED}")
-    return _open_tars(paths, channels, max_pixels, image_key)
-
-
-def _matches(pattern: str) -> list[Path]:
-    """Return the files of a pattern, sorted; FileNotFoundError if one of the names in braces matches none."""
-    names = expand_braces(pattern)
-    found = {name: glob.glob(name, recursive=True) for name in names}  # noqa: PTH207  # absolute patterns
-    missing = [name for name in names if not found[name]]
-    if missing and len(names) > 1:
-        listed = ", ".join(printable(name) for name in missing[:_NUM_NAMED]) + ", ..." * (len(missing) > _NUM_NAMED)
-        raise FileNotFoundError(
-            f"data: {len(missing):,} of {len(names):,} files of {printable(pattern)} are missing: {listed}"
-        )
-    return sorted({Path(path) for paths in found.values() for path in paths})
-
-
-_NUM_NAMED = 3
-_EXPECTED = 'a folder of images, .tar files, a .npz file, or "digits"'
-
-
-def _describe(where: str, number: int, size: tuple[int, ...] | None, class_names: Sequence[str] | None) -> str:
-    pixels = "" if size is None else f" of {' x '.join(map(str, size))} pixels"
-    classes = ", no labels" if class_names is None else f" in {counted(len(class_names), 'class', 'classes')}"
-    return f"{where}: {counted(number, 'image')}{pixels}{classes}"
-
-
-# -------------------------------------------------------------------------------------------------------- digits
-
-
-def _open_digits(channels: int, max_pixels: int, frames: int | None) -> ArraySource:
-    check_file_channels(channels, "the digits")
-    check_installed("data", "sklearn", otherwise="--data FOLDER")
-    table = _read_digits()
-    class_names = tuple(map(str, range(10)))
-    grey = np.rint(table[:, :-1].reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)[..., None]
-    bands = [grey] if channels == 1 else [grey, grey, grey]
-    if channels == 4:
-        bands.append(np.full_like(grey, 255))
-    images = np.concatenate(bands, axis=3)
-    if frames is not None:
-        images = np.broadcast_to(images[:, None], (len(images), frames, *images.shape[1:]))
-    return ArraySource(
-        images=images,
-        description=_describe("digits", len(grey), images.shape[1:-1], class_names),
-        labels=table[:, -1].astype(np.int64),
-        class_names=class_names,
-        max_pixels=max_pixels,
-    )
-
-
-def _read_digits() -> NDArray[np.uint8]:
-    """Read the digits of scikit-learn, uint8 (1797, 65): 64 pixels in [0, 16] and the class.
-
-    Their file takes milliseconds to read, and the package a second to import.
-    """
-    spec = find_spec("sklearn")
-    for folder in (spec and spec.submodule_search_locations) or ():
-        path = Path(folder, "datasets", "data", "digits.csv.gz")
-        if path.is_file():
-            return np.loadtxt(path, np.uint8, delimiter=",")
-    from sklearn.datasets import load_digits  # a version that keeps the file elsewhere
-
-    digits = load_digits()
-    return np.column_stack([digits.data, digits.target]).astype(np.uint8)
-
-
-# -------------------------------------------------------------------------------------------------------- folder
-
-
-def _open_folder(
-    folder: Path, channels: int | None, max_pixels: int, image_key: str | None
-) -> FolderSource | TarSource:
-    found = sorted(_walk(folder))
-    endings = Counter(ending_of(parts[-1]) for parts in found)
-    images = _with_endings(found, image_endings())
-    tars = [] if images else _with_endings(found, (".tar",))
-    if tars:
-        del endings[".tar"]
-        paths = [folder.joinpath(*parts) for parts in tars]
-        return _open_tars(paths, channels, max_pixels, image_key, endings)
-    where = printable(str(folder))
-    if image_key is not None:
-        raise ValueError(f"image_key: expected null, since there are no tar files in {where}, got {image_key}")
-    images = images or _by_content(folder, found, max_pixels)
-    if not images:
-        others = skipped(endings).removeprefix(", ").replace(" skipped", "") or "no files found"
-        hint = "; decompress tar files" if endings.keys() & set(_COMPRESSED_TARS) else missing_plugins(endings)
-        raise ValueError(
-            f"data: no images in {where}: {others}; expected names ending in {', '.join(IMAGE_ENDINGS)}{hint}"
-        )
-    if images[0][-1].lower().endswith(ARRAY_ENDING):
-        check_array_channels(folder.joinpath(*images[0]), channels=channels, name=printable("/".join(images[0])))
-    else:
-        check_file_channels(channels, "image files")
-    numbers: dict[tuple[str, ...], int] = {}
-    index = [numbers.setdefault(parts[:-1], len(numbers)) for parts in images]
-    labels, class_names, remark = classes_of_folders(list(numbers), np.array(index))
-    endings -= Counter(ending_of(parts[-1]) for parts in images)
-    return FolderSource(
-        folder=folder,
-        files=PackedNames("/".join(parts) for parts in images),
-        channels=channels or 3,
-        description=f"folder {where}: {counted(len(images), 'image')}{remark}{skipped(endings)}",
-        labels=labels,
-        class_names=class_names,
-        max_pixels=max_pixels,
-    )
-
-
-def _with_endings(found: Sequence[tuple[str, ...]], endings: tuple[str, ...]) -> list[tuple[str, ...]]:
-    return [parts for parts in found if parts[-1].lower().endswith(endings)]
-
-
-def _by_content(folder: Path, found: Sequence[tuple[str, ...]], max_pixels: int) -> list[tuple[str, ...]]:
-    """Return the files of all endings of which one of the first files is an image; without any, the arrays."""
-    samples: dict[str, list[tuple[str, ...]]] = {}
-    for parts in found:
-        sample = samples.setdefault(ending_of(parts[-1]), [])
-        if len(sample) < _NUM_SAMPLES:
-            sample.append(parts)
-    arrays, raw = samples.pop(ARRAY_ENDING, []), _RAW.intersection(samples)
-    chosen = {
-        ending
-        for ending, sample in samples.items()
-        if ending not in raw and any(_is_image(folder.joinpath(*parts), max_pixels) for parts in sample)
-    }
-    if not chosen and arrays:
-        chosen = {ARRAY_ENDING}
-    return [parts for parts in found if ending_of(parts[-1]) in chosen]
-
-
-def _is_image(path: Path, max_pixels: int) -> bool:
-    try:
-        read_header(path, max_pixels=max_pixels)
-    except UnreadableImageError:
-        return False
-    return True
+            yield record, source.header(record)
 
 
 _NUM_SAMPLES = 8
-# TIFF files for Pillow, which reads the preview in them.
-_RAW = frozenset((".arw", ".cr2", ".dng", ".nef", ".nrw", ".orf", ".pef", ".rw2", ".sr2", ".srw"))
-
-
-_Place = tuple[tuple[str, ...], str]  # parts below the folder of the source, and the path
-
-
-def _walk(folder: Path) -> Iterator[tuple[str, ...]]:
-    """Iterate over the paths, as parts, of all files that are not hidden. Follows links; visits each folder once."""
-    # First all folders that are reached without a link, then those behind one link, and so on. So the paths do not
-    # depend on the order in which the system lists them.
-    starts: list[_Place] = [((), str(folder))]
-    visited: set[str] = set()
-    while starts:
-        links: list[_Place] = []
-        for start in sorted(starts):
-            yield from _walk_plain(start, visited, links)
-        starts = links
-
-
-def _walk_plain(start: _Place, visited: set[str], links: list[_Place]) -> Iterator[tuple[str, ...]]:
-    """Iterate over the files below a folder that is not yet visited; append the links to folders to `links`."""
-    stack = [start]  # trees can be deeper than Python's recursion
-    while stack:
-        parts, path = stack.pop()
-        real = os.path.realpath(path)
-        if real in visited:
-            continue
-        visited.add(real)
-        with os.scandir(path) as entries:
-            for entry in entries:
-                inner = (*parts, entry.name)
-                if entry.name.startswith("."):
-                    continue
-                if _is(entry.is_dir):
-                    (links if entry.is_symlink() else stack).append((inner, entry.path))
-                elif _is(entry.is_file) or _leads_nowhere(entry):
-                    yield inner
-
-
-def _is(question: Callable[[], bool]) -> bool:
-    try:
-        return question()
-    except OSError:  # a circular link, or no permission for a folder on the way
-        return False
-
-
-def _leads_nowhere(entry: "os.DirEntry[str]") -> bool:
-    """Whether a link is broken or its target inaccessible. Such images are not skipped, but count as unreadable."""
-    return entry.is_symlink() and not _is(lambda: bool(entry.stat()))
-
-
-# ---------------------------------------------------------------------------------------------------- tar and npz
-
-
-def _open_tars(
-    paths: Sequence[Path],
-    channels: int | None,
-    max_pixels: int,
-    image_key: str | None,
-    others: Mapping[str, int] | None = None,
-) -> TarSource:
-    for path in paths:
-        if ending_of(path.name) not in (".tar", *_COMPRESSED_TARS):
-            raise ValueError(f"data: expected {_EXPECTED}, got {printable(str(path))}")
-    return open_tars(paths, channels=channels, max_pixels=max_pixels, image_key=image_key, others=others)
-
-
-# `open_tars` refuses these with the reason.
-_COMPRESSED_TARS = (".tgz", ".tbz2", ".txz", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst")
-
-
-def _open_npz(path: Path, channels: int | None, max_pixels: int, frames: int | None) -> ArraySource:
-    images, labels, class_names = read_npz(path, channels, frames)
-    return ArraySource(
-        images=images,
-        description=_describe(f"file {printable(str(path))}", len(images), images.shape[1:-1], class_names),
-        labels=labels,
-        class_names=class_names,
-        max_pixels=max_pixels,
-    )

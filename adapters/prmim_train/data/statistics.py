@@ -9,22 +9,25 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from prmim_train.config.axes import Spacing
 from prmim_train.data.batches import UnreadableImages
 from prmim_train.data.depth import PixelRange
+from prmim_train.data.formats.stacks import Box, FrameArray
 from prmim_train.data.image_files import UnreadableImageError, ignore_pillow_warnings
 from prmim_train.data.sources import ImageSource, keeping_depth
 
 __all__ = ["Statistics", "far_below", "full_range", "measure_images"]
 
-_VALUES_OF_IMAGE = 4096  # that quantiles are measured on
-_TAIL = 0.001  # share of the values that may be outliers, on each side
-_REACH = 0.1  # distance of the extremes from the other values, relative to their range, from which on they are outliers
+_VALUES_OF_IMAGE = 4096  # number of values for quantiles
+_FRAMES_OF_IMAGE = 16
+_TAIL = 0.001  # maximum fraction of outliers on each side
+_REACH = 0.1  # minimum distance of outliers from the other values, relative to the range of these
 _FAR_BELOW = 0.25
 
 
 @dataclass
 class Statistics:
-    """What was measured on a number of images.
+    """Statistics of a number of images.
 
     Parameters
     ----------
@@ -33,7 +36,11 @@ class Statistics:
     unreadable
         Images that could not be read.
     sizes, depths, channels
-        Number of images by (height, width), by type of the stored values, and by stored channels.
+        Number of images by shape, without channels, by type of the stored values, and by stored channels.
+    spacings
+        Number of volumes by millimetres per voxel, if known.
+    rates
+        Number of clips by frames per second, rounded to hundredths, if known.
     low, high
         Smallest and largest value.
     sums, squares
@@ -43,14 +50,16 @@ class Statistics:
     sample
         Some values of each image.
     duplicates
-        Names of images with the pixels of an earlier one, with the name of that.
+        Names of duplicates, each with the name of the earlier image with equal pixels.
     """
 
     number: int
     unreadable: UnreadableImages
-    sizes: Counter[tuple[int, int]] = field(default_factory=Counter)
+    sizes: Counter[tuple[int, ...]] = field(default_factory=Counter)
     depths: Counter[str] = field(default_factory=Counter)
     channels: Counter[int] = field(default_factory=Counter)
+    spacings: Counter[Spacing] = field(default_factory=Counter)
+    rates: Counter[float] = field(default_factory=Counter)
     low: float = np.inf
     high: float = -np.inf
     sums: NDArray[np.float64] = field(default_factory=lambda: np.zeros(1))
@@ -71,13 +80,13 @@ class Statistics:
 
     @property
     def is_whole(self) -> bool:
-        """Whether all values are whole numbers by their type."""
+        """Whether all values have an integer type."""
         return "float32" not in self.depths
 
     def pixel_range(self) -> PixelRange:
-        """Return smallest and largest value without outliers.
+        """Return the smallest and largest value without outliers.
 
-        Extremes are outliers if they are far from 99.8 % of the values: by more than a tenth of the range of these.
+        Extremes are outliers if their distance from 99.8 % of the values exceeds a tenth of the range of these values.
         """
         values = np.concatenate(self.sample).astype(np.float64)
         low, high = (float(value) for value in np.quantile(values, (_TAIL, 1 - _TAIL)))
@@ -90,13 +99,13 @@ class Statistics:
         return low, high
 
     def add(self, image: NDArray[Any]) -> None:
-        """Add the pixels of an image (height, width, channels)."""
-        values = image.reshape(-1, image.shape[2])
-        wide = values.astype(np.float64)
-        self.low, self.high = min(self.low, float(wide.min())), max(self.high, float(wide.max()))
-        self.sums = self.sums + wide.sum(axis=0)
-        self.squares = self.squares + (wide**2).sum(axis=0)
-        self.pixels += len(values)
+        """Add the pixels of an image ([frames,] height, width, channels)."""
+        for picture in image if image.ndim == 4 else image[None]:
+            wide = picture.reshape(-1, image.shape[-1]).astype(np.float64)
+            self.low, self.high = min(self.low, float(wide.min())), max(self.high, float(wide.max()))
+            self.sums = self.sums + wide.sum(axis=0)
+            self.squares = self.squares + (wide**2).sum(axis=0)
+            self.pixels += len(wide)
         flat = image.reshape(-1)
         self.sample.append(flat[:: -(-len(flat) // _VALUES_OF_IMAGE)].copy())
 
@@ -117,9 +126,9 @@ def measure_images(
     limit
         Number of images. None: all.
     find_duplicates
-        Compare all pixels of all images.
+        Compare all pixels of images and volumes, and of some frames of clips. Otherwise, read some slices of volumes.
     show
-        Wraps the records, as a progress bar does.
+        Wraps the iterator of records, such as a progress bar.
 
     Raises
     ------
@@ -139,9 +148,12 @@ def measure_images(
     records = (np.arange(count) * len(source) // count).tolist()
     found = Statistics(0, UnreadableImages(source, count))
     seen: dict[bytes, int] = {}
+    axes = source.three_axes
+    some = None if axes is None or (axes.volumes and find_duplicates) else _some_frames
     for record in show(records):
         try:
-            header, image = source.header(record), source.read(record)
+            header = source.header(record)
+            image = source.read(record, some)
         except UnreadableImageError as error:
             found.unreadable.add([(record, error.reason)])
             continue
@@ -149,9 +161,13 @@ def measure_images(
         found.sizes[header.shape] += 1
         found.depths[header.depth] += 1
         found.channels[header.channels] += 1
+        if header.spacing is not None:
+            found.spacings[header.spacing] += 1
+        if header.rate is not None:
+            found.rates[round(header.rate, 2)] += 1
         found.add(image)
         if find_duplicates:
-            content = hashlib.blake2b(repr(image.shape).encode() + image.tobytes(), digest_size=16).digest()
+            content = hashlib.blake2b(repr(header.shape).encode() + image.tobytes(), digest_size=16).digest()
             if (first := seen.setdefault(content, record)) != record:
                 found.duplicates.append((source.name(record), source.name(first)))
     if not found.number:
@@ -159,8 +175,14 @@ def measure_images(
     return found
 
 
+def _some_frames(shape: tuple[int, int, int]) -> tuple[FrameArray, Box]:
+    """Choose evenly spaced frames of a clip or a volume."""
+    count = min(_FRAMES_OF_IMAGE, shape[0])
+    return np.arange(count) * shape[0] // count, (0, 0, shape[1], shape[2])
+
+
 def full_range(depth: str) -> PixelRange | None:
-    """Return the values that a type holds; None for float32.
+    """Return the range of an integer type; None for float32.
 
     Examples
     --------
@@ -171,18 +193,20 @@ def full_range(depth: str) -> PixelRange | None:
 
 
 def far_below(found: Statistics, pixel_range: PixelRange | None) -> str:
-    """Return a warning if the images use less than a quarter of the range of a run; else nothing.
+    """Return a warning if images need a range, or use less than a quarter of the run's; else empty.
 
     Parameters
     ----------
     found
-        Measured on the images.
+        Statistics of the images.
     pixel_range
-        The range of the run; None: that of the type.
+        Range of the run. None: that of the type.
     """
     (depth, _), *_ = found.depths.most_common(1)
     given = pixel_range or full_range(depth)
-    if given is None or found.high >= given[0] + _FAR_BELOW * (given[1] - given[0]):
+    if given is None:
+        return f"pixel values are {depth}, which has no fixed range: without --pixel_range, no image can be read"
+    if found.high >= given[0] + _FAR_BELOW * (given[1] - given[0]):
         return ""
     low, high = given
     levels = int(255 * (found.high - low) / (high - low)) + 1

@@ -1,9 +1,10 @@
 """Crops, flips and resizing of arrays (height, width, channels), uint8, uint16 or float32, of any number of channels.
 
-The frames of a clip are folded into channels, so that all of them are cropped and flipped alike.
+To treat the frames of a clip alike, they are folded into channels.
 
-All resizing uses Pillow's antialiased bicubic filter, like the published recipes of masked autoencoders; that of
-`random_padded_crop` is bilinear. All random numbers come from the `numpy.random.Generator` that the caller passes.
+Resizing uses Pillow's antialiased bicubic filter, as in the published recipes of masked autoencoders;
+`random_padded_crop` uses the bilinear filter. All random numbers come from the `numpy.random.Generator` that the caller
+passes.
 """
 
 import math
@@ -14,6 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 __all__ = [
+    "CROP_TRIES",
     "center_crop",
     "check_crop_options",
     "check_size",
@@ -35,7 +37,7 @@ CropDraw = Literal["retry", "clamp"]
 # "RGBX" instead of "RGBA": Pillow weights RGBA colours by alpha when it resizes, which is wrong if the fourth channel
 # is not opacity (near infrared, depth).
 _MODE_OF_CHANNELS = {1: "L", 3: "RGB", 4: "RGBX"}
-_CROP_TRIES = 10
+CROP_TRIES = 10
 
 
 def _check_image(image: ImageArray) -> None:
@@ -46,7 +48,7 @@ def _check_image(image: ImageArray) -> None:
         )
 
 
-def check_size(size: tuple[int, int]) -> None:
+def check_size(size: tuple[int, ...]) -> None:
     """Raise ValueError unless `size` is (height, width), both at least 1."""
     if len(size) != 2 or min(size) < 1:
         raise ValueError(f"size: expected (height, width) of at least 1 pixel, got {size}")
@@ -94,7 +96,7 @@ def relative_ratio(ratio: tuple[float, float], size: tuple[int, int]) -> tuple[f
 
 def resize(
     image: ImageArray,
-    size: tuple[int, int],
+    size: tuple[int, ...],
     *,
     box: tuple[float, float, float, float] | None = None,
     filter: Image.Resampling = Image.Resampling.BICUBIC,
@@ -141,7 +143,7 @@ def resize(
 
 def _resize_deep(
     image: ImageArray,
-    size: tuple[int, int],
+    size: tuple[int, ...],
     box: tuple[float, float, float, float] | None,
     filter: Image.Resampling,
 ) -> ImageArray:
@@ -157,12 +159,12 @@ def _resize_deep(
 
 def resize_picture(
     picture: Image.Image,
-    size: tuple[int, int],
+    size: tuple[int, ...],
     *,
     box: tuple[float, float, float, float] | None = None,
     filter: Image.Resampling = Image.Resampling.BICUBIC,
 ) -> ImageArray:
-    """Resize a Pillow image like `resize`, without copying all of it into an array first.
+    """Resize a Pillow image like `resize`, without copying the whole image into an array.
 
     Parameters
     ----------
@@ -216,7 +218,7 @@ def fold_frames(clip: ImageArray) -> ImageArray:
 
 
 def unfold_frames(image: ImageArray, image_size: tuple[int, ...]) -> ImageArray:
-    """Undo `fold_frames`, if the images are clips.
+    """Inverse of `fold_frames`; no-op for images.
 
     Parameters
     ----------
@@ -259,9 +261,9 @@ def random_crop_box(
     scale, ratio : tuple of two floats
         See `check_crop_options`.
     draw : "retry" or "clamp"
-        What happens to a box that does not fit. "retry": it is drawn again; if ten boxes do not fit, the result is the
-        largest centred box whose width / height lies in `ratio`. "clamp": a side that is longer than the image's is
-        shortened to the image's, which changes area and ratio.
+        Handling of a box that does not fit. "retry": draw again; if ten boxes do not fit, return the largest centred
+        box whose width / height lies in `ratio`. "clamp": shorten a side that is longer than the image's, which changes
+        area and ratio.
 
     Returns
     -------
@@ -291,9 +293,9 @@ def random_crop_box(
     """
     check_crop_options(scale, ratio, draw)
     image_height, image_width = shape
-    # The order of the draws is fixed: workers and resumed runs, also those of older versions, must draw the same boxes.
+    # The order of the draws is fixed: workers and resumed runs, even from older versions, must draw the same boxes.
     log_ratio = (math.log(ratio[0]), math.log(ratio[1]))
-    for _ in range(_CROP_TRIES):
+    for _ in range(CROP_TRIES):
         area = image_height * image_width * rng.uniform(*scale)
         aspect = math.exp(rng.uniform(*log_ratio))
         width = round(math.sqrt(area * aspect))
@@ -316,7 +318,7 @@ def _central_box(shape: tuple[int, int], ratio: tuple[float, float]) -> tuple[in
 
 
 def crop_maps(maps: NDArray[np.floating[Any]], boxes: NDArray[np.floating[Any]]) -> NDArray[np.float32]:
-    """Crop and mirror maps of one value per token as the images were, and resize them to the tokens of the crops.
+    """Crop and mirror maps of one value per token like their images, and resize them to the tokens of the crops.
 
     Parameters
     ----------
@@ -344,7 +346,7 @@ def crop_maps(maps: NDArray[np.floating[Any]], boxes: NDArray[np.floating[Any]])
 
 
 def _shares(start: NDArray[np.float64], end: NDArray[np.float64], number: int) -> NDArray[np.float64]:
-    """Return which share of each token of a crop lies in each token of the image: (batch, number, number)."""
+    """Return the share of each token of a crop in each token of the image: (batch, number, number)."""
     edges = number * (start[:, None] + (end - start)[:, None] * np.linspace(0, 1, number + 1))
     before = np.clip(edges[:, :, None] - np.arange(number), 0, 1)  # the part of each token before each edge
     return np.diff(before, axis=1) / np.diff(edges)[:, :, None]
@@ -353,7 +355,7 @@ def _shares(start: NDArray[np.float64], end: NDArray[np.float64], number: int) -
 def random_padded_crop(
     image: ImageArray, size: tuple[int, int], rng: np.random.Generator, *, padding: int
 ) -> ImageArray:
-    """Resize an image until it just covers `size`, extend it by mirrored pixels, and cut out a random window.
+    """Resize an image to just cover `size`, pad it with mirrored pixels, and cut out a random window.
 
     The crop of MFF and PixMIM, which is milder than that of MAE: it shows most of the image.
 
@@ -401,17 +403,17 @@ def random_padded_crop(
 
 
 def random_flip(image: ImageArray, rng: np.random.Generator) -> ImageArray:
-    """Mirror an image left to right with probability 0.5.
+    """Mirror an image or a clip left to right with probability 0.5.
 
     Parameters
     ----------
-    image : uint8, uint16 or float32 array (height, width, channels)
+    image : uint8, uint16 or float32 array ([frames,] height, width, channels)
     rng : numpy.random.Generator
         Advanced by one draw.
 
     Returns
     -------
-    array (height, width, channels)
+    array ([frames,] height, width, channels)
         The image itself, or a mirrored copy.
 
     Examples
@@ -422,8 +424,8 @@ def random_flip(image: ImageArray, rng: np.random.Generator) -> ImageArray:
     if rng.random() >= 0.5:
         return image
     # Copies whole pixels; copying a mirrored view byte by byte takes four times as long.
-    pixels = np.ascontiguousarray(image).view(f"V{image.shape[2] * image.itemsize}")
-    return np.ascontiguousarray(pixels[:, ::-1]).view(image.dtype)
+    pixels = np.ascontiguousarray(image).view(f"V{image.shape[-1] * image.itemsize}")
+    return np.ascontiguousarray(pixels[..., ::-1, :]).view(image.dtype)
 
 
 def center_crop(image: ImageArray, size: tuple[int, int], *, share: float = 1.0) -> ImageArray:

@@ -1,9 +1,9 @@
 """Worker processes that compute the items of a sequence in advance, in order.
 
-Each worker has two pipes, for tasks and for items, which it shares with no other process. A pipe ends with the process
-at its other side, even in the middle of an item. So a killed worker never blocks the run, and a killed run leaves no
-workers behind. With the worker processes of grain, workers outlived a killed parent by 600 seconds. Queues of
-`multiprocessing` have the same problem: both sides hold both ends, and a reader waits forever for the rest of an item.
+Each worker has its own two pipes, for tasks and for items. A pipe closes when the process at its other side ends, even
+in the middle of an item. A killed worker therefore never blocks the run, and a killed run leaves no workers. With the
+worker processes of grain, workers outlived a killed parent by 600 seconds. Queues of `multiprocessing` have the same
+problem: both sides hold both ends, and a reader waits forever for the rest of an item.
 
 Arrays are sent as raw bytes, since pickle copies them several times on each side. Shared memory would save another
 copy, but ends a run with a bus error in containers that limit it.
@@ -37,7 +37,7 @@ _PATIENCE = 5.0  # seconds to wait for the exit code of a process
 
 
 class Make(Protocol[Task, Item]):
-    """Function that makes an array and another item from a task. Picklable; called in the workers."""
+    """Function from a task to an array and another item. Picklable; called in the workers."""
 
     def __call__(self, task: Task, note: Callable[[int], None], /) -> tuple[Array, Item]:
         """Return an array and a picklable item. Call `note` with a number >= 0 that identifies the current work."""
@@ -163,7 +163,7 @@ def _start(make: Make[Any, Any], prepare: Callable[[], None] | None) -> _Worker:
 
 @contextmanager
 def _signals_held_back() -> Iterator[None]:
-    """Block the signals that end a run, so that processes started here ignore them from the beginning; see `_work`."""
+    """Block the signals that end a run, so that new processes ignore them from the start; see `_work`."""
     if not hasattr(signal, "pthread_sigmask"):  # Windows
         yield
         return

@@ -16,11 +16,12 @@ from prmim_methods.sizes import Transformer
 from prmim_train.config.classify import ClassifyConfig, classify_config
 from prmim_train.config.layers import NOT_STORED, merge_layers, parse_options
 from prmim_train.config.pretrain import PretrainConfig, change
+from prmim_train.config.training import SOURCE_OPTIONS
 from prmim_train.data.augment import Augment
 from prmim_train.data.batches import Batch, BatchIterator, evaluation_batches, train_batches
 from prmim_train.data.mixing import Mixing
 from prmim_train.evaluate.score_pictures import draw_confusion, draw_learning
-from prmim_train.evaluate.scores import format_score, score
+from prmim_train.evaluate.scores import format_score, score, write_predictions
 from prmim_train.run.budget import training_budget
 from prmim_train.run.directory import RunDirectory
 from prmim_train.run.engine import ClassifierEngine, create_classifier_engine
@@ -42,7 +43,7 @@ __all__ = ["Classification", "Predictions", "classify_command", "cross_entropy",
 
 TITLES = {"finetune": "Fine-tuning", "linear": "Linear probe with LARS"}
 EARLIER = {"linear": {"crop_draw": "retry", "batch_norm": "all"}}
-"""What classifiers of a protocol did before these options existed, where the recipe differs today."""
+"""Values of these options for classifiers of earlier versions, by protocol, where the recipe now differs."""
 FEWEST_STEPS = 10  # per epoch; fewer suggest that batch_size is unintentionally large
 ENOUGH_REACH = 10.0  # trust x learning rate x steps with which a linear head converged under LARS
 
@@ -57,7 +58,7 @@ class Predictions(NamedTuple):
     truth
         True class of each image, int64.
     unreadable
-        Unreadable images, which are left out: name to reason.
+        Unreadable images, which are excluded: name to reason.
     """
 
     logits: NDArray[np.float32]
@@ -92,7 +93,7 @@ class Classification(Job[ClassifierEngine]):
     def __init__(self, config: ClassifyConfig, pretrained: RunDirectory) -> None:
         _check_halves(config)
         self.pretrained = pretrained
-        given = ("data", "holdout", "max_pixels", "image_key")
+        given = (*SOURCE_OPTIONS, "holdout", "max_pixels")
         base = read_run_config(pretrained, **{name: getattr(config, name) for name in given})
         for name in ("rand_augment", "erasing"):
             if base.method.pixel_range is not None and getattr(config, name):
@@ -105,7 +106,7 @@ class Classification(Job[ClassifierEngine]):
         self.budget = training_budget(config, len(self.train.indices))
         self.measure_epochs = config.test_every
         self.weights: Path | None = None
-        # A resumed classifier has its encoder in its own checkpoint; the one of the pre-training run may be deleted.
+        # The checkpoint of a classifier holds its encoder, so that of the pre-training run may be deleted.
         if not (config.resume and RunDirectory(config.run_path).checkpoints()):
             checkpoint = find_checkpoint(pretrained, config.checkpoint)
             config = replace(config, checkpoint=step_of(checkpoint))
@@ -132,7 +133,7 @@ class Classification(Job[ClassifierEngine]):
         )
 
     def origin(self) -> Origin:
-        """Return training and test images, and the run of the encoder."""
+        """Return the origin: training and test images, and the run of the encoder."""
         found = data_origin(self.train.source, self.train.indices)
         facts = {**found.facts, "encoder": (self.pretrained.read_identity() or (None,))[0]}
         if self.test.source is not self.train.source:
@@ -258,6 +259,7 @@ class Classification(Job[ClassifierEngine]):
             print(f"Picture: {confusion}")
         options = {name: value for name, value in self.config.flat().items() if name not in NOT_STORED}
         record = {**self.facts(), "step": step, **found, "options": options}
+        write_predictions(run.path / "predictions.npz", tested.truth, {self.config.protocol: tested.predicted})
         write_json(run.path / "evaluation.json", record)
         print(f"Written: {run.path / 'evaluation.json'}")
 
@@ -359,7 +361,7 @@ def cross_entropy(logits: NDArray[np.float32], truth: NDArray[np.int64]) -> floa
 
 
 def _augment(config: ClassifyConfig, base: PretrainConfig) -> Augment:
-    frames = base.frames or 1  # sources fold them into channels
+    frames = 1 if base.three_axes is None else base.three_axes.frames  # folded into channels
     return Augment(
         frames * base.method.pixel_mean,
         frames * base.method.pixel_std,

@@ -1,8 +1,8 @@
-"""Features of all images of a source, written to one file, in parts that survive an interruption.
+"""Features of all images of a source, written to one file. Interrupted jobs can be continued.
 
 Every `PART` images of the source are one part: a file in a hidden folder beside the output. When all parts exist, the
-main process joins them, and deletes the folder. A part depends on the numbers of its images alone, so that a continued
-job writes what an uninterrupted one does, with any number of processes.
+main process joins them, and deletes the folder. A part depends only on the indices of its images. A continued job
+therefore writes the same file as an uninterrupted one, with any number of processes.
 """
 
 import hashlib
@@ -11,7 +11,7 @@ import json
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -27,8 +27,9 @@ from prmim_methods.encoder import EncoderConfig
 from prmim_methods.files import open_regular
 from prmim_methods.messages import shown
 from prmim_methods.weight_files import WEIGHTS_FILE, write_atomically
+from prmim_train.config.axes import Spacing
 from prmim_train.config.packages import check_installed
-from prmim_train.config.training import DIGITS
+from prmim_train.config.training import SOURCE_OPTIONS, DataOptions, SourceOptions
 from prmim_train.data.batches import evaluation_batches
 from prmim_train.data.image_files import MAX_PIXELS
 from prmim_train.data.sources import ImageSource, open_source
@@ -42,14 +43,14 @@ from prmim_train.run.processes import FailedElsewhereError, is_main, on_main, sa
 __all__ = ["features_command", "read_info"]
 
 PART = 1024
-"""Images of a part."""
+"""Number of images in a part."""
 NPZ, PARQUET = ".npz", ".parquet"
 JOB, LOCK = "job.json", ".lock"
 _NUM_NAMED = 3
 
 
 class Trained(NamedTuple):
-    """An encoder, where its weights are, and the options that go with it.
+    """An encoder with its weights and options.
 
     Parameters
     ----------
@@ -58,12 +59,15 @@ class Trained(NamedTuple):
     weights
         File of the weights.
     options
-        `data`, `backend`, `device`, `precision`, `max_pixels` and `image_key`.
+        `backend`, `device`, `precision`, `max_pixels` and `SOURCE_OPTIONS`.
+    sampling
+        Sampling of clips and volumes.
     """
 
     record: MethodConfig | EncoderConfig
     weights: Path
     options: dict[str, Any]
+    sampling: DataOptions
 
 
 @dataclass(frozen=True)
@@ -96,11 +100,11 @@ class Output:
         return self.folder / f"part_{number:08d}.npz"
 
     def images(self, number: int) -> NDArray[np.int64]:
-        """Numbers of the images of a part."""
+        """Return the indices of the images of a part."""
         return np.arange(number * PART, min((number + 1) * PART, self.num_images), dtype=np.int64)
 
     def is_complete(self, job: dict[str, Any]) -> bool:
-        """Whether the file exists and is the result of a job; FileExistsError if it is another file."""
+        """Whether the file exists as the result of a job. Another file raises FileExistsError."""
         if not self.path.exists():
             return False
         try:
@@ -115,7 +119,7 @@ class Output:
         return True
 
     def begin(self, job: dict[str, Any]) -> None:
-        """Create the folder of the parts, or check that it belongs to the job; delete what a killed job left."""
+        """Create the folder of the parts, or check that it belongs to the job, and delete incomplete files."""
         found = read_json(self.folder / JOB)
         if found is None:
             delete(self.folder / JOB)
@@ -153,10 +157,14 @@ def features_command(
     layer: int | None = None,
     image_size: tuple[int, ...] | None = None,
     checkpoint: int | None = None,
+    frame_stride: int | None = None,
+    volumes: bool | None = None,
+    spacing: Spacing | None = None,
     backend: str | None = None,
     device: str | None = None,
     precision: str | None = None,
     batch_size: int = 64,
+    **keys: Any,
 ) -> None:
     """Write the features of images to a file, with names and labels.
 
@@ -177,10 +185,12 @@ def features_command(
         Size of the images in pixels. None: that of the run.
     checkpoint
         Step of the checkpoint. None: the newest good checkpoint.
-    backend, device, precision
+    frame_stride, volumes, spacing, backend, device, precision
         Options in place of those of the run.
     batch_size
         Images per forward pass.
+    **keys
+        Other options of `prmim_train.config.training.SourceOptions`.
 
     Raises
     ------
@@ -198,23 +208,25 @@ def features_command(
         raise ValueError(f"batch_size: expected a whole number of at least 1, got {batch_size}")
     if path.suffix == PARQUET:
         check_installed("out", "pyarrow", otherwise=f"a file {NPZ}")
-    given = {"data": data, "backend": backend, "device": device, "precision": precision}
-    trained = _open_trained(Path(run), checkpoint, {name: value for name, value in given.items() if value is not None})
+    given = {"data": data, "backend": backend, "device": device, "precision": precision, **keys}
+    sampling = {"frame_stride": frame_stride, "volumes": volumes, "spacing": spacing}
+    trained = _open_trained(Path(run), checkpoint, _given(given), _given(sampling))
     check_frames(trained.record, image_size)
     encoder = trained.record.encoder_config(image_size)
     encoder.check_pool(pool)
     encoder.check_layer(layer)
     options = trained.options
-    frames = encoder.image_size[0] if len(encoder.image_size) == 3 else None
-    source = open_source(
-        options.pop("data"),
+    three_axes = trained.sampling.sampled_axes(encoder.image_size)
+    taken = SourceOptions(**{name: options.pop(name) for name in SOURCE_OPTIONS})
+    images = open_source(
+        taken.data,
         channels=encoder.channels,
         max_pixels=options.pop("max_pixels"),
-        frames=frames,
-        image_key=options.pop("image_key"),
+        three_axes=three_axes,
         keep_depth=encoder.pixel_range is not None,
+        options=taken,
     )
-    output = Output(path, len(source))
+    output = Output(path, len(images))
     with closing(
         create_encoder_engine(trained.record, weights=trained.weights, image_size=encoder.image_size, **options)
     ) as engine:
@@ -225,34 +237,39 @@ def features_command(
             "layer": layer,
             "image_size": list(encoder.image_size),
             "precision": engine.precision.value,
-            **image_facts(source, source.identities()),
+            **({} if three_axes is None else {"sampling": [three_axes.stride, three_axes.volumes, three_axes.spacing]}),
+            **image_facts(images, images.identities()),
         }
-        info = {"encoder": str(trained.weights), "data": source.description, "job": job}
+        info = {"encoder": str(trained.weights), "data": images.description, "job": job}
         if engine.any(bool(on_main(engine, lambda: output.is_complete(job)))):
             say(f"Already complete: {path}")
             return
-        say(f"{source.description}; {trained.weights}")
+        say(f"{images.description}; {trained.weights}")
 
-        def extract(images: NDArray[Any]) -> NDArray[np.float32]:
-            return engine.features(images, pool, layer)
+        def extract(pixels: NDArray[Any]) -> NDArray[np.float32]:
+            return engine.features(pixels, pool, layer)
 
-        _write(output, source, engine, extract, batch_size, info)
+        _write(output, images, engine, extract, batch_size, info)
 
 
-def _open_trained(run: Path, checkpoint: int | None, given: dict[str, Any]) -> Trained:
+def _given(options: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _open_trained(run: Path, checkpoint: int | None, given: dict[str, Any], sampling: dict[str, Any]) -> Trained:
     """Find an encoder in the folder of a run, or in a file of weights."""
     if run.is_file():
         if checkpoint is not None:
             raise ValueError(f"checkpoint: expected none with a file of weights, got {checkpoint}")
         record = encoder_of(file_architecture(run))
-        defaults = {"data": DIGITS, "backend": "torch", "device": "auto", "precision": "auto"}
-        return Trained(record, run, {**defaults, "max_pixels": MAX_PIXELS, "image_key": None, **given})
+        defaults = {"backend": "torch", "device": "auto", "precision": "auto", "max_pixels": MAX_PIXELS}
+        return Trained(record, run, {**asdict(SourceOptions()), **defaults, **given}, DataOptions(**sampling))
     directory = RunDirectory.open(run)
     config = read_run_config(directory, data=given.get("data"))
-    names = ("data", "backend", "device", "precision", "max_pixels", "image_key")
+    names = (*SOURCE_OPTIONS, "backend", "device", "precision", "max_pixels")
     own = {name: getattr(config, name) for name in names}
     weights = find_checkpoint(directory, checkpoint) / WEIGHTS_FILE
-    return Trained(config.method, weights, {**own, **given})
+    return Trained(config.method, weights, {**own, **given}, replace(config, **sampling))
 
 
 def _write(
@@ -263,7 +280,7 @@ def _write(
     batch_size: int,
     info: dict[str, Any],
 ) -> None:
-    """Write the missing parts, each process its own, then join all."""
+    """Write the missing parts, distributed over the processes, then join all parts."""
     with _locked_on_main(output, engine):
         on_main(engine, lambda: output.begin(info["job"]))
         size = tuple(info["job"]["image_size"])
@@ -283,7 +300,7 @@ def _locked_on_main(output: Output, engine: EncoderEngine) -> Iterator[None]:
 
 
 def _write_parts(output: Output, engine: EncoderEngine, extract: Callable[[int], dict[str, NDArray[Any]]]) -> None:
-    """Write the parts that do not exist yet. Processes take turns, and stop together if one fails."""
+    """Write the missing parts, in turns over the processes. If one process fails, all stop."""
     rounds = range(0, output.num_parts, engine.world_size)
     own = [first + engine.rank for first in rounds]
     with tqdm(total=output.num_images, desc="features", unit=" images", disable=None if is_main() else True) as bar:
@@ -309,7 +326,7 @@ def _extract(
     image_size: tuple[int, ...],
     batch_size: int,
 ) -> dict[str, NDArray[Any]]:
-    """Return the arrays of a part: numbers and features of images, and which could not be read, and why."""
+    """Return the arrays of a part: indices and features of images, and unreadable images with reasons."""
     index, features = [np.empty(0, np.int64)], []
     with evaluation_batches(source, indices, batch_size=batch_size, image_size=image_size) as batches:
         try:
@@ -360,7 +377,7 @@ def _read_array(path: Path, name: str) -> NDArray[Any]:
 
 
 Found = Mapping[Path, NDArray[np.int64]]
-"""Numbers of the images in each part."""
+"""Indices of the images in each part."""
 
 
 def _save_npz(file: BinaryIO, found: Found, dim: int, source: ImageSource, info: dict[str, Any]) -> None:
@@ -404,7 +421,7 @@ def _save_parquet(file: BinaryIO, found: Found, dim: int, source: ImageSource, i
 
 
 def read_info(path: Path) -> dict[str, Any]:
-    """Return what a file of features says about its origin; ValueError if it is another file.
+    """Read the origin of a file of features. Another file raises ValueError.
 
     Returns
     -------
@@ -433,7 +450,7 @@ def read_info(path: Path) -> dict[str, Any]:
 def _first_difference(found: dict[str, Any], job: dict[str, Any]) -> str:
     name = next((name for name in (*job, *found) if found.get(name) != job.get(name)), "origin")
     got, ours = found.get(name), job.get(name)
-    if isinstance(ours, str) and len(ours) == 64:  # checksums mean nothing to people
+    if isinstance(ours, str) and len(ours) == 64:  # checksums do not help the reader
         return name
     return f"{name}: {shown(got)} instead of {shown(ours)}"
 

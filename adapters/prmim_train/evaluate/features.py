@@ -20,7 +20,7 @@ from prmim_train.data.batches import evaluation_batches
 from prmim_train.data.depth import in_8_bit_range
 from prmim_train.evaluate.frozen import NEIGHBOURS, PROTOCOLS, TEMPERATURE, classify
 from prmim_train.evaluate.score_pictures import draw_confusion
-from prmim_train.evaluate.scores import format_score, score
+from prmim_train.evaluate.scores import format_score, score, write_predictions
 from prmim_train.run.directory import RunDirectory
 from prmim_train.run.engine import EncoderEngine, Engine, check_launcher, create_encoder_engine
 from prmim_train.run.files import write_json
@@ -91,7 +91,7 @@ def evaluate_run(
     Notes
     -----
     `prmim_train.evaluate.frozen` defines `knn` and `linear`. Raw pixels are shrunk to at most 32 x 32. The untrained
-    encoder has the same seed, and random weights even if the run started from given weights.
+    encoder has random weights of the same seed, even if the run started from given weights.
     """
     reason = why_not(data)
     if reason:
@@ -191,6 +191,7 @@ def evaluate_command(
     baselines: bool = True,
     allow_changes: bool = False,
     image_size: tuple[int, ...] | None = None,
+    **keys: Any,
 ) -> None:
     """Evaluate the frozen features of a checkpoint.
 
@@ -214,6 +215,8 @@ def evaluate_command(
         See `prmim_train.run.prepare.open_run_data`.
     image_size
         Size of the images in pixels, in place of that of the run.
+    **keys
+        Other options of `prmim_train.config.training.SourceOptions`.
 
     Raises
     ------
@@ -224,7 +227,7 @@ def evaluate_command(
         If there is no run or no checkpoint.
     """
     directory = RunDirectory.open(Path(run))
-    config = read_run_config(directory, data=data, holdout=holdout, device=device, eval_limit=eval_limit)
+    config = read_run_config(directory, data=data, holdout=holdout, device=device, eval_limit=eval_limit, **keys)
     if config.eval_limit == 0:
         raise ValueError("eval_limit: expected at least 1 image to evaluate on, got 0")
     check_frames(config.method, image_size)
@@ -273,6 +276,7 @@ def _report(
     }
     protocols = {name: {**options[name], **found} for name, found in scores.items()}
     record = {"data": data, "test_data": test_data, "step": step, "image_size": size, **result, "protocols": protocols}
+    write_predictions(run.path / "evaluation" / "predictions.npz", truth, predicted)
     write_json(run.path / "evaluation.json", record)
     print(f"Written: {run.path / 'evaluation.json'}")
 
@@ -319,6 +323,9 @@ def format_evaluation(result: Mapping[str, Any]) -> str:
       trained encoder                       90.0 %
       raw pixels                            75.0 %
       most frequent class                   50.0 %
+    >>> ahead = {**numbers, "trained": {"knn": 0.9}, "pixels": {"knn": 0.95}}
+    >>> print(format_evaluation(ahead).splitlines()[-1])
+    Raw pixels lead by 20 nearest neighbours: images that are small, centred and similar are easy to compare by pixels.
     """
     if "skipped" in result:
         return f"No evaluation: {result['skipped']}."
@@ -334,6 +341,11 @@ def format_evaluation(result: Mapping[str, Any]) -> str:
     for name, values in rows.items():
         cells = (f"{100 * values[p]:.1f} %".rjust(len(title) + 2) for p, title in zip(protocols, titles, strict=True))
         lines.append(f"  {name:<21}" + "".join(cells))
+    pixels, trained = result.get("pixels", {}), result.get("trained", {})
+    led = [PROTOCOL_TITLES[protocol] for protocol in protocols if pixels.get(protocol, 0) > trained.get(protocol, 1)]
+    if led:
+        reason = "images that are small, centred and similar are easy to compare by pixels"
+        lines.append(f"Raw pixels lead by {' and '.join(led)}: {reason}.")
     return "\n".join(lines)
 
 
@@ -343,7 +355,7 @@ def _extract(
     extractors: Mapping[str, Extractor],
     image_size: tuple[int, ...] | None = None,
 ) -> Features:
-    """Extract features by the name of the extractor, and the labels."""
+    """Extract the features of each extractor by name, and the labels."""
     features: dict[str, list[NDArray[np.float32]]] = {name: [] for name in extractors}
     labels = []
     size = min(256, config.micro_batch)

@@ -1,6 +1,6 @@
 """Classifiers on fixed features: nearest neighbours and logistic regression.
 
-The functions take arrays, need no run and no framework, and take seconds.
+The functions take arrays. They need neither a run nor a framework, and take seconds.
 """
 
 import warnings
@@ -94,7 +94,7 @@ def logistic_regression(
     train_labels
         int (images,), of at least two classes.
     max_iterations
-        Maximum number of iterations. Full convergence is slow with wide features, and hardly changes predictions.
+        Maximum number of iterations. Full convergence is slow for wide features, and hardly changes the predictions.
 
     Returns
     -------

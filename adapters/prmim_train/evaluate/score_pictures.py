@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from prmim_train.report.figures import new_figure, save_figure
+from prmim_train.report.figures import new_figure, plain_text, save_figure
 
-MOST_DRAWN = 1000  # classes; cells of a larger matrix would be invisible
-MOST_NAMED = 40  # classes whose names fit next to the matrix
-MOST_NUMBERED = 20  # classes whose cells have room for a number
+MOST_DRAWN = 1000  # number of classes above which cells would be invisible
+MOST_NAMED = 40  # number of classes up to which names fit next to the matrix
+MOST_NUMBERED = 20  # number of classes up to which a cell fits a number
 TRAIN_COLOUR = "#1f2933"
 TEST_COLOUR = "#e07b28"
 
@@ -35,7 +35,7 @@ def draw_confusion(
     Returns
     -------
     bool
-        Whether a picture was drawn. More than 1,000 classes are not.
+        Whether a picture was drawn: only for up to 1,000 classes.
     """
     from sklearn.metrics import confusion_matrix
 
@@ -50,7 +50,7 @@ def draw_confusion(
     # aspect="auto": with square cells, long names would push the axis label out of the picture.
     shown = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1, interpolation="nearest", aspect="auto")
     if count <= MOST_NAMED:
-        names = [name.replace("$", r"\$") for name in class_names]  # matplotlib takes text between two $ as a formula
+        names = [plain_text(name) for name in class_names]
         axes.set_xticks(range(count), names, rotation=90, fontsize=7)
         axes.set_yticks(range(count), names, fontsize=7)
     if count <= MOST_NUMBERED:

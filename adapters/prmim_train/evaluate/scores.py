@@ -1,12 +1,15 @@
 """Scores of a classifier: accuracy, confidence interval, and accuracy per class."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["format_score", "score"]
+from prmim_methods.weight_files import write_atomically
+
+__all__ = ["format_score", "score", "write_predictions"]
 
 
 def score(truth: NDArray[Any], predicted: NDArray[Any], class_names: Sequence[str]) -> dict[str, Any]:
@@ -67,3 +70,20 @@ def format_score(found: dict[str, Any]) -> str:
         f"{100 * found['accuracy']:.1f} % of {found['test_images']:,} test images correct "
         f"(95 % confidence interval: {100 * low:.1f} to {100 * high:.1f} %)"
     )
+
+
+def write_predictions(path: Path, truth: NDArray[Any], predicted: Mapping[str, NDArray[Any]]) -> None:
+    """Write true and predicted classes of the test images to a ``.npz`` file, in the order of the images.
+
+    Parameters
+    ----------
+    path
+        The file. It is written atomically.
+    truth
+        int (images,), stored as ``truth``.
+    predicted
+        int (images,), stored under the name of the protocol.
+    """
+    path.parent.mkdir(exist_ok=True)
+    arrays: dict[str, Any] = {"truth": truth, **predicted}
+    write_atomically(path, lambda file: np.savez_compressed(file, **arrays))

@@ -1,1 +1,1 @@
-"""Weights from and to other libraries."""
+"""Import and export of weights, and upload to the Hugging Face hub."""

@@ -1,4 +1,4 @@
-"""The model card of a run: what the weights are, how to load them, and the run's own numbers."""
+"""The model card of a run: description of the weights, how to load them, and measurements of the run."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -22,7 +22,7 @@ MEASURED = {
     "device": ("device", "{}"),
     "precision": ("precision", "{}"),
 }
-"""Entries of a summary that the card states: title and format."""
+"""Entries of the summary in the card, with title and format."""
 
 
 def model_card(
@@ -33,7 +33,7 @@ def model_card(
     evaluation: Mapping[str, Any] | None,
     pictures: Sequence[str],
 ) -> str:
-    """Return the README.md of a repository of the hub.
+    """Return the text of `README.md` in a repository of the hub.
 
     Parameters
     ----------
@@ -44,9 +44,9 @@ def model_card(
     step
         Step of the checkpoint.
     summary
-        Content of `summary.json`; empty unless the run ended with this checkpoint.
+        Content of `summary.json`. Empty if the run did not end with this checkpoint.
     evaluation
-        Accuracies of the features of this checkpoint; None without any.
+        Accuracies of the features of this checkpoint. None: not evaluated.
     pictures
         Paths of pictures in the repository.
     """

@@ -1,4 +1,4 @@
-"""Export of a run's weights: for transformers, for timm, as a file of ours, or as a PyTorch program."""
+"""Export of a run's weights: to transformers, timm, a safetensors file of prmim, or a PyTorch program."""
 
 import importlib
 import json
@@ -34,7 +34,7 @@ __all__ = ["Weights", "export_command", "read_weights"]
 
 Arrays = Mapping[str, NDArray[Any]]
 PYTORCH = {"format": "pt"}
-"""Metadata that transformers and timm expect: tensors are laid out as PyTorch has them."""
+"""Metadata that transformers and timm expect: tensors have the layout of PyTorch."""
 
 
 class Weights(NamedTuple):
@@ -47,7 +47,7 @@ class Weights(NamedTuple):
     path
         The file.
     title
-        What they are, for the user.
+        Description for the user.
     """
 
     config: EncoderOptions
@@ -56,7 +56,7 @@ class Weights(NamedTuple):
 
 
 def read_weights(run: str, checkpoint: int | None = None) -> Weights:
-    """Find the weights of a run, or read what a file of weights holds.
+    """Find the weights of a run, or read the metadata of a file of weights.
 
     Parameters
     ----------
@@ -68,7 +68,7 @@ def read_weights(run: str, checkpoint: int | None = None) -> Weights:
     Raises
     ------
     FileNotFoundError, OSError, ValueError
-        See `prmim_train.run.prepare.find_checkpoint`; or if prmim did not write the file.
+        See `prmim_train.run.prepare.find_checkpoint`. Also if prmim did not write the file.
     """
     path = Path(run)
     if path.is_file():
@@ -94,11 +94,11 @@ def export_command(run: str, to: str, out: str, *, checkpoint: int | None = None
     to
         A key of `prmim_methods.export.FORMATS`.
     out
-        The file, or for `hf` the folder. Nothing may exist there.
+        The file, or the folder for `hf`. Must not exist.
     checkpoint
         Step of the checkpoint. None: the newest good checkpoint.
     encoder_only
-        Whether to leave out the decoder, which `hf` and `safetensors` can hold.
+        Whether to leave out the decoder. Only `hf` and `safetensors` can hold a decoder.
 
     Raises
     ------
@@ -181,7 +181,7 @@ WRITERS: dict[str, Writer] = {
 
 
 def _left_out(arrays: Arrays, layout: Layout) -> list[str]:
-    """Return a line on the weights that a library does not have: names of whole parts, or of single weights."""
+    """Return a line with the weights that the other library lacks, by part or by name."""
     lost = set(left_out(arrays, layout))
     kept = {name.partition(".")[0] for name in arrays if name not in lost}
     parts = {name: name.partition(".")[0] for name in lost}
@@ -190,7 +190,7 @@ def _left_out(arrays: Arrays, layout: Layout) -> list[str]:
 
 
 def _check_encoder(config: EncoderOptions, path: Path) -> None:
-    """Raise ValueError unless a file has as many values in its encoder as its metadata say."""
+    """Raise ValueError if the encoder in a file has another number of values than its metadata."""
     expected = config.encoder_config().parameters()
     got = sum(array.size for name, array in load_file(path).items() if _is_of_encoder(name))
     if got != expected.learned + expected.fixed:
@@ -200,7 +200,7 @@ def _check_encoder(config: EncoderOptions, path: Path) -> None:
 
 
 def _is_of_encoder(name: str) -> bool:
-    """Return whether a weight is part of a file of the encoder alone; see `prmim_torch.load_encoder`."""
+    """Whether a weight belongs to a file with the encoder only; see `prmim_torch.load_encoder`."""
     return name.startswith("encoder.") and name != MASK_TOKEN
 
 

@@ -20,14 +20,14 @@ __all__ = ["push_to_hub"]
 def push_to_hub(
     run: str, repo: str, *, private: bool = False, checkpoint: int | None = None, pictures: bool = True
 ) -> str:
-    """Upload the weights of a run with its options, pictures and a model card. All files are one commit.
+    """Upload the weights of a run with its options, pictures and a model card, in one commit.
 
     Parameters
     ----------
     run
         Folder of the run.
     repo
-        Name of the repository, `owner/name`. It is created if there is none.
+        Name of the repository, `owner/name`. Created if it does not exist.
     private
         Whether a new repository is private.
     checkpoint
@@ -45,7 +45,7 @@ def push_to_hub(
     ImportError
         If `huggingface_hub` is not installed.
     ValueError
-        If the name is none, or the hub refuses the upload or cannot be reached.
+        If the name is invalid, or the hub rejects the upload or cannot be reached.
     FileNotFoundError, OSError
         If there is no run, no checkpoint, or only damaged ones.
     """
@@ -59,7 +59,7 @@ def push_to_hub(
         api.create_repo(repo, private=private, exist_ok=True)
         added = [hub.CommitOperationAdd(name, content) for name, content in files.items()]
         return str(api.create_commit(repo, added, commit_message="Weights pre-trained with prmim").commit_url)
-    except Exception as error:  # whatever the client and the network come up with
+    except Exception as error:  # any error of the client or the network
         raise ValueError(f"repo: expected one that can be written, got {shown(repo)} ({one_line(error)})") from None
 
 
@@ -69,7 +69,7 @@ def push_command(run: str, repo: str, **options: Any) -> None:
 
 
 def _files(run: RunDirectory, repo: str, checkpoint: int | None, *, with_pictures: bool) -> dict[str, bytes | str]:
-    """Return what is uploaded: the content or the path of each file, by its name in the repository."""
+    """Return the files to upload: name in the repository to content or path."""
     config = read_run_config(run)
     found = find_checkpoint(run, checkpoint)
     step = step_of(found)
@@ -80,7 +80,7 @@ def _files(run: RunDirectory, repo: str, checkpoint: int | None, *, with_picture
     is_evaluated = evaluation.get("step") == step
     pictures = []
     if with_pictures and found == run.checkpoints()[-1]:
-        # Pictures show the newest checkpoint, and those of an evaluation the evaluated one.
+        # Pictures show the newest checkpoint; pictures of an evaluation show the evaluated checkpoint.
         patterns = ("*.png", "evaluation/*.png") if is_evaluated else ("*.png",)
         pictures = [path for pattern in patterns for path in sorted(run.path.glob(pattern)) if path.is_file()]
     named = {path.relative_to(run.path).as_posix(): str(path) for path in pictures}

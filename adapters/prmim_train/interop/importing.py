@@ -20,16 +20,16 @@ def import_command(
     norm_pix: bool | None = None,
     encoder_only: bool = False,
 ) -> None:
-    """Convert weights of other code to a file of ours, and print what they are.
+    """Convert weights of other code to a file of prmim, and print a description.
 
     Parameters
     ----------
     source
         File or folder of the weights, or the folder of a run.
     out
-        The `.safetensors` file to write. Nothing may exist there.
+        The `.safetensors` file to write. Must not exist.
     backend
-        The framework that reads the source: `torch`, or `jax` for safetensors.
+        Framework that reads the source: `torch`, or `jax` for safetensors.
     num_heads, decoder_heads, image_size, norm_pix, encoder_only
         See `prmim_torch.import_weights`.
 
@@ -38,7 +38,7 @@ def import_command(
     FileExistsError
         If something exists at `out`.
     FileNotFoundError, ImportError, ValueError
-        If the backend is not installed, or the source is no checkpoint of a known format. Nothing is written then.
+        If the backend is not installed, or the source is not a checkpoint of a known format. Nothing is written.
     """
     path = Path(out)
     if path.suffix != SAFETENSORS:
@@ -46,7 +46,7 @@ def import_command(
     if path.exists():
         raise FileExistsError(f"out: {out} exists already; name another file")
     check_backend(backend)
-    find_checkpoint(source)  # a wrong source is found before a framework is imported
+    find_checkpoint(source)  # report a wrong source before importing a framework
     found = import_backend(backend).import_weights(
         source,
         path,

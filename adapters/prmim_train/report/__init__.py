@@ -1,1 +1,1 @@
-"""Reports for people: `prmim inspect` and pictures."""
+"""Reports: `prmim inspect`, `prmim stats`, recipes and pictures."""

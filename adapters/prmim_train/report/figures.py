@@ -19,11 +19,32 @@ if TYPE_CHECKING:
 
 HIDDEN = (0.90, 0.91, 0.93)
 DOTS_PER_INCH = 150
+WIDE = 2.5
+"""Ratio of width to height above which an image is wide, and below whose inverse it is tall."""
+PAGE_WIDTH = 12.0
+TALLEST = 5.0
+GAP = 0.3
+"""Inches: the width of a large picture, the height of a tall image, and the gap between two samples in a row."""
+SHORT = 10
+"""Characters that fit above a tall image."""
 
 
 def to_rgb(images: NDArray[np.float64]) -> NDArray[np.float64]:
     """Convert to three channels: repeat the first of one or two channels, or take the first three."""
     return images[..., :3] if images.shape[-1] >= 3 else np.repeat(images[..., :1], 3, axis=-1)
+
+
+def shown_channels(channels: int) -> str:
+    """Return a sentence on the channels that `to_rgb` shows; empty if it shows all of them.
+
+    Examples
+    --------
+    >>> shown_channels(13)
+    'The first three of 13 channels are shown, as red, green and blue.'
+    """
+    if channels == 2:
+        return "The first of two channels is shown, in grey."
+    return f"The first three of {channels} channels are shown, as red, green and blue." if channels > 3 else ""
 
 
 def frames_in_a_row(values: NDArray[Any], fill: float) -> NDArray[Any]:
@@ -55,11 +76,69 @@ def new_figure(width: float, height: float) -> "Figure":
     return figure
 
 
+def panel_axes(
+    samples: int, panels: int, aspect: float, *, side: float, extra: float
+) -> tuple["Figure", NDArray[np.object_]]:
+    """Create a figure with a row of panels for each sample. The layout suits images of all proportions.
+
+    Samples are stacked, with their panels side by side. Panels of wide images are stacked, too. Samples of tall images
+    are placed side by side, as many as fit.
+
+    Parameters
+    ----------
+    samples, panels
+        Number of samples, and of panels per sample.
+    aspect
+        Width over height of a panel.
+    side
+        Inches of a side of a square panel.
+    extra
+        Inches above and below all panels.
+
+    Returns
+    -------
+    Figure, array of Axes (samples, panels)
+    """
+    if aspect > WIDE:
+        figure = new_figure(max(6.0, min(PAGE_WIDTH, 0.9 * aspect)), samples * panels * 1.15 + extra)
+        return figure, figure.subplots(samples * panels, 1, squeeze=False).reshape(samples, panels)
+    if aspect >= 1 / WIDE:
+        size = panels * side * max(1.0, aspect), samples * side * max(1.0, 1 / aspect) + extra
+        figure = new_figure(*size)
+        return figure, figure.subplots(samples, panels, squeeze=False)
+    width = max(0.8, TALLEST * aspect)
+    fitting = min(samples, max(1, int(PAGE_WIDTH / (panels * width + GAP))))
+    rows = -(-samples // fitting)
+    figure = new_figure(fitting * (panels * width + GAP), rows * (TALLEST + 0.4) + extra)
+    axes = figure.subplots(
+        rows, fitting * (panels + 1), squeeze=False, width_ratios=([width] * panels + [GAP]) * fitting
+    ).reshape(rows * fitting, panels + 1)
+    for unused in (*axes[:, -1], *axes[samples:, :-1].ravel()):
+        unused.set_axis_off()
+    return figure, axes[:samples, :-1]
+
+
 def show_image(axes: "Axes", image: NDArray[np.float64]) -> None:
     """Show an RGB image in [0, 1] without axes, with its upper left corner at (0, 0)."""
     height, width = image.shape[:2]
     axes.imshow(image, interpolation="nearest", vmin=0, vmax=1, extent=(0, width, height, 0))
     axes.set_axis_off()
+
+
+def wrapped(title: str, aspect: float) -> str:
+    r"""Break a title into short lines if it stands above a tall image.
+
+    Examples
+    --------
+    >>> wrapped("thrown, rebuilt: 98", 0.1)
+    'thrown,\nrebuilt:\n98'
+    """
+    return "\n".join(textwrap.wrap(title, SHORT)) if aspect < 1 / WIDE else title
+
+
+def label_row(axes: "Axes", text: str) -> None:
+    """Write a label to the left of an image."""
+    axes.text(-0.01, 0.5, text, transform=axes.transAxes, ha="right", va="center", fontsize=9)
 
 
 def draw_cells(axes: "Axes", height: int, width: int) -> None:
@@ -73,6 +152,17 @@ def draw_cells(axes: "Axes", height: int, width: int) -> None:
         axes.set_yticks(np.arange(height + 1) - 0.5, minor=True)
         axes.grid(which="minor", color="white", linewidth=0.6)
         axes.tick_params(which="minor", length=0)
+
+
+def plain_text(text: str) -> str:
+    r"""Escape text for matplotlib, which would parse text between two $ as a formula.
+
+    Examples
+    --------
+    >>> plain_text("a$b$c")
+    'a\\$b\\$c'
+    """
+    return text.replace("$", r"\$")
 
 
 def write_caption(figure: "Figure", text: str) -> None:

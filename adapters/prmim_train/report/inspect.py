@@ -1,4 +1,7 @@
-"""`prmim inspect`: what a run will do and cost, before it starts."""
+"""`prmim inspect`: data, tokens and cost of a run, before it starts."""
+
+import math
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -7,28 +10,30 @@ from prmim_methods.cost import PartCost
 from prmim_methods.encoder import times
 from prmim_methods.messages import shorten
 from prmim_methods.record import find_option
+from prmim_train.config.axes import Spacing
 from prmim_train.config.pretrain import PretrainConfig
 from prmim_train.data.batches import UnreadableImages
 from prmim_train.data.crops import crop_effect
-from prmim_train.data.image_files import counted, ignore_pillow_warnings
+from prmim_train.data.image_files import ImageHeader, counted, ignore_pillow_warnings
 from prmim_train.data.sources import ArraySource, ImageSource, UnreadableImageError
 from prmim_train.data.statistics import far_below, measure_images
 from prmim_train.data.transforms import plane_of
 from prmim_train.run.budget import Budget
 from prmim_train.run.engine import Engine, check_backend
 from prmim_train.run.prepare import RunData, open_data
+from prmim_train.run.proposal import LEAST_IMAGES, doubts, propose
 from prmim_train.run.size import OPTIMIZED_BYTES, accounting, excess, expected_precision
 
 UNKNOWN = "unknown until the teacher is downloaded"
-CUSTOM = "without the mixing module of your own"
-"""What numbers leave out that are not known."""
+CUSTOM = "without your mixing module"
+"""Suffix of numbers that exclude unknown parts."""
 MAX_HEADERS = 2000
 MAPS = "attention_maps"
-"""Name of the cost of the passes that compute attention maps."""
+"""Name of the cost of passes that compute attention maps."""
 ONCE = {"teacher": "the teacher", MAPS: "attention maps"}
 """Parts without a backward pass."""
 NUM_MEASURED = 8
-"""Images whose pixel values `inspect` reads."""
+"""Number of images whose pixel values `inspect` reads."""
 MAX_ENLARGEMENT = 2
 """Median enlargement of the crops above which `inspect` warns."""
 NUM_NAMED = 3
@@ -39,7 +44,7 @@ MAX_NAME = 30
 def inspect_run(config: PretrainConfig) -> str:
     """Describe what `pretrain` would do with the same options, by formula. Trains nothing and writes nothing.
 
-    Imports neither torch nor jax, and downloads no teacher. A device that is not there is found when a run starts.
+    Imports neither torch nor jax, and downloads no teacher. The device is not checked.
 
     Parameters
     ----------
@@ -49,8 +54,8 @@ def inspect_run(config: PretrainConfig) -> str:
     Returns
     -------
     str
-        Several paragraphs: data, tokens, computation, memory, optimisation. They say why `pretrain` would refuse a
-        model that is too large, and which package of the backend is missing.
+        Several paragraphs: data, tokens, computation, memory, optimization. They also report a model that is too large
+        for `pretrain`, and missing packages of the backend.
 
     Raises
     ------
@@ -65,8 +70,9 @@ def inspect_run(config: PretrainConfig) -> str:
         _memory_lines(config),
         _parameter_lines(config),
         _optimisation_lines(config, data.budget),
+        _proposal_lines(config, data.budget),
     ]
-    return "\n\n".join("\n".join(lines) for lines in paragraphs)
+    return "\n\n".join("\n".join(lines) for lines in paragraphs if lines)
 
 
 def format_brief(config: PretrainConfig, data: RunData, engine: Engine) -> str:
@@ -77,10 +83,11 @@ def format_brief(config: PretrainConfig, data: RunData, engine: Engine) -> str:
     config
         The options of the run.
     data
-        Its images and its length.
+        Images and length of the run.
     engine
-        Its engine.
+        Engine of the run.
     """
+    found = doubts(config, data.budget)
     lines = [
         f"Data: {data.source.description}; {len(data.train):,} to train on, {len(data.held_out):,} held out",
         f"Tokens: {times(config.method.grid.shape)} grid; {config.method.summary()}",
@@ -88,6 +95,8 @@ def format_brief(config: PretrainConfig, data: RunData, engine: Engine) -> str:
         f"Steps: {data.budget.total_steps:,} of {config.batch_size} images ({config.epochs} epochs), peak learning "
         f"rate {config.learning_rate:.3g} after {data.budget.warmup_steps:,} steps",
         *(f"Warning: {text}" for text in _range_warnings(config, data.source)),
+        *(f"Warning: {text}" for text in found),
+        *["prmim inspect, with the same options, proposes others for this number of images."] * bool(found),
     ]
     return "\n".join(lines)
 
@@ -147,21 +156,56 @@ def _labels_text(source: ImageSource) -> str:
 
 
 def _size_lines(config: PretrainConfig, source: ImageSource) -> list[str]:
-    """Read the sizes of evenly spaced images, and describe what the crops do to them."""
+    """Describe the sizes of evenly spaced images, and of their crops."""
     ignore_pillow_warnings()
     number = 1 if isinstance(source, ArraySource) else min(len(source), MAX_HEADERS)
     unreadable = UnreadableImages(source, number)
-    shapes: list[tuple[int, int]] = []
+    headers: list[ImageHeader] = []
     for record in np.arange(number) * len(source) // number:
         try:
-            shapes.append(source.header(int(record)).shape)
+            headers.append(source.header(int(record)))
         except UnreadableImageError as error:
             unreadable.add([(int(record), error.reason)])
     lines = []
     if not isinstance(source, ArraySource):
         named = f": {unreadable.named(NUM_NAMED)}" if len(unreadable) else ""
         lines = [_row("unreadable", f"{len(unreadable):,} of {counted(number, 'header')} checked{named}")]
-    return [*lines, *(_crop_lines(config, shapes) if shapes else [])]
+    if not headers:
+        return lines
+    if config.volumes:
+        return [*lines, *_volume_lines(config, headers)]
+    return [
+        *lines,
+        *_frame_lines(config, headers),
+        *_crop_lines(config, [plane_of(header.shape) for header in headers]),
+    ]
+
+
+def _frame_lines(config: PretrainConfig, headers: Sequence[ImageHeader]) -> list[str]:
+    """Describe the lengths of clips, and the frames of a crop; empty for images."""
+    if config.three_axes is None:
+        return []
+    wanted, stride = config.three_axes.frames, config.frame_stride
+    span = (wanted - 1) * stride + 1
+    lengths = sorted(header.shape[0] for header in headers)
+    rates = sorted(header.rate for header in headers if header.rate is not None)
+    taken = f"{wanted} frames" + f", one in {stride}: {span} frames of the clip" * (stride > 1)
+    if rates:
+        taken += f", {span / rates[len(rates) // 2]:.3g} seconds"
+    lines = [_row("frames", _range_text(lengths)), _row("frames of a crop", taken)]
+    if rates:
+        lines.insert(1, _row("frames per second", _range_text(rates)))
+    if short := sum(length < span for length in lengths):
+        advice = "; choose a smaller frame_stride" if stride > 1 else ""
+        reason = f"{short:,} of {counted(len(lengths), 'clip')} have fewer frames, and repeat their last one{advice}"
+        lines.append(_row("warning", reason))
+    return lines
+
+
+def _range_text(ordered: Sequence[float]) -> str:
+    """Describe the smallest, the median and the largest of sorted numbers."""
+    smallest, median, largest = (f"{ordered[place]:,.5g}" for place in (0, len(ordered) // 2, -1))
+    return f"{smallest} to {largest}, median {median}" if smallest != largest else smallest
 
 
 def _range_warnings(config: PretrainConfig, source: ImageSource) -> list[str]:
@@ -175,9 +219,6 @@ def _range_warnings(config: PretrainConfig, source: ImageSource) -> list[str]:
 
 def _crop_lines(config: PretrainConfig, shapes: list[tuple[int, int]]) -> list[str]:
     size = plane_of(config.method.image_size)
-    shapes.sort(key=lambda shape: shape[0] * shape[1])
-    smallest, median, largest = (times(shapes[place]) for place in (0, len(shapes) // 2, -1))
-    found = f"{smallest} to {largest} pixels, median {median}" if len(set(shapes)) > 1 else f"{smallest} pixels"
     flipped = ", mirrored" if config.flip else ""
     crops = f"{times(config.method.image_size)} pixels"
     if config.crop_padding is not None:
@@ -193,7 +234,51 @@ def _crop_lines(config: PretrainConfig, shapes: list[tuple[int, int]]) -> list[s
             _row("crops", crops),
             _row("enlargement", f"{factors}; stretched up to {effect.stretch.max():.3g} times along one side"),
         ]
-    return [_row("image sizes", found), *lines, *_enlargement_warning(float(np.median(enlargement)))]
+    return [
+        _row("image sizes", _sizes_text(shapes, "pixels")),
+        *lines,
+        *_enlargement_warning(float(np.median(enlargement))),
+    ]
+
+
+def _volume_lines(config: PretrainConfig, headers: list[ImageHeader]) -> list[str]:
+    shapes = [header.shape for header in headers]
+    spacings = [config.spacing or header.spacing for header in headers]
+    size = config.method.image_size
+    effect = crop_effect(
+        shapes, size, scale=config.crop_scale, ratio=config.crop_ratio, draw=config.crop_draw, spacings=spacings
+    )
+    share, enlargement, step = effect.share, effect.enlargement, effect.step
+    crops = f"{times(size)} voxels, {share.min():.2g} to {share.max():.2g} of the volume (mean {share.mean():.2g})"
+    factors = f"{np.median(enlargement):.2g} times (median), {enlargement.min():.2g} to {enlargement.max():.2g}"
+    known = [spacing for spacing in spacings if spacing is not None]
+    lines = [
+        _row("volume sizes", _sizes_text(shapes, "voxels")),
+        _row("spacing", _spacing_text(known)),
+        _row("crops", crops + ", mirrored along each axis" * config.flip),
+    ]
+    if len(known) == len(spacings):
+        lines.append(
+            _row("voxels of crops", f"{np.median(step):.3g} mm (median), {step.min():.3g} to {step.max():.3g}")
+        )
+    along = f"{factors}, along the axis with the fewest voxels; stretched up to {effect.stretch.max():.3g} times"
+    return [*lines, _row("enlargement", along), *_enlargement_warning(float(np.median(enlargement)))]
+
+
+def _spacing_text(spacings: Sequence[Spacing]) -> str:
+    """Describe the spacing of volumes, where it is known."""
+    if not spacings:
+        return "unknown, so voxels count as cubes; --spacing depth,height,width sets it"
+    found = sorted(set(spacings), key=math.prod)
+    first, last = (" x ".join(f"{step:.3g}" for step in found[place]) for place in (0, -1))
+    return f"{first} mm" if len(found) == 1 else f"{first} to {last} mm"
+
+
+def _sizes_text(shapes: Sequence[tuple[int, ...]], unit: str) -> str:
+    """Describe the smallest, the median and the largest size."""
+    ordered = sorted(shapes, key=math.prod)
+    smallest, median, largest = (times(ordered[place]) for place in (0, len(ordered) // 2, -1))
+    return f"{smallest} to {largest} {unit}, median {median}" if len(set(ordered)) > 1 else f"{smallest} {unit}"
 
 
 def _enlargement_warning(enlargement: float) -> list[str]:
@@ -279,7 +364,7 @@ def _parameter_lines(config: PretrainConfig) -> list[str]:
 def _backend_text(backend: str) -> str:
     try:
         check_backend(backend)
-    except ImportError as error:  # the rest of this page needs no framework
+    except ImportError as error:  # the rest of the report needs no framework
         return str(error).removeprefix("backend: ")
     return backend
 
@@ -292,7 +377,7 @@ def _optimisation_lines(config: PretrainConfig, budget: Budget) -> list[str]:
     minutes = f" or {config.checkpoint_minutes:g} minutes" if config.checkpoint_minutes is not None else ""
     precision = expected_precision(config)
     return [
-        "Optimisation",
+        "Optimization",
         _row("effective batch", f"{config.batch_size} images per step{parts}"),
         _row("peak learning rate", rate),
         _row("steps", f"{budget.total_steps:,} ({config.epochs} epochs of {budget.steps_per_epoch:.4g} steps)"),
@@ -304,6 +389,23 @@ def _optimisation_lines(config: PretrainConfig, budget: Budget) -> list[str]:
         ),
         _row("run directory", f"{config.run_path}"),
     ]
+
+
+def _proposal_lines(config: PretrainConfig, budget: Budget) -> list[str]:
+    """Warn of options that do not suit the number of images, and propose others."""
+    found = doubts(config, budget)
+    if not found:
+        return []
+    lines = ["Few images or steps", *(_row("warning", text) for text in found)]
+    if proposed := propose(config, budget):
+        lines.append(_row("proposed", " ".join(f"--{name} {_value(value)}" for name, value in proposed.items())))
+    if budget.num_images < LEAST_IMAGES:
+        lines.append(_row("start", "--init_weights, with weights trained on more images of this kind, if you have any"))
+    return lines
+
+
+def _value(value: object) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _row(name: str, value: str) -> str:

@@ -15,16 +15,21 @@ from prmim_train.config.packages import check_installed
 from prmim_train.config.pretrain import PretrainConfig
 from prmim_train.data.depth import in_8_bit_range
 from prmim_train.data.sources import ImageSource, UnreadableImageError
-from prmim_train.data.transforms import center_crop, plane_of, unfold_frames
+from prmim_train.data.three_axes import read_center
 from prmim_train.report.figures import (
     HIDDEN,
+    WIDE,
     draw_cells,
     frames_in_a_row,
+    label_row,
     new_figure,
+    panel_axes,
     save_figure,
     show_image,
+    shown_channels,
     to_rgb,
     token_pixels,
+    wrapped,
     write_caption,
 )
 from prmim_train.report.similarity import draw_similarity
@@ -43,6 +48,14 @@ KINDS_OF = {
     "features": ("similarity", "schedule", "loss"),
 }
 """Kinds of pictures by the targets of the method."""
+
+BAR = 0.8
+"""Width of the colour bar, in inches."""
+SHOWN_LAYERS = 8
+"""Maximum number of token layers of a clip or a volume in pictures of reconstructions."""
+
+MAX_WIDTH = 16
+"""Maximum width, in inches, of clips and volumes side by side."""
 
 NOT_PREDICTED = (0.98, 0.84, 0.68)
 VISIBLE_COLOUR = "#3d4651"
@@ -115,7 +128,7 @@ def draw_images(
     images, sample = _read_some(data.source, shown, max(1, config.pictures), config.method.image_size)
     pixels = in_8_bit_range(images, config.method.pixel_range)
     paths = []
-    if engine.rank > 0:  # the main process draws, but all processes have to compute
+    if engine.rank > 0:  # only the main process draws, but all processes must compute
         kinds = ()
     if isinstance(config.method, PixelConfig):
         attention = engine.attention(images) if config.method.needs_weights else None
@@ -133,7 +146,14 @@ def draw_images(
     if "schedule" in kinds:
         paths.append(run.path / "schedule.png")
         is_rebuilt = config.method.is_reconstructed
-        draw_schedule(paths[-1], np.asarray(order), schedule, is_rebuilt=is_rebuilt, attention=attention)
+        draw_schedule(
+            paths[-1],
+            np.asarray(order),
+            schedule,
+            patch_size=config.method.patch_size,
+            is_rebuilt=is_rebuilt,
+            attention=attention,
+        )
     return paths
 
 
@@ -200,7 +220,7 @@ def picture_command(
 def draw_reconstructions(path: Path, images: NDArray[Any], reconstruction: Reconstruction, method: PixelConfig) -> None:
     """Draw one row per image: input, visible, decoded and thrown tokens, and all of them together.
 
-    Of a clip, each of these is a row of frames.
+    For a clip or a volume, each panel is a row of frames or slices, one per layer of tokens, at most 8.
 
     Parameters
     ----------
@@ -224,25 +244,70 @@ def draw_reconstructions(path: Path, images: NDArray[Any], reconstruction: Recon
     }
     if not method.is_reconstructed:
         titles["thrown"] = f"thrown: {schedule.counts.thrown}"
-    is_clip = images.ndim == 5
-    if is_clip:
-        columns = {name: frames_in_a_row(panels, 1.0) for name, panels in columns.items()}
-    rows, height, width = columns["input"].shape[:3]
-    if is_clip:
-        figure = new_figure(max(6.0, 0.9 * width / height), rows * len(columns) * 1.15 + 0.75)
-        axes = figure.subplots(rows * len(columns), 1, squeeze=False).reshape(rows, len(columns))
+    if images.ndim == 5:
+        figure = _draw_stacks(columns, titles, shown_frames(images.shape[1], method.patch_size[0]))
     else:
-        panel = 1.45
-        size = len(columns) * panel * max(1.0, width / height), rows * panel * max(1.0, height / width) + 0.75
-        figure = new_figure(*size)
-        axes = figure.subplots(rows, len(columns), squeeze=False)
+        figure = _draw_panels(columns, titles)
+    write_caption(figure, _reconstruction_caption(method))
+    save_figure(figure, path)
+
+
+def _draw_panels(columns: Mapping[str, NDArray[np.float64]], titles: Mapping[str, str]) -> "Figure":
+    """Draw one row per image."""
+    rows, height, width = columns["input"].shape[:3]
+    aspect = width / height
+    figure, axes = panel_axes(rows, len(columns), aspect, side=1.45, extra=0.75)
     for column, (name, panels) in enumerate(columns.items()):
         for row in range(rows):
             show_image(axes[row, column], panels[row])
-            if is_clip or row == 0:
-                axes[row, column].set_title(titles[name], fontsize=9)
-    write_caption(figure, _reconstruction_caption(method))
-    save_figure(figure, path)
+            if row == 0 or not 1 / WIDE <= aspect <= WIDE:
+                axes[row, column].set_title(wrapped(titles[name], aspect), fontsize=9)
+    return figure
+
+
+def _draw_stacks(
+    columns: Mapping[str, NDArray[np.float64]], titles: Mapping[str, str], shown: Sequence[int]
+) -> "Figure":
+    """Draw a block of rows per clip or volume, each a row of the shown frames."""
+    strips = {name: frames_in_a_row(panels[:, shown], 1.0) for name, panels in columns.items()}
+    blocks, total, height, width, _ = columns["input"].shape
+    panel = 0.95
+    across, down = 1.4 + len(shown) * panel * max(1.0, width / height), 0.3 + len(strips) * panel * 1.05
+    side_by_side = max(1, min(blocks, int(MAX_WIDTH // across)))
+    lines = -(-blocks // side_by_side)
+    figure = new_figure(side_by_side * across, lines * down + 0.6)
+    parts = np.ravel(figure.subfigures(lines, side_by_side, squeeze=False))
+    for block, part in enumerate(parts[:blocks]):
+        axes = part.subplots(len(strips), 1, squeeze=False)[:, 0]
+        for row, (name, strip) in enumerate(strips.items()):
+            show_image(axes[row], strip[block])
+            axes[row].set_anchor("E")  # all remaining space is for the label
+            label_row(axes[row], titles[name].replace(", ", ",\n").replace(" + ", " +\n"))
+        step = strips["input"].shape[2] / len(shown)
+        for place, frame in enumerate(shown):
+            text = f"{frame + 1} of {total}" if place == 0 else str(frame + 1)
+            axes[0].text((place + 0.5) * step, -0.04 * height, text, ha="center", va="bottom", fontsize=8)
+    return figure
+
+
+def shown_frames(number: int, thickness: int) -> list[int]:
+    """Return the middle frame or slice of each of up to 8 layers of tokens, evenly spaced.
+
+    Parameters
+    ----------
+    number
+        Frames of the clip, or slices of the volume.
+    thickness
+        Frames of a token.
+
+    Examples
+    --------
+    >>> shown_frames(96, 16), shown_frames(16, 1)
+    ([8, 24, 40, 56, 72, 88], [1, 3, 5, 7, 9, 11, 13, 15])
+    """
+    layers = number // thickness
+    count = min(layers, SHOWN_LAYERS)
+    return [((2 * k + 1) * layers // (2 * count)) * thickness + thickness // 2 for k in range(count)]
 
 
 def reconstruction_panels(
@@ -271,7 +336,7 @@ def reconstruction_panels(
     predicted = np.clip(reconstruction.patches.astype(np.float64), 0.0, 1.0)
 
     def paint(patches: NDArray[np.float64], is_shown: NDArray[np.bool_]) -> NDArray[np.float64]:
-        """Show some tokens. Hidden tokens and tokens without a prediction are filled with a colour each."""
+        """Show some tokens. Hidden tokens and tokens without a prediction have one colour each."""
         pixels = to_rgb(unpatchify(patches, patch_size, schedule.grid))
         pixels = np.where(np.isnan(pixels), NOT_PREDICTED, pixels)
         return np.where(token_pixels(is_shown, patch_size, schedule.grid), pixels, HIDDEN)
@@ -295,6 +360,7 @@ def draw_schedule(
     order: NDArray[Any],
     schedule: Schedule,
     *,
+    patch_size: tuple[int, ...] | None = None,
     is_rebuilt: bool = True,
     attention: NDArray[np.floating[Any]] | None = None,
 ) -> None:
@@ -308,63 +374,94 @@ def draw_schedule(
         Order of the tokens, int (batch, N).
     schedule
         Static boundaries of `order`.
+    patch_size
+        Pixels of a patch along each axis, so that tokens have its proportions. None: squares.
     is_rebuilt
-        Whether thrown tokens are rebuilt in stages. Otherwise they are shown as one group.
+        Whether thrown tokens are reconstructed in stages. Otherwise they are shown as one group.
     attention
-        Attention maps that the tokens were drawn by, float (batch, N) in [0, 1], drawn in a third row. None: there are
-        none.
+        Attention maps that weighted the sampling, float (batch, N) in [0, 1], drawn in a third row. None: no third row.
     """
     from matplotlib.colors import ListedColormap
-    from matplotlib.patches import Patch
 
     grid, counts = schedule.grid, schedule.counts
     kinds = token_kinds(order, schedule)
     distance = np.sqrt(nearest_known_distance(grid, kinds <= 1))
-    names = [f"visible: {counts.visible}", f"decoded: {counts.decoded}"]
-    if is_rebuilt:
-        names += [f"stage {stage}: {size}" for stage, size in enumerate(schedule.stage_sizes, start=1) if size]
-    elif counts.thrown:
-        names.append(f"thrown: {counts.thrown}")
-        kinds = np.minimum(kinds, 2)
-    colours = [VISIBLE_COLOUR, DECODED_COLOUR, *_stage_colours(len(names) - 2)]
+    names, colours = role_colours(schedule, is_rebuilt=is_rebuilt)
+    kinds = np.minimum(kinds, len(names) - 1)
 
     columns = len(order)
     kind_maps, distance_maps = (_token_maps(values, grid) for values in (kinds, distance))
     height, width = kind_maps.shape[1:]
     panel = 1.7
     rows = 2 if attention is None else 3
-    if grid.axes == 3:  # a row of frames for each map
-        figure = new_figure(max(6.0, 0.9 * width / height), rows * columns * 1.3 + 1.1)
-        axes = figure.subplots(rows * columns, 1, squeeze=False).reshape(columns, rows).T
-    else:
-        size = columns * panel * max(1.0, width / height) + 0.7, rows * panel * max(1.0, height / width) + 1.1
+    stretch = 1.0 if patch_size is None else patch_size[-2] / patch_size[-1]
+    aspect = width / (height * stretch)
+    is_usual = 1 / WIDE <= aspect <= WIDE
+    if is_usual:
+        size = columns * panel * max(1.0, aspect) + 0.7, rows * panel * max(1.0, 1 / aspect) + 1.1
         figure = new_figure(*size)
         axes = figure.subplots(rows, columns, squeeze=False)
+    else:
+        figure, axes = panel_axes(columns, rows, aspect, side=panel, extra=1.1)
+        figure.set_figwidth(figure.get_figwidth() + BAR)
+        axes = axes.T
     colour_map = ListedColormap(colours)
     shown = None
     for column in range(columns):
         top, bottom = axes[:2, column]
-        top.imshow(kind_maps[column], cmap=colour_map, vmin=-0.5, vmax=len(colours) - 0.5)
+        top.imshow(kind_maps[column], cmap=colour_map, vmin=-0.5, vmax=len(colours) - 0.5, aspect=stretch)
         draw_cells(top, height, width)
         top.set_title(f"image {column + 1}", fontsize=9)
-        shown = bottom.imshow(distance_maps[column], cmap="YlGnBu", vmin=0, vmax=max(2.0, float(distance.max())))
+        shown = bottom.imshow(
+            distance_maps[column], cmap="YlGnBu", vmin=0, vmax=max(2.0, float(distance.max())), aspect=stretch
+        )
         draw_cells(bottom, height, width)
-        bottom.set_title(f"largest distance: {distance[column].max():.2f}", fontsize=8)
+        bottom.set_title(wrapped(f"largest distance: {distance[column].max():.2f}", aspect), fontsize=8)
         if attention is not None:
-            axes[2, column].imshow(_token_maps(attention, grid)[column], cmap="magma", vmin=0, vmax=1)
+            values = _token_maps(attention, grid)[column]
+            axes[2, column].imshow(values, cmap="magma", vmin=0, vmax=1, aspect=stretch)
             draw_cells(axes[2, column], height, width)
-            axes[2, column].set_title("attention, 0 to 1", fontsize=8)
+            axes[2, column].set_title(wrapped("attention, 0 to 1", aspect), fontsize=8)
     if shown is not None:
-        bar = figure.colorbar(shown, ax=axes[1, :].tolist(), fraction=0.05, pad=0.02)
+        where = {"ax": axes[1].tolist()} if is_usual else {"ax": axes.ravel().tolist(), "shrink": 0.6, "aspect": 30}
+        bar = figure.colorbar(shown, fraction=0.05, pad=0.02, **where)
         bar.set_label(
             f"distance to the nearest\n{'visible or decoded' if counts.decoded else 'visible'} token", fontsize=8
         )
         bar.ax.locator_params(nbins=4)
         bar.ax.tick_params(labelsize=8)
+    draw_roles(figure, names, colours)
+    if grid.axes == 3:
+        write_caption(figure, "A row shows the layers of tokens along the first axis, from its start to its end.")
+    save_figure(figure, path)
+
+
+def role_colours(schedule: Schedule, *, is_rebuilt: bool) -> tuple[list[str], list[str]]:
+    """Labels, with numbers of tokens, and colours of the kinds of `token_kinds`.
+
+    Parameters
+    ----------
+    schedule
+        Static boundaries of a plan.
+    is_rebuilt
+        Whether thrown tokens are reconstructed in stages. Otherwise the last label covers all thrown tokens.
+    """
+    counts = schedule.counts
+    names = [f"visible: {counts.visible}", f"decoded: {counts.decoded}"]
+    if is_rebuilt:
+        names += [f"stage {stage}: {size}" for stage, size in enumerate(schedule.stage_sizes, start=1) if size]
+    elif counts.thrown:
+        names.append(f"thrown: {counts.thrown}")
+    return names, [VISIBLE_COLOUR, DECODED_COLOUR, *_stage_colours(len(names) - 2)]
+
+
+def draw_roles(figure: "Figure", names: Sequence[str], colours: Sequence[str]) -> None:
+    """Draw a legend above a figure, without roles that no token has."""
+    from matplotlib.patches import Patch
+
     legend = [pair for pair in zip(names, colours, strict=True) if not pair[0].endswith(": 0")]
     handles = [Patch(facecolor=colour, label=name) for name, colour in legend]
     figure.legend(handles=handles, loc="outside upper center", ncols=len(handles), fontsize=8, frameon=False)
-    save_figure(figure, path)
 
 
 def _token_maps(values: NDArray[Any], grid: Grid) -> NDArray[np.float64]:
@@ -420,7 +517,7 @@ def draw_loss(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
             top.plot(epochs, values, label=label, color=colour, linewidth=line_width)
     losses = [record["loss"] for record in records if record["loss"] is not None]  # None: no finite step
     if losses and min(losses) > 0 and max(losses) > 5 * min(losses):
-        top.set_yscale("log")  # on a linear scale, the first steps would flatten the rest
+        top.set_yscale("log")  # on a linear scale, the first steps would hide later changes
         top.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
         top.yaxis.set_major_formatter(ScalarFormatter())
         top.yaxis.set_minor_formatter(NullFormatter())
@@ -453,7 +550,7 @@ def _draw_probes(figure: "Figure", axes: "Axes", records: Sequence[Mapping[str, 
     right.set_ylabel("accuracy of the probe in %")
     right.spines["top"].set_visible(False)
     handles = [*axes.get_legend_handles_labels()[0], *right.get_legend_handles_labels()[0]]
-    # Above the plot, since the curves use all of its corners.
+    # Above the plot, since curves occupy all corners.
     figure.legend(handles=handles, loc="outside upper center", ncols=3, frameon=False, fontsize=8)
     return True
 
@@ -469,8 +566,7 @@ def _read_some(
             if index in images:
                 continue
             try:
-                image = center_crop(source.read(index), plane_of(image_size))
-                images[index] = unfold_frames(image, image_size)
+                images[index] = read_center(source, index, image_size)
             except UnreadableImageError:
                 continue
             break
@@ -480,7 +576,7 @@ def _read_some(
 
 
 def _reconstruction_caption(method: PixelConfig) -> str:
-    counts, channels = method.counts, method.channels
+    counts = method.counts
     parts = [f"Numbers count tokens of the {times(method.grid.shape)} grid."]
     tokens = ["decoded"] * (counts.decoded > 0) + ["thrown"] * (method.is_reconstructed and not method.thrown_cells)
     if tokens:
@@ -492,15 +588,14 @@ def _reconstruction_caption(method: PixelConfig) -> str:
         parts.append(_predicted("thrown", cells, CELL_NORM_AREAS[method.cell_norm]))
     if counts.thrown and not method.is_reconstructed:
         parts.append("Orange tokens are not predicted: this method does not supervise them.")
-    if channels == 2:
-        parts.append("The first of two channels is shown, in grey.")
-    elif channels > 3:
-        parts.append(f"The first three of {channels} channels are shown, as red, green and blue.")
-    return " ".join(parts)
+    if method.grid.axes == 3:
+        parts.append("Numbers above the rows count frames or slices: the middle one of a layer of tokens.")
+    parts.append(shown_channels(method.channels))
+    return " ".join(filter(None, parts))
 
 
 def _predicted(tokens: str, target: str, area: str | None) -> str:
-    """Say what tokens predict, and which area of the input sets their brightness and contrast, if any does."""
+    """Describe what tokens predict, and the area of the input that sets their brightness and contrast, if any."""
     shown = "" if area is None else f", shown with the brightness and contrast of {area}"
     return f"{tokens.capitalize()} tokens predict {target}{shown}."
 

@@ -1,4 +1,4 @@
-"""What a packaged recipe is: paper, command, published number, and the differences from the published run."""
+"""Description of a packaged recipe: paper, command, published number, and differences from the published run."""
 
 from prmim_train.config.deviations import deviations_of
 from prmim_train.config.layers import read_header, read_options, recipe_names
@@ -7,7 +7,7 @@ __all__ = ["recipe_lines"]
 
 
 def recipe_lines(name: str) -> list[str]:
-    """Describe a packaged recipe: its header, the options of a recipe of `evaluate`, and the deviations.
+    """Describe a packaged recipe: header, options (of recipes of `evaluate`), and deviations.
 
     Parameters
     ----------

@@ -13,9 +13,11 @@ from prmim_methods import MethodConfig
 from prmim_methods.encoder import times
 from prmim_train.report.figures import (
     HIDDEN,
+    TALLEST,
     new_figure,
     save_figure,
     show_image,
+    shown_channels,
     to_rgb,
     token_pixels,
     write_caption,
@@ -57,7 +59,7 @@ def similarity_maps(comparison: Comparison) -> SimilarityMaps:
     """Compute the maps of `similarity.png`.
 
     The query is the visible token nearest to the centre: photographs show their subject there. If visible tokens have
-    no student feature, it is the nearest token that has one.
+    no student feature, the query is the nearest token with one.
 
     Parameters
     ----------
@@ -130,7 +132,7 @@ def draw_similarity(path: Path, images: NDArray[Any], comparison: Comparison, me
     pixels = to_rgb(images / 255.0)
     seen = np.where(token_pixels(maps.is_visible, patch_size, grid), pixels, HIDDEN)
     panel_width = 1.6 * max(1.0, (width / height) ** 0.5)  # wide images get flat panels; titles need some width
-    panel_height = panel_width * height / width
+    panel_height = min(TALLEST, panel_width * height / width)
     figure = new_figure(5 * panel_width + 0.6, rows * (panel_height + 0.2) + 1.3)
     places = figure.add_gridspec(rows + 1, 5, height_ratios=[*[panel_height] * rows, 0.1])
     axes = np.array([[figure.add_subplot(places[row, column]) for column in range(5)] for row in range(rows)])
@@ -225,5 +227,5 @@ def _caption_text(comparison: Comparison, is_visible: NDArray[np.bool_], method:
     if any(hatched.values()):
         counted = " and ".join(f"{number} {kind}" for kind, number in hatched.items() if number)
         parts.append(f"Hatched: {counted} tokens, which this method does not predict.")
-    parts.append("Numbers below the last column are its means.")
-    return " ".join(parts)
+    parts += ["Numbers below the last column are its means.", shown_channels(method.channels)]
+    return " ".join(filter(None, parts))

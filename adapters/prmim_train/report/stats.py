@@ -1,11 +1,14 @@
-"""`prmim stats`: what the images are, and the options that follow from them."""
+"""`prmim stats`: statistics of images, and matching options."""
 
 import shlex
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from tqdm import tqdm
 
 from prmim_methods.encoder import times
+from prmim_train.config.axes import ThreeAxes
+from prmim_train.config.training import SourceOptions
 from prmim_train.data.depth import PixelRange
 from prmim_train.data.image_files import counted
 from prmim_train.data.sources import ImageSource, open_source
@@ -18,20 +21,34 @@ NUM_SIZES = 4
 
 
 def stats_command(
-    data: str, *, channels: int | None = None, limit: int | None = None, image_key: str | None = None
+    data: str,
+    *,
+    channels: int | None = None,
+    limit: int | None = None,
+    clips: bool = False,
+    volumes: bool = False,
+    **keys: Any,
 ) -> None:
-    """Print what the images of a source are; see :func:`describe_images`.
+    """Print statistics of the images of a source; see :func:`describe_images`.
 
     Parameters
     ----------
-    data, channels, image_key
-        As in `prmim pretrain`; without channels, those of the files.
+    data, channels, volumes
+        As in `prmim pretrain`. Default of `channels`: as in the files.
+    clips
+        The images are clips: videos, folders of frames, or arrays. Reads 16 evenly spaced frames of each.
     limit
-        Most images to read, evenly spaced. None: all.
+        Maximum number of images to read, evenly spaced. None: all.
+    **keys
+        Other options of `prmim_train.config.training.SourceOptions`.
     """
     if limit is not None and limit < 1:
         raise ValueError(f"limit: expected at least 1, got {limit}")
-    source = open_source(data, channels=channels, image_key=image_key, keep_depth=True)
+    if clips and volumes:
+        raise ValueError("clips: expected false with volumes, got true")
+    options = SourceOptions(data=data, **keys)
+    three_axes = ThreeAxes(1, volumes=volumes) if clips or volumes else None
+    source = open_source(data, channels=channels, three_axes=three_axes, keep_depth=True, options=options)
     print(describe_images(data, source, measure_with_bar(source, limit, find_duplicates=True)))
 
 
@@ -46,43 +63,57 @@ def measure_with_bar(source: ImageSource, limit: int | None, *, find_duplicates:
 
 
 def describe_images(data: str, source: ImageSource, found: Statistics) -> str:
-    """Describe measured images in a paragraph, and the options to paste in another.
+    """Return two paragraphs: statistics of the images, and options to paste.
 
     Parameters
     ----------
     data
-        The source on the command line.
+        Value of `--data`.
     source
-        The images.
+        Source of the images.
     found
-        Measured on them.
+        Statistics of the images.
     """
     kept, given = _range_of(found)
+    is_volumes = source.three_axes is not None and source.three_axes.volumes
+    unit = "voxels" if is_volumes else "pixels"
     rows = [
         ("found", source.description),
         ("read", f"{counted(found.number, 'image')} of {len(source):,}"),
         ("unreadable", _named(len(found.unreadable), [found.unreadable.named(NUM_NAMED)])),
         ("duplicates", _named(len(found.duplicates), [f"{one} is {other}" for one, other in found.duplicates])),
-        ("sizes", _counts([(f"{times(size)} pixels", number) for size, number in found.sizes.most_common()])),
+        ("sizes", _counts([(f"{times(size)} {unit}", number) for size, number in found.sizes.most_common()])),
         ("channels", _counts([(str(value), number) for value, number in found.channels.most_common()])),
         ("type", _counts(found.depths.most_common())),
         ("values", f"{found.low:.6g} to {found.high:.6g}"),
         ("mean", f"{_numbers(found.mean)} per channel"),
         ("std", f"{_numbers(found.std)} per channel"),
     ]
+    if found.rates:
+        rows.insert(5, ("frame rates", _counts([(f"{rate:g} a second", n) for rate, n in found.rates.most_common()])))
+    if is_volumes:
+        rows.insert(5, ("spacing", _spacing_text(found)))
     if warning := far_below(found, None):
         rows.append(("warning", warning))
     low, high = kept
     unit_mean, unit_std = (found.mean - low) / (high - low), found.std / (high - low)
     options = [f"--data {shlex.quote(data)}", f"--channels {source.channels}"]
+    options += ["--volumes true"] if is_volumes else []
     options += [f"--pixel_range {low:.10g},{high:.10g}"] if given else []
     options += [f"--mean {_numbers(unit_mean, ',')}", f"--std {_numbers(unit_std.clip(1e-4), ',')}"]
     lines = ["Images", *(f"  {name:<18}  {text}" for name, text in rows)]
     return "\n".join([*lines, "", "Options", f"  {' '.join(options)}"])
 
 
+def _spacing_text(found: Statistics) -> str:
+    """Describe the spacing of voxels in millimetres."""
+    if not found.spacings:
+        return "not in the files; --spacing depth,height,width sets it"
+    return _counts([(f"{_numbers(size, ' x ')} mm", number) for size, number in found.spacings.most_common()])
+
+
 def _range_of(found: Statistics) -> tuple[PixelRange, bool]:
-    """Return the range of pixel values to train with, and whether an option has to say so."""
+    """Return the range of pixel values for training, and whether it must be given as an option."""
     (depth, _), *_ = found.depths.most_common(1)
     full = full_range(depth)
     if full is not None and depth == "uint8" and not far_below(found, None):

@@ -1,8 +1,8 @@
 """Attention maps of the training images, by which `throwing: weighted` masks and throws tokens (AMT).
 
 A map holds the attention of the encoder's class token to every patch of a whole, uncropped image. All maps are computed
-anew after `attention_start` epochs, then every `attention_every` epochs, and kept in the run directory: a resumed run
-reads the maps that its last steps used. Each process computes its share of the images.
+after `attention_start` epochs, recomputed every `attention_every` epochs, and stored in the run directory. A resumed
+run reads the maps that its last steps used. Each process computes the maps of a part of the images.
 """
 
 import io
@@ -38,7 +38,7 @@ class AttentionMaps:
     Parameters
     ----------
     run
-        The run. Its folder has a file for each pass that one of its checkpoints needs.
+        The run. Its folder holds the maps of each pass that a checkpoint needs.
     config
         Options of the run.
     data
@@ -54,7 +54,7 @@ class AttentionMaps:
         """float16 (training images, N), in [0, 1]."""
 
     def weights(self, engine: Engine, batch: Batch) -> NDArray[np.float32]:
-        """Return the weight of every token of a batch, float32 (batch, N); computes or reads the maps first, if due.
+        """Return the weight of every token, float32 (batch, N). Computes or reads due maps first.
 
         The map of an image is cropped and mirrored like the image. Before the first pass, all weights are 1.
 
@@ -100,7 +100,7 @@ class AttentionMaps:
         say(f"Attention maps: {len(self.records):,} images after step {step}.")
 
     def _share(self, rank: int, world_size: int) -> NDArray[np.int64]:
-        """Return the rows that a process computes: the same number in all processes, so that some come twice."""
+        """Return the rows of a process. All processes get equally many, so some rows are repeated."""
         number = len(self.records)
         rows = np.resize(np.arange(number), -(-number // world_size) * world_size)
         return rows[rank::world_size]
@@ -115,7 +115,7 @@ class AttentionMaps:
         with evaluation_batches(
             self.source, records, batch_size=size, image_size=method.image_size, share=None
         ) as batches:
-            # The same number of calls in all processes, however many images are unreadable, and batches of one size.
+            # All processes must make equally many calls, even with unreadable images, and with batches of one size.
             for _ in _progress(range(number)):
                 batch = next(batches, None)
                 if batch is not None:
@@ -145,7 +145,7 @@ class AttentionMaps:
         return maps
 
     def _delete_old(self) -> None:
-        """Delete the maps that no checkpoint needs any more; one that is being written may need any later maps."""
+        """Delete maps that no checkpoint needs. Keeps all later maps for a pending checkpoint."""
         first = next((self._due(step_of(checkpoint)) for checkpoint in self.run.checkpoints()), None)
         for step in self.steps:
             if first is not None and step < first:

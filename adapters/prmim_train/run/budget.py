@@ -43,7 +43,7 @@ class Budget:
         return step == round(max(1, round(step / length)) * length)
 
     def steps_of(self, start: int, every: int) -> tuple[int, ...]:
-        """Return the steps before the last one that end `start` epochs, and every `every` epochs from then on.
+        """Return the steps, before the last one, that end epoch `start` and every `every`-th epoch after it.
 
         Examples
         --------

@@ -9,7 +9,7 @@ from prmim_train.run.engine import Trainer
 
 
 def agreed(engine: Trainer, wish: bool, is_logged: bool) -> bool:
-    """Whether any process wishes something. Distributed runs ask only at logged steps, since asking is a barrier."""
+    """Whether any process requests an action. Distributed runs check only at logged steps, since it is a barrier."""
     return wish if engine.world_size == 1 else is_logged and engine.any(wish)
 
 
@@ -26,7 +26,7 @@ class Checkpoints:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        if self.writing is not None:  # after another error: wait, but let that error be reported
+        if self.writing is not None:  # after another error: wait, but report that error
             self.writing.wait()
 
     def are_due(self, is_logged: bool) -> bool:
@@ -43,7 +43,7 @@ class Checkpoints:
         self.started = time.monotonic()
 
     def finish(self) -> Path | None:
-        """Wait for the pending checkpoint, if any, and raise its error."""
+        """Wait for the pending checkpoint, if any, and re-raise its error."""
         writing, self.writing = self.writing, None
         return None if writing is None else writing.finish()
 

@@ -15,17 +15,17 @@ written in the same way. The exception is `metrics.jsonl`, which grows line by l
 line. Any other corrupt line, and any other corrupt file, is an error that names it: nothing is dropped or repaired.
 Pipes, sockets and devices in place of files are errors too: opening them could block.
 
-`manifest.json`, the last file of a checkpoint, holds the ID of the run and the step, and lists size and SHA-256 of
-every other file. A checkpoint that does not match its manifest, or belongs to another run or step, is never read.
-Resuming uses the previous checkpoint, and renames the other one to `damaged_step_00000120`.
+`manifest.json`, the last file of a checkpoint, holds the ID of the run, the step, and the size and SHA-256 of every
+other file. A checkpoint that does not match its manifest, or belongs to another run or step, is never read. Resuming
+then uses the previous checkpoint, and renames the damaged one to `damaged_step_00000120`.
 
-A run belongs to one process at a time, or to the processes of one distributed run: `RunDirectory.locked`. The lock is a
-lock of the operating system on `.lock` (`flock`), which ends with the process, however it dies. On a network file
-system it works as far as that system passes such locks on: NFS since version 4 does, unless it is mounted with
-`nolock` or `local_lock`; Lustre does with the mount option `flock`.
+A run belongs to one process at a time, or to the processes of one distributed run: `RunDirectory.locked`. It locks
+`.lock` through the operating system (`flock`), which releases the lock when the process ends for any reason. A network
+file system must support such locks: NFS does since version 4, unless it is mounted with `nolock` or `local_lock`;
+Lustre does with the mount option `flock`.
 
-In a distributed run, only the main process writes here, except that all processes write the files of a checkpoint. They
-need a shared file system.
+In a distributed run, all processes write the files of a checkpoint, so they need a shared file system. All other files
+are written by the main process.
 """
 
 import io
@@ -74,12 +74,12 @@ NUMBERS = (int, float, type(None))
 _STEP = re.compile(r"step_(\d{8,})")
 ID = re.compile(r"[0-9a-f]{32}")
 DONE: Future[None] = Future()
-"""A completed future, for work that this process does not have."""
+"""A completed future, for processes without work."""
 DONE.set_result(None)
 
 
 class Saves(Agrees, Protocol):
-    """Something that saves itself into a folder, such as an engine."""
+    """Object that can save itself into a folder, such as an engine."""
 
     def async_save(self, directory: Path) -> Future[None]:
         """Start writing into an existing, empty folder. Collective: every process calls it."""
@@ -108,7 +108,7 @@ class RunDirectory:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Keep other processes from training in the folder. Creates it, and removes it again if no run was started.
+        """Lock the folder against other processes. Creates it, and removes it if no run was started.
 
         Raises
         ------
@@ -139,7 +139,7 @@ class RunDirectory:
             if missing and not self.holds_run(self.path):
                 lock.release()
                 (self.path / LOCK).unlink(missing_ok=True)
-                with suppress(OSError):  # not empty: something else was put there
+                with suppress(OSError):  # not empty: other files were added
                     for folder in missing:
                         folder.rmdir()
             lock.release()
@@ -210,7 +210,7 @@ class RunDirectory:
         return text
 
     def read_identity(self) -> tuple[str, dict[str, Any]] | None:
-        """Read the ID of the run and the facts of its origin; None if they were not recorded.
+        """Return the ID and the origin of the run; None if they were not recorded.
 
         Raises
         ------
@@ -226,7 +226,7 @@ class RunDirectory:
         return run, facts
 
     def write_identity(self, facts: dict[str, Any]) -> None:
-        """Write `run.json`: the facts, and the ID of the run, which is drawn the first time."""
+        """Write `run.json`: the origin and the ID of the run, which is generated the first time."""
         run = self._id() or self._id_of_checkpoints() or uuid.uuid4().hex
         write_json(self.path / IDENTITY, {"id": run, "facts": facts})
 
@@ -235,7 +235,7 @@ class RunDirectory:
         return None if found is None else found[0]
 
     def _id_of_checkpoints(self) -> str | None:
-        """Return the ID in the newest checkpoint, for a run that lost its `run.json`."""
+        """Return the ID stored in the newest checkpoint, if `run.json` is lost."""
         named = [read_manifest(checkpoint).get("run") for checkpoint in self.checkpoints()[-1:]]
         return named[0] if named and isinstance(named[0], str) and ID.fullmatch(named[0]) else None
 
@@ -249,7 +249,7 @@ class RunDirectory:
         Raises
         ------
         ValueError
-            If the file is corrupt, or does not say how many steps were taken.
+            If the file is corrupt, or has no number of steps.
         """
         path = self.path / SUMMARY
         summary = read_json(path)
@@ -292,7 +292,7 @@ class RunDirectory:
         Raises
         ------
         ValueError
-            If a line is corrupt. Only the last line can be incomplete: its process was killed while writing it.
+            If a line is corrupt. An incomplete last line is allowed: the process was killed while writing it.
         """
         path = self.path / METRICS
         *lines, unfinished = (read_file(path) or b"").split(b"\n")
@@ -305,7 +305,7 @@ class RunDirectory:
     def cut_metrics(self, step: int) -> None:
         """Drop the lines of `metrics.jsonl` after a step."""
         path = self.path / METRICS
-        if os.path.lexists(path):  # also a link to nothing, which must not be written through
+        if os.path.lexists(path):  # also a broken link, which must not be followed
             kept = [record for record in self.read_metrics() if record["step"] <= step]
             write_text(path, "".join(json.dumps(record) + "\n" for record in kept))
 
@@ -352,7 +352,7 @@ class RunDirectory:
         return None
 
     def damage(self, checkpoint: Path) -> str | None:
-        """Return what makes a checkpoint unfit for this run; see `prmim_train.run.manifest.damage`."""
+        """Describe the damage of a checkpoint, if any; see `prmim_train.run.manifest.damage`."""
         return damage(checkpoint, self._id())
 
     def rescued_steps(self) -> set[int]:
@@ -420,7 +420,7 @@ class RunDirectory:
 
     @contextmanager
     def explained(self, place: Path) -> Iterator[None]:
-        """Turn an error inside into an OSError that names the failed and the last good checkpoint."""
+        """Convert an error into an OSError that names the failed and the last good checkpoint."""
         try:
             yield
         except FailedElsewhereError:
@@ -444,7 +444,7 @@ class RunDirectory:
         ValueError
             If a line of `metrics.jsonl` is corrupt. Nothing is deleted then.
         """
-        self.read_metrics()  # what cannot be resumed is reported before anything changes
+        self.read_metrics()  # report a run that cannot be resumed before changing anything
         for folder in (self.path, self.path / CHECKPOINTS):
             for entry in folder.glob(".*.partial*"):
                 delete(entry)
@@ -464,7 +464,7 @@ class Writing:
     saved
         Done when the engine has written its files.
     placed
-        Done when the checkpoint has its final name. Used in the main process only.
+        Done when the checkpoint is renamed to its final name. Used in the main process only.
     """
 
     def __init__(
@@ -505,7 +505,7 @@ class Writing:
 
 
 def _set_aside(checkpoint: Path) -> Path:
-    """Rename a damaged checkpoint, so that it is kept but never read."""
+    """Rename a damaged checkpoint, which keeps it but excludes it from reading."""
     place = checkpoint.with_name(f"{DAMAGED}{checkpoint.name}")
     while place.exists():
         place = place.with_name(f"{place.name}_again")
@@ -526,7 +526,7 @@ def _read_record(line: bytes, place: str) -> dict[str, Any]:
 
 
 def _is_torn(line: bytes) -> bool:
-    """Whether a line is the beginning of one, or zeros, which a power cut can leave."""
+    """Whether a line is an incomplete record, or consists of zero bytes, which a power cut can leave."""
     content = line.strip(b"\0")
     if content and not content.startswith(b"{"):
         return False

@@ -81,10 +81,10 @@ class Comparison(Protocol):
 
 
 class Trainer(Protocol):
-    """A model with its optimizer, on a device of some framework.
+    """A model with its optimizer on a device.
 
     Images are uint8, or, if the method has a `pixel_range`, uint8, uint16 or float32 with the values of their files.
-    They are uploaded as they are; the device maps the range to [0, 1], clips, and normalises.
+    They are uploaded unchanged; the device maps the range to [0, 1], clips, and normalizes.
 
     In a distributed run, every process has one and makes the same calls in the same order. `train_step` gets different
     images in each process; all other methods get the same images.
@@ -119,7 +119,7 @@ class Trainer(Protocol):
         """Whether the training step is compiled."""
 
     def measure_slowdown(self, size: Transformer) -> float | None:
-        """Time a layer of a transformer in bfloat16, relative to float32; takes about a second at most.
+        """Return the time of a transformer layer in bfloat16 relative to float32. Takes about a second.
 
         None if the step is in float32 or bfloat16 suits the device.
         """
@@ -185,7 +185,7 @@ class Engine(Trainer, Protocol):
     def attention(self, images: NDArray[Any]) -> NDArray[np.float32]:
         """Attention to the patches of unmasked images, in [0, 1]: (batch, N).
 
-        Called by all processes, with equally many images, which differ.
+        Collective: every process passes the same number of images, but different ones.
         """
 
     def features(self, images: NDArray[Any]) -> NDArray[np.float32]:
@@ -201,11 +201,11 @@ class Engine(Trainer, Protocol):
         """Load weights, without training state, from a `.safetensors` file."""
 
     def init_weights(self, source: Path) -> str:
-        """Start from the weights of other code or of another method; returns a line that says which parts fit."""
+        """Load weights of other code or of another method; returns a line that names the loaded parts."""
 
 
 class EncoderEngine(Protocol):
-    """A frozen encoder on the device of a process. Processes may pass different images, and any number of them."""
+    """A frozen encoder on the device of a process. Processes may pass different images, in different numbers."""
 
     @property
     def rank(self) -> int:
@@ -381,7 +381,7 @@ def create_classifier_engine(
 
 
 def _training(config: TrainingOptions, budget: Budget) -> TrainingConfig:
-    """Return what an engine must know of a training run."""
+    """Return the part of the options that an engine needs."""
     return TrainingConfig(
         **{item.name: getattr(config, item.name) for item in options(EngineOptions)},
         total_steps=budget.total_steps,

@@ -1,4 +1,4 @@
-"""Files of a run: whole when they are written, checked when they are read."""
+"""Files of a run: atomic writes and validated reads."""
 
 import io
 import json
@@ -31,7 +31,7 @@ def read_json(path: Path) -> dict[str, Any] | None:
 
 
 def parse_object(content: bytes, place: str) -> dict[str, Any]:
-    """Parse a JSON object; ValueError, naming the place, if it is none."""
+    """Parse a JSON object. Other content raises a ValueError that names the place."""
     try:
         value = json.loads(content)
     except (ValueError, RecursionError):
@@ -52,7 +52,7 @@ def read_file(path: Path) -> bytes | None:
 
 
 def open_file(path: Path, mode: Literal["r", "a"] = "r") -> io.FileIO:
-    """Open a file of a run; ValueError, naming it, if it is a pipe, a socket or a device."""
+    """Open a file of a run. A pipe, socket or device raises a ValueError."""
     try:
         return open_regular(path, mode)
     except ValueError as error:
@@ -60,7 +60,7 @@ def open_file(path: Path, mode: Literal["r", "a"] = "r") -> io.FileIO:
 
 
 def delete(path: Path) -> None:
-    """Delete a file, a folder with its content, or a link, whose target stays; nothing if the path does not exist."""
+    """Delete a file, a folder with its content, or a link without its target. No-op if the path does not exist."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -70,8 +70,8 @@ def delete(path: Path) -> None:
 def delete_for_good(directory: Path) -> None:
     """Delete a failed checkpoint until it has been gone for two seconds.
 
-    Orbax stops a save at the first file that fails, but other writes continue and cannot be waited for. They add files
-    while the folder is being deleted, or recreate it: with 1,500 arrays, up to 0.6 s later.
+    Orbax stops a save at the first file that fails, but its other writes continue and offer nothing to wait for. They
+    add files while the folder is being deleted, or recreate it: with 1,500 arrays, up to 0.6 s later.
     """
     times_gone = 0
     for _ in range(60):

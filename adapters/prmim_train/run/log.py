@@ -20,7 +20,7 @@ from prmim_train.run.engine import Trainer
 from prmim_train.run.processes import on_main
 from prmim_train.run.trackers import NoTracker, Tracker, open_tracker
 
-NUM_PRINTED_LINES = 20  # of progress, if the output is not a terminal: a bar would fill the log file
+NUM_PRINTED_LINES = 20  # lines of progress if the output is not a terminal: a bar would fill the log file
 SHARES = ("accuracy", "test_accuracy", "probe_knn", "probe_linear")
 """Metrics in [0, 1], printed in percent."""
 
@@ -79,7 +79,7 @@ class Log:
         return float(self.last.get("seconds", 0.0))
 
     def timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        """Pass batches on, and sum up the time spent waiting for them."""
+        """Yield batches, and measure the time spent waiting for them."""
         while True:
             start = time.perf_counter()
             batch = next(batches, None)
@@ -152,7 +152,7 @@ class Log:
             print(f"step {step}/{self.budget.total_steps}: {text}, {duration(self.seconds)}", flush=True)
 
     def _track(self, call: Callable[[], None]) -> None:
-        """Call the tracker. If it fails, warn and continue without it: the run must survive an outage."""
+        """Call the tracker. On failure, warn and disable it: the run must survive an outage."""
         try:
             call()
         except Exception as error:
@@ -175,8 +175,8 @@ class Log:
                 self._rescue(step, f"{in_a_row} non-finite steps in a row up to step {step}{limit}")
         elif self.read_step < first <= step:
             self._rescue(first, f"a non-finite step {first}")
-        # The run resumed here may have been ended for this very step, if a checkpoint lies between the step and its
-        # reading. Then the user knows, and resumed on purpose.
+        # Before it was resumed, the run may have ended because of this step, if a checkpoint lies between the step and
+        # its reading. Then the user knows, and resumed on purpose.
         elif self.read_step > self.first_step or first not in self.rescued:
             self._rescue(step, f"non-finite steps up to step {step}: {skipped}")
 
@@ -206,7 +206,7 @@ def _measured(numbers: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def loss_text(numbers: Mapping[str, Any], *, parts: bool = True) -> str:
-    """Format loss and accuracies for printing. Parts of the loss that are 0 are left out: they are not supervised.
+    """Format loss and accuracies for printing. Omits parts of the loss that are 0, which are not supervised.
 
     Examples
     --------

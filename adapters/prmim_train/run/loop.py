@@ -34,7 +34,7 @@ __all__ = ["Interrupted", "Job", "NonFiniteLoss", "train"]
 E = TypeVar("E", bound=Trainer)
 
 STOPPING = ("SIGINT", "SIGTERM", "SIGHUP")
-"""Signals of Ctrl-C, of batch systems, and of a terminal that closes (not on Windows)."""
+"""Signals sent by Ctrl-C, by batch systems, and by a closing terminal (not on Windows)."""
 SLOW = 1.1
 """Time in bfloat16, relative to float32, above which the user is warned."""
 MOMENT = 1.0
@@ -100,7 +100,7 @@ class Job(ABC, Generic[E]):
 
     @abstractmethod
     def take_step(self, engine: E, batch: Batch) -> None:
-        """Pass a batch to the engine."""
+        """Train on a batch."""
 
     def measure(self, engine: E) -> dict[str, Any]:
         """Return metrics to log every `measure_epochs` epochs and at the end. Not counted as training time."""
@@ -108,7 +108,7 @@ class Job(ABC, Generic[E]):
 
     @abstractmethod
     def origin(self) -> Origin:
-        """Return what the training is made from: images, split, teacher. Examines all files, so takes time."""
+        """Return the origin of the training: images, split, teacher. Slow: examines all files."""
 
     @abstractmethod
     def facts(self) -> dict[str, Any]:
@@ -150,11 +150,11 @@ def train(job: Job[E]) -> dict[str, Any]:
 
 
 def _train(job: Job[E], run: RunDirectory) -> dict[str, Any]:
-    """Train in a folder that no other process uses."""
+    """Train in a locked folder."""
     config = job.config
     is_resumed = config.resume and RunDirectory.holds_run(run.path)
     if not is_resumed:
-        run.check_is_free()  # before work that takes time: examining the images, building the engine
+        run.check_is_free()  # before slow work: examining the images, building the engine
     origin = job.origin() if launched().rank == 0 else None
     if is_resumed:
         _check_backend(job, run)
@@ -202,7 +202,7 @@ def _say_choices(job: Job[E], engine: E) -> None:
 
 
 def _take_steps(job: Job[E], run: RunDirectory, engine: E) -> dict[str, Any]:
-    """Take the remaining steps. Returns the summary of the whole training."""
+    """Take the remaining steps. Returns the summary of the training."""
     config, budget = job.config, job.budget
     batches = job.batches(engine)
     unreadable: dict[str, str] = {}
@@ -293,7 +293,7 @@ def _record(run: RunDirectory, config: TrainingOptions, origin: Origin | None, *
 
 
 def _check_changes(config: TrainingOptions, run: RunDirectory, origin: Origin) -> None:
-    """Report what has changed since a run took its steps, and refuse it if it changes what they mean."""
+    """Report options and origin that changed since the last step, and reject changes that past steps depend on."""
     if not run.checkpoints() and run.read_summary() is None:  # no step is kept
         return
     stored = parse_options(run.read_config(), str(run.path))
@@ -303,8 +303,8 @@ def _check_changes(config: TrainingOptions, run: RunDirectory, origin: Origin) -
     fixed = [text for name, text in texts.items() if name not in CHANGEABLE]
     if fixed and not config.allow_changes:
         raise ValueError(
-            f"resume: expected the options of the run in {run.path}, got a change of {', '.join(fixed)}, which changes "
-            "what the steps already taken mean; start another run with --out, or add --allow_changes"
+            f"resume: expected the options of the run in {run.path}, got a change of {', '.join(fixed)}, which past "
+            "steps depend on; start another run with --out, or add --allow_changes"
         )
     check_origin(run, origin, config.allow_changes)
     if changed:
@@ -340,7 +340,7 @@ def _finished_summary(run: RunDirectory, budget: Budget) -> dict[str, Any] | Non
 
 @dataclass
 class _Stop:
-    """Whether the user asked to stop, and by which signal."""
+    """Whether the user requested a stop, and by which signal."""
 
     is_set: bool = False
     number: int = 0
@@ -351,8 +351,8 @@ class _Stop:
 def _stop_signals() -> Iterator[_Stop]:
     """Turn signals into a flag, polled after each step. A second Ctrl-C raises KeyboardInterrupt.
 
-    Only Ctrl-C, since the others come repeatedly: from the batch system and `torchrun`, or from the shell and the
-    terminal. `torchrun` also repeats Ctrl-C, within a moment.
+    This holds for Ctrl-C only: batch systems, `torchrun`, shells and terminals send the other signals repeatedly.
+    `torchrun` also repeats Ctrl-C, so repetitions within a moment count as one.
     """
     stop = _Stop()
     if threading.current_thread() is not threading.main_thread():  # Python handles signals in the main thread only

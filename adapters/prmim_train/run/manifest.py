@@ -14,7 +14,7 @@ MANIFEST = "manifest.json"
 
 
 def damage(checkpoint: Path, run: str | None = None) -> str | None:
-    """Compare a checkpoint with its manifest. Reads all of its files.
+    """Compare a checkpoint with its manifest. Reads all files of the checkpoint.
 
     Parameters
     ----------
@@ -35,7 +35,7 @@ def damage(checkpoint: Path, run: str | None = None) -> str | None:
         return f"its {MANIFEST} cannot be read" if os.path.lexists(checkpoint / MANIFEST) else f"it has no {MANIFEST}"
     if special := next(filter(is_special, checkpoint.rglob("*")), None):
         return f"{_short(special.name)} is a pipe, a socket or a device"
-    found = _files(checkpoint)  # names in the manifest are only looked up: they could point outside of the folder
+    found = _files(checkpoint)  # names in the manifest are never opened as paths: they could point outside the folder
     for name, (size, checksum) in expected.items():
         if name not in found:
             return f"{_short(name)} is missing"
@@ -54,7 +54,7 @@ def _short(name: str) -> str:
 
 
 def _foreign(checkpoint: Path, run: str | None) -> str | None:
-    """Say why a good checkpoint is not one of the run; None if it is, or if either tells no ID (earlier versions)."""
+    """Say why a good checkpoint is not one of the run; None if it is, or if either has no ID (earlier versions)."""
     manifest = read_manifest(checkpoint)
     if run is not None and manifest.get("run", run) != run:
         return "it belongs to another run"

@@ -1,7 +1,7 @@
-"""What a run is made from: its images, their split and its teacher. Recorded in its folder, and compared later.
+"""Origin of a run: its images, their split and its teacher. Recorded in its folder, and compared on resume.
 
-`run.json` holds the ID of the run and the facts; `trained.npz` holds the identity of every training image, so that
-images that were trained on never count as held out, whatever happens to the data.
+`run.json` holds the ID of the run and the facts; `trained.npz` holds the identity of every training image. Images that
+were trained on never count as held out, even if the data change.
 """
 
 import hashlib
@@ -37,12 +37,12 @@ DIFFERENCES = {
     "test_labels": "other labels of the test images",
     "encoder": "the encoder of another run",
 }
-"""The facts of a run, and how a change of each is reported."""
+"""Facts of a run, and the text that reports a change of each."""
 
 
 @dataclass(frozen=True)
 class Origin:
-    """What a run is made from.
+    """Origin of a run.
 
     Parameters
     ----------
@@ -56,7 +56,7 @@ class Origin:
     trained: Identities
 
     def difference(self, earlier: Mapping[str, Any]) -> str | None:
-        """Describe the first difference to the facts that were recorded; None if all are the same."""
+        """Describe the first difference from the recorded facts; None if all are equal."""
         for name, text in DIFFERENCES.items():
             if name in self.facts and self.facts[name] != earlier.get(name):
                 return text.format(expected=earlier.get(name), got=self.facts[name])
@@ -66,7 +66,7 @@ class Origin:
 def image_facts(source: ImageSource, found: Identities, prefix: str = "") -> dict[str, Any]:
     """Return the facts of an image source: count, and checksums over names and sizes, times, and labels.
 
-    Without labels, there is no such fact: runs of earlier versions recorded the single class of some folders.
+    Without labels, the fact is absent: runs of earlier versions recorded the single class of some folders.
     """
     facts = {
         f"{prefix}images": len(source),
@@ -80,20 +80,20 @@ def image_facts(source: ImageSource, found: Identities, prefix: str = "") -> dic
 
 
 def data_origin(source: ImageSource, train: NDArray[np.int64]) -> Origin:
-    """Return the origin of a run that trains on some images of a source. Examines every file, reads none."""
+    """Return the origin of a run on some images of a source. Examines all files without reading their content."""
     found = source.identities()
     facts = {**image_facts(source, found), "split": _checksum(train.tobytes())}
     return Origin(facts, found.take(train))
 
 
 def run_origin(config: PretrainConfig, source: ImageSource, train: NDArray[np.int64]) -> Origin:
-    """Return the origin of a pre-training run: as `data_origin`, and its teacher."""
+    """Return the origin of a pre-training run: that of the data, and the teacher."""
     found = data_origin(source, train)
     return replace(found, facts={**found.facts, "teacher": _teacher_fact(getattr(config.method, "teacher", None))})
 
 
 def record_origin(run: RunDirectory, origin: Origin, *, has_stepped: bool) -> None:
-    """Write the origin of a run into its folder. Images that earlier steps were trained on stay recorded."""
+    """Write the origin of a run into its folder. Keeps the record of images of earlier steps."""
     known = read_trained(run) if has_stepped else None
     parts = [known, origin.trained] if known is not None else [origin.trained]
     keys = np.concatenate([part.keys for part in parts])
@@ -104,7 +104,7 @@ def record_origin(run: RunDirectory, origin: Origin, *, has_stepped: bool) -> No
 
 
 def check_origin(run: RunDirectory, origin: Origin, allow_changes: bool) -> None:
-    """Compare an origin with the one that a run has recorded.
+    """Compare an origin with the recorded one.
 
     Raises
     ------
@@ -125,7 +125,7 @@ def check_origin(run: RunDirectory, origin: Origin, allow_changes: bool) -> None
 
 
 def read_trained(run: RunDirectory) -> Identities | None:
-    """Read the identities of the images that a run has trained on; None if it has none recorded.
+    """Read the identities of the training images of a run; None if they were not recorded.
 
     Raises
     ------
@@ -147,7 +147,7 @@ def read_trained(run: RunDirectory) -> Identities | None:
 
 
 def is_trained_on(found: Identities, trained: Identities, *, elsewhere: bool = False) -> NDArray[np.bool_]:
-    """Whether each image is one of those that were trained on: bool (number of images,).
+    """Whether each image was trained on: bool (number of images,).
 
     Parameters
     ----------
@@ -156,8 +156,8 @@ def is_trained_on(found: Identities, trained: Identities, *, elsewhere: bool = F
     trained
         Images that were trained on.
     elsewhere
-        Whether the images may come from another place, where a file of equal name and size can be another image. Then
-        times must be equal, too.
+        Whether the images may be in another place, where a file of equal name and size can be another image. Then
+        modification times must also be equal.
     """
     is_same: NDArray[np.bool_] = np.isin(found.keys, trained.keys)
     if elsewhere:

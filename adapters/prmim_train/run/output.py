@@ -1,4 +1,4 @@
-"""Output of the process that cannot fail: a reader that leaves, as `head` does, must not end a training."""
+"""Output streams that never fail: a reader that exits, such as `head`, must not end a training."""
 
 import io
 import os
@@ -13,15 +13,15 @@ __all__ = ["keep_output"]
 def keep_output() -> None:
     """Make `sys.stdout` and `sys.stderr` discard what cannot be written: closed pipe, lost terminal, full disk.
 
-    Metrics, checkpoints and warnings do not depend on the output. Streams that were closed when the process started
-    are opened on the null device first. Otherwise the next file, such as a checkpoint, would take their number, and
-    libraries that print to number 2 would write into the file.
+    Metrics and checkpoints do not depend on the output. Streams that were closed when the process started are opened on
+    the null device first. Otherwise the next file, such as a checkpoint, would get their file descriptor, and libraries
+    that print to descriptor 2 would write into that file.
     """
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         try:
             os.fstat(number)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest free file descriptor
             os.set_inheritable(number, True)
         if getattr(sys, name) is None:
             setattr(sys, name, open(number, "w" if number else "r", closefd=False))  # noqa: SIM115  # until exit
@@ -29,7 +29,7 @@ def keep_output() -> None:
 
 
 def _kept(stream: TextIO) -> TextIO:
-    if not isinstance(stream, io.TextIOWrapper):  # a program that calls ours shows the output in its own way
+    if not isinstance(stream, io.TextIOWrapper):  # a calling program has its own streams
         return stream
     with suppress(OSError):
         stream.flush()
@@ -42,16 +42,16 @@ def _kept(stream: TextIO) -> TextIO:
 
 
 class _Kept(io.RawIOBase):
-    """A file that takes everything, and writes to a stream what can be written."""
+    """A file that accepts all data, and writes to a stream as far as possible."""
 
     def __init__(self, stream: io.TextIOWrapper) -> None:
-        self._stream = stream  # which would close its file if it were deleted
-        self._file: Any = getattr(stream.buffer, "raw", stream.buffer)  # no buffer in between under python -u
+        self._stream = stream  # whose deletion would close its file
+        self._file: Any = getattr(stream.buffer, "raw", stream.buffer)  # unbuffered under python -u
         self.name = stream.name
 
     def write(self, content: Any) -> int:
         try:
-            while (written := self._file.write(content)) is None:  # a full pipe that someone has made non-blocking
+            while (written := self._file.write(content)) is None:  # a full, non-blocking pipe
                 select.select([], [self._file], [])
         except OSError:
             return len(content)

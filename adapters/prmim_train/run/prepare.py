@@ -1,4 +1,4 @@
-"""Inputs of the commands: images, stored options, and restored engines of a run."""
+"""Inputs of the commands: images, stored options and restored engines of a run."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -15,7 +15,8 @@ from prmim_methods.messages import one_line
 from prmim_methods.weight_files import read_architecture
 from prmim_train.config.layers import parse_options
 from prmim_train.config.pretrain import PretrainConfig, pretrain_config, pretrain_option_names
-from prmim_train.data.batches import split_indices
+from prmim_train.config.training import OF_DATA, SourceOptions
+from prmim_train.data.batches import Batch, BatchIterator, split_indices, train_batches
 from prmim_train.data.identity import Identities
 from prmim_train.data.names import UNLABELLED
 from prmim_train.data.sources import ImageSource, open_source
@@ -43,12 +44,15 @@ class RunData:
         Indices of the training images and of the held-out images, int64, sorted.
     budget
         Length of the run.
+    options
+        Options that select the images of the source.
     """
 
     source: ImageSource
     train: NDArray[np.int64]
     held_out: NDArray[np.int64]
     budget: Budget
+    options: SourceOptions
 
 
 class LabelledImages(NamedTuple):
@@ -94,13 +98,40 @@ def open_data(config: PretrainConfig) -> RunData:
         config.data,
         channels=method.channels,
         max_pixels=config.max_pixels,
-        frames=config.frames,
-        image_key=config.image_key,
+        three_axes=config.three_axes,
         keep_depth=method.pixel_range is not None,
+        options=config,
     )
     split_by = len(source) if source.labels is None else source.labels
     train, held_out = split_indices(split_by, holdout=config.holdout, seed=config.seed)
-    return RunData(source, train, held_out, training_budget(config, len(train)))
+    return RunData(source, train, held_out, training_budget(config, len(train)), config)
+
+
+def training_batches(config: PretrainConfig, data: RunData, **stream: Any) -> BatchIterator[Batch]:
+    """Iterate over random crops of the training images of a run.
+
+    Parameters
+    ----------
+    config
+        Options of the run: seed, size, crops and flips.
+    data
+        Its images.
+    **stream
+        Arguments of `train_batches` on the part of the stream: `batch_size`, `start_step`, `total_steps`, `workers`,
+        `rank` and `world_size`. The images and their order do not depend on them.
+    """
+    return train_batches(
+        data.source,
+        indices=data.train,
+        image_size=config.method.image_size,
+        seed=config.seed,
+        crop_scale=config.crop_scale,
+        crop_ratio=config.crop_ratio,
+        crop_draw=config.crop_draw,
+        crop_padding=config.crop_padding,
+        flip=config.flip,
+        **stream,
+    )
 
 
 def measured_range(config: PretrainConfig) -> tuple[float, float]:
@@ -116,15 +147,15 @@ def measured_range(config: PretrainConfig) -> tuple[float, float]:
         config.data,
         channels=method.channels,
         max_pixels=config.max_pixels,
-        frames=config.frames,
-        image_key=config.image_key,
+        three_axes=config.three_axes,
         keep_depth=True,
+        options=config,
     )
     return measure_images(source, _NUM_MEASURED).pixel_range()
 
 
 def open_run_data(run: RunDirectory, config: PretrainConfig, *, allow_changes: bool = False) -> RunData:
-    """Open the images of a run, or other images to evaluate it on. Images that it was trained on are not held out.
+    """Open the images of a run, or other images to evaluate it on. Images of its training are never held out.
 
     Parameters
     ----------
@@ -133,7 +164,7 @@ def open_run_data(run: RunDirectory, config: PretrainConfig, *, allow_changes: b
     config
         Its options, possibly with other `data` and `holdout`.
     allow_changes
-        Whether the images may differ from those that the run recorded, although the options do not.
+        Whether the images may differ from the recorded ones although the options are equal.
 
     Raises
     ------
@@ -148,7 +179,7 @@ def open_run_data(run: RunDirectory, config: PretrainConfig, *, allow_changes: b
 
 
 def leave_out_trained(data: RunData, run: RunDirectory) -> RunData:
-    """Remove from the held-out images those that a run was trained on, and say so.
+    """Remove images that a run was trained on from the held-out images, and print their number.
 
     A held-out image that equals one of today's training images stays: the split was drawn with both.
     """
@@ -164,7 +195,7 @@ def leave_out_trained(data: RunData, run: RunDirectory) -> RunData:
 
 
 def why_not(data: RunData, *, needs_held_out: bool = True) -> str:
-    """Reason why a classifier cannot be trained and tested on the images; empty if it can."""
+    """Return why a classifier cannot be trained and tested on the images; empty if it can."""
     if data.source.labels is None:
         return "the images have no labels"
     if needs_held_out and not len(data.held_out):
@@ -194,13 +225,13 @@ def labelled_sides(
     Returns
     -------
     train, test : LabelledImages
-        With the same classes in the same order, without the images that have no class.
+        Both have the same classes in the same order. Images without a class are left out.
 
     Raises
     ------
     ValueError
-        If there are no labels, no test images, fewer than two classes, if the class names in `test_data` differ, or if
-        all images in it were trained on.
+        If there are no labels, no test images or fewer than two classes, or if `test_data` has other class names or
+        only images of the training.
     """
     reason = why_not(data, needs_held_out=test_data is None)
     if reason:
@@ -218,8 +249,10 @@ def labelled_sides(
             test_data,
             channels=source.channels,
             max_pixels=source.max_pixels,
-            frames=source.frames,
+            three_axes=source.three_axes,
             keep_depth=source.depth is not None,
+            options=data.options,
+            for_test=True,
         )
     except (ValueError, OSError) as error:
         raise ValueError(f"test_data: {str(error).removeprefix('data: ')}") from error
@@ -263,7 +296,7 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def check_frames(method: EncoderOptions, image_size: tuple[int, ...] | None) -> None:
-    """Raise ValueError if clips of another number of frames than those of a run are asked for."""
+    """Raise ValueError if clips have another number of frames than in the run."""
     frames = method.image_size[:-2]
     if image_size is not None and len(frames) and image_size[: len(frames)] != frames:
         raise ValueError(f"image_size: expected {frames[0]} frames, as in the run, got {times(image_size)}")
@@ -277,7 +310,7 @@ def read_run_config(run: RunDirectory, **changes: Any) -> PretrainConfig:
     run
         The run.
     **changes
-        Options to replace. None keeps the run's own option, except `image_key` if the data is other data.
+        Options to replace. None keeps the option of the run, except for `OF_DATA` if `data` is other data.
     """
     options = parse_options(run.read_config(), str(run.path))
     if "protocol" in options:
@@ -287,7 +320,7 @@ def read_run_config(run: RunDirectory, **changes: Any) -> PretrainConfig:
         raise ValueError(f"run: expected options of prmim pretrain in {run.path / 'config.yaml'}, got {min(unknown)}")
     replaced = {name: value for name, value in changes.items() if value is not None}
     if replaced.get("data", options.get("data")) != options.get("data"):
-        options.pop("image_key", None)  # other data need not be tar shards
+        options = {name: value for name, value in options.items() if name not in OF_DATA}
     return pretrain_config(**{**options, "out": str(run.path), **replaced})
 
 
@@ -316,7 +349,7 @@ def find_checkpoint(run: RunDirectory, step: int | None = None) -> Path:
 
 
 def check_finite(path: Path) -> None:
-    """Raise ValueError, naming the first such tensor, if weights in a file are not finite."""
+    """Raise ValueError, which names the tensor, if weights in a file are not finite."""
     with safe_open(path, framework="numpy") as file:
         for name in file.keys():  # noqa: SIM118  # not a mapping
             if not np.isfinite(file.get_tensor(name)).all():
@@ -339,7 +372,7 @@ def _find_checkpoint(run: RunDirectory, step: int | None) -> Path:
 
 
 def file_architecture(path: Path) -> dict[str, Any]:
-    """Read the architecture of a file of weights that stands in place of a run.
+    """Read the architecture from a file of weights, given in place of a run.
 
     Raises
     ------

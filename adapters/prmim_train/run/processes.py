@@ -1,7 +1,7 @@
 """Distributed runs: rank and world size, and work for the main process only.
 
-`torchrun` starts the processes, or SLURM's `srun`. For JAX without `srun`, set `JAX_COORDINATOR_ADDRESS`,
-`JAX_NUM_PROCESSES` and `JAX_PROCESS_ID`. All processes run the same program. Only the main process, rank 0, prints and
+`torchrun` or SLURM's `srun` starts the processes. For JAX without `srun`, set `JAX_COORDINATOR_ADDRESS`,
+`JAX_NUM_PROCESSES` and `JAX_PROCESS_ID`. All processes run the same program. Only the main process (rank 0) prints and
 writes files.
 """
 
@@ -26,10 +26,10 @@ _FIRST_PORT, _PORTS = 20_000, 10_000
 
 
 def adopt_srun() -> None:
-    """Describe the tasks of SLURM's `srun` in the variables of `torchrun`, unless these are set.
+    """Set the variables of `torchrun` from those of SLURM's `srun`, unless they are set.
 
-    A batch script that starts a command without `srun` is one process, although SLURM tells it the number of tasks of
-    the job. JAX detects the tasks of `srun` itself.
+    A batch script that starts a command without `srun` is one process, although SLURM sets the number of tasks of the
+    job. JAX detects the tasks of `srun` itself.
     """
     is_batch_script = "SLURM_JOB_ID" in os.environ and "SLURM_STEP_NODELIST" not in os.environ
     if any(name not in os.environ for name in SRUN) or is_batch_script or "RANK" in os.environ:
@@ -48,7 +48,7 @@ def adopt_srun() -> None:
 
 
 def _first_host(nodes: str) -> str:
-    """Return the first host of a list of nodes as SLURM writes it.
+    """Return the first host of a node list in the notation of SLURM.
 
     Examples
     --------
@@ -61,7 +61,7 @@ def _first_host(nodes: str) -> str:
 
 
 class FailedElsewhereError(RuntimeError):
-    """The main process failed, and reports why. Raised in the other processes, which stop too."""
+    """Raised in the other processes if the main process failed. The main process reports the error."""
 
 
 class Agrees(Protocol):

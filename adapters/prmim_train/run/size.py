@@ -1,4 +1,4 @@
-"""Sizes that no machine can hold, found by formula before anything is built."""
+"""Checks, by formula and before anything is built, that a model fits into memory."""
 
 import os
 from math import prod
@@ -11,15 +11,15 @@ from prmim_train.config.training import TrainingOptions
 from prmim_train.run.processes import launched
 
 MOST_BLOCKS = 1000
-"""Most blocks of an encoder or a decoder that are built, which takes seconds."""
+"""Maximum number of blocks of an encoder or a decoder. Building them takes seconds."""
 MOST_TOKENS = 2**20
-"""Most tokens of an image: choosing some of them takes minutes."""
+"""Maximum number of tokens of an image. Sampling from so many takes minutes."""
 OPTIMIZED_BYTES = 16
-"""Bytes of a trained float32 weight with its gradient and the two moments of AdamW."""
+"""Bytes of a float32 weight, its gradient, and the two moments of AdamW."""
 SLACK = 2
-"""What may be needed, relative to the memory: estimates are not exact, and some memory is on disk."""
+"""Allowed ratio of estimated need to memory: estimates are not exact, and swap adds memory."""
 ACCELERATORS = 2**42
-"""Bytes of memory that accelerators of one process may have: 4 TiB."""
+"""Upper bound of the accelerator memory of one process, in bytes: 4 TiB."""
 
 
 def check_size(config: PretrainConfig, *, images: int = 1) -> None:
@@ -30,7 +30,7 @@ def check_size(config: PretrainConfig, *, images: int = 1) -> None:
     config
         Options of the run.
     images
-        Images at once that this process trains on.
+        Images per forward pass in this process.
 
     Raises
     ------
@@ -93,7 +93,7 @@ def _excess_of_memory(config: PretrainConfig, images: int) -> str:
 
 
 def expected_precision(config: TrainingOptions) -> Choice[str]:
-    """Return the number format of a run as far as it is known without a framework: not on accelerators."""
+    """Return the expected number format of a run. Without a framework, it is unknown on accelerators."""
     platform = config.device.partition(":")[0]
     if platform == "auto":
         platform = "unknown" if may_have_accelerator() else "cpu"
@@ -103,12 +103,12 @@ def expected_precision(config: TrainingOptions) -> Choice[str]:
 
 
 def accounting(config: TrainingOptions) -> Accounting:
-    """Return how the memory of a run is counted: in the number format that is expected."""
+    """Return the settings of the memory formulas, with the expected number format."""
     return Accounting(compute_bytes=4 if expected_precision(config).value == "float32" else 2)
 
 
 def physical_memory() -> int:
-    """Return the bytes of memory of this machine; a number above all if the system does not tell."""
+    """Return the bytes of memory of this machine; a very large number if the system does not report it."""
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, OSError, ValueError):

@@ -76,7 +76,7 @@ class NoTracker:
 
 
 class TensorBoard:
-    """TensorBoard event files, by TensorBoard's own writer, which needs neither PyTorch nor TensorFlow.
+    """TensorBoard event files, written by TensorBoard, without PyTorch or TensorFlow.
 
     Parameters
     ----------

@@ -178,7 +178,7 @@ def test_help_states_every_option_once(command, capsys, monkeypatch):
 
 OWN = {
     "pretrain": {"config", "method"},
-    "inspect": {"config", "method"},
+    "inspect": {"config", "method", "sheet"},
     "evaluate": {"run", "protocol", "solver", "config", "eval_limit", "baselines"},
 }
 """Options that belong to a command and to no record."""
@@ -206,7 +206,7 @@ def test_options_come_from_the_records(command):
 def test_options_are_grouped_as_in_the_records(capsys):
     assert main(["pretrain", "--help"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    titles = ["Data:", "Method:", "Options that differ between methods:", "Optimisation:", "Run:"]
+    titles = ["Data:", "Method:", "Options that differ between methods:", "Optimization:", "Run:"]
     assert [line for line in lines if line in titles] == titles
     first = [next(line.split()[0] for line in lines[lines.index(title) + 1 :]) for title in titles]
     assert first == ["--data", "--method", "--mask_ratio", "--seed", "--backend"]
@@ -367,11 +367,11 @@ def test_help_names_the_methods_of_an_option(capsys):
     assert "Default: 512 for mae, 256 for localmim, 384 for videomae." in text
     rates = "0.0 for mae, 0.1 for simmim, 0.1 for maskalign, 0.0 for videomae"
     owners = "mae and simmim and maskalign and videomae"
-    assert f"it rises linearly from 0 at the first. For {owners} only. Default: {rates}." in text
-    assert "For mae and videomae: How the encoder and the decoder represent positions: absolute (" in text
-    assert "For simmim: How the encoder represents positions: relative (" in text
+    assert f"rates rise linearly from 0 at the first block. For {owners} only. Default: {rates}." in text
+    assert "For mae and videomae: Positions of the encoder and the decoder: absolute (" in text
+    assert "For simmim: Positions of the encoder: relative (" in text
     assert "For mae and simmim: How the decoded tokens are chosen" in text
-    assert "For mae and videomae: What the decoder reads of the encoder: none (" in text
+    assert "For mae and videomae: Input of the decoder from the encoder: none (" in text
     assert "For maskalign: Initial mixture of the student's layers" in text
     ratios = "0.75 for mae, 0.6 for simmim, 0.7 for maskalign, 0.75 for localmim, 0.9 for videomae"
     assert f"is masked. Default: {ratios}." in text
@@ -417,7 +417,7 @@ def test_a_run_with_functions_of_ones_own_is_stored_and_resumed(own_module, tiny
     assert f"throwing: {own_module}:last_first\n" in stored
     assert f"reconstruction: {own_module}:mix\n" in stored
     assert main(["pretrain", "--out", str(tmp_path / "run"), "--resume", "--epochs", "2"]) == 0
-    assert "MACs forward per image, without the mixing module of your own (" in capsys.readouterr().out
+    assert "MACs forward per image, without your mixing module (" in capsys.readouterr().out
     assert [engine.schedule.throwing.__name__ for engine in fake.made] == ["last_first"] * len(fake.made)
     assert main(["inspect", *tiny_words, *words]) == 0
     report = " ".join(capsys.readouterr().out.split())
@@ -462,6 +462,9 @@ def test_evaluate_and_picture_read_the_run(tiny_words, tmp_path, capsys):
     text = capsys.readouterr().out
     assert "checkpoint of step 12" in text
     result = json.loads((tmp_path / "run" / "evaluation.json").read_text())
+    with np.load(tmp_path / "run" / "evaluation" / "predictions.npz") as predictions:
+        for name, found in result["protocols"].items():
+            assert (predictions[name] == predictions["truth"]).sum() == found["correct"]
     assert result["trained"]["knn"] > 0.5
     assert "linear" not in result["trained"]
     assert main(["picture", "--run", run, "--pictures", "2"]) == 0

@@ -165,10 +165,13 @@ def test_the_command_line_has_every_option():
     named = {item.name: item for item in found}
     assert named["betas"].help == "Decay rates of AdamW. For finetune only."
     assert named["momentum"].help == "Momentum of LARS. For linear only."
-    assert named["batch_norm"].help.endswith("so that their number changes nothing; ours). For linear only.")
+    assert named["batch_norm"].help.endswith("independent of their number; ours). For linear only.")
     assert named["crop_draw"].help.endswith("as in MAE's linear probe). Default for linear: clamp.")
     assert named["epochs"].help == "Passes through the training images. Default for linear: 90."
     assert named["warmup_epochs"].help.endswith(" Default for finetune: 5.0, for linear: 10.0.")
-    assert named["flip"].help == "Mirror half of the crops left to right. Not given: as in the run."
+    assert (
+        named["flip"].help
+        == "Mirror half of the crops left to right; for volumes, half along each axis. Not given: as in the run."
+    )
     assert named["flip"].is_flag
-    assert named["out"].help == "Folder of the classifier. Null: a folder named after the protocol, in that of the run."
+    assert named["out"].help == "Folder of the classifier. Null: a subfolder of the run, named after the protocol."

@@ -8,6 +8,7 @@ import yaml
 from prmim_methods import METHODS, MAEConfig, SimMIMConfig, create_config
 from prmim_methods.record import options
 from prmim_train.cli.commands import main
+from prmim_train.config.axes import ThreeAxes
 from prmim_train.config.pretrain import (
     PretrainConfig,
     change,
@@ -185,8 +186,12 @@ def test_the_run_folder_is_named_after_method_and_data():
 
 
 def test_clips_have_frames():
-    assert pretrain_config(image_size=(32, 96), patch_size=(8, 16)).frames is None
-    assert pretrain_config(image_size=(4, 32, 96), patch_size=(2, 8, 16), decoder_dim=96, decoder_heads=4).frames == 4
+    assert pretrain_config(image_size=(32, 96), patch_size=(8, 16)).three_axes is None
+    sizes = {"image_size": (4, 32, 96), "patch_size": (2, 8, 16), "decoder_dim": 96, "decoder_heads": 4}
+    assert pretrain_config(**sizes).three_axes == ThreeAxes(4)
+    config = pretrain_config(**sizes, volumes=True, spacing=(5, 1, 1))
+    assert config.three_axes == ThreeAxes(4, volumes=True, spacing=(5, 1, 1))
+    assert pretrain_config(**config.flat()) == config
 
 
 def test_attention_maps_are_computed_before_the_last_epoch():

@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 
 import prmim_train
+from prmim_train.config.axes import ThreeAxes
 from prmim_train.data.batches import Batch, UnreadableImages, evaluation_batches, split_indices, train_batches
 from prmim_train.data.sources import ArraySource, open_source
 from prmim_train.data.transforms import center_crop, random_crop_box, random_flip, random_padded_crop, resize
@@ -174,7 +175,8 @@ def test_the_order_of_a_run_is_what_it_was():
 
 def test_all_frames_of_a_clip_are_cropped_and_flipped_alike():
     ramps = np.random.default_rng(0).integers(0, 256, (4, 1, 20, 24, 2), dtype=np.uint8)
-    clips = ArraySource(np.concatenate([ramps, 255 - ramps, ramps], axis=1), "clips")
+    images = np.concatenate([ramps, 255 - ramps, ramps], axis=1)
+    clips = ArraySource(images, "clips", three_axes=ThreeAxes(3))
     batch = run(clips, image_size=(3, 10, 12), total_steps=1)[0]
     assert batch.images.shape == (8, 3, 10, 12, 2)
     np.testing.assert_array_equal(batch.images[:, 0], batch.images[:, 2])
@@ -333,7 +335,7 @@ def test_an_unreadable_image_gives_its_place_to_the_next_one(broken_photos):
 @pytest.mark.parametrize("workers", [0, 1])
 def test_more_than_one_percent_unreadable_ends_the_run(tmp_path, photos, workers):
     for k in range(NUM_IMAGES):
-        (tmp_path / f"{k:02}.jpg").write_bytes((photos.folder / photos.files[k]).read_bytes())
+        (tmp_path / f"{k:02}.jpg").write_bytes((photos.records.folder / photos.records.files[k]).read_bytes())
     (tmp_path / "05.jpg").write_text("no image")
     (tmp_path / "06.jpg").write_text("no image")
     source = open_source(str(tmp_path), channels=3)
@@ -348,7 +350,7 @@ def test_more_than_one_percent_unreadable_ends_the_run(tmp_path, photos, workers
 def test_one_image_too_large_is_left_out_of_any_run(tmp_path, photos, workers):
     """However few images there are."""
     for k in range(NUM_IMAGES):
-        (tmp_path / f"{k:02}.jpg").write_bytes((photos.folder / photos.files[k]).read_bytes())
+        (tmp_path / f"{k:02}.jpg").write_bytes((photos.records.folder / photos.records.files[k]).read_bytes())
     Image.new("RGB", (200, 200)).save(tmp_path / "05.jpg")
     source = open_source(str(tmp_path), channels=3, max_pixels=39_999)
     options = {"batch_size": 10, "image_size": (8, 8), "seed": 0, "total_steps": 4, "workers": workers}
@@ -473,7 +475,7 @@ def test_a_tar_file_that_changes_under_the_run_ends_it(tmp_path, tiny_files, wor
 
 def test_a_tar_file_and_a_folder_give_the_same_batches(photos, tmp_path):
     with tarfile.open(tmp_path / "a.tar", "w") as archive:
-        archive.add(photos.folder, "photos")  # in sorted order
+        archive.add(photos.records.folder, "photos")  # in sorted order
     tar = open_source(str(tmp_path / "a.tar"), channels=3)
     assert_equal(run(tar), run(photos))
     np.testing.assert_array_equal(tar.labels, photos.labels)

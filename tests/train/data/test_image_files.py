@@ -15,7 +15,14 @@ from PIL import Image, ImageFile, ImageOps, JpegImagePlugin
 
 from prmim_methods.messages import printable
 from prmim_train.data import image_files
-from prmim_train.data.image_files import UnreadableImageError, decode_crop, decode_image, read_image
+from prmim_train.data.image_files import (
+    UnreadableImageError,
+    decode_crop,
+    decode_image,
+    open_part,
+    read_header,
+    read_image,
+)
 from prmim_train.data.transforms import resize
 
 
@@ -446,12 +453,12 @@ def test_the_limit_of_pixels_is_an_argument(kind, tmp_path):
     content = encoded(Image.new("L", (30, 20), 99), kind)
     (tmp_path / "a").write_bytes(content)
     assert decode_image(content, channels=1, max_pixels=600).shape == (20, 30, 1)
-    image_files.read_header(tmp_path / "a", max_pixels=600)
+    read_header(io.BytesIO(content), max_pixels=600)
     for read in (
         lambda: decode_image(content, channels=1, max_pixels=599),
         lambda: decode_crop(content, (2, 2), lambda shape: (0, 0, *shape), channels=1, max_pixels=599),
         lambda: read_image(tmp_path / "a", channels=1, max_pixels=599),
-        lambda: image_files.read_header(tmp_path / "a", max_pixels=599),
+        lambda: read_header(io.BytesIO(content), max_pixels=599),
     ):
         with pytest.raises(UnreadableImageError, match=r"600 pixels, more than max_pixels 599$"):
             read()
@@ -531,7 +538,8 @@ def test_a_header_is_checked_without_reading_the_rest(tmp_path, monkeypatch):
         return read(file, start, size)
 
     monkeypatch.setattr(image_files, "read_part", counted_read)
-    image_files.read_header(tmp_path / "a.bmp", 700, len(content))
+    with open_part(tmp_path / "a.bmp", 700, len(content)) as file:
+        read_header(file)
     assert 0 < sum(sizes) < 100_000 < len(content)
 
 
@@ -546,8 +554,11 @@ def test_a_header_is_checked_without_reading_the_rest(tmp_path, monkeypatch):
 )
 def test_a_header_tells_what_cannot_be_read(tmp_path, content, reason):
     (tmp_path / "a").write_bytes(b"." * 700 + content + JPEG)
-    with pytest.raises(UnreadableImageError, match=f"^x: ({reason})$"):
-        image_files.read_header(tmp_path / "a", 700, len(content), name="x")
+    with (
+        open_part(tmp_path / "a", 700, len(content)) as file,
+        pytest.raises(UnreadableImageError, match=f"^x: ({reason})$"),
+    ):
+        read_header(file, name="x")
 
 
 def test_memory_that_runs_out_makes_an_image_unreadable(monkeypatch):

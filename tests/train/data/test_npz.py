@@ -10,9 +10,9 @@ import zipfile
 import numpy as np
 import pytest
 
-from prmim_train.data import npz
+from prmim_train.config.axes import ThreeAxes
+from prmim_train.data.formats import npz
 from prmim_train.data.sources import open_source
-from prmim_train.data.transforms import unfold_frames
 
 
 @pytest.mark.parametrize("channels", [1, 2, 3, 7])
@@ -49,24 +49,22 @@ def test_npz_of_16_bits_and_labels_without_names(tmp_path):
 def test_npz_of_clips(tmp_path, channels):
     clips = np.random.default_rng(0).integers(0, 256, (5, 2, 6, 4, channels), dtype=np.uint8)
     np.savez(tmp_path / "a.npz", images=clips[..., 0] if channels == 1 else clips)
-    source = open_source(str(tmp_path / "a.npz"), channels=channels, frames=2)
-    assert (source.channels, source.frames) == (channels, 2)
+    source = open_source(str(tmp_path / "a.npz"), channels=channels, three_axes=ThreeAxes(2))
+    assert (source.channels, source.three_axes.frames) == (channels, 2)
     assert source.description.endswith("5 images of 2 x 6 x 4 pixels, no labels")
-    np.testing.assert_array_equal(unfold_frames(source.read(3), (2, 6, 4)), clips[3])
+    np.testing.assert_array_equal(source.read(3), clips[3])
 
 
 def test_clips_that_do_not_fit_are_refused(tmp_path):
     path = str(tmp_path / "a.npz")
     np.savez(path, images=np.zeros((5, 2, 6, 4, 3), np.uint8))
-    with pytest.raises(ValueError, match=r"image_size: .* has clips of 2 frames, got 16"):
-        open_source(path, channels=3, frames=16)
     with pytest.raises(ValueError, match=r"expected \(N, height, width\) or .*, got \(5, 2, 6, 4, 3\)"):
         open_source(path, channels=3)
     np.savez(path, images=np.zeros((5, 6, 4), np.uint8))
     with pytest.raises(ValueError, match=r"expected \(N, frames, height, width\) or .*, got \(5, 6, 4\)"):
-        open_source(path, channels=1, frames=2)
-    with pytest.raises(ValueError, match=r"image_size: expected height,width: clips come from \.npz files, got"):
-        open_source(str(tmp_path), channels=1, frames=2)
+        open_source(path, channels=1, three_axes=ThreeAxes(2))
+    with pytest.raises(ValueError, match=r"no images in .*: 1 other file \(\.npz 1\); expected names ending in"):
+        open_source(str(tmp_path), channels=1, three_axes=ThreeAxes(2))
 
 
 IMAGES = np.zeros((3, 4, 4), np.uint8)

@@ -8,9 +8,11 @@ import pytest
 from PIL import Image, features
 from sklearn.datasets import load_digits
 
+from prmim_train.config.axes import ThreeAxes
 from prmim_train.config.classify import classify_config
 from prmim_train.config.pretrain import pretrain_config
-from prmim_train.data import image_files, sources
+from prmim_train.data import image_files
+from prmim_train.data.formats import arrays
 from prmim_train.data.image_files import MAX_PIXELS
 from prmim_train.data.sources import ArraySource, UnreadableImageError, open_source
 from prmim_train.data.transforms import resize
@@ -63,7 +65,7 @@ def test_links_are_followed_but_not_in_circles(tmp_path):
     (tmp_path / "data" / "dog").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "data" / "cat" / "up").symlink_to(tmp_path / "data")
     source = open_source(str(tmp_path / "data"), channels=1)
-    assert list(source.files) == ["dog/a.png"]
+    assert list(source.records.files) == ["dog/a.png"]
 
 
 def names(folder) -> list[str]:
@@ -205,7 +207,7 @@ def test_reading_names_the_file_inside_the_folder(tmp_path):
 def test_folder_errors(tmp_path):
     with pytest.raises(
         FileNotFoundError,
-        match=r"data: nothing at .*missing; expected a folder of images, .tar files, a .npz file, or \"digits\"$",
+        match=r"data: nothing at .*missing; expected a folder of images, .tar or .parquet files, .*, or \"digits\"$",
     ):
         open_source(str(tmp_path / "missing"), channels=3)
     with pytest.raises(ValueError, match=r"data: no images in .*: no files found; expected names ending in \.bmp"):
@@ -368,16 +370,16 @@ def test_digits(channels):
 
 def test_digits_of_another_version_of_scikit_learn(monkeypatch):
     expected = open_source("digits", channels=1)
-    monkeypatch.setattr(sources, "find_spec", lambda name: None)  # the file is elsewhere
+    monkeypatch.setattr(arrays, "find_spec", lambda name: None)  # the file is elsewhere
     source = open_source("digits", channels=1)
     np.testing.assert_array_equal(source.images, expected.images)
     np.testing.assert_array_equal(source.labels, expected.labels)
 
 
 def test_digits_as_clips_stand_still():
-    source = open_source("digits", channels=1, frames=3)
+    source = open_source("digits", channels=1, three_axes=ThreeAxes(3))
     assert source.description == "digits: 1,797 images of 3 x 8 x 8 pixels in 10 classes"
-    np.testing.assert_array_equal(source.read(7), open_source("digits", channels=1).read(7).repeat(3, axis=2))
+    np.testing.assert_array_equal(source.read(7), [open_source("digits", channels=1).read(7)] * 3)
     assert len(source.identities().keys) == 1797
 
 

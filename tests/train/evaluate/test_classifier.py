@@ -81,12 +81,15 @@ def test_a_classifier_leaves_a_run_of_its_own(protocol, run, fake, capsys):
     evaluate(run, protocol, *FEW)
     folder = run / protocol
     names = {"config.yaml", "metrics.jsonl", "checkpoints", "summary.json", "evaluation.json", "confusion.png"}
-    assert {entry.name for entry in folder.iterdir()} == {*names, "curves.png", ".lock", "run.json", "trained.npz"}
+    names |= {"curves.png", ".lock", "run.json", "trained.npz", "predictions.npz"}
+    assert {entry.name for entry in folder.iterdir()} == names
     record = json.loads((folder / "evaluation.json").read_text())
     assert record["accuracy"] > 0.6
     low, high = record["confidence_interval"]
     assert low < record["accuracy"] < high
     assert record["test_images"] == sum(entry["images"] for entry in record["per_class"].values()) == 359
+    with np.load(folder / "predictions.npz") as predictions:
+        assert (predictions[protocol] == predictions["truth"]).sum() == record["correct"]
     assert record["correct"] == round(sum(e["images"] * e["accuracy"] for e in record["per_class"].values()))
     assert (record["protocol"], record["checkpoint"], record["options"]["epochs"]) == (protocol, 12, 2)
     assert (record["step"], record["train_images"], record["unreadable_test_images"]) == (24, 1438, {})

@@ -14,14 +14,16 @@ EPOCHS = 7
 
 
 @pytest.fixture(scope="session")
-def soak() -> ModuleType:
-    """The module `soak.py` in this folder, which is also a command."""
+def soak(forked: type[Any]) -> ModuleType:
+    """The module `soak.py` in this folder, which is also a command. Runs on PyTorch are forked."""
     spec = importlib.util.spec_from_file_location("soak", Path(__file__).with_name("soak.py"))
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules["soak"] = module  # needed by dataclasses
     spec.loader.exec_module(module)
+    launch = module.launch
+    module.launch = lambda words, *rest: (forked if "torch" in words else launch)(words, *rest)  # type: ignore[attr-defined]
     return module
 
 

@@ -5,7 +5,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
 
 import numpy as np
 import pytest
@@ -51,47 +50,39 @@ def hurt(soak, undisturbed, tmp_path):
 
     def start(backend, step, deed="pass", before="pass"):
         folder, _, _ = undisturbed(backend)
-        program, _, _, *words = soak.command(backend, tmp_path / "run", EPOCHS)
+        _, _, *words = soak.command(backend, tmp_path / "run", EPOCHS)
         code = HURT.format(backend=backend, step=step, deed=deed, before=before)
-        return subprocess.run(
-            [program, "-c", code, *words],
-            capture_output=True,
-            text=True,
-            env=soak.environment(folder / "programs"),
-            timeout=300,
-            check=False,
-        )
+        # A pipe: where files may not grow, its output still can.
+        os.mkfifo(tmp_path / "output")
+        output = os.open(tmp_path / "output", os.O_RDONLY | os.O_NONBLOCK)
+        process = soak.launch(["-c", code, *words], soak.environment(folder / "programs"), tmp_path / "output")
+        code, said = process.wait(300), os.read(output, 65536).decode()
+        os.close(output)
+        return code, said
 
     def go_on(backend):
         folder, run, _ = undisturbed(backend)
-        result = subprocess.run(
-            soak.command(backend, tmp_path / "run", EPOCHS),
-            capture_output=True,
-            text=True,
-            env=soak.environment(folder / "programs"),
-            timeout=300,
-            check=False,
-        )
-        assert result.returncode == 0, result.stderr
+        process = soak.Process(backend, tmp_path / "run", tmp_path / "log", folder / "programs", EPOCHS, 1)
+        process.until(process.is_over)
+        assert process.has_succeeded(), process.tail()
         soak.compare(run, tmp_path / "run")
 
     return start, go_on
 
 
-def told(result):
+def told(output):
     """Return the error line of a command."""
-    line = result.stderr.splitlines()[-1]
-    assert line.startswith("prmim: error: "), result.stderr
-    assert "Traceback" not in result.stderr
+    (line,) = (line for line in output.splitlines() if line.startswith("prmim: error: "))
+    assert "Traceback" not in output
     return line
 
 
 @pytest.mark.parametrize("backend", ["torch", "jax"])
 def test_a_disk_that_is_full_when_a_checkpoint_is_written(backend, hurt, tmp_path, soak):
     start, go_on = hurt
-    result = start(backend, 10, LIMIT.format(bytes=16_384))
-    assert result.returncode == 1
-    line = told(result)
+    code, output = start(backend, 10, LIMIT.format(bytes=16_384))
+    assert code == 1
+    line = told(output)
     # The checkpoint of step 8 may still be pending.
     failed = re.search(r"checkpoint: could not write \S*/step_0{6}(08|12): ", line)
     assert failed, line
@@ -104,9 +95,9 @@ def test_a_disk_that_is_full_when_a_checkpoint_is_written(backend, hurt, tmp_pat
 def test_a_disk_that_is_full_in_the_middle_of_a_line(hurt, tmp_path):
     start, go_on = hurt
     metrics = tmp_path / "run" / "metrics.jsonl"
-    result = start("torch", 2, LIMIT.format(bytes=f"Path({str(metrics)!r}).stat().st_size + 100"))
-    assert result.returncode == 1
-    assert "File too large" in told(result)
+    code, output = start("torch", 2, LIMIT.format(bytes=f"Path({str(metrics)!r}).stat().st_size + 100"))
+    assert code == 1
+    assert "File too large" in told(output)
     torn = metrics.read_text().splitlines()[-1]
     with pytest.raises(json.JSONDecodeError):
         json.loads(torn)
@@ -117,9 +108,9 @@ def test_a_disk_that_is_full_in_the_middle_of_a_line(hurt, tmp_path):
 def test_a_run_directory_that_may_not_be_written_to(hurt, tmp_path):
     start, go_on = hurt
     (tmp_path / "run").mkdir(mode=0o555)
-    result = start("torch", 0, before=OBEY)
-    assert result.returncode == 2
-    assert str(tmp_path / "run") in told(result)
+    code, output = start("torch", 0, before=OBEY)
+    assert code == 2
+    assert str(tmp_path / "run") in told(output)
     assert list((tmp_path / "run").iterdir()) == []
     (tmp_path / "run").chmod(0o755)
     go_on("torch")
@@ -129,9 +120,9 @@ def test_a_run_directory_that_may_not_be_written_to(hurt, tmp_path):
 def test_a_folder_that_may_no_longer_be_written_to(hurt, tmp_path):
     start, go_on = hurt
     checkpoints = tmp_path / "run" / "checkpoints"
-    result = start("torch", 10, f"Path({str(checkpoints)!r}).chmod(0o555)", before=OBEY)
-    assert result.returncode == 1
-    line = told(result)
+    code, output = start("torch", 10, f"Path({str(checkpoints)!r}).chmod(0o555)", before=OBEY)
+    assert code == 1
+    line = told(output)
     assert "Permission denied" in line
     assert re.search(rf"the last good one is {checkpoints}/step_0{{7}}[48]$", line), line
     checkpoints.chmod(0o755)

@@ -46,8 +46,8 @@ def test_the_report_of_a_run(tiny, fake):
     assert row(text, "stage 2") == "4 from 12 known, kernel"
     assert row(text, "decoder sequence") == "9 (dense: 17)"
     assert row(text, "supervised") == "12 of 12 masked"
-    assert row(text, "patches") == "4 tokens predict all 4 x 4 pixels, normalised over the patch"
-    assert row(text, "cells") == "8 tokens predict the means of 2 x 2 cells, normalised over the image"
+    assert row(text, "patches") == "4 tokens predict all 4 x 4 pixels, normalized over the patch"
+    assert row(text, "cells") == "8 tokens predict the means of 2 x 2 cells, normalized over the image"
     assert row(text, "cell head").split() == ["0.001", "M", "0.000", "M"]  # 8 x 16 x 4
     assert row(text, "effective batch") == "120 images per step, in 4 parts of 30"
     assert row(text, "peak learning rate") == "0.01 x 120 / 256 = 0.004687"
@@ -98,7 +98,7 @@ def test_crops_are_measured_on_the_given_images(tiny, fake, tmp_path):
     assert rows(text, "warning")[0].startswith(
         "crops are enlarged 4 times, so most patches show blur; choose a smaller"
     )
-    assert not rows(inspect_run(tiny(**write_array(tmp_path / "a.npz", 16, 16))), "warning")
+    assert not rows(inspect_run(tiny(**write_array(tmp_path / "a.npz", 16, 16), epochs=1000)), "warning")
     padded = inspect_run(tiny(**photos, crop_padding=2))
     assert row(padded, "enlargement") == "2 times (median)"
     assert row(padded, "crops") == "16 x 16 pixels, windows of the resized image with 2 mirrored pixels around it"
@@ -116,11 +116,19 @@ def test_crops_of_long_images_are_as_large_as_asked(tiny, fake, tmp_path):
 
 def test_values_far_below_the_range_are_reported(tiny, fake, tmp_path):
     np.savez(tmp_path / "a.npz", images=np.arange(8 * 256, dtype=np.uint16).reshape(8, 16, 16))
-    options = {"data": str(tmp_path / "a.npz"), "channels": 1, "batch_size": 4}
+    options = {"data": str(tmp_path / "a.npz"), "channels": 1, "batch_size": 4, "epochs": 1000}
     warning = "pixel values reach 2,047 of 65,535, so 8 bits keep 8 levels; see prmim stats, and set --pixel_range"
     assert row(inspect_run(tiny(**options)), "warning") == warning
     assert f"Warning: {warning}" in brief(tiny(**options), fake)
     assert not rows(inspect_run(tiny(**options, pixel_range=(0, 2047))), "warning")
+
+
+def test_values_without_a_range_are_reported(tiny, fake, tmp_path):
+    np.save(tmp_path / "a.npy", np.zeros((16, 16), np.int16))
+    options = {"data": str(tmp_path), "channels": 1, "holdout": 0.0, "batch_size": 1, "epochs": 2000}
+    warning = "pixel values are float32, which has no fixed range: without --pixel_range, no image can be read"
+    assert row(inspect_run(tiny(**options)), "warning") == warning
+    assert not rows(inspect_run(tiny(**options, pixel_range=(-1.0, 0.0))), "warning")
 
 
 def test_statistics_give_the_options_to_paste(tmp_path, capsys):
@@ -244,15 +252,15 @@ def test_a_teacher_that_does_not_fit_is_an_error(tiny, fake, teacher):
 
 def test_thrown_tokens_may_predict_patches(tiny, fake):
     text = inspect_run(tiny(thrown_target="patch"))
-    assert row(text, "patches") == "12 tokens predict all 4 x 4 pixels, normalised over the patch"
+    assert row(text, "patches") == "12 tokens predict all 4 x 4 pixels, normalized over the patch"
     assert rows(text, "cells") == rows(text, "cell head") == []
 
 
 def test_other_tokens_may_predict_cells_too(tiny, fake):
     text = inspect_run(tiny(extra_cells="known", cell_norm="window", cells=1))
     assert row(text, "patches").startswith("4 tokens")
-    over = "the patch and those next to it"
-    assert row(text, "cells") == f"16 tokens predict the means of 1 x 1 cells, normalised over {over}"
+    over = "the patch and its neighbours"
+    assert row(text, "cells") == f"16 tokens predict the means of 1 x 1 cells, normalized over {over}"
 
 
 def test_the_published_size_of_mae_costs_at_most_6_95_g(fake):
@@ -333,7 +341,25 @@ def test_unsupervised_tokens_are_not_counted(tiny, fake):
 def test_the_brief(changes, tokens, cost, tiny, fake, teacher):
     if changes.get("method") == "maskalign":
         changes = {**changes, "teacher": str(teacher)}
-    lines = brief(tiny(**changes), fake).splitlines()
+    lines = brief(tiny(**changes, epochs=100), fake).splitlines()
     assert len(lines) == 4
     assert lines[1] == f"Tokens: 4 x 4 grid; {tokens}"
     assert cost in lines[2]
+
+
+def test_options_that_do_not_suit_few_images_are_replaced(tiny, fake, tmp_path):
+    text = inspect_run(
+        pretrain_config(**write_photos(tmp_path / "photos", 12) | {"batch_size": 4096, "backend": "fake"})
+    )
+    assert len(rows(text.partition("Few images or steps")[2], "warning")) == 4
+    assert row(text, "proposed") == (
+        "--model vit_tiny --decoder_dim 128 --decoder_heads 4 --batch_size 8 --base_learning_rate 0.0034 --epochs 1600"
+    )
+    assert row(text, "start").startswith("--init_weights")
+
+
+def test_a_run_warns_of_few_images(tiny, fake):
+    text = brief(tiny(), fake)
+    assert "Warning: the run takes 12 steps in all" in text
+    assert text.endswith("prmim inspect, with the same options, proposes others for this number of images.")
+    assert "Warning" not in brief(tiny(batch_size=20, epochs=20), fake)

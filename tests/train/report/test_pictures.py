@@ -5,7 +5,7 @@ from PIL import Image
 from prmim_core import Grid, Schedule, count_tokens, counter_noise, make_plan, patchify
 from prmim_methods import MAEConfig, SimMIMConfig
 from prmim_train.data.sources import ArraySource, UnreadableImageError
-from prmim_train.report.figures import HIDDEN, frames_in_a_row
+from prmim_train.report.figures import HIDDEN, frames_in_a_row, panel_axes
 from prmim_train.report.pictures import (
     NOT_PREDICTED,
     _read_some,
@@ -218,3 +218,19 @@ def test_an_unreadable_image_gives_way_to_the_next():
     assert shown[:, 0, 0, 0].tolist() == [1, 6]
     with pytest.raises(ValueError, match="at least one readable image"):
         _read_some(Torn(images, "ten"), np.array([0, 5]), 2, (8, 8))
+
+
+@pytest.mark.parametrize(
+    ("aspect", "size", "shape"),
+    [
+        (1.0, (6.0, 7.0), (6, 6)),
+        (8.0, (7.2, 42.4), (36, 1)),  # panels below one another
+        (0.125, (10.2, 17.2), (3, 14)),  # two samples beside one another, with a gap after each
+    ],
+)
+def test_panels_of_all_proportions_fit_a_page(aspect, size, shape):
+    figure, axes = panel_axes(6, 6, aspect, side=1.0, extra=1.0)
+    assert axes.shape == (6, 6)
+    assert axes[0, 0].get_subplotspec().get_gridspec().get_geometry() == shape
+    assert sum(place.axison for place in figure.axes) == 36
+    np.testing.assert_allclose(figure.get_size_inches(), size)

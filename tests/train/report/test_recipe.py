@@ -17,7 +17,8 @@ def test_inspect_prints_paper_number_and_deviations(name, fake, teacher, capsys)
     if name in recipe_names():
         words = [*TINY, *(["--decoder_dim", "48"] if "decoder_dim" in read_options(name) else [])]
         words += ["--image_size", "128"] * name.startswith("pixio")  # units of 4 x 4 tokens
-        words += ["--image_size", "8,64,64"] * name.startswith("videomae")
+        words += ["--image_size", "8,64,64"] * name.startswith("video")
+        words += ["--image_size", "64,64,64", "--embed_dim", "24"] * name.startswith("volume")
         words += ["--teacher", str(teacher), "--teacher_layers", "1", "--fusion", "sum"] * name.startswith("maskalign")
     assert main(["inspect", "--config", name, *words]) == 0
     text = capsys.readouterr().out

@@ -112,9 +112,9 @@ def test_the_caption_says_what_hatching_means():
     is_visible = similarity_maps(compared).is_visible[0]
     text = _caption_text(compared, is_visible, method_of(compared, reconstruction="none"))
     assert "Hatched: 26 masked tokens, which" in text
-    assert "are rebuilt" not in text
+    assert "are reconstructed" not in text
     text = _caption_text(Compared(), is_visible, method_of(compared))
-    assert "26 masked tokens are rebuilt" in text
+    assert "26 masked tokens are reconstructed" in text
     assert "8 numbers for each of the 6 x 6 tokens" in text
     assert "Hatched" not in text
 

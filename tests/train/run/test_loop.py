@@ -318,7 +318,7 @@ def test_resuming_with_fewer_epochs_than_are_done_is_refused(tiny):
 
 
 def test_weights_to_begin_with_that_are_missing_leave_nothing_behind(tiny, tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"init_weights: expected a .* there is none at nowhere"):
+    with pytest.raises(FileNotFoundError, match=r"init_weights: expected a .* got nowhere, which does not exist"):
         pretrain(tiny(init_weights="nowhere"))
     assert not (tmp_path / "run").exists()
 
