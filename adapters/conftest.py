@@ -1,4 +1,4 @@
-"""The doctests of a file can be collected where what it imports is installed."""
+"""Collects the doctests of a file only if its imports are installed."""
 
 import importlib.util
 

@@ -1,4 +1,4 @@
-"""Compared arms: dense methods, methods with thrown tokens, official layout, peers."""
+"""Compared arms: dense, with thrown tokens, official layout, and peers."""
 
 import copy
 from collections.abc import Iterable
@@ -73,7 +73,10 @@ def inputs(batch: int, device: str = "cpu") -> tuple[Tensor, Tensor]:
 
 
 def loss(module: nn.Module, *inputs: Tensor) -> Tensor:
-    """Return the loss of a batch, for any arm or peer: images, noise and, for some methods, weights."""
+    """Return the loss of a batch, for any arm or peer.
+
+    The batch holds images, noise and, for some methods, weights.
+    """
     output = module(*inputs)
     return output if isinstance(output, Tensor) else output.loss
 
@@ -134,7 +137,10 @@ class OfficialLayout(nn.Module):
 
 
 class TransformersMAE(nn.Module):
-    """Dense MAE of transformers at our sizes; takes float images (batch, 3, 224, 224)."""
+    """Dense MAE of transformers at our sizes.
+
+    Takes float images (batch, 3, 224, 224).
+    """
 
     def __init__(self, model: str, attention: str) -> None:
         super().__init__()
@@ -171,7 +177,10 @@ class ExplicitCrossAttention(nn.Module):
         self.num_heads, self.q, self.kv, self.proj = attention.num_heads, attention.q, attention.kv, attention.proj
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        """Map (batch, length, dim) to the same shape; the context is (batch, context length, context_dim)."""
+        """Map (batch, length, dim) to the same shape.
+
+        The context is (batch, context length, context_dim).
+        """
         q = self.q(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
         k, v = self.kv(context).unflatten(-1, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
         return self.proj(_attend(q, k, v).transpose(1, 2).flatten(2))
@@ -186,7 +195,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tens
 
 
 class ExplicitAttention(nn.Module):
-    """Attention with explicit scores and the weights of ``attention``, as in timm 0.3."""
+    """Explicit attention with the weights of ``attention``, as in timm 0.3."""
 
     def __init__(self, attention: nn.Module) -> None:
         super().__init__()

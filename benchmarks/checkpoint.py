@@ -1,4 +1,4 @@
-"""Time and size of a checkpoint, and its share of training time, on both backends.
+"""Time, size and share of training time of a checkpoint, on both backends.
 
 A run waits while its state is copied; writing, checksums and flushing to disk happen in the background. Both are timed
 without other work, so "written whole" is the time of a synchronous checkpoint. The share is

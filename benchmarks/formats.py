@@ -1,4 +1,4 @@
-"""Speed of first epochs from files of several formats, on disk and on local servers.
+"""Speed of first epochs by file format, on disk and on local servers.
 
 An epoch includes opening the data. It is measured with an empty cache (cold), with all parts in the cache (warm) and
 without a cache. The batches must equal those of the folder, even if the stream starts in the middle.
@@ -35,7 +35,7 @@ def pack_tar(files: Sequence[Path], path: Path) -> str:
 
 
 def pack_parquet(files: Sequence[Path], path: Path) -> str:
-    """Write files into a column of a parquet file, each in a row group of its own, and return its path.
+    """Write files into a parquet column, one per row group; return the path.
 
     Larger groups suit tables that are read in order. In shuffled order, one image of a group would be used.
     """
@@ -45,7 +45,9 @@ def pack_parquet(files: Sequence[Path], path: Path) -> str:
 
 
 def compare_formats(folder: str, files: Sequence[Path], where: Path, repeats: int, **shape: int) -> dict[str, Row]:
-    """Return rows of images per second: cold, warm, without a cache; and whether the stream resumes exactly.
+    """Return images per second: cold, warm, and without a cache.
+
+    Also returns whether the stream resumes exactly.
 
     Parameters
     ----------
@@ -91,7 +93,7 @@ def epoch(spec: str, options: SourceOptions, **shape: int) -> tuple[list[NDArray
 
 
 def resumes(spec: str, options: SourceOptions, expected: list[NDArray[Any]], **shape: int) -> str:
-    """Return, as text, whether the stream from the middle of an epoch has the expected batches."""
+    """Return, as text, whether the stream resumes exactly in mid-epoch."""
     start = len(expected) // 2
     found = _batches(spec, options, start, **shape)
     is_same = len(found) == len(expected) - start and all(map(np.array_equal, found, expected[start:]))

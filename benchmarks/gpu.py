@@ -1,4 +1,4 @@
-"""Run the benchmarks that need a GPU, in pieces, and write the numbers into the documentation.
+"""Run the GPU benchmarks in pieces, and write the numbers into the documentation.
 
 The command is idempotent: it skips finished pieces. Each piece runs in its own process, until ``--minutes`` are over.
 The remaining time is used for trainings of the study ``grid14``, whose records are saved with the others. Without a
@@ -49,7 +49,7 @@ class Piece:
 
 
 def _bench(name: str, words: str, dry: str) -> Piece:
-    """Return a benchmark of this package that writes its tables into the folder of the piece."""
+    """Return a benchmark of this package that writes its tables into the folder."""
     fixed = (f"benchmarks.{name}", "--json", "{out}")
     return Piece((*fixed, *words.split()), (*fixed, *dry.split()))
 
@@ -81,7 +81,7 @@ PIECES = {
 
 
 def launch(words: tuple[str, ...], seconds: float) -> int:
-    """Run ``python -m`` with a time limit; return its exit status, 124 if it was stopped."""
+    """Run ``python -m`` with a time limit; return its exit status, 124 on timeout."""
     try:
         return subprocess.run([sys.executable, "-m", *words], cwd=ROOT, timeout=seconds, check=False).returncode
     except subprocess.TimeoutExpired:
@@ -89,7 +89,10 @@ def launch(words: tuple[str, ...], seconds: float) -> int:
 
 
 def carry_out(out: Path, deadline: float, *, dry: bool) -> list[str]:
-    """Run the remaining pieces in order until a time of ``time.monotonic``; return the failed ones."""
+    """Run the remaining pieces in order until a deadline; return the failed ones.
+
+    The deadline is a time of ``time.monotonic``.
+    """
     failed = []
     for name, piece in PIECES.items():
         folder = out / name.replace(" ", "-")
@@ -112,7 +115,10 @@ def carry_out(out: Path, deadline: float, *, dry: bool) -> list[str]:
 
 
 def train(options: argparse.Namespace, deadline: float) -> bool:
-    """Train arms of the study until a time of ``time.monotonic``; return whether nothing failed."""
+    """Train arms of the study until a deadline; return whether nothing failed.
+
+    The deadline is a time of ``time.monotonic``.
+    """
     minutes = (deadline - time.monotonic() - SPARE) / 60
     if minutes <= 0:
         print(f"== {STUDY}: left for the next call", flush=True)
@@ -124,7 +130,10 @@ def train(options: argparse.Namespace, deadline: float) -> bool:
 
 
 def first_table(out: Path, name: str) -> tuple[Json, dict[str, Json]]:
-    """Return the content of a piece's file, and the rows of its first table; empty if the piece is not finished."""
+    """Return the content of a piece's file, and the rows of its first table.
+
+    Empty if the piece is not finished.
+    """
     folder = out / name.replace(" ", "-")
     files = [path for path in folder.glob("*.json") if path.name != "done.json"]
     if not (folder / "done.json").exists() or not files:
@@ -143,7 +152,10 @@ STEP_COLUMN = "ViT-B/16, CUDA, bfloat16, compiled"
 
 
 def step_cells(rows: Mapping[str, Json]) -> dict[str, str]:
-    """Return the column of steps: ratios to dense, with milliseconds for dense and PR-MIM 0.5."""
+    """Return the column of steps: ratios to dense, some with milliseconds.
+
+    Dense and PR-MIM 0.5 have milliseconds.
+    """
     cells = {}
     for label, name in STEP_ROWS.items():
         if name in rows:
@@ -229,7 +241,7 @@ def write_pages(docs: Path, out: Path, results: Path) -> None:
 def main(arguments: list[str] | None = None) -> int:
     """Run the pieces, train, and write the pages; return 1 if something failed."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--minutes", type=float, default=8.0, help="time limit; call again for what is left")
+    parser.add_argument("--minutes", type=float, default=8.0, help="time limit; run the command again to continue")
     parser.add_argument("--out", type=Path, default=Path("runs/gpu"), metavar="FOLDER", help="results of the pieces")
     parser.add_argument("--data", type=Path, default=Path("../shared/data"), metavar="FOLDER", help="data sets")
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="FOLDER", help="records of the trainings")

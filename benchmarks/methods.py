@@ -65,7 +65,10 @@ def arms_of(name: str) -> dict[str, MethodConfig]:
 
 
 def write_teacher(folder: Path) -> Path:
-    """Write a CLIP ViT-B/16 with random weights, which do not affect the cost, and return its folder."""
+    """Write a CLIP ViT-B/16 with random weights, and return its folder.
+
+    The weights do not affect the cost.
+    """
     from transformers import CLIPVisionConfig, CLIPVisionModel
     from transformers.utils.logging import disable_progress_bar
 
@@ -75,7 +78,10 @@ def write_teacher(folder: Path) -> Path:
 
 
 def with_teacher(configs: dict[str, MethodConfig], folder: Path) -> dict[str, MethodConfig]:
-    """Give the arms of MaskAlign the configuration of a CLIP ViT-B/16, which determines their cost."""
+    """Give the arms of MaskAlign the configuration of a CLIP ViT-B/16.
+
+    The configuration determines their cost.
+    """
     from transformers import CLIPVisionConfig
 
     if not isinstance(configs["dense"], MaskAlignConfig):
@@ -85,7 +91,7 @@ def with_teacher(configs: dict[str, MethodConfig], folder: Path) -> dict[str, Me
 
 
 def saved_megabytes(module: nn.Module, inputs: tuple[Tensor, ...]) -> float:
-    """Return the megabytes per additional image that a forward pass saves for the backward pass."""
+    """Return the megabytes saved for the backward pass per additional image."""
     parameters = list(module.parameters())
 
     def count(size: int) -> int:
@@ -95,7 +101,7 @@ def saved_megabytes(module: nn.Module, inputs: tuple[Tensor, ...]) -> float:
 
 
 def inputs_of(config: MethodConfig, batch: int, device: str) -> tuple[Tensor, ...]:
-    """Return random images, noise, and equal weights of the tokens if the method needs any."""
+    """Return random images, noise, and equal token weights if needed."""
     images = torch.from_numpy(random_images((batch, *config.image_size, config.channels))).to(device)
     noise = counter_noise(0, 0, torch.arange(batch, device=device), config.grid.num_tokens)
     return (images, noise, torch.ones(noise.shape, device=device)) if config.needs_weights else (images, noise)
@@ -127,7 +133,10 @@ def table(title: str, configs: dict[str, MethodConfig], options: argparse.Namesp
 
 
 def num_supervised(config: MethodConfig) -> int:
-    """Return the number of supervised tokens of an image; without a decoder, visible tokens are supervised too."""
+    """Return the number of supervised tokens of an image.
+
+    Without a decoder, visible tokens are supervised too.
+    """
     if config.num_supervised is not None:
         return config.num_supervised
     return config.counts.num_tokens if config.is_reconstructed else config.counts.visible
@@ -141,7 +150,10 @@ def forward_macs(config: MethodConfig) -> int:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Print a table for each recipe. Each recipe has its own process, since retained memory would add up."""
+    """Print a table for each recipe.
+
+    Each recipe has its own process, since retained memory would add up.
+    """
     parser = argument_parser(__doc__)
     parser.add_argument(
         "--recipes", nargs="+", choices=RECIPES, default=RECIPES, metavar="NAME", help="names of recipes"

@@ -233,7 +233,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _growth_tables(options: argparse.Namespace, report: Report) -> None:
-    """Print sampling times by numbers of tokens and of picks, and draw them if asked to."""
+    """Print sampling times by numbers of tokens and picks; optionally draw them."""
     by_tokens = {case.grid.num_tokens: case for case in (Case.of((side, side), options.images) for side in SIDES)}
     by_picks = {number: Case.of(PICKED_FROM, options.images, number) for number in PICKS}
     sweeps = {}

@@ -64,7 +64,7 @@ def fastest(run: Callable[[], object], repeats: int, device: str) -> float:
 
 
 def peak_flops(precision: str, device: str, repeats: int = 5) -> float:
-    """Return the FLOP/s of a large matrix product, by the faster of PyTorch's kernels."""
+    """Return the FLOP/s of a large matrix product, by PyTorch's fastest kernel."""
     size = 2048
     dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
     x, weight = (torch.randn(size, size, dtype=dtype, device=device) for _ in range(2))

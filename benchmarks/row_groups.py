@@ -1,4 +1,4 @@
-"""Time to read one image file of a parquet file in shuffled order, by the number of rows in a group.
+"""Time to read an image from a parquet file in shuffled order, by group size.
 
 The contents are random bytes, which are as incompressible as JPEG files. Row groups are not kept between images, as for
 data that is much larger than the cache of row groups. The files are in the cache of the system.

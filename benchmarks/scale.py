@@ -1,4 +1,4 @@
-"""Cost by resolution, number of tokens and model size, and the largest batch for a GPU's memory.
+"""Cost by resolution, tokens and model size; largest batch for a GPU's memory.
 
 Both follow from formulas, which are checked on small cases. The training state takes 16 bytes per parameter: weight,
 gradient and AdamW's two moments in float32. The batch follows from the rest of the memory and the peak of activations
@@ -180,7 +180,10 @@ def growth(config: MAEConfig, throw_ratio: float, precision: str) -> Growth:
 
 
 def smallest_worth(config: MAEConfig, precision: str) -> float | None:
-    """Return the smallest throw ratio, in steps of 0.05, that saves :data:`WORTH` of the MACs; None if none does."""
+    """Return the smallest throw ratio that saves :data:`WORTH` of the MACs.
+
+    In steps of 0.05; None if no ratio does.
+    """
     ratios = (step / 20 for step in range(1, int(20 * config.mask_ratio)))
     return next((share for share in ratios if growth(config, share, precision).macs <= 1 - WORTH), None)
 
@@ -206,7 +209,7 @@ def growth_table(options: argparse.Namespace, report: Report) -> None:
 
 
 def growth_steps(options: argparse.Namespace, report: Report) -> None:
-    """Print the CPU seconds of steps of narrow models by number of tokens, beside their MACs."""
+    """Print CPU seconds and MACs of steps of narrow models, by number of tokens."""
     rows = {}
     for tokens in options.timed:
         dense = replace(GRIDS[tokens], throw_ratio=0.0, **NARROW)
@@ -227,7 +230,10 @@ def growth_steps(options: argparse.Namespace, report: Report) -> None:
 
 
 def draw_growth(precision: str, path: Path) -> None:
-    """Draw MACs and bytes relative to dense against the throw ratio, by model and number of tokens."""
+    """Draw relative MACs and bytes against the throw ratio.
+
+    By model and number of tokens, relative to dense.
+    """
     ratios = [step / 100 for step in range(0, 71, 5)]
     colours = dict(zip(GRIDS, ("#3f88c5", "#2a9d5c", "#6a4c93", "#e07b28"), strict=True))
     styles = dict(zip(GROWING, ("-", "--", ":"), strict=True))

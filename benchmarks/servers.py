@@ -19,7 +19,10 @@ _CREDENTIALS = {"AWS_ACCESS_KEY_ID": "any", "AWS_SECRET_ACCESS_KEY": "any", "AWS
 
 
 class RangeHandler(BaseHTTPRequestHandler):
-    """Serves the files of a folder, also in ranges, as web servers do (RFC 9110). Tests override `fault`."""
+    """Serves the files of a folder, also in ranges (RFC 9110).
+
+    Tests override `fault`.
+    """
 
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
@@ -92,7 +95,7 @@ def web_server(folder: Path, handler: type[RangeHandler] = RangeHandler) -> Iter
 
 @contextmanager
 def s3_server() -> Iterator[str]:
-    """Run a server with the interface of S3, and set the environment to use it; yield its address."""
+    """Run an S3 server, and set the environment to use it; yield its address."""
     from moto.server import ThreadedMotoServer
 
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
@@ -108,9 +111,10 @@ def s3_server() -> Iterator[str]:
 
 @contextmanager
 def servers(folder: Path) -> Iterator[dict[str, str]]:
-    """Serve a folder in another process; yield the address of the folder by protocol, ``http`` and ``s3``.
+    """Serve a folder in another process; yield its address by protocol.
 
-    The environment is set to use the S3 server, whose bucket holds copies of the files of the folder.
+    The protocols are ``http`` and ``s3``. The environment is set to use the S3 server, whose bucket holds copies of the
+    files of the folder.
     """
     command = [sys.executable, "-m", "benchmarks.servers", str(folder)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:

@@ -1,8 +1,8 @@
-"""How well neighbours predict targets of a patch: ridge regression on the images of a user.
+"""Predictability of patch targets from neighbours, on a user's images.
 
-The inputs are the pixels of the adjacent patches (four in an image), normalized over the image, without patches at the
-border. The share of the explained variance is measured on other images. Thrown tokens see only features of other
-tokens, so a target that adjacent pixels do not explain asks too much of them.
+Measured by ridge regression. The inputs are the pixels of the adjacent patches (four in an image), normalized over the
+image, without patches at the border. The share of the explained variance is measured on other images. Thrown tokens see
+only features of other tokens, so a target that adjacent pixels do not explain asks too much of them.
 """
 
 import sys
@@ -47,7 +47,10 @@ class Explained(NamedTuple):
 
 
 def read_luminance(data: str, count: int, size: int, channels: int) -> Array:
-    """Return the luminance (images, size, size, 1), in [0, 1], of evenly spaced images; other channels are averaged."""
+    """Return the luminance of evenly spaced images, in [0, 1].
+
+    Shape (images, size, size, 1). Other numbers of channels are averaged.
+    """
     source = open_source(data, channels=channels)
     chosen = np.linspace(0, len(source), min(count, len(source)), endpoint=False).astype(int)
     images = np.stack([center_crop(source.read(int(index)), (size, size)) for index in chosen]) / 255
@@ -56,7 +59,9 @@ def read_luminance(data: str, count: int, size: int, channels: int) -> Array:
 
 
 def adjacent(grid: Grid) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Return the tokens that have both neighbours along each axis (n,), and their neighbours (n, 2 * axes).
+    """Return the tokens with both neighbours along each axis, and their neighbours.
+
+    Shapes (n,) and (n, 2 * axes).
 
     Examples
     --------
@@ -102,7 +107,10 @@ def explain(images: Array, patch_size: tuple[int, ...]) -> Explained:
     seen = normalize_over_image(patches, patches, 1)[:, neighbours].reshape(len(images), len(inner), -1)
 
     def shares(target: Array) -> tuple[Array, Array]:
-        """Return the explained and the whole variance of each value of a target on the test images."""
+        """Return the explained and the total variance of each target value.
+
+        Measured on the test images.
+        """
         wanted = target[:, inner].reshape(len(images), len(inner), -1)
         model = Ridge(alpha=1.0)
         model.fit(_rows(seen[num_test:]), _rows(wanted[num_test:]))
@@ -126,7 +134,10 @@ def explain(images: Array, patch_size: tuple[int, ...]) -> Explained:
 
 
 def _by_frequency(explained: Array, variance: Array, patch_size: tuple[int, ...]) -> dict[float, float]:
-    """Return the explained share by frequency; each DCT coefficient counts by its variance."""
+    """Return the explained share by frequency.
+
+    Each DCT coefficient counts by its variance.
+    """
     index = np.stack(np.meshgrid(*map(np.arange, patch_size), indexing="ij"), axis=-1)
     halves = np.sqrt((index**2).sum(axis=-1)).round().reshape(-1)
     shares = {}

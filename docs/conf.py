@@ -22,11 +22,13 @@ html_logo = "images/logo.svg"
 html_favicon = "images/logo.svg"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
+html_show_sourcelink = False
 
 myst_enable_extensions = ["colon_fence", "dollarmath", "deflist"]
 myst_heading_anchors = 3
 
 suppress_warnings = ["ref.python"]  # words of a shape, such as "channels", are no references
 napoleon_google_docstring = False
+add_module_names = False  # each page names its module once
 autodoc_member_order = "bysource"
 autodoc_typehints = "none"  # numpydoc sections say types together with shapes and units

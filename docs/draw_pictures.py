@@ -1,6 +1,12 @@
-"""Draw the pictures of the documentation that no run leaves: python -m docs.draw_pictures, in the top folder."""
+"""Draw the pictures of the documentation: python -m docs.draw_pictures [--digits RUN] [--photographs RUN].
 
+The command starts in the top folder. Reconstructions need trained runs: `make pretrain`, and a run on photographs, such
+as those of `python -m benchmarks.quality --study grid14`.
+"""
+
+import argparse
 import re
+import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -34,7 +40,7 @@ from prmim_core import (
 )
 from prmim_train.config.layers import read_options
 from prmim_train.config.pretrain import pretrain_config
-from prmim_train.report.pictures import token_kinds
+from prmim_train.report.pictures import picture_command, token_kinds
 from prmim_train.report.sheet import draw_sheet, first_samples
 from prmim_train.run.prepare import open_data
 
@@ -81,7 +87,7 @@ def draw_plans(path: Path, plans: Mapping[str, Plan], images: int = 4) -> None:
     """Draw a row of plans under each label: those of a few images."""
     names = ["visible", "decoded", *(f"thrown, stage {stage}" for stage in (1, 2))]
     colours = ["#3d4651", "#e07b28", "#bfe3c0", "#3f88c5"]
-    figure = Figure(figsize=(9.2, 0.5 + 2.25 * len(plans)), dpi=150, layout="constrained")
+    figure = Figure(figsize=(9.2, 0.9 + 2.25 * len(plans)), dpi=150, layout="constrained")
     axes = figure.subplots(len(plans), images)
     for row, (label, plan) in zip(axes, plans.items(), strict=True):
         grid = plan.schedule.grid
@@ -96,11 +102,11 @@ def draw_plans(path: Path, plans: Mapping[str, Plan], images: int = 4) -> None:
             place.spines[:].set_visible(False)
             rows, columns = np.divmod(np.flatnonzero(distance[image] > 1), grid.shape[1])
             place.plot(columns, rows, "x", color="#c1121f", markersize=6, markeredgewidth=1.8)
-        row[0].set_ylabel(label, fontsize=11)
+        row[0].set_ylabel(label, fontsize=14)
     handles = [Patch(facecolor=colour, label=name) for name, colour in zip(names, colours, strict=True)]
     cross = {"marker": "x", "color": "#c1121f", "linestyle": "none", "markeredgewidth": 1.8}
     handles.append(Line2D([], [], label="thrown, no known neighbour", **cross))
-    figure.legend(handles=handles, loc="outside upper center", ncols=len(handles), fontsize=9, frameon=False)
+    figure.legend(handles=handles, loc="outside upper center", ncols=3, fontsize=14, frameon=False)
     figure.savefig(path)
 
 
@@ -305,7 +311,7 @@ def draw_frequencies(path: Path, patch: int = 8) -> None:
         colour = "white" if share > 0.6 else "#1f2933"
         shares.text(column, row, f"{100 * max(share, 0):.0f}", ha="center", va="center", fontsize=7, color=colour)
     shares.set(xticks=[], yticks=[], title="... and neighbours know the slow ones (%)")
-    titles = {IMAGE: "whole patch", ITSELF: "whole patch,\nnormalised by itself"}
+    titles = {IMAGE: "whole patch", ITSELF: "whole patch,\nnormalized by itself"}
     names = [*(name for name in reversed(found.targets) if name != ITSELF), ITSELF]
     values = [100 * found.targets[name][1] for name in names]
     bars.barh([titles.get(name, name) for name in names], values, color=[*[DECODED] * (len(names) - 1), NEUTRAL])
@@ -365,8 +371,32 @@ def draw_logo(path: Path, side: int = 6, cell: int = 10, gap: int = 2) -> None:
     )
 
 
+def draw_reconstructions(path: Path, run: Path, number: int = 3, **data: Any) -> None:
+    """Draw what a run reconstructs of some images: its held-out images, or others if `data` and `holdout` are given."""
+    picture_command(str(run), kind="reconstructions", pictures=number, **data)
+    shutil.copy(run / "reconstructions.png", path)
+
+
+def draw_photographs(path: Path, run: Path) -> None:
+    """Draw what a run reconstructs of parts of photographs that it was not trained on."""
+    china, flower = photograph("china"), photograph("flower")
+    parts = (china[:, :427], flower[:, 100:527], china[120:420, 300:600])
+    with tempfile.TemporaryDirectory() as folder:
+        for number, part in enumerate(parts):
+            Image.fromarray(part).save(Path(folder) / f"{number}.png")
+        draw_reconstructions(path, run, len(parts), data=folder, holdout=0.0)
+
+
 def main() -> None:
     """Draw them all into docs/images."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--digits", type=Path, metavar="RUN", help="run on the embedded digits")
+    parser.add_argument("--photographs", type=Path, metavar="RUN", help="run on photographs")
+    runs = parser.parse_args()
+    if runs.digits is not None:
+        draw_reconstructions(IMAGES / "reconstructions.png", runs.digits)
+    if runs.photographs is not None:
+        draw_photographs(IMAGES / "photographs.png", runs.photographs)
     draw_logo(IMAGES / "logo.svg")
     draw_plans(IMAGES / "schedule.png", mae_plans())
     draw_plans(IMAGES / "pixio.png", pixio_plans())

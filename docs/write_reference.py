@@ -1,6 +1,6 @@
 """Write the reference pages that follow from the records of the code: python docs/write_reference.py.
 
-The pages are `docs/reference/cli.md`, `docs/reference/recipes.md`, and the table of `docs/reference/deviations.md`.
+The pages are `docs/reference/cli.md`, `docs/reference/recipes.md`, and the tables of `docs/reference/deviations.md`.
 """
 
 import re
@@ -27,6 +27,10 @@ CLI_HEAD = """\
 - The exit status is 0 on success, 1 after an error, 2 after a wrong option, and 128 plus the number of a signal.
 """
 
+CLI_END = (
+    "\n**Next:** [recipes](recipes.md), packaged files of options; [train on your own images](../start/images.md).\n"
+)
+
 RECIPES_HEAD = """\
 # Recipes
 
@@ -34,12 +38,16 @@ A recipe is a packaged file of options. `prmim inspect --config NAME` prints its
 from the published run. `docs/write_reference.py` generates this page.
 """
 
-DEVIATIONS_HEAD = "| where | what | published | read in | here | why |\n|---|---|---|---|---|---|\n"
+RECIPES_END = (
+    "\n**Next:** [differences from the published runs](deviations.md); [evaluation](../guides/evaluation.md).\n"
+)
+
+DEVIATIONS_HEAD = "| what | published | here | why |\n|---|---|---|---|\n"
 
 
 def cli_page() -> str:
     """Return the page of all commands and options."""
-    return CLI_HEAD + "".join(_command(name, command) for name, command in COMMANDS.items())
+    return CLI_HEAD + "".join(_command(name, command) for name, command in COMMANDS.items()) + CLI_END
 
 
 def _command(name: str, command: Command) -> str:
@@ -47,7 +55,7 @@ def _command(name: str, command: Command) -> str:
     if name == "inspect":  # as long as that of pretrain, and the same but for the recipes
         groups = {"": groups[""]}
     words = " ".join(["prmim", name, *map(str.upper, command.places), "[--option VALUE] ..."])
-    text = f"\n## prmim {name}\n\n```text\n{words}\n```\n\n{command.description}\n"
+    text = f"\n## prmim {name}\n\n```text\n{words}\n```\n\n{_text(command.description)}\n"
     for title, items in groups.items():
         text += (f"\n### {name}: {_first_lower(title)}\n" if title else "") + "\n" + _options(items)
     if name == "inspect":
@@ -60,8 +68,8 @@ def _first_lower(title: str) -> str:
 
 
 def _options(items: Iterable[Option]) -> str:
-    rows = (f"| `--{item.name}` | {_default(item)} | {_meaning(item)} |\n" for item in items)
-    return "| option | default | meaning |\n|---|---|---|\n" + "".join(rows)
+    rows = (f"| `--{item.name}` | {_meaning(item)}{_default(item)} |\n" for item in items)
+    return "| option | meaning |\n|---|---|\n" + "".join(rows)
 
 
 def _meaning(item: Option) -> str:
@@ -74,10 +82,10 @@ def _default(item: Option) -> str:
     if value is None:
         return ""
     if isinstance(value, bool):
-        return "on" if value else "off"
+        return f" Default: {'on' if value else 'off'}."
     if isinstance(value, tuple):
-        return f"`{','.join(_number(part) for part in value)}`"
-    return f"`{_number(value)}`"
+        return f" Default: `{','.join(_number(part) for part in value)}`."
+    return f" Default: `{_number(value)}`."
 
 
 def _number(value: object) -> str:
@@ -85,7 +93,14 @@ def _number(value: object) -> str:
 
 
 def _cell(text: str) -> str:
-    return text.replace("|", "\\|").replace("<", "\\<").replace("*", "\\*")
+    return _text(text.replace("|", "\\|").replace("<", "\\<").replace("*", "\\*"))
+
+
+def _text(text: str) -> str:
+    """Return a text with options as code: typography would turn two hyphens into a dash."""
+    parts = text.split("`")
+    parts[::2] = (re.sub(r"--\w+", r"`\g<0>`", part) for part in parts[::2])
+    return "`".join(parts)
 
 
 def recipes_page() -> str:
@@ -95,26 +110,37 @@ def recipes_page() -> str:
         text += f"\n## {title}\n"
         for name in recipe_names(kind):
             header = read_header(name)
-            command = header.pop("command")
+            command = _two_lines(header.pop("command"))
             rows = "".join(f"| {key} | {_cell(value)} |\n" for key, value in header.items() if key != "title")
             text += f"\n### {name}\n\n{header['title']}\n\n```text\n{command}\n```\n\n| | |\n|---|---|\n{rows}"
-    return text
+    return text + RECIPES_END
+
+
+def _two_lines(command: str, longest: int = 80) -> str:
+    """Return a long command with its last option on a second line."""
+    head, _, last = command.rpartition(" --")
+    return command if len(command) <= longest else f"{head} \\\n    --{last}"
 
 
 def deviations_page() -> str:
-    """Return the page of deviations with the table of today."""
+    """Return the page of deviations with the tables of today."""
     page = (FOLDER / "deviations.md").read_text(encoding="utf-8")
-    return re.sub(r"^\| where .*?\n(?!\|)", lambda _: _deviations(), page, flags=re.MULTILINE | re.DOTALL)
+    return re.sub(r"^### .*?\n(?=## )", lambda _: _deviations(), page, count=1, flags=re.MULTILINE | re.DOTALL)
 
 
 def _deviations() -> str:
-    rows = ((where(found), found.item, found.published, found.source, found.ours, found.reason) for found in DEVIATIONS)
-    return DEVIATIONS_HEAD + "".join(f"| {' | '.join(row)} |\n" for row in rows)
+    tables: dict[str, str] = {}
+    # Differences of all methods first, those of one method last.
+    for found in sorted(DEVIATIONS, key=lambda found: (-(len(found.methods) or len(FAMILIES)), found.methods)):
+        published = f"{found.published} ({found.source})"
+        row = f"| {' | '.join((found.item, published, found.ours, found.reason))} |\n"
+        tables[where(found)] = tables.get(where(found), DEVIATIONS_HEAD) + row
+    return "".join(f"### {title}\n\n{table}\n" for title, table in tables.items())
 
 
 def where(found: Deviation) -> str:
     """Return the methods and stages of a record in words."""
-    methods = ", ".join(FAMILIES[method] for method in found.methods) or "all"
+    methods = ", ".join(FAMILIES[method] for method in found.methods) or "All methods"
     return f"{methods}: {', '.join(STAGES[stage] for stage in found.stages)}"
 
 

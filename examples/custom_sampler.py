@@ -1,4 +1,4 @@
-"""A custom sampler, its plans and its coverage: python examples/custom_sampler.py."""
+"""A custom sampler and its coverage: python examples/custom_sampler.py."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -24,11 +24,11 @@ THROW_RATIOS = (0.4, 0.45, 0.5, 0.55, 0.6, 0.65, 0.7)
 
 
 def lonely_first(grid, counts, noise, is_visible):
-    """Decode the masked tokens with the fewest visible neighbours, in the order of a Bayer matrix.
+    """Decode the masked tokens with the fewest visible neighbours.
 
-    A Bayer matrix interleaves the bits of (row xor column) and row. Printers use it to spread dots evenly. Here it
-    breaks ties, with a random shift for each image. It uses array arithmetic only, so it also runs in compiled PyTorch
-    and JAX.
+    Tokens are chosen in the order of a Bayer matrix. A Bayer matrix interleaves the bits of (row xor column) and row.
+    Printers use it to spread dots evenly. Here it breaks ties, with a random shift for each image. It uses array
+    arithmetic only, so it also runs in compiled PyTorch and JAX.
     """
     rows, columns = grid.coordinates(noise)
     is_adjacent = abs(rows[:, None] - rows) + abs(columns[:, None] - columns) == 1  # (N, N)
@@ -47,7 +47,10 @@ COLOURS = {"furthest": "#e07b28", "lonely first": "#2a9d5c", "random": "#7b8794"
 
 
 class Coverage(NamedTuple):
-    """Coverage by known tokens: mean distance of thrown tokens to them, and share without a known neighbour."""
+    """Coverage: distances of thrown tokens to known ones, and isolated tokens.
+
+    Mean distance, and the share without a known neighbour.
+    """
 
     plan: Plan
     mean: float
@@ -55,7 +58,7 @@ class Coverage(NamedTuple):
 
 
 def cover(throwing, throw_ratio: float, images: int) -> Coverage:
-    """Plan images, and measure how far thrown tokens are from visible and decoded ones."""
+    """Plan images, and measure the distances of thrown tokens to known ones."""
     counts = count_tokens(GRID.num_tokens, mask_ratio=0.75, throw_ratio=throw_ratio)
     noise = counter_noise(seed=0, step=0, sample=np.arange(images), num_tokens=GRID.num_tokens)
     plan = make_plan(Schedule(GRID, counts, throwing=throwing), noise)
@@ -79,7 +82,7 @@ def main(out: Path = Path("runs/examples"), images: int = 512) -> dict[str, Cove
 
 def draw(path: Path, found: dict[str, dict[float, Coverage]]) -> None:
     """Draw a plan of each strategy, and its coverage against the throw ratio."""
-    figure = Figure(figsize=(9.0, 6.2), dpi=110, layout="constrained")
+    figure = Figure(figsize=(6.8, 5.2), dpi=150, layout="constrained")
     plans, curves = figure.subfigures(2, 1, height_ratios=(1.2, 1))
     colours = ListedColormap(["#3d4651", "#e07b28", "#bfe3c0", "#3f88c5"])
     for axes, (name, at_ratio) in zip(plans.subplots(1, 3), found.items(), strict=True):

@@ -1,4 +1,4 @@
-"""Shared code of the custom trainers in PyTorch and JAX: digits, schedule and picture."""
+"""Shared code of the custom trainers: digits, schedule and picture."""
 
 from pathlib import Path
 
@@ -44,7 +44,7 @@ def draw(path: Path, pixels: np.ndarray, predicted: np.ndarray, order: np.ndarra
         f"visible: {counts.visible}": (0, counts.visible),
         f"decoded: {counts.decoded}": (counts.visible, counts.visible + counts.decoded),
         f"thrown: {counts.thrown}": (counts.visible + counts.decoded, 64),
-        "visible + rebuilt": (0, 64),
+        "visible + predicted": (0, 64),
     }
     columns = {"input": pixels[:rows, :, 0]}
     for title, (start, stop) in parts.items():

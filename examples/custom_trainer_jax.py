@@ -1,4 +1,4 @@
-"""A masked autoencoder with PR-MIM from scratch, in JAX: python examples/custom_trainer_jax.py."""
+"""A masked autoencoder with PR-MIM in JAX: python examples/custom_trainer_jax.py."""
 
 from pathlib import Path
 
@@ -28,7 +28,10 @@ class Block(nnx.Module):
 
 
 class Autoencoder(nnx.Module):
-    """Encode visible tokens, decode a quarter of all tokens, reconstruct the other half from their neighbours."""
+    """Autoencoder that reconstructs half of all tokens from their neighbours.
+
+    It encodes visible tokens and decodes a quarter of all tokens.
+    """
 
     def __init__(self, dim: int = 48, decoder_dim: int = 32, *, rngs: nnx.Rngs) -> None:
         self.embed, self.narrow = nnx.Linear(1, dim, rngs=rngs), nnx.Linear(dim, decoder_dim, rngs=rngs)
@@ -51,7 +54,10 @@ class Autoencoder(nnx.Module):
 
 
 def loss_of(model, pixels, sample, step):
-    """Return the mean squared error of the masked tokens. Step and sample determine the mask."""
+    """Return the mean squared error of the masked tokens.
+
+    Step and sample determine the mask.
+    """
     plan = make_plan(SCHEDULE, counter_noise(0, step, sample, 64))
     predicted = model(pixels, plan)
     return jnp.square(predicted - take_tokens(pixels, plan.masked)).mean(), (predicted, plan)

@@ -1,4 +1,4 @@
-"""A masked autoencoder with PR-MIM from scratch, in PyTorch: python examples/custom_trainer_torch.py."""
+"""A masked autoencoder with PR-MIM: python examples/custom_trainer_torch.py."""
 
 from pathlib import Path
 
@@ -18,7 +18,10 @@ def transformer(dim: int, depth: int) -> nn.Module:
 
 
 class Autoencoder(nn.Module):
-    """Encode visible tokens, decode a quarter of all tokens, reconstruct the other half from their neighbours."""
+    """Autoencoder that reconstructs half of all tokens from their neighbours.
+
+    It encodes visible tokens and decodes a quarter of all tokens.
+    """
 
     def __init__(self, dim: int = 48, decoder_dim: int = 32) -> None:
         super().__init__()

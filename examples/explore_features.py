@@ -1,4 +1,4 @@
-"""Pre-train on a folder of images, and explore the features: python examples/explore_features.py [FOLDER]."""
+"""Pre-train and explore features: python examples/explore_features.py [FOLDER]."""
 
 import sys
 from pathlib import Path
@@ -43,7 +43,7 @@ SMALL: dict[str, Any] = {
 
 
 def write_digits(folder: Path) -> Path:
-    """Write the digits of scikit-learn as a folder of images, with a folder for each class."""
+    """Write the digits of scikit-learn as images, with a folder for each class."""
     digits = load_digits()
     for number, (image, label) in enumerate(zip(digits.images, digits.target, strict=True)):
         path = folder / str(label) / f"{number:04}.png"
@@ -53,7 +53,10 @@ def write_digits(folder: Path) -> Path:
 
 
 def encode(run: Path, config: PretrainConfig, number: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return evenly spaced images of a run, as drawn, and the features of their patches (number, patches, dim)."""
+    """Return evenly spaced images of a run, and their patch features.
+
+    Images are as drawn; features are (number, patches, dim).
+    """
     size = tuple(2 * side for side in config.method.image_size)  # twice the resolution: four times as many patches
     encoder = load_encoder(run, image_size=size)
     source = open_source(config.data, channels=config.method.channels)
@@ -68,13 +71,19 @@ def encode(run: Path, config: PretrainConfig, number: int) -> tuple[np.ndarray, 
 
 
 def nearest(features: np.ndarray, number: int) -> np.ndarray:
-    """Return the indices of the most similar images by cosine, the image itself first: (images, number)."""
+    """Return the most similar images by cosine: indices (images, number).
+
+    The image itself comes first.
+    """
     unit = features / np.linalg.norm(features, axis=1, keepdims=True)
     return np.argsort(-(unit @ unit.T), axis=1)[:, :number]
 
 
 def colour_tokens(tokens: np.ndarray) -> np.ndarray:
-    """Map the first three principal components of all tokens to red, green and blue: (images, tokens, 3)."""
+    """Map three principal components to colours: (images, tokens, 3).
+
+    The components are those of all tokens.
+    """
     components = PCA(3, random_state=0).fit_transform(tokens.reshape(-1, tokens.shape[-1]))
     low, high = np.percentile(components, (2, 98), axis=0)
     return np.clip((components - low) / (high - low), 0, 1).reshape(*tokens.shape[:2], 3)

@@ -1,4 +1,4 @@
-"""From a checkpoint in the format of MAE's authors to an encoder in transformers: python examples/export_encoder.py.
+"""From an MAE checkpoint to transformers: python examples/export_encoder.py.
 
 The example needs no network: it first trains a small MAE on digits, and saves it as the authors' code does. With an
 official file, start at "Import".
@@ -25,14 +25,20 @@ HEADS = {"num_heads": 4, "decoder_heads": 2}
 
 
 def read_digits() -> tuple[torch.Tensor, np.ndarray]:
-    """Return the digits at twice their size, uint8 (1797, 16, 16, 1), and their labels."""
+    """Return the digits, uint8 (1797, 16, 16, 1), and their labels.
+
+    The digits are shown at twice their size.
+    """
     digits = load_digits()
     images = np.uint8(digits.images * (255 / 16)).repeat(2, axis=1).repeat(2, axis=2)
     return torch.from_numpy(images[..., None]), digits.target
 
 
 def train_checkpoint(path: Path, images: torch.Tensor, steps: int) -> None:
-    """Train a dense MAE, and save it with the names and the layout of facebookresearch/mae."""
+    """Train a dense MAE, and save it as facebookresearch/mae does.
+
+    Names and layout of the tensors are those of the authors.
+    """
     torch.manual_seed(0)
     sizes = {"image_size": 16, "patch_size": 4, "channels": 1, "embed_dim": 64, "depth": 3, "decoder_dim": 32}
     method = create_method("mae", **sizes, **HEADS, decoder_depth=1, throw_ratio=0.0, norm_pix=False)
@@ -51,7 +57,10 @@ def train_checkpoint(path: Path, images: torch.Tensor, steps: int) -> None:
 
 
 def main(out: Path = Path("runs/examples/export_encoder"), steps: int = 300, shown: int = 397) -> float:
-    """Train, import, export, load in transformers, and return the accuracy of the exported features."""
+    """Train, import, export and load in transformers; return the accuracy.
+
+    The accuracy is that of the exported features.
+    """
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
     images, labels = read_digits()

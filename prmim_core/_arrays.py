@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Array = Any
-"""An array of any library that follows the array API standard: NumPy, PyTorch, JAX, array-api-strict, ..."""
+"""An array of NumPy, PyTorch, JAX or any other library that follows the array API standard."""
 
 Namespace = Any
 """A module of array functions, as returned by `array_api_compat.array_namespace`."""
@@ -125,7 +125,7 @@ def argsort(xp: Namespace, x: Array) -> Array:
 
 
 def take_along_rows(xp: Namespace, x: Array, index: Array) -> Array:
-    """Gather ``x[b, index[b, i]]``: (batch, n), from (batch, N) and :func:`argsort` indices."""
+    """Gather ``x[b, index[b, i]]`` by :func:`argsort` indices: (batch, n)."""
     if _library(x) == "torch":
         return x.gather(1, index)  # take_along_dim would make the batch size of an exported program static
     return xp.take_along_axis(x, index, axis=1)

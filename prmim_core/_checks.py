@@ -45,7 +45,7 @@ def check_type(name: str, value: object, expected: type) -> None:
 
 
 def check_arrays(**arrays: Array) -> Namespace:
-    """Return the namespace of the arrays; TypeError unless all are arrays of one library."""
+    """Return the namespace of arrays; TypeError unless all are of one library."""
     for name, array in arrays.items():
         if not hasattr(array, "dtype"):
             raise TypeError(f"{name}: expected an array, got {type(array).__name__}")
@@ -71,7 +71,10 @@ def check_integers(xp: Namespace, name: str, array: Array) -> None:
 
 
 def check_index(xp: Namespace, name: str, index: Array) -> None:
-    """Raise TypeError unless the array holds integers; for masks, suggest a conversion."""
+    """Raise TypeError unless an array holds integers.
+
+    For masks, the message suggests a conversion.
+    """
     if index.dtype == xp.bool:
         how = "(~mask).argsort(1)[:, :n] are the n tokens where it is True"
         raise TypeError(f"{name}: expected token indices, got a boolean mask; {how}")
@@ -105,7 +108,10 @@ def check_weights(xp: Namespace, noise: Array, weights: Array) -> None:
 
 
 def check_positions(positions: Grid | Array) -> int:
-    """Return the number of tokens; raise unless given a grid or an int array (N, axes)."""
+    """Return the number of tokens of a grid, or of an int array (N, axes).
+
+    Raises TypeError or ValueError for anything else.
+    """
     if isinstance(positions, Grid):
         return positions.num_tokens
     if not hasattr(positions, "dtype"):

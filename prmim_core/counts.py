@@ -17,8 +17,12 @@ class TokenCounts:
 
     Parameters
     ----------
-    visible, decoded, thrown
-        V, M and T, non-negative integers. V + M + T = N.
+    visible
+        V, a non-negative integer.
+    decoded
+        M, likewise.
+    thrown
+        T, likewise. V + M + T = N.
 
     Examples
     --------

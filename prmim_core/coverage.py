@@ -45,7 +45,8 @@ def nearest_known_distance(positions: Grid | Array, is_known: Array) -> Array:
     Examples
     --------
     >>> import numpy as np
-    >>> nearest_known_distance(Grid((2, 3)), np.asarray([[True, False, False, False, False, False]])).tolist()
+    >>> is_known = np.asarray([[True, False, False, False, False, False]])
+    >>> nearest_known_distance(Grid((2, 3)), is_known).tolist()
     [[0, 1, 4, 1, 2, 5]]
     """
     xp = check_arrays(is_known=is_known)

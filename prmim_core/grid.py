@@ -77,7 +77,7 @@ class Grid:
 
     @property
     def positions(self) -> NDArray[np.int32]:
-        """Positions of the tokens, spacing applied: int32 (N, axes)."""
+        """Positions of the tokens, spacing applied, int32 (N, axes)."""
         return np.stack(self.coordinates(np.empty(0)), axis=1)
 
     def units(self, unit: tuple[int, ...]) -> "Grid":

@@ -59,7 +59,7 @@ def hog(images: Array, cell_size: tuple[int, int], bins: int = 9) -> Array:
     Examples
     --------
     >>> import numpy as np
-    >>> ramp = np.broadcast_to(np.arange(4.0)[:, None], (4, 4)).reshape(1, 4, 4, 1)  # brightness rises with the row
+    >>> ramp = np.arange(4.0)[None, :, None, None] + np.zeros((1, 4, 4, 1))  # rises with the row
     >>> hog(ramp, (4, 4), bins=2).tolist(), hog(ramp.swapaxes(1, 2), (4, 4), bins=2).tolist()
     ([[[[1.0, 0.0]]]], [[[[0.0, 1.0]]]])
     """
@@ -124,7 +124,10 @@ def _check(xp: Namespace, images: Array, cell_sizes: Sequence[tuple[int, int]], 
 
 
 def _cell_histograms(xp: Namespace, images: Array, cell_size: tuple[int, int], bins: int) -> Array:
-    """Compute mean magnitudes per cell and bin: (batch, rows, columns, channels, bins)."""
+    """Compute mean magnitudes per cell, channel and bin.
+
+    Shape (batch, rows, columns, channels, bins).
+    """
     u, v = _sobel(xp, images)
     magnitude = xp.sqrt(u * u + v * v)
     chosen = _direction_bin(xp, u, v, bins)

@@ -133,7 +133,8 @@ def weighted_visible(num_visible: int, noise: Array, weights: Array) -> Array:
     --------
     >>> import numpy as np
     >>> from prmim_core import counter_noise
-    >>> weighted_visible(2, counter_noise(0, 0, np.arange(1), 4), np.asarray([[0.0, 1.0, 0.0, 5.0]])).tolist()
+    >>> weights = np.asarray([[0.0, 1.0, 0.0, 5.0]])
+    >>> weighted_visible(2, counter_noise(0, 0, np.arange(1), 4), weights).tolist()
     [[3, 1]]
     """
     xp = check_arrays(noise=noise, weights=weights)
@@ -189,7 +190,8 @@ def unattended_visible(
     >>> import numpy as np
     >>> from prmim_core import counter_noise
     >>> weights = np.asarray([[0.0, 1.0, 9.0, 5.0]])
-    >>> unattended_visible(Grid((4,)), (1,), 2, counter_noise(0, 0, np.arange(1), 4), weights).tolist()
+    >>> noise = counter_noise(0, 0, np.arange(1), 4)
+    >>> unattended_visible(Grid((4,)), (1,), 2, noise, weights).tolist()
     [[0, 1]]
     """
     check_type("grid", grid, Grid)
@@ -250,7 +252,7 @@ def tube_visible(grid: Grid, num_visible: int, noise: Array) -> Array:
     Parameters
     ----------
     grid
-        A grid of two or three axes, the first of which is time.
+        A grid of two or three axes; the first is time.
     num_visible
         V, a multiple of the number of time steps.
     noise

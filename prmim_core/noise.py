@@ -1,4 +1,4 @@
-"""Counter-based noise, bit-identical across libraries, devices and process counts."""
+"""Counter-based noise, bit-identical across libraries, devices and processes."""
 
 from typing import Any
 

@@ -15,7 +15,7 @@ from prmim_core.grid import Grid
 from prmim_core.schedule import Plan, Schedule
 
 Mix = Callable[[Array, Array, Array], Array]
-"""Reconstructs tokens: (features (batch, K, dim), known (batch, K), thrown (batch, n)) -> (batch, n, dim)."""
+"""Reconstructs tokens from (features (batch, K, dim), known (batch, K), thrown (batch, n)) as (batch, n, dim)."""
 
 
 def reconstruct_stages(features: Array, plan: Plan, mix: Mix, *, visible_features: bool = True) -> Array:
@@ -54,7 +54,8 @@ def reconstruct_stages(features: Array, plan: Plan, mix: Mix, *, visible_feature
     >>> mean = lambda features, known, thrown: features.mean(axis=1, keepdims=True)
     >>> reconstruct_stages(np.asarray([[[1.0], [3.0]]]), plan, mean)[0, :, 0].tolist()
     [1.0, 3.0, 2.0, 2.0]
-    >>> reconstruct_stages(np.asarray([[[3.0]]]), plan, mean, visible_features=False)[0, :, 0].tolist()
+    >>> features = np.asarray([[[3.0]]])
+    >>> reconstruct_stages(features, plan, mean, visible_features=False)[0, :, 0].tolist()
     [3.0, 3.0, 3.0]
     """
     xp = array_namespace(features, plan.order)
@@ -67,17 +68,17 @@ def reconstruct_stages(features: Array, plan: Plan, mix: Mix, *, visible_feature
     for stage, size in enumerate(schedule.stage_sizes, start=1):
         if size:
             thrown = plan.stage(stage)
-            rebuilt = mix(features, plan.known(stage)[:, first:], thrown)
-            check_rebuilt(rebuilt, features, thrown)
-            features = xp.concat([features, rebuilt], axis=1)
+            reconstructed = mix(features, plan.known(stage)[:, first:], thrown)
+            check_reconstructed(reconstructed, features, thrown)
+            features = xp.concat([features, reconstructed], axis=1)
     return features
 
 
-def check_rebuilt(rebuilt: Array, features: Array, thrown: Array) -> None:
+def check_reconstructed(reconstructed: Array, features: Array, thrown: Array) -> None:
     """Raise ValueError unless a mix returned features (batch, n, dim)."""
     expected = (*thrown.shape, features.shape[2])
-    if tuple(rebuilt.shape) != expected:
-        raise ValueError(f"mix: expected reconstructed features of shape {expected}, got {tuple(rebuilt.shape)}")
+    if tuple(reconstructed.shape) != expected:
+        raise ValueError(f"mix: expected reconstructed features of shape {expected}, got {tuple(reconstructed.shape)}")
 
 
 def interpolate(features: Array, plan: Plan, eps: float = 1e-6, *, visible_features: bool = True) -> Array:
@@ -115,7 +116,8 @@ def interpolate(features: Array, plan: Plan, eps: float = 1e-6, *, visible_featu
     --------
     >>> import numpy as np
     >>> from prmim_core import Schedule, TokenCounts
-    >>> plan = Plan(np.asarray([[0, 3, 1, 2]]), Schedule(Grid((4,)), TokenCounts(1, 1, 2), stages=1))
+    >>> schedule = Schedule(Grid((4,)), TokenCounts(1, 1, 2), stages=1)
+    >>> plan = Plan(np.asarray([[0, 3, 1, 2]]), schedule)
     >>> interpolate(np.asarray([[[0.0, 1.0], [1.0, 0.0]]]), plan)[0, 2:].round(3).tolist()
     [[-1.0, 1.0], [1.0, -1.0]]
     """
@@ -159,9 +161,9 @@ def stage_weights(plan: Plan, *, visible_features: bool = True) -> tuple[Array, 
     Given features x (batch, V + M, dim) of visible and decoded tokens in plan order, compute those of all tokens by::
 
         for weights in stage_weights(plan):
-            rebuilt = weights @ x
-            rebuilt = (rebuilt - mean(rebuilt)) / sqrt(variance(rebuilt) + eps)      over channels, biased variance
-            x = concatenate([x, rebuilt], axis=1)
+            new = weights @ x
+            new = (new - mean(new)) / sqrt(variance(new) + eps)  over channels
+            x = concatenate([x, new], axis=1)
 
     The stages cannot be merged into one matrix, because each is normalized before the next reads it.
 

@@ -1,4 +1,4 @@
-"""Schedules and plans: a permutation of each image's tokens, cut at static places."""
+"""Schedules and plans: permutations of each image's tokens with static bounds."""
 
 from dataclasses import dataclass
 from math import prod
@@ -113,12 +113,14 @@ class Schedule:
 
     @property
     def stage_sizes(self) -> tuple[int, ...]:
-        """Thrown tokens per stage: sizes differ by at most one, larger first; may be 0."""
+        """Thrown tokens per stage. Sizes differ by at most one, larger first; may be 0."""
         size, larger = divmod(self.counts.thrown, self.stages)
         return tuple(size + (stage < larger) for stage in range(self.stages))
 
     def num_known(self, stage: int) -> int:
-        """Return the number of tokens known before a stage: visible, decoded, earlier ones.
+        """Return the number of known tokens before a stage.
+
+        These are visible and decoded tokens, and those of all earlier stages.
 
         Parameters
         ----------
@@ -133,7 +135,7 @@ class Schedule:
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """The role of each token: visible, decoded, or thrown and reconstructed in a stage.
+    """The role of each token: visible, decoded, or thrown and assigned to a stage.
 
     Features stay in plan order during a forward pass; :attr:`restore` brings them back to raster order. Under JAX a
     plan is a pytree with the leaf ``order``.
@@ -164,22 +166,22 @@ class Plan:
 
     @property
     def visible(self) -> Array:
-        """Tokens that the encoder sees: int (batch, V)."""
+        """Tokens that the encoder sees, int (batch, V)."""
         return self.order[:, : self.schedule.counts.visible]
 
     @property
     def decoded(self) -> Array:
-        """Masked tokens that pass through the decoder: int (batch, M)."""
+        """Masked tokens that pass through the decoder, int (batch, M)."""
         return self.order[:, self.schedule.counts.visible : self.schedule.num_known(1)]
 
     @property
     def thrown(self) -> Array:
-        """Masked tokens that skip the decoder, stage by stage: int (batch, T)."""
+        """Masked tokens that skip the decoder, stage by stage, int (batch, T)."""
         return self.order[:, self.schedule.num_known(1) :]
 
     @property
     def masked(self) -> Array:
-        """Decoded and thrown tokens: int (batch, M + T)."""
+        """Decoded and thrown tokens, int (batch, M + T)."""
         return self.order[:, self.schedule.counts.visible :]
 
     def known(self, stage: int) -> Array:
@@ -223,14 +225,14 @@ class Plan:
 
     @property
     def restore(self) -> Array:
-        """Position of each token in plan order, the inverse of ``order``: int (batch, N)."""
+        """Position of each token in plan order, the inverse of ``order``, int (batch, N)."""
         xp, length = array_namespace(self.order), self.schedule.counts.num_tokens
         check_tokens(xp, "order", self.order, length)
         return scatter(xp, self.order, xp.arange(length, device=device_of(self.order)), length)
 
     @property
     def mask(self) -> Array:
-        """The mask in raster order: bool (batch, N), True where masked."""
+        """The mask in raster order, bool (batch, N), True where masked."""
         xp, length = array_namespace(self.order), self.schedule.counts.num_tokens
         check_tokens(xp, "order", self.visible, length)
         return ~_is_member(xp, self.visible, length)
@@ -265,7 +267,7 @@ class Plan:
 
 
 def _is_whole(xp: Namespace, grid: Grid, unit: tuple[int, ...], kind: Array) -> Array:
-    """Return whether each unit holds one kind of token: int (batch, N) to bool (batch,)."""
+    """Return whether each unit holds one kind of token: bool (batch,)."""
     units = _unit_tokens(xp, grid, unit, device_of(kind))
     kind = xp.reshape(xp.take(kind, xp.reshape(units, (-1,)), axis=1), (-1, *units.shape))
     return xp.all(xp.min(kind, axis=2) == xp.max(kind, axis=2), axis=1)
@@ -287,7 +289,7 @@ def make_plan(
     *,
     sampler: Sampler | None = None,
 ) -> Plan:
-    """Choose visible, decoded and thrown tokens per image; sort thrown ones into stages.
+    """Choose visible, decoded and thrown tokens, and sort thrown ones into stages.
 
     Parameters
     ----------
@@ -324,10 +326,10 @@ def make_plan(
     IndexError
         If ``visible`` or ``decoded`` has a value outside of [0, N).
 
-    The result of a function in ``schedule.throwing`` is checked like ``decoded``; messages name the function.
-
     Notes
     -----
+    The result of a function in ``schedule.throwing`` is checked like ``decoded``; messages name the function.
+
     Values are checked on the host only: for NumPy, and for PyTorch on a CPU when not compiled. Elsewhere, wrong values
     give a plan that :meth:`Plan.check` rejects, or a device error.
 
@@ -390,7 +392,7 @@ def check_plan_arguments(
 
 
 def choose_by_function(schedule: Schedule, noise: Array, visible: Array | None) -> tuple[Array, Array]:
-    """Return visible tokens, and the decoded ones that the schedule's function chooses.
+    """Return visible tokens, and decoded tokens chosen by the schedule's function.
 
     For adapters that compute plans in an opaque operator.
 
@@ -479,7 +481,7 @@ def _choose(
     weights: Array | None,
     sampler: Sampler | None,
 ) -> Array:
-    """Choose decoded tokens or units by the schedule's strategy: int (batch, decoded)."""
+    """Choose decoded tokens or units by the schedule's strategy: int (batch, n)."""
     throwing = schedule.throwing
     if callable(throwing):
         return _call(xp, throwing, grid, counts, noise, is_visible)
@@ -526,7 +528,7 @@ def is_member(index: Array, num_tokens: int) -> Array:
     index
         int (batch, n), in [0, N). Repeated tokens count once.
     num_tokens
-        N.
+        Number of tokens N.
 
     Returns
     -------

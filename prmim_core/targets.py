@@ -340,7 +340,8 @@ def window_statistics(patches: Array, channels: int, grid: Grid) -> tuple[Array,
     Examples
     --------
     >>> import numpy as np
-    >>> mean, _ = window_statistics(np.asarray([[[1.0, 1.0], [3.0, 3.0], [8.0, 8.0]]]), channels=1, grid=Grid((3,)))
+    >>> patches = np.asarray([[[1.0, 1.0], [3.0, 3.0], [8.0, 8.0]]])
+    >>> mean, _ = window_statistics(patches, channels=1, grid=Grid((3,)))
     >>> mean[0, :, 0].tolist()
     [2.0, 4.0, 5.5]
     """

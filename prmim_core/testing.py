@@ -128,7 +128,7 @@ def noise(num_tokens: int, *, batch: int = 2, xp: Namespace | None = None) -> "S
     Parameters
     ----------
     num_tokens
-        N.
+        Number of tokens N.
     batch
         Number of images.
     xp
@@ -155,7 +155,7 @@ def visible_masks(
     Parameters
     ----------
     num_tokens
-        N.
+        Number of tokens N.
     num_visible
         V, the number of visible tokens of every image; None: any number, which may differ between images.
     batch
@@ -184,7 +184,7 @@ def visible_masks(
 
 
 def schedules(*, max_tokens: int = 49) -> "SearchStrategy[Schedule]":
-    """Draw schedules with one to five stages and all named strategies, some with units.
+    """Draw schedules with one to five stages, all strategies, and some units.
 
     Parameters
     ----------
@@ -382,7 +382,8 @@ def assert_permutation(plan: Plan) -> None:
 
     Examples
     --------
-    >>> assert_permutation(Plan(np.asarray([[0, 1, 1, 3]]), Schedule(Grid((4,)), TokenCounts(1, 1, 2))))
+    >>> schedule = Schedule(Grid((4,)), TokenCounts(1, 1, 2))
+    >>> assert_permutation(Plan(np.asarray([[0, 1, 1, 3]]), schedule))
     Traceback (most recent call last):
         ...
     AssertionError: order: expected a permutation of 0 to 3, got [0, 1, 1, 3] in image 0
@@ -436,7 +437,8 @@ def assert_stages_sorted(plan: Plan, noise: Array | None = None) -> None:
 
     Examples
     --------
-    >>> assert_stages_sorted(Plan(np.asarray([[0, 2, 1, 3]]), Schedule(Grid((4,)), TokenCounts(1, 0, 3))))
+    >>> schedule = Schedule(Grid((4,)), TokenCounts(1, 0, 3))
+    >>> assert_stages_sorted(Plan(np.asarray([[0, 2, 1, 3]]), schedule))
     Traceback (most recent call last):
         ...
     AssertionError: thrown: expected tokens sorted by squared distance, got distances [4, 1, 9] in image 0
@@ -529,7 +531,8 @@ def assert_distances_decrease(grid: Grid, picks: Array, is_known: Array) -> None
 
     Examples
     --------
-    >>> assert_distances_decrease(Grid((4,)), np.asarray([[1, 3]]), np.asarray([[True, False, False, False]]))
+    >>> is_visible = np.asarray([[True, False, False, False]])
+    >>> assert_distances_decrease(Grid((4,)), np.asarray([[1, 3]]), is_visible)
     Traceback (most recent call last):
         ...
     AssertionError: picks: expected squared distances that do not increase, got [1, 4] in image 0
@@ -657,7 +660,9 @@ def check_throwing(function: ThrowingFunction, *, xp: Namespace | None = None, m
         before = [to_numpy(array).copy() for array in arrays]
         decoded = _decoded_by(function, *arguments)
         for name, array, values in zip(("noise", "is_visible"), arrays, before, strict=True):
-            _require(np.array_equal(to_numpy(array), values), f"{name}: expected to stay as it was, got new values")
+            _require(
+                np.array_equal(to_numpy(array), values), f"{name}: expected an unmodified argument, got new values"
+            )
         assert_decoded(decoded, before[1])
         again = _decoded_by(function, *arguments)
         _require(
@@ -671,7 +676,7 @@ def check_throwing(function: ThrowingFunction, *, xp: Namespace | None = None, m
 
 
 def check_furthest(function: ThrowingFunction, *, xp: Namespace | None = None, max_examples: int = 50) -> None:
-    """Search for arguments for which a function violates a property of furthest sampling.
+    """Search for arguments that violate the properties of furthest sampling.
 
     Beyond the contract of :func:`check_throwing`: distances of picks to known tokens do not increase, fewer picks are a
     prefix of more picks, and the covering radius is at most twice the best one.

@@ -28,7 +28,7 @@ from prmim_core.sampling import Sampler, _furthest_point_sampling
 Throwing = Literal["furthest", "random", "weighted", "cell"]
 FurthestFrom = Literal["visible", "none"]
 ThrowingFunction = Callable[[Grid, TokenCounts, Array, Array], Array]
-"""A custom strategy: (grid, counts, noise, is_visible) -> decoded, int (batch, M); noise and mask are (batch, N).
+"""A custom strategy, (grid, counts, noise, is_visible) -> decoded, int (batch, M); noise and mask are (batch, N).
 
 It must be pure. A schedule with a unit passes the grid of units, and counts and arrays of units.
 """
@@ -131,7 +131,8 @@ def random_decoded(num_decoded: int, noise: Array, is_visible: Array) -> Array:
     Examples
     --------
     >>> import numpy as np
-    >>> random_decoded(2, np.asarray([[4, 3, 2, 1]]), np.asarray([[False, False, False, True]])).tolist()
+    >>> is_visible = np.asarray([[False, False, False, True]])
+    >>> random_decoded(2, np.asarray([[4, 3, 2, 1]]), is_visible).tolist()
     [[2, 1]]
     """
     xp = _check(num_decoded, noise, is_visible)
@@ -172,7 +173,8 @@ def weighted_decoded(num_decoded: int, noise: Array, is_visible: Array, weights:
     --------
     >>> import numpy as np
     >>> from prmim_core import counter_noise
-    >>> is_visible, weights = np.asarray([[True, False, False, False]]), np.asarray([[9.0, 0.0, 1.0, 0.0]])
+    >>> is_visible = np.asarray([[True, False, False, False]])
+    >>> weights = np.asarray([[9.0, 0.0, 1.0, 0.0]])
     >>> weighted_decoded(1, counter_noise(0, 0, np.arange(1), 4), is_visible, weights).tolist()
     [[2]]
     """
@@ -221,7 +223,8 @@ def cell_decoded(grid: Grid, num_decoded: int, noise: Array, is_visible: Array) 
     Examples
     --------
     >>> import numpy as np
-    >>> noise, is_visible = np.asarray([[4, 7, 6, 5, 4, 3, 2, 1]]), np.asarray([[True] + [False] * 7])
+    >>> noise = np.asarray([[4, 7, 6, 5, 4, 3, 2, 1]])
+    >>> is_visible = np.asarray([[True] + [False] * 7])
     >>> cell_decoded(Grid((2, 4)), 3, noise, is_visible).tolist()
     [[2, 3, 1]]
     """

@@ -1,4 +1,4 @@
-"""What the tests share: one wrapper per array library, and the settings of hypothesis.
+"""Shared fixtures: one wrapper per array library, and hypothesis settings.
 
 Test modules are imported in isolation (``--import-mode=importlib``), so they get these things as fixtures.
 Frameworks are imported when a test asks for one, not before.
@@ -36,7 +36,10 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "prmim"))
 
 @pytest.hookimpl(wrapper=True)
 def pytest_collection() -> Iterator[None]:
-    """Keep the collected tests and the modules they import out of garbage collection: a million objects that stay."""
+    """Exclude the collected tests and their imports from garbage collection.
+
+    They are a million permanent objects.
+    """
     gc.disable()
     try:
         return (yield)
@@ -46,7 +49,10 @@ def pytest_collection() -> Iterator[None]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with what takes long to set up: xdist splits the end of the list, where a split sets up a module twice."""
+    """Start with the tests that take long to set up.
+
+    xdist splits the end of the list, where a split sets up a module twice.
+    """
     items.sort(key=lambda item: not any(part in item.nodeid for part in SLOW))
 
 
@@ -124,7 +130,10 @@ class Backend:
         return np.asarray(array.cpu() if self.library == "torch" else array)
 
     def run(self, function: Callable[..., Any], *arrays: Any) -> Any:
-        """Call ``function`` on NumPy arrays turned into arrays of the library; jitted where the backend is."""
+        """Call ``function`` on arrays of the library, converted from NumPy.
+
+        Jitted where the backend is.
+        """
         with self.context():
             if self.name in ("jax:jit", "jax:x64", "jax:gpu"):
                 import jax
@@ -143,7 +152,9 @@ class Backend:
         return next(iter(array.devices())) if self.library == "jax" else array.device
 
     def assert_equal(self, actual: Any, expected: Any, dtype: str | None = None) -> None:
-        """Raise AssertionError unless ``actual`` is what ``expected`` (of NumPy) is, in this library, on this device.
+        """Raise AssertionError unless ``actual`` equals ``expected``, a NumPy array.
+
+        ``actual`` must be of this library, on this device.
 
         Parameters
         ----------
@@ -184,7 +195,7 @@ class Backend:
 
 
 def make_backend(name: str) -> Backend:
-    """Return the backend of a name; skip the test if it needs a GPU and there is none."""
+    """Return the backend of a name; skip the test if it needs a missing GPU."""
     library, _, way = name.partition(":")
     if library == "numpy":
         return Backend(name, "numpy", np, "cpu", "int64")
@@ -213,13 +224,19 @@ def make_backend(name: str) -> Backend:
 
 @pytest.fixture(params=BACKENDS)
 def xp(request: pytest.FixtureRequest) -> Backend:
-    """Every array library in every way. Narrow it with ``@pytest.mark.parametrize("xp", [...], indirect=True)``."""
+    """Every array library in every way.
+
+    Restrict it with ``@pytest.mark.parametrize("xp", [...], indirect=True)``.
+    """
     return make_backend(request.param)
 
 
 @pytest.fixture(params=LIBRARIES)
 def library(request: pytest.FixtureRequest) -> Backend:
-    """Every array library in one way, for tests of many shapes: JAX compiles each anew."""
+    """Every array library in one way, for tests of many shapes.
+
+    JAX compiles each shape.
+    """
     return make_backend(request.param)
 
 

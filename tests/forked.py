@@ -1,4 +1,6 @@
-"""Processes on PyTorch that start in no time: forked from a server that has imported PyTorch and the trainer.
+"""Processes on PyTorch that start fast.
+
+They are forked from a server that has imported PyTorch and the trainer.
 
 The imports take six of the seven seconds of a short run. A fork is a process of its own, as good to kill as any other.
 """
@@ -28,7 +30,9 @@ else:
 
 
 class Forked:
-    """A process that does what the interpreter does with some words; has the part of `subprocess.Popen` that is needed.
+    """A forked process that acts like a Python command.
+
+    Implements the needed part of `subprocess.Popen`.
 
     Parameters
     ----------
@@ -70,7 +74,7 @@ class Forked:
         self._process.kill()
 
     def wait(self, timeout: float | None = None) -> int | None:
-        """Return the exit code once the process is over; None if it is not within the seconds given."""
+        """Return the exit code; None if the process does not end within the timeout."""
         self._process.join(timeout)
         self._code = self._process.exitcode
         return self._code

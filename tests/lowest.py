@@ -1,4 +1,7 @@
-"""Print every dependency at its lower bound in `pyproject.toml`, as constraints for pip: `python tests/lowest.py`."""
+"""Print every dependency's lower bound as a constraint for pip.
+
+Run ``python tests/lowest.py``; the bounds come from `pyproject.toml`.
+"""
 
 import re
 import sys

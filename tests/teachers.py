@@ -1,4 +1,4 @@
-"""Small teachers with random weights, written by transformers as real ones are, or without it."""
+"""Small teachers with random weights, written with or without transformers."""
 
 import json
 import re

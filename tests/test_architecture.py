@@ -45,7 +45,7 @@ IDS = [f"{name}/{path.relative_to(FOLDERS[name])}" for name, path in FILES]
 
 
 def imports(source):
-    """Return (top-level module, whether inside a function) for every import of a file."""
+    """Return (top-level module, whether inside a function) for each import."""
     found = set()
 
     def visit(node, inside):
@@ -196,7 +196,7 @@ def test_what_is_public_lives_in_the_core(name, thing):
 
 
 def private_names(source):
-    """Return what a file uses of jax, flax, optax or orbax that they keep to themselves."""
+    """Return the private names of jax, flax, optax or orbax that a file uses."""
     tree = ast.parse(source)
     modules = [node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module]
     modules += [alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names]

@@ -1,4 +1,4 @@
-"""The script of `make gpu`, in its dry mode on the CPU: pieces, resuming, and the numbers in the pages."""
+"""`make gpu` in its dry mode: pieces, resuming, and numbers in the pages."""
 
 import importlib
 import shutil
@@ -18,7 +18,10 @@ SMALL = {"depth": 1, "embed_dim": 24, "num_heads": 2, "decoder_dim": 16, "decode
 
 @pytest.fixture
 def launched(monkeypatch):
-    """Run benchmarks in this process, at sizes that take milliseconds; pytest does not start itself."""
+    """Run benchmarks in this process, at sizes that take milliseconds.
+
+    pytest does not start itself.
+    """
     small = {arm: {**options, **SMALL} for arm, options in arms.ARMS.items()}
     monkeypatch.setattr(arms, "ARMS", small)
     monkeypatch.setattr(arms, "METHODS", {"mae": small})

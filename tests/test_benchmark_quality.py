@@ -1,4 +1,4 @@
-"""The study of accuracy: valid arms, resumed trainings, stored records and tables."""
+"""The study of accuracy: arms, resumed trainings, stored records and tables."""
 
 import io
 import json
@@ -30,6 +30,8 @@ from benchmarks.quality.arms import (
 from benchmarks.quality.config import config_of
 from benchmarks.quality.data import Images
 from benchmarks.report import Report
+from prmim_train.data.batches import split_indices
+from prmim_train.data.sources import open_source
 from prmim_train.evaluate.scores import write_predictions
 
 TINY = World(
@@ -44,7 +46,7 @@ TINY = World(
 
 @pytest.fixture
 def study(monkeypatch):
-    study = Study("tiny", TINY, (DENSE, DEFAULT), epochs=2, seeds=1)
+    study = Study("tiny", TINY, (DENSE, DEFAULT), epochs=2, seeds=1, baselines=True)
     monkeypatch.setitem(STUDIES, "tiny", study)
     return study
 
@@ -101,13 +103,14 @@ def test_a_study_resumes_interrupted_trainings_and_skips_finished_ones(study, tm
     found = records.load(study, tmp_path / "results")
     assert {arm: list(seeds) for arm, seeds in found.items()} == {DENSE: [], DEFAULT: [0]}
     result = found[DEFAULT][0]
-    assert list(result)[:7] == ["study", "arm", "seed", "linear", "knn", "finetune", "macs_to_dense"]
+    assert list(result)[:7] == ["study", "arm", "seed", "linear", "knn", "finetune", "untrained"]
     assert result["epochs"] == 2
     assert result["macs_to_dense"] < 1
     assert study.cost_ratio(DENSE) == 1
     assert "correct" not in result  # held-out images
     assert all(0 < result[name] <= 1 for name in ("linear", "knn", "finetune"))
     assert result["loss_thrown"] > 0
+    assert result["pixels"]["knn"] > 0.9 > result["untrained"]["knn"] > 0.1
     capsys.readouterr()
     assert quality.main([*options, "--minutes", "5"]) == 0
     printed = capsys.readouterr().out
@@ -130,6 +133,19 @@ def test_a_failed_command_is_reported_and_writes_no_record(study, tmp_path, caps
 def test_missing_images_are_reported(study, tmp_path, capsys):
     assert quality.main(["--study", "screen", "--minutes", "1", "--data", str(tmp_path), "--json", str(tmp_path)]) == 1
     assert capsys.readouterr().err.startswith("data: expected ")
+
+
+def test_the_recipe_of_the_digits_is_chosen_without_its_held_out_images(tmp_path):
+    images = data.find("digits_train", tmp_path, tmp_path)
+    assert images.test is None
+    digits, chosen = open_source("digits", channels=1), open_source(images.train, channels=1)
+    train, held_out = split_indices(digits.labels, holdout=0.2, seed=0)
+    assert len(chosen) == len(train) == 1438
+    known = {digits.read(int(index)).tobytes() for index in train}
+    unknown = {digits.read(int(index)).tobytes() for index in held_out} - known
+    assert {chosen.read(index).tobytes() for index in range(len(chosen))} == known
+    assert len(unknown) > 300
+    np.testing.assert_array_equal(chosen.labels, digits.labels[train])
 
 
 def test_the_published_binary_cifar_is_read(tmp_path):
@@ -206,6 +222,14 @@ def test_tables_show_means_errors_and_paired_differences(tmp_path, capsys):
     assert content["points above dense"] == {PARTIAL: {"linear": "+2.00 ± 1.00"}, DEFAULT: {"linear": "+10.00"}}
     assert "PR-MIM 0.25" not in capsys.readouterr().out
     assert math.isnan(tables.mean_and_error([1.0])[1])
+
+
+def test_pages_compare_with_dense_if_it_was_trained():
+    found = {DENSE: {}, DEFAULT: {0: {**dict.fromkeys(tables.ACCURACIES, 0.5), "macs_to_dense": 0.75, "epochs": 2}}}
+    assert "50.00 %" in tables.markdown(found)
+    assert "above dense" not in tables.markdown(found)
+    found[DENSE] = {0: {**dict.fromkeys(tables.ACCURACIES, 0.25), "macs_to_dense": 1.0, "epochs": 2}}
+    assert "+25.00" in tables.markdown(found)
 
 
 def record_of(arm, seed=0, study="tiny"):
@@ -318,7 +342,7 @@ def test_stored_records_are_those_of_todays_arms():
 
 
 def write_records(folder, **accuracies):
-    """Write records of the study of 20 epochs: linear accuracies by arm, all other accuracies the same."""
+    """Write records of 20 epochs: linear accuracies by arm, equal other accuracies."""
     study = STUDIES["long"]
     for arm, found in accuracies.items():
         for seed, value in enumerate(found):

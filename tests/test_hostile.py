@@ -1,4 +1,4 @@
-"""The quick part of the hostile cases; ``python tests/hostile`` tries all of them."""
+"""Quick part of the hostile cases; ``python tests/hostile`` runs all of them."""
 
 import subprocess
 import sys

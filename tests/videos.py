@@ -12,7 +12,10 @@ BARS = 8  # bits of the number
 
 
 def numbered_frames(number: int, height: int = 32, width: int = 64) -> NDArray[np.uint8]:
-    """Return frames (number, height, width, 3): bar k from the left is white if bit k of the frame's number is set."""
+    """Return frames (number, height, width, 3) that show their numbers in binary.
+
+    Bar k from the left is white if bit k of the number is set.
+    """
     bits = (np.arange(number)[:, None] >> np.arange(BARS)) & 1
     bars = np.repeat(20 + 215 * bits, width // BARS, axis=1).astype(np.uint8)
     return np.broadcast_to(bars[:, None, :, None], (number, height, width, 3)).copy()
@@ -36,7 +39,10 @@ def encode(
     rotation: int = 0,
     **options: str,
 ) -> bytes:
-    """Encode frames (number, height, width, 3) at 25 a second, or at `times` in milliseconds."""
+    """Encode frames (number, height, width, 3) at 25 per second, or at `times`.
+
+    `times` are in milliseconds.
+    """
     import av
 
     file = io.BytesIO()

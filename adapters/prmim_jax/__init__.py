@@ -1,4 +1,4 @@
-"""Masked image modelling in JAX: methods, training engines, and modules to reuse."""
+"""Masked image modelling in JAX: methods, training engines and modules."""
 
 from prmim_jax.classifier import Classifier, ClassifierEngine
 from prmim_jax.encoder import EncoderEngine, ImageEncoder, load_encoder

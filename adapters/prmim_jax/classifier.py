@@ -129,7 +129,8 @@ class Classifier(ImageModule):
     Examples
     --------
     >>> from prmim_methods import MAEConfig
-    >>> method = MAEConfig(image_size=(32, 32), patch_size=(8, 8), embed_dim=32, depth=1, num_heads=2)
+    >>> method = MAEConfig(image_size=(32, 32), patch_size=(8, 8), embed_dim=32, depth=1,
+    ...     num_heads=2)
     >>> classifier = Classifier(method, ClassifierConfig(), 10)
     >>> classifier.eval()
     >>> classifier(jnp.zeros((2, 32, 32, 3), jnp.uint8)).shape
@@ -217,7 +218,7 @@ class Classifier(ImageModule):
         return self.config.not_decayed()
 
     def architecture(self) -> dict[str, Any]:
-        """Return the architecture; see :meth:`prmim_methods.ClassifierConfig.architecture`."""
+        """Return the architecture; see :class:`prmim_methods.ClassifierConfig`."""
         return self.config.architecture(self.method_config, self.num_classes)
 
 
@@ -253,7 +254,7 @@ def load_pretrained(classifier: Classifier, path: str | os.PathLike[str]) -> Non
 
 
 def lars(momentum: float = 0.9, trust: float = 0.001, weight_decay: float = 0.0) -> optax.GradientTransformation:
-    """Return SGD with momentum and layer-wise trust ratios (LARS), at learning rate 1.
+    """SGD with momentum and layer-wise trust ratios (LARS), for learning rate 1.
 
     Parameters
     ----------
@@ -280,7 +281,8 @@ def lars(momentum: float = 0.9, trust: float = 0.001, weight_decay: float = 0.0)
 
     Examples
     --------
-    >>> optimizer, weights = lars(trust=0.5), {"weight": jnp.full((1, 1), 8.0), "bias": jnp.ones(1)}
+    >>> optimizer = lars(trust=0.5)
+    >>> weights = {"weight": jnp.full((1, 1), 8.0), "bias": jnp.ones(1)}
     >>> gradients = jax.tree.map(jnp.ones_like, weights)
     >>> updates, _ = optimizer.update(gradients, optimizer.init(weights), weights)
     >>> {name: update.item() for name, update in updates.items()}

@@ -131,14 +131,14 @@ class Processes:
         client: Any = multihost.get_jax_distributed_client()
         number = next(_NUMBERS[thread])
         client.key_value_set(f"prmim/{thread}/{number}/{self.rank}", json.dumps(value))
-        told = [
+        answers = [
             client.blocking_key_value_get(f"prmim/{thread}/{number}/{rank}", int(1000 * HOST_TIMEOUT))
             for rank in range(self.world_size)
         ]
         # All processes have sent this message, so all have read the previous one.
         if number:
             client.key_value_delete(f"prmim/{thread}/{number - 1}/{self.rank}")
-        return [json.loads(text) for text in told]
+        return [json.loads(text) for text in answers]
 
     def close(self) -> None:
         """Disconnect; after an exception, without waiting for the others."""

@@ -42,7 +42,8 @@ class ImageEncoder(ImageModule):
 
     Examples
     --------
-    >>> config = EncoderConfig(image_size=(32, 32), patch_size=(8, 8), embed_dim=16, depth=2, num_heads=2)
+    >>> config = EncoderConfig(image_size=(32, 32), patch_size=(8, 8), embed_dim=16, depth=2,
+    ...     num_heads=2)
     >>> encoder = ImageEncoder(config)
     >>> images = jnp.zeros((2, 32, 32, 3), jnp.uint8)
     >>> encoder(images).shape, encoder(images, pool=None, layer=1).shape
@@ -144,7 +145,8 @@ def load_encoder(
     --------
     >>> import tempfile
     >>> from prmim_jax import create_method, save_weights
-    >>> method = create_method("mae", image_size=(32, 32), patch_size=(8, 8), embed_dim=16, depth=1, num_heads=2)
+    >>> method = create_method("mae", image_size=(32, 32), patch_size=(8, 8), embed_dim=16,
+    ...     depth=1, num_heads=2)
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     save_weights(method, f"{folder}/weights.safetensors")
     ...     encoder = load_encoder(folder, image_size=64)

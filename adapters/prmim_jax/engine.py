@@ -88,8 +88,8 @@ class Engine(Trainer[Method]):
     Examples
     --------
     >>> from prmim_methods import MAEConfig
-    >>> config = MAEConfig(image_size=(16, 16), patch_size=(4, 4), embed_dim=16, depth=1, num_heads=2, decoder_dim=8,
-    ...                    decoder_depth=1, decoder_heads=2)
+    >>> config = MAEConfig(image_size=(16, 16), patch_size=(4, 4), embed_dim=16, depth=1,
+    ...     num_heads=2, decoder_dim=8, decoder_depth=1, decoder_heads=2)
     >>> engine = Engine(config, TrainingConfig(total_steps=2, device="cpu"))
     >>> engine.train_step(np.zeros((4, 16, 16, 3), np.uint8), np.arange(4))
     >>> sorted(engine.read_metrics())[:4]
@@ -114,7 +114,7 @@ class Engine(Trainer[Method]):
 
     @property
     def predicts(self) -> Predicts:
-        """Target of the method: ``"pixels"`` or ``"features"``.
+        """Target of the method, ``"pixels"`` or ``"features"``.
 
         See :meth:`reconstruct` for pixels, :meth:`compare` for features.
         """
@@ -161,7 +161,7 @@ class Engine(Trainer[Method]):
         return np.asarray(self._evaluate(_features, images))
 
     def attention(self, images: NDArray[Any]) -> NDArray[np.float32]:
-        """Return the attention to patches of unmasked images, in [0, 1]: float32 (batch, N).
+        """Return attention to patches of unmasked images: float32 (batch, N) in [0, 1].
 
         All processes must call it, with a batch of the same size; the images may differ. The devices share the batch.
         """
@@ -187,10 +187,10 @@ class Engine(Trainer[Method]):
         """
         if self.predicts != "pixels":
             raise TypeError("method: expected one that predicts pixels, got one that predicts features")
-        order, patches = self._evaluate(self._rebuilt, *self._inputs(images, sample))
+        order, patches = self._evaluate(self._reconstructed, *self._inputs(images, sample))
         return Reconstruction(np.asarray(order, np.int64), self._config.schedule, np.asarray(patches, np.float32))
 
-    def _rebuilt(self, method: PixelMethod, images: Array, sample: Array) -> tuple[Array, Array]:
+    def _reconstructed(self, method: PixelMethod, images: Array, sample: Array) -> tuple[Array, Array]:
         weights = (method.attention(images),) if method.config.needs_weights else ()
         output = method(images, self._noise(sample, 0), *weights)
         return output.plan.order, method.rebuilt_pixels(images, output)

@@ -36,7 +36,7 @@ class Fusion(nnx.Module):
     Examples
     --------
     >>> fusion = Fusion(8, (0, 2), rngs=nnx.Rngs(0))
-    >>> fusion(jnp.zeros((4, 2, 5, 8))).shape  # the input of the encoder and the outputs of three blocks
+    >>> fusion(jnp.zeros((4, 2, 5, 8))).shape  # input and outputs of three blocks
     (2, 5, 8)
     >>> fusion.named_weights()["layer_weight_2"]
     Array(0.5, dtype=float32)
@@ -68,6 +68,9 @@ class Fusion(nnx.Module):
         return (weights[:, None, None, None] * jnp.stack([*projected, last])).sum(0)
 
     def named_weights(self) -> dict[str, Array]:
-        """Return the weights of blocks in the mean, as ``layer_weight_K``, without gradient."""
+        """Return the weights of the fused blocks, without gradient.
+
+        The names are ``layer_weight_K``.
+        """
         weights = jax.lax.stop_gradient(jax.nn.softmax(self.layer_weights[...]))
         return {f"layer_weight_{block}": weights[place] for place, block in enumerate(self.blocks)}

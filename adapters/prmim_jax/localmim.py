@@ -79,7 +79,7 @@ class ScaleHead(nnx.Module):
         self.pred = Linear(width, values, dtype=dtype, rngs=rngs)
 
     def __call__(self, features: Array) -> Array:
-        """Map features (batch, n, dim) to cells in raster order (batch, n, cells * values)."""
+        """Map features (batch, n, dim) to raster-order cells (batch, n, cells * values)."""
         batch, length, _ = features.shape
         x = features.reshape(batch * length, 1, -1)
         for number, up in enumerate(self.up):
@@ -109,8 +109,8 @@ class LocalMIM(FeatureMethod):
     >>> import jax.numpy as jnp
     >>> from flax import nnx
     >>> from prmim_core import counter_noise
-    >>> method = LocalMIM(LocalMIMConfig(image_size=(32, 32), patch_size=(8, 8), embed_dim=32, depth=2, num_heads=2,
-    ...                                  decoder_dim=16, decoder_heads=2))
+    >>> method = LocalMIM(LocalMIMConfig(image_size=(32, 32), patch_size=(8, 8), embed_dim=32,
+    ...     depth=2, num_heads=2, decoder_dim=16, decoder_heads=2))
     >>> images = jnp.zeros((2, 32, 32, 3), jnp.uint8)
     >>> noise = counter_noise(0, 0, jnp.arange(2), method.config.grid.num_tokens)
     >>> output = nnx.jit(method)(images, noise)

@@ -41,8 +41,8 @@ class MAE(PixelMethod):
     >>> import jax.numpy as jnp
     >>> from flax import nnx
     >>> from prmim_core import counter_noise
-    >>> method = MAE(MAEConfig(image_size=(32, 32), patch_size=(8, 8), embed_dim=32, depth=1, num_heads=2,
-    ...                        decoder_dim=16, decoder_depth=1, decoder_heads=2))
+    >>> method = MAE(MAEConfig(image_size=(32, 32), patch_size=(8, 8), embed_dim=32, depth=1,
+    ...     num_heads=2, decoder_dim=16, decoder_depth=1, decoder_heads=2))
     >>> images = jnp.zeros((2, 32, 32, 3), jnp.uint8)
     >>> noise = counter_noise(0, 0, jnp.arange(2), method.config.grid.num_tokens)
     >>> output = nnx.jit(method)(images, noise)

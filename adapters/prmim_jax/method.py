@@ -74,11 +74,17 @@ class ImageModule(nnx.Module):
         self.deterministic = False
 
     def _patches(self, images: Array) -> Array:
-        """Validate images and cut them into patches (batch, N, prod(patch) * C), 0 .. 255."""
+        """Validate images and cut them into patches (batch, N, prod(patch) * C).
+
+        Values are in [0, 255].
+        """
         return patchify(self._pixels(images), self._patch_size)
 
     def _pixels(self, images: Array) -> Array:
-        """Validate images and return values 0 .. 255: uint8; float32 for a ``pixel_range``."""
+        """Validate images and return their values in [0, 255].
+
+        uint8, or float32 with a ``pixel_range``.
+        """
         check_images(images, self.image_shape, self.image_dtypes)
         if self._pixel_range is None:
             return images
@@ -90,7 +96,10 @@ class ImageModule(nnx.Module):
             raise ValueError(f"noise: expected shape {(images.shape[0], self.num_tokens)}, got {tuple(noise.shape)}")
 
     def _normalize(self, patches: Array) -> Array:
-        """Normalize patches (batch, length, prod(patch) * C) of values 0 .. 255 per channel."""
+        """Normalize patches (batch, length, prod(patch) * C) per channel.
+
+        The patches hold values in [0, 255].
+        """
         scale, shift = self._scale_and_shift()
         return (self._by_channel(patches).astype(scale.dtype) * scale + shift).reshape(patches.shape)
 
@@ -137,13 +146,16 @@ class Method(ImageModule):
         self._schedule = config.schedule
 
     def __call__(self, images: Array, noise: Array) -> Any:
-        """Compute the loss of images (batch, image_size..., channels), noise int (batch, N)."""
+        """Compute the loss of a batch.
+
+        ``images`` are (batch, image_size..., channels), ``noise`` is int (batch, N).
+        """
         raise NotImplementedError
 
     def encode(self, images: Array) -> Array:
-        """Encode unmasked images: (batch, image_size..., channels) to (batch, C + N, dim).
+        """Encode unmasked images (batch, image_size..., channels).
 
-        The C class tokens come first.
+        Returns (batch, C + N, dim). The C class tokens come first.
         """
         return self.encoder(self._normalize(self._patches(images)))
 
@@ -166,7 +178,7 @@ class Method(ImageModule):
         return self._pool(self.encode(images), pool)
 
     def attention(self, images: Array) -> Array:
-        """Return the attention to patches of unmasked images, for ``throwing="weighted"``.
+        """Return attention to patches of unmasked images, for ``throwing="weighted"``.
 
         Parameters
         ----------
@@ -447,9 +459,9 @@ def build_encoder(
     dtype: DTypeLike | None = None,
     rngs: nnx.Rngs,
 ) -> Encoder:
-    """Return the encoder of a method, with arguments of :class:`prmim_jax.vit.Encoder`.
+    """Build a method's encoder, see :class:`prmim_jax.vit.Encoder`.
 
-    ``position`` defaults to the method's.
+    Other arguments are those of the encoder. ``position`` defaults to the method's.
     """
     size = config.encoder_size
     return Encoder(
@@ -479,7 +491,10 @@ def check_not_empty(images: Array | NDArray[Any]) -> None:
 
 
 def check_images(images: Array | NDArray[Any], shape: Sequence[int], dtypes: Sequence[str]) -> None:
-    """Validate dtype (TypeError) and shape ``(batch, *shape)`` (ValueError) of images."""
+    """Validate the dtype (TypeError) and the shape (ValueError) of images.
+
+    The expected shape is ``(batch, *shape)``.
+    """
     if images.dtype.name not in dtypes:
         raise TypeError(f"images: expected {' or '.join(dtypes)}, got {images.dtype}")
     check_shape(images, shape)

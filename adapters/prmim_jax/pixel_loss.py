@@ -54,9 +54,11 @@ class PixelLoss(nnx.Module):
     >>> from prmim_jax import PixelLoss, ProgressiveReconstruction, make_plan
     >>> schedule = Schedule(Grid((4, 4)), TokenCounts(visible=4, decoded=4, thrown=8))
     >>> plan = make_plan(schedule, jnp.arange(32).reshape(2, 16))
-    >>> pixel_loss = PixelLoss(ProgressiveReconstruction(8, schedule.grid), (2, 2), rngs=nnx.Rngs(0))
+    >>> pixel_loss = PixelLoss(ProgressiveReconstruction(8, schedule.grid), (2, 2),
+    ...     rngs=nnx.Rngs(0))
     >>> head = nnx.Linear(8, 12, rngs=nnx.Rngs(0))
-    >>> pixel_loss(jnp.ones((2, 8, 8)), plan, jnp.ones((2, 16, 12)), head).shape  # the mean is the loss
+    >>> features, patches = jnp.ones((2, 8, 8)), jnp.ones((2, 16, 12))
+    >>> pixel_loss(features, plan, patches, head).shape  # the mean is the loss
     (2, 12)
     """
 

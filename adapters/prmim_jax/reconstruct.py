@@ -11,7 +11,7 @@ from jax import Array, lax
 from jax.typing import DTypeLike
 
 from prmim_core import Grid, Plan, offset_index, offset_squared_distances, reconstruct_stages, take_tokens
-from prmim_core.reconstruct import Mix, check_rebuilt
+from prmim_core.reconstruct import Mix, check_reconstructed
 from prmim_jax.vit import LayerNorm, constant, precision, wide
 
 ReconstructionKind = Literal["kernel", "interpolate", "conv"]
@@ -169,7 +169,7 @@ class ProgressiveReconstruction(nnx.Module):
         """Return weighted means (batch, n, dim) of known features for thrown tokens."""
         if self.mix is not None:
             mixed: Array = self.mix(features, known, thrown)
-            check_rebuilt(mixed, features, thrown)
+            check_reconstructed(mixed, features, thrown)
             return mixed
         if self.reconstruction == "kernel":
             return self._mix_by_kernel(features, known, thrown)
@@ -215,7 +215,10 @@ class ProgressiveReconstruction(nnx.Module):
 
 
 def _shifts(x: Array) -> list[Array]:
-    """Return all shifts of x (batch, *axes, channels) by -1, 0, 1 per axis, zero-filled."""
+    """Return the shifts of x by -1, 0 and 1 along each axis, zero-padded.
+
+    ``x`` has the shape (batch, *axes, channels).
+    """
     axes = x.shape[1:-1]
     padded = jnp.pad(x, ((0, 0), *((1, 1) for _ in axes), (0, 0)))
     starts = product(range(3), repeat=len(axes))
@@ -225,13 +228,13 @@ def _shifts(x: Array) -> list[Array]:
 
 
 def no_weight_decay(module: nnx.Module) -> frozenset[str]:
-    """Return the parameters that reconstructions in a module exempt from weight decay.
+    """Return the reconstruction parameters of a module that have no weight decay.
 
     Examples
     --------
     >>> from prmim_core import Grid
-    >>> sorted(no_weight_decay(nnx.Dict({"rebuild": ProgressiveReconstruction(8, Grid((4, 4)))})))
-    ['rebuild.norm.bias', 'rebuild.norm.weight', 'rebuild.table']
+    >>> sorted(no_weight_decay(nnx.Dict({"stages": ProgressiveReconstruction(8, Grid((4, 4)))})))
+    ['stages.norm.bias', 'stages.norm.weight', 'stages.table']
     """
     return frozenset(
         ".".join(map(str, (*path, name)))

@@ -1,4 +1,4 @@
-"""Teachers: frozen, published vision transformers, whose features a student predicts."""
+"""Teachers: frozen, published vision transformers whose features are the target."""
 
 import re
 from collections.abc import Sequence
@@ -323,7 +323,10 @@ def _frozen(module: Any, tensors: Tensors, prefix: str) -> Any:
 
 
 def _tensor(tensors: Tensors, name: str) -> NDArray[Any]:
-    """Return a tensor by our name; concatenate q, k and v; fill missing biases with 0."""
+    """Return a tensor by our name.
+
+    Queries, keys and values are concatenated; missing biases are zeros.
+    """
     if ".attn.qkv." not in name:
         return tensors[name]
     parts = [tensors.get(name.replace(".qkv.", f".{part}.")) for part in "qkv"]

@@ -52,7 +52,9 @@ TIMED_IMAGES, TIMED_TOKENS = 8, 16
 
 
 class TrainingState(NamedTuple):
-    """State of training. A step returns a new state, which reuses the old one's memory.
+    """State of training.
+
+    A step returns a new state, which reuses the memory of the old one.
 
     Parameters
     ----------
@@ -228,7 +230,7 @@ class Trainer(Generic[Module]):
         return self._merge(*map(self._layout.local, (parameters, self._state.statistics, self._buffers)))
 
     def _take_step(self, images: NDArray[Any], sample: NDArray[np.int64], *more: NDArray[Any]) -> None:
-        """Take an optimizer step on images, sample numbers, and further inputs of the loss."""
+        """Take an optimizer step; ``more`` holds further inputs of the loss."""
         check_not_empty(images)
         self._check_batch(len(images))
         learning_rate = self._training.learning_rate_at(self._step)
@@ -387,7 +389,7 @@ class Trainer(Generic[Module]):
     def _saved_state(self) -> dict[str, Any]:
         """Return a copy of the training state without weights, as nested dictionaries.
 
-        The arrays are NumPy's, except sharded ones, of which each process writes its part.
+        The arrays are NumPy's, except sharded ones: each process writes its part of these.
         """
         arrays = self._by_parameter()
         if self._layout.cuts(self._specs.parameters):
@@ -544,7 +546,7 @@ class Trainer(Generic[Module]):
 
 
 def split(module: nnx.Module) -> tuple[nnx.GraphDef[Any], State, State, State]:
-    """Split a module into graph definition, parameters, statistics, and other variables."""
+    """Split a module into graph definition, parameters, statistics and other state."""
     graph, parameters, statistics, buffers = nnx.split(  # type: ignore[misc]  # flax's annotation
         module, nnx.Param, Statistic, ...
     )
@@ -649,7 +651,10 @@ def _refilled(part: Any, values: dict[str, Any]) -> Any:
 
 
 def _copies(arrays: Arrays) -> dict[str, NDArray[Any]]:
-    """Copy arrays to the host, separately: a step can donate the same memory only once."""
+    """Copy arrays to the host, each separately.
+
+    A step can donate the same memory only once.
+    """
     return {name: np.array(array) for name, array in arrays.items()}
 
 

@@ -26,8 +26,9 @@ class VideoMAE(MAE):
     >>> import jax.numpy as jnp
     >>> from flax import nnx
     >>> from prmim_core import counter_noise
-    >>> method = VideoMAE(VideoMAEConfig(image_size=(4, 16, 32), patch_size=(2, 8, 8), mask_ratio=0.75, embed_dim=24,
-    ...                                  depth=1, num_heads=2, decoder_dim=12, decoder_depth=1, decoder_heads=2))
+    >>> method = VideoMAE(VideoMAEConfig(image_size=(4, 16, 32), patch_size=(2, 8, 8),
+    ...     mask_ratio=0.75, embed_dim=24, depth=1, num_heads=2,
+    ...     decoder_dim=12, decoder_depth=1, decoder_heads=2))
     >>> clips = jnp.zeros((2, 4, 16, 32, 3), jnp.uint8)
     >>> noise = counter_noise(0, 0, jnp.arange(2), method.config.grid.num_tokens)
     >>> output = nnx.jit(method)(clips, noise)

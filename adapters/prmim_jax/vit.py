@@ -51,7 +51,10 @@ def wide(dtype: DTypeLike) -> np.dtype:
 
 
 def project(x: Array, weight: Array, bias: Array | None, dtype: DTypeLike | None) -> Array:
-    """Return ``x @ weight.T + bias``, computed in ``dtype`` (None: that of the weight)."""
+    """Return ``x @ weight.T + bias``.
+
+    The product is computed in ``dtype``, by default that of the weight.
+    """
     dtype = weight.dtype if dtype is None else dtype
     product = jnp.einsum("...i,oi->...o", x.astype(dtype), weight.astype(dtype), precision=precision(dtype))
     return product if bias is None else product + bias.astype(dtype)
@@ -262,7 +265,7 @@ class Attention(nnx.Module):
         return self.proj(attend(q, k, v, bias).reshape(batch, length, dim))
 
     def first_query(self, x: Array, bias: Array | None = None) -> Array:
-        """Return the first token's attention: (batch, length, dim) to (batch, heads, length).
+        """Return the first token's attention: (batch, heads, length).
 
         ``bias`` is added to the scores: ([batch,] heads, length, length).
         """
@@ -274,7 +277,7 @@ class Attention(nnx.Module):
 
 
 def attend(q: Array, k: Array, v: Array, bias: Array | None = None) -> Array:
-    """Return scaled dot-product attention; all inputs are (batch, length, heads, head_dim)."""
+    """Return scaled dot-product attention of inputs (batch, length, heads, head_dim)."""
     # jax.nn.dot_product_attention is slower on CPUs, and computes softmax in float32 for float64 input.
     exact = precision(q.dtype)
     scores = jnp.einsum("bqhd,bkhd->bhqk", q, k, precision=exact, preferred_element_type=wide(q.dtype))
@@ -284,7 +287,10 @@ def attend(q: Array, k: Array, v: Array, bias: Array | None = None) -> Array:
 
 
 class Mlp(nnx.Module):
-    """Two linear layers with an activation in between: GELU (erf) or ``"quick_gelu"``."""
+    """Two linear layers with an activation between them.
+
+    The activation is ``"gelu"`` (erf) or ``"quick_gelu"``.
+    """
 
     def __init__(
         self,
@@ -389,7 +395,7 @@ class Block(nnx.Module):
         return add(self, x, bias, scales)
 
     def first_query(self, x: Array, bias: Array | None = None) -> Array:
-        """Return the attention of the first input token; see :meth:`Attention.first_query`."""
+        """Return the first token's attention; see :meth:`Attention.first_query`."""
         return self.attn.first_query(self.norm1(x), bias)
 
     def _add(self, x: Array, bias: Array | None, scales: Array | None) -> Array:
@@ -406,7 +412,7 @@ def _add(x: Array, branch: Array, layer_scale: LayerScale | None, scale: Array |
 # Compiled, since JAX would otherwise compile each operation per shape.
 @jax.jit
 def stack_blocks(blocks: Sequence[Block]) -> Block:
-    """Stack blocks to one module, whose variables have a leading axis of length depth."""
+    """Stack blocks into one module with a leading axis of length depth."""
     return jax.tree.map(lambda *arrays: jnp.stack(arrays), *blocks)
 
 
@@ -477,7 +483,10 @@ def bias_rows(grid: Grid, index: Array | None) -> Array:
 
 
 def look_up(table: Array, rows: Array) -> Array:
-    """Look up ([batch,] heads, length, length) at table rows ([batch,] length, length)."""
+    """Look up a bias table at rows ([batch,] length, length).
+
+    Returns ([batch,] heads, length, length).
+    """
     return jnp.moveaxis(table[rows], -1, -3)
 
 
@@ -524,7 +533,10 @@ def _tokens(rngs: nnx.Rngs, number: int, dim: int) -> nnx.Param[Array]:
 def position_table(
     rngs: nnx.Rngs, grid_shape: Sequence[int], dim: int, class_tokens: int, position: str
 ) -> nnx.Variable[Array]:
-    """Return the initial table (1, C + N, dim): a parameter if ``"learned"``, else a buffer."""
+    """Return the initial position table (1, C + N, dim).
+
+    A parameter if ``"learned"``, else a buffer.
+    """
     if position == "learned":
         # No truncation at +-2 as in timm, since it has no effect.
         return _tokens(rngs, class_tokens + prod(grid_shape), dim)

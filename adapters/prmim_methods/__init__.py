@@ -1,4 +1,4 @@
-"""Framework-neutral definitions of the methods: options, sizes, costs, weight files."""
+"""Framework-neutral definitions of the methods: options, sizes, costs, weights."""
 
 from prmim_methods.classifier import ClassifierConfig
 from prmim_methods.cost import Accounting, CostReport, PartCost

@@ -90,7 +90,9 @@ def encoder_of(architecture: Mapping[str, Any], image_size: int | tuple[int, ...
 
 
 def fit_method(expected: Mapping[str, Any], got: Mapping[str, Any], weights: Mapping[str, Array]) -> dict[str, Array]:
-    """Fit weights to a method of the same architecture, possibly of another image size.
+    """Fit weights to a method of the same architecture.
+
+    The image size may differ.
 
     Parameters
     ----------

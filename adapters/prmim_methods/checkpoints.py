@@ -1,4 +1,4 @@
-"""Files of checkpoints of any library: a single file, shards, or a folder of either.
+"""Checkpoint files of any library: one file, shards, or a folder of either.
 
 Reads names and JSON only; the adapters read the tensors.
 """
@@ -81,7 +81,8 @@ def find_checkpoint(source: str | os.PathLike[str]) -> CheckpointFiles:
     --------
     >>> import tempfile
     >>> folder = Path(tempfile.mkdtemp())
-    >>> _ = (folder / "a.pth").write_bytes(b"PK"), (folder / "config.json").write_text('{"hidden_size": 8}')
+    >>> _ = (folder / "a.pth").write_bytes(b"PK")
+    >>> _ = (folder / "config.json").write_text('{"hidden_size": 8}')
     >>> found = find_checkpoint(folder)
     >>> found.files[0].name, found.is_torch, found.config
     ('a.pth', True, {'hidden_size': 8})
@@ -99,7 +100,7 @@ def find_checkpoint(source: str | os.PathLike[str]) -> CheckpointFiles:
 
 
 def find_source(source: str | os.PathLike[str], argument: str = "source") -> Path:
-    """Return the path of a checkpoint, downloaded from the hub if the source is a name."""
+    """Return the path of a checkpoint; download it if the source is a hub name."""
     path = found_or_downloaded(source, argument, DOWNLOADED)
     if not path.exists():
         raise FileNotFoundError(f"{argument}: expected {EXPECTED}, got {path}, which does not exist")

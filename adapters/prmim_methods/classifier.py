@@ -66,11 +66,11 @@ class ClassifierConfig(Record):
     momentum: float = option("Momentum of LARS.", default=0.9, at_least=0, below=1)
     trust: float = option("Trust coefficient of LARS.", default=0.001, above=0)
     batch_norm: str = option(
-        "Images whose statistics the batch norm uses in training.",
+        "Images over which batch norm takes its statistics in training.",
         default="device",
         choices={
             "device": "those of each device, as published",
-            "all": "those of all devices, independent of their number; ours",
+            "all": "those of all devices, so that their number has no effect",
         },
     )
     ema_decay: float | None = option(
@@ -109,7 +109,7 @@ class ClassifierConfig(Record):
 
     @property
     def norm(self) -> str:
-        """The norm before the head: ``"batch"`` for a frozen encoder, else ``"layer"``."""
+        """The norm before the head, ``"batch"`` for a frozen encoder, else ``"layer"``."""
         return "batch" if self.is_frozen else "layer"
 
     def encoder(self, method: EncoderOptions) -> EncoderConfig:
@@ -148,10 +148,11 @@ class ClassifierConfig(Record):
         return frozenset({"encoder.cls_token", "encoder.pos_embed"})
 
     def rate_scale(self, name: str, depth: int) -> float:
-        """Return a parameter's learning-rate factor, ``layer_decay ** (depth + 1 - group)``.
+        """Return a parameter's learning-rate factor.
 
-        Group 0 holds the patch embedding, the class token and the position table; group i + 1 is block i, with its
-        table of relative position bias; group ``depth + 1`` is the rest: the final norm and the head.
+        The factor is ``layer_decay ** (depth + 1 - group)``. Group 0 holds the patch embedding, the class token and the
+        position table; group i + 1 is block i, with its table of relative position bias; group ``depth + 1`` is the
+        rest: the final norm and the head.
 
         Parameters
         ----------
@@ -167,7 +168,8 @@ class ClassifierConfig(Record):
         Examples
         --------
         >>> config = ClassifierConfig(layer_decay=0.5)
-        >>> [config.rate_scale(name, 2) for name in ("encoder.cls_token", "encoder.blocks.1.norm1.bias", "head.weight")]
+        >>> names = "encoder.cls_token", "encoder.blocks.1.norm1.bias", "head.weight"
+        >>> [config.rate_scale(name, 2) for name in names]
         [0.125, 0.5, 1.0]
         """
         group = depth + 1
@@ -179,7 +181,9 @@ class ClassifierConfig(Record):
 
 
 def copy_table(weights: Mapping[str, T], depth: int) -> dict[str, T]:
-    """Copy a shared table of relative position bias, if any, to the names of the blocks.
+    """Copy a shared table of relative position bias to each block.
+
+    No-op without such a table.
 
     Parameters
     ----------

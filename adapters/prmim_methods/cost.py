@@ -80,7 +80,7 @@ class PartCost:
     is_known: bool = True
 
     def __add__(self, other: "PartCost") -> "PartCost":
-        """Add two parts, of which one at a time is recomputed."""
+        """Add two parts; one at a time is recomputed."""
         return PartCost(
             self.macs + other.macs,
             self.activation_bytes + other.activation_bytes,
@@ -122,7 +122,7 @@ class CostReport:
 
     @property
     def peak_activation_bytes(self) -> int:
-        """Peak bytes of activations: saved ones, and those that one part recomputes.
+        """Peak bytes of activations, saved ones, and those that one part recomputes.
 
         The backward pass runs from the last part to the first and frees what each part saved.
         """

@@ -52,8 +52,9 @@ class EncoderOptions(Record):
         "Channels of an image; images with another number are converted.", default=3, at_least=1, at_most=10_000
     )
     pixel_range: tuple[float, float] | None = option(
-        "Pixel values that become 0 and 1, as low,high, or auto: measured at the start of the run. Others are clipped. "
-        "Images keep the depth of their files up to the device. Null: they become 8 bits; 16 bits are divided by 257.",
+        "Range of pixel values that is mapped to [0, 1], as low,high. auto: measured at the start of the run. Values "
+        "outside are clipped, and images keep the depth of their files up to the device. Null: images become 8 bits; "
+        "16-bit values are divided by 257.",
         default=None,
         rising=True,
     )
@@ -105,7 +106,7 @@ class EncoderOptions(Record):
 
     @property
     def image_dtypes(self) -> tuple[str, ...]:
-        """Accepted dtypes of images: uint8, and more with a ``pixel_range``."""
+        """Accepted dtypes of images, uint8, and more with a ``pixel_range``."""
         return ("uint8",) if self.pixel_range is None else ("uint8", "uint16", "float32")
 
     @property
@@ -130,7 +131,10 @@ class EncoderOptions(Record):
 
     @property
     def position(self) -> str:
-        """Type of positions: ``"absolute"``, ``"learned"`` or ``"relative"`` (attention bias)."""
+        """Position encoding: ``"absolute"``, ``"learned"`` or ``"relative"``.
+
+        ``"relative"`` is a bias on the attention scores.
+        """
         return "absolute"
 
     @property
@@ -150,7 +154,7 @@ class EncoderOptions(Record):
 
     @property
     def layer_scale(self) -> float | None:
-        """Initial value of LayerScale in the encoder's blocks; None: no LayerScale."""
+        """Initial value of LayerScale in the encoder's blocks; None without LayerScale."""
         return None
 
     def _encoder_parameters(self) -> Parameters:
@@ -220,7 +224,7 @@ class EncoderOptions(Record):
         return EncoderConfig(**{**own, "image_size": size})
 
     def check_layer(self, layer: int | None) -> None:
-        """Raise ValueError unless ``layer`` is None or a number from 0 to that of the blocks."""
+        """Raise ValueError unless ``layer`` is None or in [0, depth]."""
         depth = self.encoder_size.depth
         if layer is not None and (type(layer) is not int or not 0 <= layer <= depth):
             raise ValueError(f"layer: expected 0 to {depth}, the number of blocks, or null, got {shown(layer)}")

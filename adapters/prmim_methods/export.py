@@ -45,7 +45,8 @@ def exported_config(architecture: Mapping[str, Any]) -> EncoderOptions:
     Examples
     --------
     >>> from prmim_methods import MAEConfig, SimMIMConfig
-    >>> [type(exported_config(config.architecture())).__name__ for config in (MAEConfig(), SimMIMConfig())]
+    >>> [type(exported_config(config.architecture())).__name__
+    ...     for config in (MAEConfig(), SimMIMConfig())]
     ['MAEConfig', 'EncoderConfig']
     """
     method = METHODS.get(str(architecture.get("method")))
@@ -76,7 +77,8 @@ def transformers_model(config: EncoderOptions, *, encoder_only: bool = False) ->
     Examples
     --------
     >>> from prmim_methods import MAEConfig, SimMIMConfig
-    >>> [transformers_model(config).name for config in (MAEConfig(), MAEConfig(class_tokens=8), SimMIMConfig())]
+    >>> configs = MAEConfig(), MAEConfig(class_tokens=8), SimMIMConfig()
+    >>> [transformers_model(config).name for config in configs]
     ['ViTMAEForPreTraining', 'PixioModel', 'BeitModel']
     """
     _check_axes(config, "hf")
@@ -134,7 +136,7 @@ def preprocessor_options(config: EncoderOptions) -> dict[str, Any]:
 
 
 def timm_model(config: EncoderOptions) -> LibraryModel:
-    """Return the timm model that holds a method's encoder and returns the mean feature.
+    """Return the timm model that computes a method's mean feature.
 
     Raises
     ------
@@ -175,7 +177,10 @@ def timm_model(config: EncoderOptions) -> LibraryModel:
 
 
 def timm_weights(weights: Mapping[str, Any], layout: Layout) -> dict[str, Any]:
-    """Return an encoder's weights by timm's names. Further class tokens are registers."""
+    """Return an encoder's weights under timm's names.
+
+    Further class tokens are registers.
+    """
     named = to_library(weights, layout)
     tokens = named.get("cls_token")
     if tokens is not None and tokens.shape[1] > 1:

@@ -210,7 +210,7 @@ def check_given(found: ForeignWeights, given: Mapping[str, Any]) -> None:
         got = list(value) if isinstance(value, tuple) else value
         expected = found.architecture.get(name, got)
         if got is not None and got != expected:
-            raise ValueError(f"{name}: expected {shown(expected)}, as the source says, got {shown(got)}")
+            raise ValueError(f"{name}: expected {shown(expected)}, as in the source, got {shown(got)}")
 
 
 def encoder_alone(found: ForeignWeights) -> ForeignWeights:

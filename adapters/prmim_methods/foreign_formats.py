@@ -55,7 +55,9 @@ class Facts:
     notes: list[str] = field(default_factory=list)
 
     def find(self, name: str, *said: Any, assumed: Any, expected: str) -> Any:
-        """Return a fact of the checkpoint, else of the user, else the default, with a note.
+        """Look up a fact in the checkpoint, the user's arguments and the defaults.
+
+        The first that exists counts. A default adds a note.
 
         Raises
         ------
@@ -156,7 +158,10 @@ def _linear(name: str, outputs: int, inputs: int) -> Shapes:
 def block_shapes(
     prefix: str, dim: int, depth: int, *, layer_scale: bool = False, context_dim: int | None = None
 ) -> Shapes:
-    """Return the shapes of transformer blocks, or cross-attention with ``context_dim``."""
+    """Return the shapes of transformer blocks.
+
+    With ``context_dim``, the blocks use cross-attention.
+    """
     shapes: Shapes = {}
     for number in range(depth):
         block = f"{prefix}{number}."
@@ -185,7 +190,10 @@ def count_numbered(names: Mapping[str, Any], prefix: str) -> int:
 
 
 def position_of(tables: list[NDArray[Any]], grid_shape: tuple[int, ...], class_tokens: int) -> str:
-    """Return ``"absolute"`` if all position tables are sine-cosine, else ``"learned"``."""
+    """Return ``"absolute"`` if all position tables are fixed, else ``"learned"``.
+
+    Fixed tables are sine-cosine tables.
+    """
     for table in tables:
         if table.shape[-1] % (2 * len(grid_shape)):
             return "learned"
@@ -219,7 +227,7 @@ def _width(weights: Arrays, *names: str, axis: int = -1) -> int:
 def _decoder_width(weights: Arrays, prefix: str) -> int:
     names = [f"{prefix}{name}" for name in ("mask_token", "pos_embed", "norm.weight", "norm.bias")]
     if not any(name in weights for name in names):
-        raise ValueError(f"source: expected a tensor {names[0]}, which tells the width of the decoder, got none")
+        raise ValueError(f"source: expected a tensor {names[0]}, which determines the width of the decoder, got none")
     return _width(weights, *names)
 
 
@@ -336,7 +344,7 @@ def _maskalign(encoder: EncoderConfig, weights: Arrays, facts: Facts) -> Full:
 
 
 def _localmim(encoder: EncoderConfig, weights: Arrays, facts: Facts) -> Full:
-    """Return a LocalMIM; the convolutions of its heads become linear layers on tokens."""
+    """Build a LocalMIM; the heads' convolutions become linear layers on tokens."""
     dim, number = _decoder_width(weights, "decoders.0."), count_numbered(weights, "decoders.")
     if number != len(SCALES):
         raise ValueError(f"source: expected a decoder for each of the scales {list(SCALES)}, got {number}")
@@ -439,4 +447,4 @@ def _build_encoder(encoder: EncoderConfig, weights: Arrays, facts: Facts) -> Ful
 
 
 ENCODER = Format("ViT", (), (), _build_encoder)
-"""The format of any other model: its encoder alone."""
+"""The format of any other model, for its encoder alone."""

@@ -64,7 +64,7 @@ def choose_precision(
 
 
 def is_slow(precision: str, platform: str, *, backend: str) -> bool:
-    """Return whether the format is bfloat16 where ``"auto"`` chooses float32 on a CPU."""
+    """Return whether the format is bfloat16 on a CPU that is slow in bfloat16."""
     return precision == "bfloat16" and platform == "cpu" and _precision_on_cpu(backend)[0] == "float32"
 
 

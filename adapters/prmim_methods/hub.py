@@ -14,7 +14,7 @@ FILE_ENDINGS = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".tar", ".json")
 
 
 def check_name(source: str, argument: str) -> None:
-    """Raise ValueError unless a text has the form of a name on the hub, ``owner/name``."""
+    """Raise ValueError unless a text has the form of a hub name, ``owner/name``."""
     if not NAME.fullmatch(source):
         raise ValueError(f"{argument}: expected a folder, or a name on the hub (owner/name), got {shown(source)}")
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 Layout = Mapping[str, Sequence[str | None]]
-"""Prefixes of our names to the library's: one name, or one per part of equal length; empty without such a tensor."""
+"""Prefixes of our names to the library's, one name, or one per part of equal length; empty without such a tensor."""
 
 
 def _transformers_blocks(
@@ -60,7 +60,7 @@ BEIT: Layout = {
     "encoder.blocks.*.ls2.gamma": ["encoder.layer.*.lambda_2"],
     "encoder.rel_pos_bias.": ["encoder.relative_position_bias."],
 }
-"""``BeitModel`` of transformers: SimMIM's encoder, with relative position bias and LayerScale."""
+"""``BeitModel`` of transformers, SimMIM's encoder, with relative position bias and LayerScale."""
 
 VIT_MAE: Layout = {
     **_transformers_encoder("vit."),
@@ -121,7 +121,8 @@ def to_library(weights: Mapping[str, Any], layout: Layout) -> dict[str, Any]:
     Examples
     --------
     >>> import numpy as np
-    >>> found = to_library({"encoder.blocks.0.attn.qkv.bias": np.arange(6), "cell_head.bias": np.zeros(3)}, VIT)
+    >>> weights = {"encoder.blocks.0.attn.qkv.bias": np.arange(6), "cell_head.bias": np.zeros(3)}
+    >>> found = to_library(weights, VIT)
     >>> {name.rpartition("attention.")[2]: part.tolist() for name, part in found.items()}
     {'query.bias': [0, 1], 'key.bias': [2, 3], 'value.bias': [4, 5]}
     """

@@ -38,7 +38,8 @@ def learning_rate_at(
     --------
     >>> [learning_rate_at(step, 4, 2, 1.0, 0.0) for step in range(4)]
     [0.0, 0.5, 1.0, 0.5]
-    >>> [round(learning_rate_at(step, 4, 2, 1.0, 0.0, "whole_cosine", start=0.2), 3) for step in range(4)]
+    >>> [round(learning_rate_at(step, 4, 2, 1.0, 0.0, "whole_cosine", start=0.2), 3)
+    ...     for step in range(4)]
     [0.2, 0.6, 0.5, 0.146]
     >>> [learning_rate_at(step, 8, 2, 1.0, 0.0, "step") for step in (1, 2, 6, 7)]
     [0.5, 1.0, 1.0, 0.1]

@@ -62,8 +62,8 @@ class LocalMIMConfig(DecodingConfig):
         at_least=0.5,
     )
     layers: Sequence[int] | None = option(
-        "Encoder block that each decoder reads, counted from 1; the last one is the encoder's last. Null: 2, 4, depth "
-        "- 2 and depth, for fewer scales the last of them.",
+        "Encoder block that each decoder reads, counted from 1; the last one must be the encoder's last. Null: 2, 4, "
+        "depth - 2 and depth; with fewer scales, the last of these.",
         default=None,
         at_least=1,
         rising=True,
@@ -92,7 +92,7 @@ class LocalMIMConfig(DecodingConfig):
         if any(scale not in (0.5, *(2**power for power in range(17))) for scale in scales):
             raise ValueError(f"scales: expected 0.5 or powers of 2, got {shown(list(scales))}")
         if any(finer <= coarser for finer, coarser in pairwise(scales)):
-            raise ValueError(f"scales: expected falling numbers, got {shown(list(scales))}")
+            raise ValueError(f"scales: expected decreasing numbers, got {shown(list(scales))}")
         for scale in scales:
             if not self._fits(scale):
                 raise ValueError(
@@ -264,7 +264,7 @@ class LocalMIMConfig(DecodingConfig):
 
     @classmethod
     def options_of(cls, architecture: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the options that an architecture defines; see :meth:`EncoderOptions.options_of`."""
+        """Return the options of an architecture; see :meth:`EncoderOptions.options_of`."""
         names = ("target", "scales", "layers", "decoder_dim", "decoder_depth", "decoder_heads")
         found = {name: architecture[name] for name in names}
         return {**super().options_of(architecture), **found, "bins": architecture.get("bins")}

@@ -152,7 +152,7 @@ class MAEConfig(PixelConfig):
 
     @property
     def decoder_length(self) -> int:
-        """Tokens of the decoder's sequence: class tokens included, or mask tokens only.
+        """Tokens of the decoder's sequence, class tokens included, or mask tokens only.
 
         With cross-attention, the decoder sees mask tokens only.
         """
@@ -160,12 +160,15 @@ class MAEConfig(PixelConfig):
 
     @property
     def first_feature(self) -> int:
-        """Place in plan order of the first token with features: 0, or that of a decoded one."""
+        """Place in plan order of the first token with features.
+
+        0, or the place of the first decoded token.
+        """
         return self.counts.visible if self.is_cross and not self.has_visible_features else 0
 
     @property
     def official_predictions(self) -> int:
-        """Number of tokens that the original code predicts: the whole decoder sequence."""
+        """Number of tokens that the original code predicts, the whole decoder sequence."""
         return self.decoder_length
 
     @property
@@ -288,7 +291,7 @@ class MAEConfig(PixelConfig):
 
     @classmethod
     def options_of(cls, architecture: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the options that an architecture defines; see :meth:`EncoderOptions.options_of`."""
+        """Return the options of an architecture; see :meth:`EncoderOptions.options_of`."""
         found = {
             **super().options_of(architecture),
             **{name: architecture[name] for name in ("norm_pix", "decoder_dim", "decoder_depth", "decoder_heads")},

@@ -204,7 +204,7 @@ class MaskAlignConfig(MethodConfig):
 
     @classmethod
     def options_of(cls, architecture: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the options that an architecture defines; see :meth:`EncoderOptions.options_of`."""
+        """Return the options of an architecture; see :meth:`EncoderOptions.options_of`."""
         found = {name: architecture[name] for name in ("teacher_layers", "reconstruction")}
         # The initial mixture of layers is left out, since weights replace it; this one fits any depth.
         return {**super().options_of(architecture), **found, "fusion": "sum"}

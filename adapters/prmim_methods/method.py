@@ -25,7 +25,7 @@ from prmim_methods.record import Function, find_option, option, record
 
 Predicts = Literal["pixels", "features"]
 Rows = list[tuple[str, str]]
-"""Lines of a report: label and text."""
+"""Lines of a report, as label and text."""
 
 
 def drop_path_option(default: float = 0.1) -> Any:
@@ -41,7 +41,7 @@ def drop_path_option(default: float = 0.1) -> Any:
 def mask_unit_option(default: int) -> Any:
     """Declare the option ``mask_unit``, for masking of squares of tokens."""
     return option(
-        "Tokens along each side that are masked together: 2 with patches of 16 masks squares of 32 pixels.",
+        "Tokens along each side of a mask unit. With patches of 16 pixels, 2 masks squares of 32 pixels.",
         default=default,
         at_least=1,
     )
@@ -204,7 +204,10 @@ class MethodConfig(EncoderOptions, ABC):
 
     @property
     def reconstruction_in_effect(self) -> str:
-        """The reconstruction in effect: ``"custom"`` for a function, ``"none"`` without one."""
+        """The reconstruction in effect.
+
+        ``"custom"`` for a function, ``"none"`` without reconstruction.
+        """
         if not self.is_reconstructed:
             return "none"
         return CUSTOM if self.mix_factory else str(self.reconstruction)
@@ -301,7 +304,7 @@ class DecodingConfig(MethodConfig):
     )
     throwing: str | Function = throwing_option()
     furthest_from: str = option(
-        "Tokens from which furthest sampling measures distances at first.",
+        "Tokens that are known when furthest sampling starts.",
         default="visible",
         choices={"visible": "the visible tokens", "none": "no token: the first decoded token is random"},
     )
@@ -346,7 +349,7 @@ class DecodingConfig(MethodConfig):
 
     @property
     def throw_shape(self) -> tuple[int, ...] | None:
-        """Tokens along each axis that are thrown together; None: single tokens."""
+        """Tokens along each axis that are thrown together; None for single tokens."""
         return None
 
     @cached_property
@@ -363,7 +366,7 @@ class DecodingConfig(MethodConfig):
 
     @property
     def plan_throwing(self) -> Any:
-        """The throwing strategy of the schedule: its name, or a function."""
+        """The throwing strategy of the schedule, a name or a function."""
         return self.loaded("throwing")
 
     @cached_property
@@ -414,7 +417,7 @@ class DecodingConfig(MethodConfig):
 
     @classmethod
     def options_of(cls, architecture: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the options that an architecture defines; see :meth:`EncoderOptions.options_of`."""
+        """Return the options of an architecture; see :meth:`EncoderOptions.options_of`."""
         return {**super().options_of(architecture), "reconstruction": architecture["reconstruction"]}
 
     def describe(self) -> Rows:
@@ -562,7 +565,10 @@ class PixelConfig(DecodingConfig):
 
     @property
     def first_feature(self) -> int:
-        """Place in plan order of the first token with features: 0, or that of a decoded one."""
+        """Place in plan order of the first token with features.
+
+        0, or the place of the first decoded token.
+        """
         return 0
 
     @property
@@ -605,7 +611,7 @@ class PixelConfig(DecodingConfig):
 
     @classmethod
     def options_of(cls, architecture: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the options that an architecture defines; see :meth:`EncoderOptions.options_of`."""
+        """Return the options of an architecture; see :meth:`EncoderOptions.options_of`."""
         found = super().options_of(architecture)
         found["low_pass"] = architecture.get("low_pass")
         if "cells" not in architecture:

@@ -15,7 +15,7 @@ from prmim_methods.resize import resize_table
 Table = NDArray[np.float64]
 
 TABLE, BIAS, KERNEL = "pos_embed", "relative_position_bias_table", "table"
-"""Last part of the names of tables: positions, relative position bias, progressive reconstruction."""
+"""Last part of the names of tables of positions, relative position bias, progressive reconstruction."""
 CLASS_ROWS = 3
 """Rows of the class token at the end of a table of relative position bias."""
 
@@ -104,7 +104,10 @@ def _with_class_rows(table: Table, class_tokens: int) -> NDArray[np.float32]:
 
 
 def fixed_table(position: str, shape: Sequence[int], dim: int, class_tokens: int) -> NDArray[np.float32]:
-    """Return :func:`raster_table` for position ``"raster"``, else :func:`sincos_table`."""
+    """Return the fixed position table of a grid.
+
+    :func:`raster_table` for position ``"raster"``, else :func:`sincos_table`.
+    """
     if position == "raster":
         return raster_table(prod(shape), dim, class_tokens)
     return sincos_table(shape, dim, class_tokens)
@@ -149,9 +152,11 @@ def fit_positions(weights: Mapping[str, Array], source: EncoderOptions, target: 
     --------
     >>> from dataclasses import replace
     >>> from prmim_methods.encoder import EncoderConfig
-    >>> source = EncoderConfig(image_size=(16, 16), patch_size=(4, 4), embed_dim=8, depth=1, num_heads=2)
+    >>> source = EncoderConfig(image_size=(16, 16), patch_size=(4, 4), embed_dim=8, depth=1,
+    ...     num_heads=2)
     >>> weights = {"encoder.pos_embed": sincos_table((4, 4), 8)}
-    >>> fit_positions(weights, source, replace(source, image_size=(32, 24)))["encoder.pos_embed"].shape
+    >>> fitted = fit_positions(weights, source, replace(source, image_size=(32, 24)))
+    >>> fitted["encoder.pos_embed"].shape
     (1, 49, 8)
     """
     before, after = source.grid, target.grid
@@ -227,12 +232,12 @@ def _growth(terms: int, total: int) -> float:
 
 
 def spline_matrix(places: NDArray[np.floating[Any]], wanted: NDArray[np.floating[Any]]) -> Table:
-    """Return the matrix that evaluates the cubic spline of some values at other places.
+    """Return the matrix that evaluates a cubic spline at other places.
 
     Parameters
     ----------
     places
-        (n,): rising, n = 1 or n > 2. The spline is a parabola for three places, a constant for one.
+        (n,): increasing, n = 1 or n > 2. The spline is a parabola for three places, a constant for one.
     wanted
         (m,): between the first and the last place.
 

@@ -45,7 +45,7 @@ WORDS: dict[Any, str] = {
 LARGEST_INTEGER = 2**31 - 1
 """Largest whole number of an option without an upper bound."""
 LONGEST_TEXT = 4096
-"""Maximal number of characters of an option's text: that of a path."""
+"""Maximal number of characters of an option's text, that of a path."""
 LONGEST_TUPLE = 10_000
 """Maximal number of numbers of an option."""
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
@@ -65,7 +65,7 @@ class Rule:
     above, below, at_least, at_most
         Bounds of a number, or of each number of a tuple.
     rising
-        Whether the numbers of a tuple must not fall.
+        Whether the numbers of a tuple must be ascending; equal neighbours are allowed.
     function
         Arguments and result of custom functions, for the type ``str | Function``; empty: no function is allowed.
     shows_choices
@@ -144,7 +144,7 @@ class Option:
 
     @property
     def is_flag(self) -> bool:
-        """Whether the option is a flag: true or false, possibly null."""
+        """Whether the option is a flag, true or false, possibly null."""
         return self.kind is bool
 
     @property
@@ -155,12 +155,12 @@ class Option:
             words = f"one of {', '.join(self.rule.choices)}"
         words += ", or package.module:function" * self.takes_function
         if self.rule.rising:
-            words = re.sub("(whole )?numbers", r"rising \g<0>", words)
+            words = re.sub("(whole )?numbers", r"ascending \g<0>", words)
         return words + (", or null" if self.is_optional else "")
 
     @property
     def help(self) -> str:
-        """The documentation: the sentence, then the meaning of each choice."""
+        """The documentation, the sentence, then the meaning of each choice."""
         if not self.rule.choices or not self.rule.shows_choices:
             return self.rule.help
         meanings = [f"{choice} ({meaning})" if meaning else choice for choice, meaning in self.rule.choices.items()]
@@ -169,7 +169,9 @@ class Option:
         return f"{self.rule.help.removesuffix('.')}: {', '.join(meanings)}."
 
     def check(self, value: Any) -> Any:
-        """Return a value in canonical form: lists as tuples, integers as floats if needed.
+        """Validate a value and return its canonical form.
+
+        Lists become tuples; integers become floats where needed.
 
         Raises
         ------

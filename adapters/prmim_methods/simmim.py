@@ -64,12 +64,12 @@ class SimMIMConfig(PixelConfig):
 
     @property
     def throw_shape(self) -> tuple[int, ...] | None:
-        """Tokens along each axis that are thrown together; None: single tokens."""
+        """Tokens along each axis that are thrown together; None for single tokens."""
         return self.mask_shape if self.throw_by == "unit" else None
 
     @property
     def encoder_length(self) -> int:
-        """Length of the encoder's sequence: class, visible and mask tokens."""
+        """Length of the encoder's sequence of class, visible and mask tokens."""
         return self.counts.visible + self.counts.decoded + 1
 
     def parameters(self) -> Parameters:
@@ -131,7 +131,7 @@ class SimMIMConfig(PixelConfig):
 
     @classmethod
     def options_of(cls, architecture: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the options that an architecture defines; see :meth:`EncoderOptions.options_of`."""
+        """Return the options of an architecture; see :meth:`EncoderOptions.options_of`."""
         return {**super().options_of(architecture), "position": architecture["position"]}
 
     def _describe_sequences(self, dense: str) -> Rows:

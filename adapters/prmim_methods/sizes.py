@@ -93,7 +93,7 @@ class CrossTransformer:
         return self.depth * (linear + keys_and_values + 4 * self.dim + 2 * self.context_dim)
 
     def activation_bytes(self, queries: int, keys: int, *, compute_bytes: int, attention: str) -> int:
-        """Return the bytes that all blocks save; see :meth:`Transformer.activation_bytes`."""
+        """Return the bytes saved by all blocks; see :meth:`Transformer.activation_bytes`."""
         norms = 2 * queries * (4 * self.dim + 2 * 4) + keys * (4 * self.context_dim + 2 * 4)
         of_queries = (1 + 1 + 1 + 1 + 2 * self.mlp_ratio) * queries * self.dim * compute_bytes
         of_keys = keys * (self.context_dim + 2 * self.dim) * compute_bytes

@@ -116,7 +116,9 @@ class TeacherConfig:
 
 
 def local_teacher(source: str) -> Path | None:
-    """Return a teacher's local folder, without network access; None if not downloaded.
+    """Return a teacher's local folder, without network access.
+
+    None if the teacher is not downloaded.
 
     Parameters
     ----------
@@ -172,7 +174,8 @@ def read_teacher(folder: Path) -> TeacherConfig:
     --------
     >>> import json, tempfile
     >>> folder = Path(tempfile.mkdtemp())
-    >>> _ = (folder / CONFIG_FILE).write_text(json.dumps({"model_type": "clip_vision_model", "patch_size": 16}))
+    >>> sizes = {"model_type": "clip_vision_model", "patch_size": 16}
+    >>> _ = (folder / CONFIG_FILE).write_text(json.dumps(sizes))
     >>> teacher = read_teacher(folder)
     >>> teacher.title, teacher.grid_shape, teacher.mean[0]
     ('CLIP, 12 blocks of width 768, patches of 16x16 pixels', (14, 14), 0.48145466)

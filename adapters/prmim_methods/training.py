@@ -25,10 +25,10 @@ class EngineOptions(Record):
     weight_decay: float = option("Weight decay; biases and norms have none.", default=0.05, at_least=0)
     betas: tuple[float, float] = option("Decay rates of AdamW.", default=(0.9, 0.95), at_least=0, below=1)
     clip_grad: float | None = option(
-        "Maximal norm of the gradient; larger gradients are scaled down. Null: no clipping.", default=None, above=0
+        "Maximum norm of the gradient; larger gradients are scaled down. Null: no clipping.", default=None, above=0
     )
     accumulate: int = option(
-        "Number of sequential parts of a batch, to save memory (gradient accumulation).", default=1, at_least=1
+        "Gradient accumulation: number of sequential parts of a batch, to save memory.", default=1, at_least=1
     )
     precision: str = option(
         "Number format of the forward and backward pass (weights are float32).",

@@ -101,13 +101,13 @@ class VideoMAEConfig(MAEConfig):
 
     @cached_property
     def mask_shape(self) -> tuple[int, ...]:
-        """Tokens along each axis that are masked together: a tube in time."""
+        """Tokens along each axis that are masked together, a tube in time."""
         unit = super().mask_shape
         return (self.time_steps, *unit[1:]) if self.grid.axes == 3 else unit
 
     @property
     def count_rounding(self) -> Rounding:
-        """The rounding rule in effect: the number of masked tubes is rounded down."""
+        """The rounding rule in effect. The number of masked tubes is rounded down."""
         return "amt" if self.rounding == "exact" else self.float_rounding
 
     @cached_property
@@ -121,7 +121,7 @@ class VideoMAEConfig(MAEConfig):
 
     @property
     def plan_throwing(self) -> Any:
-        """The throwing strategy of the schedule: its name, or a function."""
+        """The throwing strategy of the schedule, a name or a function."""
         return "cell" if self.throwing == "dual" else super().plan_throwing
 
     @property
@@ -137,7 +137,7 @@ class VideoMAEConfig(MAEConfig):
 
     @property
     def official_predictions(self) -> int:
-        """Number of tokens that the original code predicts: those of the decoder mask."""
+        """Number of tokens that the original code predicts, those of the decoder mask."""
         return self.counts.decoded + self.num_repeated
 
     def architecture(self) -> dict[str, Any]:
@@ -146,7 +146,7 @@ class VideoMAEConfig(MAEConfig):
 
     @classmethod
     def options_of(cls, architecture: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the options that an architecture defines; see :meth:`EncoderOptions.options_of`."""
+        """Return the options of an architecture; see :meth:`EncoderOptions.options_of`."""
         return {**super().options_of(architecture), "norm_over": architecture.get("norm_over")}
 
     def _describe_sequences(self, dense: str) -> Rows:

@@ -1,4 +1,4 @@
-"""Masked image modelling in PyTorch: methods, training engines, and modules to reuse."""
+"""Masked image modelling in PyTorch: methods, training engines and modules."""
 
 from prmim_torch.classifier import Classifier, ClassifierEngine
 from prmim_torch.encoder import EncoderEngine, ImageEncoder, load_encoder

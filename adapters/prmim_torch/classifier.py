@@ -92,7 +92,7 @@ def _num_processes() -> int:
 
 
 def _mean_of_all(values: Tensor) -> Tensor:
-    """Return the mean over processes with equal numbers of rows; overwrites ``values``."""
+    """Average over processes with equal numbers of rows; overwrites ``values``."""
     if not is_connected():
         return values
     dist.all_reduce(values)
@@ -128,7 +128,8 @@ class Classifier(ImageModule):
     Examples
     --------
     >>> from prmim_methods import MAEConfig
-    >>> method = MAEConfig(image_size=(32, 32), patch_size=(8, 8), embed_dim=32, depth=1, num_heads=2)
+    >>> method = MAEConfig(image_size=(32, 32), patch_size=(8, 8), embed_dim=32, depth=1,
+    ...     num_heads=2)
     >>> classifier = Classifier(method, ClassifierConfig(), 10).eval()
     >>> classifier(torch.zeros(2, 32, 32, 3, dtype=torch.uint8)).shape
     torch.Size([2, 10])
@@ -218,7 +219,7 @@ class Classifier(ImageModule):
         return self.config.not_decayed()
 
     def architecture(self) -> dict[str, Any]:
-        """Return the architecture; see :meth:`prmim_methods.ClassifierConfig.architecture`."""
+        """Return the architecture; see :class:`prmim_methods.ClassifierConfig`."""
         return self.config.architecture(self.method_config, self.num_classes)
 
 

@@ -85,8 +85,8 @@ class Engine(Trainer[Method]):
     Examples
     --------
     >>> from prmim_methods import MAEConfig
-    >>> config = MAEConfig(image_size=(16, 16), patch_size=(4, 4), embed_dim=16, depth=1, num_heads=2, decoder_dim=8,
-    ...                    decoder_depth=1, decoder_heads=2)
+    >>> config = MAEConfig(image_size=(16, 16), patch_size=(4, 4), embed_dim=16, depth=1,
+    ...     num_heads=2, decoder_dim=8, decoder_depth=1, decoder_heads=2)
     >>> engine = Engine(config, TrainingConfig(total_steps=2, device="cpu"))
     >>> engine.train_step(np.zeros((4, 16, 16, 3), np.uint8), np.arange(4))
     >>> sorted(engine.read_metrics())[:4]
@@ -112,7 +112,7 @@ class Engine(Trainer[Method]):
 
     @property
     def predicts(self) -> Predicts:
-        """Target of the method: ``"pixels"`` or ``"features"``.
+        """Target of the method, ``"pixels"`` or ``"features"``.
 
         See :meth:`reconstruct` for pixels, :meth:`compare` for features.
         """
@@ -158,7 +158,7 @@ class Engine(Trainer[Method]):
         return features.float().cpu().numpy()
 
     def attention(self, images: NDArray[Any]) -> NDArray[np.float32]:
-        """Return the attention to patches of unmasked images, in [0, 1]: float32 (batch, N).
+        """Return attention to patches of unmasked images: float32 (batch, N) in [0, 1].
 
         All processes must call it, with a batch of the same size; the images may differ.
         """

@@ -72,8 +72,10 @@ def import_weights(
     Examples
     --------
     >>> from prmim_torch import create_method
-    >>> sizes = {"embed_dim": 16, "depth": 1, "num_heads": 2, "image_size": (16, 16), "patch_size": (4, 4)}
-    >>> encoder = create_method("mae", **sizes, decoder_dim=32, decoder_heads=1).encoder.state_dict()
+    >>> sizes = {"embed_dim": 16, "depth": 1, "num_heads": 2, "image_size": (16, 16),
+    ...     "patch_size": (4, 4)}
+    >>> other = create_method("mae", **sizes, decoder_dim=32, decoder_heads=1)
+    >>> encoder = other.encoder.state_dict()
     >>> print(*import_weights(encoder, num_heads=2).describe(), sep="\n")  # timm's names
     Format: ViT (timm's names)
     Encoder: width 16, 1 blocks, 2 heads; images of 16 x 16 pixels and 3 channels, patches of 4 x 4; positions absolute

@@ -29,7 +29,7 @@ class Fusion(nn.Module):
     Examples
     --------
     >>> fusion = Fusion(8, (0, 2))
-    >>> fusion([torch.zeros(2, 5, 8)] * 4).shape  # the input of the encoder and the outputs of three blocks
+    >>> fusion([torch.zeros(2, 5, 8)] * 4).shape  # input and outputs of three blocks
     torch.Size([2, 5, 8])
     >>> fusion.named_weights()["layer_weight_2"]
     tensor(0.5000)
@@ -67,6 +67,9 @@ class Fusion(nn.Module):
         return (weights[:, None, None, None] * torch.stack([*projected, last])).sum(0)
 
     def named_weights(self) -> dict[str, Tensor]:
-        """Return the weights of blocks in the mean, as ``layer_weight_K``, without gradient."""
+        """Return the weights of the fused blocks, without gradient.
+
+        The names are ``layer_weight_K``.
+        """
         weights = self.layer_weights.detach().softmax(0)
         return {f"layer_weight_{block}": weights[place] for place, block in enumerate(self.blocks)}

@@ -77,7 +77,7 @@ class ScaleHead(nn.Module):
         self.pred = Linear(width, values)
 
     def forward(self, features: Tensor) -> Tensor:
-        """Map features (batch, n, dim) to cells in raster order (batch, n, cells * values)."""
+        """Map features (batch, n, dim) to raster-order cells (batch, n, cells * values)."""
         batch, length, _ = features.shape
         x = features.reshape(batch * length, 1, -1)
         for number, up in enumerate(self.up):
@@ -101,10 +101,11 @@ class LocalMIM(FeatureMethod):
     --------
     >>> import torch
     >>> from prmim_core import counter_noise
-    >>> method = LocalMIM(LocalMIMConfig(image_size=(32, 32), patch_size=(8, 8), embed_dim=32, depth=2, num_heads=2,
-    ...                                  decoder_dim=16, decoder_heads=2))
+    >>> method = LocalMIM(LocalMIMConfig(image_size=(32, 32), patch_size=(8, 8), embed_dim=32,
+    ...     depth=2, num_heads=2, decoder_dim=16, decoder_heads=2))
     >>> images = torch.zeros(2, 32, 32, 3, dtype=torch.uint8)
-    >>> output = method(images, counter_noise(0, 0, torch.arange(2), method.config.grid.num_tokens))
+    >>> noise = counter_noise(0, 0, torch.arange(2), method.config.grid.num_tokens)
+    >>> output = method(images, noise)
     >>> output.predicted.shape  # 12 masked tokens, (16 + 4 + 1 + 1) cells of 27 values
     torch.Size([2, 12, 594])
     """

@@ -32,10 +32,11 @@ class MAE(PixelMethod):
     --------
     >>> import torch
     >>> from prmim_core import counter_noise
-    >>> method = MAE(MAEConfig(image_size=(32, 32), patch_size=(8, 8), embed_dim=32, depth=1, num_heads=2,
-    ...                        decoder_dim=16, decoder_depth=1, decoder_heads=2))
+    >>> method = MAE(MAEConfig(image_size=(32, 32), patch_size=(8, 8), embed_dim=32, depth=1,
+    ...     num_heads=2, decoder_dim=16, decoder_depth=1, decoder_heads=2))
     >>> images = torch.zeros(2, 32, 32, 3, dtype=torch.uint8)
-    >>> output = method(images, counter_noise(0, 0, torch.arange(2), method.config.grid.num_tokens))
+    >>> noise = counter_noise(0, 0, torch.arange(2), method.config.grid.num_tokens)
+    >>> output = method(images, noise)
     >>> output.predicted.shape, output.predicted_cells.shape
     (torch.Size([2, 4, 192]), torch.Size([2, 8, 12]))
     """

@@ -83,11 +83,17 @@ class ImageModule(nn.Module):
         raise NotImplementedError
 
     def _patches(self, images: Tensor) -> Tensor:
-        """Validate images and cut them into patches (batch, N, prod(patch) * C), 0 .. 255."""
+        """Validate images and cut them into patches (batch, N, prod(patch) * C).
+
+        Values are in [0, 255].
+        """
         return patchify(self._pixels(images), self._patch_size)
 
     def _pixels(self, images: Tensor) -> Tensor:
-        """Validate images and return values 0 .. 255: uint8; float32 for a ``pixel_range``."""
+        """Validate images and return their values in [0, 255].
+
+        uint8, or float32 with a ``pixel_range``.
+        """
         if images.dtype not in self._image_dtypes:
             raise TypeError(f"images: expected {' or '.join(map(str, self._image_dtypes))}, got {images.dtype}")
         self._check_shape(images)
@@ -106,7 +112,10 @@ class ImageModule(nn.Module):
             raise ValueError(f"noise: expected shape {(images.shape[0], self.num_tokens)}, got {tuple(noise.shape)}")
 
     def _normalize(self, patches: Tensor) -> Tensor:
-        """Normalize patches (batch, length, prod(patch) * C) of values 0 .. 255 per channel."""
+        """Normalize patches (batch, length, prod(patch) * C) per channel.
+
+        The patches hold values in [0, 255].
+        """
         pixels = self._by_channel(patches).to(self.encoder.dtype)
         return (pixels * constant_like(self._pixel_scale, pixels) + constant_like(self._pixel_shift, pixels)).flatten(
             -2
@@ -155,9 +164,9 @@ class Method(ImageModule):
         return type(self)(self.config)
 
     def encode(self, images: Tensor) -> Tensor:
-        """Encode unmasked images: (batch, image_size..., channels) to (batch, C + N, dim).
+        """Encode unmasked images (batch, image_size..., channels).
 
-        The C class tokens come first.
+        Returns (batch, C + N, dim). The C class tokens come first.
         """
         return self.encoder(self._normalize(self._patches(images)))
 
@@ -180,7 +189,7 @@ class Method(ImageModule):
         return self._pool(self.encode(images), pool)
 
     def attention(self, images: Tensor) -> Tensor:
-        """Return the attention to patches of unmasked images, for ``throwing="weighted"``.
+        """Return attention to patches of unmasked images, for ``throwing="weighted"``.
 
         Parameters
         ----------
@@ -460,9 +469,9 @@ def build_encoder(
     mask_token: bool = False,
     final_norm: bool = True,
 ) -> Encoder:
-    """Return the encoder of a method, with arguments of :class:`prmim_torch.vit.Encoder`.
+    """Build a method's encoder, see :class:`prmim_torch.vit.Encoder`.
 
-    ``position`` defaults to the method's.
+    Other arguments are those of the encoder. ``position`` defaults to the method's.
     """
     size = config.encoder_size
     return Encoder(

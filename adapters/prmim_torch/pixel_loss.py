@@ -50,7 +50,8 @@ class PixelLoss(nn.Module):
     >>> plan = make_plan(schedule, torch.rand(2, 16))
     >>> pixel_loss = PixelLoss(ProgressiveReconstruction(8, schedule.grid), patch_size=(2, 2))
     >>> head = torch.nn.Linear(8, 12)
-    >>> pixel_loss(torch.randn(2, 8, 8), plan, torch.randn(2, 16, 12), head).shape  # the mean is the loss
+    >>> features, patches = torch.randn(2, 8, 8), torch.randn(2, 16, 12)
+    >>> pixel_loss(features, plan, patches, head).shape  # the mean is the loss
     torch.Size([2, 12])
     """
 

@@ -1,4 +1,7 @@
-"""Export of trained encoders to ``torch.export`` programs, which run without prmim."""
+"""Export of trained encoders to ``torch.export`` programs.
+
+The programs run without prmim.
+"""
 
 import os
 

@@ -15,7 +15,7 @@ from prmim_core import (
     reconstruct_stages,
     take_tokens,
 )
-from prmim_core.reconstruct import Mix, check_rebuilt
+from prmim_core.reconstruct import Mix, check_reconstructed
 from prmim_torch.vit import LayerNorm, fill, offset_code
 
 ReconstructionKind = Literal["kernel", "interpolate", "conv"]
@@ -178,7 +178,7 @@ class ProgressiveReconstruction(nn.Module):
         """Return weighted means (batch, n, dim) of known features for thrown tokens."""
         if self.mix is not None:
             mixed: Tensor = self.mix(features, known, thrown)
-            check_rebuilt(mixed, features, thrown)
+            check_reconstructed(mixed, features, thrown)
             return mixed
         if self.reconstruction == "kernel":
             return self._mix_by_kernel(features, known, thrown)
@@ -238,13 +238,14 @@ class ProgressiveReconstruction(nn.Module):
 
 
 def no_weight_decay(module: nn.Module) -> frozenset[str]:
-    """Return the parameters that reconstructions in a module exempt from weight decay.
+    """Return the reconstruction parameters of a module that have no weight decay.
 
     Examples
     --------
     >>> from prmim_core import Grid
-    >>> sorted(no_weight_decay(nn.ModuleDict({"rebuild": ProgressiveReconstruction(8, Grid((4, 4)))})))
-    ['rebuild.norm.bias', 'rebuild.norm.weight', 'rebuild.table']
+    >>> model = nn.ModuleDict({"stages": ProgressiveReconstruction(8, Grid((4, 4)))})
+    >>> sorted(no_weight_decay(model))
+    ['stages.norm.bias', 'stages.norm.weight', 'stages.table']
     """
     return frozenset(
         f"{prefix}.{name}" if prefix else name

@@ -25,9 +25,11 @@ class SimMIM(PixelMethod):
     --------
     >>> import torch
     >>> from prmim_core import counter_noise
-    >>> method = SimMIM(SimMIMConfig(image_size=(32, 32), patch_size=(4, 4), embed_dim=32, depth=1, num_heads=2))
+    >>> method = SimMIM(SimMIMConfig(image_size=(32, 32), patch_size=(4, 4), embed_dim=32, depth=1,
+    ...     num_heads=2))
     >>> images = torch.zeros(2, 32, 32, 3, dtype=torch.uint8)
-    >>> output = method(images, counter_noise(0, 0, torch.arange(2), method.config.grid.num_tokens))
+    >>> noise = counter_noise(0, 0, torch.arange(2), method.config.grid.num_tokens)
+    >>> output = method(images, noise)
     >>> output.predicted.shape, output.predicted_cells.shape
     (torch.Size([2, 24, 48]), torch.Size([2, 16, 12]))
     """

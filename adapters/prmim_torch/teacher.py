@@ -1,4 +1,4 @@
-"""Teachers: frozen, published vision transformers, whose features a student predicts."""
+"""Teachers: frozen, published vision transformers whose features are the target."""
 
 import copy
 import importlib
@@ -232,7 +232,7 @@ class _Parts(nn.Module):
         self.requires_grad_(False).eval()
 
     def embed(self, patches: Tensor) -> Tensor:
-        """Embed patches to the first block's input (batch, 1 + N, dim), class token first."""
+        """Embed patches, class token first: (batch, 1 + N, dim)."""
         tokens = F.linear(patches, self.weight, self.bias) + self.table[:, 1:]
         cls_token = (self.cls_token + self.table[:, :1]).expand(patches.shape[0], -1, -1)
         return self.norm(torch.cat([cls_token, tokens], dim=1))
@@ -255,8 +255,7 @@ def _load_model(config: TeacherConfig) -> Any:
         transformers = importlib.import_module("transformers")
     except ImportError:
         raise ImportError(
-            "teacher: expected transformers to be installed, which loads it, got no such package; "
-            "pip install 'prmim[hf]'"
+            "teacher: expected transformers to be installed, got no such package; pip install 'prmim[hf]'"
         ) from None
     folder = config.folder
     options = {"add_pooling_layer": False} if config.family == "vit" else {}

@@ -187,7 +187,7 @@ class Trainer(Generic[Module]):
         return seconds[True] / seconds[False]
 
     def _take_step(self, images: NDArray[Any], sample: NDArray[np.int64], *more: NDArray[Any]) -> None:
-        """Take an optimizer step on images, sample numbers, and further inputs of the loss."""
+        """Take an optimizer step; ``more`` holds further inputs of the loss."""
         check_not_empty(images)
         batch, parts = len(images), self._training.accumulate
         if batch % parts:
@@ -235,9 +235,9 @@ class Trainer(Generic[Module]):
         self._has_started = True
 
     def _update(self, losses: Tensor, learning_rate: float) -> Tensor:
-        """Apply the gradients if they and the loss are finite; return whether they are not.
+        """Apply the gradients if they and the loss are finite.
 
-        Never reads a value from the device.
+        Returns whether they are not. Never reads a value from the device.
         """
         optimizer = self._optimizer
         gradients = [local(parameter.grad) for parameter in self._learned.values() if parameter.grad is not None]

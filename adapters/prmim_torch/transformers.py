@@ -81,9 +81,11 @@ class PRViTMAEForPreTraining(ViTMAEForPreTraining):
     Examples
     --------
     >>> import torch
-    >>> encoder = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
+    >>> encoder = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+    ...     intermediate_size=32)
     >>> decoder = {f"decoder_{name}": value for name, value in encoder.items()}
-    >>> model = PRViTMAEForPreTraining(PRViTMAEConfig(image_size=32, patch_size=8, **encoder, **decoder))
+    >>> config = PRViTMAEConfig(image_size=32, patch_size=8, **encoder, **decoder)
+    >>> model = PRViTMAEForPreTraining(config)
     >>> model(torch.zeros(2, 3, 32, 32)).logits.shape
     torch.Size([2, 16, 192])
     """

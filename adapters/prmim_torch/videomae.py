@@ -24,10 +24,12 @@ class VideoMAE(MAE):
     --------
     >>> import torch
     >>> from prmim_core import counter_noise
-    >>> method = VideoMAE(VideoMAEConfig(image_size=(4, 16, 32), patch_size=(2, 8, 8), mask_ratio=0.75, embed_dim=24,
-    ...                                  depth=1, num_heads=2, decoder_dim=12, decoder_depth=1, decoder_heads=2))
+    >>> method = VideoMAE(VideoMAEConfig(image_size=(4, 16, 32), patch_size=(2, 8, 8),
+    ...     mask_ratio=0.75, embed_dim=24, depth=1, num_heads=2,
+    ...     decoder_dim=12, decoder_depth=1, decoder_heads=2))
     >>> clips = torch.zeros(2, 4, 16, 32, 3, dtype=torch.uint8)
-    >>> output = method(clips, counter_noise(0, 0, torch.arange(2), method.config.grid.num_tokens))
+    >>> noise = counter_noise(0, 0, torch.arange(2), method.config.grid.num_tokens)
+    >>> output = method(clips, noise)
     >>> output.predicted.shape, output.predicted_cells.shape
     (torch.Size([2, 4, 384]), torch.Size([2, 8, 24]))
     """

@@ -48,7 +48,10 @@ def fill(tensor: Tensor, values: Tensor) -> None:
 
 
 def add_table(module: nn.Module, grid_shape: Sequence[int], dim: int, class_tokens: int, *, is_learned: bool) -> None:
-    """Add an uninitialized table ``pos_embed`` (1, C + N, dim): a parameter if learned."""
+    """Add an uninitialized position table ``pos_embed`` (1, C + N, dim).
+
+    A parameter if learned, else a buffer.
+    """
     table = torch.empty(1, class_tokens + prod(grid_shape), dim)
     if is_learned:
         module.register_parameter("pos_embed", nn.Parameter(table))
@@ -184,7 +187,7 @@ class Attention(nn.Module):
         return self.proj(mixed.transpose(1, 2).flatten(2))
 
     def first_query(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """Return the first token's attention: (batch, length, dim) to (batch, heads, length).
+        """Return the first token's attention: (batch, heads, length).
 
         ``bias`` is added to the scores: ([batch,] heads, length, length).
         """
@@ -233,7 +236,10 @@ def bias_rows(grid: Grid, index: Tensor | None, device: torch.device) -> Tensor:
 
 
 def look_up(table: Tensor, rows: Tensor) -> Tensor:
-    """Look up ([batch,] heads, length, length) at table rows ([batch,] length, length)."""
+    """Look up a bias table at rows ([batch,] length, length).
+
+    Returns ([batch,] heads, length, length).
+    """
     return F.embedding(rows, table).movedim(-1, -3)
 
 
@@ -368,7 +374,7 @@ class Block(nn.Module):
         return self._add(x, bias, scales)
 
     def first_query(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """Return the attention of the first input token; see :meth:`Attention.first_query`."""
+        """Return the first token's attention; see :meth:`Attention.first_query`."""
         return self.attn.first_query(self.norm1(x), bias)
 
     def _add(self, x: Tensor, bias: Tensor | None, scales: Tensor | None) -> Tensor:

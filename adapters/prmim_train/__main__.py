@@ -1,4 +1,7 @@
-"""Entry point of `prmim` and `python -m prmim_train`. Sets environment variables before heavy imports."""
+"""Entry point of `prmim` and `python -m prmim_train`.
+
+Sets environment variables before heavy imports.
+"""
 
 import os
 import signal

@@ -25,7 +25,7 @@ __all__ = ["Pretraining", "pretrain"]
 
 
 def pretrain(config: PretrainConfig) -> dict[str, Any]:
-    """Pre-train a model: train, write checkpoints and metrics, evaluate, draw pictures.
+    """Pre-train a model, evaluate it, and draw pictures.
 
     In a distributed run, every process calls this function. Only the main process prints and writes files.
 
@@ -58,7 +58,9 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
 
 
 class Pretraining(Job[Engine]):
-    """Pre-training on masked images. At the end, evaluates frozen features and draws pictures.
+    """Pre-training on masked images.
+
+    At the end, evaluates frozen features and draws pictures.
 
     Parameters
     ----------
@@ -106,7 +108,10 @@ class Pretraining(Job[Engine]):
                 raise ValueError(f"init_weights: {str(error).removeprefix('source: ')}") from error
 
     def _initial_weights(self) -> Path | None:
-        """Find the file or folder of `init_weights`, if given. Raises an error if it does not exist."""
+        """Find the file or folder of `init_weights`, if given.
+
+        Raises an error if it does not exist.
+        """
         if self.config.init_weights is None:
             return None
         return find_source(self.config.init_weights, "init_weights")
@@ -129,7 +134,10 @@ class Pretraining(Job[Engine]):
         )
 
     def take_step(self, engine: Engine, batch: Batch) -> None:
-        """Mask the images, by their attention maps if the method needs them, and take one optimizer step."""
+        """Mask the images, and take one optimizer step.
+
+        Masks follow the attention maps if the method needs them.
+        """
         if self.attention is None:
             engine.train_step(batch.images, batch.index)
         else:

@@ -73,6 +73,8 @@ class Study:
         Number of trainings per arm.
     finetuned
         Also fine-tune classifiers, which takes longest.
+    baselines
+        Also evaluate an untrained encoder and raw pixels.
     first
         Groups of arms that are trained first: all seeds of a group before the next group.
     """
@@ -83,6 +85,7 @@ class Study:
     epochs: int
     seeds: int
     finetuned: bool = True
+    baselines: bool = False
     first: tuple[tuple[str, ...], ...] = ()
 
     def options(self, arm: str) -> dict[str, Any]:
@@ -91,7 +94,10 @@ class Study:
         return {**self.world.pretrain, **scaled, **ARMS[arm].options}
 
     def cost_ratio(self, arm: str) -> float:
-        """Return the forward MACs of an arm relative to those of the first arm, which is dense or as published."""
+        """Return the forward MACs of an arm relative to the first arm.
+
+        The first arm is dense or as published.
+        """
         return cost_ratio(*(config_of(self.options(name)) for name in (arm, self.arms[0])))
 
     def arm_epochs(self, arm: str) -> int:
@@ -99,7 +105,9 @@ class Study:
         return round(self.epochs / self.cost_ratio(arm)) if ARMS[arm].equal_compute else self.epochs
 
     def order(self, arms: Sequence[str], seeds: int) -> list[tuple[str, int]]:
-        """Return the trainings in order, as arms and seeds: groups of arms, in each of them seed by seed.
+        """Return the trainings in order, as arms and seeds.
+
+        Groups of arms in order; within a group, seed by seed.
 
         Examples
         --------
@@ -210,8 +218,41 @@ MASKALIGN_ARMS = {MASKALIGN: Arm({"reconstruction": "none"}), MASKED_TOO: Arm({}
 """MaskAlign as published, and with masked tokens also aligned. It has no decoder, and its own targets."""
 ARMS |= MASKALIGN_ARMS
 
-DIGITS = World(data="digits", pretrain={}, finetune={})
-"""A quick check that everything works."""
+WIDER, FUSED, WIDER_FUSED = (f"PR-MIM, cells, {change}" for change in ("wider", "fused", "wider and fused"))
+RECIPE_ARMS = {
+    WIDER: Arm({"embed_dim": 192}),
+    FUSED: Arm({"fusion": "mff"}),
+    WIDER_FUSED: Arm({"embed_dim": 192, "fusion": "mff"}),
+}
+"""Candidates for the recipe ``digits``: an encoder of width 192; a decoder that reads several encoder blocks (MFF)."""
+ARMS |= RECIPE_ARMS
+
+DIGITS = World(
+    data="digits",
+    pretrain={
+        "channels": 1,
+        "image_size": 16,
+        "patch_size": 2,
+        "crop_scale": (0.8, 1.0),
+        "flip": False,
+        "embed_dim": 96,
+        "depth": 4,
+        "num_heads": 3,
+        "decoder_dim": 64,
+        "decoder_depth": 2,
+        "decoder_heads": 4,
+        "norm_pix": False,
+        "batch_size": 32,
+        "base_learning_rate": 8e-3,
+        "precision": "float32",
+        "compile": False,
+    },
+    finetune={},
+)
+"""A quick check that everything works: 8 x 8 tokens, encoder width 96."""
+
+DIGITS_TRAIN = replace(DIGITS, data="digits_train", pretrain={**DIGITS.pretrain, "holdout": 0.2})
+"""The training images of the embedded digits only; a fifth of them is held out, by seed."""
 
 CIFAR = World(
     data="cifar10",
@@ -345,6 +386,9 @@ STUDIES = {
     study.name: study
     for study in (
         Study("digits", DIGITS, (*DIGITS_ARMS, *DIGITS_CELL_ARMS), epochs=60, seeds=3),
+        Study(
+            "recipe", DIGITS_TRAIN, (DENSE, DEFAULT, *RECIPE_ARMS), epochs=60, seeds=3, finetuned=False, baselines=True
+        ),
         Study("screen", CIFAR, SCREENED_ARMS, epochs=4, seeds=1, finetuned=False),
         Study("confirm", CIFAR, (*MAIN_ARMS, *BEST_SCREENED_ARMS), epochs=4, seeds=3),
         Study("long", CIFAR, LONG_ARMS, epochs=20, seeds=3),

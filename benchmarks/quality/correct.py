@@ -1,4 +1,4 @@
-"""Correctly classified test images of an arm, and the standard error of differences over test images."""
+"""Correctly classified test images, and standard errors over test images."""
 
 import math
 from collections.abc import Mapping
@@ -13,7 +13,10 @@ Runs = Mapping[int, Mapping[str, Any]]
 
 
 def read_correct(path: Path) -> dict[str, str]:
-    """Return the packed bits of each protocol in a file of predictions; none if the file does not exist."""
+    """Return each protocol's packed bits from a file of predictions.
+
+    Empty if the file does not exist.
+    """
     if not path.exists():
         return {}
     with np.load(path, allow_pickle=False) as predictions:

@@ -8,7 +8,11 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import trange
 
+from prmim_train.config.layers import read_options
+from prmim_train.config.pretrain import pretrain_config
+from prmim_train.config.training import DIGITS
 from prmim_train.data.sources import open_source
+from prmim_train.run.prepare import open_data
 
 CIFAR_CLASSES = (
     *("airplane", "automobile", "bird", "cat", "deer"),
@@ -37,7 +41,8 @@ def find(name: str, folder: Path, prepared: Path) -> Images:
     Parameters
     ----------
     name
-        ``"digits"`` (embedded), ``"cifar10"`` or ``"imagenette"``.
+        ``"digits"`` (embedded), ``"digits_train"`` (their training images with seed 0), ``"cifar10"`` or
+        ``"imagenette"``.
     folder
         Folder of the data sets. CIFAR-10: ``cifar10_train.npz`` and ``cifar10_test.npz``, or the published binary
         version ``cifar-10-batches-bin``. Imagenette: ``imagenette128_train.tar`` and ``imagenette128_val.tar``, which
@@ -53,9 +58,22 @@ def find(name: str, folder: Path, prepared: Path) -> Images:
     """
     if name == "digits":
         return Images("digits", None)
+    if name == "digits_train":
+        return Images(str(_save_training_digits(prepared / "digits_train.npz")), None)
     if name == "imagenette":
         return _find_imagenette(folder, prepared)
     return Images(*(str(_prepare_cifar(folder, prepared, part)) for part in ("train", "test")))
+
+
+def _save_training_digits(path: Path) -> Path:
+    """Store the digits that the recipe ``digits`` trains on, without those that it holds out."""
+    if not path.exists():
+        data = open_data(pretrain_config(**read_options(DIGITS)))
+        images = np.stack([data.source.read(int(index)) for index in data.train])
+        assert data.source.labels is not None
+        assert data.source.class_names is not None
+        _save(path, images, data.source.labels[data.train], data.source.class_names)
+    return path
 
 
 def _find_imagenette(folder: Path, prepared: Path) -> Images:
@@ -69,7 +87,10 @@ def _find_imagenette(folder: Path, prepared: Path) -> Images:
 
 
 def _decode(tar: Path, path: Path) -> Path:
-    """Store the images of a tar file, which have equal size, as uint8, so that they are decoded once."""
+    """Store the images of a tar file as uint8, so that they are decoded once.
+
+    The images have equal size.
+    """
     if not path.exists():
         source = open_source(str(tar), channels=3)
         images = np.stack([source.read(index) for index in trange(len(source), desc=tar.name, unit="image")])

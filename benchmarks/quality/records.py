@@ -12,6 +12,9 @@ Record = dict[str, Any]
 Results = dict[str, dict[int, Record]]
 """Records by arm and seed."""
 
+BASELINES = {"untrained": "an untrained encoder", "pixels": "raw pixels"}
+"""Features that a record can have accuracies of, next to those of the trained encoder."""
+
 
 def path_of(study: Study, folder: Path) -> Path:
     """Return the file of a study's records."""

@@ -70,7 +70,7 @@ class Run:
         return self.path.with_name(f"{self.label}.log")
 
     def options(self) -> dict[str, Any]:
-        """Return the options of ``prmim pretrain``, without those of saving and reporting."""
+        """Return the options of ``prmim pretrain``, except those of saving and reports."""
         epochs = self.study.arm_epochs(self.arm)
         options = {"data": self.images.train, "epochs": epochs, **self.study.options(self.arm)}
         holdout = {} if self.images.test is None else {"holdout": 0.0}
@@ -84,7 +84,7 @@ class Run:
         yield command("pretrain", {**self.options(), **saving, **quiet, "out": self.path}, program)
         test = {"run": self.path} | ({} if self.images.test is None else {"test_data": self.images.test})
         if not (self.path / "evaluation.json").exists():
-            yield command("evaluate", {**test, "eval_limit": 10**6, "baselines": False})
+            yield command("evaluate", {**test, "eval_limit": 10**6, "baselines": self.study.baselines})
         if self.study.finetuned:
             finetune = {"protocol": "finetune", **test, **self.study.world.finetune, **saving, "seed": self.seed}
             yield command("evaluate", {**finetune, "test_every": 10**6})
@@ -110,6 +110,7 @@ class Run:
             "seed": self.seed,
             **{name: features["protocols"][name]["accuracy"] for name in ("linear", "knn")},
             **finetune,
+            **{name: features[name] for name in records.BASELINES if name in features},
             "macs_to_dense": self.study.cost_ratio(self.arm),
             "epochs": config.epochs,
             "steps": lines[-1]["step"],

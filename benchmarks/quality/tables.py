@@ -8,11 +8,13 @@ from typing import Any
 
 from benchmarks.quality.arms import DEFAULT, DENSE, FACTORS, GRID, PARTIAL, PATCHES
 from benchmarks.quality.correct import image_error
-from benchmarks.quality.records import Results
+from benchmarks.quality.records import BASELINES, Results
 from benchmarks.report import Report
 from prmim_train.report.figures import new_figure, save_figure, write_caption
 
 ACCURACIES = {"linear": "linear", "finetune": "fine-tuned", "knn": "neighbours"}
+FROZEN = ("linear", "knn")
+"""Accuracies of frozen features, which also an untrained encoder and raw pixels have."""
 LINES = {
     "PR-MIM, cells": ("#2a9d5c", {0.0: DENSE, 0.5: DEFAULT, 0.65: "PR-MIM 0.65, cells"}),
     "PR-MIM, patch target": (
@@ -100,10 +102,21 @@ def show(results: Results, report: Report) -> None:
             {ACCURACIES[name]: "" for name in measured},
             {arm: tuple(points(results, arm, DENSE, name) for name in measured) for arm in present if arm != DENSE},
         )
+    for name, title in BASELINES.items():
+        compared = {arm: [run for run in runs.values() if name in run] for arm, runs in present.items()}
+        if any(compared.values()):
+            report.table(
+                f"points above {title}",
+                {ACCURACIES[measure]: "" for measure in FROZEN},
+                {
+                    arm: tuple(_percent([run[each] - run[name][each] for run in runs], sign="+") for each in FROZEN)
+                    for arm, runs in compared.items()
+                },
+            )
     effects = {name: main_effects(results, name) for name in measured}
     if measured and effects[measured[0]]:
         report.table(
-            "choices of PR-MIM: points above the mean of all, the other choices alike",
+            "choices of PR-MIM: points above the mean, other choices equal",
             {"trainings": "d", **{ACCURACIES[name]: "" for name in measured}},
             {
                 choice: (len(found), *(_percent(effects[name][choice], sign="+") for name in measured))
@@ -120,7 +133,10 @@ def values(runs: Mapping[int, Mapping[str, Any]], name: str) -> list[float]:
 
 
 def points(results: Results, arm: str, other: str, measure: str) -> str | None:
-    """Return the mean difference in points ± its standard error over seeds (that over test images, if known)."""
+    """Return the mean difference in points ± its standard error over seeds.
+
+    In brackets: the standard error over test images, if known.
+    """
     found = _percent(differences(results, arm, other, measure), sign="+")
     error = 100 * image_error(results[arm], results[other], measure)
     return found if found is None or math.isnan(error) else f"{found} ({error:.2f})"
@@ -145,9 +161,10 @@ def _costs(runs: Mapping[int, Mapping[str, Any]]) -> tuple[Any, ...]:
 
 
 def markdown(results: Results) -> str:
-    """Return accuracies and differences to dense as Markdown tables, without arms that have no records.
+    """Return accuracies and differences to dense as Markdown tables.
 
-    Differences have the standard error over seeds, and in brackets that over test images.
+    Arms without records are left out. Differences have the standard error over seeds, and in brackets that over test
+    images.
     """
     present = {arm: runs for arm, runs in results.items() if runs}
     head = ("", "seeds", "MACs of a step to dense", "epochs", *ACCURACIES.values())
@@ -166,7 +183,8 @@ def markdown(results: Results) -> str:
         for arm in present
         if arm != DENSE and results[DENSE]
     ]
-    return "\n\n".join([_table(head, rows), _table(("points above dense", *ACCURACIES.values()), above)])
+    tables = [_table(head, rows), *([_table(("points above dense", *ACCURACIES.values()), above)] if above else [])]
+    return "\n\n".join(tables)
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

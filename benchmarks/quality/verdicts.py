@@ -1,7 +1,8 @@
-"""Check the claims about accuracy against the committed records: PASS, FAIL, or OPEN where records are missing.
+"""Check the accuracy claims against the records: PASS, FAIL or OPEN.
 
-Exits with 1 if a claim or a goal fails. Comparisons with controls are printed without a verdict. The number after ± is
-the standard error over seeds; the number in brackets is the standard error over test images.
+OPEN means that records are missing. Exits with 1 if a claim or a goal fails. Comparisons with controls are printed
+without a verdict. The number after ± is the standard error over seeds; the number in brackets is the standard error
+over test images.
 """
 
 import argparse
@@ -70,7 +71,10 @@ class Claim:
 
 @dataclass(frozen=True)
 class CostClaim:
-    """A claim that a step of an arm takes at most a share of the multiply-accumulates (MACs) of the dense arm."""
+    """A claim about the cost of an arm's step.
+
+    It takes at most a share of the dense arm's multiply-accumulates (MACs).
+    """
 
     arm: str
     share: float
@@ -91,7 +95,10 @@ CLAIMS: Claims = (
 
 
 def better_than_dense(arm: str, study: str) -> Claims:
-    """Return the claims that an arm beats dense on all measures, on two of them by two standard errors."""
+    """Claim that an arm beats dense on all measures.
+
+    On two of them, the claimed margin is two standard errors.
+    """
     return Claim(arm, DENSE, study, errors=0), Claim(arm, DENSE, study, errors=2, least=2)
 
 
@@ -115,7 +122,7 @@ GOALS: Mapping[str, tuple[Claims, ...]] = {
 
 
 def rivals(study: str) -> Claims:
-    """Return comparisons with arms that also have the coarse target, and of these arms with dense."""
+    """Compare an arm with others that have the coarse target, and these with dense."""
     return (
         Claim(DEFAULT, "dense, cells", study),
         Claim(DEFAULT, "partial, furthest, cells", study),
@@ -162,7 +169,7 @@ def judge(values: list[float], errors: int | None) -> str:
 
 
 def together(verdicts: list[str], least: int | None = None) -> str:
-    """Return the verdict on several claims: all must hold, or at least ``least`` of them.
+    """Return the verdict on several claims: all, or at least ``least``, must hold.
 
     Examples
     --------
@@ -178,7 +185,10 @@ def together(verdicts: list[str], least: int | None = None) -> str:
 
 
 def rows(found: Results, claim: Claim) -> dict[str, Cells]:
-    """Return a line for each measure of a claim: difference in points, seeds, and the verdict."""
+    """Return a line for each measure of a claim.
+
+    Difference in points, seeds, and the verdict.
+    """
     lines: dict[str, Cells] = {}
     for measure in claim.measures:
         values = differences(found, claim.arm, claim.other, measure)
@@ -189,7 +199,10 @@ def rows(found: Results, claim: Claim) -> dict[str, Cells]:
 
 
 def cost_row(claim: CostClaim) -> dict[str, Cells]:
-    """Return the line of a claim about cost, which follows from the options of the arm."""
+    """Return the line of a claim about cost.
+
+    The cost follows from the options of the arm.
+    """
     share = STUDIES[claim.study].cost_ratio(claim.arm)
     verdict = "PASS" if share <= claim.share else "FAIL"
     return {f"{claim.study}, MACs: [{claim.arm}] / [{DENSE}], at most {claim.share}": (f"{share:.3f}", None, verdict)}
@@ -207,7 +220,7 @@ def verdict_of(found: Mapping[str, Results], claim: Claim | CostClaim) -> str:
 
 
 def goal_row(found: Mapping[str, Results], alternatives: tuple[Claims, ...]) -> tuple[int, int, str]:
-    """Return the numbers of present and of needed records for a goal, and the verdict on it."""
+    """Return the present and needed numbers of records of a goal, and the verdict."""
     trainings = {
         (claim.study, arm)
         for claims in alternatives

@@ -56,7 +56,7 @@ def cross_attention(query: Array, context: Array, weights: Weights, name: str, n
 
 
 def cross_block(x: Array, context: Array, weights: Weights, name: str, num_heads: int) -> Array:
-    """Apply a pre-norm block to a token (dim,): residual cross-attention, then an MLP."""
+    """Apply a pre-norm block of cross-attention and an MLP to a token (dim,)."""
     query = norm(x[None], weights, f"{name}.norm1")[0]
     x = x + cross_attention(query, norm(context, weights, f"{name}.norm_context"), weights, f"{name}.attn", num_heads)
     mixed: Array = mlp(norm(x[None], weights, f"{name}.norm2"), weights, f"{name}.mlp")[0]

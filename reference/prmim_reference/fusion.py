@@ -6,7 +6,7 @@ from prmim_reference.vit import Array, Weights, linear, softmax
 
 
 def fused_blocks(number_of_blocks: int) -> list[int]:
-    """Return the numbers of the fused blocks of MFF, from 0: five shallow, and the last.
+    """Return the numbers of MFF's fused blocks, from 0: five shallow, and the last.
 
     Examples
     --------

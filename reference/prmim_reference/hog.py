@@ -68,7 +68,7 @@ def hog(image: Array, cell_size: Sequence[int], bins: int) -> Array:
 
     References
     ----------
-    H. Wang et al., "Masked Image Modeling with Local Multi-Scale Reconstruction", arXiv 2303.05251.
+    Wang et al., "Masked Image Modeling with Local Multi-Scale Reconstruction", arXiv 2303.05251.
 
     Examples
     --------

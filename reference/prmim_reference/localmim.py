@@ -47,7 +47,7 @@ def decode(encoded: Array, visible: Sequence[int], decoded: Sequence[int], weigh
 
 
 def predict_cells(feature: Array, weights: Weights, axes: int) -> dict[tuple[int, ...], Array]:
-    """Return the predicted values of a token's cells, by the cell's place in the token.
+    """Return the predicted values of a token's cells, by position in the token.
 
     Each layer under ``up`` halves a cell along each axis. A layer norm and a GELU precede all but the first. The layer
     ``pred`` predicts the values of a cell.

@@ -262,7 +262,7 @@ def forward(
 
     References
     ----------
-    H. Xue et al., "Stare at What You See: Masked Image Modeling without Reconstruction", arXiv 2211.08887.
+    Xue et al., "Stare at What You See: Masked Image Modeling without Reconstruction", arXiv 2211.08887.
     """
     check_reconstruction(reconstruction)
     if thrown_weight == 0:

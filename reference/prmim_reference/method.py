@@ -86,7 +86,7 @@ def encoder_input(
     *,
     mask_tokens: Sequence[int] = (),
 ) -> tuple[Array, Array | None]:
-    """Return the first block's input (1 + n + m, dim), and the attention bias, if any.
+    """Return the first block's input (1 + n + m, dim), and any attention bias.
 
     Positions are absolute (``encoder.pos_embed``, added to the tokens) or relative (``encoder.rel_pos_bias``, a bias on
     attention scores), depending on the weights. The number of class tokens, C, is that of the rows of
@@ -220,7 +220,7 @@ class Targets:
     patch_size : pixels of a patch along each axis
     norm_pix : bool
         Normalize target patches by their own statistics.
-    is_rebuilt : bool
+    is_reconstructed : bool
         Whether thrown tokens are reconstructed.
     thrown_target : {"cells", "patch"}
     cells : int, optional
@@ -230,7 +230,7 @@ class Targets:
 
     patch_size: Sequence[int]
     norm_pix: bool
-    is_rebuilt: bool
+    is_reconstructed: bool
     thrown_target: str
     cells: int | None
     cell_norm: str
@@ -299,7 +299,7 @@ def supervise(
     found = Supervised([], [], [], [], [])
     for place, token in enumerate(order):
         is_visible, is_thrown = place < counts.visible, place >= counts.visible + counts.decoded
-        if is_thrown and not targets.is_rebuilt:
+        if is_thrown and not targets.is_reconstructed:
             continue
         if not is_visible and (not is_thrown or targets.thrown_target == "patch"):
             predicted = linear(features[place : place + 1], weights, head)[0]

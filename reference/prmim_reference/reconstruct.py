@@ -36,7 +36,9 @@ def offset_column(target: int, source: int, shape: Sequence[int]) -> int:
 
 
 def initial_table(shape: Sequence[int], heads: int, spacing: Sequence[int] | None = None) -> Array:
-    """Return the initial offset table of all heads: minus squared distances (with spacing).
+    """Return the initial offset table of all heads: minus squared distances.
+
+    The distances include the spacing.
 
     Examples
     --------
@@ -137,7 +139,7 @@ def stage_weights(
     spacing: Sequence[int] | None = None,
     visible_features: bool = True,
 ) -> list[Array]:
-    """Return a matrix per stage: weights of known tokens (columns) for thrown ones (rows).
+    """Return a matrix per stage: weights of known (columns) for thrown (rows) tokens.
 
     Parameters
     ----------

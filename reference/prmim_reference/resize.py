@@ -11,9 +11,10 @@ SHARPNESS = -0.75
 
 
 def cubic(distance: float) -> float:
-    """Return the weight of a pixel at this distance: cubic convolution with a = -0.75.
+    """Return the weight of a pixel by cubic convolution with a = -0.75.
 
-    Keys, "Cubic convolution interpolation for digital image processing", 1981.
+    The argument is the distance of the pixel. Keys, "Cubic convolution interpolation for digital image processing",
+    1981.
 
     Examples
     --------

@@ -39,7 +39,8 @@ def furthest_point_sampling(
 
     Examples
     --------
-    >>> furthest_point_sampling([(0,), (1,), (2,), (3,), (4,)], 3, noise=[5, 4, 3, 2, 1], known=[0])
+    >>> furthest_point_sampling([(0,), (1,), (2,), (3,), (4,)], 3, noise=[5, 4, 3, 2, 1],
+    ...     known=[0])
     [4, 2, 1]
     """
     ranks = noise_rank(noise)

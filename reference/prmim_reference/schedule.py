@@ -1,4 +1,4 @@
-"""Plans: a permutation of an image's tokens, cut into visible, decoded and stages."""
+"""Plans: permutations of an image's tokens: visible, decoded, stages."""
 
 from collections.abc import Sequence
 

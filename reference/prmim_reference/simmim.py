@@ -179,7 +179,7 @@ def forward(
 
     References
     ----------
-    Z. Xie et al., "SimMIM: A Simple Framework for Masked Image Modeling", arXiv 2111.09886.
+    Xie et al., "SimMIM: A Simple Framework for Masked Image Modeling", arXiv 2111.09886.
     """
     check_reconstruction(reconstruction)
     weights = as_weights(weights)

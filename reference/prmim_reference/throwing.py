@@ -1,4 +1,4 @@
-"""Throwing strategies: the choice of decoded tokens; other masked ones are thrown."""
+"""Throwing strategies: choose decoded tokens; other masked tokens are thrown."""
 
 from collections.abc import Sequence
 
@@ -59,7 +59,10 @@ def random_decoded(num_decoded: int, noise: Sequence[float], visible: Sequence[i
 def weighted_decoded(
     num_decoded: int, noise: Sequence[int], visible: Sequence[int], weights: Sequence[float]
 ) -> list[int]:
-    """Draw masked tokens without replacement in proportion to weights, in drawing order."""
+    """Draw masked tokens without replacement, in proportion to weights.
+
+    Returns them in drawing order.
+    """
     return weighted_draw(num_decoded, noise, weights, masked_tokens(len(noise), visible))
 
 
@@ -176,7 +179,8 @@ def choose_decoded_units(
 
     Examples
     --------
-    >>> choose_decoded_units("furthest", (1, 8), (1, 2), 2, noise=[0, 1, 2, 3, 4, 5, 6, 7], visible=[0, 1])
+    >>> choose_decoded_units("furthest", (1, 8), (1, 2), 2, noise=[0, 1, 2, 3, 4, 5, 6, 7],
+    ...     visible=[0, 1])
     [6, 7]
     """
     units = unit_tokens(shape, unit)

@@ -225,9 +225,11 @@ def relative_position_row(query: Sequence[int] | None, key: Sequence[int] | None
 
     Examples
     --------
-    >>> relative_position_row((1, 1), (0, 0), (2, 2)), relative_position_row((0, 0), (1, 1), (2, 2))
+    >>> pairs = ((1, 1), (0, 0)), ((0, 0), (1, 1))
+    >>> tuple(relative_position_row(*pair, (2, 2)) for pair in pairs)
     (8, 0)
-    >>> [relative_position_row(*pair, (2, 2)) for pair in [(None, (0, 1)), ((0, 1), None), (None, None)]]
+    >>> pairs = (None, (0, 1)), ((0, 1), None), (None, None)
+    >>> [relative_position_row(*pair, (2, 2)) for pair in pairs]
     [9, 10, 11]
     """
     lengths = [2 * length - 1 for length in shape]
@@ -255,7 +257,7 @@ def relative_position_bias(tokens: Sequence[int], shape: Sequence[int], table: A
 
     References
     ----------
-    H. Bao et al., "BEiT: BERT Pre-Training of Image Transformers", arXiv 2106.08254; the numbering is timm's.
+    Bao et al., "BEiT: BERT Pre-Training of Image Transformers", arXiv 2106.08254; the numbering is timm's.
     """
     rows = relative_position_row(None, None, shape) + 1
     if len(table) != rows:
@@ -303,10 +305,11 @@ def raster_table(number: int, dim: int) -> Array:
 
 
 def sin_cos_table(shape: Sequence[int], dim: int) -> Array:
-    """Return the fixed position table: zeros for the class token, then a row per token.
+    """Return the fixed sine-cosine position table, a row per token.
 
-    Channels are split equally among the axes, **last** axis first (for images: column, then row). The w channels of an
-    axis are the sines, then the cosines, of the token's index times 10000^(-k / (w / 2)), k = 0 .. w/2 - 1.
+    The class token's row is zero. Channels are split equally among the axes, **last** axis first (for images: column,
+    then row). The w channels of an axis are the sines, then the cosines, of the token's index times 10000^(-k / (w /
+    2)), k = 0 .. w/2 - 1.
 
     Parameters
     ----------

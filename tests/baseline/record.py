@@ -1,4 +1,4 @@
-"""Records what the project computes, for comparison after a change of its structure.
+"""Records results of the project, to compare them after a refactoring.
 
 ``python tests/baseline/record.py`` writes ``numbers.json`` beside this file: losses and gradient norms of a few
 training steps of every method and classifier on both frameworks, plans, and costs. ``test_baseline.py`` compares.
@@ -153,7 +153,10 @@ def plans() -> dict[str, int]:
 
 
 def costs() -> dict[str, dict[str, list[int]]]:
-    """Return MACs and bytes of every part of the published recipes, for each reconstruction and accounting."""
+    """Return MACs and bytes of every part of the published recipes.
+
+    For each reconstruction and accounting.
+    """
     methods = importlib.import_module("prmim_methods")
     accountings = {
         "": {},
@@ -193,7 +196,7 @@ def record() -> dict[str, Any]:
 
 
 def texts(folder: Path) -> None:
-    """Write the help of all commands and what ``prmim inspect`` prints for every recipe."""
+    """Write the help of all commands, and ``prmim inspect`` for every recipe."""
     main = importlib.import_module("prmim_train.cli.commands").main
     folder.mkdir(parents=True, exist_ok=True)
     teacher = write_teacher(folder / "teacher")

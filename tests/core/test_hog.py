@@ -1,4 +1,4 @@
-"""Histograms of oriented gradients: equal to the reference and, where the definitions coincide, to scikit-image."""
+"""Histograms of oriented gradients, compared with the reference and scikit-image."""
 
 import numpy as np
 import pytest
@@ -72,7 +72,7 @@ def test_flat_images_have_empty_histograms(library):
 
 
 def test_histograms_of_scikit_image_where_the_definitions_coincide():
-    """In images that are a sum of a function of the row and one of the column, for blocks of a single cell.
+    """For images f(row) + g(column), and blocks of a single cell.
 
     scikit-image takes central differences, which are 0 at the border, in place of Sobel's. In such images both are the
     same up to the factor -4. It measures angles from the other axis, so its histograms are those of the transpose.

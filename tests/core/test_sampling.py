@@ -107,7 +107,7 @@ def test_positions_of_narrow_types_do_not_wrap(dtype):
 
 
 def both_ways(grid, num_samples, noise, is_known, may_pick):
-    """Pick by the packed key and by distance then rank, whichever the public function would take."""
+    """Pick by the packed key, and by distance then rank, whatever the dispatch."""
     xp, length = array_namespace(noise), grid.num_tokens
     distance, rank = sampling.starting_distance(xp, grid, noise, is_known, may_pick)
     rows, scaled_rows = (sampling._distance_rows(xp, grid, scale, noise) for scale in (1, length))

@@ -1,4 +1,4 @@
-"""Every code block of the documentation runs, and every command in it is one that the program knows."""
+"""Code blocks of the documentation run, and their commands exist."""
 
 import importlib.util
 import re
@@ -106,5 +106,6 @@ def test_reference_pages_name_everything_once(writer):
     options = writer.PAGES["cli.md"]()
     assert all(f"\n## prmim {name}\n" in options for name in writer.COMMANDS)
     assert options.count("| `--throw_ratio` |") == 1
-    rows = [line for line in writer.deviations_page().splitlines() if line.startswith("| ") and line.count(" | ") == 5]
-    assert len(rows) == 1 + len(writer.DEVIATIONS)
+    rows = writer.deviations_page().splitlines()
+    for found in writer.DEVIATIONS:
+        assert sum(row.startswith(f"| {found.item} | {found.published} (") for row in rows) == 1

@@ -1,4 +1,4 @@
-"""Ports to trainers of others: each is a short diff, costs nothing without thrown tokens, and trains with them."""
+"""Ports to other trainers: short diffs, free without thrown tokens, trainable."""
 
 import re
 from pathlib import Path

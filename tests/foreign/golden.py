@@ -1,4 +1,6 @@
-"""Compares a framework's `take` and `rebuild`, as docs/guides/foreign_frameworks.md defines them, to the core in NumPy.
+"""Compares a framework's `take` and `rebuild` with the core in NumPy.
+
+docs/guides/foreign_frameworks.md defines both functions.
 
 The script of a page calls it in a process of its own; the packages of the page are not imported here.
 """
@@ -34,7 +36,9 @@ def compare(
     *,
     is_foreign: bool,
 ) -> None:
-    """Raise AssertionError unless gathers and stages equal those of NumPy to 1e-5, and unless the core refuses arrays.
+    """Assert that gathers and stages equal NumPy's to 1e-5.
+
+    The core must reject arrays of the framework.
 
     Parameters
     ----------

@@ -1,4 +1,6 @@
-"""Examples for frameworks outside of the array API standard run, each in a process of its own: `make test-foreign`.
+"""Examples for frameworks outside of the array API standard: `make test-foreign`.
+
+Each runs in its own process.
 
 The code is that of the pages: blocks marked by a framework, such as ```` ```python keras ````, after the plain blocks.
 """

@@ -99,7 +99,9 @@ def _with_value(check: Callable[[Path, Any], None], value: Any, folder: Path) ->
 
 
 def refused(call: Callable[[], Any], *errors: type[Exception], says: str = "") -> str:
-    """Check that a call raises one of these errors, not a subclass, in one line of bounded length that says something.
+    """Check that a call raises one of these errors, not a subclass.
+
+    The message must be one line of bounded length that says something.
 
     Returns
     -------
@@ -117,7 +119,7 @@ def refused(call: Callable[[], Any], *errors: type[Exception], says: str = "") -
 
 
 def check_line(line: str, says: str = "") -> str:
-    """Check that a message is one printable line of bounded length that says something."""
+    """Check that a message is one informative, printable line of bounded length."""
     assert line, "the message is empty"
     assert line.isprintable(), f"not one printable line: {line!r}"
     assert len(line) <= LONGEST_MESSAGE, f"{len(line)} characters: {line}"

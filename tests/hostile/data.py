@@ -201,7 +201,10 @@ def a_command_on_a_cut_tar(folder, command):
 
 
 def decoded(content, **options):
-    """Decode an image in every way, in time; return what came out, and check that an error is one line."""
+    """Decode an image in every way, within a time limit; return the results.
+
+    An error must be one line.
+    """
     started = time.monotonic()
     found = []
     for decode in (
@@ -240,7 +243,7 @@ def with_scans(content, number):
 
 
 def one_scan_each(content):
-    """Return the colours of a JPEG of one scan as one scan each, which need not fit the pixels."""
+    """Return a one-scan JPEG with one scan per colour, which need not fit the pixels."""
     place = content.index(SCAN)
     scans = [SCAN + b"\x00\x08\x01" + bytes((k, 0)) + b"\x00\x3f\x00" + bytes(20) for k in (1, 2, 3)]
     return content[:place] + b"".join(scans) * 2000 + b"\xff\xd9"
@@ -434,7 +437,7 @@ def too_long(folder, size):
 
 
 def images_below(folder):
-    """Return the names of the images of a folder, which must be found in time and be readable."""
+    """Return the names of a folder's images, found in time and readable."""
     started = time.monotonic()
     source = open_source(str(folder), channels=1)
     found = [source.name(k) for k in range(len(source))]
@@ -541,7 +544,10 @@ def other_files(folder):
 
 
 def write_photos(folder, number=24, large=1):
-    """Write images of 8 x 8 pixels in two classes to `photos`; the last ones have 100 x 100."""
+    """Write images of 8 x 8 pixels in two classes to `photos`.
+
+    The last images have 100 x 100 pixels.
+    """
     for k in range(number):
         size = (100, 100) if k >= number - large else (8, 8)
         put(folder / "photos" / f"{k * 2 // number}" / f"{k:02}.png", encoded(Image.new("L", size, k), "PNG"))

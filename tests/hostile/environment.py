@@ -1,4 +1,4 @@
-"""Hostile cases of the environment: pipes, signals, damaged files of a run, dead parents."""
+"""Hostile environments: pipes, signals, damaged run files, dead parents."""
 
 import json
 import os
@@ -39,7 +39,7 @@ def _finished() -> tempfile.TemporaryDirectory[str]:
 
 
 def copy_run(folder: Path) -> Path:
-    """Copy the finished run, and its images, into a folder; return the folder of the run."""
+    """Copy the finished run and its images; return the folder of the run."""
     shutil.copytree(_finished().name, folder, dirs_exist_ok=True)
     return folder / "run"
 
@@ -461,7 +461,7 @@ def picture_of_odd_metrics(folder):
 
 
 def children(process: int) -> list[int]:
-    """Return the processes that a process has started, and those that these have started."""
+    """Return the descendants of a process."""
     found = []
     for path in Path("/proc").glob("[0-9]*/stat"):
         try:
@@ -482,7 +482,10 @@ def is_running(process: int) -> bool:
 
 
 def check_ended(folder: Path, processes: list[int], shared: set[Path]) -> None:
-    """Check that orphans end, and that neither they nor their parents leave anything outside of the run."""
+    """Check that orphans end.
+
+    Neither they nor their parents may leave anything outside of the run.
+    """
     wait_for(lambda: not any(map(is_running, processes)), 20)
     left = {path.name for path in set(Path("/dev/shm").glob("*")) - shared}
     assert not any(name.startswith(("pym-", "psm_", "sem.mp-", "torch_")) for name in left), left

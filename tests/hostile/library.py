@@ -1,4 +1,4 @@
-"""Hostile cases of the core and its plans: tokens of other images, plans from bad input.
+"""Hostile use of the core: tokens of other images, plans from bad input.
 
 Frameworks are imported by the cases that use them.
 """

@@ -1,4 +1,4 @@
-"""Hostile cases of the PyTorch and JAX modules: foreign plans, meta devices, export."""
+"""Hostile use of PyTorch and JAX modules: foreign plans, meta devices, export."""
 
 import copy
 import importlib.util
@@ -215,7 +215,7 @@ def output_of_another_method(folder, changes):
 
 
 def build(name, folder):
-    """Return a module of PyTorch by name: a method, a reconstruction, or a classifier."""
+    """Return a PyTorch module by name: method, reconstruction or classifier."""
     package, _ = adapter("torch")
     if name in RECONSTRUCTIONS:
         return package.ProgressiveReconstruction(8, GRID, name)

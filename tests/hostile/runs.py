@@ -1,4 +1,4 @@
-"""Hostile cases of runs: two writers, other data, other options, checkpoints of another run."""
+"""Hostile runs: two writers, other data or options, foreign checkpoints."""
 
 import functools
 import json

@@ -21,7 +21,7 @@ def quick(quick_compiler: None) -> None:
 
 @pytest.fixture
 def tiny() -> dict[str, Any]:
-    """Return the options of a small, fast MAE: 4x4 tokens, of which 4 visible, 4 decoded, 8 thrown."""
+    """Return options of a small MAE: 4x4 tokens, 4 visible, 4 decoded, 8 thrown."""
     return {
         "image_size": (16, 16),
         "patch_size": (4, 4),
@@ -36,7 +36,7 @@ def tiny() -> dict[str, Any]:
 
 @pytest.fixture
 def tiny_simmim() -> dict[str, Any]:
-    """Return the options of a small, fast SimMIM: 4x4 tokens in units of 2x2, of which 1 visible."""
+    """Return options of a small SimMIM: 4x4 tokens in 2x2 units, one visible."""
     return {"image_size": (16, 16), "patch_size": (4, 4), "embed_dim": 16, "depth": 2, "num_heads": 2}
 
 
@@ -52,7 +52,7 @@ def make_images() -> Callable[..., Any]:
 
 @pytest.fixture
 def dot_macs() -> Callable[..., int]:
-    """Return a function that counts the multiply-accumulates of matrix products in a function of some arguments."""
+    """Return a function that counts the MACs of matrix products in a call."""
 
     def count(jaxpr: Any) -> int:
         total = 0

@@ -1,4 +1,7 @@
-"""Script of the processes of test_distributed.py; the test also imports it, for a single device."""
+"""Worker script of test_distributed.py.
+
+The test also imports it, for a single device.
+"""
 
 import argparse
 import json
@@ -103,7 +106,7 @@ def save(engine, directory):
 
 
 def draw(name, parallel, shared, own):
-    """Run a method, save it on the way and at the end, and take it up again: there, and where one device was."""
+    """Run a method, save it twice, and resume: there, and from a single-device run."""
     engine = make_engine(name, parallel)
     curve = train(engine, STEP_SAVED)
     saving = save(engine, own / name / parallel / "half")
@@ -121,13 +124,15 @@ def draw(name, parallel, shared, own):
 
 
 def draw_all(pairs, shared, own):
-    """Draw some; look at images with the first of several processes, and count what devices of one say."""
+    """Train each pair, and count the messages between its devices.
+
+    The first of several processes draws pictures.
+    """
     results = {}
     for name, parallel in pairs:
         result, engine = draw(name, parallel, shared, own)
-        if engine.world_size == 1:
-            result |= talk(engine)
-        elif not results:
+        result |= talk(engine)
+        if engine.world_size > 1 and not results:
             result |= look(engine)
         results[f"{name} {parallel}"] = result
         result["rushed"] = rush(engine)
@@ -161,7 +166,7 @@ def held(engine):
 
 
 def talk(engine):
-    """Count what devices say to each other in a step, by kind, and how much of it they say in loops."""
+    """Count collective operations per step, by kind, and their share inside loops."""
     batch = tuple(map(engine._layout.put_rows, engine._inputs(*rows(engine))))
     program = engine._train.lower(engine._state, engine._buffers, batch, 0, 0.0).compile().as_text()
     lines = [line for line in program.splitlines() if re.search(COLLECTIVES, line)]
@@ -170,7 +175,7 @@ def talk(engine):
 
 
 def local_curves(shared, own):
-    return draw_all([("mae", "fsdp"), ("mae", "ddp"), ("simmim", "fsdp")], shared, own)
+    return draw_all([("mae", "ddp"), ("simmim", "fsdp")], shared, own)
 
 
 def two_curves(shared, own):
@@ -213,7 +218,10 @@ def draw_classes(step):
 
 
 def train_classifier(engine, last, rows=None):
-    """Train up to a step; ``rows``: those of the process, in another order than usual."""
+    """Train up to a step.
+
+    ``rows``: those of the process, in another order than usual.
+    """
     curve = []
     while engine.step < last:
         images, targets = draw_classes(engine.step)

@@ -56,7 +56,10 @@ def make_config(tiny, tiny_simmim):
 
 @pytest.fixture
 def make_engine(make_config):
-    """Return a function from options of classifier and training to an engine; by default, drop path is off."""
+    """Return a factory of engines, by options of classifier and training.
+
+    By default, drop path is off.
+    """
     names = {item.name for item in options_of(ClassifierConfig)}
 
     def make(name="mae", method_options=None, weights=None, num_classes=CLASSES, **given):
@@ -115,7 +118,10 @@ def assert_same(tree, other):
 
 
 def without_keys(name, array):
-    """Leave out the bias of keys: its gradient is rounding error alone, which AdamW blows up to full steps."""
+    """Leave out the key biases.
+
+    Their gradient is rounding error alone, which AdamW scales to full steps.
+    """
     return np.delete(array.reshape(3, -1), 1, axis=0) if name.endswith("qkv.bias") else array
 
 
@@ -126,7 +132,10 @@ def assert_close(weights, others, rtol, atol):
 
 
 def spread_out(engine, path):
-    """Perturb the weights of an engine; the initial ones give the encoder hardly any gradient."""
+    """Perturb an engine's weights.
+
+    The initial weights give the encoder hardly any gradient.
+    """
     module, rng = engine.module, np.random.default_rng(0)
     for variable in named_variables(module).values():
         if isinstance(variable, nnx.Param):

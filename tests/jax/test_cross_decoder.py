@@ -1,4 +1,7 @@
-"""The decoder of CrossMAE: the ways of running its blocks agree. tests/parity compares it with the reference."""
+"""CrossMAE's decoder: all ways of running its blocks agree.
+
+tests/parity compares it with the reference.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +12,7 @@ from prmim_jax.cross_decoder import CrossDecoder
 
 
 def features_and_gradients(**options):
-    """Return the features of two decoded tokens, and the gradients of the sum of their squares."""
+    """Return features of two decoded tokens, and gradients of the sum of squares."""
     decoder = CrossDecoder((4, 4), 8, 2, 5, dim=8, depth=2, num_heads=2, **options, rngs=nnx.Rngs(0))
     graph, parameters, rest = nnx.split(decoder, nnx.Param, ...)
     states = jnp.asarray(np.random.default_rng(0).normal(size=(3, 2, 5, 8)), jnp.float32)

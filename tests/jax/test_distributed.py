@@ -1,4 +1,6 @@
-"""Several devices, of one process and of two: equality with one device, agreement, faults.
+"""Several devices in one or two processes: equality, agreement, faults.
+
+Results equal those of one device.
 
 A launch takes seconds, so each launch runs many jobs, and the tests check their results.
 """
@@ -23,9 +25,8 @@ from prmim_jax.distributed import cut, num_processes
 
 SCRIPT = Path(__file__).with_name("distributed_worker.py")
 LOSSES = ("loss", "loss_decoded", "loss_thrown")
-LOCAL = [("mae", "fsdp"), ("mae", "ddp"), ("simmim", "fsdp")]
 # Who drew what.
-DRAWN = [*(("local", *pair) for pair in LOCAL), ("two", "mae", "fsdp"), ("two", "simmim", "ddp")]
+DRAWN = [("local", "mae", "ddp"), ("local", "simmim", "fsdp"), ("two", "mae", "fsdp"), ("two", "simmim", "ddp")]
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +49,10 @@ def shared(tmp_path_factory):
 
 
 def launch(shared, own, processes, devices, *jobs):
-    """Run jobs of the script in some processes of some devices each; return how each ended, and what it printed."""
+    """Run jobs of the script in several processes.
+
+    Each has some devices. Returns how each process ended, and what it printed.
+    """
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -100,7 +104,7 @@ def one(worker, shared):
 @pytest.fixture(scope="module")
 def local(one, shared):
     """What two devices of one process do."""
-    return results_of(shared, "local", 1, 2, "local_curves", "classifiers")
+    return results_of(shared, "local", 1, 2, "local_curves")
 
 
 @pytest.fixture(scope="module")
@@ -143,16 +147,15 @@ def one_classifier(worker, shared):
     return worker.classifiers(shared, shared / "one")
 
 
-@pytest.mark.parametrize("who", ["local", "two"])
 @pytest.mark.parametrize(("name", "parallel"), [("finetune", "fsdp"), ("probe", "ddp")])
-def test_several_devices_make_the_classifier_of_one(one_classifier, request, shared, who, name, parallel):
-    """Whose batch norm sees all rows, and whose rates differ between the blocks of an array."""
+def test_several_devices_make_the_classifier_of_one(one_classifier, two, shared, name, parallel):
+    """With batch norm over all rows, and different rates in the blocks of an array."""
     expected = one_classifier[f"{name} {parallel}"]
-    drawn = [rank["classifiers"][f"{name} {parallel}"] for rank in request.getfixturevalue(who)]
+    drawn = [rank["classifiers"][f"{name} {parallel}"] for rank in two]
     assert_same_run(drawn[0]["curve"], expected["curve"], ("loss", "accuracy"))
     assert [step["nonfinite_step"] for step in expected["curve"]] == [None, None, None, 4, 4, 4]
     here, there = (
-        load_file(shared / place / name / parallel / "end" / "weights.safetensors") for place in (who, "one")
+        load_file(shared / place / name / parallel / "end" / "weights.safetensors") for place in ("two", "one")
     )
     assert set(here) == set(there)
     for weight in there:
@@ -166,18 +169,17 @@ def test_several_devices_make_the_classifier_of_one(one_classifier, request, sha
         assert rank["programs"] == 1
 
 
-@pytest.mark.parametrize(
-    ("who", "parts"),
-    [("local", [np.r_[0:8], np.r_[8:16]]), ("two", [np.r_[0:8:2], np.r_[8:16:2], np.r_[1:8:2], np.r_[9:16:2]])],
-    ids=["local", "two"],
-)
-def test_batch_norm_of_each_device(worker, request, shared, who, parts):
-    """A step is that of one device which accumulates the shares; running statistics are means over the devices."""
+def test_batch_norm_of_each_device(worker, two, shared):
+    """A step equals a one-device step that accumulates the shares.
+
+    Running statistics are means over the devices.
+    """
+    parts = [np.r_[0:8:2], np.r_[8:16:2], np.r_[1:8:2], np.r_[9:16:2]]
     engine = worker.make_classifier("device_probe", accumulate=len(parts))
     expected = worker.train_classifier(engine, worker.STEPS, np.concatenate(parts))
-    drawn = [rank["classifiers"]["device_probe ddp"] for rank in request.getfixturevalue(who)]
+    drawn = [rank["classifiers"]["device_probe ddp"] for rank in two]
     assert_same_run(drawn[0]["curve"], expected, ("loss", "accuracy"))
-    weights = load_file(shared / who / "device_probe" / "ddp" / "end" / "weights.safetensors")
+    weights = load_file(shared / "two" / "device_probe" / "ddp" / "end" / "weights.safetensors")
     np.testing.assert_allclose(weights["head.weight"], engine.module.head.weight[...], rtol=1e-4, atol=1e-5)
     method, mean, variance = worker.make_engine("mae").module, 0, 0
     method.eval()
@@ -205,10 +207,10 @@ def test_a_run_goes_on_bit_for_bit_and_from_one_device(one, ranks, who, name, pa
         assert drawn["programs"] == 1
 
 
-@pytest.mark.parametrize("who", ["local", "two"])
-def test_a_step_that_is_not_finite_on_one_device_counts_for_none(one, ranks):
-    for rank in (*ranks, {"mae fsdp": one["mae"]}):
-        curve = rank["mae fsdp"]["curve"]
+@pytest.mark.parametrize(("who", "parallel"), [("local", "ddp"), ("two", "fsdp")])
+def test_a_step_that_is_not_finite_on_one_device_counts_for_none(one, ranks, parallel):
+    for drawn in (one["mae"], *(rank[f"mae {parallel}"] for rank in ranks)):
+        curve = drawn["curve"]
         assert [step["nonfinite_step"] for step in curve] == [None, None, None, 4, 4, 4]
         assert [(step["skipped"], step["skipped_in_a_row"]) for step in curve] == [(int(n == 3),) * 2 for n in range(6)]
         assert np.isnan(curve[3]["loss"])
@@ -236,18 +238,16 @@ def test_images_look_the_same(one, two):
 
 
 def test_each_device_holds_its_share(one, local, two):
-    drawn = local[0]["local_curves"]
-    for name in ("mae", "simmim"):
-        assert drawn[f"{name} fsdp"]["held"] < 0.55 * one[name]["held"]
-    assert drawn["mae ddp"]["held"] == one["mae"]["held"]
+    assert local[0]["local_curves"]["mae ddp"]["held"] == one["mae"]["held"]
+    assert local[0]["local_curves"]["simmim fsdp"]["held"] < 0.55 * one["simmim"]["held"]
     assert two[0]["two_curves"]["simmim ddp"]["held"] == one["simmim"]["held"]
     assert two[0]["two_curves"]["mae fsdp"]["held"] < 0.3 * one["mae"]["held"]
 
 
-@pytest.mark.parametrize(("name", "parallel"), LOCAL)
-def test_devices_talk_once_a_step(local, name, parallel):
+@pytest.mark.parametrize(("who", "name", "parallel"), DRAWN)
+def test_devices_talk_once_a_step(ranks, name, parallel):
     """In particular not of the batch, noise or plan, and not in each of its parts."""
-    drawn = local[0]["local_curves"][f"{name} {parallel}"]
+    drawn = ranks[0][f"{name} {parallel}"]
     assert drawn["talk in loops"] == 0
     if parallel == "ddp":
         assert drawn["talk"] == {"all-reduce": 1}

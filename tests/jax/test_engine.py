@@ -66,7 +66,10 @@ def moments_of(engine):
 
 
 def without_keys(name, array):
-    """Leave out the bias of keys: its gradient is rounding error alone, which AdamW blows up to full steps."""
+    """Leave out the key biases.
+
+    Their gradient is rounding error alone, which AdamW scales to full steps.
+    """
     return np.delete(array.reshape(3, -1), 1, axis=0) if name.endswith("qkv.bias") else array
 
 

@@ -1,4 +1,7 @@
-"""Fusion of encoder layers; tests/parity compares its numbers with PyTorch and the reference."""
+"""Fusion of encoder layers.
+
+tests/parity compares its numbers with PyTorch and the reference.
+"""
 
 import jax
 import jax.numpy as jnp

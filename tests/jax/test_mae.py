@@ -1,4 +1,4 @@
-"""The masked autoencoder: equal to the reference, economical, and clear about wrong inputs."""
+"""MAE: equal to the reference, efficient, with clear errors."""
 
 import jax
 import jax.numpy as jnp
@@ -187,7 +187,7 @@ def test_macs_are_those_of_the_formula(options, dot_macs):
 
 
 def test_flops_of_vit_base_are_those_of_the_formula():
-    """XLA counts two operations per MAC; additions, norms and exponentials come on top."""
+    """XLA counts two operations per MAC, plus additions, norms and exponentials."""
     flops, macs = {}, {}
     for name, options in {"dense": {"throw_ratio": 0.0}, "PR-MIM": {}}.items():
         config = MAEConfig(**options)

@@ -1,4 +1,7 @@
-"""MaskAlign: equal to the reference, and clear about wrong inputs; more numbers are compared in tests/parity."""
+"""MaskAlign: equal to the reference, with clear errors.
+
+tests/parity compares more numbers.
+"""
 
 import importlib.util
 import re

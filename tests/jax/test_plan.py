@@ -11,7 +11,7 @@ from prmim_jax import make_plan
 
 
 def lattice(grid, counts, noise, is_visible):
-    """Decode masked tokens of one colour of a checkerboard, then those of the other; within a colour by noise."""
+    """Decode masked tokens in checkerboard order; within a colour, by noise."""
     colour = (sum(grid.coordinates(noise)) + noise[:, :1]) & 1
     return random_decoded(counts.decoded, (colour << 30) + (noise >> 2), is_visible)
 

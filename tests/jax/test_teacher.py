@@ -1,4 +1,7 @@
-"""Teachers: files of transformers, loaded into frozen blocks; tests/parity compares their numbers."""
+"""Teachers: transformers files, loaded into frozen blocks.
+
+tests/parity compares their numbers.
+"""
 
 import importlib.util
 import json
@@ -104,7 +107,7 @@ def test_a_single_channel_is_repeated(folder, images):
 
 
 def test_pixel_statistics_come_from_the_folder(images, tmp_path):
-    """What pixels of one value become with a mean of 0 and a deviation of 1 is the value itself."""
+    """With mean 0 and deviation 1, pixels of one value keep their value."""
     folder = helpers.write_teacher(tmp_path)
     black = jnp.zeros_like(images)
     own = look(Teacher(folder, GRID, 3), black)

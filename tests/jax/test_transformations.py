@@ -1,4 +1,4 @@
-"""Methods and their parts as pure functions, under ``jax.vmap``, ``jax.grad`` and ``jax.checkpoint``."""
+"""Methods as pure functions, under ``vmap``, ``grad`` and ``checkpoint``."""
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +35,10 @@ def case(request, tiny, tiny_simmim, make_images):
 
 
 def assert_close(tree, other, scale=1e-5):
-    """Compare gradients by the largest value of each: that of a bias of keys is 0, and gets rounding errors alone."""
+    """Compare gradients relative to the largest value of each.
+
+    Those of key biases are 0, with rounding errors.
+    """
     for (path, ours), theirs in zip(jax.tree.leaves_with_path(tree), jax.tree.leaves(other), strict=True):
         assert np.isfinite(ours).all()
         assert np.abs(ours - theirs).max() <= scale * np.abs(theirs).max(), jax.tree_util.keystr(path)

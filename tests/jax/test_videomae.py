@@ -1,4 +1,7 @@
-"""VideoMAE in JAX: tubes, dual masking and pictures. Parity with PyTorch and the reference is in tests/parity."""
+"""VideoMAE in JAX: tubes, dual masking and pictures.
+
+tests/parity compares it with PyTorch and the reference.
+"""
 
 import jax
 import jax.numpy as jnp

@@ -126,7 +126,7 @@ KINDS = {"absolute": {}, "relative": {"position": "relative", "layer_scale": 0.1
 
 
 def make_encoder(depth=3, dtype=np.float64, **options):
-    """Return an encoder without the symmetries of its initial weights, and its inputs for two images."""
+    """Return an encoder without initial symmetries, and inputs for two images."""
     encoder = Encoder(SHAPE, (2, 2), 3, dim=8, depth=depth, num_heads=2, rngs=rngs(), **options)
     rng = np.random.default_rng(1)
     for variable in named_variables(encoder).values():

@@ -1,4 +1,4 @@
-"""The formulas against numbers worked out by hand, part by part, from the official code of MAE."""
+"""Cost formulas against numbers derived by hand from MAE's official code."""
 
 import json
 import re
@@ -34,7 +34,10 @@ def official(model, throw_ratio=0.0, **accounting):
 
 
 def printed(number, digits):
-    """Equal numbers that print as ``number``; some entries of the tables were rounded twice, so half a unit off."""
+    """Match numbers that print as ``number``.
+
+    Some table entries were rounded twice, so they can be half a unit off.
+    """
     return pytest.approx(number, rel=0, abs=0.55 * 10**-digits)
 
 
@@ -412,7 +415,10 @@ def test_the_last_head_of_localmim_saves_its_error():
 
 @pytest.fixture
 def maskalign(tmp_path):
-    """Return a function from options to the costs of a student of ViT-B/16; ``teacher`` changes a ViT-B/16 teacher."""
+    """Return a function from options to the costs of a ViT-B/16 student.
+
+    ``teacher`` changes a ViT-B/16 teacher.
+    """
 
     def make(*, teacher=None, bookkeeping="prmim", compute_bytes=4, **options):
         config = {"model_type": "clip_vision_model", "patch_size": 16, **(teacher or {})}

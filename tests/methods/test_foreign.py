@@ -149,7 +149,7 @@ def test_keys_without_a_bias_get_one_of_zeros():
         (
             {"decoder_blocks.0.attn.qkv.weight": np.ones((24, 8))},
             {},
-            "source: expected a tensor decoder.mask_token, which tells the width of the decoder, got none",
+            "source: expected a tensor decoder.mask_token, which determines the width of the decoder, got none",
         ),
         (
             {"other.patch_embed.proj.weight": np.ones((DIM, 3, 4, 4))},

@@ -560,7 +560,7 @@ WRONG = [
     ("localmim", {**MAE, "scales": (2, 0.25)}, ValueError,
      "scales: expected numbers of at least 0.5, or null, got (2, 0.25)"),
     ("localmim", {**MAE, "scales": (3, 1)}, ValueError, "scales: expected 0.5 or powers of 2, got [3.0, 1.0]"),
-    ("localmim", {**MAE, "scales": (1, 2)}, ValueError, "scales: expected falling numbers, got [1.0, 2.0]"),
+    ("localmim", {**MAE, "scales": (1, 2)}, ValueError, "scales: expected decreasing numbers, got [1.0, 2.0]"),
     ("localmim", {**MAE, "scales": 8}, ValueError,
      "scales: expected scales that cut patches of 4 x 4 pixels, or a grid of 4 x 4 tokens, into whole cells, got 8"),
     ("localmim", {**MAE, "image_size": (12, 16), "scales": 0.5}, ValueError,
@@ -570,9 +570,9 @@ WRONG = [
     ("localmim", {**MAE, "scales": (1, 0.5), "layers": (1, 1)}, ValueError,
      "layers: expected the last to be the depth 2, got [1, 1]"),
     ("localmim", {**MAE, "scales": (1, 0.5), "layers": (2, 1)}, ValueError,
-     "layers: expected rising whole numbers of at least 1, or null, got (2, 1)"),
+     "layers: expected ascending whole numbers of at least 1, or null, got (2, 1)"),
     ("localmim", {**MAE, "layers": (1.5, 2)}, TypeError,
-     "layers: expected rising whole numbers of at least 1, or null, got (1.5, 2)"),
+     "layers: expected ascending whole numbers of at least 1, or null, got (1.5, 2)"),
     ("localmim", {**MAE, "image_size": (16, 16, 16), "patch_size": (4, 4, 4), "embed_dim": 12, "decoder_dim": 12},
      ValueError,
      "target: expected 'pixels' unless images have two axes of at least 2 pixels, got 'hog' for 16 x 16 x 16"),
@@ -615,7 +615,7 @@ WRONG = [
 
 
 def case_id(method, given):
-    """Return a name of a case: the method and the options that are not those of a small model."""
+    """Name a case: the method, and options that differ from a small model's."""
     own = {name: value for name, value in given.items() if {**MAE, **TEACHER}.get(name) != value}
     return f"{method}-" + "-".join(f"{name}={value}" for name, value in own.items())
 

@@ -61,7 +61,7 @@ def test_splines_are_those_of_scipy(number):
 
 
 def beit_places(source, target):
-    """Return where BEiT's code puts the values of the source: its search for the ratio, step by step."""
+    """Return source positions as in BEiT: the step-by-step search for the ratio."""
     half, goal = source - 1, target - 1
     low, high = 1.01, float(max(goal, 2))
     while high - low > 1e-12:
@@ -78,7 +78,7 @@ def beit_places(source, target):
 
 
 def beit_table(table, source, target):
-    """Interpolate (offsets, heads) as BEiT's code does: a bicubic spline for each head."""
+    """Interpolate (offsets, heads) as BEiT does: one bicubic spline per head."""
     interpolate = pytest.importorskip("scipy.interpolate")
     places = [beit_places(*sizes) for sizes in zip(source, target, strict=True)]
     wanted = [np.arange(1 - size, size) for size in target]

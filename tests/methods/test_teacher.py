@@ -1,4 +1,7 @@
-"""Teachers: where they are found, and what their configuration says. The adapters' tests read real weights."""
+"""Teachers: lookup, and parsing of configurations.
+
+The adapters' tests read real weights.
+"""
 
 import json
 import os

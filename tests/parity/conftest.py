@@ -17,7 +17,7 @@ def quick(quick_compiler: None, one_thread: None) -> None:
 
 @pytest.fixture
 def assert_same_decay() -> Callable[[Any, Any], None]:
-    """Return a function that compares which parameters of two equal modules have weight decay."""
+    """Return a function that compares the weight decay of two equal modules."""
     from prmim_jax.interop import file_names, named_variables
     from prmim_jax.trainer import decay_mask
     from prmim_torch.trainer import parameter_groups
@@ -35,7 +35,7 @@ def assert_same_decay() -> Callable[[Any, Any], None]:
 
 @pytest.fixture
 def count_learned() -> Callable[[Any, Any], tuple[int, int]]:
-    """Return a function that counts the trained parameters of a module in PyTorch and of one in JAX."""
+    """Return a function that counts trained parameters in PyTorch and in JAX."""
     import jax
     from flax import nnx
 

@@ -1,4 +1,4 @@
-"""Several class tokens, or none, and learned positions: from the initial weights to a classifier."""
+"""Several class tokens or none, with learned positions, up to a classifier."""
 
 import jax.numpy as jnp
 import numpy as np

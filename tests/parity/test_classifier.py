@@ -73,7 +73,10 @@ def make_engines(case):
 
 
 def equal_weights(here, there, path):
-    """Give both the same weights, away from their first values, which leave the encoder hardly any gradient."""
+    """Give both the same perturbed weights.
+
+    The initial weights give the encoder hardly any gradient.
+    """
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in here.module.parameters():
@@ -90,7 +93,10 @@ def draw(step, batch=16):
 
 
 def learned(here, there):
-    """Return the weights of both by name, without the bias of keys, which has no gradient but rounding errors."""
+    """Return the weights of both by name, without key biases.
+
+    Key biases have no gradient but rounding errors.
+    """
     ours = {name: tensor.numpy() for name, tensor in here.module.state_dict().items()}
     theirs = named_weights(there.module)
     assert set(ours) == set(theirs)

@@ -1,4 +1,4 @@
-"""Images of 16 bits and floats: with a range of pixel values, the device computes what it does with 8 bits."""
+"""Images of 16 bits and floats: equal results on the device as for 8 bits."""
 
 from contextlib import closing
 

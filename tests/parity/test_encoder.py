@@ -1,4 +1,4 @@
-"""Encoders by themselves: the same features in both adapters, and those of the method."""
+"""Encoders alone: the same features in both adapters and in the method."""
 
 from dataclasses import replace
 
@@ -32,7 +32,7 @@ def draw(shape):
 
 @pytest.fixture(params=METHODS)
 def method(request):
-    """Return a method of PyTorch with random weights, those that start at zero included."""
+    """Return a PyTorch method with random weights, also where they start at zero."""
     name, given = METHODS[request.param]
     made = prmim_torch.METHODS[name](create_config(name, **{**SIZES, **given})).eval()
     torch.manual_seed(0)

@@ -1,4 +1,7 @@
-"""MaskAlign on both frameworks: equal numbers for equal noise, weights and outputs of the teacher."""
+"""MaskAlign in both frameworks: equal numbers for equal inputs.
+
+Noise, weights and outputs of the teacher are equal.
+"""
 
 import contextlib
 import importlib.util
@@ -40,7 +43,10 @@ def teacher(tmp_path_factory):
 
 
 def make_pair(path, teacher, options, dtype):
-    """Return one method on both frameworks, in training mode, with weights from one file."""
+    """Return one method in both frameworks, with weights from one file.
+
+    Both are in training mode.
+    """
     config = MaskAlignConfig(teacher=teacher, **{**SIZES, **options})
     here = prmim_torch.MaskAlign(config).to(dtype)
     generator = torch.Generator().manual_seed(1)
@@ -91,7 +97,10 @@ def losses_and_gradients(method, images, noise):
 
 
 def without_keys(name, array):
-    """Leave out the bias of keys: a softmax does not notice it, so its gradient is rounding error alone."""
+    """Leave out the key biases.
+
+    The softmax ignores them, so their gradient is rounding error alone.
+    """
     return np.delete(array.reshape(3, -1), 1, axis=0) if name.endswith("qkv.bias") else array
 
 
@@ -129,7 +138,7 @@ def test_loss_and_every_gradient(tmp_path, teacher, case, dtype, rtol, count_lea
 
 
 def test_their_own_teachers_make_them_see_the_same_tokens(tmp_path, teacher):
-    """Attention differs in its last digits, so a near-tie may be drawn otherwise; here there is none."""
+    """Attention differs in its last digits, so near-ties may differ; here are none."""
     here, there = make_pair(tmp_path / "weights.safetensors", teacher, {}, torch.float32)
     images = np.random.default_rng(0).integers(0, 256, (16, 16, 16, 3), dtype=np.uint8)
     noise = counter_noise(5, 0, np.arange(16), 16)

@@ -46,14 +46,17 @@ HOW = {"model", "recompute_blocks", "scan_blocks", "token_decay"}
 
 
 def alternatives(item):
-    """Return the values of an option that are not its default: the other choices, or the other truth value."""
+    """Return the values of an option other than its default.
+
+    The other choices, or the other truth value.
+    """
     if item.is_flag:
         return [not item.default]
     return [choice for choice in item.rule.choices if choice != item.default]
 
 
 def own_options(name):
-    """Return the options of a method, without those that it shares with a method that it derives from."""
+    """Return the options of a method, without those inherited from a base method."""
     bases = [other for other in METHODS.values() if other in METHODS[name].__mro__[1:]]
     inherited = {item.name: item.rule for base in bases for item in options(base)}
     return [item for item in options(METHODS[name]) if inherited.get(item.name) != item.rule]
@@ -147,7 +150,10 @@ def options_of(case):
 
 
 def make_pair(path, config, dtype):
-    """Return one method on both frameworks, in training mode, with weights from one file."""
+    """Return one method in both frameworks, with weights from one file.
+
+    Both are in training mode.
+    """
     here = prmim_torch.METHODS[config.name](config).to(dtype)
     generator = torch.Generator().manual_seed(1)
     for parameter in here.parameters():  # away from the symmetries of the first values
@@ -176,7 +182,10 @@ def losses_and_gradients(method, *inputs):
 
 
 def split_keys(name, array):
-    """Leave out the bias of keys: a softmax does not notice it, so its gradient is rounding error alone."""
+    """Leave out the key biases.
+
+    The softmax ignores them, so their gradient is rounding error alone.
+    """
     if name.endswith("qkv.bias"):
         return np.delete(array.reshape(3, -1), 1, axis=0)
     return array.reshape(2, -1)[1] if name.endswith(".kv.bias") else array
@@ -239,7 +248,7 @@ def num_predicted(config):
 
 
 def specify(name, given, path, images, noise, weights=None):
-    """Return what the reference computes; it takes sizes from the weights of the method."""
+    """Return the reference's results, with sizes from the method's weights."""
     told = {"image_size", "channels", "embed_dim", "depth", "decoder_dim", "decoder_depth", "position", "class_tokens"}
     options = {key: value for key, value in given.items() if key not in told}
     if weights is not None:

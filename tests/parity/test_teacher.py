@@ -55,7 +55,7 @@ def test_both_adapters_give_the_same(folders, kind, geometry):
 
 @pytest.mark.parametrize("kind", ["clip", "dino", "dinov2"])
 def test_jax_gives_what_transformers_gives(folders, kind):
-    """The oracle here shares nothing with us but the file: pixels and positions are resized by others, too."""
+    """The oracle shares only the file: it resizes pixels and positions by itself."""
     size, grid = GEOMETRIES["resized"]
     images = make_images(*size)
     output = prmim_jax.Teacher(folders[kind], grid, 3)(jnp.asarray(images))

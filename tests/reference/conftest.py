@@ -1,4 +1,4 @@
-"""Random weights, and a transformer to compare with: batches, all heads at once, as a framework would do it."""
+"""Random weights, and a batched transformer to compare with."""
 
 from types import SimpleNamespace
 
@@ -8,7 +8,7 @@ from scipy.special import erf, softmax
 
 
 class RandomWeights(dict):
-    """Weights by name, drawn from a normal distribution; those that multiply lie around 1."""
+    """Random normal weights by name; multiplicative ones lie around 1."""
 
     def __init__(self, seed=0, deviation=0.3):
         super().__init__()
@@ -47,7 +47,7 @@ class RandomWeights(dict):
         layer_scale=False,
         class_tokens=1,
     ):
-        """An encoder with its patch embedding, mask token, final norm, and the table that positions come from."""
+        """An encoder with patch embedding, mask token, final norm and position table."""
         self.blocks("encoder", dim, depth, layer_scale=layer_scale)
         self.norm("encoder.norm", dim)
         self["encoder.patch_embed.proj.weight"] = self.normal(dim, channels, *patch_size)
@@ -97,7 +97,10 @@ def block_outputs(x, weights, name, heads, bias=0.0, scales=None):
 
 
 def relative_bias(shape, table):
-    """BEiT's bias (heads, 1 + N, 1 + N): an index of all pairs from coordinates, bordered by the class token's rows."""
+    """BEiT's bias (heads, 1 + N, 1 + N), from an index of all coordinate pairs.
+
+    The rows of the class token form the border.
+    """
     axes, rows = len(shape), len(table)
     cells = np.indices(shape).reshape(axes, -1)
     offset = cells[:, :, None] - cells[:, None, :] + np.array(shape).reshape(-1, 1, 1) - 1
@@ -118,7 +121,10 @@ def raster_patches(images, patch_size, mean, std):
 
 
 def raster_cells(images, patch_size, cells, mean, std, cell_norm):
-    """Normalised means of cells (batch, N, cells * channels) of all patches of images (batch, axes..., channels)."""
+    """Normalized cell means of all patches: (batch, N, cells * channels).
+
+    Images are (batch, axes..., channels).
+    """
     x = (images / 255 - np.array(mean)) / np.array(std)
     axes, (batch, *lengths, channels) = len(patch_size), x.shape
     sides = zip(lengths, patch_size, cells, strict=True)
@@ -154,7 +160,10 @@ def supervised(
     extra_cells_weight=1.0,
     eps=0.0,
 ):
-    """Losses and predictions of features (batch, n, dim) in plan order; targets are (batch, N, values)."""
+    """Losses and predictions of features (batch, n, dim) in plan order.
+
+    Targets are (batch, N, values).
+    """
     place = np.arange(features.shape[1])
     is_visible, is_thrown = place < counts.visible, place >= counts.visible + counts.decoded
     is_decoded = ~is_visible & ~is_thrown
@@ -183,7 +192,10 @@ def supervised(
 
 
 def low_passed(images, radius):
-    """Images (batch, axes..., channels) without high frequencies, as in PixMIM; unchanged for None."""
+    """Images without high frequencies, as in PixMIM; unchanged for None.
+
+    Images are (batch, axes..., channels).
+    """
     if radius is None:
         return images
     axes = tuple(range(1, images.ndim - 1))
@@ -194,9 +206,10 @@ def low_passed(images, radius):
 
 
 def encoder_outputs(patches, weights, shape, heads, *, tokens=None, is_masked=None, scales=None):
-    """Outputs of all blocks (batch, C + n, dim) for some tokens (batch, n), by default all in raster order.
+    """Outputs of all blocks (batch, C + n, dim) for some tokens (batch, n).
 
-    As in SimMIM all patches are embedded, and where ``is_masked`` (batch, N) the mask token takes their place.
+    By default, all tokens in raster order. As in SimMIM all patches are embedded, and where ``is_masked`` (batch, N)
+    the mask token takes their place.
     """
     batch, dim = len(patches), len(weights["encoder.norm.bias"])
     weight = np.moveaxis(weights["encoder.patch_embed.proj.weight"], 1, -1).reshape(dim, -1)

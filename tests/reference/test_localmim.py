@@ -1,4 +1,7 @@
-"""LocalMIM against an independent forward pass: whole maps, transposed convolutions, and masks as weights."""
+"""LocalMIM against an independent forward pass on whole maps.
+
+It uses transposed convolutions, and masks as weights.
+"""
 
 from types import SimpleNamespace
 
@@ -96,7 +99,10 @@ def map_targets(target, cell):
 
 
 def whole_map(features, weights, head, scale, is_available):
-    """Predictions (batch, height, width, values) from features (batch, N, dim) in raster order."""
+    """Predictions (batch, height, width, values) from raster-order features.
+
+    Features are (batch, N, dim).
+    """
     maps = np.where(is_available[..., None], features, 0).reshape(2, *SHAPE, DECODER_DIM)
     if scale < 1:
         maps = pooled(maps, (2, 2)) / pooled(is_available.reshape(2, *SHAPE, 1).astype(float), (2, 2))

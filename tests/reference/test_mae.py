@@ -58,7 +58,10 @@ def image_problem(random_weights):
 
 
 def raster_features(oracle, problem, patches, num_visible, order, num_decoded, scales=None):
-    """Decoder features of the tokens in raster order, attention among visible and decoded ones only; (B, N, dim)."""
+    """Decoder features in raster order (B, N, dim).
+
+    Attention is among visible and decoded tokens only.
+    """
     weights, num_class = problem.weights, problem.class_tokens
     visible = order[:, :num_visible]
     states = oracle.encoder_outputs(patches, weights, problem.shape, HEADS, tokens=visible, scales=scales)

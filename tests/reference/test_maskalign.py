@@ -60,7 +60,10 @@ def image_problem(random_weights):
 
 
 def fused_layers(oracle, problem, visible, mean=None, std=None, scales=None):
-    """The student's fused layers for visible tokens (batch, V), class token first: (layers, batch, 1 + V, dim)."""
+    """The student's fused layers for visible tokens (batch, V).
+
+    Shape (layers, batch, 1 + V, dim), class token first.
+    """
     if mean is None:
         mean = (0.485, 0.456, 0.406) if problem.channels == 3 else (0.5,) * problem.channels
         std = (0.229, 0.224, 0.225) if problem.channels == 3 else (0.5,) * problem.channels
@@ -75,7 +78,10 @@ def predictions(oracle, problem, features):
 
 
 def whitened(problem, rows):
-    """The teacher's outputs (layers, batch, n, dim) at rows (batch, n), 0 being the class token."""
+    """The teacher's outputs (layers, batch, n, dim) at rows (batch, n).
+
+    Row 0 is the class token.
+    """
     hidden = problem.teacher_hidden[:, np.arange(len(rows))[:, None], rows]
     return (hidden - hidden.mean(-1, keepdims=True)) / np.sqrt(hidden.var(-1, keepdims=True) + 1e-5)
 
@@ -156,7 +162,10 @@ def test_with_a_weight_of_one_every_token_counts_the_same(image_problem):
 
 @pytest.mark.parametrize(("bias", "loss"), [(0.0, 1.0), (0.5, (0.25 + 2) / 2), (3.0, (3 + 7) / 2)])
 def test_loss_by_hand(image_problem, bias, loss):
-    """Silent heads that say ``bias`` everywhere, against a teacher that says 1 and -1: differences by hand."""
+    """Heads that always predict ``bias``, against a teacher of 1 and -1.
+
+    The differences are known by hand.
+    """
     hidden = np.tile([5.0, 3.0], (LAYERS, 2, 21, 5)) * 100  # whitened: 1 and -1, but for eps
     silent = {f"heads__{layer}__weight": np.zeros((TEACHER_DIM, DIM)) for layer in range(LAYERS)}
     biases = {f"heads__{layer}__bias": np.full(TEACHER_DIM, bias) for layer in range(LAYERS)}

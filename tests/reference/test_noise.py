@@ -6,7 +6,7 @@ from prmim_reference.noise import absorb, by_noise, check_noise, counter_noise, 
 
 
 def wrapping_noise(seed, step, sample, num_tokens):
-    """The same hash in NumPy's wrapping unsigned arithmetic, one call for a whole row."""
+    """The same hash in NumPy's unsigned arithmetic, one call per row."""
 
     def mix(x):
         x = (x ^ (x >> 16)) * np.uint32(0x7FEB352D)

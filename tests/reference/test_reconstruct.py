@@ -28,7 +28,7 @@ def squared_distances(shape, spacing, targets, known):
 
 
 def rebuild_stage_by_stage(features, order, sizes, mix, weight=1.0, bias=0.0):
-    """The progression around a mixing function (targets, known, features) -> new features."""
+    """The stages around a mixing function (targets, known, features) -> features."""
     for size in sizes:
         if size:
             known, targets = order[: len(features)], order[len(features) : len(features) + size]

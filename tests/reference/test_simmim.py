@@ -14,16 +14,16 @@ DIM, HEADS, DEPTH = 12, 3, 2
 CASES = {
     "image": {"lengths": (8, 18), "patch_size": (2, 3), "channels": 3, "mask_unit": 2},  # 4x6 tokens, 2x3 units
     "series": {"lengths": (36,), "patch_size": (3,), "channels": 2, "mask_unit": 3},  # 12 tokens, 4 units
-    "volume": {"lengths": (4, 8, 8), "patch_size": (1, 2, 2), "channels": 1, "mask_unit": 2},  # 4x4x4, 2x2x2 units
+    "volume": {"lengths": (2, 8, 8), "patch_size": (1, 2, 2), "channels": 1, "mask_unit": 2},  # 2x4x4, 1x2x2 units
 }
+CUBE = {"lengths": (4, 8, 8), "patch_size": (1, 2, 2), "channels": 1, "mask_unit": 2}  # 4x4x4 tokens, 2x2x2 units
 TABLE = "encoder.rel_pos_bias.relative_position_bias_table"
 
 
 class Problem:
     """Random weights, images and noise of a small method."""
 
-    def __init__(self, random_weights, name="image", *, position="relative", layer_scale=True, batch=2, seed=0):
-        case = CASES[name]
+    def __init__(self, random_weights, case=CASES["image"], *, position="relative", layer_scale=True, batch=2, seed=0):
         self.patch_size, self.channels, self.mask_unit = case["patch_size"], case["channels"], case["mask_unit"]
         lengths = case["lengths"]
         self.shape = tuple(n // side for n, side in zip(lengths, self.patch_size, strict=True))
@@ -57,7 +57,10 @@ class Problem:
         return simmim.forward(*given.values(), **own | options)
 
     def is_masked(self):
-        """Whether tokens (batch, N) are masked: 0.4 of the units are visible, a unit's mask blown up to tokens."""
+        """Whether tokens (batch, N) are masked; 0.4 of the units are visible.
+
+        The mask of a unit is expanded to its tokens.
+        """
         grid = self.noise.reshape(-1, *self.shape)
         first = grid[(slice(None), *(slice(None, None, self.mask_unit) for _ in self.shape))]
         flat = first.reshape(len(grid), -1)
@@ -72,7 +75,7 @@ class Problem:
 
 @pytest.fixture(params=CASES)
 def problem(request, random_weights):
-    return Problem(random_weights, request.param)
+    return Problem(random_weights, CASES[request.param])
 
 
 @pytest.fixture
@@ -81,7 +84,10 @@ def image_problem(random_weights):
 
 
 def features_of_seen(oracle, problem, seen, mean, std, scales=None):
-    """Encoder features (batch, n, dim) where the encoder sees some tokens (batch, n) only."""
+    """Encoder features (batch, n, dim) if the encoder sees some tokens only.
+
+    The tokens are (batch, n).
+    """
     patches = oracle.raster_patches(problem.images, problem.patch_size, mean, std)
     states = oracle.encoder_outputs(
         patches, problem.weights, problem.shape, HEADS, tokens=seen, is_masked=problem.is_masked(), scales=scales
@@ -107,7 +113,7 @@ def all_features(problem, known, orders, counts, **options):
 @pytest.mark.parametrize("layer_scale", [False, True])
 @pytest.mark.parametrize("position", ["absolute", "relative"])
 def test_without_throwing_it_is_simmim(random_weights, oracle, position, layer_scale, options):
-    """SimMIM as released: images of channels first, a 1x1 convolution, pixel shuffle, a mask of pixels."""
+    """SimMIM as released: channels first, 1x1 convolution, pixel shuffle, pixel mask."""
     problem = Problem(random_weights, position=position, layer_scale=layer_scale)
     output = problem.forward(**options)
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -138,7 +144,7 @@ def test_without_throwing_it_is_simmim(random_weights, oracle, position, layer_s
 @pytest.mark.parametrize("position", ["absolute", "relative"])
 @pytest.mark.parametrize("name", CASES)
 def test_thrown_tokens_never_enter_the_encoder(random_weights, oracle, name, position, throw_by):
-    problem = Problem(random_weights, name, position=position)
+    problem = Problem(random_weights, CASES[name], position=position)
     half = [0.5] * problem.channels
     output = problem.forward(reconstruction="none", throw_ratio=0.35, throw_by=throw_by, mean=half, std=half)
     num_visible = int((~problem.is_masked()[0]).sum())
@@ -334,7 +340,7 @@ def test_layer_scale_of_zero_leaves_mask_tokens_as_they_are(image_problem, oracl
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("position", ["absolute", "relative"])
 def test_a_patch_is_seen_by_its_image_if_it_is_visible(random_weights, name, position):
-    problem = Problem(random_weights, name, position=position)
+    problem = Problem(random_weights, CASES[name], position=position)
     before = problem.forward(cell_norm="none")
     counts = problem.counts
     kinds = {"visible": 0, "decoded": counts.visible, "thrown": counts.visible + counts.decoded}
@@ -355,7 +361,7 @@ def test_a_patch_is_seen_by_its_image_if_it_is_visible(random_weights, name, pos
 @pytest.mark.parametrize("throw_by", ["token", "unit"])
 @pytest.mark.parametrize("throwing", ["furthest", "random", "cell"])
 def test_units_are_masked_as_a_whole_and_thrown_as_told(throwing, throw_by, random_weights):
-    problem = Problem(random_weights, "volume")
+    problem = Problem(random_weights, CUBE)
     output = problem.forward(throwing=throwing, throw_by=throw_by, throw_ratio=0.3)
 
     def units(tokens):
@@ -373,7 +379,7 @@ def test_units_are_masked_as_a_whole_and_thrown_as_told(throwing, throw_by, rand
 @pytest.mark.parametrize("throw_by", ["token", "unit"])
 @pytest.mark.parametrize("furthest_from", ["visible", "none"])
 def test_the_order_is_that_of_the_plan(random_weights, furthest_from, throw_by):
-    problem = Problem(random_weights, "volume")
+    problem = Problem(random_weights, CUBE)
     output = problem.forward(furthest_from=furthest_from, throw_by=throw_by)
     unit = (2, 2, 2)
     counts = simmim.unit_counts(problem.shape, unit, 0.6, 0.25, throw_by)
@@ -438,7 +444,7 @@ def test_everything_thrown_leaves_nothing_to_rebuild_from(image_problem):
 @pytest.mark.parametrize("position", ["absolute", "relative"])
 @pytest.mark.parametrize("name", CASES)
 def test_encode_sees_the_whole_image(random_weights, oracle, name, position):
-    problem = Problem(random_weights, name, position=position)
+    problem = Problem(random_weights, CASES[name], position=position)
     mean, std = [0.4] * problem.channels, [0.3] * problem.channels
     found = simmim.encode(
         problem.weights, problem.images, patch_size=problem.patch_size, num_heads=HEADS, mean=mean, std=std

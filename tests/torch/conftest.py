@@ -16,7 +16,10 @@ else:
 
 @pytest.fixture(autouse=True, scope="session")
 def single_thread() -> Iterator[None]:
-    """Use one thread: the bits of sums depend on the number of threads, and small tensors are faster with one."""
+    """Use one thread.
+
+    Sums depend on the number of threads, and small tensors are faster with one.
+    """
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -25,7 +28,10 @@ def single_thread() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def forgetful_compiler() -> Iterator[None]:
-    """Forget the programs of a test: PyTorch compiles a function, which several methods share, only a few times."""
+    """Reset the compiler after a test.
+
+    PyTorch compiles a function only a few times, and several methods share functions.
+    """
     yield
     if "torch._dynamo" in sys.modules:
         torch.compiler.reset()
@@ -41,7 +47,7 @@ def device(request: pytest.FixtureRequest) -> Any:
 
 @pytest.fixture
 def tiny() -> dict[str, Any]:
-    """Return the options of a small, fast MAE: 4x4 tokens, of which 4 visible, 4 decoded, 8 thrown."""
+    """Return options of a small MAE: 4x4 tokens, 4 visible, 4 decoded, 8 thrown."""
     return {
         "image_size": (16, 16),
         "patch_size": (4, 4),
@@ -56,7 +62,7 @@ def tiny() -> dict[str, Any]:
 
 @pytest.fixture
 def tiny_simmim() -> dict[str, Any]:
-    """Return the options of a small, fast SimMIM: 4x4 tokens in units of 2x2, of which 1 visible."""
+    """Return options of a small SimMIM: 4x4 tokens in 2x2 units, one visible."""
     return {"image_size": (16, 16), "patch_size": (4, 4), "embed_dim": 16, "depth": 2, "num_heads": 2}
 
 

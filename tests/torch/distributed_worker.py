@@ -1,4 +1,7 @@
-"""Jobs of the processes of test_distributed.py: a script for torchrun, and a module for a single process."""
+"""Worker jobs of test_distributed.py.
+
+A script for torchrun, and a module for a single process.
+"""
 
 import argparse
 import functools
@@ -64,7 +67,7 @@ def make_engine(method, **training):
 
 
 def train(engine, last, spoilt=None):
-    """Train up to a step, each process on its rows; return the measurements of each step.
+    """Train up to a step, each process on its rows; return all measurements.
 
     In one step the loss of one process, the last, is not finite.
     """
@@ -194,7 +197,10 @@ def draw_classes(step):
 
 
 def train_classifier(engine, last, rows=None):
-    """Train up to a step; ``rows``: those of the process, in another order than usual."""
+    """Train up to a step.
+
+    ``rows``: those of the process, in another order than usual.
+    """
     curve = []
     while engine.step < last:
         images, targets = draw_classes(engine.step)
@@ -219,7 +225,7 @@ def message_of(call):
 
 
 def agreement(shared, own):
-    """Let one process disagree with the others: a flag, a missing file, a failed write."""
+    """Let one process fail or differ: a flag, a missing file, a failed write."""
     engine = make_engine("mae", parallel="fsdp")
     results = {"device": engine.device, "any": [engine.any(engine.rank == 1), engine.any(False), engine.any(True)]}
     good, here = shared / "1" / "mae" / "ddp" / "half", own / "agreement"
@@ -253,7 +259,10 @@ def fail_to_write(writer, plan, planner):
 
 
 def holdings(shared, own):
-    """Count what each process holds, beside a frozen teacher, and how often gradients are communicated."""
+    """Count tensors per process, and gradient communications.
+
+    A frozen teacher is left out.
+    """
     results = {}
     METHODS["mae"] = create_with_teacher
     for parallel in PARALLEL:
@@ -283,7 +292,7 @@ def holdings(shared, own):
 
 
 class Calls(TorchDispatchMode):
-    """Record collective communication, and operators that make the host wait for values."""
+    """Record collective communication, and operators that block the host."""
 
     def __init__(self):
         super().__init__()
@@ -308,7 +317,10 @@ def count_and_reduce(travels, bucket):
 
 
 def compiled(shared, own):
-    """Train with torch.compile; its backend generates no code, which would take a minute."""
+    """Train with torch.compile, with a backend that generates no code.
+
+    Code generation would take a minute.
+    """
     compile_, torch.compile = torch.compile, functools.partial(torch.compile, backend="aot_eager")
     results = {}
     for parallel in PARALLEL:

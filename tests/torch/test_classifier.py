@@ -56,7 +56,10 @@ def make_config(tiny, tiny_simmim):
 
 @pytest.fixture
 def make_engine(make_config, device):
-    """Return a function from options of classifier and training to an engine; by default, drop path is off."""
+    """Return a factory of engines, by options of classifier and training.
+
+    By default, drop path is off.
+    """
     names = {item.name for item in options_of(ClassifierConfig)}
 
     def make(name="mae", weights=None, num_classes=CLASSES, **given):
@@ -109,7 +112,10 @@ def assert_same(weights, others):
 
 
 def spread_out(engine, path):
-    """Perturb the weights of an engine; the initial ones give the encoder hardly any gradient."""
+    """Perturb an engine's weights.
+
+    The initial weights give the encoder hardly any gradient.
+    """
     module, generator = engine.module, torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in module.parameters():

@@ -1,4 +1,4 @@
-"""CPU kernels: the same numbers as PyTorch's functions, and used only where they pay."""
+"""CPU kernels: equal to PyTorch's functions, and used only where faster."""
 
 import pytest
 import torch

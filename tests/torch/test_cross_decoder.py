@@ -1,4 +1,4 @@
-"""The decoder of CrossMAE: equal to the reference, economical, and without attention between decoded tokens."""
+"""CrossMAE's decoder: equal to the reference, efficient, without self-attention."""
 
 from math import sqrt
 

@@ -1,4 +1,4 @@
-"""What trainers of others rely on: names for weight decay, and plans from the workers of a DataLoader."""
+"""Support of custom trainers: weight decay by name, plans in DataLoader workers."""
 
 from fnmatch import fnmatch
 from functools import partial
@@ -30,7 +30,10 @@ class Host(nn.Module):
 
 
 def decayed_by_timm(model):
-    """Return what ``timm.optim.param_groups_weight_decay`` decays: by its documentation, names may be patterns."""
+    """Return what ``timm.optim.param_groups_weight_decay`` decays.
+
+    By its documentation, names may be patterns.
+    """
     exempt = model.no_weight_decay()
     return {
         name

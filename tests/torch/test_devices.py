@@ -1,4 +1,7 @@
-"""No float64 on devices that lack it. The meta device stands for one: it computes shapes and dtypes, and no values."""
+"""No float64 on devices that lack it.
+
+The meta device stands for one: it computes shapes and dtypes, but no values.
+"""
 
 import contextlib
 import importlib.util

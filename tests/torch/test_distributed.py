@@ -1,4 +1,6 @@
-"""Several processes under torchrun: the same run as one process, agreement, and faults.
+"""Several processes under torchrun: equality, agreement, and faults.
+
+Results equal those of one process.
 
 A launch takes seconds, so each launch runs many jobs; the tests look at their results.
 """
@@ -125,7 +127,7 @@ def test_several_processes_make_the_run_of_one(one, several, shared, name, paral
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 @pytest.mark.parametrize("name", ["finetune", "probe"])
 def test_two_processes_make_the_classifier_of_one(one, two, shared, name, parallel):
-    """Batch norm over all uses the rows of all processes; the average of the weights is the same."""
+    """Batch norm over all rows: the average of the weights is the same."""
     expected, ranks = one["classifiers"][f"{name} ddp"], [rank["classifiers"][f"{name} {parallel}"] for rank in two]
     assert_same_run(ranks[0]["curve"], expected["curve"], ("loss", "accuracy"))
     assert [step["nonfinite_step"] for step in expected["curve"]] == [None, None, None, 4, 4, 4]
@@ -143,7 +145,10 @@ def test_two_processes_make_the_classifier_of_one(one, two, shared, name, parall
 
 
 def test_batch_norm_of_each_process(worker, two, shared):
-    """A step is that of one process which accumulates the shares; running statistics are means over the processes."""
+    """A step equals a one-process step that accumulates the shares.
+
+    Running statistics are means over the processes.
+    """
     engine = worker.make_classifier("device_probe", accumulate=2)
     expected = worker.train_classifier(engine, worker.STEPS, np.r_[0:16:2, 1:16:2])
     ranks = [rank["classifiers"]["device_probe ddp"] for rank in two]

@@ -1,4 +1,4 @@
-"""Programs for batches of any size: torch.export and torch.compile; plans as pytrees."""
+"""Programs with dynamic batch size (export and compile); plans as pytrees."""
 
 import io
 

@@ -23,7 +23,7 @@ ARGUMENTS = argparse.Namespace(norm_pix_loss=True, loss_weights="top2", lr=1e-3)
 
 
 def randomize(module):
-    """Give every parameter random numbers, away from the symmetries of the first values; tables stay."""
+    """Randomize every parameter, away from initial symmetries; keep tables."""
     generator = torch.Generator().manual_seed(0)
     for name, parameter in module.named_parameters():
         if not name.endswith(("pos_embed", "position_embeddings")):
@@ -211,7 +211,10 @@ def save(model, folder, **options):
 
 
 def reset_tables(model):
-    """Give a ViTMAE its tables of sines and cosines; releases before and after 5.23 do so when a model is built."""
+    """Give a ViTMAE its sine-cosine tables.
+
+    transformers other than 5.23 does so when it builds a model.
+    """
     model.decoder.initialize_weights(16)
     embeddings = model.vit.embeddings
     for part in (embeddings.patch_embeddings.projection, *embeddings.parameters()):

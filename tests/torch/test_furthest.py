@@ -1,4 +1,4 @@
-"""The kernel of furthest sampling: on a GPU, and in Triton's interpreter on any machine.
+"""The kernel of furthest sampling, on a GPU or in Triton's interpreter.
 
 Triton reads ``TRITON_INTERPRET`` when it is imported, and torch.compile imports it in other tests; so one test here
 runs the others in a process of their own.

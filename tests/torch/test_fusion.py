@@ -1,4 +1,7 @@
-"""Fusion of encoder layers; tests/parity compares its numbers with JAX and the reference."""
+"""Fusion of encoder layers.
+
+tests/parity compares its numbers with JAX and the reference.
+"""
 
 import numpy as np
 import pytest

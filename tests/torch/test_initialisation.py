@@ -1,4 +1,4 @@
-"""Modules that were built on the meta device get the constants and weights of modules that were built on the CPU."""
+"""Modules built on the meta device get the constants and weights of CPU modules."""
 
 import importlib.util
 from pathlib import Path

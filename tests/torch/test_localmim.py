@@ -1,4 +1,4 @@
-"""LocalMIM: heads and loss as published, thrown tokens at every scale, and nothing that is not asked for."""
+"""LocalMIM: published heads and loss; thrown tokens at every scale."""
 
 import numpy as np
 import pytest
@@ -69,7 +69,7 @@ def test_a_head_computes_transposed_convolutions():
 
 
 def test_the_dense_loss_is_the_published_one(make_images):
-    """Per scale: the error of each cell, weighted by the mask at that scale, over the sum of the weights."""
+    """Per scale: mean error of the cells, weighted by the mask at that scale."""
     method, images, noise = make_case(make_images, throw_ratio=0.0)
     output, config = method.double()(images, noise), method.config
     mask = output.plan.mask.double().view(2, 1, 4, 4)

@@ -1,4 +1,4 @@
-"""The masked autoencoder: equal to the reference, economical, and clear about wrong inputs."""
+"""MAE: equal to the reference, efficient, with clear errors."""
 
 import os
 import re

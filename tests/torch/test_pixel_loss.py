@@ -15,7 +15,10 @@ def make_loss(grid=(4, 4), patch_size=(4, 4), dim=8, **options):
 
 
 class Host(nn.Module):
-    """A trainer: linear layers in place of encoder and decoder; positions of batch 1; float noise."""
+    """A trainer with linear layers for encoder and decoder.
+
+    Positions have batch size 1; noise is float.
+    """
 
     def __init__(self, thrown=8):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Weights of the authors of MAE and Pixio; the encoder against the one of the transformers library."""
+"""Weights of MAE's and Pixio's authors, compared with transformers."""
 
 import pytest
 import torch
@@ -29,7 +29,10 @@ def make_config(**changes):
 
 
 def official_state(model):
-    """Return the weights of a PixioModel by their official names; queries, keys and values are one matrix."""
+    """Return the weights of a PixioModel by their official names.
+
+    Queries, keys and values are one matrix.
+    """
     state = {}
     for name, tensor in model.state_dict().items():
         for part, official in OFFICIAL.items():

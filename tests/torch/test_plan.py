@@ -13,7 +13,7 @@ from prmim_torch import create_method, make_plan, plan
 
 
 def lattice(grid, counts, noise, is_visible):
-    """Decode masked tokens of one colour of a checkerboard, then those of the other; within a colour by noise."""
+    """Decode masked tokens in checkerboard order; within a colour, by noise."""
     colour = (sum(grid.coordinates(noise)) + noise[:, :1]) & 1
     return random_decoded(counts.decoded, (colour << 30) + (noise >> 2), is_visible)
 
@@ -126,7 +126,7 @@ def test_operator_passes_opcheck(with_visible):
 
 
 def calls_of_graphs(function, *arguments):
-    """Compile a function, compare what it returns, and return the operators of each graph."""
+    """Compile a function, compare results, and return each graph's operators."""
     graphs = []
 
     def backend(graph, _):

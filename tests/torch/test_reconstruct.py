@@ -218,7 +218,7 @@ def test_wrong_options(options, message):
 
 @pytest.mark.parametrize("reconstruction", RECONSTRUCTIONS)
 def test_one_module_serves_an_annealed_throw_ratio(reconstruction):
-    """Each plan gives what a module with the same weights gives that has seen no other plan."""
+    """A plan's result does not depend on plans that the module saw before."""
     module, features, plan = make_case(Grid((4, 5)), reconstruction)
     for visible, decoded, stages in ((5, 15, 2), (5, 10, 1), (5, 5, 3), (5, 0, 16)):
         counts = TokenCounts(visible, decoded, 20 - visible - decoded)

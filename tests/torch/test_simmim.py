@@ -181,7 +181,7 @@ def test_gradients_reach_every_parameter(make_images, options):
 
 
 def test_a_bias_of_the_keys_changes_nothing(make_images):
-    """The official encoder has biases for queries and values only; ours computes the same function."""
+    """The official encoder has no key biases; ours computes the same function."""
     method, images, noise = make_case(make_images)
     method.double()(images, noise).loss.backward()
     dim = method.config.encoder_size.dim

@@ -43,7 +43,7 @@ def own_statistics(kind):
 
 
 def expected_output(kind, folder, images, grid, mean, std):
-    """Return the hidden states of all blocks and the attention of the last one, from transformers."""
+    """Return transformers' hidden states of all blocks, and the last attention."""
     pixels = ((images / 255 - mean) / std).permute(0, 3, 1, 2)
     size = tuple(4 * tokens for tokens in grid)
     if size != tuple(images.shape[1:3]):
@@ -71,7 +71,7 @@ def test_outputs_are_those_of_transformers(folders, make_images, kind, geometry)
 
 
 def test_outputs_come_before_the_final_norm(folders, images):
-    """MaskAlign uses the outputs of blocks; the last hidden state in transformers is normalised."""
+    """MaskAlign uses outputs of blocks, without the final norm of transformers."""
     model = transformers.ViTModel.from_pretrained(folders["dino"])
     last = Teacher(folders["dino"], GRID, 3)(images).hidden[-1]
     assert not torch.allclose(model.layernorm(last), last, atol=0.1)
@@ -228,7 +228,7 @@ def test_a_name_without_network(monkeypatch):
         (
             None,
             "transformers",
-            r"teacher: expected transformers to be installed, which loads it, got no such package; pip install .*",
+            r"teacher: expected transformers to be installed, got no such package; pip install .*",
         ),
     ],
 )
@@ -317,7 +317,7 @@ def test_wrong_options(folders, changes, message):
 
 
 def test_files_of_the_project_are_read_alike(images, tmp_path):
-    """The small teachers of other tests are written without transformers, in two formats."""
+    """Small teachers of other tests are written in two formats, without transformers."""
     first, second = (
         Teacher(helpers.write_teacher(tmp_path / names, names=names), GRID, 3)(images) for names in ("old", "new")
     )

@@ -129,7 +129,10 @@ def our_weights(state):
 
 
 def test_thrown_tokens_of_the_logits_are_cells_in_the_units_of_the_target():
-    """Predictions equal to the targets give the cells of the pixels, normalised as the target if it is normalised."""
+    """Predictions equal to the targets give the cells of the pixels.
+
+    Both are normalized in the same way.
+    """
     pixels, noise = make_inputs()
     pixels = pixels[:, :, ::2, ::2].repeat_interleave(2, 2).repeat_interleave(2, 3)  # each cell has one value
     for norm_pix in (False, True):

@@ -1,4 +1,7 @@
-"""VideoMAE: tubes, dual masking and targets per channel. Parity with the reference is in tests/parity."""
+"""VideoMAE: tubes, dual masking and channel targets.
+
+tests/parity compares it with the reference.
+"""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Parts of the vision transformer: position table, initialisation, embedding, encoder."""
+"""Vision transformer: position table, initialisation, embedding, encoder."""
 
 from math import sqrt
 

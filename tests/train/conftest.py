@@ -1,15 +1,19 @@
 """Fixtures of the training tests: a backend in NumPy, and small runs on it."""
 
+import importlib
 import importlib.util
 import json
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 
+from prmim_train.cli.commands import main
 from prmim_train.config.layers import merge_layers, read_options
 from prmim_train.config.pretrain import PretrainConfig, pretrain_config
 
@@ -44,7 +48,7 @@ TINY = {
 
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """The engine class of `tests/train/fake_engine.py`, registered as the backend `fake`."""
+    """The class of `tests/train/fake_engine.py`, registered as backend `fake`."""
     module = _load("prmim_fake", HERE / "fake_engine.py")
     monkeypatch.setitem(sys.modules, "prmim_fake", module)
     yield module.Engine
@@ -53,7 +57,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
 @pytest.fixture
 def tiny(fake: Any, tmp_path: Path) -> Callable[..., PretrainConfig]:
-    """Make the configuration of a run of 12 steps in `tmp_path / "run"`, with some options changed."""
+    """Make a configuration of 12 steps in `tmp_path / "run"`, with some changes."""
 
     def make(**changes: Any) -> PretrainConfig:
         options = {**TINY, "out": str(tmp_path / "run")}
@@ -66,7 +70,10 @@ def tiny(fake: Any, tmp_path: Path) -> Callable[..., PretrainConfig]:
 
 @pytest.fixture
 def tiny_recipe() -> Callable[..., PretrainConfig]:
-    """Return a function from the name of a recipe to its configuration with small sizes, and some options changed."""
+    """Return a function from a recipe's name to a small version of it.
+
+    Some options can be changed.
+    """
 
     def make(name: str, **changes: Any) -> PretrainConfig:
         recipe = read_options(name)
@@ -102,7 +109,7 @@ def teachers() -> ModuleType:
 
 @pytest.fixture
 def teacher(tmp_path: Path) -> Path:
-    """Folder of a teacher without weights, which is enough for everything but an engine."""
+    """Folder of a teacher without weights; only engines need weights."""
     folder = tmp_path / "teacher"
     folder.mkdir()
     sizes = {"hidden_size": 64, "num_hidden_layers": 6, "num_attention_heads": 4, "intermediate_size": 256}
@@ -119,3 +126,47 @@ def tiny_words(fake: Any, tmp_path: Path) -> list[str]:
         text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
         words += [f"--{name}", text]
     return words
+
+
+@pytest.fixture(params=["torch", "jax"])
+def backend(request: pytest.FixtureRequest, quick_compiler: None) -> str:
+    """Return the name of each real backend in turn."""
+    pytest.importorskip("flax" if request.param == "jax" else "torch")
+    return str(request.param)
+
+
+@pytest.fixture
+def stop_and_resume(backend: str, monkeypatch: pytest.MonkeyPatch) -> Callable[[list[str], Path], None]:
+    """Return a function that starts a run with some words, stops it after two steps, and resumes it."""
+    engine = importlib.import_module(f"prmim_{backend}").Engine
+    take = engine.train_step
+
+    def train_step(self: Any, images: Any, sample: Any) -> None:
+        if self.step == 2:
+            signal.raise_signal(signal.SIGINT)
+        take(self, images, sample)
+
+    def run(words: list[str], out: Path) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(engine, "train_step", train_step)
+            assert main([*words, "--out", str(out)]) == 128 + signal.SIGINT
+        assert main(["pretrain", "--out", str(out), "--resume"]) == 0
+
+    return run
+
+
+@pytest.fixture
+def assert_same_weights() -> Callable[[Path, Path], None]:
+    """Return a function that compares the last checkpoints of two runs."""
+    from safetensors.numpy import load_file
+
+    def check(run: Path, other: Path) -> None:
+        found, expected = (
+            load_file(sorted((folder / "checkpoints").glob("step_*"))[-1] / "weights.safetensors")
+            for folder in (run, other)
+        )
+        assert found.keys() == expected.keys()
+        for name, value in expected.items():
+            np.testing.assert_array_equal(found[name], value, err_msg=name)
+
+    return check

@@ -1,4 +1,4 @@
-"""A framework of two hundred lines: a linear autoencoder in NumPy behind the engine's calls.
+"""A small framework: a linear autoencoder in NumPy behind the engine's calls.
 
 Tests register it as the backend `fake`; it is quick, exact and can be told to fail.  Under the name `maskalign` it
 keeps its autoencoder and compares features with a teacher that is a fixed projection of the patches.  Knobs, set as
@@ -125,7 +125,7 @@ class Engine:
         self.sums.append((loss, *parts, norm))
 
     def _update(self, gradients: list[np.ndarray]) -> bool:
-        """Let the momentum move the weights, unless the step is to be a bad one; say whether it did."""
+        """Apply the momentum, unless the step is set to fail; return whether it did."""
         self.step += 1
         if self.step in Engine.bad_steps:
             self.bad = self.step if self.bad < 0 else self.bad
@@ -152,7 +152,10 @@ class Engine:
         return (self._flat(images) @ self.encoder).astype(np.float32)
 
     def attention(self, images: np.ndarray) -> np.ndarray:
-        """The error of each token's reconstruction from the whole image, which changes in every step."""
+        """Errors of each token's reconstruction from the whole image.
+
+        They change in every step.
+        """
         pixels = self._flat(images)
         error = np.abs(pixels @ self.encoder @ self.decoder - pixels)
         error = error.reshape(len(images), self.schedule.counts.num_tokens, -1).mean(2)
@@ -222,7 +225,7 @@ class Engine:
 
 
 class EncoderEngine(Engine):
-    """The linear encoder alone; the call of `features` with the number `fails_at` fails."""
+    """The linear encoder alone; call number `fails_at` of `features` fails."""
 
     calls: ClassVar[int] = 0
     fails_at: ClassVar[int | None] = None
@@ -243,7 +246,10 @@ class EncoderEngine(Engine):
 
 
 class ClassifierEngine(Engine):
-    """Softmax regression on the linear encoder, which learns too unless it is frozen; its head is the `decoder`."""
+    """Softmax regression on the linear encoder; its head is the `decoder`.
+
+    The encoder learns too, unless it is frozen.
+    """
 
     def __init__(self, config: MethodConfig, classifier: ClassifierConfig, num_classes: int, training: TrainingConfig,
                  weights: Path | None = None) -> None:  # fmt: skip

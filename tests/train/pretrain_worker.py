@@ -1,4 +1,4 @@
-"""What each process of test_distributed_pretrain.py does under torchrun: several commands, one after the other.
+"""Worker of test_distributed_pretrain.py: several commands under torchrun.
 
 Argument: a folder that holds `photos`, some of them unreadable. Each process leaves `rank_N.json` there, with exit code
 and output of every command.

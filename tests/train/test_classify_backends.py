@@ -1,4 +1,4 @@
-"""Classifiers on PyTorch and on JAX: small ones, on small encoders that were trained a little on the digits."""
+"""Small classifiers on PyTorch and JAX, on encoders trained briefly on digits."""
 
 import json
 import shutil
@@ -73,7 +73,7 @@ def quick(quick_compiler, one_thread):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """Return a function from a backend to the folder of a run on it, which is trained once."""
+    """Return a function from a backend to a run's folder; each run is trained once."""
     made = {}
 
     def make(backend, **changes):
@@ -85,6 +85,20 @@ def run(tmp_path_factory):
                 options |= {"decoder_dim": 16, "decoder_depth": 1, "decoder_heads": 2}
             assert main(["pretrain", *words(options)]) == 0
         return made[key]
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def classifier(run, tmp_path_factory):
+    """Return a function from a protocol and a backend to the folder of a classifier with everything, trained once."""
+    made = {}
+
+    def make(protocol, backend):
+        if (protocol, backend) not in made:
+            made[protocol, backend] = tmp_path_factory.mktemp("classifiers") / protocol
+            evaluate(run(backend), protocol, everything(protocol), "--out", made[protocol, backend])
+        return made[protocol, backend]
 
     return make
 
@@ -124,9 +138,8 @@ def test_the_linear_probe_leaves_the_encoder_alone(backend, run, tmp_path):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("protocol", ["finetune", "linear"])
-def test_stop_and_resume_is_the_same_as_no_stop(protocol, backend, run, tmp_path, monkeypatch):
-    options = everything(protocol)
-    evaluate(run(backend), protocol, options, "--out", tmp_path / "whole")
+def test_stop_and_resume_is_the_same_as_no_stop(protocol, backend, run, classifier, tmp_path, monkeypatch):
+    options, whole = everything(protocol), classifier(protocol, backend)
     engine = sys.modules[f"prmim_{backend}"].ClassifierEngine
     take = engine.train_step
 
@@ -139,32 +152,31 @@ def test_stop_and_resume_is_the_same_as_no_stop(protocol, backend, run, tmp_path
         patch.setattr(engine, "train_step", train_step)
         evaluate(run(backend), protocol, options, "--out", tmp_path / "stopped", code=128 + signal.SIGTERM)
     evaluate(run(backend), protocol, {}, "--out", tmp_path / "stopped", "--resume")
-    assert untimed(tmp_path / "stopped") == untimed(tmp_path / "whole")
-    for name, value in weights(tmp_path / "whole").items():
+    assert untimed(tmp_path / "stopped") == untimed(whole)
+    for name, value in weights(whole).items():
         np.testing.assert_array_equal(weights(tmp_path / "stopped")[name], value, err_msg=name)
-    assert record(tmp_path / "stopped") == record(tmp_path / "whole")
+    assert record(tmp_path / "stopped") == record(whole)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("protocol", ["finetune", "linear"])
-def test_predictions_do_not_depend_on_the_batch(protocol, backend, run, tmp_path):
-    evaluate(run(backend), protocol, everything(protocol), "--out", tmp_path / "run")
-    directory = RunDirectory(run(backend))
-    given = {"protocol": protocol, "out": str(tmp_path / "run"), "resume": True, "ema_decay": 0.9}
+def test_predictions_do_not_depend_on_the_batch(protocol, backend, run, classifier):
+    directory, trained = RunDirectory(run(backend)), classifier(protocol, backend)
+    given = {"protocol": protocol, "out": str(trained), "resume": True, "ema_decay": 0.9}
     job = Classification(classify_config(read_run_config(directory), given), directory)
     engine = job.create_engine()
-    engine.restore(RunDirectory(tmp_path / "run").checkpoints()[-1])
+    engine.restore(RunDirectory(trained).checkpoints()[-1])
     whole, parts = (predict(engine, job.test, (16, 16), batch_size=size) for size in (359, 7))
     np.testing.assert_allclose(parts.logits, whole.logits, rtol=1e-4, atol=1e-5)
-    assert np.mean(whole.predicted == whole.truth) == record(tmp_path / "run")["accuracy"]
+    assert np.mean(whole.predicted == whole.truth) == record(trained)["accuracy"]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_both_backends_go_the_same_way(backend, run, tmp_path):
+def test_both_backends_go_the_same_way(backend, run, classifier, tmp_path):
     """On the encoder of one, with all augmentation."""
-    for other in BACKENDS:
-        evaluate(run(backend), "finetune", ALL, "--backend", other, "--out", tmp_path / other)
-    for here, there in zip(untimed(tmp_path / "torch"), untimed(tmp_path / "jax"), strict=True):
+    other = BACKENDS[1 - BACKENDS.index(backend)]
+    evaluate(run(backend), "finetune", ALL, "--backend", other, "--out", tmp_path / other)
+    for here, there in zip(untimed(classifier("finetune", backend)), untimed(tmp_path / other), strict=True):
         assert here.keys() == there.keys()
         for name, value in here.items():
             if "accuracy" in name:
@@ -206,11 +218,10 @@ def test_weights_of_another_model_are_told_in_one_line(old, new, named, backend,
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_classifier_does_not_go_on_with_the_other_backend(backend, run, tmp_path, capsys):
-    evaluate(run(backend), "finetune", FEW, "--out", tmp_path / "run")
-    other = BACKENDS[1 - BACKENDS.index(backend)]
+def test_a_classifier_does_not_go_on_with_the_other_backend(backend, run, classifier, capsys):
+    out, other = classifier("finetune", backend), BACKENDS[1 - BACKENDS.index(backend)]
     capsys.readouterr()
-    evaluate(run(backend), "finetune", {"epochs": 2, "backend": other}, "--out", tmp_path / "run", "--resume", code=2)
+    evaluate(run(backend), "finetune", {"epochs": 2, "backend": other}, "--out", out, "--resume", code=2)
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"prmim: error: backend: expected {backend}, as in the run in {tmp_path / 'run'}")
+    assert line.startswith(f"prmim: error: backend: expected {backend}, as in the run in {out}")
     assert line.endswith("start another classifier with --out ANOTHER")

@@ -1,4 +1,7 @@
-"""A run begun on one backend goes on with its weights on the other; what does not go over is told in one line."""
+"""Runs that continue with their weights on the other backend.
+
+One line reports what is lost.
+"""
 
 import json
 import os
@@ -64,7 +67,7 @@ def losses(run):
 
 @pytest.fixture(scope="module", params=DIRECTIONS, ids=" to ".join)
 def first(request, tmp_path_factory):
-    """Return a finished run on one backend, and the names of that backend and of the other."""
+    """Return a finished run on one backend, and the names of both backends."""
     here, there = request.param
     return pretrain(tmp_path_factory.mktemp("first") / "run", here), here, there
 
@@ -102,7 +105,7 @@ def test_features_and_accuracy_of_the_same_weights_agree(first):
 
 @pytest.fixture
 def copied(first, tmp_path):
-    """Return a copy of the run, words that go on with it, and the names of its backend and of the other."""
+    """Return a copy of the run, arguments that continue it, and both backends."""
     begun, here, there = first
     run = RunDirectory(tmp_path / "run")
     shutil.copytree(begun.path, run.path)
@@ -150,7 +153,10 @@ def test_a_torch_run_loads_nothing_of_the_jax_adapter(tmp_path):
 
 @pytest.mark.parametrize("backend", ["torch", "jax"])
 def test_tall_images_of_13_channels_and_16_bits(backend, tmp_path):
-    """Spectrograms and satellite images in small: crops, range and pictures of held-out images."""
+    """Small spectrograms and satellite images: crops, range and pictures.
+
+    The pictures show held-out images.
+    """
     levels = np.random.default_rng(0).integers(0, 3500, (24, 64, 8, 13)).astype(np.uint16)
     np.savez(tmp_path / "a.npz", images=levels)
     options = {"data": tmp_path / "a.npz", "channels": 13, "image_size": "64,8", "patch_size": "8,4", "batch_size": 6}

@@ -1,4 +1,4 @@
-"""`prmim pretrain` in two processes under torchrun: one launch, which goes through several commands."""
+"""`prmim pretrain` in two processes: several commands in one torchrun launch."""
 
 import importlib.util
 import json

@@ -1,4 +1,7 @@
-"""A run on images of 8 x 8 pixels, whose encoder is used by itself and at 16 x 16 pixels, on PyTorch and on JAX."""
+"""Encoders of a small run, used alone and at twice the size, on both backends.
+
+Images have 8 x 8 and 16 x 16 pixels.
+"""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Damaged and ill-meant files: everything that reads what comes from elsewhere answers, or says in one line why not.
+"""Damaged and malicious files: every reader returns content or a one-line error.
 
 Each test changes sound files, and gives what comes out to a reader. Anything but an answer or the documented error is
 a failure, and so are seconds of thought and memory out of proportion. By default the examples are few and always the
@@ -40,7 +40,10 @@ many = settings(max_examples=4 * settings.default.max_examples)
 
 @pytest.fixture(autouse=True)
 def bounds():
-    """End a test that hangs in C, where no exception reaches, and fail one that takes too much memory."""
+    """End tests that hang in C, and fail those that take too much memory.
+
+    No exception reaches code in C.
+    """
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     seconds = 300 if settings.default.max_examples < 100 else 3600
     faulthandler.dump_traceback_later(seconds, exit=True)
@@ -51,7 +54,7 @@ def bounds():
 
 @contextmanager
 def expecting(*errors, start: str = ""):
-    """Allow these errors, none derived from them, in one line that begins so; and no long thought."""
+    """Allow these errors, not subclasses, in one line that begins so, within a time."""
     started, said = time.monotonic(), None
     try:
         yield
@@ -81,7 +84,10 @@ INTERESTING = [
 
 @st.composite
 def mutations(draw, seeds):
-    """One of the seeds, after a few changes: bytes overwritten, cut out, put in, repeated, the end cut off."""
+    """One of the seeds after a few changes.
+
+    Bytes are overwritten, cut out, inserted or repeated, or the end is cut off.
+    """
     content = bytearray(draw(st.sampled_from(seeds)))
     for _ in range(draw(st.integers(1, 5))):
         # Headers are at the beginning: half of the changes are made there.
@@ -202,7 +208,7 @@ def test_damaged_images(kind):
 
 
 def with_checksums(content: bytes) -> bytes:
-    """Return a PNG file whose chunks have the checksums of what they hold now, so that what they say is believed."""
+    """Return a PNG file with valid checksums, so that its chunks are trusted."""
     parts, place = [content[:8]], 8
     while place + 12 <= len(content):
         length = min(int.from_bytes(content[place : place + 4], "big"), len(content) - place - 12)
@@ -366,7 +372,7 @@ def test_damaged_tar_files(tmp_path):
     st.sampled_from(["cut", "cut within a block", "zeros instead", "zeros between", "doubled", "repeated"]),
 )
 def test_no_image_of_a_tar_file_is_lost_in_silence(tmp_path_factory, number, blocks, change):
-    """Cut, repeated, or with zeros in place of blocks or between them: refused, or as many images as before."""
+    """Cut, repeated, or zeroed blocks: rejected, or as many images as before."""
     content = TARS[number]
     start, end = (512 * block for block in blocks)
     before, between, after = content[:start], content[start:end], content[end:]
@@ -544,7 +550,10 @@ def test_values_that_yaml_cannot_make(text):
 
 
 def test_a_value_that_grows_without_end_is_not_shown_whole():
-    """A billion laughs: each list holds the one before nine times; a dozen of them would fill any memory."""
+    """A billion laughs: each of a dozen lists holds the one before nine times.
+
+    They would fill any memory.
+    """
     lists = ["&a0 [x, x, x, x, x, x, x, x, x]"]
     lists += [f"&a{k} [{', '.join([f'*a{k - 1}'] * 9)}]" for k in range(1, 5)]
     with expecting(ValueError, TypeError):
@@ -676,7 +685,10 @@ def test_a_header_cannot_break_the_line(weights):
     ids=["lists", "objects", "digits", "nan", "digits inside"],
 )
 def test_weights_whose_notes_are_hard_to_parse(weights, notes):
-    """The architecture is text of JSON inside text of JSON, which only its reader parses."""
+    """The architecture is JSON text inside JSON text.
+
+    Only its reader parses it.
+    """
     _, content, _ = weights
     length = int.from_bytes(content[:8], "little")
     header = json.loads(content[8 : 8 + length])

@@ -1,4 +1,4 @@
-"""The parts of the trainer import each other in one direction, and heavy packages on first use."""
+"""Parts of the trainer import each other one way, and heavy packages on use."""
 
 import ast
 import json
@@ -120,7 +120,10 @@ open("found.json", "w").write(json.dumps(found))
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
-    """Exit code of each command, and the heavy packages that it is the first to import. All run in one process."""
+    """Exit code of each command, and the heavy packages that it imports first.
+
+    All commands run in one process.
+    """
     folder = tmp_path_factory.mktemp("light")
     for name in ("photos", "teacher", "run/checkpoints/step_00000007"):
         (folder / name).mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""The number format of a run: chosen, printed, recorded, and a slow one warned of."""
+"""Number format of a run: choice, output, record, and warning if slow."""
 
 import re
 
@@ -19,7 +19,7 @@ NEITHER = "auto: the CPU has neither AMX-BF16 nor AVX512-BF16"
 
 @pytest.fixture
 def cpu(monkeypatch):
-    """Return a function that pretends flags of the CPU, on a machine without accelerators."""
+    """Return a function that simulates CPU flags, without accelerators."""
 
     def pretend(*flags):
         monkeypatch.setattr(hardware, "cpu_flags", lambda: frozenset(flags))

@@ -1,4 +1,4 @@
-"""The whole way on PyTorch, with every method: small runs, resumed, evaluated, drawn."""
+"""End to end on PyTorch, with every method: train, resume, evaluate, draw."""
 
 import json
 import signal

@@ -1,4 +1,7 @@
-"""Training alone needs no package of the extra `evaluate`; what needs one says so before the work starts."""
+"""Training needs no package of the extra `evaluate`.
+
+Commands that need one report it before the work starts.
+"""
 
 import subprocess
 import sys

@@ -117,7 +117,7 @@ _FILE_ERRORS = FileNotFoundError | FileExistsError | NotADirectoryError | IsADir
 def _one_line(error: Exception) -> str:
     text = str(error) or "no further message"
     if not isinstance(error, ValueError | TypeError | OSError | ImportError | ArithmeticError):
-        text = f"{type(error).__name__}: {text} (PRMIM_TRACEBACK=1 shows where)"
+        text = f"{type(error).__name__}: {text} (PRMIM_TRACEBACK=1 shows the traceback)"
     who = "" if is_main() else f" process {launched().rank}:"
     return f"prmim:{who} error: {one_line(text)}"
 
@@ -207,7 +207,10 @@ def _inspect(command: Command, name: str, given: dict[str, str]) -> None:
 
 
 def _explain_recipe(given: dict[str, str]) -> bool:
-    """Describe a packaged recipe; return True if it is a recipe of `evaluate`, which has nothing else to inspect."""
+    """Describe a packaged recipe.
+
+    Returns True for a recipe of `evaluate`, which has nothing else to inspect.
+    """
     from prmim_train.report.recipe import recipe_lines
 
     name = given.get("config", "")
@@ -288,7 +291,7 @@ def _evaluate(command: Command, name: str, given: dict[str, str]) -> None:
 
 
 def _with_classify_file(arguments: dict[str, Any], config: str, command: Command, name: str) -> dict[str, Any]:
-    """Return the arguments of the command line above the options of a file, which trains a classifier."""
+    """Merge the command line over a file of classifier options."""
     trained = {item.name for items in classify_options().values() for item in items} | {"protocol"}
     items = [item for item in command.options() if item.name in trained]
     options = read_classify_options(config, _parser(command, name), items)
@@ -451,7 +454,10 @@ def _run_arguments(command: Command, name: str, given: dict[str, str], **needed:
 
 
 def _arguments(command: Command, name: str, given: dict[str, str], **needed: str) -> dict[str, Any]:
-    """Convert the options of a command; ``needed`` describes the required ones, for the error message."""
+    """Convert the options of a command.
+
+    ``needed`` describes the required options, for the error message.
+    """
     for option, expected in needed.items():
         if option not in given:
             raise ValueError(f"{option}: expected {expected}, got nothing")

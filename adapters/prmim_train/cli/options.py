@@ -39,7 +39,7 @@ NUMBERS: dict[Any, Any] = {
     Sequence[int]: int | tuple[int, ...],
     Sequence[float]: float | tuple[float, ...],
 }
-"""Types of several numbers, and what the command line accepts for them: also a single number outside a list."""
+"""Types of several numbers, and what the command line accepts for them, also a single number outside a list."""
 
 
 def command_option(name: str, type: Any, help: str, default: Any = None) -> Option:
@@ -48,7 +48,10 @@ def command_option(name: str, type: Any, help: str, default: Any = None) -> Opti
 
 
 def pretrain_options() -> dict[str, list[Option]]:
-    """Return the options of a pre-training run by group, from the records of the run and of all methods."""
+    """Return all options of a pre-training run by group.
+
+    They come from the records of the run and of all methods.
+    """
     grouped = _grouped(PretrainConfig)
     special = special_option_names()
     shared = [item for item in options(MethodConfig) if item.name not in {*special, "init_seed"}]
@@ -68,7 +71,10 @@ def _ordered(names: Iterable[str]) -> list[str]:
 
 
 def _special_option(name: str) -> Option:
-    """Return an option that differs between methods; the help names its methods and defaults."""
+    """Return an option that differs between methods.
+
+    The help names its methods and defaults.
+    """
     owners = {method: item for method, record in METHODS.items() for item in options(record) if item.name == name}
     item = next(iter(owners.values()))
     texts: dict[str, list[str]] = {}
@@ -76,9 +82,9 @@ def _special_option(name: str) -> Option:
         texts.setdefault(owner.help, []).append(method)
     text = item.help
     if len(texts) > 1:
-        text = " ".join(f"For {' and '.join(names)}: {help}" for help, names in texts.items())
+        text = " ".join(f"For {', '.join(names)}: {help}" for help, names in texts.items())
     elif len(owners) < len(METHODS):
-        text += f" For {' and '.join(owners)} only."
+        text += f" For {', '.join(owners)} only."
     defaults = {method: owner.default for method, owner in owners.items()}
     if len(set(defaults.values())) > 1:
         text += f" Default: {', '.join(f'{value} for {method}' for method, value in defaults.items())}."
@@ -293,7 +299,7 @@ def _number(value: Any) -> Any:
 
 
 def suggest(name: str, known: Collection[str], prefix: str = "") -> str:
-    """Return a hint with the known name closest to an unknown one; empty if none is close."""
+    """Suggest the known name closest to an unknown one; empty if none is close."""
     if len(name) > 2 * max(map(len, known)):
         return ""
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
@@ -351,7 +357,7 @@ def read_config(
 
 
 def read_classify_options(name_or_path: str, parser: ArgumentParser, items: Sequence[Option]) -> dict[str, Any]:
-    """Read the options of a classifier's training from a packaged recipe or a YAML file.
+    """Read a classifier's training options from a packaged recipe or a YAML file.
 
     Parameters
     ----------

@@ -10,7 +10,7 @@ Spacing = tuple[float, float, float]
 
 @dataclass(frozen=True)
 class ThreeAxes:
-    """Meaning of the first axis of clips or volumes, and its number of frames or slices in a crop.
+    """Sampling of clips or volumes along their first axis.
 
     Parameters
     ----------
@@ -21,7 +21,7 @@ class ThreeAxes:
     volumes : bool, optional
         The first axis is space, not time: crops are boxes, resized along all three axes.
     spacing : (depth, height, width), optional
-        Volumes: millimetres per voxel. Default: as the file says, or 1 if it says nothing.
+        Volumes: millimetres per voxel. Default: from the file, or 1 if unknown.
     """
 
     frames: int

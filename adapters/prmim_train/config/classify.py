@@ -82,9 +82,9 @@ class AugmentOptions(Record):
         at_least=1,
         at_most=100,
     )
-    rand_augment_spread: float = option("Standard deviation of that strength.", default=0.5, at_least=0)
+    rand_augment_spread: float = option("Standard deviation of the strength of RandAugment.", default=0.5, at_least=0)
     erasing: float = option(
-        "Fraction of the images in which a random box is replaced by noise.", default=0.25, at_least=0, at_most=1
+        "Probability of random erasing, which replaces a random box by noise.", default=0.25, at_least=0, at_most=1
     )
     mixup: float = option("Parameter of mixup's beta distribution. 0: no mixup.", default=0.8, at_least=0)
     cutmix: float = option("Parameter of cutmix's beta distribution. 0: no cutmix.", default=1.0, at_least=0)
@@ -92,7 +92,10 @@ class AugmentOptions(Record):
         "With both mixup and cutmix: fraction of the batches that get cutmix.", default=0.5, at_least=0, at_most=1
     )
     label_smoothing: float = option(
-        "Fraction of each target that is spread uniformly over all classes.", default=0.1, at_least=0, below=1
+        "Label smoothing: fraction of a target that is spread uniformly over all classes.",
+        default=0.1,
+        at_least=0,
+        below=1,
     )
     test_data: str | None = option(
         "Other labelled images to test on, with the same class names. Null: the held-out images.", default=None
@@ -135,7 +138,7 @@ class ClassifyConfig(AugmentOptions, TrainingOptions, ClassifierConfig):
 
     @property
     def run_path(self) -> Path:
-        """The folder of the classifier: `out`, which `classify_config` always sets."""
+        """The folder of the classifier, `out`, which `classify_config` always sets."""
         return Path(self.protocol if self.out is None else self.out)
 
     @property
@@ -163,7 +166,9 @@ def protocol_defaults(protocol: str) -> dict[str, Any]:
 
 
 def classify_config(base: PretrainConfig, given: Mapping[str, Any]) -> ClassifyConfig:
-    """Return the configuration of a classifier: given options above those of the run and of the protocol's recipe.
+    """Return the configuration of a classifier.
+
+    Given options override those of the run, which override the recipe of the protocol.
 
     Parameters
     ----------

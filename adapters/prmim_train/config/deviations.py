@@ -175,7 +175,7 @@ DEVIATIONS = (
     Deviation(
         ("pretrain",),
         "drop path of the blocks",
-        "rate 0.4; how the blocks share it was not read",
+        "rate 0.4; we did not read its distribution over the blocks",
         "Pixio pretraining/",
         "rises linearly from 0 at the first block to 0.4 at the last",
         "as in the other methods",
@@ -193,7 +193,7 @@ DEVIATIONS = (
     Deviation(
         ("pretrain",),
         "clips of a video",
-        "a step has 1,024 videos, and four clips of each, drawn anew; 200 epochs",
+        "a step has 1,024 videos, with four separately drawn clips of each; 200 epochs",
         "VideoMAE V2 run_mae_pretraining.py, dataset/pretrain_datasets.py",
         "a step has 4,096 videos, and a clip of each; 800 epochs",
         "as many steps and clips; each clip is decoded separately",
@@ -373,8 +373,8 @@ DEVIATIONS = (
     Deviation(
         ("pretrain",),
         "batch size and decay of AMT on SimMIM",
-        "not read",
-        "none",
+        "unknown",
+        "the configuration of SimMIM-AMT was not at hand",
         "2,048 images; a tenth of the learning rate over the last eighth, as in SimMIM",
         "needed for a recipe",
         ("amt",),
@@ -382,7 +382,7 @@ DEVIATIONS = (
     Deviation(
         ("throwing",),
         "thrown tokens",
-        "the readable text of PR-MIM leaves operator, order, targets and weights open",
+        "the accessible text of PR-MIM does not specify operator, order, targets and weights",
         "arXiv 2411.15746, abstract and introduction",
         "the decisions in docs/design/paper.md",
         "needed to implement the method",
@@ -445,7 +445,7 @@ DEVIATIONS = (
         "partner in mixup and cutmix",
         "the image at the mirrored position of the process's batch; each process draws its own mix",
         "timm mixup.py",
-        "the image half a batch further on; one mix is drawn for the batch of all processes",
+        "the image half a batch away; one mix is drawn for the batch of all processes",
         "the same on any number of processes",
     ),
     Deviation(
@@ -501,7 +501,9 @@ DEVIATIONS = (
 
 
 def deviations_of(recipe: str) -> list[Deviation]:
-    """Return the differences of a packaged recipe from the published run; empty for recipes without a paper.
+    """Return the differences of a packaged recipe from the published run.
+
+    Empty for recipes without a paper.
 
     Examples
     --------
@@ -533,5 +535,5 @@ def recipe_stages(recipe: str) -> set[str]:
     """Return the stages of a packaged recipe, keys of `STAGES`."""
     if recipe in recipe_names("evaluate"):
         return {read_options(recipe, "evaluate")["protocol"]}
-    is_rebuilt = pretrain_config(**read_options(recipe)).method.is_reconstructed
-    return {"pretrain", "throwing"} if is_rebuilt else {"pretrain"}
+    is_reconstructed = pretrain_config(**read_options(recipe)).method.is_reconstructed
+    return {"pretrain", "throwing"} if is_reconstructed else {"pretrain"}

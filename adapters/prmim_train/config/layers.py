@@ -1,4 +1,4 @@
-"""Layers of options: packaged recipes, YAML files and the command line, merged and written back."""
+"""Layers of options: packaged recipes, YAML files and the command line."""
 
 from collections.abc import Mapping
 from importlib import resources
@@ -24,7 +24,7 @@ RECIPE_COMMANDS = {"pretrain": "prmim pretrain --config", "evaluate": "prmim eva
 """Command that uses a recipe, by the command of the recipe."""
 
 DEPENDENT_OPTIONS = {"model": ("embed_dim", "depth", "num_heads"), "channels": ("mean", "std")}
-"""Option to the options that it resets: a layer that sets the key drops them from lower layers. For example, a recipe's
+"""Option to the options that it resets. A layer that sets the key drops them from lower layers. For example, a recipe's
 width must not survive ``--model vit_small``."""
 
 NOT_STORED = ("out", "resume", "allow_changes")
@@ -64,13 +64,16 @@ def merge_layers(*layers: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def recipe_names(command: str = "pretrain") -> list[str]:
-    """Return the names of the packaged recipes of a command, sorted: `pretrain` or `evaluate`."""
+    """Return the sorted names of a command's packaged recipes.
+
+    The command is `pretrain` or `evaluate`.
+    """
     folder = resources.files("prmim_train.config") / RECIPE_FOLDERS[command]
     return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
 
 
 def read_recipe(name: str) -> str | None:
-    """Return the text of a packaged recipe of any command; None if there is none of that name."""
+    """Return the text of a packaged recipe; None if there is none of that name."""
     for command, folder in RECIPE_FOLDERS.items():
         if name in recipe_names(command):
             return (resources.files("prmim_train.config") / folder / f"{name}.yaml").read_text(encoding="utf-8")
@@ -78,7 +81,7 @@ def read_recipe(name: str) -> str | None:
 
 
 def read_header(name: str) -> dict[str, str]:
-    """Return the entries of a recipe's first comment: `title`, paper, command, and so on.
+    """Parse the first comment of a recipe: `title`, paper, command, and so on.
 
     Examples
     --------

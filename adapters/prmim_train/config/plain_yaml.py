@@ -1,7 +1,8 @@
-"""A loader of plain YAML: one level of `option: value`, without expansion and without duplicate options.
+"""A loader of plain YAML: one level of `option: value`.
 
-Only scalars that YAML 1.1 and 1.2 parse equally are converted. All others stay text: `010`, `1:30`, `1_000`, `1e-3` and
-`yes` keep their characters, and the type of the option decides how they are read.
+Without expansion, and without duplicate options. Only scalars that YAML 1.1 and 1.2 parse equally are converted. All
+others stay text: `010`, `1:30`, `1_000`, `1e-3` and `yes` keep their characters, and the type of the option decides how
+they are read.
 """
 
 import re
@@ -13,7 +14,10 @@ from yaml.constructor import ConstructorError
 
 
 class PlainLoader(yaml.SafeLoader):
-    """A YAML loader without anchors, aliases, merge keys, tags, nested collections and duplicate keys."""
+    """YAML loader that accepts only scalars and lists, by unique keys.
+
+    Rejects anchors, aliases, merge keys, tags and nested collections.
+    """
 
     yaml_implicit_resolvers: dict[str, list[Any]] = {}  # noqa: RUF012  # declared so by the base class
 

@@ -1,4 +1,4 @@
-"""The options of a pre-training run: options of the trainer, and the record of the method.
+"""The options of a pre-training run: the trainer's, and the method's record.
 
 Files and the command line hold all options in one flat list: :func:`pretrain_config` reads it,
 :meth:`PretrainConfig.flat` returns it.
@@ -86,7 +86,10 @@ class PretrainConfig(TrainingOptions):
             raise ValueError(f"probe_every: expected null, since eval_limit is 0, got {self.probe_every}")
 
     def _check_functions(self) -> None:
-        """Require import paths of custom functions, since runs store paths, and try the throwing function."""
+        """Validate custom functions.
+
+        They must be import paths, since runs store paths. The throwing function is tried.
+        """
         for item in options(type(self.method)):
             value = getattr(self.method, item.name)
             if item.takes_function and not isinstance(value, str):
@@ -123,13 +126,19 @@ class PretrainConfig(TrainingOptions):
 
     @property
     def learning_rate(self) -> float:
-        """Peak learning rate, scaled by the batch size and, optionally, by the fraction of supervised tokens."""
+        """Peak learning rate, scaled by the batch size.
+
+        Optionally also scaled by the fraction of supervised tokens.
+        """
         supervised, masked = self.supervision
         return super().learning_rate * supervised / masked
 
     @property
     def supervision(self) -> tuple[int, int]:
-        """Supervised and masked tokens, whose ratio scales the learning rate; (1, 1) if it is not scaled."""
+        """Supervised and masked tokens; their ratio scales the learning rate.
+
+        (1, 1) if the rate is not scaled.
+        """
         supervised = self.method.num_supervised if self.scale_learning_rate else None
         return (1, 1) if supervised is None else (supervised, self.method.counts.masked)
 
@@ -141,7 +150,9 @@ class PretrainConfig(TrainingOptions):
         return len(range(self.attention_start, self.epochs, self.attention_every))
 
     def flat(self) -> dict[str, Any]:
-        """Return all options by name, including those of the method; the inverse of :func:`pretrain_config`.
+        """Return all options by name; the inverse of :func:`pretrain_config`.
+
+        Includes the options of the method.
 
         Examples
         --------
@@ -168,7 +179,9 @@ class PretrainConfig(TrainingOptions):
 
 
 def pretrain_config(**given: Any) -> PretrainConfig:
-    """Create a configuration from a flat list of options, as in files and on the command line.
+    """Create a configuration from a flat list of options.
+
+    Files and the command line hold such lists.
 
     Parameters
     ----------
@@ -211,7 +224,10 @@ def pretrain_option_names() -> set[str]:
 
 
 def special_option_names() -> set[str]:
-    """Return the names of the options that some methods lack, or have with other defaults or choices."""
+    """Return the names of the options that differ between methods.
+
+    Some methods lack them, or have other defaults or choices.
+    """
     records = [{item.name: item for item in options(method)} for method in METHODS.values()]
     defaults = [{name: (item.default, item.help) for name, item in known.items()} for known in records]
     shared = {name for name, value in defaults[0].items() if all(name in d and d[name] == value for d in defaults)}

@@ -1,4 +1,4 @@
-"""Options that pre-training and the training of classifiers share, one record per group."""
+"""Options shared by pre-training and classifiers, one record per group."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection
@@ -51,9 +51,9 @@ class SourceOptions(Record):
         default=DIGITS,
     )
     image_key: str | None = option(
-        "Member of a sample in tar shards that is the image: jpg for s000.jpg, seg.png for s000.seg.png, jpg;png for "
-        "the first that exists. In tables: the column. Null: in tar shards, the member with a single image ending, "
-        "photographs first; in tables, the only column of image bytes.",
+        "Where a sample holds its image. In tar shards, an extension: jpg for s000.jpg, seg.png for s000.seg.png; "
+        "jpg;png takes the first that exists. In tables, a column. Null: in tar shards, the member with a single image "
+        "ending, photographs first; in tables, the only column of image bytes.",
         default=None,
     )
     label_key: str | None = option(
@@ -80,7 +80,7 @@ class SourceOptions(Record):
 SOURCE_OPTIONS = tuple(item.name for item in options(SourceOptions))
 """Options of a source of images."""
 OF_DATA = tuple(name for name in SOURCE_OPTIONS if not name.startswith("cache"))
-"""Options that describe the data, not the machine: evaluation on other data does not inherit them from the run."""
+"""Options that describe the data, not the machine. Evaluation on other data does not inherit them from the run."""
 
 
 @record
@@ -110,8 +110,9 @@ class DataOptions(SourceOptions):
         },
     )
     crop_padding: int | None = option(
-        "Train on random windows of the whole image in place of random areas: resize it (bilinear) to just cover "
-        "image_size, and pad all sides with this many mirrored pixels. Null: random areas.",
+        "Train on padded crops in place of random resized crops. The image is resized (bilinear) to just cover "
+        "image_size and padded with this many mirrored pixels; the crop is a random window. Null: random resized "
+        "crops.",
         default=None,
         at_least=0,
         at_most=1024,
@@ -126,7 +127,7 @@ class DataOptions(SourceOptions):
     )
     spacing: tuple[float, float, float] | None = option(
         "Volumes: millimetres per voxel along depth, height and width. Crops keep their proportions in millimetres. "
-        "Null: as the file says, or equal along all axes if it says nothing.",
+        "Null: from the file, or equal along all axes if unknown.",
         default=None,
         above=0,
     )
@@ -142,14 +143,14 @@ class DataOptions(SourceOptions):
         at_least=1,
     )
     workers: int = option(
-        "Processes that read and crop images. 0: threads of the main process, which is enough for most disks.",
+        "Worker processes that read and crop images. 0: threads of the main process, enough for most disks.",
         default=0,
         at_least=0,
         at_most=1024,
     )
 
     def sampled_axes(self, image_size: tuple[int, ...]) -> ThreeAxes | None:
-        """Return how clips or volumes of a size are sampled along their first axis; None for images."""
+        """Return the sampling of clips or volumes along the first axis; None for images."""
         if len(image_size) != 3:
             return None
         return ThreeAxes(image_size[0], self.frame_stride, self.volumes, self.spacing)

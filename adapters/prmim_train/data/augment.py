@@ -1,6 +1,7 @@
-"""RandAugment and random erasing for uint8 arrays (height, width, channels) with any number of channels.
+"""RandAugment and random erasing for any number of channels.
 
-All random numbers come from the `numpy.random.Generator` that the caller passes.
+Images are uint8 arrays (height, width, channels). All random numbers come from the `numpy.random.Generator` that the
+caller passes.
 """
 
 import math
@@ -57,7 +58,7 @@ class Augment:
     erasing: float = 0.0
 
     def __call__(self, image: ImageArray, rng: np.random.Generator) -> ImageArray:
-        """Return an augmented copy of the image, or the image itself if nothing was drawn."""
+        """Return an augmented copy, or the image itself if nothing was drawn."""
         if self.level > 0:
             fill = tuple(min(255, round(255 * value)) for value in self.mean)
             image = rand_augment(
@@ -77,10 +78,11 @@ def rand_augment(
     spread: float = 0.5,
     fill: Fill,
 ) -> ImageArray:
-    """Apply operations drawn from `OPERATIONS` with replacement, each with probability 0.5.
+    """Apply RandAugment.
 
-    Each strength is drawn from a normal distribution and clipped to [0, 10]. The defaults are
-    `rand-m9-mstd0.5-inc1`, the policy for fine-tuning of masked autoencoders.
+    Operations are drawn from `OPERATIONS` with replacement, and each is applied with probability 0.5. Each strength is
+    drawn from a normal distribution and clipped to [0, 10]. The defaults are `rand-m9-mstd0.5-inc1`, the policy for
+    fine-tuning of masked autoencoders.
 
     Parameters
     ----------
@@ -151,7 +153,8 @@ def erase(
 
     Examples
     --------
-    >>> erased = erase(np.zeros((8, 8, 1), np.uint8), np.random.default_rng(0), mean=(0.5,), std=(0.1,))
+    >>> erased = erase(np.zeros((8, 8, 1), np.uint8), np.random.default_rng(0), mean=(0.5,),
+    ...     std=(0.1,))
     >>> int(np.count_nonzero(erased))
     15
     """
@@ -173,7 +176,10 @@ def erase(
 
 
 def _with_pillow(change: Callable[[Image.Image, float, Fill], Image.Image]) -> Operation:
-    """Return an operation for whole RGB images; other images are changed channel by channel."""
+    """Return an operation for RGB images.
+
+    Other images are changed channel by channel.
+    """
 
     def operation(image: ImageArray, amount: float, fill: Fill) -> ImageArray:
         if image.shape[2] == 3:
@@ -186,9 +192,10 @@ def _with_pillow(change: Callable[[Image.Image, float, Fill], Image.Image]) -> O
 
 
 def _blend(degenerate: Callable[[ImageArray], NDArray[np.uint8] | int]) -> Operation:
-    """Return an operation that blends an image with its degenerate version, or extrapolates away from it.
+    """Return an operation that blends an image with its degenerate version.
 
-    Equals `PIL.ImageEnhance` for RGB images, and accepts any number of channels.
+    Positive amounts extrapolate away from it. Equals `PIL.ImageEnhance` for RGB images, and accepts any number of
+    channels.
     """
 
     def operation(image: ImageArray, amount: float, fill: Fill) -> ImageArray:
@@ -201,7 +208,10 @@ def _blend(degenerate: Callable[[ImageArray], NDArray[np.uint8] | int]) -> Opera
 
 
 def _grey(image: ImageArray) -> ImageArray:
-    """Return the brightness (height, width, 1): luma of three channels, else the mean over the channels."""
+    """Return the brightness (height, width, 1).
+
+    Luma for three channels, else the mean over the channels.
+    """
     if image.shape[2] == 3:
         grey: ImageArray = np.asarray(Image.fromarray(image).convert("L"))
     else:
@@ -254,4 +264,4 @@ OPERATIONS: dict[str, Operation] = {
     "translate_x": _affine(lambda amount, width, height: (1, 0, 0.45 * amount * width, 0, 1, 0)),
     "translate_y": _affine(lambda amount, width, height: (1, 0, 0, 0, 1, 0.45 * amount * height)),
 }
-"""Operations by name. Arguments: an image, an amount in [-1, 1], and a fill value per channel."""
+"""Operations by name. Arguments are an image, an amount in [-1, 1], and a fill value per channel."""

@@ -169,14 +169,20 @@ class UnreadableImages:
             )
 
     def report(self) -> str:
-        """Return one line that names the first 20 unreadable images; empty if there are none."""
+        """Describe the unreadable images in one line; empty if there are none.
+
+        Names the first 20.
+        """
         if not self._reasons:
             return ""
         was = "was" if len(self) == 1 else "were"
         return f"{len(self):,} of {self._num_images:,} images could not be read and {was} left out: {self.named()}"
 
     def named(self, most: int = _NUM_NAMED) -> str:
-        """Return the names and reasons of the first `most` images, shortened, and the number of the rest."""
+        """Return names and reasons of the first `most` images, shortened.
+
+        The number of the others follows.
+        """
         named = [
             shorten(f"{self._source.name(record)} ({self._reasons[record]})", _MAX_NAMED)
             for record in sorted(self._reasons)[:most]
@@ -189,7 +195,10 @@ T = TypeVar("T")
 
 
 class _Reader(Generic[T]):
-    """The part of a `BatchIterator` that its finalizer closes. It must not refer to the iterator."""
+    """The part of a `BatchIterator` that its finalizer closes.
+
+    Must not refer to the iterator.
+    """
 
     def __init__(self, stream: Any, batches: Iterator[T]) -> None:
         self.stream = stream
@@ -327,7 +336,8 @@ def train_batches(
     --------
     >>> from prmim_train.data.sources import open_source
     >>> digits = open_source("digits", channels=1)
-    >>> with train_batches(digits, batch_size=4, image_size=(8, 8), seed=0, total_steps=2) as batches:
+    >>> with train_batches(digits, batch_size=4, image_size=(8, 8), seed=0,
+    ...     total_steps=2) as batches:
     ...     shapes = [batch.images.shape for batch in batches]
     >>> shapes
     [(4, 8, 8, 1), (4, 8, 8, 1)]
@@ -381,7 +391,7 @@ def evaluation_batches(
     share: float | None = 1.0,
     threads: int | None = None,
 ) -> BatchIterator[EvaluationBatch]:
-    """Return the centre crops of images, or whole images, in order, once, without augmentation.
+    """Return center crops or whole images in order, without augmentation.
 
     Parameters
     ----------
@@ -511,7 +521,7 @@ class _AreaCrop:
 
 @dataclass(frozen=True)
 class _PaddedCrop:
-    """Reads a whole image, or some whole frames of a clip, and cuts a random window of it."""
+    """Cuts a random window from a padded image, or from padded frames of a clip."""
 
     size: tuple[int, ...]
     padding: int
@@ -551,7 +561,10 @@ _Crop = _AreaCrop | _PaddedCrop | _VolumeCrop
 
 
 class _TrainingBatch:
-    """Creates the training batch of given positions in the stream. Pickled for worker processes."""
+    """Creates the training batch at given positions of the stream.
+
+    Pickled for worker processes.
+    """
 
     def __init__(
         self,
@@ -588,7 +601,10 @@ class _TrainingBatch:
     def _read(
         self, epoch: int, choice: int, failures: list[tuple[int, str]], note: Callable[[int], None]
     ) -> tuple[ImageArray, Box, int]:
-        """Read the chosen record, or the next readable one; append unreadable records to `failures`."""
+        """Read the chosen record, or the next readable one.
+
+        Appends unreadable records to `failures`.
+        """
         unreadable = UnreadableImages(self.source, len(self.records))
         while True:
             record = int(self.records[choice])
@@ -678,7 +694,10 @@ def _evaluation_batch(images: list[ImageArray], records: list[int], labels: Inde
 
 
 def _import_grain() -> Any:
-    """Import grain on demand: it takes a second, imports jax if installed, and otherwise warns."""
+    """Import grain on demand: the import takes a second.
+
+    Importing grain also imports jax if installed, and otherwise warns.
+    """
     from absl import logging
 
     verbosity = logging.get_verbosity()

@@ -1,7 +1,8 @@
-"""A bounded cache folder for parts of remote files, shared by all processes and runs of a machine.
+"""A bounded cache folder for parts of remote files.
 
-An entry is a file: a checksum, then the content. Entries are created by renaming and never modified, so readers need no
-lock. Writers take turns. A damaged entry, for example after a power failure, counts as missing.
+All processes and runs of a machine share it. An entry is a file: a checksum, then the content. Entries are created by
+renaming and never modified, so readers need no lock. Writers take turns. A damaged entry, for example after a power
+failure, counts as missing.
 """
 
 import hashlib
@@ -130,7 +131,9 @@ class Cache:
 
 
 def open_cache(folder: str | None, limit: int) -> Cache | None:
-    """Open a cache. Creates its folder, accessible to the user only. None if `folder` is None.
+    """Open a cache; None if `folder` is None.
+
+    Creates the folder, accessible to the user only.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""Effect of random crops on given images: visible share of the image, and enlargement."""
+"""Effect of random crops on images: visible share, and enlargement."""
 
 import math
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Depth and range of pixel values: 8 bits without a range, else the stored values.
+"""Depth and range of pixel values.
 
 Without a range, all values become 8 bits on the host. With one, images keep their depth (uint8, uint16 or float32) up
 to the device, which maps the range to [0, 1].
@@ -19,7 +19,9 @@ DEPTHS = {"uint8": "uint8", "uint16": "uint16", "int16": "float32", "float32": "
 
 
 def depth_of(dtype: np.dtype[Any]) -> str:
-    """Return the type of images with values of a type. Unsupported types raise ValueError.
+    """Return the type of images that hold values of a type.
+
+    Raises ValueError for unsupported types.
 
     Examples
     --------
@@ -32,7 +34,9 @@ def depth_of(dtype: np.dtype[Any]) -> str:
 
 
 def to_8_bits(values: NDArray[Any]) -> NDArray[np.uint8]:
-    """Scale 16-bit values to 8 bits, rounded (65535 becomes 255); return 8-bit values unchanged.
+    """Scale 16-bit values to 8 bits; no-op for 8-bit values.
+
+    Values are rounded: 65535 becomes 255.
 
     Raises
     ------
@@ -71,7 +75,9 @@ def cast_depth(values: NDArray[Any], depth: str | None) -> NDArray[Any]:
 
 
 def in_8_bit_range(images: NDArray[Any], pixel_range: PixelRange | None) -> NDArray[Any]:
-    """Map a range of pixel values to [0, 255] and clip, as on the device. No-op without a range.
+    """Map a range of pixel values to [0, 255] and clip; no-op without a range.
+
+    Equals the computation on the device.
 
     Examples
     --------

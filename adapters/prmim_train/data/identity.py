@@ -1,4 +1,7 @@
-"""Identities of images, computed without decoding. They detect changed images in a resumed run."""
+"""Identities of images, computed without decoding.
+
+They detect changed images in a resumed run.
+"""
 
 import hashlib
 from collections.abc import Iterable

@@ -84,7 +84,7 @@ IMAGE_ENDINGS = (*(".bmp", ".gif", ".jfif", ".jp2", ".jpeg", ".jpg", ".pgm", ".p
 """Endings of image files that need no plug-in; see `image_endings`."""
 
 ARRAY_ENDING = ".npy"
-"""Ending of files with one array each. They count as images only if there are no others: they often hold features."""
+"""Ending of files with one array each. They count as images only if there are no others; they often hold features."""
 
 _PLUGINS = {"AVIF": ("PIL.AvifImagePlugin", "pillow_avif"), "HEIF": ("pillow_heif",)}
 """Modules that decode a format, in order of preference. Pillow decodes AVIF itself since version 11.3."""
@@ -143,7 +143,10 @@ _ORIENTATION_TAG = 0x0112
 
 
 class _Turn(NamedTuple):
-    """Operations that turn a stored picture upright: reverse rows, reverse columns, then swap the axes."""
+    """Operations that turn a stored picture upright.
+
+    In this order: reverse the rows, reverse the columns, swap the axes.
+    """
 
     rows: bool = False
     columns: bool = False
@@ -167,7 +170,7 @@ _MAX_REASON = 200
 
 
 class UnreadableImageError(ValueError):
-    """Error of a single image: truncated, corrupt, missing, not an image, or too large.
+    """An image is truncated, corrupt, missing, too large, or not an image.
 
     Parameters
     ----------
@@ -211,12 +214,15 @@ def named_errors(name: str) -> Iterator[None]:
 
 
 def image_endings() -> tuple[str, ...]:
-    """Return the endings of image files that can be decoded here: `IMAGE_ENDINGS`, and those of installed plug-ins."""
+    """Return the endings of image files that can be decoded here.
+
+    `IMAGE_ENDINGS`, and those of installed plug-ins.
+    """
     return (*IMAGE_ENDINGS, *(ending for ending, name in _PLUGIN_OF_ENDING.items() if _plugin(name) is not None))
 
 
 def missing_plugins(endings: Iterable[str]) -> str:
-    """Return a hint that names the packages to install for files with these endings; empty without such files.
+    """Suggest the packages that decode files with these endings; empty if none apply.
 
     Examples
     --------
@@ -230,7 +236,10 @@ def missing_plugins(endings: Iterable[str]) -> str:
 
 @cache
 def _plugin(name: str) -> str | None:
-    """Return the installed module that decodes a format, and register it in Pillow; None if there is none."""
+    """Return the installed module that decodes a format; None without one.
+
+    Registers it in Pillow.
+    """
     for module in _PLUGINS[name]:
         if find_spec(module) is None:
             continue
@@ -309,7 +318,7 @@ def decode_image(
     Returns
     -------
     array (height, width, channels)
-        uint8, or as `depth` says.
+        uint8, or the type given by `depth`.
 
     Raises
     ------
@@ -373,7 +382,7 @@ def decode_crop(
     Returns
     -------
     array (height, width, channels)
-        uint8, or as `depth` says.
+        uint8, or the type given by `depth`.
 
     Raises
     ------
@@ -384,7 +393,7 @@ def decode_crop(
 
     Notes
     -----
-    Scaled decoding is kept for speed: it takes a fifth to two fifths of the time for a photograph of 12 megapixels.
+    Scaled decoding is kept for speed: it takes a fifth to a half of the time for a photograph of 12 megapixels.
     libjpeg computes a reduced image from the lowest frequencies of each block; up to rounding, its pixels are means of
     the full image's. Pillow's thumbnails leave the same factor of two to the filter.
 
@@ -485,7 +494,10 @@ def read_header(file: BinaryIO, *, max_pixels: int = MAX_PIXELS, name: str = "im
 
 
 def array_header(shape: tuple[int, ...], dtype: np.dtype[Any], max_pixels: int = MAX_PIXELS) -> ImageHeader:
-    """Return size and depth of an array. Raises ValueError if it is not an image, or too large."""
+    """Return size and depth of an array.
+
+    Raises ValueError if it is not an image, or too large.
+    """
     height, width, channels = npy_shape(shape, dtype)
     if height * width > max_pixels:
         raise ValueError(_too_many_pixels(height * width, max_pixels))
@@ -493,7 +505,7 @@ def array_header(shape: tuple[int, ...], dtype: np.dtype[Any], max_pixels: int =
 
 
 def check_file_channels(channels: int | None, what: str) -> None:
-    """Raise ValueError unless image files can be converted to this number of channels."""
+    """Raise ValueError unless image files can have this number of channels."""
     if channels is not None and channels not in _MODE_OF_CHANNELS:
         raise ValueError(
             f"channels: {what} give 1 (grey), 3 (RGB) or 4 (RGBA) channels, got {channels}; "
@@ -518,7 +530,10 @@ def open_part(place: Place, offset: int = 0, size: int | None = None) -> BinaryI
 
 
 def read_part(file: File, offset: int, size: int) -> bytes:
-    """Read `size` bytes from `offset`, fewer at the end of the file; raise ValueError above `MAX_FILE_BYTES`."""
+    """Read `size` bytes from `offset`; fewer at the end of the file.
+
+    Raises ValueError above `MAX_FILE_BYTES`.
+    """
     _check_bytes(size)
     file.seek(offset)
     content = file.read(size) or b""
@@ -613,7 +628,10 @@ def _endings_of(plugin: str) -> list[str]:
 
 
 def _tile_pixels(picture: ImageFile.ImageFile) -> int:
-    """Return the pixels of a tile of a TIFF image, which can be larger than the image; 0 without tiles."""
+    """Return the pixels of a tile of a TIFF image; 0 without tiles.
+
+    A tile can be larger than the image.
+    """
     if not isinstance(picture, TiffImagePlugin.TiffImageFile):
         return 0
     width, height = (picture.tag_v2.get(tag, 0) for tag in (TiffImagePlugin.TILEWIDTH, TiffImagePlugin.TILELENGTH))
@@ -645,7 +663,10 @@ def _count_scans(content: bytes) -> int:
 
 
 def _reduce(picture: ImageFile.ImageFile, box: tuple[int, int, int, int], size: tuple[int, ...]) -> int:
-    """Set the JPEG decoder's reduction for a box (top, left, height, width) and return the factor."""
+    """Set the JPEG decoder's reduction for a box, and return the factor.
+
+    The box is (top, left, height, width).
+    """
     spare = min(box[2] / size[0], box[3] / size[1]) / _LEFT_TO_FILTER
     reduction = next((factor for factor in _REDUCTIONS if factor <= spare), 1)
     if reduction > 1 and picture.draft(None, (picture.width // reduction, picture.height // reduction)) is None:
@@ -660,7 +681,7 @@ def _depth(picture: ImageFile.ImageFile) -> str:
 
 
 def _own_values(picture: ImageFile.ImageFile, channels: int) -> NDArray[Any]:
-    """Return the values of an upright image, (height, width, channels), in the stored depth."""
+    """Return an upright image (height, width, channels) in the stored depth."""
     turn = _turn(picture)
     depth = _depth(picture)
     if depth == "uint8":
@@ -674,7 +695,10 @@ def _own_values(picture: ImageFile.ImageFile, channels: int) -> NDArray[Any]:
 
 
 def convert_picture(picture: Image.Image, channels: int) -> Image.Image:
-    """Convert a Pillow image to 1 (grey), 3 (RGB) or 4 (RGBA) channels of 8 bits; see `decode_image`."""
+    """Convert a Pillow image to 8-bit channels; see `decode_image`.
+
+    1 (grey), 3 (RGB) or 4 (RGBA) channels.
+    """
     mode = _MODE_OF_CHANNELS[channels]
     if picture.mode == mode:
         return picture
@@ -710,12 +734,18 @@ def _set_upright(picture: Image.Image, turn: _Turn) -> Image.Image:
 
 
 def _swap_axes(box: _Box, turn: _Turn) -> _Box:
-    """Swap the axes of a box if the turn does: (left, top, right, bottom) or (top, left, height, width)."""
+    """Swap the axes of a box if the turn does.
+
+    The box is (left, top, right, bottom) or (top, left, height, width).
+    """
     return (box[1], box[0], box[3], box[2]) if turn.axes else box
 
 
 def _mirror(box: _Box, size: tuple[int, int], turn: _Turn) -> _Box:
-    """Mirror a box (left, top, right, bottom) like the rows and columns of its picture (width, height)."""
+    """Mirror a box like the rows and columns of its picture.
+
+    The box is (left, top, right, bottom), the picture (width, height).
+    """
     left, top, right, bottom = box
     if turn.columns:
         left, right = size[0] - right, size[0] - left

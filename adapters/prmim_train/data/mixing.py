@@ -143,7 +143,10 @@ def _blend(images: NDArray[Any], partners: NDArray[Any], kept: float) -> NDArray
 def _paste(
     images: NDArray[Any], partners: NDArray[Any], share: float, rng: np.random.Generator
 ) -> tuple[NDArray[Any], float]:
-    """Paste the same box of every partner; return the images and their remaining share, after clipping to the edges."""
+    """Paste the same box of every partner.
+
+    Returns the images and their remaining share, after clipping to the edges.
+    """
     height, width = images.shape[-3:-1]
     side = np.sqrt(1 - share)
     top, bottom = _stretch(height, side, rng)
@@ -154,6 +157,9 @@ def _paste(
 
 
 def _stretch(length: int, share: float, rng: np.random.Generator) -> tuple[int, int]:
-    """Draw start and end of a box: the centre is uniform, and the box is clipped to the image."""
+    """Draw start and end of a box along an axis.
+
+    The centre is uniform, and the box is clipped to the image.
+    """
     size, centre = int(length * share), int(rng.integers(length))
     return max(0, centre - size // 2), min(length, centre + size // 2)

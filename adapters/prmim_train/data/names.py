@@ -108,8 +108,8 @@ class Classes(NamedTuple):
 def classes_of_folders(folders: Sequence[tuple[str, ...]], index: NDArray[np.integer]) -> Classes:
     """Return the classes of images that lie in folders.
 
-    The class is the first folder below the folders that all images share. If the only folders there are at least two
-    splits (``train``, ``val``, ``test``, ...), the classes are the folders inside them. Images outside the class
+    The class is the first folder below the folders that all images share. If these folders are splits (at least two of
+    ``train``, ``val``, ``test``, ...), the classes are the folders inside them. Images outside the class
     folders are unlabelled. There are no labels if more than 1 % of the images are unlabelled (one is always tolerated),
     or if there is a single class.
 
@@ -147,7 +147,7 @@ def classes_of_folders(folders: Sequence[tuple[str, ...]], index: NDArray[np.int
 
 
 def _class_names(folders: Sequence[tuple[str, ...]], counts: NDArray[np.integer]) -> tuple[list[str | None], list[str]]:
-    """Return the class of each folder, or None, and the splits that the classes lie in."""
+    """Return each folder's class, or None, and the splits that contain the classes."""
     rest = {k: folder for k, folder in enumerate(folders) if counts[k]}
     tolerated = max(1, _MAX_STRAY * int(counts.sum()))
     level = _shared(rest.values())
@@ -171,7 +171,9 @@ def _shared(folders: Iterable[tuple[str, ...]]) -> int:
 
 
 def ending_of(name: str) -> str:
-    """Return the ending of a file name in lower case, with both parts of ``.tar.gz`` and ``.nii.gz``.
+    """Return the ending of a file name in lower case.
+
+    Both parts of ``.tar.gz`` and ``.nii.gz``.
 
     Examples
     --------

@@ -20,7 +20,10 @@ def with_endings(files: Sequence[Parts], endings: tuple[str, ...]) -> list[Parts
 
 
 def matches(pattern: str) -> list[Path]:
-    """Return the files of a pattern, sorted; FileNotFoundError if one of the names in braces matches none."""
+    """Return the files of a pattern, sorted.
+
+    Raises FileNotFoundError if one of the names in braces matches none.
+    """
     names = expand_braces(pattern)
     found = {name: glob.glob(name, recursive=True) for name in names}  # noqa: PTH207  # absolute patterns
     missing = [name for name in names if not found[name]]
@@ -39,7 +42,10 @@ _Place = tuple[Parts, str]  # parts below the folder of the source, and the path
 
 
 def walk(folder: Path) -> Iterator[Parts]:
-    """Iterate over the paths, as parts, of all files that are not hidden. Follows links; visits each folder once."""
+    """Iterate over the paths, in parts, of all files that are not hidden.
+
+    Follows links; visits each folder once.
+    """
     # First all folders without a link on the way, then those behind one link, and so on. Then the paths do not depend
     # on the order of the system's listing.
     starts: list[_Place] = [((), str(folder))]
@@ -52,7 +58,10 @@ def walk(folder: Path) -> Iterator[Parts]:
 
 
 def _walk_plain(start: _Place, visited: set[str], links: list[_Place]) -> Iterator[Parts]:
-    """Iterate over the files below an unvisited folder; append links to folders to `links`."""
+    """Iterate over the files below an unvisited folder.
+
+    Appends links to folders to `links`.
+    """
     stack = [start]  # trees can be deeper than Python's recursion
     while stack:
         parts, path = stack.pop()
@@ -79,5 +88,8 @@ def _is(question: Callable[[], bool]) -> bool:
 
 
 def _leads_nowhere(entry: "os.DirEntry[str]") -> bool:
-    """Whether a link is broken or its target inaccessible. Such images are not skipped, but count as unreadable."""
+    """Whether a link is broken or its target inaccessible.
+
+    Such images are not skipped, but count as unreadable.
+    """
     return entry.is_symlink() and not _is(lambda: bool(entry.stat()))

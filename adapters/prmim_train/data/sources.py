@@ -1,4 +1,4 @@
-"""Image sources: the embedded digits, a folder of image files, tar files, or a `.npz` file.
+"""Image sources: the digits, folders, tar files, tables, and more.
 
 A source returns single images by index, as arrays (height, width, channels): uint8, or, with a depth, the stored
 values. The order of its images is fixed. The first axis of clips and volumes is that of frames or slices.
@@ -65,7 +65,10 @@ ImageArray = NDArray[Any]
 
 
 class ImageSource(Protocol):
-    """Fixed sequence of images, read by index. Must be picklable: each worker process gets a copy."""
+    """Fixed sequence of images, read by index.
+
+    Must be picklable: each worker process gets a copy.
+    """
 
     @property
     def channels(self) -> int:
@@ -102,7 +105,10 @@ class ImageSource(Protocol):
 
     @property
     def depth(self) -> str | None:
-        """Type of the images, with stored values: `uint8`, `uint16` or `float32`. None: scaled to uint8."""
+        """Type of the stored values: `uint8`, `uint16` or `float32`.
+
+        None: values are scaled to uint8.
+        """
         ...
 
     def __len__(self) -> int:
@@ -110,24 +116,27 @@ class ImageSource(Protocol):
         ...
 
     def read(self, index: int, choose: ChooseFrames | None = None) -> ImageArray:
-        """Return one image ([frames,] height, width, channels), or raise `UnreadableImageError`.
+        """Return one image ([frames,] height, width, channels).
 
-        For a clip or a volume, returns the frames and the box of `choose` only.
+        Raises `UnreadableImageError`. For a clip or a volume, returns the frames and the box of `choose` only.
         """
         ...
 
     def read_crop(self, index: int, size: tuple[int, ...], choose: Choose) -> ImageArray:
-        """Return a resized box of one image ([frames,] height, width, channels), or raise `UnreadableImageError`.
+        """Return a resized box of one image ([frames,] height, width, channels).
 
-        `choose` maps (height, width) of the image to the box (top, left, height, width). The result is
-        ``resize(read(index)[box], size)``; for large JPEGs an approximation, see
-        `prmim_train.data.image_files.decode_crop`. Of clips and volumes, it is
-        ``resize_stack(read(index, choose), size)``, see `prmim_train.data.formats.stacks`.
+        Raises `UnreadableImageError`. `choose` maps (height, width) of the image to the box (top, left, height, width).
+        The result is ``resize(read(index)[box], size)``; for large JPEGs an approximation, see
+        `prmim_train.data.image_files.decode_crop`. Of clips and volumes, it is ``resize_stack(read(index, choose),
+        size)``, see `prmim_train.data.formats.stacks`.
         """
         ...
 
     def header(self, index: int) -> ImageHeader:
-        """Return size and depth of one image, or raise `UnreadableImageError`. Reads little more than its header."""
+        """Return size and depth of one image, reading little more than its header.
+
+        Raises `UnreadableImageError`.
+        """
         ...
 
     def name(self, index: int) -> str:
@@ -158,8 +167,8 @@ def open_source(
           write ``"./digits"``.
         - a folder: all image files below it, sorted by path. Image files end in one of `IMAGE_ENDINGS`, in upper or
           lower case, or in ``.heic``, ``.heif`` or ``.avif`` if the plug-in is installed. In a folder without such
-          files and tar files, the content tells: all files count whose ending they share with an image among the first
-          8 of that ending; without any, ``.npy`` files count. Hidden files and folders, pipes and devices are skipped.
+          files and tar files, the content decides: an ending counts if one of its first 8 files is an image; without
+          any, ``.npy`` files count. Hidden files and folders, pipes and devices are skipped.
           Links are followed, but each folder is visited once: images have the path without links if there is one,
           otherwise one with as few links as possible, the first in sorted order. For the labels see
           `prmim_train.data.names.classes_of_folders`.
@@ -187,7 +196,7 @@ def open_source(
     max_pixels : int, optional
         Images with more pixels are unreadable, even if crops are smaller. No effect on digits and ``.npz`` files.
     three_axes : ThreeAxes, optional
-        The items are clips or volumes, sampled so; digits are still clips of as many frames. Default: images.
+        Sampling of clips or volumes. A digit becomes a still clip of as many frames. Default: images.
     keep_depth : bool, optional
         Keep the stored values, as needed for a range of pixel values. All images get the widest type of up to 8 evenly
         spaced images. Default: 8 bits.
@@ -232,7 +241,7 @@ def open_source(
 
 
 def _unscaled_type(source: ImageSource) -> str | None:
-    """Return the type of the values if they are arrays without a fixed range, else None."""
+    """Return the type of arrays whose values have no fixed range, else None."""
     if isinstance(source, ArraySource):
         return None if source.images.dtype in (np.uint8, np.uint16) else source.images.dtype.name
     is_float = isinstance(source, StackSource) and any(head.depth == "float32" for _, head in _some_headers(source))
@@ -378,7 +387,10 @@ def _keys(options: SourceOptions) -> dict[str, str | None]:
 
 
 def _refuse(spec: str, options: SourceOptions, for_test: bool) -> None:
-    """Raise ValueError if a set option does not apply to a source. For test images, options of the run are ignored."""
+    """Raise ValueError if a set option does not apply to a source.
+
+    For test images, options of the run are ignored.
+    """
     for name, value in {**_keys(options), "split": options.split}.items():
         if value is not None and not for_test:
             raise ValueError(f"{name}: expected null, since {printable(spec)} is no {_HAS[name]}, got {value}")
@@ -412,7 +424,7 @@ def _channels_of(source: FileSource, channels: int | None) -> int:
 
 
 def _some_headers(source: ImageSource) -> Iterator[tuple[int, ImageHeader]]:
-    """Iterate over a few evenly spaced images and their headers, without unreadable ones."""
+    """Iterate over evenly spaced readable images and their headers."""
     for record in sorted({len(source) * k // _NUM_SAMPLES for k in range(_NUM_SAMPLES)}):
         with suppress(UnreadableImageError):
             yield record, source.header(record)

@@ -1,4 +1,7 @@
-"""Statistics of images, measured on a sample: sizes, types, range, mean and standard deviation, duplicates."""
+"""Statistics of images, measured on a sample.
+
+Sizes, types, range, mean and standard deviation, and duplicates.
+"""
 
 import hashlib
 from collections import Counter
@@ -193,7 +196,9 @@ def full_range(depth: str) -> PixelRange | None:
 
 
 def far_below(found: Statistics, pixel_range: PixelRange | None) -> str:
-    """Return a warning if images need a range, or use less than a quarter of the run's; else empty.
+    """Warn if images need a pixel range, or use less than a quarter of the run's.
+
+    Returns an empty text otherwise.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""Local files and remote files (`https://`, `s3://`, `gs://`), read at any offset.
+"""Local and remote files (`https://`, `s3://`, `gs://`), read at any offset.
 
 Remote files are read by range requests, through `fsspec`. Every request has a timeout, and is repeated after transient
 failures. Parts that were read stay in a bounded local cache.
@@ -115,7 +115,10 @@ class Address:
         return joined[offset - first * _BLOCK : stop - first * _BLOCK]
 
     def fetch(self, start: int, stop: int) -> bytes:
-        """Request a range of bytes, up to the size of the file, without the cache. Raises as `read`."""
+        """Request a range of bytes without the cache.
+
+        The range ends at the end of the file. Raises as `read`.
+        """
 
         def request() -> bytes:
             content: bytes = handle._fetch_range(start, stop)
@@ -139,7 +142,9 @@ Place = Path | Address
 
 
 class PartialFile(io.RawIOBase):
-    """File that is read by a function: from an address, or from a part of another file.
+    """File whose bytes come from a function.
+
+    The source is an address, or a part of another file.
 
     Parameters
     ----------
@@ -318,7 +323,7 @@ def _find(url: str, cache: Cache | None) -> Address | None:
         if info["type"] == "directory":
             raise ValueError("expected a file or a pattern, got a folder")
         if info["size"] is None:
-            raise ValueError("the server does not tell the size of the file")
+            raise ValueError("the server does not report the size of the file")
     return Address(url, info["size"], _stamp(info), cache)
 
 
@@ -343,7 +348,9 @@ def public_address(url: str) -> str:
 
 
 class _Recording:
-    """Parts of a remote file. Missing parts are requested, together with the bytes that follow.
+    """Records the parts of a remote file that are read.
+
+    Missing parts are requested, together with the bytes that follow.
 
     Parameters
     ----------
@@ -394,7 +401,10 @@ def _unpack(content: bytes) -> dict[tuple[int, int], bytes]:
 
 
 def _record(address: Address, read: Callable[[File], object]) -> bytes:
-    """Return the packed parts that a function reads of a file, from the cache if possible."""
+    """Return the packed parts that a function reads of a file.
+
+    They come from the cache if possible.
+    """
     key = address.key("parts")
     known = address.cache.get(key, pinned=True) if address.cache else None
     recording = _Recording(address, known or b"")
@@ -415,7 +425,10 @@ def _record(address: Address, read: Callable[[File], object]) -> bytes:
 
 @functools.lru_cache(4096)
 def _handle(address: Address) -> Any:
-    """Return an open file of `fsspec`, whose `_fetch_range` has no state and requests the version of the address."""
+    """Open a file of `fsspec`.
+
+    Its `_fetch_range` has no state, and requests the version of the address.
+    """
     info = _info(address.url)
     if (info["size"], _stamp(info)) != (address.size, address.stamp):
         raise ValueError(_CHANGED)
@@ -445,7 +458,10 @@ def _stamp(info: Mapping[str, Any]) -> int:
 
 @functools.cache
 def _file_system(protocol: str) -> Any:
-    """Return a file system of `fsspec` with timeouts, and without retries and cached listings."""
+    """Return a file system of `fsspec` with timeouts.
+
+    It neither retries nor caches listings.
+    """
     import fsspec
 
     options: dict[str, Any] = {"use_listings_cache": False, "skip_instance_cache": True}
@@ -497,7 +513,10 @@ def _attempt(action: Callable[[], T]) -> T:
 
 
 def _cause(error: BaseException) -> BaseException:
-    """Return the original error: `fsspec` reports a failed connection as a missing file."""
+    """Return the original error.
+
+    `fsspec` reports a failed connection as a missing file.
+    """
     while error.__cause__ is not None:
         error = error.__cause__
     return error

@@ -96,11 +96,12 @@ def random_volume_box(
     ratio: tuple[float, float] = (3 / 4, 4 / 3),
     draw: str = "retry",
 ) -> VolumeBox:
-    """Draw the box of a random resized crop of a volume, like `prmim_train.data.transforms.random_crop_box`.
+    """Draw the box of a random resized crop of a volume.
 
-    The share of the volume is uniform over `scale`. The logarithms of width / height and of height / depth, in
-    millimetres, relative to those of `size`, are uniform over `ratio`. Apart from these ratios, the voxels of the
-    resized crop are cubes for any spacing. The position is uniform over all positions inside the volume.
+    Like `prmim_train.data.transforms.random_crop_box`. The share of the volume is uniform over `scale`. The logarithms
+    of width / height and of height / depth, in millimetres, relative to those of `size`, are uniform over `ratio`.
+    Apart from these ratios, the voxels of the resized crop are cubes for any spacing. The position is uniform over all
+    positions inside the volume.
 
     Parameters
     ----------
@@ -127,7 +128,8 @@ def random_volume_box(
 
     Examples
     --------
-    >>> box = random_volume_box((40, 200, 200), (8, 8, 8), np.random.default_rng(0), spacing=(5, 1, 1), ratio=(1, 1))
+    >>> box = random_volume_box((40, 200, 200), (8, 8, 8), np.random.default_rng(0),
+    ...     spacing=(5, 1, 1), ratio=(1, 1))
     >>> box[3:]  # 178 to 180 mm along each axis
     (36, 178, 178)
     """
@@ -158,7 +160,10 @@ def _relative(ratio: tuple[float, float], aspect: float) -> tuple[float, float]:
 def _largest_box(
     shape: tuple[int, int, int], spacing: Spacing, across: tuple[float, float], up: tuple[float, float]
 ) -> VolumeBox:
-    """Return the largest centred box whose width / height and height / depth, in millimetres, lie in two ranges."""
+    """Return the largest centred box with ratios of sides in given ranges.
+
+    The ranges are those of width / height and of height / depth, in millimetres.
+    """
     depth, height, width = (length * step for length, step in zip(shape, spacing, strict=True))
     height = min(height, width / across[0], depth * up[1])
     sides = (min(depth, height / up[0]), height, min(width, height * across[1]))
@@ -174,7 +179,7 @@ def central_volume_box(
     spacing: Spacing | None = None,
     share: float | None = 1.0,
 ) -> StackBox:
-    """Return the largest centred box that has the proportions of `size` in millimetres.
+    """Return the largest centred box with the proportions of `size` in millimetres.
 
     Parameters
     ----------
@@ -232,7 +237,8 @@ def random_flips(volume: NDArray[Any], rng: np.random.Generator, axes: tuple[int
 
     Examples
     --------
-    >>> random_flips(np.arange(2, dtype=np.uint8).reshape(2, 1, 1, 1), np.random.default_rng(3)).ravel().tolist()
+    >>> crop = np.arange(2, dtype=np.uint8).reshape(2, 1, 1, 1)
+    >>> random_flips(crop, np.random.default_rng(3)).ravel().tolist()
     [1, 0]
     """
     mirrored = tuple(axis for axis in axes if rng.random() < 0.5)
@@ -294,7 +300,10 @@ def _read_central_volume(
 
 
 def spacing_of(source: ImageSource, record: int) -> Spacing | None:
-    """Return the millimetres per voxel of a volume, as given or from its file; None if unknown."""
+    """Return the millimetres per voxel of a volume; None if unknown.
+
+    They are given, or come from the file.
+    """
     axes = source.three_axes
     if axes is not None and axes.spacing is not None:
         return axes.spacing

@@ -1,6 +1,7 @@
-"""Crops, flips and resizing of arrays (height, width, channels), uint8, uint16 or float32, of any number of channels.
+"""Crops, flips and resizing of arrays (height, width, channels).
 
-To treat the frames of a clip alike, they are folded into channels.
+Values are uint8, uint16 or float32; any number of channels is allowed. To treat the frames of a clip alike, they are
+folded into channels.
 
 Resizing uses Pillow's antialiased bicubic filter, as in the published recipes of masked autoencoders;
 `random_padded_crop` uses the bilinear filter. All random numbers come from the `numpy.random.Generator` that the caller
@@ -83,7 +84,9 @@ def check_crop_options(scale: tuple[float, float], ratio: tuple[float, float], d
 
 
 def relative_ratio(ratio: tuple[float, float], size: tuple[int, int]) -> tuple[float, float]:
-    """Return bounds of width / height that are given relative to those of the resized crop (height, width).
+    """Return absolute bounds of width / height.
+
+    The given bounds are relative to those of the resized crop (height, width).
 
     Examples
     --------
@@ -164,7 +167,7 @@ def resize_picture(
     box: tuple[float, float, float, float] | None = None,
     filter: Image.Resampling = Image.Resampling.BICUBIC,
 ) -> ImageArray:
-    """Resize a Pillow image like `resize`, without copying the whole image into an array.
+    """Resize a Pillow image like `resize`, without copying it into an array.
 
     Parameters
     ----------
@@ -206,7 +209,9 @@ def plane_of(image_size: tuple[int, ...]) -> tuple[int, int]:
 
 
 def fold_frames(clip: ImageArray) -> ImageArray:
-    """Fold the frames of a clip into channels: (frames, height, width, channels) to (height, width, frames * channels).
+    """Fold the frames of a clip into channels.
+
+    From (frames, height, width, channels) to (height, width, frames * channels).
 
     Examples
     --------
@@ -318,7 +323,9 @@ def _central_box(shape: tuple[int, int], ratio: tuple[float, float]) -> tuple[in
 
 
 def crop_maps(maps: NDArray[np.floating[Any]], boxes: NDArray[np.floating[Any]]) -> NDArray[np.float32]:
-    """Crop and mirror maps of one value per token like their images, and resize them to the tokens of the crops.
+    """Crop and mirror token maps like their images.
+
+    The results are resized to the tokens of the crops.
 
     Parameters
     ----------
@@ -346,7 +353,7 @@ def crop_maps(maps: NDArray[np.floating[Any]], boxes: NDArray[np.floating[Any]])
 
 
 def _shares(start: NDArray[np.float64], end: NDArray[np.float64], number: int) -> NDArray[np.float64]:
-    """Return the share of each token of a crop in each token of the image: (batch, number, number)."""
+    """Return each crop token's share in each image token: (batch, number, number)."""
     edges = number * (start[:, None] + (end - start)[:, None] * np.linspace(0, 1, number + 1))
     before = np.clip(edges[:, :, None] - np.arange(number), 0, 1)  # the part of each token before each edge
     return np.diff(before, axis=1) / np.diff(edges)[:, :, None]
@@ -355,9 +362,10 @@ def _shares(start: NDArray[np.float64], end: NDArray[np.float64], number: int) -
 def random_padded_crop(
     image: ImageArray, size: tuple[int, int], rng: np.random.Generator, *, padding: int
 ) -> ImageArray:
-    """Resize an image to just cover `size`, pad it with mirrored pixels, and cut out a random window.
+    """Cut a random window from an image that is resized and padded.
 
-    The crop of MFF and PixMIM, which is milder than that of MAE: it shows most of the image.
+    The image is resized to just cover `size`, and padded with mirrored pixels. The crop of MFF and PixMIM, which is
+    milder than that of MAE: it shows most of the image.
 
     Parameters
     ----------
@@ -418,7 +426,8 @@ def random_flip(image: ImageArray, rng: np.random.Generator) -> ImageArray:
 
     Examples
     --------
-    >>> random_flip(np.arange(3, dtype=np.uint8).reshape(1, 3, 1), np.random.default_rng(1)).ravel().tolist()
+    >>> crop = np.arange(3, dtype=np.uint8).reshape(1, 3, 1)
+    >>> random_flip(crop, np.random.default_rng(1)).ravel().tolist()
     [0, 1, 2]
     """
     if rng.random() >= 0.5:

@@ -37,10 +37,16 @@ _PATIENCE = 5.0  # seconds to wait for the exit code of a process
 
 
 class Make(Protocol[Task, Item]):
-    """Function from a task to an array and another item. Picklable; called in the workers."""
+    """Function from a task to an array and another item.
+
+    Picklable; called in the workers.
+    """
 
     def __call__(self, task: Task, note: Callable[[int], None], /) -> tuple[Array, Item]:
-        """Return an array and a picklable item. Call `note` with a number >= 0 that identifies the current work."""
+        """Return an array and a picklable item.
+
+        Call `note` with a number >= 0 that identifies the current work.
+        """
         ...
 
 
@@ -53,7 +59,7 @@ class _Worker:
 
 
 class WorkerPool(Iterator[tuple[Array, Item]], Generic[Task, Item]):
-    """Iterator over arrays and items made by worker processes, in the order of the tasks.
+    """Iterator over arrays and items from worker processes, in task order.
 
     Parameters
     ----------
@@ -163,7 +169,10 @@ def _start(make: Make[Any, Any], prepare: Callable[[], None] | None) -> _Worker:
 
 @contextmanager
 def _signals_held_back() -> Iterator[None]:
-    """Block the signals that end a run, so that new processes ignore them from the start; see `_work`."""
+    """Block the signals that end a run.
+
+    New processes then ignore them from the start; see `_work`.
+    """
     if not hasattr(signal, "pthread_sigmask"):  # Windows
         yield
         return
@@ -250,7 +259,10 @@ def _work(
 
 
 def _take_in(tasks: Connection, waiting: SimpleQueue[Any]) -> None:
-    """Receive tasks immediately, so that sending never blocks; exit the process as soon as the pipe ends."""
+    """Receive tasks immediately, so that sending never blocks.
+
+    Exits the process as soon as the pipe ends.
+    """
     while True:
         try:
             waiting.put(tasks.recv())
@@ -259,7 +271,10 @@ def _take_in(tasks: Connection, waiting: SimpleQueue[Any]) -> None:
 
 
 def _portable(error: Exception) -> Exception:
-    """Return an error that can be pickled; exceptions of libraries become RuntimeErrors."""
+    """Return an error that can be pickled.
+
+    Exceptions of libraries become RuntimeErrors.
+    """
     if type(error).__module__ == "builtins":
         return error
     return RuntimeError(f"{type(error).__name__}: {error}")

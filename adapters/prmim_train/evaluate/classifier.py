@@ -73,7 +73,7 @@ class Predictions(NamedTuple):
 
 
 class Classification(Job[ClassifierEngine]):
-    """Training of a classifier on a pre-trained encoder, and its evaluation on held-out or other images.
+    """Training and evaluation of a classifier on a pre-trained encoder.
 
     Parameters
     ----------
@@ -239,7 +239,10 @@ class Classification(Job[ClassifierEngine]):
         return "start another classifier with --out ANOTHER"
 
     def _test(self, engine: ClassifierEngine) -> Predictions:
-        """Predict the test images. Cached, since the predictions after the last step are needed twice."""
+        """Predict the test images.
+
+        Cached, since the predictions after the last step are needed twice.
+        """
         if self._tested is None or self._tested[0] != engine.step:
             size, share = min(256, self.config.micro_batch), self.config.test_share(self.image_size)
             tested = predict(engine, self.test, self.image_size, batch_size=size, share=share)
@@ -265,7 +268,7 @@ class Classification(Job[ClassifierEngine]):
 
 
 def classify_command(run: str, *, protocol: str, **given: Any) -> None:
-    """Train and evaluate a classifier on the encoder of a run, in a subfolder of the run.
+    """Train and evaluate a classifier on a run's encoder, in a subfolder of the run.
 
     Parameters
     ----------
@@ -373,7 +376,10 @@ def _augment(config: ClassifyConfig, base: PretrainConfig) -> Augment:
 
 
 def _check_halves(config: ClassifyConfig) -> None:
-    """Check that mixing does not depend on the number of processes; see the notes of `Mixing`."""
+    """Check that mixing does not depend on the number of processes.
+
+    See the notes of `Mixing`.
+    """
     world_size = launched().world_size
     if world_size > 1 and (config.mixup or config.cutmix) and config.batch_size // world_size % 2:
         raise ValueError(
@@ -383,5 +389,8 @@ def _check_halves(config: ClassifyConfig) -> None:
 
 
 def _on_backend(base: PretrainConfig, backend: str) -> PretrainConfig:
-    """Options of a run, for another backend. Weights are portable; `scan_blocks` is an option of JAX only."""
+    """Return the options of a run for another backend.
+
+    Weights are portable; `scan_blocks` is an option of JAX only.
+    """
     return base if base.backend == backend else change(base, backend=backend, scan_blocks=False)

@@ -1,8 +1,8 @@
-"""Features of all images of a source, written to one file. Interrupted jobs can be continued.
+"""Features of all images of a source, written to one file.
 
-Every `PART` images of the source are one part: a file in a hidden folder beside the output. When all parts exist, the
-main process joins them, and deletes the folder. A part depends only on the indices of its images. A continued job
-therefore writes the same file as an uninterrupted one, with any number of processes.
+Interrupted jobs can be continued. Every `PART` images of the source are one part: a file in a hidden folder beside the
+output. When all parts exist, the main process joins them, and deletes the folder. A part depends only on the indices of
+its images. A continued job therefore writes the same file as an uninterrupted one, with any number of processes.
 """
 
 import hashlib
@@ -104,7 +104,10 @@ class Output:
         return np.arange(number * PART, min((number + 1) * PART, self.num_images), dtype=np.int64)
 
     def is_complete(self, job: dict[str, Any]) -> bool:
-        """Whether the file exists as the result of a job. Another file raises FileExistsError."""
+        """Whether the file exists as the result of a job.
+
+        Another file raises FileExistsError.
+        """
         if not self.path.exists():
             return False
         try:
@@ -119,7 +122,10 @@ class Output:
         return True
 
     def begin(self, job: dict[str, Any]) -> None:
-        """Create the folder of the parts, or check that it belongs to the job, and delete incomplete files."""
+        """Create the folder of the parts, or check that it belongs to the job.
+
+        Deletes incomplete files.
+        """
         found = read_json(self.folder / JOB)
         if found is None:
             delete(self.folder / JOB)
@@ -300,7 +306,10 @@ def _locked_on_main(output: Output, engine: EncoderEngine) -> Iterator[None]:
 
 
 def _write_parts(output: Output, engine: EncoderEngine, extract: Callable[[int], dict[str, NDArray[Any]]]) -> None:
-    """Write the missing parts, in turns over the processes. If one process fails, all stop."""
+    """Write the missing parts, in turns over the processes.
+
+    If one process fails, all stop.
+    """
     rounds = range(0, output.num_parts, engine.world_size)
     own = [first + engine.rank for first in rounds]
     with tqdm(total=output.num_images, desc="features", unit=" images", disable=None if is_main() else True) as bar:
@@ -326,7 +335,10 @@ def _extract(
     image_size: tuple[int, ...],
     batch_size: int,
 ) -> dict[str, NDArray[Any]]:
-    """Return the arrays of a part: indices and features of images, and unreadable images with reasons."""
+    """Return the arrays of a part.
+
+    Indices and features of images, and unreadable images with reasons.
+    """
     index, features = [np.empty(0, np.int64)], []
     with evaluation_batches(source, indices, batch_size=batch_size, image_size=image_size) as batches:
         try:

@@ -69,7 +69,9 @@ class Evaluation(NamedTuple):
 def evaluate_run(
     config: PretrainConfig, data: RunData, engine: Engine, protocols: Sequence[str] = PROTOCOLS
 ) -> dict[str, Any]:
-    """Classify held-out images by features of the trained encoder, an untrained encoder, and raw pixels.
+    """Classify held-out images by frozen features.
+
+    The features are those of the trained encoder, an untrained encoder, and raw pixels.
 
     Parameters
     ----------

@@ -60,7 +60,7 @@ def nearest_neighbours(
     --------
     >>> x = np.float32([[1, 0], [1, 0.1], [0, 1]])
     >>> test = np.float32([[0.1, 1]])
-    >>> nearest_neighbours(x, np.array([0, 0, 1]), test).tolist()  # one near vote outweighs two far ones
+    >>> nearest_neighbours(x, np.array([0, 0, 1]), test).tolist()  # one near, two far votes
     [1]
     """
     from sklearn.neighbors import KNeighborsClassifier
@@ -126,7 +126,7 @@ def classify(
     train_labels: NDArray[Any],
     test_features: NDArray[np.floating[Any]],
 ) -> NDArray[Any]:
-    """Train a classifier on fixed features, and predict the classes of the test images.
+    """Train a classifier on fixed features, and predict the test classes.
 
     Parameters
     ----------
@@ -176,7 +176,8 @@ def accuracy(
 
     Examples
     --------
-    >>> x, y = np.float32([[0, 1], [1, 0], [0, 2], [3, 0], [0, 1], [1, 0]]), np.array([0, 1, 0, 1, 0, 1])
+    >>> x = np.float32([[0, 1], [1, 0], [0, 2], [3, 0], [0, 1], [1, 0]])
+    >>> y = np.array([0, 1, 0, 1, 0, 1])
     >>> accuracy("linear", x, y, x, y)
     1.0
     """

@@ -62,7 +62,8 @@ def format_score(found: dict[str, Any]) -> str:
 
     Examples
     --------
-    >>> format_score({"accuracy": 0.9, "confidence_interval": [0.8256, 0.9448], "test_images": 100})
+    >>> interval = [0.8256, 0.9448]
+    >>> format_score({"accuracy": 0.9, "confidence_interval": interval, "test_images": 100})
     '90.0 % of 100 test images correct (95 % confidence interval: 82.6 to 94.5 %)'
     """
     low, high = found["confidence_interval"]
@@ -73,7 +74,7 @@ def format_score(found: dict[str, Any]) -> str:
 
 
 def write_predictions(path: Path, truth: NDArray[Any], predicted: Mapping[str, NDArray[Any]]) -> None:
-    """Write true and predicted classes of the test images to a ``.npz`` file, in the order of the images.
+    """Write true and predicted classes of the test images to a ``.npz`` file.
 
     Parameters
     ----------

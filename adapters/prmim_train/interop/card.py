@@ -1,4 +1,4 @@
-"""The model card of a run: description of the weights, how to load them, and measurements of the run."""
+"""The model card of a run: its weights, how to load them, and measurements."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any

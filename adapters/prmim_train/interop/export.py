@@ -1,4 +1,4 @@
-"""Export of a run's weights: to transformers, timm, a safetensors file of prmim, or a PyTorch program."""
+"""Export of a run's weights to transformers, timm, safetensors or PyTorch."""
 
 import importlib
 import json
@@ -85,7 +85,7 @@ def read_weights(run: str, checkpoint: int | None = None) -> Weights:
 
 
 def export_command(run: str, to: str, out: str, *, checkpoint: int | None = None, encoder_only: bool = False) -> None:
-    """Write the weights of a run in the format of another library, and print how to load them.
+    """Export the weights of a run, and print how to load them.
 
     Parameters
     ----------
@@ -181,7 +181,7 @@ WRITERS: dict[str, Writer] = {
 
 
 def _left_out(arrays: Arrays, layout: Layout) -> list[str]:
-    """Return a line with the weights that the other library lacks, by part or by name."""
+    """Describe the weights that the other library lacks, by part or by name."""
     lost = set(left_out(arrays, layout))
     kept = {name.partition(".")[0] for name in arrays if name not in lost}
     parts = {name: name.partition(".")[0] for name in lost}
@@ -190,7 +190,7 @@ def _left_out(arrays: Arrays, layout: Layout) -> list[str]:
 
 
 def _check_encoder(config: EncoderOptions, path: Path) -> None:
-    """Raise ValueError if the encoder in a file has another number of values than its metadata."""
+    """Raise ValueError if an encoder's size in a file contradicts its metadata."""
     expected = config.encoder_config().parameters()
     got = sum(array.size for name, array in load_file(path).items() if _is_of_encoder(name))
     if got != expected.learned + expected.fixed:
@@ -200,7 +200,10 @@ def _check_encoder(config: EncoderOptions, path: Path) -> None:
 
 
 def _is_of_encoder(name: str) -> bool:
-    """Whether a weight belongs to a file with the encoder only; see `prmim_torch.load_encoder`."""
+    """Whether a weight is part of an encoder-only file.
+
+    See `prmim_torch.load_encoder`.
+    """
     return name.startswith("encoder.") and name != MASK_TOKEN
 
 
@@ -219,7 +222,10 @@ def _write_file(out: Path, content: bytes) -> None:
 
 
 def _write_folder(out: Path, files: Mapping[str, bytes]) -> None:
-    """Write a folder atomically: under a temporary name, flushed to disk, then renamed."""
+    """Write a folder atomically.
+
+    It is written under a temporary name, flushed to disk, and renamed.
+    """
     beside = out.with_name(f".{out.name}.partial-{uuid.uuid4().hex[:8]}")
     beside.mkdir(parents=True)
     try:

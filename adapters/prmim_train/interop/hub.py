@@ -1,4 +1,7 @@
-"""Upload of a run to the Hugging Face hub: weights, options, pictures and a model card, in one commit."""
+"""Upload of a run to the Hugging Face hub, in one commit.
+
+The commit holds weights, options, pictures and a model card.
+"""
 
 import importlib
 from pathlib import Path
@@ -20,7 +23,9 @@ __all__ = ["push_to_hub"]
 def push_to_hub(
     run: str, repo: str, *, private: bool = False, checkpoint: int | None = None, pictures: bool = True
 ) -> str:
-    """Upload the weights of a run with its options, pictures and a model card, in one commit.
+    """Upload a run to the Hugging Face hub, in one commit.
+
+    The commit holds weights, options, pictures and a model card.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""Building blocks of pictures: figures without a window, images, token maps, captions.
+"""Building blocks of pictures: figures, images, token maps and captions.
 
 matplotlib is imported only when a picture is drawn.
 """
@@ -30,12 +30,15 @@ SHORT = 10
 
 
 def to_rgb(images: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Convert to three channels: repeat the first of one or two channels, or take the first three."""
+    """Convert to three channels.
+
+    Repeats the first of one or two channels; otherwise takes the first three.
+    """
     return images[..., :3] if images.shape[-1] >= 3 else np.repeat(images[..., :1], 3, axis=-1)
 
 
 def shown_channels(channels: int) -> str:
-    """Return a sentence on the channels that `to_rgb` shows; empty if it shows all of them.
+    """Describe the channels that `to_rgb` shows; empty if it shows all of them.
 
     Examples
     --------
@@ -48,9 +51,9 @@ def shown_channels(channels: int) -> str:
 
 
 def frames_in_a_row(values: NDArray[Any], fill: float) -> NDArray[Any]:
-    """Put the frames of clips side by side: (batch, frames, height, width, ...) to (batch, height, total width, ...).
+    """Put the frames of clips side by side, with gaps of a given value.
 
-    A gap of this value separates them.
+    From (batch, frames, height, width, ...) to (batch, height, total width, ...). A gap of this value separates them.
     """
     gap = max(1, values.shape[3] // 16)
     pads = [(0, 0)] * values.ndim
@@ -60,7 +63,10 @@ def frames_in_a_row(values: NDArray[Any], fill: float) -> NDArray[Any]:
 
 
 def token_pixels(is_token: NDArray[np.bool_], patch_size: tuple[int, ...], grid: Grid) -> NDArray[np.bool_]:
-    """Convert a token mask (batch, N) to a pixel mask (batch, [frames,] height, width, 1)."""
+    """Convert a token mask (batch, N) to a pixel mask.
+
+    The result is (batch, [frames,] height, width, 1).
+    """
     patches = np.broadcast_to(is_token[..., None], (*is_token.shape, int(np.prod(patch_size))))
     pixels: NDArray[np.bool_] = unpatchify(patches, patch_size, grid)
     return pixels
@@ -79,10 +85,10 @@ def new_figure(width: float, height: float) -> "Figure":
 def panel_axes(
     samples: int, panels: int, aspect: float, *, side: float, extra: float
 ) -> tuple["Figure", NDArray[np.object_]]:
-    """Create a figure with a row of panels for each sample. The layout suits images of all proportions.
+    """Create a figure with a row of panels for each sample.
 
-    Samples are stacked, with their panels side by side. Panels of wide images are stacked, too. Samples of tall images
-    are placed side by side, as many as fit.
+    The layout suits images of all proportions. Samples are stacked, with their panels side by side. Panels of wide
+    images are stacked, too. Samples of tall images are placed side by side, as many as fit.
 
     Parameters
     ----------
@@ -130,8 +136,8 @@ def wrapped(title: str, aspect: float) -> str:
 
     Examples
     --------
-    >>> wrapped("thrown, rebuilt: 98", 0.1)
-    'thrown,\nrebuilt:\n98'
+    >>> wrapped("visible + predicted", 0.1)
+    'visible +\npredicted'
     """
     return "\n".join(textwrap.wrap(title, SHORT)) if aspect < 1 / WIDE else title
 
@@ -142,7 +148,10 @@ def label_row(axes: "Axes", text: str) -> None:
 
 
 def draw_cells(axes: "Axes", height: int, width: int) -> None:
-    """Draw thin lines between tokens, except on large grids, where lines would cover the content."""
+    """Draw thin lines between tokens.
+
+    Large grids get none: lines would cover the content.
+    """
     axes.set_xticks([])
     axes.set_yticks([])
     for side in axes.spines.values():

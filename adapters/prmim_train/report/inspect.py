@@ -42,9 +42,10 @@ MAX_NAME = 30
 
 
 def inspect_run(config: PretrainConfig) -> str:
-    """Describe what `pretrain` would do with the same options, by formula. Trains nothing and writes nothing.
+    """Describe by formula what `pretrain` would do with the same options.
 
-    Imports neither torch nor jax, and downloads no teacher. The device is not checked.
+    Trains nothing and writes nothing. Imports neither torch nor jax, and downloads no teacher. The device is not
+    checked.
 
     Parameters
     ----------
@@ -102,9 +103,10 @@ def format_brief(config: PretrainConfig, data: RunData, engine: Engine) -> str:
 
 
 def cost_reports(config: PretrainConfig) -> tuple[CostReport, CostReport] | None:
-    """Return the cost per image of a run and of its baseline, the published method without throwing.
+    """Return the cost per image of a run and of its baseline.
 
-    The passes over whole images that compute attention maps are spread over all epochs.
+    The baseline is the published method without throwing. The passes over whole images that compute attention maps are
+    spread over all epochs.
 
     Returns
     -------
@@ -122,7 +124,7 @@ def cost_reports(config: PretrainConfig) -> tuple[CostReport, CostReport] | None
 
 
 def brief_cost(config: PretrainConfig) -> str:
-    """Return the cost of a run per image, and the change from its baseline, in one line."""
+    """Describe a run's cost per image, and the change from its baseline, in one line."""
     reports = cost_reports(config)
     if reports is None:
         return f"cost {UNKNOWN}"
@@ -340,7 +342,10 @@ def _table_head(config: PretrainConfig) -> str:
 
 
 def _change(ours: float, baseline: float) -> str:
-    """Return the signed difference from the baseline, or a large factor; empty without one."""
+    """Return the signed difference from the baseline; empty without a baseline.
+
+    Large differences are given as a factor.
+    """
     if baseline and ours >= 100 * baseline:
         return f"x {ours / baseline:.2g}"
     return f"{100 * (ours / baseline - 1):+.1f} %" if baseline and ours != baseline else ""

@@ -145,13 +145,13 @@ def draw_images(
             draw_similarity(paths[-1], pixels, comparison, config.method)
     if "schedule" in kinds:
         paths.append(run.path / "schedule.png")
-        is_rebuilt = config.method.is_reconstructed
+        is_reconstructed = config.method.is_reconstructed
         draw_schedule(
             paths[-1],
             np.asarray(order),
             schedule,
             patch_size=config.method.patch_size,
-            is_rebuilt=is_rebuilt,
+            is_reconstructed=is_reconstructed,
             attention=attention,
         )
     return paths
@@ -176,7 +176,7 @@ def picture_command(
     pictures: int | None = None,
     allow_changes: bool = False,
 ) -> None:
-    """Draw pictures of the last checkpoint into the run directory, and print their paths.
+    """Draw pictures of the last checkpoint into the run directory, and print paths.
 
     Parameters
     ----------
@@ -218,7 +218,7 @@ def picture_command(
 
 
 def draw_reconstructions(path: Path, images: NDArray[Any], reconstruction: Reconstruction, method: PixelConfig) -> None:
-    """Draw one row per image: input, visible, decoded and thrown tokens, and all of them together.
+    """Draw one row per image: input, visible, decoded, thrown, and all tokens.
 
     For a clip or a volume, each panel is a row of frames or slices, one per layer of tokens, at most 8.
 
@@ -239,11 +239,9 @@ def draw_reconstructions(path: Path, images: NDArray[Any], reconstruction: Recon
         "input": "input",
         "visible": f"visible: {schedule.counts.visible}",
         "decoded": f"decoded: {schedule.counts.decoded}",
-        "thrown": f"thrown, rebuilt: {schedule.counts.thrown}",
-        "whole": "visible + rebuilt",
+        "thrown": f"thrown: {schedule.counts.thrown}",
+        "whole": "visible + predicted",
     }
-    if not method.is_reconstructed:
-        titles["thrown"] = f"thrown: {schedule.counts.thrown}"
     if images.ndim == 5:
         figure = _draw_stacks(columns, titles, shown_frames(images.shape[1], method.patch_size[0]))
     else:
@@ -291,7 +289,7 @@ def _draw_stacks(
 
 
 def shown_frames(number: int, thickness: int) -> list[int]:
-    """Return the middle frame or slice of each of up to 8 layers of tokens, evenly spaced.
+    """Return the middle frame or slice of up to 8 evenly spaced layers of tokens.
 
     Parameters
     ----------
@@ -336,7 +334,10 @@ def reconstruction_panels(
     predicted = np.clip(reconstruction.patches.astype(np.float64), 0.0, 1.0)
 
     def paint(patches: NDArray[np.float64], is_shown: NDArray[np.bool_]) -> NDArray[np.float64]:
-        """Show some tokens. Hidden tokens and tokens without a prediction have one colour each."""
+        """Show some tokens.
+
+        Hidden tokens and tokens without a prediction have one colour each.
+        """
         pixels = to_rgb(unpatchify(patches, patch_size, schedule.grid))
         pixels = np.where(np.isnan(pixels), NOT_PREDICTED, pixels)
         return np.where(token_pixels(is_shown, patch_size, schedule.grid), pixels, HIDDEN)
@@ -361,10 +362,10 @@ def draw_schedule(
     schedule: Schedule,
     *,
     patch_size: tuple[int, ...] | None = None,
-    is_rebuilt: bool = True,
+    is_reconstructed: bool = True,
     attention: NDArray[np.floating[Any]] | None = None,
 ) -> None:
-    """Draw the roles of tokens, and the distance of thrown tokens to the nearest known token.
+    """Draw the roles of tokens, and the distances of thrown to known tokens.
 
     Parameters
     ----------
@@ -376,7 +377,7 @@ def draw_schedule(
         Static boundaries of `order`.
     patch_size
         Pixels of a patch along each axis, so that tokens have its proportions. None: squares.
-    is_rebuilt
+    is_reconstructed
         Whether thrown tokens are reconstructed in stages. Otherwise they are shown as one group.
     attention
         Attention maps that weighted the sampling, float (batch, N) in [0, 1], drawn in a third row. None: no third row.
@@ -386,7 +387,7 @@ def draw_schedule(
     grid, counts = schedule.grid, schedule.counts
     kinds = token_kinds(order, schedule)
     distance = np.sqrt(nearest_known_distance(grid, kinds <= 1))
-    names, colours = role_colours(schedule, is_rebuilt=is_rebuilt)
+    names, colours = role_colours(schedule, is_reconstructed=is_reconstructed)
     kinds = np.minimum(kinds, len(names) - 1)
 
     columns = len(order)
@@ -436,19 +437,19 @@ def draw_schedule(
     save_figure(figure, path)
 
 
-def role_colours(schedule: Schedule, *, is_rebuilt: bool) -> tuple[list[str], list[str]]:
+def role_colours(schedule: Schedule, *, is_reconstructed: bool) -> tuple[list[str], list[str]]:
     """Labels, with numbers of tokens, and colours of the kinds of `token_kinds`.
 
     Parameters
     ----------
     schedule
         Static boundaries of a plan.
-    is_rebuilt
+    is_reconstructed
         Whether thrown tokens are reconstructed in stages. Otherwise the last label covers all thrown tokens.
     """
     counts = schedule.counts
     names = [f"visible: {counts.visible}", f"decoded: {counts.decoded}"]
-    if is_rebuilt:
+    if is_reconstructed:
         names += [f"stage {stage}: {size}" for stage, size in enumerate(schedule.stage_sizes, start=1) if size]
     elif counts.thrown:
         names.append(f"thrown: {counts.thrown}")
@@ -465,14 +466,19 @@ def draw_roles(figure: "Figure", names: Sequence[str], colours: Sequence[str]) -
 
 
 def _token_maps(values: NDArray[Any], grid: Grid) -> NDArray[np.float64]:
-    """Arrange values of tokens (batch, N) as maps (batch, height, width); frames side by side, with NaN in between."""
+    """Arrange values of tokens (batch, N) as maps (batch, height, width).
+
+    Frames are side by side, with NaN in between.
+    """
     if grid.axes == 3:
         return frames_in_a_row(values.astype(np.float64).reshape(-1, *grid.shape), np.nan)
     return values.astype(np.float64).reshape(len(values), -1, grid.shape[-1])
 
 
 def token_kinds(order: NDArray[Any], schedule: Schedule) -> NDArray[np.int64]:
-    """Role of each token in raster order: 0 visible, 1 decoded, 2 first stage, 3 second stage, ...
+    """Role of each token in raster order.
+
+    0 is visible, 1 decoded, 2 first stage, 3 second stage, ...
 
     Parameters
     ----------
@@ -495,7 +501,7 @@ def token_kinds(order: NDArray[Any], schedule: Schedule) -> NDArray[np.int64]:
 
 
 def draw_loss(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
-    """Draw loss, learning rate and the accuracy of online probes, if any, over the epochs.
+    """Draw loss, learning rate and any online probes over the epochs.
 
     Parameters
     ----------
@@ -536,7 +542,10 @@ def draw_loss(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _draw_probes(figure: "Figure", axes: "Axes", records: Sequence[Mapping[str, Any]]) -> bool:
-    """Draw probe accuracies on a second axis, and the legend. Returns whether there were any."""
+    """Draw probe accuracies on a second axis, and the legend.
+
+    Returns whether there were any.
+    """
     lines = {
         name: [(record["epoch"], 100 * record[name]) for record in records if record.get(name) is not None]
         for name in PROBE_CURVES
@@ -558,7 +567,10 @@ def _draw_probes(figure: "Figure", axes: "Axes", records: Sequence[Mapping[str, 
 def _read_some(
     source: ImageSource, indices: NDArray[np.int64], count: int, image_size: tuple[int, ...]
 ) -> tuple[NDArray[Any], NDArray[np.int64]]:
-    """Read center crops of evenly spaced images. Replaces an unreadable image by the next one."""
+    """Read center crops of evenly spaced images.
+
+    An unreadable image is replaced by the next one.
+    """
     count = min(count, len(indices))
     images: dict[int, NDArray[Any]] = {}
     for place in np.linspace(0, len(indices), count, endpoint=False).astype(np.int64):
@@ -595,7 +607,10 @@ def _reconstruction_caption(method: PixelConfig) -> str:
 
 
 def _predicted(tokens: str, target: str, area: str | None) -> str:
-    """Describe what tokens predict, and the area of the input that sets their brightness and contrast, if any."""
+    """Describe what tokens predict, and how the prediction is shown.
+
+    An area of the input can set brightness and contrast.
+    """
     shown = "" if area is None else f", shown with the brightness and contrast of {area}"
     return f"{tokens.capitalize()} tokens predict {target}{shown}."
 

@@ -1,4 +1,7 @@
-"""Description of a packaged recipe: paper, command, published number, and differences from the published run."""
+"""Description of a packaged recipe.
+
+Paper, command, published number, and differences from the published run.
+"""
 
 from prmim_train.config.deviations import deviations_of
 from prmim_train.config.layers import read_header, read_options, recipe_names
@@ -7,7 +10,9 @@ __all__ = ["recipe_lines"]
 
 
 def recipe_lines(name: str) -> list[str]:
-    """Describe a packaged recipe: header, options (of recipes of `evaluate`), and deviations.
+    """Describe a packaged recipe: header, options, and deviations.
+
+    Options are listed for recipes of `evaluate` only.
 
     Parameters
     ----------

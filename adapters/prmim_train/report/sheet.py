@@ -1,4 +1,4 @@
-"""`prmim inspect --sheet`: a contact sheet of the first training samples of a run, with their masks."""
+"""Contact sheet of a run's first training samples: `prmim inspect --sheet`."""
 
 from collections.abc import Iterator
 from contextlib import closing
@@ -73,7 +73,9 @@ class Samples:
 
 
 def first_samples(config: PretrainConfig, data: RunData, number: int = NUM_SAMPLES) -> Samples:
-    """Return the images, crops, flips and masks of the first steps of a run. Needs no framework.
+    """Return the images, crops, flips and masks of the first steps of a run.
+
+    Needs no framework.
 
     Parameters
     ----------
@@ -141,7 +143,7 @@ def sheet_command(config: PretrainConfig, path: str) -> None:
 
 
 def row_aspect(method: MethodConfig) -> float:
-    """Width over height of an image, or of the shown frames of a clip or volume side by side.
+    """Width over height of an image, or of shown frames side by side.
 
     Examples
     --------
@@ -160,7 +162,7 @@ def _shown(method: MethodConfig) -> list[int]:
 
 
 def draw_sheet(path: Path, config: PretrainConfig, source: ImageSource, samples: Samples) -> None:
-    """Draw samples: source image with the outline of the crop, augmented crop, visible tokens, and plan.
+    """Draw samples: source image and crop, augmented crop, visible tokens, and plan.
 
     For a clip or a volume, each panel is a row of frames or slices, one per layer of tokens, at most 8.
 
@@ -182,7 +184,7 @@ def draw_sheet(path: Path, config: PretrainConfig, source: ImageSource, samples:
     columns, rows = _layout(number, aspect)
     figure = new_figure(*_figure_size(columns, rows, aspect))
     blocks = figure.subfigures(rows, columns, squeeze=False).ravel().tolist()
-    names, colours = role_colours(method.schedule, is_rebuilt=method.is_reconstructed)
+    names, colours = role_colours(method.schedule, is_reconstructed=method.is_reconstructed)
     records = zip(blocks[:number], samples.batch.index.tolist(), strict=True)
     for place, (block, record) in enumerate(_progress(records, number)):
         axes = block.subplots(*((4, 1) if is_wide else (1, 4)), squeeze=False).ravel()
@@ -244,7 +246,7 @@ def _progress(samples: Iterator[Any], number: int) -> Iterator[Any]:
 
 
 def _layout(number: int, aspect: float) -> tuple[int, int]:
-    """Return the columns and rows of samples whose crops have this ratio of width to height."""
+    """Return columns and rows of samples whose crops have this width over height."""
     most = 1 if aspect > LONG else 2 if aspect > 0.5 else 4
     columns = min(number, most)
     return columns, -(-number // columns)
@@ -262,7 +264,10 @@ def _figure_size(columns: int, rows: int, aspect: float) -> tuple[float, float]:
 def _draw_source(
     axes: "Axes", source: ImageSource, record: int, config: PretrainConfig, box: NDArray[np.float32]
 ) -> None:
-    """Show a whole source image, and the outline of a crop (top, left, bottom, right, as fractions)."""
+    """Show a whole source image, and the outline of a crop.
+
+    The crop is (top, left, bottom, right), as fractions.
+    """
     from matplotlib.patches import Rectangle
 
     image = to_rgb(in_8_bit_range(_thumbnail(source, record, config), config.method.pixel_range) / 255.0)
@@ -283,7 +288,10 @@ def _draw_source(
 
 
 def _thumbnail(source: ImageSource, record: int, config: PretrainConfig) -> NDArray[Any]:
-    """Read a whole image, or evenly spaced frames, of at most `LONGEST_SIDE` pixels: ([frames,] height, width, C)."""
+    """Read a whole image of at most `LONGEST_SIDE` pixels per side.
+
+    For clips and volumes, evenly spaced frames. Returns ([frames,] height, width, C).
+    """
     height, width = plane_of(source.header(record).shape)
     scale = min(1.0, LONGEST_SIDE / max(height, width))
     size = max(1, round(height * scale)), max(1, round(width * scale))

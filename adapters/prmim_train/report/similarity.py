@@ -1,4 +1,4 @@
-"""Picture of a method that predicts features: cosine similarities of predicted and target features."""
+"""Pictures of predicted and target features: maps of cosine similarities."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -34,7 +34,9 @@ HATCH_COLOUR = "#b8bec6"
 
 @dataclass(frozen=True)
 class SimilarityMaps:
-    """Cosine similarities per token, in raster order. NaN for tokens without a student feature.
+    """Cosine similarities per token, in raster order.
+
+    NaN for tokens without a student feature.
 
     Parameters
     ----------
@@ -86,7 +88,9 @@ def similarity_maps(comparison: Comparison) -> SimilarityMaps:
 
 
 def central_token(grid: Grid, is_candidate: NDArray[np.bool_]) -> NDArray[np.int64]:
-    """Candidate nearest to the centre of each image. Ties go to the first in raster order.
+    """Return the candidate nearest to the centre of each image.
+
+    Ties go to the first in raster order.
 
     Parameters
     ----------
@@ -170,7 +174,10 @@ def _unit_length(features: NDArray[np.float32]) -> NDArray[np.float64]:
 
 
 def _lower_end(*maps: NDArray[np.float64]) -> float:
-    """Lower end of the colour scale: the first percentile, rounded down to a multiple of 0.1."""
+    """Lower end of the colour scale.
+
+    The first percentile, rounded down to a multiple of 0.1.
+    """
     values = np.concatenate([part[np.isfinite(part)] for part in maps])
     return float(np.clip(np.floor(10 * np.percentile(values, 1)) / 10, -1.0, 0.9))
 
@@ -178,7 +185,10 @@ def _lower_end(*maps: NDArray[np.float64]) -> float:
 def _show_map(
     axes: "Axes", values: NDArray[np.float64], image_size: tuple[int, int], colours: Mapping[str, Any]
 ) -> "AxesImage":
-    """Show a map of tokens at the size of the image. Tokens without a value are hatched."""
+    """Show a map of tokens at the size of the image.
+
+    Tokens without a value are hatched.
+    """
     from matplotlib.patches import Rectangle
 
     height, width = image_size

@@ -113,7 +113,7 @@ def _spacing_text(found: Statistics) -> str:
 
 
 def _range_of(found: Statistics) -> tuple[PixelRange, bool]:
-    """Return the range of pixel values for training, and whether it must be given as an option."""
+    """Return the pixel range for training, and whether it must be given as an option."""
     (depth, _), *_ = found.depths.most_common(1)
     full = full_range(depth)
     if full is not None and depth == "uint8" and not far_below(found, None):

@@ -1,1 +1,1 @@
-"""Training runs: loop, engine protocol, run directory, log, trackers and processes."""
+"""Training runs: loop, engine protocol, directory, log, trackers, processes."""

@@ -1,4 +1,6 @@
-"""Attention maps of the training images, by which `throwing: weighted` masks and throws tokens (AMT).
+"""Attention maps of the training images (AMT).
+
+With `throwing: weighted`, they determine which tokens are masked and thrown.
 
 A map holds the attention of the encoder's class token to every patch of a whole, uncropped image. All maps are computed
 after `attention_start` epochs, recomputed every `attention_every` epochs, and stored in the run directory. A resumed
@@ -49,14 +51,15 @@ class AttentionMaps:
         self.run, self.config, self.source, self.records = run, config, data.source, data.train
         self.steps = data.budget.steps_of(config.attention_start, config.attention_every)
         self.step: int | None = None
-        """Step after which the maps were computed. None: there are none yet."""
+        """Step after which the maps were computed, or None before."""
         self.maps = np.empty((0, 0), np.float16)
         """float16 (training images, N), in [0, 1]."""
 
     def weights(self, engine: Engine, batch: Batch) -> NDArray[np.float32]:
-        """Return the weight of every token, float32 (batch, N). Computes or reads due maps first.
+        """Return the weight of every token, float32 (batch, N).
 
-        The map of an image is cropped and mirrored like the image. Before the first pass, all weights are 1.
+        Due maps are computed or read first. The map of an image is cropped and mirrored like the image. Before the
+        first pass, all weights are 1.
 
         Raises
         ------
@@ -81,7 +84,10 @@ class AttentionMaps:
         return max((due for due in self.steps if due <= step), default=None)
 
     def _compute(self, engine: Engine, step: int) -> None:
-        """Compute the maps with the current weights, and write them. All processes must call it."""
+        """Compute the maps with the current weights, and write them.
+
+        All processes must call it.
+        """
         tokens = self.config.method.grid.num_tokens
         shares = [self._share(rank, engine.world_size) for rank in range(engine.world_size)]
         part = self._share_of_maps(engine, self.records[shares[engine.rank]])
@@ -100,13 +106,19 @@ class AttentionMaps:
         say(f"Attention maps: {len(self.records):,} images after step {step}.")
 
     def _share(self, rank: int, world_size: int) -> NDArray[np.int64]:
-        """Return the rows of a process. All processes get equally many, so some rows are repeated."""
+        """Return the rows of a process.
+
+        All processes get equally many, so some rows are repeated.
+        """
         number = len(self.records)
         rows = np.resize(np.arange(number), -(-number // world_size) * world_size)
         return rows[rank::world_size]
 
     def _share_of_maps(self, engine: Engine, records: NDArray[np.int64]) -> NDArray[np.float16]:
-        """Compute the maps of some images, float16 (images, N). Those of unreadable images are 1."""
+        """Compute the maps of some images, float16 (images, N).
+
+        Maps of unreadable images are 1.
+        """
         size, method = min(LARGEST_BATCH, self.config.micro_batch), self.config.method
         place = {int(record): row for row, record in enumerate(records)}
         found = np.ones((len(records), method.grid.num_tokens), np.float16)
@@ -145,7 +157,10 @@ class AttentionMaps:
         return maps
 
     def _delete_old(self) -> None:
-        """Delete maps that no checkpoint needs. Keeps all later maps for a pending checkpoint."""
+        """Delete maps that no checkpoint needs.
+
+        A pending checkpoint keeps all later maps.
+        """
         first = next((self._due(step_of(checkpoint)) for checkpoint in self.run.checkpoints()), None)
         for step in self.steps:
             if first is not None and step < first:

@@ -35,7 +35,8 @@ class Budget:
 
         Examples
         --------
-        >>> budget = Budget(num_images=1438, steps_per_epoch=11.98, total_steps=60, warmup_steps=3, checkpoint_steps=12)
+        >>> budget = Budget(num_images=1438, steps_per_epoch=11.98, total_steps=60, warmup_steps=3,
+        ...     checkpoint_steps=12)
         >>> [step for step in range(1, 61) if budget.is_end_of(2, step)]
         [24, 48]
         """
@@ -43,11 +44,14 @@ class Budget:
         return step == round(max(1, round(step / length)) * length)
 
     def steps_of(self, start: int, every: int) -> tuple[int, ...]:
-        """Return the steps, before the last one, that end epoch `start` and every `every`-th epoch after it.
+        """Return the steps that end epoch `start` and every `every`-th epoch after it.
+
+        The last step of the run is left out.
 
         Examples
         --------
-        >>> budget = Budget(num_images=1438, steps_per_epoch=11.98, total_steps=60, warmup_steps=3, checkpoint_steps=12)
+        >>> budget = Budget(num_images=1438, steps_per_epoch=11.98, total_steps=60, warmup_steps=3,
+        ...     checkpoint_steps=12)
         >>> budget.steps_of(1, 2)
         (12, 36)
         """

@@ -9,7 +9,10 @@ from prmim_train.run.engine import Trainer
 
 
 def agreed(engine: Trainer, wish: bool, is_logged: bool) -> bool:
-    """Whether any process requests an action. Distributed runs check only at logged steps, since it is a barrier."""
+    """Whether any process requests an action.
+
+    Distributed runs check only at logged steps, since it is a barrier.
+    """
     return wish if engine.world_size == 1 else is_logged and engine.any(wish)
 
 
@@ -30,7 +33,10 @@ class Checkpoints:
             self.writing.wait()
 
     def are_due(self, is_logged: bool) -> bool:
-        """Whether `checkpoint_minutes` have passed since the last checkpoint, by the clock of the main process."""
+        """Whether `checkpoint_minutes` have passed since the last checkpoint.
+
+        The clock of the main process counts.
+        """
         if self.minutes is None:
             return False
         is_late = self.engine.rank == 0 and time.monotonic() - self.started >= 60 * self.minutes

@@ -82,7 +82,10 @@ class Saves(Agrees, Protocol):
     """Object that can save itself into a folder, such as an engine."""
 
     def async_save(self, directory: Path) -> Future[None]:
-        """Start writing into an existing, empty folder. Collective: every process calls it."""
+        """Start writing into an existing, empty folder.
+
+        Collective: every process calls it.
+        """
 
 
 class RunDirectory:
@@ -108,7 +111,9 @@ class RunDirectory:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Lock the folder against other processes. Creates it, and removes it if no run was started.
+        """Lock the folder against other processes.
+
+        Creates the folder, and removes it if no run was started.
 
         Raises
         ------
@@ -226,7 +231,10 @@ class RunDirectory:
         return run, facts
 
     def write_identity(self, facts: dict[str, Any]) -> None:
-        """Write `run.json`: the origin and the ID of the run, which is generated the first time."""
+        """Write `run.json`: the origin and the ID of the run.
+
+        The ID is generated the first time.
+        """
         run = self._id() or self._id_of_checkpoints() or uuid.uuid4().hex
         write_json(self.path / IDENTITY, {"id": run, "facts": facts})
 
@@ -310,7 +318,10 @@ class RunDirectory:
             write_text(path, "".join(json.dumps(record) + "\n" for record in kept))
 
     def checkpoints(self) -> list[Path]:
-        """Folders of the checkpoints, oldest first, without rescue checkpoints and damaged ones set aside."""
+        """Folders of the checkpoints, oldest first.
+
+        Rescue checkpoints and damaged ones are left out.
+        """
         folder = self.path / CHECKPOINTS
         found = [entry for entry in folder.iterdir() if _STEP.fullmatch(entry.name)] if folder.is_dir() else []
         return sorted(found, key=step_of)
@@ -352,7 +363,7 @@ class RunDirectory:
         return None
 
     def damage(self, checkpoint: Path) -> str | None:
-        """Describe the damage of a checkpoint, if any; see `prmim_train.run.manifest.damage`."""
+        """Describe a checkpoint's damage, if any; see `prmim_train.run.manifest.damage`."""
         return damage(checkpoint, self._id())
 
     def rescued_steps(self) -> set[int]:
@@ -420,7 +431,10 @@ class RunDirectory:
 
     @contextmanager
     def explained(self, place: Path) -> Iterator[None]:
-        """Convert an error into an OSError that names the failed and the last good checkpoint."""
+        """Convert an error into an OSError about a failed checkpoint.
+
+        The message names the failed and the last good checkpoint.
+        """
         try:
             yield
         except FailedElsewhereError:
@@ -437,7 +451,9 @@ class RunDirectory:
             delete(old.rename(doomed))
 
     def remove_leftovers(self) -> None:
-        """Delete incomplete files and folders of a killed run. Links are deleted, not followed.
+        """Delete incomplete files and folders of a killed run.
+
+        Links are deleted, not followed.
 
         Raises
         ------
@@ -526,7 +542,10 @@ def _read_record(line: bytes, place: str) -> dict[str, Any]:
 
 
 def _is_torn(line: bytes) -> bool:
-    """Whether a line is an incomplete record, or consists of zero bytes, which a power cut can leave."""
+    """Whether a line is an incomplete record, or consists of zero bytes.
+
+    A power cut can leave zero bytes.
+    """
     content = line.strip(b"\0")
     if content and not content.startswith(b"{"):
         return False

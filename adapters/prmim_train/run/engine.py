@@ -42,7 +42,7 @@ class Reconstruction(Protocol):
 
     @property
     def order(self) -> NDArray[Any]:
-        """Order of the tokens, int (batch, N): visible, decoded, then the stages."""
+        """Order of the tokens, int (batch, N); visible, decoded, then the stages."""
 
     @property
     def schedule(self) -> Schedule:
@@ -50,10 +50,10 @@ class Reconstruction(Protocol):
 
     @property
     def patches(self) -> NDArray[np.float32]:
-        """Pixel patches (batch, N, patch_dim) in raster order, in [0, 1], without normalization.
+        """Pixel patches (batch, N, patch_dim) in raster order, in [0, 1].
 
-        Visible patches are those of the input. A token that predicts cells repeats the value of a cell in all of its
-        pixels. Tokens without a prediction are NaN.
+        Normalization is undone. Visible patches are those of the input. A token that predicts cells repeats the value
+        of a cell in all of its pixels. Tokens without a prediction are NaN.
         """
 
 
@@ -62,7 +62,7 @@ class Comparison(Protocol):
 
     @property
     def order(self) -> NDArray[Any]:
-        """Order of the tokens, int (batch, N): visible, decoded, then the stages."""
+        """Order of the tokens, int (batch, N); visible, decoded, then the stages."""
 
     @property
     def schedule(self) -> Schedule:
@@ -70,9 +70,9 @@ class Comparison(Protocol):
 
     @property
     def student(self) -> NDArray[np.float32]:
-        """Predictions of the teacher's last aligned layer (batch, N, dim), in raster order.
+        """Predictions of the teacher's last aligned layer (batch, N, dim).
 
-        Tokens without a prediction are NaN.
+        They are in raster order. Tokens without a prediction are NaN.
         """
 
     @property
@@ -119,13 +119,13 @@ class Trainer(Protocol):
         """Whether the training step is compiled."""
 
     def measure_slowdown(self, size: Transformer) -> float | None:
-        """Return the time of a transformer layer in bfloat16 relative to float32. Takes about a second.
+        """Return the time of a transformer layer in bfloat16 relative to float32.
 
-        None if the step is in float32 or bfloat16 suits the device.
+        Takes about a second. None if the step is in float32 or bfloat16 suits the device.
         """
 
     def read_metrics(self) -> dict[str, Any]:
-        """Wait for pending steps, and return the metrics of all steps since the last call.
+        """Wait for pending steps, and return the metrics since the last call.
 
         Returns
         -------
@@ -141,21 +141,30 @@ class Trainer(Protocol):
         """
 
     def async_save(self, directory: Path) -> Future[None]:
-        """Start writing `weights.safetensors` and the training state into an existing folder.
+        """Start writing `weights.safetensors` and the training state into a folder.
 
-        Writes a snapshot of the current state, including the metrics since the last `read_metrics`; later steps do not
-        change it. The future is done when this process has written its share; in the main process, when all processes
-        have. If one process fails, the futures of all processes fail.
+        The folder must exist. Writes a snapshot of the current state, including the metrics since the last
+        `read_metrics`; later steps do not change it. The future is done when this process has written its share; in the
+        main process, when all processes have. If one process fails, the futures of all processes fail.
         """
 
     def restore(self, directory: Path) -> None:
-        """Load a saved state, written by any number of processes. ValueError if the architecture differs."""
+        """Load a saved state, written by any number of processes.
+
+        Raises ValueError if the architecture differs.
+        """
 
     def any(self, flag: bool) -> bool:
-        """Whether `flag` is true in any process. Collective: returns when all processes have called it."""
+        """Whether `flag` is true in any process.
+
+        Collective: returns when all processes have called it.
+        """
 
     def close(self) -> None:
-        """Leave the process group. After an exception, does not wait for the other processes."""
+        """Leave the process group.
+
+        After an exception, does not wait for the other processes.
+        """
 
 
 class Engine(Trainer, Protocol):
@@ -163,7 +172,7 @@ class Engine(Trainer, Protocol):
 
     @property
     def predicts(self) -> str:
-        """Targets of the masked tokens: `pixels` or `features`."""
+        """Targets of the masked tokens, `pixels` or `features`."""
 
     def train_step(
         self, images: NDArray[Any], sample: NDArray[np.int64], weights: NDArray[np.float32] | None = None
@@ -192,20 +201,32 @@ class Engine(Trainer, Protocol):
         """Mean patch feature (batch, dim) of unmasked images."""
 
     def reconstruct(self, images: NDArray[Any], sample: NDArray[np.int64]) -> Reconstruction:
-        """Mask images as in step 0, and reconstruct their pixels. For methods that predict pixels."""
+        """Mask images as in step 0, and reconstruct their pixels.
+
+        For methods that predict pixels.
+        """
 
     def compare(self, images: NDArray[Any], sample: NDArray[np.int64]) -> Comparison:
-        """Mask images as in step 0, and return student and teacher features. For methods that predict features."""
+        """Mask images as in step 0, and return student and teacher features.
+
+        For methods that predict features.
+        """
 
     def load_weights(self, path: Path) -> None:
         """Load weights, without training state, from a `.safetensors` file."""
 
     def init_weights(self, source: Path) -> str:
-        """Load weights of other code or of another method; returns a line that names the loaded parts."""
+        """Load weights of other code or of another method.
+
+        Returns a line that names the loaded parts.
+        """
 
 
 class EncoderEngine(Protocol):
-    """A frozen encoder on the device of a process. Processes may pass different images, in different numbers."""
+    """A frozen encoder on the device of a process.
+
+    Processes may pass different images, in different numbers.
+    """
 
     @property
     def rank(self) -> int:
@@ -235,7 +256,10 @@ class EncoderEngine(Protocol):
         """
 
     def any(self, flag: bool) -> bool:
-        """Whether `flag` is true in any process. Collective: returns when all processes have called it."""
+        """Whether `flag` is true in any process.
+
+        Collective: returns when all processes have called it.
+        """
 
     def close(self) -> None:
         """Leave the process group."""
@@ -245,7 +269,9 @@ class ClassifierEngine(Trainer, Protocol):
     """Trainer of a classifier on a pre-trained encoder, as a whole or only its head."""
 
     def train_step(self, images: NDArray[Any], sample: NDArray[np.int64], targets: NDArray[np.float32]) -> None:
-        """Start one optimizer step on the cross-entropy (non-blocking); see `Engine.train_step`.
+        """Start one optimizer step on the cross-entropy; see `Engine.train_step`.
+
+        The call does not block.
 
         Parameters
         ----------
@@ -258,11 +284,16 @@ class ClassifierEngine(Trainer, Protocol):
         """
 
     def predict(self, images: NDArray[Any]) -> NDArray[np.float32]:
-        """Logits (batch, classes) in evaluation mode: independent of the other images of the batch."""
+        """Logits (batch, classes) in evaluation mode.
+
+        They do not depend on the other images of the batch.
+        """
 
 
 def check_backend(backend: str) -> None:
-    """Check that a backend exists and that its packages are installed. Does not import torch or jax.
+    """Check that a backend exists and that its packages are installed.
+
+    Does not import torch or jax.
 
     Raises
     ------

@@ -60,7 +60,10 @@ def open_file(path: Path, mode: Literal["r", "a"] = "r") -> io.FileIO:
 
 
 def delete(path: Path) -> None:
-    """Delete a file, a folder with its content, or a link without its target. No-op if the path does not exist."""
+    """Delete a file, a folder with its content, or a link without its target.
+
+    No-op if the path does not exist.
+    """
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:

@@ -30,9 +30,10 @@ class NonFiniteLoss(ArithmeticError):  # noqa: N818  # the name says what happen
 
 
 class Log:
-    """Progress bar, `metrics.jsonl` and tracker. Ends the run if the loss is not finite.
+    """Progress bar, `metrics.jsonl` and tracker.
 
-    Every process has a log and reads the same metrics. Only the main process shows and writes them.
+    Ends the run if the loss is not finite. Every process has a log and reads the same metrics. Only the main process
+    shows and writes them.
     """
 
     def __init__(
@@ -152,7 +153,10 @@ class Log:
             print(f"step {step}/{self.budget.total_steps}: {text}, {duration(self.seconds)}", flush=True)
 
     def _track(self, call: Callable[[], None]) -> None:
-        """Call the tracker. On failure, warn and disable it: the run must survive an outage."""
+        """Call the tracker.
+
+        On failure, warns and disables it: the run must survive an outage.
+        """
         try:
             call()
         except Exception as error:
@@ -197,7 +201,10 @@ def _finite(value: float) -> float | None:
 
 
 def _measured(numbers: Mapping[str, Any]) -> dict[str, Any]:
-    """Select `loss`, its parts (`loss_...`), `accuracy` and weights of layers (`layer_weight_...`)."""
+    """Select the loss, its parts, the accuracy and the layer weights.
+
+    Names: `loss`, `loss_...`, `accuracy`, `layer_weight_...`.
+    """
     return {
         name: value if value is None else _finite(value)
         for name, value in numbers.items()
@@ -206,7 +213,9 @@ def _measured(numbers: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def loss_text(numbers: Mapping[str, Any], *, parts: bool = True) -> str:
-    """Format loss and accuracies for printing. Omits parts of the loss that are 0, which are not supervised.
+    """Format loss and accuracies for printing.
+
+    Parts of the loss that are 0 are not supervised, and are omitted.
 
     Examples
     --------
@@ -251,7 +260,10 @@ class SpeedMeter:
     latest: float = field(default=0.0, repr=False)
 
     def update(self, images: int, now: float) -> None:
-        """Count images whose steps were completed at time `now`, in seconds of any monotonic clock."""
+        """Count images whose steps were completed at time `now`.
+
+        Seconds of any monotonic clock.
+        """
         if self.started is None:
             self.started = now
         else:

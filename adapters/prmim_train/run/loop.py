@@ -103,12 +103,18 @@ class Job(ABC, Generic[E]):
         """Train on a batch."""
 
     def measure(self, engine: E) -> dict[str, Any]:
-        """Return metrics to log every `measure_epochs` epochs and at the end. Not counted as training time."""
+        """Return metrics to log every `measure_epochs` epochs and at the end.
+
+        Not counted as training time.
+        """
         return {}
 
     @abstractmethod
     def origin(self) -> Origin:
-        """Return the origin of the training: images, split, teacher. Slow: examines all files."""
+        """Return the origin of the training: images, split, teacher.
+
+        Slow: examines all files.
+        """
 
     @abstractmethod
     def facts(self) -> dict[str, Any]:
@@ -187,7 +193,10 @@ def _train(job: Job[E], run: RunDirectory) -> dict[str, Any]:
 
 
 def _say_choices(job: Job[E], engine: E) -> None:
-    """Print number format and compilation in effect; warn about a number format that is slow on this CPU."""
+    """Print number format and compilation in effect.
+
+    Warns about a number format that is slow on this CPU.
+    """
     precision, compiled = engine.precision, engine.compiled
     how = "compiled" if compiled.value else "not compiled"
     say(f"Precision: {precision.value} ({precision.reason}); {how} ({compiled.reason})")
@@ -257,7 +266,10 @@ def _take_steps(job: Job[E], run: RunDirectory, engine: E) -> dict[str, Any]:
 
 
 def _gather_notes(run: RunDirectory, engine: Trainer, note: dict[str, str]) -> dict[str, str]:
-    """Send each process's note to the main process. Returns {} in the other processes."""
+    """Send each process's note to the main process.
+
+    Returns {} in the other processes.
+    """
     if engine.rank > 0 and note:
         run.leave_note(engine.rank, note)
     engine.any(False)  # barrier: all notes are written
@@ -293,7 +305,10 @@ def _record(run: RunDirectory, config: TrainingOptions, origin: Origin | None, *
 
 
 def _check_changes(config: TrainingOptions, run: RunDirectory, origin: Origin) -> None:
-    """Report options and origin that changed since the last step, and reject changes that past steps depend on."""
+    """Report options and origin that changed since the last step.
+
+    Rejects changes that past steps depend on.
+    """
     if not run.checkpoints() and run.read_summary() is None:  # no step is kept
         return
     stored = parse_options(run.read_config(), str(run.path))
@@ -349,10 +364,11 @@ class _Stop:
 
 @contextmanager
 def _stop_signals() -> Iterator[_Stop]:
-    """Turn signals into a flag, polled after each step. A second Ctrl-C raises KeyboardInterrupt.
+    """Turn signals into a flag, polled after each step.
 
-    This holds for Ctrl-C only: batch systems, `torchrun`, shells and terminals send the other signals repeatedly.
-    `torchrun` also repeats Ctrl-C, so repetitions within a moment count as one.
+    A second Ctrl-C raises KeyboardInterrupt. This holds for Ctrl-C only: batch systems, `torchrun`, shells and
+    terminals send the other signals repeatedly. `torchrun` also repeats Ctrl-C, so repetitions within a moment count as
+    one.
     """
     stop = _Stop()
     if threading.current_thread() is not threading.main_thread():  # Python handles signals in the main thread only

@@ -54,7 +54,10 @@ def _short(name: str) -> str:
 
 
 def _foreign(checkpoint: Path, run: str | None) -> str | None:
-    """Say why a good checkpoint is not one of the run; None if it is, or if either has no ID (earlier versions)."""
+    """Describe why a good checkpoint is not one of the run; None if it is.
+
+    Also None if either has no ID (earlier versions).
+    """
     manifest = read_manifest(checkpoint)
     if run is not None and manifest.get("run", run) != run:
         return "it belongs to another run"
@@ -77,7 +80,10 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
 
 
 def write_manifest(directory: Path, run: str | None, step: int) -> None:
-    """Write the manifest: run and step of a checkpoint, size and checksum of every file."""
+    """Write the manifest of a checkpoint.
+
+    Run, step, and size and checksum of every file.
+    """
     files = {
         name: {"bytes": path.stat().st_size, "sha256": _checksum(path)} for name, path in _files(directory).items()
     }

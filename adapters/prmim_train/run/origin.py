@@ -1,7 +1,8 @@
-"""Origin of a run: its images, their split and its teacher. Recorded in its folder, and compared on resume.
+"""Origin of a run: its images, their split and its teacher.
 
-`run.json` holds the ID of the run and the facts; `trained.npz` holds the identity of every training image. Images that
-were trained on never count as held out, even if the data change.
+The origin is recorded in the run directory, and compared on resume. `run.json` holds the ID of the run and the facts;
+`trained.npz` holds the identity of every training image. Images that were trained on never count as held out, even if
+the data change.
 """
 
 import hashlib
@@ -64,9 +65,10 @@ class Origin:
 
 
 def image_facts(source: ImageSource, found: Identities, prefix: str = "") -> dict[str, Any]:
-    """Return the facts of an image source: count, and checksums over names and sizes, times, and labels.
+    """Return the facts of an image source.
 
-    Without labels, the fact is absent: runs of earlier versions recorded the single class of some folders.
+    Count, and checksums over names and sizes, over times, and over labels. Without labels, the fact is absent: runs of
+    earlier versions recorded the single class of some folders.
     """
     facts = {
         f"{prefix}images": len(source),
@@ -80,7 +82,10 @@ def image_facts(source: ImageSource, found: Identities, prefix: str = "") -> dic
 
 
 def data_origin(source: ImageSource, train: NDArray[np.int64]) -> Origin:
-    """Return the origin of a run on some images of a source. Examines all files without reading their content."""
+    """Return the origin of a run on some images of a source.
+
+    Examines all files without reading their content.
+    """
     found = source.identities()
     facts = {**image_facts(source, found), "split": _checksum(train.tobytes())}
     return Origin(facts, found.take(train))
@@ -93,7 +98,10 @@ def run_origin(config: PretrainConfig, source: ImageSource, train: NDArray[np.in
 
 
 def record_origin(run: RunDirectory, origin: Origin, *, has_stepped: bool) -> None:
-    """Write the origin of a run into its folder. Keeps the record of images of earlier steps."""
+    """Write the origin of a run into its folder.
+
+    Keeps the record of images of earlier steps.
+    """
     known = read_trained(run) if has_stepped else None
     parts = [known, origin.trained] if known is not None else [origin.trained]
     keys = np.concatenate([part.keys for part in parts])
@@ -125,7 +133,7 @@ def check_origin(run: RunDirectory, origin: Origin, allow_changes: bool) -> None
 
 
 def read_trained(run: RunDirectory) -> Identities | None:
-    """Read the identities of the training images of a run; None if they were not recorded.
+    """Read the identities of the training images of a run; None if not recorded.
 
     Raises
     ------
@@ -168,7 +176,10 @@ def is_trained_on(found: Identities, trained: Identities, *, elsewhere: bool = F
 
 
 def _teacher_fact(teacher: str | None) -> str | None:
-    """Return the name of a teacher on the hub, or a checksum over names, sizes and times of the files in its folder."""
+    """Return a teacher's hub name, or a checksum of its local files.
+
+    The checksum is over names, sizes and times.
+    """
     if teacher is None or not Path(teacher).is_dir():
         return teacher
     files = sorted(entry for entry in Path(teacher).iterdir() if entry.is_file())

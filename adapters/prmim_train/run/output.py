@@ -1,4 +1,7 @@
-"""Output streams that never fail: a reader that exits, such as `head`, must not end a training."""
+"""Output streams that never fail.
+
+A reader that exits, such as `head`, must not end a training.
+"""
 
 import io
 import os
@@ -11,11 +14,12 @@ __all__ = ["keep_output"]
 
 
 def keep_output() -> None:
-    """Make `sys.stdout` and `sys.stderr` discard what cannot be written: closed pipe, lost terminal, full disk.
+    """Make `sys.stdout` and `sys.stderr` discard what cannot be written.
 
-    Metrics and checkpoints do not depend on the output. Streams that were closed when the process started are opened on
-    the null device first. Otherwise the next file, such as a checkpoint, would get their file descriptor, and libraries
-    that print to descriptor 2 would write into that file.
+    Writing fails after a closed pipe or a lost terminal, or on a full disk. Metrics and checkpoints do not depend on
+    the output. Streams that were closed when the process started are opened on the null device first. Otherwise the
+    next file, such as a checkpoint, would get their file descriptor, and libraries that print to descriptor 2 would
+    write into that file.
     """
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         try:

@@ -155,7 +155,9 @@ def measured_range(config: PretrainConfig) -> tuple[float, float]:
 
 
 def open_run_data(run: RunDirectory, config: PretrainConfig, *, allow_changes: bool = False) -> RunData:
-    """Open the images of a run, or other images to evaluate it on. Images of its training are never held out.
+    """Open the images of a run, or other images to evaluate it on.
+
+    Images of its training are never held out.
 
     Parameters
     ----------
@@ -179,9 +181,10 @@ def open_run_data(run: RunDirectory, config: PretrainConfig, *, allow_changes: b
 
 
 def leave_out_trained(data: RunData, run: RunDirectory) -> RunData:
-    """Remove images that a run was trained on from the held-out images, and print their number.
+    """Remove a run's training images from the held-out images.
 
-    A held-out image that equals one of today's training images stays: the split was drawn with both.
+    Prints their number. A held-out image that equals one of today's training images stays: the split was drawn with
+    both.
     """
     trained = read_trained(run)
     if trained is None:
@@ -195,11 +198,11 @@ def leave_out_trained(data: RunData, run: RunDirectory) -> RunData:
 
 
 def why_not(data: RunData, *, needs_held_out: bool = True) -> str:
-    """Return why a classifier cannot be trained and tested on the images; empty if it can."""
+    """Explain why no classifier can be trained on the images; empty if it can."""
     if data.source.labels is None:
         return "the images have no labels"
     if needs_held_out and not len(data.held_out):
-        return "no images are held out (holdout is 0, or all were trained on); prmim evaluate --test_data takes others"
+        return "no images are held out (holdout is 0, or all were trained on); set --test_data of prmim evaluate"
     names = data.source.class_names or ()
     if len(set(names)) < len(names):
         return "two classes have the same name"

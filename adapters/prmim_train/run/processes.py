@@ -26,7 +26,7 @@ _FIRST_PORT, _PORTS = 20_000, 10_000
 
 
 def adopt_srun() -> None:
-    """Set the variables of `torchrun` from those of SLURM's `srun`, unless they are set.
+    """Set the variables of `torchrun` from those of SLURM's `srun`, unless set.
 
     A batch script that starts a command without `srun` is one process, although SLURM sets the number of tasks of the
     job. JAX detects the tasks of `srun` itself.
@@ -61,7 +61,10 @@ def _first_host(nodes: str) -> str:
 
 
 class FailedElsewhereError(RuntimeError):
-    """Raised in the other processes if the main process failed. The main process reports the error."""
+    """The main process failed and reports the error.
+
+    Raised in the other processes.
+    """
 
 
 class Agrees(Protocol):
@@ -72,7 +75,10 @@ class Agrees(Protocol):
         """Rank of this process. The main process has rank 0."""
 
     def any(self, flag: bool) -> bool:
-        """Whether `flag` is true in any process. Collective: returns when all processes have called it."""
+        """Whether `flag` is true in any process.
+
+        Collective: returns when all processes have called it.
+        """
 
 
 class Place(NamedTuple):

@@ -1,4 +1,7 @@
-"""Rules for small data sets: detect options that do not suit the number of images, and propose others."""
+"""Rules for small data sets.
+
+They detect options that do not suit the number of images, and propose others.
+"""
 
 from collections.abc import Iterator
 from math import ceil, sqrt
@@ -31,7 +34,9 @@ SIGNIFICANT = 2
 
 
 def doubts(config: PretrainConfig, budget: Budget) -> list[str]:
-    """Return one sentence for each option that does not suit the number of images; empty if all do.
+    """Describe the options that do not suit the number of images.
+
+    One sentence for each; empty if all suit.
 
     Parameters
     ----------
@@ -75,7 +80,7 @@ def _doubts(config: PretrainConfig, budget: Budget) -> Iterator[str]:
 
 
 def propose(config: PretrainConfig, budget: Budget) -> dict[str, Any]:
-    """Return replacements for options that do not suit the number of images; empty without `doubts`.
+    """Propose options that suit the number of images; empty without `doubts`.
 
     Parameters
     ----------
@@ -131,7 +136,10 @@ def propose(config: PretrainConfig, budget: Budget) -> dict[str, Any]:
 
 
 def _smaller_model(config: PretrainConfig, images: int) -> dict[str, Any]:
-    """Return the options of the largest suitable named model, with its decoder; empty if it is already given."""
+    """Return the options of the largest suitable named model, with its decoder.
+
+    Empty if it is already given.
+    """
     method, given = config.method, config.flat()
     size = method.encoder_size
     is_own = any(given[name] is not None for name in ("embed_dim", "depth", "num_heads"))

@@ -17,9 +17,9 @@ MOST_TOKENS = 2**20
 OPTIMIZED_BYTES = 16
 """Bytes of a float32 weight, its gradient, and the two moments of AdamW."""
 SLACK = 2
-"""Allowed ratio of estimated need to memory: estimates are not exact, and swap adds memory."""
+"""Allowed ratio of estimated need to memory. Estimates are not exact, and swap adds memory."""
 ACCELERATORS = 2**42
-"""Upper bound of the accelerator memory of one process, in bytes: 4 TiB."""
+"""Upper bound of the accelerator memory of one process, 4 TiB in bytes."""
 
 
 def check_size(config: PretrainConfig, *, images: int = 1) -> None:
@@ -44,13 +44,16 @@ def check_size(config: PretrainConfig, *, images: int = 1) -> None:
 
 
 def check_numbers(encoder: EncoderOptions) -> None:
-    """Raise ValueError if an encoder has more than `MOST_BLOCKS` blocks, or an image more than `MOST_TOKENS` tokens."""
+    """Raise ValueError if an encoder or an image is too large.
+
+    The limits are `MOST_BLOCKS` blocks and `MOST_TOKENS` tokens.
+    """
     if reason := _excess_of_numbers(encoder):
         raise ValueError(reason)
 
 
 def check_batch(config: TrainingOptions, method: EncoderOptions) -> None:
-    """Raise ValueError if this process's share of a batch of images exceeds the memory of this machine."""
+    """Raise ValueError if this process's share of a batch exceeds the memory."""
     deepest = 1 if method.pixel_range is None else 4  # bytes
     size = config.batch_size // launched().world_size * prod(method.image_size) * method.channels * deepest
     if size > SLACK * physical_memory():
@@ -93,7 +96,10 @@ def _excess_of_memory(config: PretrainConfig, images: int) -> str:
 
 
 def expected_precision(config: TrainingOptions) -> Choice[str]:
-    """Return the expected number format of a run. Without a framework, it is unknown on accelerators."""
+    """Return the expected number format of a run.
+
+    Without a framework, it is unknown on accelerators.
+    """
     platform = config.device.partition(":")[0]
     if platform == "auto":
         platform = "unknown" if may_have_accelerator() else "cpu"
@@ -108,7 +114,7 @@ def accounting(config: TrainingOptions) -> Accounting:
 
 
 def physical_memory() -> int:
-    """Return the bytes of memory of this machine; a very large number if the system does not report it."""
+    """Return this machine's memory in bytes; a very large number if unknown."""
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, OSError, ValueError):

@@ -110,7 +110,9 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """Weights & Biases. Respects its environment variables (`WANDB_PROJECT`, `WANDB_MODE`, ...).
+    """Tracker for Weights & Biases.
+
+    Respects its environment variables (`WANDB_PROJECT`, `WANDB_MODE`, ...).
 
     Parameters
     ----------
@@ -141,7 +143,9 @@ class WeightsAndBiases:
 
 
 class MLflow:
-    """MLflow. Respects its environment variables (`MLFLOW_TRACKING_URI`, `MLFLOW_EXPERIMENT_NAME`, ...).
+    """Tracker for MLflow.
+
+    Respects its environment variables (`MLFLOW_TRACKING_URI`, `MLFLOW_EXPERIMENT_NAME`, ...).
 
     Parameters
     ----------

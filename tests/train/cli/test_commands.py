@@ -61,7 +61,7 @@ WRONG = [
     (["--method", "maskalign", "--cells", "2"], "cells: method maskalign has no such option"),
     (["--image_size", "33"], "patch_size: expected sizes that divide the image (33, 33), got (2, 2)"),
     (["--image_size", "a,b"], "image_size: expected a whole number of at least 1, or one for each axis, got 'a,b'"),
-    (["--crop_scale", "0.5"], "crop_scale: expected two rising numbers in (0, 1], got '0.5'"),
+    (["--crop_scale", "0.5"], "crop_scale: expected two ascending numbers in (0, 1], got '0.5'"),
     (["--flip=perhaps"], "flip: expected true or false, got 'perhaps'"),
     (["--clip_grad", "x"], "clip_grad: expected a number above 0, or null, got 'x'"),
     (["--backend", "tensorflow"], "backend: expected torch or jax, got 'tensorflow'"),
@@ -152,7 +152,9 @@ def test_an_unexpected_error_gives_one_line_or_a_traceback(tiny_words, fake, cap
         raise KeyError("a bug")
 
     monkeypatch.setattr(fake, "train_step", explode)
-    assert fail(["pretrain", *tiny_words], capsys, code=1) == "KeyError: 'a bug' (PRMIM_TRACEBACK=1 shows where)"
+    assert (
+        fail(["pretrain", *tiny_words], capsys, code=1) == "KeyError: 'a bug' (PRMIM_TRACEBACK=1 shows the traceback)"
+    )
     assert main(["pretrain", *tiny_words, "--traceback"]) == 1
     assert "Traceback" in capsys.readouterr().err
     monkeypatch.setenv("PRMIM_TRACEBACK", "1")
@@ -366,12 +368,12 @@ def test_help_names_the_methods_of_an_option(capsys):
     text = " ".join(capsys.readouterr().out.split())
     assert "Default: 512 for mae, 256 for localmim, 384 for videomae." in text
     rates = "0.0 for mae, 0.1 for simmim, 0.1 for maskalign, 0.0 for videomae"
-    owners = "mae and simmim and maskalign and videomae"
+    owners = "mae, simmim, maskalign, videomae"
     assert f"rates rise linearly from 0 at the first block. For {owners} only. Default: {rates}." in text
-    assert "For mae and videomae: Positions of the encoder and the decoder: absolute (" in text
+    assert "For mae, videomae: Positions of the encoder and the decoder: absolute (" in text
     assert "For simmim: Positions of the encoder: relative (" in text
-    assert "For mae and simmim: How the decoded tokens are chosen" in text
-    assert "For mae and videomae: Input of the decoder from the encoder: none (" in text
+    assert "For mae, simmim: How the decoded tokens are chosen" in text
+    assert "For mae, videomae: Input of the decoder from the encoder: none (" in text
     assert "For maskalign: Initial mixture of the student's layers" in text
     ratios = "0.75 for mae, 0.6 for simmim, 0.7 for maskalign, 0.75 for localmim, 0.9 for videomae"
     assert f"is masked. Default: {ratios}." in text
@@ -517,7 +519,7 @@ def test_a_run_on_all_images_is_evaluated_on_others(tiny_words, tmp_path, capsys
     words = ["--holdout", "0", "--eval_limit", "50", "--pictures", "2"]
     assert main(["pretrain", *tiny_words, *words]) == 0
     out = capsys.readouterr().out
-    reason = "no images are held out (holdout is 0, or all were trained on); prmim evaluate --test_data takes others"
+    reason = "no images are held out (holdout is 0, or all were trained on); set --test_data of prmim evaluate"
     assert f"No evaluation: {reason}." in out
     assert "No images are held out: the pictures show training images." in out
     run = tmp_path / "run"

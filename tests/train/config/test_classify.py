@@ -1,4 +1,4 @@
-"""Options of a classifier's training: published recipes, inherited options, wrong options."""
+"""Classifier options: published recipes, inheritance, wrong options."""
 
 import re
 
@@ -128,7 +128,7 @@ WRONG = [
     ({"test_every": 0}, "test_every: expected a whole number of at least 1, got 0"),
     ({"checkpoint": -1}, "checkpoint: expected a whole number of at least 0, or null, got -1"),
     # Options with defaults of their own, or with conditions, in each record that this one inherits from.
-    ({"crop_scale": (0.0, 1.0)}, "crop_scale: expected two rising numbers in (0, 1], got (0.0, 1.0)"),
+    ({"crop_scale": (0.0, 1.0)}, "crop_scale: expected two ascending numbers in (0, 1], got (0.0, 1.0)"),
     ({"epochs": 0}, "epochs: expected a whole number of at least 1, got 0"),
     ({"batch_size": 10, "accumulate": 3}, "batch_size: expected a multiple of accumulate 3, got 10"),
     ({"min_learning_rate": 1.0}, "min_learning_rate: expected at most the peak learning rate 0.002, got 1"),
@@ -165,7 +165,7 @@ def test_the_command_line_has_every_option():
     named = {item.name: item for item in found}
     assert named["betas"].help == "Decay rates of AdamW. For finetune only."
     assert named["momentum"].help == "Momentum of LARS. For linear only."
-    assert named["batch_norm"].help.endswith("independent of their number; ours). For linear only.")
+    assert named["batch_norm"].help.endswith("so that their number has no effect). For linear only.")
     assert named["crop_draw"].help.endswith("as in MAE's linear probe). Default for linear: clamp.")
     assert named["epochs"].help == "Passes through the training images. Default for linear: 90."
     assert named["warmup_epochs"].help.endswith(" Default for finetune: 5.0, for linear: 10.0.")

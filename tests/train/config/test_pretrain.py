@@ -1,4 +1,4 @@
-"""Configurations of pre-training: trainer options, flat lists, and one message for a wrong value."""
+"""Pre-training options: trainer options, flat lists, one message per error."""
 
 import re
 
@@ -24,13 +24,13 @@ BASE = {
     "localmim": {"method": "localmim"},
     "videomae": {"method": "videomae", "patch_size": 16},
 }
-RISING = "two rising numbers in (0, 1]"
+RISING = "two ascending numbers in (0, 1]"
 WRONG = [
     ({"data": ""}, ValueError, "data: expected text, got ''"),
     ({"crop_scale": (0.5, 0.2)}, ValueError, f"crop_scale: expected {RISING}, got (0.5, 0.2)"),
     ({"crop_scale": (0.0, 1.0)}, ValueError, f"crop_scale: expected {RISING}, got (0.0, 1.0)"),
     ({"crop_scale": 0.5}, TypeError, f"crop_scale: expected {RISING}, got 0.5"),
-    ({"crop_ratio": (0, 1)}, ValueError, "crop_ratio: expected two rising numbers above 0, got (0, 1)"),
+    ({"crop_ratio": (0, 1)}, ValueError, "crop_ratio: expected two ascending numbers above 0, got (0, 1)"),
     ({"flip": "yes"}, TypeError, "flip: expected true or false, got 'yes'"),
     ({"holdout": 1.0}, ValueError, "holdout: expected a number in [0, 1), got 1.0"),
     ({"workers": -1}, ValueError, "workers: expected a whole number in [0, 1024], got -1"),

@@ -1,4 +1,4 @@
-"""Packaged recipes: headers, and the learning rate of every epoch against the published formulas."""
+"""Packaged recipes: headers, and learning rates against published formulas."""
 
 import sys
 from math import cos, pi
@@ -18,7 +18,10 @@ STEPS_PER_EPOCH = 5
 
 
 def mae_rate(per_256, batch, warmup, epochs, lowest):
-    """MAE's schedule, which MaskAlign shares: the cosine starts after the warm-up; half a cosine is a squared one."""
+    """MAE's schedule, shared by MaskAlign: the cosine starts after the warm-up.
+
+    Half a cosine is a squared one.
+    """
     peak = per_256 * batch / 256
 
     def rate(epoch):
@@ -29,7 +32,10 @@ def mae_rate(per_256, batch, warmup, epochs, lowest):
 
 
 def simmim_rate(per_512, start_per_512, batch, warmup, epochs, after):
-    """SimMIM's warm-up, from a rate that is scaled by the batch too; then `after` of peak and epoch."""
+    """SimMIM's warm-up, then `after` of peak and epoch.
+
+    The start of the warm-up is scaled by the batch too.
+    """
     peak, start = per_512 * batch / 512, start_per_512 * batch / 512
 
     def rate(epoch):
@@ -64,7 +70,7 @@ def localmim_pretraining(batch=2048):
 
 
 def videomae_pretraining(batch=4096):
-    """The rate is scaled by the videos of a step; each is sampled four times, which makes four clips."""
+    """The rate is scaled by the videos of a step, which has four clips of each."""
     epochs, _, rate = mae_rate(1e-3, batch // 4, 4 * 20, 4 * 200, 1e-5 * 1024 / 256)
     return epochs, batch, rate
 
@@ -119,7 +125,10 @@ def test_every_recipe_of_a_paper_has_a_schedule():
 
 @pytest.fixture
 def training(monkeypatch):
-    """What an engine is told of the training of a packaged recipe: five steps an epoch, with some options changed."""
+    """Return the engine options of a packaged recipe, with some options changed.
+
+    An epoch has five steps.
+    """
     engine = SimpleNamespace(
         Engine=lambda method, training: training,
         ClassifierEngine=lambda method, config, num_classes, training, weights: training,

@@ -1,4 +1,4 @@
-"""RandAugment against Pillow's operations and against formulas, random erasing against its description."""
+"""RandAugment and random erasing, compared with Pillow and formulas."""
 
 import math
 
@@ -163,7 +163,10 @@ def ramps(x, y, channels):
 @pytest.mark.parametrize("amount", [0.3, -0.9, 1.0])
 @pytest.mark.parametrize("name", PLACES)
 def test_operations_move_pixels_where_they_should(name, amount, channels):
-    """On a ramp values are places; Pillow's cubic (a = -1) bends it a little, and rounds down."""
+    """On a ramp, values are positions.
+
+    Pillow's cubic (a = -1) bends it a little, and rounds down.
+    """
     y, x = np.mgrid[0:24, 0:32]
     found = OPERATIONS[name](ramps(x, y, channels).astype(np.uint8), amount, (1,) * channels).astype(int)
     x, y = PLACES[name](amount, x, y)

@@ -135,7 +135,7 @@ def test_workers_resume_too(photos):
 @pytest.mark.parametrize("world_size", [1, 2, 4, 8])
 @pytest.mark.parametrize("start_step", [0, 5])
 def test_processes_deal_out_the_same_global_batches(broken_photos, world_size, start_step):
-    """Images, crops and flips included, wherever the run starts, and where images are unreadable."""
+    """Images, crops and flips included, from any start, with unreadable images."""
     source, broken = broken_photos
     options = {"batch_size": 40, "total_steps": 16, "start_step": start_step}
     whole = run(source, **options)
@@ -237,7 +237,7 @@ def test_crop_options_reach_the_crops(photos):
 
 @pytest.fixture(scope="module")
 def large_photos(tmp_path_factory):
-    """JPEG files whose crops of 16 pixels the decoder itself reduces, some lying on their side."""
+    """JPEG files that the decoder reduces for crops of 16 pixels, some rotated."""
     folder = tmp_path_factory.mktemp("large")
     rng = np.random.default_rng(0)
     for k in range(6):
@@ -420,7 +420,7 @@ def tiny_files(tmp_path):
 
 
 def test_a_folder_that_changes_under_the_run(tiny_files):
-    """What is gone is unreadable; what has changed is read as it is now; what is new waits for the next run."""
+    """Missing files are unreadable, changed ones are read, new ones are ignored."""
     options = {"batch_size": 100, "image_size": (4, 4), "seed": 0, "total_steps": 6, "threads": 0}
     with train_batches(open_source(str(tiny_files), channels=1), **options) as batches:
         first = [next(batches) for _ in range(3)]

@@ -1,4 +1,4 @@
-"""Sources of clips: which files are clips, which frames a crop takes of them, and what is unreadable."""
+"""Sources of clips: detection, frames of crops, and unreadable clips."""
 
 import pickle
 import tarfile

@@ -1,4 +1,4 @@
-"""Depth and range of pixel values: what is kept up to the device, and what is refused."""
+"""Depth and range of pixel values: what is kept, and what is rejected."""
 
 import io
 import tarfile
@@ -64,7 +64,7 @@ def test_values_are_kept(tmp_path, kind, dtype):
 
 @pytest.mark.parametrize("dtype", ["uint16", "float32"])
 def test_deep_images_are_resized_and_mirrored_like_others(dtype):
-    """An image of 8 bits, with 16 bits or as floats, gives the same pixels, to the rounding of 8 bits."""
+    """8 bits, 16 bits and floats give the same pixels, up to rounding to 8 bits."""
     image = RNG.integers(0, 256, (40, 30, 3), np.uint8)
     scale = 257 if dtype == "uint16" else 1
     deep = image.astype(dtype) * np.dtype(dtype).type(scale)

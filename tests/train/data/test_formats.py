@@ -468,7 +468,10 @@ def test_a_function_can_return_arrays(custom):
 
 
 def test_test_images_have_a_format_of_their_own(tmp_path):
-    """Options of the run count where the other format has them; of its splits, test is taken."""
+    """Options of the run apply where the other format has them.
+
+    Of its splits, test is used.
+    """
     columns = {"jpg": CONTENTS, "thumb": CONTENTS, "kind": [CLASSES[label] for label in LABELS]}
     table = write_parquet(tmp_path / "a.parquet", columns)
     config = pretrain_config(data=table, image_key="jpg", label_key="kind", image_size=16, patch_size=4, batch_size=4)

@@ -1,4 +1,4 @@
-"""Folders of frames: which folders are clips, in which order their frames come, and what makes them unreadable."""
+"""Folders of frames: detection, order of frames, and unreadable folders."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Every kind of image file, sound and odd: what is read from it, or the one line that says why nothing is."""
+"""Image files of every kind, valid and damaged: content, or a one-line reason."""
 
 import contextlib
 import io
@@ -39,7 +39,10 @@ def encoded(picture: Image.Image, kind: str, **options) -> bytes:
 
 
 def png(width: int, height: int, bits: int = 8, colour: int = 0, content: bytes = b"", *more: tuple[bytes, bytes]):
-    """Put a PNG file together from its header and its compressed content, which need not fit each other."""
+    """Assemble a PNG file from a header and compressed content.
+
+    They need not fit each other.
+    """
     chunks = [(b"IHDR", struct.pack(">IIBBBBB", width, height, bits, colour, 0, 0, 0)), *more]
     chunks += [(b"IDAT", content), (b"IEND", b"")]
     parts = [
@@ -230,7 +233,10 @@ def test_files_have_1_3_or_4_channels(tmp_path, channels):
 
 
 def smooth(height: int, width: int) -> np.ndarray:
-    """Return an image of all but the finest frequencies, as photographs are, in which every place is another."""
+    """Return an image without the finest frequencies, in which all places differ.
+
+    Photographs are alike.
+    """
     noise = np.random.default_rng(0).integers(0, 256, (height // 12, width // 12, 3), dtype=np.uint8)
     return np.asarray(Image.fromarray(noise).resize((width, height), Image.Resampling.BICUBIC))
 
@@ -389,7 +395,7 @@ UNREADABLE = {
 @pytest.mark.parametrize("pillow_warns", ["error", "ignore", "default"])
 @pytest.mark.parametrize("kind", UNREADABLE)
 def test_unreadable_content_says_why_in_one_line(kind, pillow_warns):
-    """Whether Pillow's warnings are errors (as in these tests), are ignored (as in a run), or are printed."""
+    """Pillow's warnings as errors (as in tests), ignored (as in runs), or printed."""
     content, reason = UNREADABLE[kind]
     with warnings.catch_warnings(record=True):
         warnings.simplefilter(pillow_warns)
@@ -500,7 +506,10 @@ def test_the_limit_of_pixels_may_exceed_that_of_pillow(monkeypatch):
 
 
 def with_scans(number: int, size: int = 32) -> bytes:
-    """Return a progressive JPEG of this many scans. The last one is repeated; it changes nothing."""
+    """Return a progressive JPEG with a number of scans.
+
+    The last scan is repeated; it changes nothing.
+    """
     content = encoded(Image.new("L", (size, size), 77), "JPEG", progressive=True)
     last = content[content.rindex(b"\xff\xda") : -2]
     return content[:-2] + last * (number - content.count(b"\xff\xda")) + content[-2:]
@@ -518,7 +527,7 @@ def test_a_jpeg_has_at_most_a_hundred_scans():
 
 
 def test_scans_are_counted_in_the_image_only():
-    """Not in its metadata, where a preview can be, nor after its end, where phones put videos."""
+    """Scans in metadata (previews) and after the end (videos of phones) do not count."""
     metadata = b"\xff\xe5" + struct.pack(">H", 2 + 2 * 200) + b"\xff\xda" * 200
     content = with_scans(100)
     content = content[:2] + metadata + content[2:] + b"\xff\xda" * 200

@@ -1,4 +1,4 @@
-"""Mixup and cutmix: what they do to images, they do to targets; and who mixes changes nothing."""
+"""Mixup and CutMix treat images and targets alike, on any number of processes."""
 
 import numpy as np
 import pytest
@@ -21,7 +21,7 @@ def make(**options):
 
 
 def share_of_first(targets, number=0, half=4):
-    """Return how much of a target is of its own class and of its partner's, which differ."""
+    """Return the shares of a target's own class and its partner's, which differ."""
     return targets[number, number % CLASSES], targets[number, (number + half) % CLASSES]
 
 
@@ -77,7 +77,7 @@ def test_smoothing_goes_through_the_mixing():
 
 
 def kinds(mixing, steps):
-    """Return for each step whether it was cutmix, and the share that was kept of an image."""
+    """Return for each step whether it was CutMix, and the kept share of an image."""
     images = np.zeros((2, 32, 32, 1), np.uint8)
     images[1] = 255
     found = []
@@ -106,7 +106,7 @@ def test_shares_are_of_the_beta_distribution(alpha):
 
 
 def test_boxes_of_cutmix_lie_anywhere():
-    """A uniform share, a centre drawn evenly, what passes the edge cut off: the kept share, literally computed."""
+    """Uniform share and centre, clipped at the edges; the kept share is counted."""
     kept = kinds(make(cutmix=1.0), 3000)[1]
     rng, expected = np.random.default_rng(1), []
     for _ in range(20_000):

@@ -1,4 +1,4 @@
-"""NumPy archives: what is read from them, and what is refused before it is unpickled or takes memory."""
+"""NumPy archives: content, and rejection before unpickling or allocation."""
 
 import io
 import os
@@ -146,7 +146,7 @@ def test_npz_with_damaged_content(tmp_path):
 
 
 def npy(shape: str, dtype: str = "|u1", content: bytes = b"", version: tuple[int, int] = (1, 0)) -> bytes:
-    """Put a file in NumPy's format together from a header that need not fit its content."""
+    """Assemble a ``.npy`` file from a header that need not fit its content."""
     header = f"{{'descr': {dtype!r}, 'fortran_order': False, 'shape': {shape}, }}\n".encode()
     length = struct.pack("<H" if version == (1, 0) else "<I", len(header))
     return b"\x93NUMPY" + bytes(version) + length + header + content
@@ -214,7 +214,7 @@ def test_a_longer_header_than_numpy_allows_is_not_read(tmp_path):
 
 
 def test_an_archive_cannot_claim_more_than_can_be_packed(tmp_path):
-    """Its directory and the header of the array agree on a size that the packed bytes cannot have."""
+    """Directory and header agree on a size that the packed bytes cannot have."""
     header = npy("(1000, 1000, 1000)")
     path = archive(tmp_path / "a.npz", zipfile.ZIP_DEFLATED, images=header)
     size = struct.pack("<I", len(header))
@@ -245,7 +245,10 @@ def test_nothing_is_unpickled(tmp_path, key):
 
 
 def test_a_pickle_in_front_of_an_archive_is_not_loaded(tmp_path):
-    """A zip file may begin with anything, at which `numpy.load` would look; here it must begin with an array."""
+    """A zip file may begin with anything; here it must begin with an array.
+
+    `numpy.load` would look at the beginning.
+    """
     import pickle
 
     file = io.BytesIO()

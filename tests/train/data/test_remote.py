@@ -1,4 +1,4 @@
-"""Data at addresses, on a web server and an S3 server of this machine: as from disk, whatever servers and caches do."""
+"""Remote data, from local web and S3 servers: as from disk, despite faults."""
 
 import errno
 import functools
@@ -233,7 +233,7 @@ def withhold_the_size(handler):
         (refuse(418), OSError, r"URL: the server answers 418"),
         (refuse(503), ConnectionError, r"URL: no answer after 4 attempts \(503,.*\)"),
         (ignore_ranges, ValueError, r"the tar file URL: the server supports no range requests"),
-        (withhold_the_size, ValueError, r"URL: the server does not tell the size of the file"),
+        (withhold_the_size, ValueError, r"URL: the server does not report the size of the file"),
     ],
     ids=["403", "404", "418", "503", "no ranges", "no size"],
 )

@@ -84,7 +84,7 @@ def test_folders_that_link_to_each_other_do_not_multiply(tmp_path):
 
 @pytest.mark.parametrize("is_reversed", [False, True])
 def test_of_several_paths_to_a_folder_the_plainest_counts(tmp_path, monkeypatch, is_reversed):
-    """Whatever order the system lists them in: the one without links, then the one with the fewest."""
+    """In any listing order: the path without links, or with the fewest."""
     save(tmp_path / "data" / "z" / "plain.png", Image.new("L", (4, 4)))
     save(tmp_path / "elsewhere" / "in" / "b.png", Image.new("L", (4, 4)))
     (tmp_path / "data" / "a").symlink_to(tmp_path / "data" / "z")

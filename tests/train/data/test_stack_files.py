@@ -1,4 +1,4 @@
-"""Files with a clip or a volume: NumPy arrays and NIfTI, in folders and in tar files."""
+"""Clips and volumes in NumPy and NIfTI files, in folders and in tar files."""
 
 import gzip
 import io
@@ -124,7 +124,7 @@ def nibabel():
 
 
 def nifti(nibabel, codes="LPS", values=VOLUME, steps=(0.7, 0.8, 5.0)):
-    """Return a NIfTI image of (depth, height, width) values whose stored axes point to `codes`."""
+    """Return a NIfTI image (depth, height, width) with axes stored as `codes`."""
     affine = np.diag([-steps[0], -steps[1], steps[2], 1])  # columns to the left, rows to the back, slices to the head
     image = nibabel.Nifti1Image(values.transpose(2, 1, 0), affine)
     orientations = nibabel.orientations

@@ -1,4 +1,7 @@
-"""Tar files: what is found in them, what labels it, and what is refused. Python's own tarfile writes them."""
+"""Tar files: content, labels, and rejected files.
+
+Python's own tarfile writes them.
+"""
 
 import gzip
 import io
@@ -75,7 +78,7 @@ def test_long_and_foreign_names(tmp_path, form):
 
 
 def test_times_in_headers_of_gnu_are_no_part_of_the_name(tmp_path):
-    """GNU's tar writes them, if asked for, where ustar has the first half of long names."""
+    """GNU tar writes them on request, where ustar has the first half of long names."""
     path = write_tar(tmp_path / "a.tar", photos(2), format=tarfile.GNU_FORMAT)
     content = bytearray(path.read_bytes())
     content[345:369] = b"14567012345\x0014567012346\0"
@@ -121,7 +124,7 @@ def test_global_headers_are_passed_over(tmp_path):
 
 
 def test_what_is_no_image_is_passed_over(tmp_path):
-    """Links and devices too, whatever they are called and whatever size their headers claim."""
+    """Links and devices too, whatever their names and the sizes in their headers."""
     kinds = [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE, tarfile.DIRTYPE]
     members = [("a/readme.txt", b"x" * 700), *photos(2), ("a/._0.png", b"Mac OS"), (".git/1.png", picture(9))]
     members += [(f"a/{k}.png", b"", {"type": kind, "linkname": "/etc/passwd"}) for k, kind in enumerate(kinds)]
@@ -157,7 +160,7 @@ def test_sizes_above_8_gib_are_understood(tmp_path):
 
 
 def test_old_files_with_holes_are_passed_over(tmp_path):
-    """GNU's sparse files: their header goes on in further blocks, which are counted in no size."""
+    """GNU's sparse files: further header blocks are counted in no size."""
     path = write_tar(tmp_path / "a.tar", [("sparse.png", b"x" * 600, {"type": b"S"}), ("b.png", picture(5))])
     content = bytearray(path.read_bytes())
     content[482] = 1
@@ -341,7 +344,7 @@ def test_any_member_can_be_the_image_of_a_sample(tmp_path):
 
 def test_an_image_key_of_no_member_is_refused(tmp_path):
     with pytest.raises(
-        ValueError, match=r"^image_key: expected what the images .* are called, got tif; 6 members \(\.jpg"
+        ValueError, match=r"^image_key: expected an extension of the images .*, got tif; 6 members \(\.jpg"
     ):
         named(tmp_path, SAMPLE, "tif")
     (tmp_path / "a.png").write_bytes(picture(0))
@@ -487,14 +490,14 @@ def test_a_cut_file_is_refused_wherever_it_was_cut(tmp_path, cut):
 
 
 def members_only(path) -> bytes:
-    """Return a tar file without its end-of-archive marker, which is all zeros at its end."""
+    """Return a tar file without its end-of-archive marker, which is zeros."""
     content = path.read_bytes()
     return content[: -(-len(content.rstrip(b"\0")) // 512) * 512]
 
 
 @pytest.mark.parametrize("cut", [0, 1, 100])
 def test_without_an_end_an_archive_is_refused(tmp_path, cut):
-    """A download that was interrupted exactly between two members, or in the padding of one."""
+    """A download interrupted between two members, or in the padding of one."""
     path = write_tar(tmp_path / "a.tar", photos())
     content = members_only(path)
     path.write_bytes(content[: len(content) - cut])
@@ -550,7 +553,10 @@ def test_the_last_byte_counts(tmp_path):
 
 @pytest.mark.parametrize("size", [2**21, 2**40])
 def test_a_long_end_is_a_download_that_is_not_finished(tmp_path, size):
-    """Some programs allocate all of a file at the start; the rest reads as zeros. It may be as long as a disk."""
+    """A file that was allocated but not completely written: the rest is zeros.
+
+    It may be as long as a disk.
+    """
     path = write_tar(tmp_path / "a.tar", photos())
     end = size - len(members_only(path))
     os.truncate(path, size)  # takes no room on the disk
@@ -579,7 +585,7 @@ def test_links_in_place_of_images_are_counted(tmp_path):
 
 
 def test_a_damaged_header_in_the_middle_is_not_taken_for_the_end(tmp_path):
-    """Python's tarfile would stop there without a word, and half of the images would be missing."""
+    """Python's tarfile would stop there silently, and lose half of the images."""
     path = write_tar(tmp_path / "a.tar", photos())
     content = bytearray(path.read_bytes())
     place = content.index(b"train/dog/3.png")
@@ -722,7 +728,7 @@ def test_a_huge_image_is_refused_before_it_is_read(tmp_path):
 
 
 def test_the_index_agrees_with_tarfile(tmp_path):
-    """On a mixed archive: every plain file, where its content begins, and how long it is."""
+    """On a mixed archive: every plain file, its offset, and its size."""
     rng = np.random.default_rng(0)
     members = [
         (f"{'d' * int(rng.integers(1, 130))}/{k}.bin", rng.bytes(int(rng.integers(0, 3000)))) for k in range(100)

@@ -1,4 +1,4 @@
-"""Crops of clips and volumes: which frames and boxes are chosen, and how they are resized."""
+"""Crops of clips and volumes: chosen frames and boxes, and resizing."""
 
 import hashlib
 import itertools

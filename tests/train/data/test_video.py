@@ -1,4 +1,4 @@
-"""Frames of videos by exact number, whatever the container and the codec, and the reasons why there are none."""
+"""Frames of videos by exact number, for all containers and codecs; errors."""
 
 import io
 import threading

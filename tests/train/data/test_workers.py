@@ -167,7 +167,7 @@ def test_a_function_that_cannot_be_sent_is_an_error_at_once(acts):
 @pytest.mark.parametrize("size", [10, 5_000_000])
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_killed_worker_is_noticed_in_the_middle_of_an_item(acts, size, workers):
-    """Items larger than a pipe: the worker hangs in one, the reader would wait for the rest of it."""
+    """For items larger than a pipe, the worker hangs in one that the reader awaits."""
     pool = WorkerPool(acts.act, [("large", size)] * 20, workers=workers, describe=str)
     next(pool)
     time.sleep(0.5)  # until all of them have gone as far as they can

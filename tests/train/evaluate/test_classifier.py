@@ -1,4 +1,4 @@
-"""Fine-tuning and linear probing with LARS on the NumPy engine, from the command line to the last file."""
+"""Fine-tuning and linear probing with LARS on the NumPy engine, end to end."""
 
 import contextlib
 import json

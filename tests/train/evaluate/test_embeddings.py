@@ -17,7 +17,10 @@ from prmim_train.run.directory import RunDirectory
 
 @pytest.fixture
 def run(tiny, monkeypatch):
-    """A run of 12 steps; features are written in parts of 500 images, of which the digits have four."""
+    """A run of 12 steps.
+
+    Features are written in parts of 500 images; the digits have four.
+    """
     config = tiny()
     pretrain(config)
     monkeypatch.setattr(embeddings, "PART", 500)

@@ -1,4 +1,4 @@
-"""Fixtures of the fault tests: the module `soak`, and one undisturbed run per backend."""
+"""Fixtures of the fault tests: module `soak`, one undisturbed run per backend."""
 
 import importlib.util
 import sys
@@ -15,7 +15,10 @@ EPOCHS = 7
 
 @pytest.fixture(scope="session")
 def soak(forked: type[Any]) -> ModuleType:
-    """The module `soak.py` in this folder, which is also a command. Runs on PyTorch are forked."""
+    """The module `soak.py` in this folder, which is also a command.
+
+    Runs on PyTorch are forked.
+    """
     spec = importlib.util.spec_from_file_location("soak", Path(__file__).with_name("soak.py"))
     assert spec is not None
     assert spec.loader is not None
@@ -29,7 +32,10 @@ def soak(forked: type[Any]) -> ModuleType:
 
 @pytest.fixture(scope="session")
 def undisturbed(soak: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
-    """Return a function from a backend to a folder, an undisturbed run in it, and its pace. Cached."""
+    """Return a function from a backend to an undisturbed run and its pace. Cached.
+
+    The result is a folder, the run in it, and the pace.
+    """
     made: dict[tuple[str, int], Any] = {}
 
     def run(backend: str, processes: int = 1) -> Any:

@@ -1,4 +1,4 @@
-"""Kill real runs at random moments, restart them, and compare the results with an undisturbed run.
+"""Kill runs at random moments, restart them, and compare with undisturbed ones.
 
     .venv/bin/python tests/train/faults/soak.py --backend both --kills 20 --seed 0
 
@@ -107,7 +107,7 @@ class Report:
 
 @dataclass(frozen=True)
 class Pace:
-    """Speed of an undisturbed run: seconds to the first step, and between checkpoints."""
+    """Pace of an undisturbed run: seconds to the first step and per checkpoint."""
 
     start: float
     checkpoint: float
@@ -172,11 +172,14 @@ class Process:
         return self.until(lambda: time.monotonic() >= end)
 
     def new_checkpoints(self) -> set[str]:
-        """Return the names of the complete checkpoints that this process wrote and that still exist."""
+        """Return the existing complete checkpoints that this process wrote, by name."""
         return set(checkpoints(self.folder)) - self.old_checkpoints
 
     def is_writing(self) -> bool:
-        """Whether a checkpoint is incomplete. Valid once it has stepped: earlier leftovers are deleted by then."""
+        """Whether a checkpoint is incomplete.
+
+        Valid once the process has stepped: earlier leftovers are deleted by then.
+        """
         newest = max(map(step_of, checkpoints(self.folder)), default=0)
         return any(step_of(name) > newest for name in partials(self.folder))
 
@@ -187,7 +190,7 @@ class Process:
         return now > self.old_size or bool(self.new_checkpoints())
 
     def hurt(self, number: int, rank: int | None = None) -> None:
-        """Send a signal to all processes, or to one of them, and wait until all have exited."""
+        """Send a signal to one or all processes, and wait until all have exited."""
         chosen = self.processes if rank is None else [self.processes[rank]]
         for process in chosen:
             with suppress(ProcessLookupError):
@@ -212,20 +215,25 @@ class Process:
 
 
 def launch(words: list[str], env: dict[str, str], log: Path) -> Any:
-    """Start the interpreter with some words; its output goes to the end of a file. Tests replace this function."""
+    """Start the interpreter with some arguments.
+
+    Its output is appended to a file. Tests replace this function.
+    """
     with log.open("ab") as output:
         return subprocess.Popen([sys.executable, *words], stdout=output, stderr=output, env=env)
 
 
 def command(backend: str, folder: Path, epochs: int) -> list[str]:
-    """Return the words after `python` that start a run, the same for the start and every resume."""
+    """Return the arguments of `python` for a run, equal for start and resume."""
     options = {"backend": backend, **OPTIONS, "epochs": epochs, "out": folder}
     words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
     return ["-m", "prmim_train", "pretrain", *words, "--resume"]
 
 
 def environment(programs: Path) -> dict[str, str]:
-    """Return the environment of a run: one thread, unbuffered output, a compilation cache for JAX.
+    """Return the environment of a run.
+
+    One thread, unbuffered output, a compilation cache for JAX.
 
     Resets what makes JAX compile quickly, so that it compiles as for users.
     """
@@ -471,7 +479,10 @@ class Soak:
         return Process(self.backend, run, log, self.folder / "programs", self.epochs, self.processes)
 
     def _start_again(self, first: Process, run: Path, pace: Pace) -> Process:
-        """Start the same command at a random moment. Returns the one that trains; checks that the other is refused."""
+        """Start the same command at a random moment.
+
+        Returns the process that trains; checks that the other is rejected.
+        """
         second = None
         try:
             first.sleep(self.random.uniform(0, 2 * pace.start))
@@ -503,7 +514,10 @@ class Soak:
         return rank
 
     def _aim(self, pace: Pace) -> Callable[[Process], bool]:
-        """Draw a moment. Returns a function that waits for it, and returns False if the process exited first."""
+        """Draw a moment, and return a function that waits for it.
+
+        The function returns False if the process exited first.
+        """
         draw = self.random
         kind = draw.choices(["start", "train", "checkpoint", "line"], [1, 2, 4, 2])[0]
         self.aimed = kind
@@ -565,7 +579,10 @@ class Soak:
         self.report.moments["left by itself with a checkpoint"] += 1
 
     def _damage(self, run: Path) -> None:
-        """Damage a file of the newest checkpoint, if an earlier one is good; or cut the last line of the metrics."""
+        """Damage a file of the newest checkpoint, if an earlier one is good.
+
+        Otherwise, or by chance, cut the last line of the metrics.
+        """
         if (run / "summary.json").exists():  # a finished run reads nothing again
             return
         metrics = run / "metrics.jsonl"
@@ -646,7 +663,9 @@ def soak(
     say: Callable[[str], None],
     processes: int = 1,
 ) -> dict[str, Report]:
-    """Hurt runs on one backend by several faults, `kills` times each. Returns a report per fault.
+    """Disturb runs on a backend by several faults, `kills` times each.
+
+    Returns a report per fault.
 
     Raises
     ------

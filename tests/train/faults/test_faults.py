@@ -46,7 +46,7 @@ needs_rights = pytest.mark.skipif(
 
 @pytest.fixture
 def hurt(soak, undisturbed, tmp_path):
-    """Return a function that runs with a disturbance, and one that resumes and compares."""
+    """Return functions that run with a disturbance, and that resume and compare."""
 
     def start(backend, step, deed="pass", before="pass"):
         folder, _, _ = undisturbed(backend)

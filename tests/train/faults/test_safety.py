@@ -1,4 +1,7 @@
-"""Untrusted runs, options and checkpoints: no code is executed, nothing is written outside of the run."""
+"""Untrusted runs, options and checkpoints execute no code.
+
+Nothing is written outside of the run.
+"""
 
 import hashlib
 import io

@@ -1,4 +1,7 @@
-"""Killed, stopped and damaged runs end like undisturbed ones. `soak.py` runs the long form."""
+"""Killed, stopped and damaged runs end like undisturbed ones.
+
+`soak.py` runs the long form.
+"""
 
 import json
 import random

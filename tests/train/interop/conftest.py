@@ -23,7 +23,10 @@ DECODER = {"decoder_dim": 16, "decoder_depth": 1, "decoder_heads": 2}
 
 @pytest.fixture
 def make_run(tmp_path: Path) -> Callable[..., Any]:
-    """Return a function that writes a run with one checkpoint, of step 7, and returns its method."""
+    """Return a function that writes a run with a checkpoint, and returns its method.
+
+    The checkpoint is of step 7.
+    """
 
     def make(method: str = "mae", **options: Any) -> Any:
         decoder = DECODER if method == "mae" else {}

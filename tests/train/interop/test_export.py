@@ -1,4 +1,4 @@
-"""Exported weights in the classes of other libraries: features of the same images are equal."""
+"""Exported weights give equal features in the classes of other libraries."""
 
 import json
 
@@ -14,7 +14,7 @@ from prmim_train.cli.commands import main
 
 
 def export(tmp_path, capsys, *words, out="out"):
-    """Export the run in `tmp_path`; return what was written, and the lines of the command."""
+    """Export the run in `tmp_path`; return the files and the printed lines."""
     capsys.readouterr()
     assert main(["export", str(tmp_path / out), "--run", str(tmp_path / "run"), *words]) == 0
     return tmp_path / out, capsys.readouterr().out
@@ -33,7 +33,10 @@ def images_of(config):
 
 
 def pixels_of(images, config):
-    """Return normalised pixels (batch, channels, height, width), as other libraries take them."""
+    """Return normalized pixels (batch, channels, height, width).
+
+    Other libraries expect this layout.
+    """
     mean, std = (torch.tensor(values) for values in (config.pixel_mean, config.pixel_std))
     return ((images / 255 - mean) / std).movedim(-1, 1)
 

@@ -56,7 +56,7 @@ def test_a_checkpoint_becomes_a_file_and_starts_a_run(method, source, tmp_path, 
         (["mae.pth", "ours.safetensors", "--num_heads", "3"], "embed_dim: expected a multiple of num_heads 3, got 8"),
         (
             ["there.safetensors", "ours.safetensors", "--num_heads", "4"],
-            "num_heads: expected 2, as the source says, got 4",
+            "num_heads: expected 2, as in the source, got 4",
         ),
         (
             ["mae.pth", "ours.safetensors", "--backend", "jax"],

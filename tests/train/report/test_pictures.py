@@ -156,7 +156,7 @@ def colours(path):
 def test_thrown_tokens_that_are_not_rebuilt_have_no_stages(tmp_path):
     _, rebuilt, _ = draw(stages=2)
     draw_schedule(tmp_path / "rebuilt.png", rebuilt.order, rebuilt.schedule)
-    draw_schedule(tmp_path / "left.png", rebuilt.order, rebuilt.schedule, is_rebuilt=False)
+    draw_schedule(tmp_path / "left.png", rebuilt.order, rebuilt.schedule, is_reconstructed=False)
     assert len(colours(tmp_path / "rebuilt.png")) > len(colours(tmp_path / "left.png"))
 
 

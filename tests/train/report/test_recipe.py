@@ -1,4 +1,4 @@
-"""What `prmim inspect` says of a packaged recipe: paper, published number, and differences from the published run."""
+"""`prmim inspect` on packaged recipes: paper, published number, deviations."""
 
 import pytest
 

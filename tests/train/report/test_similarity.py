@@ -15,7 +15,7 @@ from prmim_train.report.similarity import (
 
 
 class Compared:
-    """Student features proportional to the teacher's, optionally of visible tokens only."""
+    """Student features proportional to the teacher's, optionally only visible ones."""
 
     def __init__(self, grid=(6, 6), batch=3, is_plain=False, noise=0.0):
         rng = np.random.default_rng(0)

@@ -1,4 +1,4 @@
-"""Attention maps: when they are computed, what they hold, and how they reach the masks."""
+"""Attention maps: when they are computed, their values, and their use for masks."""
 
 import numpy as np
 import pytest
@@ -20,7 +20,7 @@ def pixels():
 
 @pytest.fixture
 def weighted(tiny, tmp_path, pixels):
-    """Make the configuration of a run of 6 steps on 32 images, with maps after steps 2 and 4."""
+    """Configure a run of 6 steps on 32 images, with maps after steps 2 and 4."""
     np.savez(tmp_path / "images.npz", images=pixels)
     return lambda **changes: tiny(**{"data": str(tmp_path / "images.npz"), **OPTIONS, **changes})
 

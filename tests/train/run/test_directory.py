@@ -303,7 +303,7 @@ def test_summary_round_trip(run):
 
 
 def content(folder):
-    """Return the content of all files below a folder by name; for links, where they point."""
+    """Return the content of all files below a folder by name; targets of links."""
     return {
         path: path.readlink() if path.is_symlink() else path.read_bytes()
         for path in folder.rglob("*")

@@ -495,7 +495,7 @@ def test_unreadable_images_are_left_out_and_reported(tiny, tmp_path, capsys):
 
 
 def test_ctrl_c_in_another_process(tmp_path):
-    """End to end: a real process, a real signal, the exit code, and the printed command."""
+    """End to end: real process, real signal, exit code, and printed command."""
     shutil.copy(HERE / "fake_engine.py", tmp_path / "prmim_fake.py")
     path = os.pathsep.join(filter(None, [str(tmp_path), os.environ.get("PYTHONPATH")]))
     environment = {**os.environ, "PYTHONPATH": path, "PRMIM_FAKE_DELAY": "0.05"}

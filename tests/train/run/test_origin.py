@@ -1,4 +1,4 @@
-"""A run belongs to one process, one data set and one task; its checkpoints belong to it."""
+"""A run belongs to one process, data set and task, as do its checkpoints."""
 
 import json
 import os

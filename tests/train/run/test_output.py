@@ -1,4 +1,4 @@
-"""Output that nobody reads does not disturb a program, and leaves no trace at its end."""
+"""Output that nobody reads neither disturbs a program nor leaves a trace."""
 
 import os
 import subprocess
@@ -81,7 +81,10 @@ def test_other_output_is_written(options, tmp_path):
 
 
 def test_a_pipe_that_is_full_for_a_moment_loses_nothing(tmp_path):
-    """Other programs can make a terminal or a pipe non-blocking, which by default ends Python programs."""
+    """Other programs can make a terminal or a pipe non-blocking.
+
+    By default, this ends Python programs.
+    """
     blocking = "import os, sys; os.set_blocking(1, False); import runpy; runpy.run_path('program.py')"
     (tmp_path / "program.py").write_text(PROGRAM)
     writer = subprocess.Popen(

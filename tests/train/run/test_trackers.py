@@ -1,4 +1,4 @@
-"""Trackers: the real TensorBoard if it is installed; fakes that record calls for the others."""
+"""Trackers: TensorBoard if installed; fakes that record calls for the others."""
 
 import importlib.util
 import json
@@ -17,7 +17,10 @@ from prmim_train.run.trackers import check_tracker, open_tracker
 
 
 class Service:
-    """State of a fake tracking service: runs by ID, with parameters, metrics and number of closes."""
+    """State of a fake tracking service: runs by ID.
+
+    Each has parameters, metrics and number of closes.
+    """
 
     def __init__(self):
         self.runs, self.calls, self.active = {}, [], None

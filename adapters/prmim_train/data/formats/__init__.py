@@ -1,1 +1,4 @@
-"""Readers of image formats: one module for each, which finds the images and returns their content by index."""
+"""Readers of image formats, one module for each.
+
+A reader finds the images and returns their content by index.
+"""

@@ -74,7 +74,10 @@ class ArraySource:
         return len(self.images)
 
     def read(self, index: int, choose: ChooseFrames | None = None) -> ImageArray:
-        """Return one image ([frames,] height, width, channels). uint8 images are views: do not modify them."""
+        """Return one image ([frames,] height, width, channels).
+
+        uint8 images are views: do not modify them.
+        """
         try:
             if self.three_axes is not None:
                 return read_stack(ArrayStack(self.images[index]), choose, self.depth)
@@ -126,9 +129,10 @@ def open_digits(channels: int, max_pixels: int, three_axes: ThreeAxes | None) ->
 
 
 def _read_digits() -> NDArray[np.uint8]:
-    """Read the digits of scikit-learn, uint8 (1797, 65): 64 pixels in [0, 16] and the class.
+    """Read the digits of scikit-learn: uint8 (1797, 65).
 
-    Reading their file takes milliseconds; importing the package takes a second.
+    A row holds 64 pixels in [0, 16] and the class. Reading their file takes milliseconds; importing the package takes a
+    second.
     """
     spec = find_spec("sklearn")
     for folder in (spec and spec.submodule_search_locations) or ():

@@ -21,7 +21,7 @@ _METHODS = ("__len__", "content", "name", "identities")
 
 @dataclass(frozen=True)
 class CustomRecords:
-    """Records that a user's function returned; see `prmim_train.data.formats.records.Records`.
+    """Records from a user's function; see `prmim_train.data.formats.records.Records`.
 
     Worker processes get the import path and call the function again.
 
@@ -48,7 +48,10 @@ class CustomRecords:
         return len(self.records)
 
     def content(self, index: int) -> bytes | NDArray[Any]:
-        """Return the content from the user's method. Raises TypeError if it is neither bytes nor an array."""
+        """Return the content from the user's method.
+
+        Raises TypeError if it is neither bytes nor an array.
+        """
         content = self.records.content(index)
         if not isinstance(content, bytes | np.ndarray):
             raise TypeError(f"content: expected bytes or an array, got {type(content).__name__}")

@@ -93,7 +93,7 @@ class FolderRecords:
 def open_folder(
     folder: Path, files: Sequence[Parts], *, max_pixels: int, endings: tuple[str, ...] | None = None
 ) -> tuple[FolderRecords, str]:
-    """Return the images among the files of a folder; see `prmim_train.data.sources.open_source`.
+    """Find the images in a folder; see `prmim_train.data.sources.open_source`.
 
     Parameters
     ----------
@@ -145,7 +145,10 @@ def _hint(endings: Collection[str]) -> str:
 
 
 def _by_content(folder: Path, files: Sequence[Parts], max_pixels: int) -> list[Parts]:
-    """Return the files of endings with an image among their first files; without any, the arrays."""
+    """Return the files of endings that have an image among their first files.
+
+    Without any, returns the arrays.
+    """
     samples: dict[str, list[Parts]] = {}
     for parts in files:
         sample = samples.setdefault(ending_of(parts[-1]), [])

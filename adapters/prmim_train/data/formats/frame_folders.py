@@ -39,7 +39,7 @@ _NUMBER = re.compile(r"(\d+)")
 
 
 class FrameStack:
-    """A folder of frames as a clip or volume; see `prmim_train.data.formats.stacks.Stack`.
+    """A folder of frames as one item; see `prmim_train.data.formats.stacks.Stack`.
 
     Parameters
     ----------
@@ -83,7 +83,9 @@ class FrameStack:
         self.channels, self.depth = first.channels, first.depth
 
     def read(self, frames: NDArray[np.int64], box: tuple[int, int, int, int]) -> NDArray[Any]:
-        """Return a box of some frames, (number of frames, height, width, channels), in the type of the files.
+        """Return a box of some frames, in the type of the files.
+
+        Shape (number of frames, height, width, channels).
 
         Parameters
         ----------
@@ -123,7 +125,7 @@ class FrameStack:
 
 
 def sorted_frames(names: Iterable[str]) -> list[str]:
-    """Return the names of the frames in a folder, in the order of the numbers in them.
+    """Return the names of the frames in a folder, sorted by their numbers.
 
     Frames are the images of the most frequent ending, without hidden files.
 
@@ -180,9 +182,9 @@ class FrameFolders:
         return printable(self.clips[index])
 
     def identities(self) -> Identities:
-        """List every folder, and hash the names of its frames; the stamp is the folder's modification time.
+        """Hash the names of the frames in every folder.
 
-        A folder that cannot be examined has no frames and time 0.
+        The stamp is the modification time of the folder. A folder that cannot be examined has no frames and time 0.
         """
         with ThreadPoolExecutor(
             _STAT_THREADS
@@ -202,7 +204,7 @@ def _names_and_time(folder: Path) -> tuple[list[str], int]:
 
 @dataclass(frozen=True)
 class FrameSource(StackSource):
-    """Folders of frames as clips or volumes; see `prmim_train.data.sources.ImageSource`.
+    """Source of folders of frames; see `prmim_train.data.sources.ImageSource`.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""Data sets of Hugging Face ``datasets``: from the hub, or from a folder that ``save_to_disk`` wrote.
+"""Data sets of Hugging Face ``datasets``, from the hub or from ``save_to_disk``.
 
 They are Arrow files, mapped into memory: any row can be read without the others.
 """
@@ -39,7 +39,7 @@ _AT_HUB = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?:/(\w[\w.-]*))?")
 
 @dataclass(frozen=True)
 class HubRecords:
-    """Images in a column of a data set; see `prmim_train.data.formats.records.Records`.
+    """Images in a data set's column; see `prmim_train.data.formats.records.Records`.
 
     Parameters
     ----------
@@ -72,11 +72,14 @@ class HubRecords:
         return read_file(path)
 
     def name(self, index: int) -> str:
-        """Return the image's name for messages: name and split of the data set, then the number of the row."""
+        """Return the image's name for messages: data set, split and row."""
         return printable(f"{self.title}/{index}")
 
     def identities(self) -> Identities:
-        """Hash row, path and size; the stamp is a checksum over all sizes. Reads no image."""
+        """Hash row, path and size; reads no image.
+
+        The stamp is a checksum over all sizes.
+        """
         import pyarrow.compute as compute
 
         column = self.dataset[:].column(0)

@@ -1,4 +1,7 @@
-"""Volumes in NIfTI files (``.nii``, ``.nii.gz``), the format of medical imaging; `nibabel` reads their headers."""
+"""Volumes in NIfTI files (``.nii``, ``.nii.gz``).
+
+NIfTI is a format of medical imaging. `nibabel` reads the headers.
+"""
 
 import gzip
 import io
@@ -30,13 +33,18 @@ def is_nifti(start: bytes) -> bool:
 
 
 def _version(start: bytes) -> int | None:
-    """Return 1 or 2 by the length of the header, which a file starts with, in either byte order; None for others."""
+    """Return the NIfTI version, 1 or 2; None for other files.
+
+    A file starts with the length of its header, in either byte order.
+    """
     lengths = {int.from_bytes(start[:4], "little"), int.from_bytes(start[:4], "big")}
     return 1 if 348 in lengths else 2 if 540 in lengths else None
 
 
 def nifti_stack(file: BinaryIO) -> FileStack:
-    """Open a NIfTI file as a volume. Crops read their slices; gzipped files are read up to the last slice.
+    """Open a NIfTI file as a volume.
+
+    Crops read their slices; gzipped files are read up to the last slice.
 
     The axes are those of DICOM, whatever their order in the file: depth from the feet to the head, rows from the front
     to the back, columns from the patient's right to the left. The spacing is that of the header.
@@ -102,7 +110,7 @@ def nifti_stack(file: BinaryIO) -> FileStack:
 
 
 def _turn(orientations: Any, affine: Any) -> list[tuple[int, int]]:
-    """Return, for each axis of the header, the axis of the volume that it becomes, and its direction there: 1 or -1."""
+    """Return the volume's axis and direction (1 or -1) for each axis of the header."""
     found, wanted = orientations.io_orientation(affine), orientations.axcodes2ornt(_ORIENTATION)
     turn = orientations.ornt_transform(found, wanted).astype(int).tolist()
     return [(axis, direction) for axis, direction in turn]

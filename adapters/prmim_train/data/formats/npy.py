@@ -1,4 +1,7 @@
-"""Single arrays in NumPy's format, read without pickle and checked before memory is allocated."""
+"""Single arrays in NumPy's format.
+
+They are read without pickle, and checked before memory is allocated.
+"""
 
 import io
 import math
@@ -56,7 +59,10 @@ def decode_npy(content: bytes) -> SourceArray:
 
 
 def npy_shape(shape: tuple[int, ...], dtype: np.dtype[np.generic]) -> tuple[int, int, int]:
-    """Return height, width and channels of a stored array. Raises ValueError if it is not an image."""
+    """Return height, width and channels of a stored array.
+
+    Raises ValueError if it is not an image.
+    """
     if len(shape) not in (2, 3) or 0 in shape:
         hint = f"; for clips or volumes, write {VOLUME_EXAMPLE}" if len(shape) == 4 else ""
         raise ValueError(f"expected an array (height, width) or (height, width, channels), got {shape}{hint}")
@@ -78,7 +84,10 @@ def read_npy_header(file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype[np.gener
 
 
 def _read_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[np.generic], int]:
-    """Return shape, whether the first axis is the fastest (Fortran order), dtype and length of the header."""
+    """Read a header: shape, Fortran order, dtype and length of the header.
+
+    In Fortran order, the first axis is the fastest.
+    """
     start = file.read(12)
     version = tuple(start[6:8])
     if not start.startswith(NPY_START) or version not in ((1, 0), (2, 0)):

@@ -1,4 +1,7 @@
-"""Images and labels from a NumPy archive, read without pickle and checked before memory is allocated."""
+"""Images and labels from a NumPy archive.
+
+They are read without pickle, and checked before memory is allocated.
+"""
 
 import io
 import math
@@ -30,7 +33,7 @@ _USED = ("images", "labels", "names")
 def read_npz(
     path: Path, channels: int | None, *, has_frames: bool = False
 ) -> tuple[SourceArray, NDArray[np.int64] | None, tuple[str, ...] | None]:
-    """Read images or clips, and labels and class names if present, from a ``.npz`` file.
+    """Read images or clips from a ``.npz`` file, with labels and class names.
 
     Parameters
     ----------
@@ -84,7 +87,10 @@ def _opened(path: Path) -> Iterator["_Archive"]:
 
 
 class _Archive:
-    """Arrays of a ``.npz`` file. Errors are ValueErrors that name the file and the array."""
+    """Arrays of a ``.npz`` file.
+
+    Errors are ValueErrors that name the file and the array.
+    """
 
     def __init__(self, archive: zipfile.ZipFile, path: str) -> None:
         self._archive, self.path = archive, path
@@ -96,7 +102,7 @@ class _Archive:
             raise ValueError(f"data: {path} has more than one array '{twice[0]}'")
 
     def header(self, name: str) -> tuple[tuple[int, ...], np.dtype[np.generic]]:
-        """Return shape and dtype of an array, after checking that they match its number of bytes."""
+        """Return shape and dtype of an array, checked against its number of bytes."""
         try:
             info = self._archive.getinfo(f"{name}.npy")
             with self._archive.open(info) as file:
@@ -126,7 +132,7 @@ class _Archive:
 
 
 def _physical_memory() -> float:
-    """Return the memory of this machine in bytes; infinity if the system does not report it."""
+    """Return this machine's memory in bytes; infinity if unknown."""
     if not hasattr(os, "sysconf"):  # Windows
         return math.inf
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

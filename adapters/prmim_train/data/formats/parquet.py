@@ -44,7 +44,10 @@ _SLOW_BYTES = 2**22  # of a row group, when images are read in shuffled order
 
 
 class _Groups:
-    """Decoded row groups, most recently read. Shared by threads; a copy in another process starts empty."""
+    """Cache of the most recently read row groups, decoded.
+
+    Shared by threads; a copy in another process starts empty.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -74,7 +77,7 @@ class _Groups:
 
 @dataclass(frozen=True)
 class ParquetRecords:
-    """Images in a column of parquet files; see `prmim_train.data.formats.records.Records`.
+    """Images in a parquet column; see `prmim_train.data.formats.records.Records`.
 
     Parameters
     ----------
@@ -147,7 +150,10 @@ class ParquetRecords:
         return number, index - int(self.first_row[int(np.searchsorted(self.file_of_group, number))])
 
     def identities(self) -> Identities:
-        """Hash file name and row; the stamp is the checksum of the file's footer, which has sizes and places."""
+        """Hash file name and row.
+
+        The stamp is the checksum of the file's footer, which holds sizes and offsets.
+        """
         rows = np.diff(self.first_row[np.searchsorted(self.file_of_group, np.arange(len(self.files) + 1))])
         return identities(
             (os.fsencode(f"{path.name}/{row}"), crc)
@@ -166,7 +172,9 @@ def open_parquet(
     for_test: bool = False,
     others: str = "",
 ) -> tuple[ParquetRecords, str]:
-    """Open the images in a column of parquet files. Reads the footers and the column of labels.
+    """Open the images in a column of parquet files.
+
+    Reads the footers and the column of labels.
 
     Parameters
     ----------
@@ -279,7 +287,7 @@ def _named_errors(name: str) -> Iterator[None]:
 
 
 def _read_footer(file: File) -> tuple[int, int]:
-    """Return the CRC-32 of a file's footer, and its length; ValueError if the file has none."""
+    """Return CRC-32 and length of a file's footer; ValueError without one."""
     size = file.seek(0, io.SEEK_END)
     end = read_part(file, max(0, size - 8), 8)
     length = int.from_bytes(end[:4], "little")
@@ -297,7 +305,10 @@ def _open(file: File, footer: Any = None) -> Any:
 
 
 def _group_size(group: Any, column: str, file_size: int) -> tuple[int, int]:
-    """Return rows and decoded bytes of a column in a row group, from the footer. Impossible values raise ValueError."""
+    """Return rows and decoded bytes of a column in a row group.
+
+    Read from the footer; impossible values raise ValueError.
+    """
     columns = (group.column(k) for k in range(group.num_columns))
     parts = [part for part in columns if f"{part.path_in_schema}.".startswith(f"{column}.")]
     size = sum(part.total_uncompressed_size for part in parts)

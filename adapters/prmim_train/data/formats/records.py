@@ -30,7 +30,10 @@ ImageArray = NDArray[Any]
 
 
 class Records(Protocol):
-    """Fixed sequence of encoded images. Must be picklable: each worker process gets a copy. Threads share one."""
+    """Fixed sequence of encoded images.
+
+    Must be picklable: each worker process gets a copy. Threads share one.
+    """
 
     @property
     def labels(self) -> NDArray[np.int64] | None:
@@ -73,7 +76,7 @@ class OpensRecords(Protocol):
 
 @dataclass(frozen=True)
 class FileSource:
-    """Image files of any format, decoded on access; see `prmim_train.data.sources.ImageSource`.
+    """Image files, decoded on access; see `prmim_train.data.sources.ImageSource`.
 
     Parameters
     ----------

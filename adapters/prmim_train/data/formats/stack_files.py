@@ -68,7 +68,10 @@ def open_stack(file: BinaryIO, name: str, channels: int, *, max_pixels: int = MA
 
 
 def array_stack(array: ImageArray, max_pixels: int = MAX_PIXELS) -> ArrayStack:
-    """Return an array (frames, height, width) or (frames, height, width, channels) as a clip or a volume."""
+    """Return an array as a clip or a volume.
+
+    The array is (frames, height, width) or (frames, height, width, channels).
+    """
     if array.ndim not in (3, 4) or 0 in array.shape:
         raise ValueError(f"expected (frames, height, width) or (frames, height, width, channels), got {array.shape}")
     check_pixels(array.shape[1] * array.shape[2], max_pixels)

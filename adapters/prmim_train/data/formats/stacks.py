@@ -1,7 +1,7 @@
-"""Clips and volumes, read by frames or slices: a crop reads only its part of the file.
+"""Clips and volumes, read by frames or slices.
 
-An item of three axes is an array (frames, height, width, channels). Frames are pictures in time for a clip, and slices
-for a volume.
+A crop reads only its part of the file. An item of three axes is an array (frames, height, width, channels). Frames are
+pictures in time for a clip, and slices for a volume.
 """
 
 import math
@@ -78,9 +78,9 @@ class Stack(Protocol):
         ...
 
     def read(self, frames: FrameArray, box: Box) -> ImageArray:
-        """Return a box of some frames, (number of frames, height, width, channels), in the type of the file.
+        """Return a box of some frames, in the type of the file.
 
-        `frames` are sorted, and may repeat.
+        Shape (number of frames, height, width, channels). `frames` are sorted, and may repeat.
         """
         ...
 
@@ -130,7 +130,9 @@ class ArrayStack:
 
 @dataclass(frozen=True)
 class FileStack:
-    """A clip or volume in an uncompressed or gzipped file, of which only the needed slices are read.
+    """A clip or volume in an uncompressed or gzipped file.
+
+    Only the needed slices are read.
 
     Parameters
     ----------
@@ -156,8 +158,10 @@ class FileStack:
     >>> values = np.arange(24, dtype=np.uint8).reshape(4, 3, 2, 1)
     >>> import io
     >>> file = io.BytesIO(values.tobytes())
-    >>> stack = FileStack(file, values.dtype, values.shape, offset=0, axes=(1, 0, 2, 3), backwards=(0,))
-    >>> stack.shape, stack.read(np.array([0]), (0, 0, 4, 2))[0, :, :, 0].tolist() == values[:, 2, :, 0].tolist()
+    >>> stack = FileStack(file, values.dtype, values.shape, offset=0, axes=(1, 0, 2, 3),
+    ...     backwards=(0,))
+    >>> slice_ = stack.read(np.array([0]), (0, 0, 4, 2))[0, :, :, 0]
+    >>> stack.shape, slice_.tolist() == values[:, 2, :, 0].tolist()
     ((3, 4, 2), True)
     """
 
@@ -201,7 +205,7 @@ class FileStack:
         return part
 
     def _read_stored(self, wanted: Sequence[FrameArray]) -> ImageArray:
-        """Read the rows of the second stored axis that are needed, for each needed place of the first one."""
+        """Read the needed rows of the second stored axis, for each index of the first."""
         _, rows, *inner = self.stored
         row_bytes = math.prod(inner) * self.dtype.itemsize
         places, back = np.unique(wanted[0], return_inverse=True)
@@ -218,7 +222,7 @@ class FileStack:
 
 
 def _part(places: FrameArray) -> slice | FrameArray:
-    """Return the slice of evenly spaced places: views are faster than gathered copies."""
+    """Return the slice of evenly spaced indices: views are faster than copies."""
     step = int(places[1] - places[0]) if len(places) > 1 else 1
     if step == 0 or (np.diff(places) != step).any():
         return places
@@ -227,7 +231,9 @@ def _part(places: FrameArray) -> slice | FrameArray:
 
 
 def read_stack(stack: Stack, choose: ChooseFrames | None = None, depth: str | None = None) -> ImageArray:
-    """Return a box of the chosen frames of a clip or a volume. Default: the whole item.
+    """Return a box of the chosen frames of a clip or a volume.
+
+    Default: the whole item.
 
     Parameters
     ----------
@@ -254,7 +260,7 @@ def read_stack(stack: Stack, choose: ChooseFrames | None = None, depth: str | No
 
 
 def resize_stack(stack: ImageArray, size: tuple[int, ...], *, box: StackBox | None = None) -> ImageArray:
-    """Resize a clip or a volume, or a box of it, along its three axes, antialiased (bicubic).
+    """Resize a clip or a volume along its three axes, antialiased (bicubic).
 
     The filter is separable: each frame is resized like an image, then every column of voxels along the first axis, if
     the number of frames changes.

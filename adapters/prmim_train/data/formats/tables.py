@@ -107,7 +107,7 @@ def _holds_classes(kind: Any) -> bool:
 
 
 def class_names_of(schema: Any, column: str | None) -> tuple[str, ...] | None:
-    """Return the class names that Hugging Face ``datasets`` stores in a schema; None if there are none."""
+    """Return the class names stored by Hugging Face ``datasets``; None without any."""
     try:
         features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
         names = features[column]["names"]
@@ -183,7 +183,10 @@ def table_classes(
 
 
 def _classes(parts: Sequence[Any], names: tuple[str, ...] | None) -> tuple[NDArray[np.int64], tuple[str, ...]]:
-    """Return labels and class names of a column. Raises ValueError with the expected content."""
+    """Return labels and class names of a column.
+
+    Raises ValueError with the expected content.
+    """
     import pyarrow as pa
     import pyarrow.types as kinds
 
@@ -250,9 +253,9 @@ def choose_split(found: Sequence[str], split: str | None, *, for_test: bool, whe
 
 
 def splits_of_names(names: Mapping[str, Any]) -> dict[str, list[Any]]:
-    """Group files by the split in their names: ``train-00000-of-00005.parquet``, ``test/0000.parquet``.
+    """Group files by the split in their names.
 
-    Returns no splits if a name has none.
+    Examples: ``train-00000-of-00005.parquet``, ``test/0000.parquet``. Returns no splits if a name has none.
     """
     groups: dict[str, list[Any]] = {}
     for name, value in names.items():

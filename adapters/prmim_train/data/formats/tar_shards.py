@@ -1,4 +1,6 @@
-"""Images in uncompressed tar files (WebDataset shards): an index of offsets, and random access without unpacking.
+"""Images in uncompressed tar files (WebDataset shards).
+
+An index of offsets gives random access without unpacking.
 
 Opening a source reads headers only and trusts none of them: every archive is parsed completely or refused with a
 one-line error. Member names serve as labels and in messages, never as paths. Devices and other special members are
@@ -76,7 +78,7 @@ _COMPRESSED = {
 
 @dataclass(frozen=True)
 class TarRecords:
-    """Images in uncompressed tar files; see `prmim_train.data.formats.records.Records`.
+    """Images in tar files; see `prmim_train.data.formats.records.Records`.
 
     Parameters
     ----------
@@ -130,7 +132,7 @@ class TarRecords:
         return open_part(self.shards[self.shard[index]], int(self.offset[index]), int(self.size[index]))
 
     def name(self, index: int) -> str:
-        """Return the image's name for messages: file name of the shard, then the member name."""
+        """Return the image's name for messages: shard, then member."""
         return printable(f"{self.shards[self.shard[index]].name}/{self.names[index]}")
 
     def identities(self) -> Identities:
@@ -222,7 +224,7 @@ def open_tars(
 def _raise_no_images(where: str, image_key: str | None, endings: Sequence[str], others: Counter[str]) -> None:
     found = skipped(others, "member").removeprefix(", ").replace(" skipped", "") or "no members"
     if image_key is not None:
-        raise ValueError(f"image_key: expected what the images in {where} are called, got {image_key}; {found}")
+        raise ValueError(f"image_key: expected an extension of the images in {where}, got {image_key}; {found}")
     raise ValueError(f"data: no images in {where}: expected members whose names end in {', '.join(endings)}; {found}")
 
 
@@ -293,7 +295,7 @@ class _Index:
         self._append(number, images)
 
     def _label(self, file: File, member: "Member", key: str, extension: str) -> bool:
-        """Read the class of a sample from one of its members; return False if it holds none."""
+        """Read the class of a sample from a member; return False if it holds none."""
         if extension == ".cls":
             self._cls.add(key, _read_class(file, member))
             return True
@@ -446,7 +448,7 @@ class Member(NamedTuple):
 
 
 def tar_members(file: File) -> Iterator[Member]:
-    """Iterate over the regular files and links in a tar file, in order, reading headers only.
+    """Iterate over the regular files and links in a tar file, reading headers only.
 
     Parameters
     ----------
@@ -510,7 +512,7 @@ def tar_members(file: File) -> Iterator[Member]:
 
 
 def _check_end(file: File, place: int, total: int) -> None:
-    """Raise ValueError if a file has nonzero bytes after a position, or too many zeros."""
+    """Raise ValueError if nonzero bytes or too many zeros follow a position."""
     if total - place > _MAX_END:
         raise ValueError(
             f"{total - place:,} bytes after the last member, more than {_MAX_END:,}: incomplete or damaged; "
@@ -546,7 +548,10 @@ def _damaged(place: int) -> ValueError:
 
 
 def _number(field: bytes) -> int | None:
-    """Parse octal digits, or a binary number after a byte 128 (GNU, from 8 GiB); None if the field is neither."""
+    """Parse a number of a header; None if the field is invalid.
+
+    Octal digits, or a binary number after a byte 128 (GNU, from 8 GiB).
+    """
     if field[0] == 128:
         return int.from_bytes(field[1:], "big")
     digits = field.partition(b"\0")[0].strip(b" ")
@@ -560,7 +565,10 @@ def _name(block: bytes) -> bytes:
 
 
 def _after_sparse_map(file: File, block: bytes, place: int) -> int:
-    """Return where the content of a GNU sparse file begins: after the blocks that continue its map."""
+    """Return where the content of a GNU sparse file begins.
+
+    Further blocks of its map precede the content.
+    """
     is_continued = block[482:483]
     while is_continued not in (b"", b"\0"):
         is_continued = read_part(file, place, _BLOCK)[504:505]
@@ -586,7 +594,7 @@ def _read_note(kind: bytes, file: File, start: int, size: int) -> dict[bytes, by
 
 
 def _pax_records(content: bytes, start: int) -> Iterator[tuple[bytes, bytes]]:
-    """Iterate over pax records: length in digits, a space, `keyword=value`, a line feed."""
+    """Iterate over pax records: length, space, `keyword=value`, line feed."""
     place = 0
     while place < len(content) and content[place]:  # some writers pad with zeros
         space = content.find(b" ", place, place + 8)

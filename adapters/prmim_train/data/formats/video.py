@@ -25,10 +25,10 @@ VIDEO_ENDINGS = (
 """Endings of video files. The content determines the decoder."""
 
 MAX_FRAMES = 2**20
-"""Maximum number of frames of a video: ten hours at 30 frames per second."""
+"""Maximum number of frames of a video, ten hours at 30 frames per second."""
 
 MAX_DECODED = 2**34
-"""Maximum number of pixels between two key frames: one minute of 4K video, or four minutes of full HD."""
+"""Maximum number of pixels between two key frames, one minute of 4K video, or four minutes of full HD."""
 
 # FFmpeg also knows formats that name other files and addresses to read (HLS, DASH, concat, SDP).
 _FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,gif,mpegts,mpeg,mpegvideo,flv,asf,ogg"
@@ -50,7 +50,9 @@ _START = re.compile(rb"....(ftyp|moov|mdat)|\x1aE\xdf\xa3|RIFF....AVI |GIF8", re
 
 
 def is_video(start: bytes) -> bool:
-    """Whether the first bytes of a file (at least twelve) are those of a common video format.
+    """Whether the first bytes of a file are those of a common video format.
+
+    At least twelve bytes.
 
     Examples
     --------
@@ -64,7 +66,7 @@ class VideoStack:
     """A video file as a clip; see `prmim_train.data.formats.stacks.Stack`.
 
     Opening reads the times of all frames: the whole file, but only its first frame is decoded. Frames are
-    rotated as the file says. Pixels count as square. Values of more than 8 bits become 8 bits.
+    rotated by the file's metadata. Pixels count as square. Values of more than 8 bits become 8 bits.
 
     Parameters
     ----------
