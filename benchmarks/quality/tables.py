@@ -17,6 +17,10 @@ FROZEN = ("linear", "knn")
 """Accuracies of frozen features, which also an untrained encoder and raw pixels have."""
 LINES = {
     "PR-MIM, cells": ("#2a9d5c", {0.0: DENSE, 0.5: DEFAULT, 0.65: "PR-MIM 0.65, cells"}),
+    "control: cells of decoded tokens only": (
+        "#8a939e",
+        {0.0: "dense, cells", 0.5: "partial, furthest, cells", 0.65: "partial 0.65, furthest, cells"},
+    ),
     "PR-MIM, patch target": (
         "#1f6f8b",
         {0.0: DENSE, 0.25: "PR-MIM 0.25", 0.5: PATCHES, 0.65: "PR-MIM 0.65"},
