@@ -233,7 +233,8 @@ def no_weight_decay(module: nnx.Module) -> frozenset[str]:
     Examples
     --------
     >>> from prmim_core import Grid
-    >>> sorted(no_weight_decay(nnx.Dict({"stages": ProgressiveReconstruction(8, Grid((4, 4)))})))
+    >>> model = nnx.Dict({"stages": ProgressiveReconstruction(8, Grid((4, 4)))})
+    >>> sorted(no_weight_decay(model))
     ['stages.norm.bias', 'stages.norm.weight', 'stages.table']
     """
     return frozenset(

@@ -6,12 +6,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from tqdm import trange
+from tqdm import tqdm
 
 from prmim_train.config.layers import read_options
 from prmim_train.config.pretrain import pretrain_config
 from prmim_train.config.training import DIGITS
-from prmim_train.data.sources import open_source
+from prmim_train.data.sources import ImageSource, open_source
 from prmim_train.run.prepare import open_data
 
 CIFAR_CLASSES = (
@@ -69,10 +69,7 @@ def _save_training_digits(path: Path) -> Path:
     """Store the digits that the recipe ``digits`` trains on, without those that it holds out."""
     if not path.exists():
         data = open_data(pretrain_config(**read_options(DIGITS)))
-        images = np.stack([data.source.read(int(index)) for index in data.train])
-        assert data.source.labels is not None
-        assert data.source.class_names is not None
-        _save(path, images, data.source.labels[data.train], data.source.class_names)
+        _save_source(path, data.source, data.train)
     return path
 
 
@@ -93,11 +90,16 @@ def _decode(tar: Path, path: Path) -> Path:
     """
     if not path.exists():
         source = open_source(str(tar), channels=3)
-        images = np.stack([source.read(index) for index in trange(len(source), desc=tar.name, unit="image")])
-        assert source.labels is not None  # folders of the tar file are classes
-        assert source.class_names is not None
-        _save(path, images, source.labels, source.class_names)
+        _save_source(path, source, np.arange(len(source)))
     return path
+
+
+def _save_source(path: Path, source: ImageSource, chosen: NDArray[Any]) -> None:
+    """Store chosen images of a source with classes; the images have equal size."""
+    images = np.stack([source.read(int(index)) for index in tqdm(chosen, desc=path.name, unit="image")])
+    assert source.labels is not None
+    assert source.class_names is not None
+    _save(path, images, source.labels[chosen], source.class_names)
 
 
 def _prepare_cifar(folder: Path, prepared: Path, part: str) -> Path:

@@ -12,8 +12,11 @@ Record = dict[str, Any]
 Results = dict[str, dict[int, Record]]
 """Records by arm and seed."""
 
+FROZEN = ("linear", "knn")
+"""Accuracies of frozen features, in every record."""
+
 BASELINES = {"untrained": "an untrained encoder", "pixels": "raw pixels"}
-"""Features that a record can have accuracies of, next to those of the trained encoder."""
+"""Other features whose accuracies a record can have."""
 
 
 def path_of(study: Study, folder: Path) -> Path:

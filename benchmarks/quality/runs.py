@@ -108,7 +108,7 @@ class Run:
             "study": self.study.name,
             "arm": self.arm,
             "seed": self.seed,
-            **{name: features["protocols"][name]["accuracy"] for name in ("linear", "knn")},
+            **{name: features["protocols"][name]["accuracy"] for name in records.FROZEN},
             **finetune,
             **{name: features[name] for name in records.BASELINES if name in features},
             "macs_to_dense": self.study.cost_ratio(self.arm),

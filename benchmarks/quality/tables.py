@@ -8,13 +8,11 @@ from typing import Any
 
 from benchmarks.quality.arms import DEFAULT, DENSE, FACTORS, GRID, PARTIAL, PATCHES
 from benchmarks.quality.correct import image_error
-from benchmarks.quality.records import BASELINES, Results
+from benchmarks.quality.records import BASELINES, FROZEN, Results
 from benchmarks.report import Report
 from prmim_train.report.figures import new_figure, save_figure, write_caption
 
 ACCURACIES = {"linear": "linear", "finetune": "fine-tuned", "knn": "neighbours"}
-FROZEN = ("linear", "knn")
-"""Accuracies of frozen features, which also an untrained encoder and raw pixels have."""
 LINES = {
     "PR-MIM, cells": ("#2a9d5c", {0.0: DENSE, 0.5: DEFAULT, 0.65: "PR-MIM 0.65, cells"}),
     "control: cells of decoded tokens only": (
