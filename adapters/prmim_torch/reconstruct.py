@@ -56,7 +56,7 @@ class ProgressiveReconstruction(nn.Module):
     mix
         A custom module in place of these: ``mix(features, known, thrown) -> (batch, n, dim)``, from features (batch, K,
         dim) of known tokens (batch, K) to those of thrown tokens (batch, n). The norm follows. Its parameters become
-        part of this module. It may be a function without parameters.
+        part of this module. It may be a function without parameters. n is 0 if nothing is thrown.
 
     Raises
     ------
@@ -172,7 +172,12 @@ class ProgressiveReconstruction(nn.Module):
             mixed = self._mix(features.to(dtype), known, thrown)
             return self.norm(mixed.to(dtype)).to(features.dtype)
 
-        return reconstruct_stages(features, plan, mix, visible_features=visible_features)
+        rebuilt: Tensor = reconstruct_stages(features, plan, mix, visible_features=visible_features)
+        if plan.schedule.counts.thrown:
+            return rebuilt
+        # 0 tokens connect the parameters to the loss: DistributedDataParallel needs the gradients of all parameters.
+        known = plan.known(1)[:, plan.schedule.num_known(1) - features.shape[1] :]
+        return torch.cat([rebuilt, mix(features, known, plan.stage(1))], dim=1)
 
     def _mix(self, features: Tensor, known: Tensor, thrown: Tensor) -> Tensor:
         """Return weighted means (batch, n, dim) of known features for thrown tokens."""

@@ -189,6 +189,17 @@ def test_nothing_thrown_gives_nothing_new(reconstruction):
     assert torch.equal(ProgressiveReconstruction(8, schedule.grid, reconstruction)(features, plan), features)
 
 
+@pytest.mark.parametrize("visible_features", [True, False])
+@pytest.mark.parametrize("reconstruction", ["kernel", "conv"])
+def test_without_thrown_tokens_all_parameters_have_gradients(reconstruction, visible_features):
+    """As DistributedDataParallel needs it."""
+    schedule = Schedule(Grid((2, 2)), TokenCounts(2, 2, 0))
+    module = ProgressiveReconstruction(8, schedule.grid, reconstruction)
+    features = torch.randn(1, 4 if visible_features else 2, 8)
+    module(features, make_plan(schedule, torch.arange(4)[None]), visible_features=visible_features).sum().backward()
+    assert all(torch.equal(p.grad, torch.zeros_like(p)) for p in module.parameters())
+
+
 def test_one_turn_of_the_convolution_reaches_one_token_far():
     schedule = Schedule(Grid((7,)), TokenCounts(1, 0, 6), stages=1)
     plan = make_plan(schedule, torch.arange(7)[None])  # token 0 is known
