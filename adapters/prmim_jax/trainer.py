@@ -32,7 +32,6 @@ from prmim_jax.interop import (
     write_weights,
 )
 from prmim_jax.method import ImageModule, check_images, check_not_empty
-from prmim_jax.reconstruct import no_weight_decay
 from prmim_jax.vit import Statistic, project
 from prmim_methods import TrainingConfig
 from prmim_methods.hardware import Choice, choose_precision, is_slow
@@ -564,8 +563,8 @@ def adamw(module: nnx.Module, training: TrainingConfig) -> optax.GradientTransfo
 def decay_mask(module: nnx.Module) -> dict[str, bool]:
     """Return whether each parameter has weight decay, by name.
 
-    Exempt from weight decay are parameters of one axis (biases, norms), those in ``module.no_weight_decay()`` if there
-    is such a method, and those of :class:`prmim_jax.ProgressiveReconstruction` (our choice).
+    Exempt from weight decay are parameters of one axis (biases, norms), and those that the module or a part of it names
+    by a method ``no_weight_decay()``, such as :class:`prmim_jax.ProgressiveReconstruction` (our choice).
 
     Examples
     --------
@@ -573,7 +572,11 @@ def decay_mask(module: nnx.Module) -> dict[str, bool]:
     >>> decay_mask(nnx.Linear(2, 2, rngs=nnx.Rngs(0)))
     {'bias': False, 'kernel': True}
     """
-    named = no_weight_decay(module) | frozenset(getattr(module, "no_weight_decay", frozenset)())
+    named = {
+        ".".join(map(str, (*path, name)))
+        for path, part in nnx.iter_modules(module)
+        for name in getattr(part, "no_weight_decay", frozenset)()
+    }
     return {
         name: variable.ndim - is_stacked(name) > 1 and name not in named
         for name, variable in named_variables(module).items()

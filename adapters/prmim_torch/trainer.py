@@ -36,7 +36,6 @@ from prmim_torch.distributed import (
 )
 from prmim_torch.interop import named_weights, put_weights, read_weights, write_weights
 from prmim_torch.method import ImageModule, check_not_empty
-from prmim_torch.reconstruct import no_weight_decay
 from prmim_torch.vit import spread
 
 Module = TypeVar("Module", bound=ImageModule)
@@ -472,15 +471,20 @@ class Trainer(Generic[Module]):
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Split the trained parameters into groups with and without weight decay.
 
-    Exempt from weight decay are parameters of one axis (biases, norms), those in ``module.no_weight_decay()`` if there
-    is such a method, and those of :class:`prmim_torch.ProgressiveReconstruction` (our choice).
+    Exempt from weight decay are parameters of one axis (biases, norms), and those that the module or a part of it names
+    by a method ``no_weight_decay()``, such as :class:`prmim_torch.ProgressiveReconstruction` (our choice). The module
+    may be wrapped, for instance by ``torch.compile`` or ``DistributedDataParallel``.
 
     Examples
     --------
     >>> [len(group["params"]) for group in parameter_groups(nn.Linear(2, 2), 0.05)]
     [1, 1]
     """
-    named = no_weight_decay(module) | frozenset(getattr(module, "no_weight_decay", frozenset)())
+    named = {
+        f"{prefix}.{name}" if prefix else name
+        for prefix, part in module.named_modules()
+        for name in getattr(part, "no_weight_decay", frozenset)()
+    }
     decayed: list[nn.Parameter] = []
     exempt: list[nn.Parameter] = []
     for name, parameter in module.named_parameters():

@@ -165,6 +165,12 @@ def test_decay_spares_what_the_recipe_spares(tiny_simmim):
     assert spared < set(mask)
 
 
+def test_decay_spares_the_same_of_a_wrapped_method(tiny_simmim):
+    method = create_method("simmim", **tiny_simmim)
+    wrapped = decay_mask(nnx.Dict({"method": method}))
+    assert wrapped == {f"method.{name}": is_decayed for name, is_decayed in decay_mask(method).items()}
+
+
 def test_scanned_blocks_take_the_same_steps(make_engine, images, tmp_path):
     """With decay and clipping; and each continues what the other saved."""
     training = {"clip_grad": 1.0, "weight_decay": 1.0, "learning_rate": 1e-2}

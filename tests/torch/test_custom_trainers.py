@@ -52,6 +52,12 @@ def test_no_trainer_decays_the_reconstruction():
     assert decayed_by_timm(host) == decayed_by_us(host) == {"encoder.weight", "pixel_loss.cell_head.weight"}
 
 
+@pytest.mark.parametrize("wrap", [torch.compile, nn.DataParallel, lambda host: nn.ModuleDict({"host": host})])
+def test_what_a_wrapped_model_exempts_is_not_decayed(wrap):
+    decayed = {name.partition(".")[2] for name in decayed_by_us(wrap(Host()))}
+    assert decayed == {"encoder.weight", "pixel_loss.cell_head.weight"}
+
+
 def test_trainer_of_transformers_goes_by_the_name():
     transformers = pytest.importorskip("transformers", reason="needs transformers: pip install 'prmim[hf]'")
     decayed = partial(transformers.Trainer.get_decay_parameter_names, None)  # it does not read the trainer
