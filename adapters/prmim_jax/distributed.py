@@ -9,6 +9,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from math import ceil
 from typing import Any, Literal, TypeVar
 
@@ -353,11 +354,11 @@ class Layout:
             gradient, AXIS, scatter_dimension=_axis(spec), tiled=True
         )
 
-    def whole(self, arrays: dict[str, Array], specs: dict[str, P]) -> dict[str, Array]:
-        """Gather weights to all devices; all processes must call it."""
+    def compile_gather(self, specs: dict[str, P]) -> Any:
+        """Compile a program that gathers weights to all devices; all processes must call it."""
         if not self.cuts(specs):
-            return arrays
-        return self.compile(lambda arrays: self.gather(arrays, specs), (specs,), WHOLE)(arrays)
+            return lambda arrays: arrays
+        return self.compile(lambda arrays: self.gather(arrays, specs), (specs,), WHOLE)
 
     def local(self, tree: Any) -> Any:
         """Return replicated arrays as arrays of one local device, without a copy."""
@@ -365,10 +366,9 @@ class Layout:
             return tree
         return jax.tree.map(lambda array: array.addressable_data(0), tree)
 
-    def convert(self, tree: Any, function: Callable[[Any], Any]) -> Any:
-        """Apply a function to weights on the devices; shard the results by :meth:`specs`."""
-        specs = self.specs(jax.eval_shape(function, tree))
-        return jax.jit(function, out_shardings=self._shardings(specs))(tree)
+    def compile_copy(self, specs: Any) -> Any:
+        """Compile a program that copies arrays on the devices; ``specs``: their sharding."""
+        return jax.jit(partial(jax.tree.map, jnp.copy), out_shardings=self._shardings(specs))
 
     def _shardings(self, specs: Any) -> Any:
         return jax.tree.map(

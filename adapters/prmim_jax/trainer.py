@@ -170,6 +170,8 @@ class Trainer(Generic[Module]):
         self._train = self._layout.compile(
             self._train_program, (self._specs, WHOLE, ROWS, WHOLE, WHOLE), self._specs, donate=(0,)
         )
+        self._gather = self._layout.compile_gather(self._specs.parameters)
+        self._copy = self._layout.compile_copy(_by_parameter(self._specs))
         self._evaluations: dict[Callable[..., Any], Callable[..., Any]] = {}
 
     @property
@@ -225,7 +227,7 @@ class Trainer(Generic[Module]):
 
         All processes must ask for it.
         """
-        parameters = self._layout.whole(self._state.parameters, self._specs.parameters)
+        parameters = self._gather(self._state.parameters)
         return self._merge(*map(self._layout.local, (parameters, self._state.statistics, self._buffers)))
 
     def _take_step(self, images: NDArray[Any], sample: NDArray[np.int64], *more: NDArray[Any]) -> None:
@@ -390,9 +392,9 @@ class Trainer(Generic[Module]):
 
         The arrays are NumPy's, except sharded ones: each process writes its part of these.
         """
-        arrays = self._by_parameter()
+        arrays = _by_parameter(self._state)
         if self._layout.cuts(self._specs.parameters):
-            copies = self._layout.convert(arrays, partial(jax.tree.map, jnp.copy))
+            copies = self._copy(arrays)
         else:
             copies = jax.tree.map(np.array, self._layout.local(arrays))
         return {**self._host_state(), **copies}
@@ -407,11 +409,6 @@ class Trainer(Generic[Module]):
             **{name: value for name, value in _kept(self._state.moments).items() if not isinstance(value, dict)},
         }
         return {name: np.array(value) for name, value in state.items()}
-
-    def _by_parameter(self) -> dict[str, Arrays]:
-        """Return the arrays of each parameter: optimizer moments, and the average."""
-        moments = {name: value for name, value in _kept(self._state.moments).items() if isinstance(value, dict)}
-        return {**moments, "average": self._state.average} if self._state.average else moments
 
     def restore(self, directory: str | os.PathLike[str]) -> None:
         """Restore a state written by :meth:`save`; all processes must call it.
@@ -429,11 +426,10 @@ class Trainer(Generic[Module]):
         """
         directory = Path(directory).absolute()
         weights = self._read_weights(directory / WEIGHTS_FILE)
-        like = {**self._host_state(), **self._by_parameter()}
+        like = {**self._host_state(), **_by_parameter(self._state)}
         state = self._processes.together(lambda: _read_state(directory / STATE_FOLDER, like))
         self._put_weights(weights)
-        specs = {**_kept(self._specs.moments), "average": self._specs.average}
-        arrays = {name: self._layout.put(state[name], specs[name]) for name in self._by_parameter()}
+        arrays = {name: self._layout.put(state[name], specs) for name, specs in _by_parameter(self._specs).items()}
         numbers = {name: self._layout.put(state[name]) for name in self._host_state()}
         self._state = self._state._replace(
             moments=tuple(_refilled(part, {**numbers, **arrays}) for part in self._state.moments),
@@ -646,6 +642,12 @@ def _kept(moments: Any) -> dict[str, Any]:
     (kept,) = (part for part in moments if jax.tree.leaves(part))
     fields: dict[str, Any] = kept._asdict()
     return fields
+
+
+def _by_parameter(state: TrainingState) -> dict[str, Any]:
+    """Return the arrays of each parameter, or their specs: optimizer moments, and the average."""
+    moments = {name: value for name, value in _kept(state.moments).items() if isinstance(value, dict)}
+    return {**moments, "average": state.average} if state.average else moments
 
 
 def _refilled(part: Any, values: dict[str, Any]) -> Any:

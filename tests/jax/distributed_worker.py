@@ -59,6 +59,8 @@ COLLECTIVES = (
 )
 BATCH = 16
 STEPS, STEP_SAVED, STEP_SPOILT = 6, 3, 4
+COMPILED = []
+"""One entry per program that the script has compiled."""
 
 
 def make_engine(name, parallel="ddp", **training):
@@ -112,8 +114,10 @@ def draw(name, parallel, shared, own):
     saving = save(engine, own / name / parallel / "half")
     curve += train(engine, STEPS)
     saving.result()
+    before = len(COMPILED)
     save(engine, own / name / parallel / "end").result()
-    result = {"curve": curve, "device": engine.device, "held": held(engine)}
+    compiled = len(COMPILED) - before
+    result = {"curve": curve, "device": engine.device, "held": held(engine), "compiled by a save": compiled}
     engine.restore(own / name / parallel / "half")
     result["resumed"] = train(engine, STEPS)
     if shared is not None:
@@ -275,6 +279,11 @@ def die(shared, own):
 JOBS = {job.__name__: job for job in (local_curves, two_curves, classifiers, agreement)}
 
 
+def count_compiled(event, seconds, **more):
+    if event.endswith("backend_compile_duration"):
+        COMPILED.append(event)
+
+
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("shared", type=Path)
@@ -284,12 +293,14 @@ def main():
     shared, own = arguments.shared, arguments.shared / arguments.own
     for name, value in {**COMPILER, "jax_compilation_cache_dir": str(shared / "compiled")}.items():
         jax.config.update(name, value)
+    jax.monitoring.register_event_duration_secs_listener(count_compiled)
     let_black_images_spoil_a_step()
     if arguments.jobs == ["die"]:
         die(shared, own)
     # The first engine connects the processes; those between leave them connected.
     first = make_engine("mae")
     results = {job: JOBS[job](shared, own) for job in arguments.jobs}
+    assert COMPILED
     (own / f"rank_{first.rank}.json").write_text(json.dumps(results))
     first.close()
     first.close()

@@ -205,6 +205,7 @@ def test_a_run_goes_on_bit_for_bit_and_from_one_device(one, ranks, who, name, pa
         np.testing.assert_equal(drawn["resumed"], drawn["curve"][3:])
         assert_same_run(drawn["from one"], one[name]["curve"])
         assert drawn["programs"] == 1
+        assert drawn["compiled by a save"] == 0  # after the first
 
 
 @pytest.mark.parametrize(("who", "parallel"), [("local", "ddp"), ("two", "fsdp")])
