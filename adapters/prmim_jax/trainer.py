@@ -185,6 +185,11 @@ class Trainer(Generic[Module]):
         return self._processes.world_size
 
     @property
+    def num_devices(self) -> int:
+        """Number of devices of all processes."""
+        return self._layout.num_devices
+
+    @property
     def step(self) -> int:
         """Completed optimizer steps, including those before a resume."""
         return self._step

@@ -148,6 +148,11 @@ class Trainer(Generic[Module]):
         return self._processes.world_size
 
     @property
+    def num_devices(self) -> int:
+        """Number of devices of all processes: one per process."""
+        return self.world_size
+
+    @property
     def step(self) -> int:
         """Completed optimizer steps, including those before a resume."""
         return self._step

@@ -43,6 +43,7 @@ class Engine:
     bad_steps: ClassVar[tuple[int, ...]] = ()
     save_error: ClassVar[Exception | None] = None
     slowdown: ClassVar[float | None] = None
+    num_devices: ClassVar[int] = 1
     made: ClassVar[list["Engine"]] = []
 
     def __init__(self, config: MethodConfig, training: TrainingConfig) -> None:

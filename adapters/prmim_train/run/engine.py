@@ -99,6 +99,10 @@ class Trainer(Protocol):
         """Number of processes."""
 
     @property
+    def num_devices(self) -> int:
+        """Number of devices of all processes, which share a batch."""
+
+    @property
     def step(self) -> int:
         """Optimizer steps completed, including those before a resume."""
 

@@ -148,7 +148,7 @@ def train(job: Job[E]) -> dict[str, Any]:
         See :func:`prmim_train.pretrain.pretrain`.
     """
     run = RunDirectory(job.config.run_path)
-    _check_processes(job.config)
+    _check_batch_size(job.config, launched().world_size, "processes")
     check_backend(job.config.backend)
     check_tracker(job.config.tracker)
     with run.locked() if launched().rank == 0 else nullcontext():
@@ -175,6 +175,7 @@ def _train(job: Job[E], run: RunDirectory) -> dict[str, Any]:
     with closing(job.create_engine()) as engine:
         # Engines of a distributed run wait for each other, so every process has examined the folder by now.
         check_launcher(config.backend, engine)
+        _check_batch_size(config, engine.num_devices, "devices")
         on_main(engine, run.remove_leftovers)
         if is_resumed:
             _restore(run, engine, job.budget)
@@ -276,12 +277,11 @@ def _gather_notes(run: RunDirectory, engine: Trainer, note: dict[str, str]) -> d
     return on_main(engine, run.collect_notes) or {}
 
 
-def _check_processes(config: TrainingOptions) -> None:
-    """Check that processes and accumulation divide the batch evenly."""
-    world_size = launched().world_size
-    if config.batch_size % (world_size * config.accumulate):
+def _check_batch_size(config: TrainingOptions, number: int, parts: str) -> None:
+    """Check that processes or devices, and accumulation, divide the batch evenly."""
+    if config.batch_size % (number * config.accumulate):
         raise ValueError(
-            f"batch_size: expected a multiple of the {world_size} processes times accumulate ({config.accumulate}), "
+            f"batch_size: expected a multiple of the {number} {parts} times accumulate ({config.accumulate}), "
             f"got {config.batch_size}"
         )
 

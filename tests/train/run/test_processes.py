@@ -93,6 +93,14 @@ def test_the_batch_must_be_shared_out_evenly(tiny, environment):
         pretrain(tiny(accumulate=4))
 
 
+def test_the_devices_of_a_process_must_share_the_batch_evenly(tiny, fake, monkeypatch):
+    monkeypatch.setattr(fake, "num_devices", 3)
+    message = r"batch_size: expected a multiple of the 3 devices times accumulate \(1\), got 64"
+    with pytest.raises(ValueError, match=message):
+        pretrain(tiny(batch_size=64))
+    assert not tiny().run_path.exists()
+
+
 def test_an_engine_that_knows_of_no_others_is_refused(tiny, fake, environment):
     environment(TORCHRUN)
     with pytest.raises(ValueError, match="backend: expected one that joins the 4 launched processes, got fake"):
