@@ -375,7 +375,7 @@ class ClassifierEngine(Trainer[Classifier]):
             (batch, image_size..., channels): this process's share of the batch, the same size in all processes;
             its devices share it.
         sample
-            int64 (batch,): index of each image in the data set. Seed, step and index determine drop path.
+            int64 (batch,), below 2**32: index of each image in the data set. Seed, step and index determine drop path.
         targets
             float32 (batch, num_classes): class probabilities of each image; they sum to 1.
 

@@ -131,7 +131,7 @@ class Engine(Trainer[Method]):
             (batch, image_size..., channels): this process's share of the batch, the same size in all processes;
             its devices share it.
         sample
-            int64 (batch,): index of each image in the data set. Seed, step and index determine its mask.
+            int64 (batch,), below 2**32: index of each image in the data set. Seed, step and index determine its mask.
         weights
             float32 (batch, N): weight of each token, for ``throwing="weighted"`` only; see :meth:`attention`.
 
@@ -178,7 +178,7 @@ class Engine(Trainer[Method]):
         images
             uint8 (batch, image_size..., channels); with a ``pixel_range``, also uint16 or float32.
         sample
-            int64 (batch,): index of each image in the data set.
+            int64 (batch,), below 2**32: index of each image in the data set.
 
         Raises
         ------
@@ -203,7 +203,7 @@ class Engine(Trainer[Method]):
         images
             uint8 (batch, image_size..., channels); with a ``pixel_range``, also uint16 or float32.
         sample
-            int64 (batch,): index of each image in the data set.
+            int64 (batch,), below 2**32: index of each image in the data set.
 
         Raises
         ------

@@ -538,6 +538,10 @@ class Trainer(Generic[Module]):
             raise ValueError(f"sample: expected shape {(len(images),)}, got {tuple(sample.shape)}")
         if not np.issubdtype(sample.dtype, np.integer):
             raise TypeError(f"sample: expected integers, got {sample.dtype}")
+        # Without 64-bit types, JAX has only the low word.
+        outside = sample[sample.astype(np.int64) >> 32 != 0]
+        if outside.size:
+            raise ValueError(f"sample: expected integers in [0, 2**32), got {outside[0]}")
         # A copy, because JAX on a CPU reads the batch later and in place, when its memory may hold another batch.
         return np.array(images), sample.astype(np.int32), *map(np.array, more)
 

@@ -447,6 +447,9 @@ def test_wrong_batches(make_engine, images):
         engine.train_step(images, SAMPLE[1:])
     with pytest.raises(TypeError, match=r"^sample: expected integers, got float64$"):
         engine.train_step(images, SAMPLE / 2)
+    for wrong in (2**32, -1):
+        with pytest.raises(ValueError, match=rf"^sample: expected integers in \[0, 2\*\*32\), got {wrong}$"):
+            engine.train_step(images, np.where(SAMPLE == 3, wrong, SAMPLE))
     with pytest.raises(TypeError, match=r"^images: expected uint8, got float32$"):
         engine.train_step(images.astype(np.float32), SAMPLE)
     assert engine.step == 0
