@@ -289,9 +289,10 @@ class PixelMethod(Method):
     def _plan(self, noise: Array, weights: Array | None) -> Plan:
         """Choose visible, decoded and thrown tokens; with weights, mask attended ones."""
         config = self.config
-        if config.needs_weights != (weights is not None):
-            got = "none" if weights is None else "an array"
-            raise ValueError(f"weights: expected an array with throwing 'weighted' only, got {got}")
+        if config.needs_weights and weights is None:
+            raise ValueError("weights: expected an array with throwing 'weighted', got None")
+        if weights is not None and not config.needs_weights:
+            raise ValueError("weights: expected None without throwing 'weighted', got an array")
         return make_plan(self._schedule, noise, **config.plan_arguments(noise, weights))
 
     def measured(self, output: PixelOutput) -> list[Array]:

@@ -299,9 +299,10 @@ class PixelMethod(Method):
     def _plan(self, noise: Tensor, weights: Tensor | None) -> Plan:
         """Choose visible, decoded and thrown tokens; with weights, mask attended ones."""
         config = self.config
-        if config.needs_weights != (weights is not None):
-            got = "none" if weights is None else "a tensor"
-            raise ValueError(f"weights: expected a tensor with throwing 'weighted' only, got {got}")
+        if config.needs_weights and weights is None:
+            raise ValueError("weights: expected a tensor with throwing 'weighted', got None")
+        if weights is not None and not config.needs_weights:
+            raise ValueError("weights: expected None without throwing 'weighted', got a tensor")
         return make_plan(self._schedule, noise, **config.plan_arguments(noise, weights))
 
     def measured(self, output: PixelOutput) -> list[Tensor]:
