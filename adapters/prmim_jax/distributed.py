@@ -23,6 +23,8 @@ from jax.sharding import PartitionSpec as P  # the usual name
 from numpy.typing import NDArray
 from orbax.checkpoint import multihost
 
+from prmim_methods.messages import ERRORS
+
 Parallel = Literal["ddp", "fsdp"]
 Result = TypeVar("Result")
 
@@ -47,12 +49,6 @@ SHUTDOWN_TIMEOUT = 10
 
 _NUMBERS = {"main": itertools.count(), "files": itertools.count()}
 """Counters of exchanged messages by thread, equal in all processes."""
-
-ERRORS: dict[str, type[Exception]] = {
-    kind.__name__: kind
-    for kind in (ValueError, TypeError, OSError, FileNotFoundError, NotADirectoryError, PermissionError)
-}
-"""Error types that are re-raised in other processes, by name; any other type becomes a RuntimeError."""
 
 
 class Processes:

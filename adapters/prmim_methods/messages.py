@@ -1,4 +1,4 @@
-"""Sanitized text for messages: one printable line of bounded length."""
+"""Sanitized text for messages: one printable line of bounded length; errors that processes exchange as text."""
 
 from typing import Any
 
@@ -6,6 +6,12 @@ LONGEST_VALUE = 100
 """Maximal number of characters of a value in a message."""
 LONGEST_LINE = 450
 """Maximal number of characters of a message."""
+
+ERRORS: dict[str, type[Exception]] = {
+    kind.__name__: kind
+    for kind in (ValueError, TypeError, OSError, FileNotFoundError, NotADirectoryError, PermissionError)
+}
+"""Error types that are re-raised in other processes, by name; any other type becomes a RuntimeError."""
 
 
 def shown(value: Any) -> str:

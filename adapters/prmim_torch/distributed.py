@@ -32,6 +32,7 @@ from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from prmim_methods.messages import ERRORS
 from prmim_torch.cross_decoder import CrossBlock
 from prmim_torch.vit import Block
 
@@ -48,12 +49,6 @@ ALONE = "torch.distributed is disabled, unavailable or uninitialized"
 
 _NUMBERS = itertools.count()
 """Counter of created process groups, equal in all processes."""
-
-ERRORS: dict[str, type[Exception]] = {
-    kind.__name__: kind
-    for kind in (ValueError, TypeError, OSError, FileNotFoundError, NotADirectoryError, PermissionError)
-}
-"""Error types that are re-raised in other processes, by name; any other type becomes a RuntimeError."""
 
 
 class Processes:
