@@ -170,7 +170,7 @@ class Trainer(Generic[Module]):
         self._train = self._layout.compile(
             self._train_program, (self._specs, WHOLE, ROWS, WHOLE, WHOLE), self._specs, donate=(0,)
         )
-        self._gather = self._layout.compile_gather(self._specs.parameters)
+        self._gather = self._layout.compile_gather(specs(arrays))
         self._copy = self._layout.compile_copy(_by_parameter(self._specs))
         self._evaluations: dict[Callable[..., Any], Callable[..., Any]] = {}
 
