@@ -2,7 +2,7 @@
 
 from prmim_jax.classifier import Classifier, ClassifierEngine
 from prmim_jax.encoder import EncoderEngine, ImageEncoder, load_encoder
-from prmim_jax.engine import Comparison, Engine, Reconstruction
+from prmim_jax.engine import Engine
 from prmim_jax.foreign import import_weights, init_weights
 from prmim_jax.interop import load_weights, save_weights
 from prmim_jax.localmim import LocalMIM, LocalOutput
@@ -16,6 +16,7 @@ from prmim_jax.reconstruct import ProgressiveReconstruction, no_weight_decay
 from prmim_jax.simmim import SimMIM
 from prmim_jax.teacher import Teacher, TeacherOutput
 from prmim_jax.videomae import VideoMAE
+from prmim_methods.outputs import Comparison, Reconstruction
 
 __all__ = [
     "MAE",

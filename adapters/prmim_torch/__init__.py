@@ -1,8 +1,9 @@
 """Masked image modelling in PyTorch: methods, training engines and modules."""
 
+from prmim_methods.outputs import Comparison, Reconstruction
 from prmim_torch.classifier import Classifier, ClassifierEngine
 from prmim_torch.encoder import EncoderEngine, ImageEncoder, load_encoder
-from prmim_torch.engine import Comparison, Engine, Reconstruction
+from prmim_torch.engine import Engine
 from prmim_torch.foreign import import_weights, init_weights
 from prmim_torch.interop import load_weights, save_weights
 from prmim_torch.localmim import LocalMIM, LocalOutput

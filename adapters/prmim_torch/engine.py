@@ -2,59 +2,20 @@
 
 import os
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from prmim_core import Schedule
 from prmim_methods import MethodConfig, TrainingConfig
 from prmim_methods.method import Predicts
+from prmim_methods.outputs import Comparison, Reconstruction
 from prmim_torch.foreign import read_start
 from prmim_torch.method import FeatureMethod, Method, PixelMethod
 from prmim_torch.methods import METHODS
 from prmim_torch.trainer import Trainer, parameter_groups
-
-
-class Reconstruction(NamedTuple):
-    """Predicted pixels of a batch of images, in NumPy.
-
-    Parameters
-    ----------
-    order
-        The plan, int64 (batch, N): visible, decoded, then the stages.
-    schedule
-        The static boundaries inside ``order``.
-    patches
-        float32 (batch, N, prod(patch) * C), in raster order, pixels in [0, 1] (predictions may exceed the range): the
-        input where visible, NaN where nothing is predicted.
-    """
-
-    order: NDArray[np.int64]
-    schedule: Schedule
-    patches: NDArray[np.float32]
-
-
-class Comparison(NamedTuple):
-    """Features of a student and of its teacher for a batch of images, in NumPy.
-
-    Parameters
-    ----------
-    order
-        The plan, int64 (batch, N): visible, decoded, then the stages.
-    schedule
-        The static boundaries inside ``order``.
-    student, teacher
-        float32 (batch, N, teacher_dim), in raster order, of the last aligned layer: the student's predictions, NaN
-        where nothing is predicted, and the targets.
-    """
-
-    order: NDArray[np.int64]
-    schedule: Schedule
-    student: NDArray[np.float32]
-    teacher: NDArray[np.float32]
 
 
 class Engine(Trainer[Method]):

@@ -11,31 +11,19 @@ import os
 import time
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from prmim_core import Schedule, block_visible, counter_noise, make_plan, patchify, unattended_visible
+from prmim_core import block_visible, counter_noise, make_plan, patchify, unattended_visible
 from prmim_methods import ClassifierConfig, MethodConfig, TrainingConfig
 from prmim_methods.hardware import Choice, choose_precision, is_slow
+from prmim_methods.outputs import Comparison, Reconstruction
 from prmim_methods.sizes import Transformer
 
 DIM = 32
 TEACHER_DIM = 24
-
-
-class Reconstruction(NamedTuple):
-    order: np.ndarray
-    schedule: Schedule
-    patches: np.ndarray
-
-
-class Comparison(NamedTuple):
-    order: np.ndarray
-    schedule: Schedule
-    student: np.ndarray
-    teacher: np.ndarray
 
 
 class Engine:

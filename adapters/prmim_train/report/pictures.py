@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from prmim_core import Grid, Schedule, nearest_known_distance, patchify, unpatchify
 from prmim_methods import PixelConfig
 from prmim_methods.encoder import times
+from prmim_methods.outputs import Reconstruction
 from prmim_train.config.packages import check_installed
 from prmim_train.config.pretrain import PretrainConfig
 from prmim_train.data.depth import in_8_bit_range
@@ -34,7 +35,7 @@ from prmim_train.report.figures import (
 )
 from prmim_train.report.similarity import draw_similarity
 from prmim_train.run.directory import RunDirectory
-from prmim_train.run.engine import Engine, Reconstruction
+from prmim_train.run.engine import Engine
 from prmim_train.run.prepare import RunData, open_run_data, read_run_config, restore_engine
 from prmim_train.run.processes import say
 

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from prmim_core import Grid, is_member
 from prmim_methods import MethodConfig
 from prmim_methods.encoder import times
+from prmim_methods.outputs import Comparison
 from prmim_train.report.figures import (
     HIDDEN,
     TALLEST,
@@ -22,7 +23,6 @@ from prmim_train.report.figures import (
     token_pixels,
     write_caption,
 )
-from prmim_train.run.engine import Comparison
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

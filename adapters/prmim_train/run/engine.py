@@ -15,11 +15,11 @@ from typing import Any, Protocol, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from prmim_core import Schedule
 from prmim_methods import MethodConfig, TrainingConfig
 from prmim_methods.encoder import EncoderConfig
 from prmim_methods.hardware import Choice
 from prmim_methods.messages import shown
+from prmim_methods.outputs import Comparison, Reconstruction
 from prmim_methods.record import options
 from prmim_methods.sizes import Transformer
 from prmim_methods.training import EngineOptions
@@ -35,49 +35,6 @@ BACKENDS: Mapping[str, tuple[str, ...]] = {
     "jax": ("jax", "flax", "optax", "orbax", "safetensors"),
 }
 """Packages that a backend needs."""
-
-
-class Reconstruction(Protocol):
-    """Pixels reconstructed for a batch of images, as NumPy arrays."""
-
-    @property
-    def order(self) -> NDArray[Any]:
-        """Order of the tokens, int (batch, N); visible, decoded, then the stages."""
-
-    @property
-    def schedule(self) -> Schedule:
-        """Static boundaries of `order`."""
-
-    @property
-    def patches(self) -> NDArray[np.float32]:
-        """Pixel patches (batch, N, patch_dim) in raster order, in [0, 1].
-
-        Normalization is undone. Visible patches are those of the input. A token that predicts cells repeats the value
-        of a cell in all of its pixels. Tokens without a prediction are NaN.
-        """
-
-
-class Comparison(Protocol):
-    """Features of student and teacher for a batch of images, as NumPy arrays."""
-
-    @property
-    def order(self) -> NDArray[Any]:
-        """Order of the tokens, int (batch, N); visible, decoded, then the stages."""
-
-    @property
-    def schedule(self) -> Schedule:
-        """Static boundaries of `order`."""
-
-    @property
-    def student(self) -> NDArray[np.float32]:
-        """Predictions of the teacher's last aligned layer (batch, N, dim).
-
-        They are in raster order. Tokens without a prediction are NaN.
-        """
-
-    @property
-    def teacher(self) -> NDArray[np.float32]:
-        """Features of the teacher's last aligned layer (batch, N, dim), in raster order."""
 
 
 class Trainer(Protocol):
