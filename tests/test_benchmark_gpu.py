@@ -68,6 +68,11 @@ def test_a_dry_run_fills_the_pages_once(launched, docs, tmp_path):
     assert gpu.main(words) == 0
     assert len(launched) == len(gpu.PIECES)
     assert (docs / "results" / "performance.md").read_text() == page
+    shutil.copy(gpu.ROOT / "docs" / "results" / "performance.md", docs / "results")
+    assert gpu.main(["--pages", *words[1:]]) == 0  # numbers of the CPU are none of the GPU
+    assert "No number on this page was measured on a GPU" in (docs / "results" / "performance.md").read_text()
+    assert gpu.main(["--pages", *words]) == 0
+    assert (docs / "results" / "performance.md").read_text() == page
 
 
 def test_a_piece_that_fails_or_runs_out_of_time_is_repeated(monkeypatch, tmp_path, capsys):
@@ -85,6 +90,25 @@ def test_a_piece_that_fails_or_runs_out_of_time_is_repeated(monkeypatch, tmp_pat
     calls.clear()
     assert gpu.main(["--dry", "--out", str(tmp_path / "other"), "--minutes", "0"]) == 0
     assert not calls
+
+
+def test_pieces_of_a_dry_run_or_of_another_gpu_are_repeated(monkeypatch, tmp_path):
+    calls = []
+    monkeypatch.setattr(gpu, "launch", lambda words, seconds: calls.append(words) or 0)
+    monkeypatch.setattr(gpu, "has_gpu", lambda: True)
+    runs = [(["--dry"], "one GPU"), ([], "one GPU"), ([], "one GPU"), ([], "another GPU")]
+    for (words, hardware), number in zip(runs, (1, 2, 2, 3), strict=True):
+        monkeypatch.setattr(gpu, "environment", lambda hardware=hardware: {"hardware": hardware})
+        monkeypatch.setattr(gpu, "write_pages", lambda *_, **__: None)
+        assert gpu.main([*words, "--out", str(tmp_path)]) == 0
+        assert len([words for words in calls if words[0] != "benchmarks.quality"]) == number * len(gpu.PIECES)
+
+
+def test_a_dry_run_has_its_own_folder(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(gpu, "launch", lambda words, seconds: 0)
+    assert gpu.main(["--dry"]) == 0
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["gpu-dry"]
 
 
 def test_without_a_gpu_only_the_dry_mode_runs(monkeypatch, tmp_path, capsys):
