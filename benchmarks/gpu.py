@@ -18,7 +18,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 from benchmarks.pages import fill_column, replace_block, write_page
-from benchmarks.quality import records, tables
+from benchmarks.quality import data, records, tables
 from benchmarks.quality.__main__ import RESULTS
 from benchmarks.quality.arms import STUDIES
 from benchmarks.report import environment
@@ -138,12 +138,17 @@ def carry_out(out: Path, deadline: float, *, dry: bool) -> list[str]:
 def train(options: argparse.Namespace, deadline: float) -> bool:
     """Train arms of the study until a deadline; return whether nothing failed.
 
-    The deadline is a time of ``time.monotonic``.
+    The deadline is a time of ``time.monotonic``. Without its images, the study is skipped.
     """
-    minutes = (deadline - time.monotonic() - SPARE) / 60
-    if minutes <= 0:
+    if deadline - time.monotonic() <= SPARE:
         print(f"== {STUDY}: left for the next call", flush=True)
         return True
+    try:
+        data.find(STUDIES[STUDY].world, options.data, options.out / "runs" / "data")
+    except FileNotFoundError as error:
+        print(f"== {STUDY}: skipped: {error}", flush=True)
+        return True
+    minutes = (deadline - time.monotonic() - SPARE) / 60
     where = ("--data", str(options.data), "--runs", str(options.out / "runs"), "--results", str(options.results))
     words = ("benchmarks.quality", "--study", STUDY, "--jobs", "1", "--minutes", f"{minutes:.2f}", *where)
     print(f"== python -m {' '.join(words)}", flush=True)

@@ -40,7 +40,7 @@ def main(arguments: list[str] | None = None) -> int:
     failure = ""
     if options.minutes > 0:
         try:
-            images = data.find(study.world.data, options.data, options.runs / "data")
+            images = data.find(study.world, options.data, options.runs / "data")
             runs = [
                 Run(study, arm, seed, images, options.runs, options.backend)
                 for arm, seed in study.order(options.arms or study.arms, options.seeds or study.seeds)
@@ -49,7 +49,7 @@ def main(arguments: list[str] | None = None) -> int:
             left = [run for run in runs if run.seed not in done[run.arm]]
             print(f"{study.name}: {len(runs) - len(left)} of {len(runs)} runs are done")
             carry_out(left, options.results, jobs=options.jobs, deadline=start + 60 * options.minutes)
-        except (FileNotFoundError, RuntimeError) as error:
+        except (FileNotFoundError, RuntimeError, ValueError) as error:
             failure = str(error)
     settings = {"study": study.name, "epochs": study.epochs}
     report = Report(f"quality-{study.name}", settings, options.json)
