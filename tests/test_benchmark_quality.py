@@ -317,6 +317,30 @@ def test_steps_are_timed_relative_to_the_dense_arm(study, tmp_path, capsys):
     assert rows[DEFAULT]["MACs to dense"] < 1
 
 
+def test_arms_without_a_step_of_their_own_are_timed_as_the_arm_of_equal_options(tmp_path, monkeypatch):
+    monkeypatch.setitem(STUDIES, "tiny", Study("tiny", TINY, (PARTIAL, DEFAULT, LONGER, DEEPER), epochs=2, seeds=1))
+    words = ["--results", str(tmp_path), "--json", str(tmp_path), "--time", "1", "--arms", LONGER, DEEPER]
+    assert quality.main(["--study", "tiny", *words]) == 0
+    rows = json.loads((tmp_path / "quality-tiny.json").read_text())["tables"]["training step"]
+    assert list(rows) == [PARTIAL, DEFAULT, DEEPER]
+    assert rows[PARTIAL][f"to {PARTIAL}"] == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["maskalign", "--time", "1"], "teacher: expected the folder of a model, got runs/grid14-teacher, which "),
+        (["imagenette", "--plot", "x.png"], "plot: expected records of arms such as 'PR-MIM, cells', got none"),
+    ],
+)
+def test_what_a_study_lacks_is_one_line(tmp_path, monkeypatch, capsys, words, line):
+    monkeypatch.chdir(tmp_path)
+    assert quality.main(["--json", str(tmp_path), "--study", *words]) == 1
+    printed = capsys.readouterr().err
+    assert printed.startswith(line)
+    assert printed.count("\n") == 1
+
+
 def test_the_figure_is_drawn_from_the_arms_at_hand(tmp_path):
     found = results(a=[0.5, 0.52], b=[0.49, 0.5], c=[0.52, 0.53])
     tables.draw({DENSE: found["a"], PARTIAL: found["b"], DEFAULT: found["c"]}, tmp_path / "accuracy.png", "Digits.")

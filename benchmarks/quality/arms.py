@@ -6,7 +6,8 @@ from dataclasses import dataclass, field, replace
 from itertools import chain, product
 from typing import Any
 
-from benchmarks.quality.config import Options, config_of, cost_ratio
+from benchmarks.quality.config import Options, config_of
+from prmim_train.report.inspect import cost_reports
 from prmim_train.run.budget import training_budget
 
 DENSE, PARTIAL, DEFAULT = "dense", "partial, random", "PR-MIM, cells"
@@ -100,9 +101,14 @@ class Study:
     def cost_ratio(self, arm: str) -> float:
         """Return the forward MACs of an arm relative to the first arm.
 
-        The first arm is dense or as published.
+        The first arm is dense or as published. Raises FileNotFoundError if the cost depends on a teacher that is not
+        there.
         """
-        return cost_ratio(*(config_of(self.options(name)) for name in (arm, self.arms[0])))
+        ours, first = (cost_reports(config_of(self.options(name))) for name in (arm, self.arms[0]))
+        if ours is None or first is None:
+            teacher = self.options(arm)["teacher"]
+            raise FileNotFoundError(f"teacher: expected the folder of a model, got {teacher}, which does not exist")
+        return ours[0].macs / first[0].macs
 
     def arm_epochs(self, arm: str) -> int:
         """Return the epochs of an arm."""
