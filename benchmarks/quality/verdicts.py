@@ -1,8 +1,9 @@
 """Check the accuracy claims against the records: PASS, FAIL or OPEN.
 
-OPEN means that records are missing. Exits with 1 if a claim or a goal fails. Comparisons with controls are printed
-without a verdict. The number after ± is the standard error over seeds; the number in brackets is the standard error
-over test images.
+OPEN means that records are missing. Exits with 1 if a claim or a goal fails, unless it is stated as missed; then, if it
+holds. Comparisons with controls are printed without a verdict. The number after ± is the standard error over seeds; the
+number in brackets is the standard error over test images. The interval is Student's t interval over seeds. The verdict
+follows from the rule that was fixed in advance, in standard errors, and not from the interval.
 """
 
 import argparse
@@ -10,6 +11,8 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+
+import scipy.stats
 
 from benchmarks.quality import records
 from benchmarks.quality.__main__ import RESULTS
@@ -30,8 +33,11 @@ from benchmarks.report import Report
 SEEDS = 3
 """Seeds that a claim needs."""
 
-Cells = tuple[str | None, int | None, str]
-"""Points, seeds, and the verdict."""
+CONFIDENCE = 0.95
+"""Confidence level of the intervals."""
+
+Cells = tuple[str | None, str | None, int | None, str]
+"""Points, their interval, seeds, and the verdict."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +57,8 @@ class Claim:
         Keys of :data:`~benchmarks.quality.tables.ACCURACIES`.
     least
         Number of measures for which the claim must hold. None: all.
+    missed
+        Page that reports the claim as a missed goal; empty if it must hold.
     """
 
     arm: str
@@ -59,6 +67,7 @@ class Claim:
     errors: int | None = None
     measures: tuple[str, ...] = tuple(ACCURACIES)
     least: int | None = None
+    missed: str = ""
 
     @property
     def needed(self) -> str:
@@ -79,15 +88,18 @@ class CostClaim:
     arm: str
     share: float
     study: str = "long"
+    missed: str = ""
 
 
 Claims = tuple[Claim | CostClaim, ...]
 
+PAGE = "docs/results/accuracy.md"
 CLAIMS: Claims = (
     # Lossless at 20 epochs, and better than reconstructing less.
-    Claim(DEFAULT, DENSE, errors=-1),
+    Claim(DEFAULT, DENSE, errors=-1, measures=("linear",), missed=PAGE),
+    Claim(DEFAULT, DENSE, errors=-1, measures=("finetune", "knn")),
     CostClaim(DEFAULT, 0.70),
-    Claim(DEFAULT, PARTIAL, errors=2, measures=("linear",)),
+    Claim(DEFAULT, PARTIAL, errors=2, measures=("linear",), missed=PAGE),
     # The coarse target against the former target of thrown tokens.
     Claim(DEFAULT, PATCHES, errors=2, measures=("linear", "finetune")),
 )
@@ -148,6 +160,21 @@ COMPARISONS = (
 """Comparisons with controls."""
 
 
+def interval(values: list[float]) -> str:
+    """Return the t interval of a mean, with one degree of freedom less than values.
+
+    Examples
+    --------
+    >>> interval([1.0, 2.0, 3.0]), interval([1.0])
+    ('[-0.48, +4.48]', '')
+    """
+    if len(values) < 2:
+        return ""
+    mean, error = mean_and_error(values)
+    reach = error * scipy.stats.t.ppf((1 + CONFIDENCE) / 2, len(values) - 1)
+    return f"[{mean - reach:+.2f}, {mean + reach:+.2f}]"
+
+
 def judge(values: list[float], errors: int | None) -> str:
     """Return the verdict on differences of single seeds.
 
@@ -187,14 +214,15 @@ def together(verdicts: list[str], least: int | None = None) -> str:
 def rows(found: Results, claim: Claim) -> dict[str, Cells]:
     """Return a line for each measure of a claim.
 
-    Difference in points, seeds, and the verdict.
+    Difference in points, its interval, seeds, and the verdict.
     """
     lines: dict[str, Cells] = {}
     for measure in claim.measures:
         values = differences(found, claim.arm, claim.other, measure)
         label = f"{claim.study}, {ACCURACIES[measure]}: [{claim.arm}] - [{claim.other}]{claim.needed}"
         difference = points(found, claim.arm, claim.other, measure)
-        lines[label] = (difference, len(values), judge(values, claim.errors))
+        in_points = [100 * value for value in values]
+        lines[label] = (difference, interval(in_points), len(values), judge(values, claim.errors))
     return lines
 
 
@@ -205,7 +233,9 @@ def cost_row(claim: CostClaim) -> dict[str, Cells]:
     """
     share = STUDIES[claim.study].cost_ratio(claim.arm)
     verdict = "PASS" if share <= claim.share else "FAIL"
-    return {f"{claim.study}, MACs: [{claim.arm}] / [{DENSE}], at most {claim.share}": (f"{share:.3f}", None, verdict)}
+    return {
+        f"{claim.study}, MACs: [{claim.arm}] / [{DENSE}], at most {claim.share}": (f"{share:.3f}", None, None, verdict)
+    }
 
 
 def lines_of(found: Mapping[str, Results], claim: Claim | CostClaim) -> dict[str, Cells]:
@@ -235,17 +265,26 @@ def goal_row(found: Mapping[str, Results], alternatives: tuple[Claims, ...]) -> 
     return present, needed, f"open: {present} of {needed} records" if verdict == "OPEN" else verdict
 
 
+def stated(alternatives: tuple[Claims, ...]) -> str:
+    """Return the stated verdict: FAIL if every alternative has a claim stated as missed."""
+    return "FAIL" if all(any(claim.missed for claim in claims) for claims in alternatives) else "PASS"
+
+
 def main(arguments: list[str] | None = None) -> int:
-    """Print all claims, goals and comparisons; return 1 if a claim or a goal fails."""
+    """Print all claims, goals and comparisons; return 1 if a verdict is not the stated one."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="FOLDER", help="records, one file per study")
     options = parser.parse_args(arguments)
     found = {name: records.load(study, options.results) for name, study in STUDIES.items()}
     report = Report("verdicts", {"seeds needed": SEEDS}, None)
-    columns = {"points": "", "seeds": "d", "verdict": ""}
+    columns = {"points": "", f"{CONFIDENCE:.0%} interval": "", "seeds": "d", "verdict": ""}
 
     def table(title: str, claims: Claims) -> None:
-        lines = {label: cells for claim in claims for label, cells in lines_of(found, claim).items()}
+        lines = {
+            label: (*cells, f"{verdict}, as {claim.missed} reports" if claim.missed and verdict == "FAIL" else verdict)
+            for claim in claims
+            for label, (*cells, verdict) in lines_of(found, claim).items()
+        }
         report.table(title, columns, {label: cells for label, cells in lines.items() if cells[0] is not None})
 
     table("claims", CLAIMS)
@@ -254,8 +293,14 @@ def main(arguments: list[str] | None = None) -> int:
     for title, alternatives in GOALS.items():
         table(title, tuple(claim for claims in alternatives for claim in claims))
     table("comparisons", COMPARISONS)
-    verdicts = [*(verdict_of(found, claim) for claim in CLAIMS), *(verdict for *_, verdict in goals.values())]
-    return int("FAIL" in verdicts)
+    verdicts = [
+        *((next(iter(lines_of(found, claim))), stated(((claim,),)), verdict_of(found, claim)) for claim in CLAIMS),
+        *((title, stated(alternatives), goals[title][-1]) for title, alternatives in GOALS.items()),
+    ]
+    wrong = [line for line in verdicts if {*line[1:]} == {"PASS", "FAIL"}]  # open ones may become either
+    for title, expected, verdict in wrong:
+        print(f"verdicts: {title}: expected {expected}, got {verdict}", file=sys.stderr)
+    return int(bool(wrong))
 
 
 if __name__ == "__main__":
