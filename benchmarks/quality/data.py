@@ -1,5 +1,6 @@
 """Images of the studies, in formats that ``prmim`` reads."""
 
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -90,8 +91,7 @@ def _save_training_digits(path: Path) -> Path:
 
 def _prepare(source: Path, path: Path) -> Path:
     """Store the images of a file as uint8, unless they are stored."""
-    state = source.stat()
-    origin = f"{source.resolve()}, {state.st_size} bytes, {state.st_mtime_ns}"
+    origin = f"{source.name}, CRC-32 {zlib.crc32(source.read_bytes()):08x}"
     if not path.exists() or _stored(path)[0] != origin:
         if source.suffix == ".tar":
             images = open_source(str(source), channels=3)
