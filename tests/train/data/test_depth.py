@@ -90,6 +90,17 @@ def test_tiff_files_keep_their_values(values, channels):
     np.testing.assert_array_equal(crop, resize(found[1:9, 2:10], (4, 4)))
 
 
+@pytest.mark.parametrize("channels", [1, 3])
+def test_the_byte_order_of_16_bits_does_not_matter(channels):
+    values = DEEP["uint16"][0, ..., 0]
+    file = io.BytesIO()
+    Image.frombytes("I;16B", values.shape[::-1], values.astype(">u2").tobytes()).save(file, "TIFF")
+    found = decode_image(file.getvalue(), channels=channels)
+    np.testing.assert_array_equal(found, decode_image(tiff(values), channels=channels))
+    array = values.astype(">u2")[..., None]
+    np.testing.assert_array_equal(decode_image(array, channels=1), found[..., :1])
+
+
 def test_deep_files_are_turned_upright():
     exif = Image.Exif()
     exif[0x0112] = 6
