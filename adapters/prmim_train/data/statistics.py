@@ -25,6 +25,7 @@ _VALUES_OF_IMAGE = 4096  # number of values for quantiles
 _FRAMES_OF_IMAGE = 16
 _TAIL = 0.001  # maximum fraction of outliers on each side
 _REACH = 0.1  # minimum distance of outliers from the other values, relative to the range of these
+_NARROW = 0.01  # range of values, relative to the largest
 _FAR_BELOW = 0.25
 
 
@@ -90,16 +91,25 @@ class Statistics:
         """Return the smallest and largest value without outliers.
 
         Extremes are outliers if their distance from 99.8 % of the values exceeds a tenth of the range of these values.
+        If 99.8 % of the values are equal, there are no outliers.
         """
         values = np.concatenate(self.sample).astype(np.float64)
         low, high = (float(value) for value in np.quantile(values, (_TAIL, 1 - _TAIL)))
         reach = _REACH * (high - low)
         low = self.low if self.low >= low - reach else low
         high = self.high if self.high <= high + reach else high
-        low, high = (float(f"{value:.0f}" if self.is_whole else f"{value:.5g}") for value in (low, high))
+        low, high = self._rounded(low, high)
+        if low >= high:
+            low, high = self._rounded(self.low, self.high)
         if low >= high:
             raise ValueError(f"pixel_range: expected images with more than one value, got {self.low:g} only")
         return low, high
+
+    def _rounded(self, low: float, high: float) -> PixelRange:
+        """Round to integers, or to five digits; a narrow range to nine, which tell all float32 values apart."""
+        is_narrow = high - low < _NARROW * max(abs(low), abs(high))
+        form = ".0f" if self.is_whole else ".9g" if is_narrow else ".5g"
+        return float(f"{low:{form}}"), float(f"{high:{form}}")
 
     def add(self, image: NDArray[Any]) -> None:
         """Add the pixels of an image ([frames,] height, width, channels)."""

@@ -166,6 +166,27 @@ def test_a_range_is_measured_without_outliers(tmp_path):
     assert open_data(config).source.depth is None
 
 
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        (np.array([0] * 1999 + [4000], np.uint16), (0, 4000)),
+        (np.array([0] * 1999 + [1], np.uint8), (0, 1)),
+        (np.array([0.0] * 1999 + [0.123456], np.float32), (0, 0.12346)),
+        (np.linspace(273.146, 273.164, 2000, dtype=np.float32), (273.145996, 273.164001)),
+        (np.linspace(101321, 101324, 2000, dtype=np.float32), (101321, 101324)),
+        (np.linspace(250.123, 310.123, 2000, dtype=np.float32), (250.12, 310.12)),
+    ],
+)
+def test_the_range_of_sparse_and_of_nearly_equal_values(values, expected):
+    assert measure_images(ArraySource(values.reshape(1, 40, 50, 1), "one")).pixel_range() == expected
+
+
+def test_images_of_one_value_have_no_range():
+    found = measure_images(ArraySource(np.full((2, 4, 4, 1), 7, np.float32), "two"))
+    with pytest.raises(ValueError, match=r"^pixel_range: expected images with more than one value, got 7 only$"):
+        found.pixel_range()
+
+
 def test_measures_are_those_of_numpy():
     images = np.concatenate([DEEP["int16"], DEEP["int16"][1:2]])
     found = measure_images(ArraySource(images, "seven"), find_duplicates=True)
