@@ -21,7 +21,8 @@ from prmim_train.data.sources import ImageSource, keeping_depth
 
 __all__ = ["Statistics", "far_below", "full_range", "measure_images"]
 
-_VALUES_OF_IMAGE = 4096  # number of values for quantiles
+_IMAGES_OF_SAMPLE = 4096  # maximum number of images for quantiles
+_VALUES_OF_IMAGE = 4096
 _FRAMES_OF_IMAGE = 16
 _TAIL = 0.001  # maximum fraction of outliers on each side
 _REACH = 0.1  # minimum distance of outliers from the other values, relative to the range of these
@@ -52,7 +53,7 @@ class Statistics:
     pixels
         Number of pixels.
     sample
-        Some values of each image.
+        Some values of each image, for at most 4,096 evenly spaced images.
     duplicates
         Names of duplicates, each with the name of the earlier image with equal pixels.
     """
@@ -119,6 +120,9 @@ class Statistics:
             self.sums = self.sums + wide.sum(axis=0)
             self.squares = self.squares + (wide**2).sum(axis=0)
             self.pixels += len(wide)
+
+    def add_to_sample(self, image: NDArray[Any]) -> None:
+        """Keep some values of an image ([frames,] height, width, channels)."""
         flat = image.reshape(-1)
         self.sample.append(flat[:: -(-len(flat) // _VALUES_OF_IMAGE)].copy())
 
@@ -170,6 +174,8 @@ def measure_images(
         except UnreadableImageError as error:
             found.unreadable.add([(record, error.reason)])
             continue
+        if found.number % -(-count // _IMAGES_OF_SAMPLE) == 0:
+            found.add_to_sample(image)
         found.number += 1
         found.sizes[header.shape] += 1
         found.depths[header.depth] += 1

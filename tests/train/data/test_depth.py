@@ -197,6 +197,14 @@ def test_measures_are_those_of_numpy():
     assert (dict(found.sizes), dict(found.depths), dict(found.channels)) == ({(12, 10): 7}, {"float32": 7}, {2: 7})
 
 
+def test_the_sample_of_many_images_is_bounded():
+    images = np.arange(4097, dtype=np.uint16).reshape(-1, 1, 1, 1)
+    found = measure_images(ArraySource(images, "many"))
+    assert np.concatenate(found.sample).tolist() == list(range(0, 4097, 2))
+    assert found.pixel_range() == (0, 4096)
+    assert len(measure_images(ArraySource(images[1:], "many")).sample) == 4096
+
+
 def test_values_far_below_the_range_are_reported():
     found = measure_images(ArraySource(DEEP["uint16"], "six"))
     assert "of 65,535, so 8 bits keep 14 levels; see prmim stats" in far_below(found, None)
