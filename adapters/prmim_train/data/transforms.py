@@ -121,7 +121,8 @@ def resize(
 
     Returns
     -------
-    uint8 array (height, width, channels)
+    array (height, width, channels)
+        Of the type of `image`.
 
     Raises
     ------
@@ -228,12 +229,12 @@ def unfold_frames(image: ImageArray, image_size: tuple[int, ...]) -> ImageArray:
 
     Parameters
     ----------
-    image : uint8 array (height, width, frames * channels)
+    image : array (height, width, frames * channels)
     image_size : (height, width) or (frames, height, width)
 
     Returns
     -------
-    uint8 array (height, width, channels) or (frames, height, width, channels)
+    array (height, width, channels) or (frames, height, width, channels)
 
     Examples
     --------
@@ -380,7 +381,8 @@ def random_padded_crop(
 
     Returns
     -------
-    uint8 array (height, width, channels)
+    array (height, width, channels)
+        Of the type of `image`.
 
     Raises
     ------
@@ -466,7 +468,8 @@ def center_crop(image: ImageArray, size: tuple[int, int], *, share: float = 1.0)
 
     Returns
     -------
-    uint8 array (height, width, channels)
+    array (height, width, channels)
+        Of the type of `image`.
 
     Raises
     ------
