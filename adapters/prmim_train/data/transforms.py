@@ -344,7 +344,7 @@ def crop_maps(maps: NDArray[np.floating[Any]], boxes: NDArray[np.floating[Any]])
     Examples
     --------
     >>> maps = np.array([[[1.0, 0.0], [0.0, 0.0]]])
-    >>> crop_maps(maps, np.array([[0, 0, 1, 1], [0, 1, 1, 0], [0, 0, 0.5, 0.75]])[:1]).tolist()
+    >>> crop_maps(maps, np.array([[0, 0, 1, 1]])).tolist()
     [[[1.0, 0.0], [0.0, 0.0]]]
     >>> crop_maps(maps, np.array([[0, 1, 0.5, 0]])).tolist()  # mirrored
     [[[0.0, 1.0], [0.0, 1.0]]]
