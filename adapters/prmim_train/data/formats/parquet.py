@@ -163,7 +163,7 @@ class ParquetRecords:
 
 
 def open_parquet(
-    files: Mapping[str, Place],
+    files: Mapping[Place, str],
     where: str,
     *,
     image_key: str | None = None,
@@ -178,8 +178,8 @@ def open_parquet(
 
     Parameters
     ----------
-    files : mapping of str to Path or Address
-        At least one, by a name that may contain the split.
+    files : mapping of Path or Address to str
+        At least one, and a name of each that may contain the split.
     where : str
         Text of the user, for messages.
     image_key, label_key : str, optional
@@ -209,7 +209,7 @@ def open_parquet(
     check_installed("data", "pyarrow")
     groups = splits_of_names(files)
     chosen = choose_split(list(groups), split, for_test=for_test, where=where)
-    paths = groups[chosen] if chosen is not None else list(files.values())
+    paths = groups[chosen] if chosen is not None else list(files)
     column, label = "", None
     crcs, rows, numbers, parts = [], [0], [], []
     names: tuple[str, ...] | None = None
