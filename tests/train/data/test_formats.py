@@ -479,9 +479,10 @@ def test_test_images_have_a_format_of_their_own(tmp_path):
     for test, number in ((write_folder(tmp_path), 24), (table, 24)):
         assert len(labelled_sides(data, test)[1].indices) == number
     spec = write_dataset(tmp_path)
-    config = pretrain_config(data=spec, image_size=16, patch_size=4, batch_size=4)
-    train, test = labelled_sides(open_data(config), spec)
-    assert (len(train.source), len(test.source)) == (24, 2)
+    for split in (None, "train"):
+        config = pretrain_config(data=spec, split=split, image_size=16, patch_size=4, batch_size=4)
+        train, test = labelled_sides(open_data(config), spec)
+        assert (len(train.source), len(test.source)) == (24, 2)
 
 
 class OtherNames(Custom):
