@@ -9,10 +9,11 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image, UnidentifiedImageError
 
 from prmim_methods.messages import printable
 from prmim_train.data.formats.stack_files import StackSource
@@ -35,6 +36,7 @@ from prmim_train.data.transforms import plane_of
 __all__ = ["FrameFolders", "FrameSource", "FrameStack", "find_frame_folders", "sorted_frames"]
 
 _STAT_THREADS = 16
+_MULTI_PAGE = ("GIF", "PNG", "TIFF", "WEBP")  # but not JPEG, where further pictures are previews
 _NUMBER = re.compile(r"(\d+)")
 
 
@@ -63,7 +65,7 @@ class FrameStack:
     Raises
     ------
     ValueError
-        If there are no frames, or the first one is unreadable.
+        If there are no frames, or the first one is unreadable or a stack itself.
     OSError
         If the folder cannot be read.
     """
@@ -79,6 +81,7 @@ class FrameStack:
             raise ValueError("no frames")
         with closing(open_part(folder / self._names[0])) as file:
             first = read_header(file, max_pixels=max_pixels, name=printable(self._names[0]))
+            _check_single(file, printable(self._names[0]))
         self.shape = (len(self._names), *plane_of(first.shape))
         self.channels, self.depth = first.channels, first.depth
 
@@ -122,6 +125,25 @@ class FrameStack:
     def _content(self, name: str) -> bytes:
         with named_errors(printable(name)):
             return read_file(self._folder / name)
+
+
+def _check_single(file: BinaryIO, name: str) -> None:
+    """Raise ValueError if a file holds several pictures of one size.
+
+    Pictures of other sizes are previews.
+    """
+    file.seek(0)
+    try:
+        picture = Image.open(file, formats=_MULTI_PAGE)
+    except UnidentifiedImageError:
+        return
+    if getattr(picture, "is_animated", False):
+        number, size = picture.n_frames, picture.size
+        picture.seek(1)
+        if picture.size == size:
+            raise ValueError(
+                f"{name} has {number:,} pages, expected one frame; save each page as a file of its own, or all as .npy"
+            )
 
 
 def sorted_frames(names: Iterable[str]) -> list[str]:
