@@ -1,10 +1,8 @@
 """Folders of images that are the frames or slices of one clip or volume each."""
 
-import os
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
@@ -18,7 +16,7 @@ from PIL import Image, UnidentifiedImageError
 from prmim_methods.messages import printable
 from prmim_train.data.formats.stack_files import StackSource
 from prmim_train.data.formats.stacks import Stack
-from prmim_train.data.identity import Identities, identities
+from prmim_train.data.identity import Identities, identities_of_files
 from prmim_train.data.image_files import (
     MAX_PIXELS,
     counted,
@@ -35,7 +33,6 @@ from prmim_train.data.transforms import plane_of
 
 __all__ = ["FrameFolders", "FrameSource", "FrameStack", "find_frame_folders", "sorted_frames"]
 
-_STAT_THREADS = 16
 _MULTI_PAGE = ("GIF", "PNG", "TIFF", "WEBP")  # but not JPEG, where further pictures are previews
 _NUMBER = re.compile(r"(\d+)")
 
@@ -208,20 +205,14 @@ class FrameFolders:
 
         The stamp is the modification time of the folder. A folder that cannot be examined has no frames and time 0.
         """
-        with ThreadPoolExecutor(
-            _STAT_THREADS
-        ) as pool:  # network file systems are slow, but serve many requests at once
-            found = pool.map(_names_and_time, map(self.path, range(len(self))), chunksize=100)
-            return identities(
-                (os.fsencode(f"{name} {frames}"), time) for name, (frames, time) in zip(self.clips, found, strict=True)
-            )
+        return identities_of_files(self.clips, self._names_and_time)
 
-
-def _names_and_time(folder: Path) -> tuple[list[str], int]:
-    try:
-        return sorted_frames(path.name for path in folder.iterdir()), int(folder.stat().st_mtime)
-    except OSError:
-        return [], 0
+    def _names_and_time(self, clip: str) -> tuple[list[str], int]:
+        folder = self.folder / clip
+        try:
+            return sorted_frames(path.name for path in folder.iterdir()), int(folder.stat().st_mtime)
+        except OSError:
+            return [], 0
 
 
 @dataclass(frozen=True)
