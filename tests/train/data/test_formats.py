@@ -464,6 +464,22 @@ def test_a_function_can_return_arrays(custom):
             source.read(k)
 
 
+class Mapped(Custom):
+    """A part of a file."""
+
+    def content(self, index):
+        return np.memmap("images.raw", np.uint8, "r", offset=48 * index, shape=(8, 6))
+
+
+def test_a_function_can_return_parts_of_a_mapped_file(custom, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    pixels = np.arange(NUM_IMAGES * 48, dtype=np.uint8).reshape(NUM_IMAGES, 8, 6)
+    pixels.tofile("images.raw")
+    source = opened(custom(Mapped), channels=None)
+    np.testing.assert_array_equal(source.read(7)[..., 0], pixels[7])
+    assert source.read_crop(7, (4, 4), lambda shape: (0, 0, 8, 6)).shape == (4, 4, 1)
+
+
 # ----------------------------------------------------------------------------------------------------------------- runs
 
 
