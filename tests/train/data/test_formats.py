@@ -305,6 +305,19 @@ def test_memory_for_row_groups_is_bounded(tmp_path, monkeypatch):
     assert "column image, row groups of up to 0 MB (slow: see docs/guides/data.md)" in opened(path).description
 
 
+@pytest.mark.parametrize("kind", ["bytes", "large bytes", "structs", "delta"])
+def test_a_repeated_image_takes_no_more_memory_than_its_row_group(tmp_path, kind):
+    contents = [CONTENTS[0]] * 300 + [None, *CONTENTS]
+    column = structs(contents) if kind == "structs" else pa.array(contents, pa.binary())
+    column = column.cast(pa.large_binary()) if kind == "large bytes" else column
+    written = {"use_dictionary": False, "column_encoding": {"image": "DELTA_BYTE_ARRAY"}} if kind == "delta" else {}
+    source = opened(write_parquet(tmp_path / "a.parquet", {"image": column}, **written))
+    assert [source.records.content(k) for k in (0, 299, 301, 324)] == [contents[k] for k in (0, 299, 301, 324)]
+    with pytest.raises(UnreadableImageError, match=r"^a.parquet/300: null in place of an image$"):
+        source.read(300)
+    assert (source.records._groups._bytes < 2 * sum(map(len, CONTENTS))) == (kind != "delta")
+
+
 def test_names_of_parquet_files_tell_the_split(tmp_path):
     for name, rows in (("train-00000-of-00002", 3), ("train-00001-of-00002", 4), ("test-00000-of-00001", 5)):
         write_parquet(tmp_path / f"{name}.parquet", {"image": structs(CONTENTS[:rows])})

@@ -9,7 +9,7 @@ import os
 import threading
 import zlib
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -131,9 +131,9 @@ class ParquetRecords:
                         raise ValueError("changed since it was opened")
                     footer = _open(file).metadata
                     self._groups.footers[number] = footer
-                first = int(np.searchsorted(self.file_of_group, number))
-                found = _open(file, footer).read_row_group(group - first, [self.column], use_threads=False)
-                return bytes_of(found.column(0))
+                place = group - int(np.searchsorted(self.file_of_group, number))
+                table = _open(file, footer, repeated=_repeated(footer.row_group(place), self.column))
+                return bytes_of(table.read_row_group(place, [self.column], use_threads=False).column(0))
         except ConnectionError:
             raise
         except Exception as error:  # of pyarrow, on damaged files
@@ -298,20 +298,39 @@ def _read_footer(file: File) -> tuple[int, int]:
     return zlib.crc32(read_part(file, size - 8 - length, length)), length
 
 
-def _open(file: File, footer: Any = None) -> Any:
+def _open(file: File, footer: Any = None, repeated: Sequence[str] = ()) -> Any:
     from pyarrow.parquet import ParquetFile
 
-    return ParquetFile(file, metadata=footer, page_checksum_verification=True)
+    return ParquetFile(file, metadata=footer, read_dictionary=repeated, page_checksum_verification=True)
+
+
+def _chunks(group: Any, column: str) -> list[Any]:
+    """Return the footer's entries for a column of a row group: one, or one for each field of a struct."""
+    entries = (group.column(k) for k in range(group.num_columns))
+    return [entry for entry in entries if f"{entry.path_in_schema}.".startswith(f"{column}.")]
+
+
+def _repeated(group: Any, column: str) -> list[str]:
+    """Return the column of bytes if the row group stores equal values once.
+
+    It is read so, too. Otherwise, repeated values could take much more memory than their row group.
+    """
+    return [
+        chunk.path_in_schema
+        for chunk in _chunks(group, column)
+        if chunk.path_in_schema in (column, f"{column}.bytes") and _DICTIONARY.issuperset(chunk.encodings)
+    ]
+
+
+_DICTIONARY = {"PLAIN", "RLE", "BIT_PACKED", "PLAIN_DICTIONARY", "RLE_DICTIONARY"}  # pyarrow reads no others so
 
 
 def _group_size(group: Any, column: str, file_size: int) -> tuple[int, int]:
-    """Return rows and decoded bytes of a column in a row group.
+    """Return rows and bytes of a column in a row group, uncompressed, with equal values stored once.
 
     Read from the footer; impossible values raise ValueError.
     """
-    columns = (group.column(k) for k in range(group.num_columns))
-    parts = [part for part in columns if f"{part.path_in_schema}.".startswith(f"{column}.")]
-    size = sum(part.total_uncompressed_size for part in parts)
+    size = sum(chunk.total_uncompressed_size for chunk in _chunks(group, column))
     if not 0 <= group.num_rows <= file_size:  # an image takes at least a byte
         raise ValueError(f"damaged: a row group of {group.num_rows:,} rows in a file of {file_size:,} bytes")
     if size > MAX_FILE_BYTES:
