@@ -127,7 +127,7 @@ class ParquetRecords:
             with open_place(self.files[number]) as file:
                 footer = self._groups.footers.get(number)
                 if footer is None:
-                    if _read_footer(file)[0] != self.footer_crc[number]:
+                    if _footer_crc(file) != self.footer_crc[number]:
                         raise ValueError("changed since it was opened")
                     footer = _open(file).metadata
                     self._groups.footers[number] = footer
@@ -219,7 +219,7 @@ def open_parquet(
         name = printable(str(path))
         with _named_errors(name):
             file = next(opened)
-            crcs.append(_read_footer(file)[0])
+            crcs.append(_footer_crc(file))
             table = _open(file)
             schema = table.schema_arrow
         if number == 0:
@@ -264,7 +264,7 @@ def open_parquet(
 
 def _read_index(file: File, label_key: str | None) -> None:
     """Read the parts of a file that `open_parquet` needs."""
-    _read_footer(file)
+    _footer_crc(file)
     table = _open(file)
     with suppress(ValueError):  # which `open_parquet` raises with the name of the file
         label = label_column(table.schema_arrow, label_key, "")
@@ -286,8 +286,8 @@ def _named_errors(name: str) -> Iterator[None]:
         raise ValueError(f"data: the parquet file {name}: {reason_of(error)}") from error
 
 
-def _read_footer(file: File) -> tuple[int, int]:
-    """Return CRC-32 and length of a file's footer; ValueError without one."""
+def _footer_crc(file: File) -> int:
+    """Return the CRC-32 of a file's footer; ValueError without one."""
     size = file.seek(0, io.SEEK_END)
     end = read_part(file, max(0, size - 8), 8)
     length = int.from_bytes(end[:4], "little")
@@ -295,7 +295,7 @@ def _read_footer(file: File) -> tuple[int, int]:
         raise ValueError("truncated, encrypted or no parquet file")
     if length + 12 > size or length > _MAX_FOOTER:
         raise ValueError(f"damaged: a footer of {length:,} bytes in a file of {size:,}")
-    return zlib.crc32(read_part(file, size - 8 - length, length)), length
+    return zlib.crc32(read_part(file, size - 8 - length, length))
 
 
 def _open(file: File, footer: Any = None, repeated: Sequence[str] = ()) -> Any:
