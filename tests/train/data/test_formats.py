@@ -395,6 +395,16 @@ def test_an_lmdb_is_refused_in_one_line(tmp_path):
     assert refusal(path) == f"data: no images in the LMDB {path}"
 
 
+def test_an_lmdb_is_opened_once_whatever_its_path(tmp_path, monkeypatch):
+    path = write_lmdb(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "link.lmdb").symlink_to(path)
+    sources = [opened(spec) for spec in (path, "images.lmdb", "link.lmdb")]
+    assert sources[1].description == "LMDB images.lmdb: 24 images in 3 classes"
+    for source in sources:
+        np.testing.assert_array_equal(source.read(5), sources[0].read(5))
+
+
 # --------------------------------------------------------------------------------------------------------------- custom
 
 
