@@ -134,8 +134,8 @@ def _check_single(file: BinaryIO, name: str) -> None:
         picture = Image.open(file, formats=_MULTI_PAGE)
     except UnidentifiedImageError:
         return
-    if getattr(picture, "is_animated", False):
-        number, size = picture.n_frames, picture.size
+    number, size = getattr(picture, "n_frames", 1), picture.size
+    if number > 1:
         picture.seek(1)
         if picture.size == size:
             raise ValueError(
