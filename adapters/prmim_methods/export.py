@@ -114,9 +114,17 @@ def preprocessor_options(config: EncoderOptions) -> dict[str, Any]:
     """Return the content of ``preprocessor_config.json``.
 
     It holds the centre crop and the pixel statistics of our evaluation. For images that are not square, it resizes
-    without keeping proportions.
+    without keeping proportions. It cannot clip to a ``pixel_range``.
+
+    Examples
+    --------
+    >>> from prmim_methods import MAEConfig
+    >>> found = preprocessor_options(MAEConfig(channels=1, pixel_range=(-50, 50)))
+    >>> found["rescale_factor"], found["image_mean"], found["image_std"]
+    (0.01, [0.0], [0.5])
     """
     height, width = config.image_size
+    low, high = config.pixel_range or (0, 255)
     size = {"height": height, "width": width}
     is_square = height == width
     return {
@@ -128,9 +136,9 @@ def preprocessor_options(config: EncoderOptions) -> dict[str, Any]:
         "do_center_crop": is_square,
         "crop_size": size,
         "do_rescale": True,
-        "rescale_factor": 1 / 255,
+        "rescale_factor": 1 / (high - low),
         "do_normalize": True,
-        "image_mean": list(config.pixel_mean),
+        "image_mean": [mean + low / (high - low) for mean in config.pixel_mean],
         "image_std": list(config.pixel_std),
     }
 

@@ -38,7 +38,8 @@ def pixels_of(images, config):
     Other libraries expect this layout.
     """
     mean, std = (torch.tensor(values) for values in (config.pixel_mean, config.pixel_std))
-    return ((images / 255 - mean) / std).movedim(-1, 1)
+    low, high = config.pixel_range or (0, 255)
+    return (((images - low) / (high - low) - mean) / std).movedim(-1, 1)
 
 
 def load_transformers(name, folder, **options):
@@ -110,17 +111,18 @@ def test_decoders_that_transformers_does_not_have_are_left_out(options, make_run
     assert "Left out: cell_head, decoder" in lines
 
 
-@pytest.mark.parametrize("channels", [1, 3])
-def test_the_image_processor_makes_the_crops_of_evaluation(channels, make_run, tmp_path, capsys):
+@pytest.mark.parametrize("options", [{"channels": 1}, {}, {"pixel_range": (-45.0, 300.0)}], ids=str)
+def test_the_image_processor_makes_the_crops_of_evaluation(options, make_run, tmp_path, capsys):
     import transformers
     from PIL import Image
 
     from prmim_train.data.transforms import center_crop
 
-    config = make_run(channels=channels).config
-    folder, _ = export(tmp_path, capsys, "--to", "hf")
+    config = make_run(**options).config
+    folder, lines = export(tmp_path, capsys, "--to", "hf")
+    assert ("Images: clip values to [-45, 300] before the image processor" in lines) == ("pixel_range" in options)
     processor = transformers.AutoImageProcessor.from_pretrained(folder)
-    photo = np.random.default_rng(0).integers(0, 256, (32, 48, channels), dtype=np.uint8)
+    photo = np.random.default_rng(0).integers(0, 256, (32, 48, config.channels), dtype=np.uint8)
     got = processor(images=Image.fromarray(photo.squeeze()), return_tensors="pt")["pixel_values"]
     crop = torch.from_numpy(center_crop(photo, config.image_size).copy())
     torch.testing.assert_close(got, pixels_of(crop[None], config), **CLOSE)
@@ -130,6 +132,7 @@ TIMM = {
     "absolute": {},
     "several class tokens": {"class_tokens": 3, "channels": 1, "mean": (0.4,), "std": (0.2,)},
     "no class token": {"class_tokens": 0},
+    "range": {"pixel_range": (-45.0, 300.0)},
     "relative": {**SIMMIM, "image_size": (8, 24)},
     "LayerScale": {**SIMMIM, "position": "absolute"},
 }
@@ -171,13 +174,14 @@ def test_an_encoder_alone_can_be_loaded(options, make_run, tmp_path, capsys):
     assert not any(name.startswith(("decoder", "cell_head")) for name in safetensors.torch.load_file(path))
 
 
+@pytest.mark.parametrize(("options", "dtype"), [({}, "uint8"), ({"pixel_range": (-9.0, 99.0)}, "float32")])
 @torch.no_grad()
-def test_a_program_takes_any_batch(make_run, tmp_path, capsys):
-    method = make_run(**SIMMIM)
+def test_a_program_takes_any_batch(options, dtype, make_run, tmp_path, capsys):
+    method = make_run(**SIMMIM, **options)
     path, lines = export(tmp_path, capsys, "--to", "torch.export", out="out.pt2")
-    assert "uint8 (batch, 16, 16, 3) to features (batch, 24)" in lines
+    assert f"{dtype} (batch, 16, 16, 3) to features (batch, 24)" in lines
     program = torch.export.load(path).module()
-    images = images_of(method.config)
+    images = images_of(method.config).to(getattr(torch, dtype))
     for batch in (images, images[:1], images.repeat(3, 1, 1, 1)):
         torch.testing.assert_close(program(batch), method.features(batch), **CLOSE)
 
