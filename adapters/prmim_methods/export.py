@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from prmim_methods.architecture import config_of, encoder_of
+from prmim_methods.cost import CUSTOM
 from prmim_methods.encoder import EncoderOptions
 from prmim_methods.layouts import BEIT, PIXIO, TIMM, TIMM_RELATIVE, VIT, VIT_MAE, Layout, to_library
 from prmim_methods.mae import MAEConfig
@@ -51,7 +52,11 @@ def exported_config(architecture: Mapping[str, Any]) -> EncoderOptions:
     """
     method = METHODS.get(str(architecture.get("method")))
     has_decoder = method is not None and issubclass(method, MAEConfig)
-    return config_of(architecture) if has_decoder else encoder_of(architecture)
+    if not has_decoder:
+        return encoder_of(architecture)
+    # Mixes of features are not exported, so any that fits all widths can stand for the user's.
+    is_custom = architecture.get("reconstruction") == CUSTOM
+    return config_of({**architecture, "reconstruction": "interpolate"} if is_custom else architecture)
 
 
 def transformers_model(config: EncoderOptions, *, encoder_only: bool = False) -> LibraryModel:

@@ -8,8 +8,9 @@ import safetensors.torch
 import torch
 
 from prmim_core import counter_noise
+from prmim_methods import MAEConfig
 from prmim_methods.weight_files import dump_architecture
-from prmim_torch import load_encoder
+from prmim_torch import MAE, load_encoder, save_weights
 from prmim_train.cli.commands import main
 
 
@@ -50,6 +51,8 @@ def load_transformers(name, folder, **options):
     return model.eval()
 
 
+SIZES = {"image_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 2}
+DECODER = {"decoder_dim": 16, "decoder_depth": 1, "decoder_heads": 2}
 CLOSE = {"rtol": 0, "atol": 1e-5}
 SIMMIM = {"method": "simmim"}
 TRANSFORMERS = {
@@ -198,6 +201,20 @@ def test_a_file_of_weights_in_place_of_a_run(options, make_run, tmp_path, capsys
     got, expected = (json.loads((tmp_path / name / "config.json").read_text()) for name in ("of_file", "of_run"))
     # A file does not tell the value that LayerScale starts from; the weights replace it.
     assert {**got, "layer_scale_init_value": 0.1} == {**expected, "layer_scale_init_value": 0.1}
+
+
+class Mix(torch.nn.Module):
+    """A mixing module of the user."""
+
+    def __init__(self, dim, grid):
+        super().__init__()
+
+
+def test_a_file_of_a_method_with_a_custom_mix(tmp_path, capsys):
+    config = MAEConfig(**SIZES, **DECODER, reconstruction=Mix)
+    save_weights(MAE(config), tmp_path / "w.safetensors")
+    assert main(["export", str(tmp_path / "out"), "--run", str(tmp_path / "w.safetensors"), "--to", "hf"]) == 0
+    assert "transformers.ViTMAEForPreTraining.from_pretrained(" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
