@@ -352,6 +352,7 @@ def test_none_stands_for_the_default():
         ({"image_size": 7, "patch_size": 1}, (1,), (12,), (1,)),
         ({"scales": (8, 0.5), "layers": (3, 12)}, (8, 0.5), (3, 12), (2, 32)),
         ({"scales": 1}, (1,), (12,), (16,)),
+        ({"scales": 0.5}, (0.5,), (12,), (32,)),
     ],
     ids=str,
 )
