@@ -37,7 +37,7 @@ def nearest_known_distance(positions: Grid | Array, is_known: Array) -> Array:
     TypeError
         If ``is_known`` is not bool or positions are not integers.
     ValueError
-        If the shapes do not fit.
+        If the shapes do not fit, or the squared diagonal of NumPy positions reaches 2**30.
 
     Notes
     -----
@@ -76,7 +76,7 @@ def covering_radius(positions: Grid | Array, is_known: Array) -> Array:
     TypeError
         If ``is_known`` is not bool or positions are not integers.
     ValueError
-        If the shapes do not fit.
+        If the shapes do not fit, or the squared diagonal of NumPy positions reaches 2**30.
 
     Examples
     --------
@@ -111,13 +111,13 @@ def _distance_transform(xp: Namespace, grid: Grid, is_known: Array) -> Array:
     unknown = grid.max_squared_distance + 1
     zeros = xp.zeros(is_known.shape, dtype=xp.int32, device=device)
     distance = xp.where(is_known, zeros, unknown)
+    block = max(1, _PAIRS_OF_AN_IMAGE // grid.num_tokens)
     # The current axis first, the batch last: minima over long rows are fast in all libraries.
     distance = xp.permute_dims(distance, (1, 0))
     for size, step in zip(grid.shape, grid.spacing, strict=True):
         others = grid.num_tokens // size
         line = xp.arange(size, dtype=xp.int32, device=device) * step
         lines = xp.reshape(distance, (size, 1, others * batch))
-        block = max(1, _PAIRS_OF_AN_IMAGE // grid.num_tokens)
         parts = []
         for start in range(0, size, block):
             along_axis = (line[:, None] - line[None, start : min(start + block, size)]) ** 2
