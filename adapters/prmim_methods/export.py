@@ -9,7 +9,7 @@ from prmim_methods.encoder import EncoderOptions
 from prmim_methods.layouts import BEIT, PIXIO, TIMM, TIMM_RELATIVE, VIT, VIT_MAE, Layout, to_library
 from prmim_methods.mae import MAEConfig
 from prmim_methods.methods import METHODS
-from prmim_methods.sizes import Transformer
+from prmim_methods.sizes import LAYER_NORM_EPS, Transformer
 
 FORMATS = {
     "hf": "a folder for transformers",
@@ -18,8 +18,6 @@ FORMATS = {
     "torch.export": "a PyTorch program from images to features",
 }
 """Formats of ``prmim export``."""
-
-LAYER_NORM_EPS = 1e-6
 
 
 class LibraryModel(NamedTuple):
