@@ -99,8 +99,9 @@ def _step_word(xp: Namespace, step: int | Array, device: Any) -> Array:
     if hasattr(step, "dtype") and not isinstance(step, np.generic):
         if not array_namespace(step).isdtype(step.dtype, "integral"):
             raise TypeError(f"step: expected an integer or an integer array of one element, got {step.dtype}")
-        if prod(step.shape) != 1:
-            shape = tuple(step.shape)
+        array: Array = step
+        if prod(array.shape) != 1:
+            shape = tuple(array.shape)
             raise ValueError(f"step: expected an integer or an integer array of one element, got shape {shape}")
         values = on_host(step)
         if values is None:
