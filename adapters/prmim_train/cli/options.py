@@ -23,6 +23,7 @@ from prmim_train.config.pretrain import (
     change,
     pretrain_config,
     pretrain_option_names,
+    run_folder,
     special_option_names,
 )
 from prmim_train.config.training import DIGITS
@@ -334,12 +335,14 @@ def read_config(
     layers = [line]
     if config_file is not None:
         layers.insert(0, _convert_file(found, config_file, parser, items))
-    config = _with_recipe(layers)
-    if config.resume and RunDirectory.holds_run(config.run_path):
-        run = RunDirectory(config.run_path)
+    merged = _with_recipe(layers)
+    run = RunDirectory(run_folder(**merged))
+    if merged.get("resume") and RunDirectory.holds_run(run.path):
+        # The given options need to suit the options of the run, not those of a new run.
         own = _convert_file(parse_options(run.read_config(), str(run.path)), str(run.path), parser, items)
         out = {"out": str(run.path), "resume": True}
         return pretrain_config(**merge_layers(own, *layers, out))
+    config = pretrain_config(**merged)
     if is_auto:
         low, high = measured_range(config)
         config = change(config, pixel_range=(low, high))
@@ -380,11 +383,12 @@ def read_classify_options(name_or_path: str, parser: ArgumentParser, items: Sequ
     return _convert_file(found, name_or_path, parser, items)
 
 
-def _with_recipe(layers: Sequence[Mapping[str, Any]]) -> PretrainConfig:
+def _with_recipe(layers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Merge layers of options, over the recipe of the digits if they are the data."""
     merged = merge_layers(*layers)
     if merged.get("data", DIGITS) != DIGITS:
-        return pretrain_config(**merged)
-    return pretrain_config(**merge_layers(read_options(DIGITS), *layers))
+        return merged
+    return merge_layers(read_options(DIGITS), *layers)
 
 
 def _convert_file(

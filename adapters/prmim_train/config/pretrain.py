@@ -172,10 +172,21 @@ class PretrainConfig(TrainingOptions):
     @property
     def run_path(self) -> Path:
         """The folder of the run."""
-        if self.out is not None:
-            return Path(self.out)
-        name = re.sub(r"[^A-Za-z0-9_.-]+", "-", Path(self.data).resolve().name if self.data != DIGITS else DIGITS)
-        return Path("runs") / f"{self.method.name}-{name}"
+        return run_folder(self.out, self.method.name, self.data)
+
+
+def run_folder(out: str | None = None, method: str = METHOD_OPTION.default, data: str = DIGITS, **others: Any) -> Path:
+    """Return the folder of a run with these options; the others do not matter.
+
+    Examples
+    --------
+    >>> print(run_folder(data="photos/birds", epochs=3))
+    runs/mae-birds
+    """
+    if out is not None:
+        return Path(out)
+    name = re.sub(r"[^A-Za-z0-9_.-]+", "-", Path(data).resolve().name if data != DIGITS else DIGITS)
+    return Path("runs") / f"{method}-{name}"
 
 
 def pretrain_config(**given: Any) -> PretrainConfig:

@@ -391,6 +391,16 @@ def test_resume_needs_only_the_folder(tiny_words, tmp_path, fake, capsys):
     assert "is finished" in capsys.readouterr().out
 
 
+def test_options_of_a_resumed_run_are_checked_against_the_run(tiny_words, tmp_path, fake, capsys):
+    assert main(["pretrain", *tiny_words]) == 0  # batches of 120; the recipe of the digits has 32
+    resume = ["pretrain", "--out", str(tmp_path / "run"), "--resume", "--epochs", "2"]
+    assert main([*resume, "--accumulate", "3"]) == 0
+    assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["accumulate"] == 3
+    capsys.readouterr()
+    message = "batch_size: expected a multiple of accumulate 7, got 120"
+    assert fail([*resume, "--accumulate", "7"], capsys).startswith(message)
+
+
 OWN_STRATEGY = """
 def last_first(grid, counts, noise, is_visible):
     return (grid.num_tokens * is_visible - sum(grid.coordinates(noise))).argsort(1)[:, : counts.decoded]
