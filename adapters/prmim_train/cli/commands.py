@@ -197,7 +197,7 @@ def _inspect(command: Command, name: str, given: dict[str, str]) -> None:
 
     options = [item for item in command.options() if item.name != "sheet"]
     sheet = given.get("sheet")
-    given = {option: text for option, text in given.items() if option not in ("resume", "sheet")}
+    given = {option: text for option, text in given.items() if option != "sheet"}
     config = read_config(given, _parser(command, name), options, say)
     if sheet is not None:
         from prmim_train.report.sheet import sheet_command

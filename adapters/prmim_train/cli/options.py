@@ -349,7 +349,7 @@ def read_config(
         say(f"Pixel range: {low:g},{high:g}, measured on the images.")
     if config.resume:
         # Schedulers repeat the same command, which then starts the run the first time.
-        say(f"No run in {config.run_path} yet: starting a new one.")
+        say(f"No run in {config.run_path} yet: --resume starts a new one.")
     if config.data == DIGITS:
         which = "No --data given" if "data" not in merge_layers(*layers) else "Data"
         say(
