@@ -34,7 +34,7 @@ CHANGEABLE = (
     *("weight_decay", "betas", "warmup_learning_rate", "clip_grad", "accumulate", "precision", "compile"),
     *("scan_blocks", "device", "parallel"),
     *("nonfinite", "max_skipped", "backend", "log_every", "checkpoint_every", "checkpoint_minutes"),
-    *("keep_checkpoints", "tracker", "eval_limit", "probe_every", "pictures", "test_every", "checkpoint"),
+    *("keep_checkpoints", "tracker", "eval_limit", "probe_every", "pictures", "test_every"),
 )
 """Options that may change when a run is resumed. All others define its past steps."""
 

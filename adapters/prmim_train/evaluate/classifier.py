@@ -290,7 +290,10 @@ def classify_command(run: str, *, protocol: str, **given: Any) -> None:
     given = {**given, "protocol": protocol, "out": str(folder)}
     if given.get("resume"):
         if RunDirectory.holds_run(folder):
-            given = merge_layers(_read_classifier(RunDirectory(folder), protocol), given)
+            stored = _read_classifier(RunDirectory(folder), protocol)
+            if given.get("checkpoint") is None:  # the last one of the run may be newer now
+                given.pop("checkpoint", None)
+            given = merge_layers(stored, given)
         else:
             say(f"No classifier in {folder} yet: starting a new one.")
     train(Classification(classify_config(base, given), directory))

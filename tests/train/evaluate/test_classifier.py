@@ -381,6 +381,15 @@ def test_options_given_with_resume_hold(run, stop_at):
     assert untimed(run / "finetune")[-1]["step"] == 36
 
 
+def test_a_resumed_classifier_keeps_its_encoder(run, stop_at, capsys):
+    with stop_at(7):
+        evaluate(run, "finetune", *FEW, "--checkpoint", 12, code=128 + signal.SIGTERM)
+    line = fail(capsys, "--run", run, "--protocol", "finetune", "--resume", "--checkpoint", 7)
+    assert "got a change of checkpoint from 12 to 7, which past steps depend on" in line
+    evaluate(run, "finetune", *FEW, "--checkpoint", "null", "--resume")
+    assert json.loads((run / "finetune" / "evaluation.json").read_text())["checkpoint"] == 12
+
+
 def test_an_earlier_checkpoint_can_be_evaluated(tiny, tmp_path, capsys):
     config = tiny(epochs=2, checkpoint_every=1)
     pretrain(config)
