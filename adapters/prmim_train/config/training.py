@@ -32,7 +32,7 @@ CHANGEABLE = (
     ),  # the origin of the run says whether images or teacher are others
     *("epochs", "warmup_epochs", "base_learning_rate", "scale_learning_rate", "min_learning_rate", "decay"),
     *("weight_decay", "betas", "warmup_learning_rate", "clip_grad", "accumulate", "precision", "compile"),
-    *("scan_blocks", "device", "parallel"),
+    *("recompute_blocks", "scan_blocks", "device", "parallel"),
     *("nonfinite", "max_skipped", "backend", "log_every", "checkpoint_every", "checkpoint_minutes"),
     *("keep_checkpoints", "tracker", "eval_limit", "probe_every", "pictures", "test_every"),
 )
