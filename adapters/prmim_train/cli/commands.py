@@ -22,6 +22,7 @@ from prmim_train.cli.options import (
     classify_options,
     command_option,
     convert,
+    inherited,
     pretrain_options,
     read_classify_options,
     read_config,
@@ -350,25 +351,19 @@ def _features_groups() -> dict[str, list[Option]]:
     named = {item.name: item for items in pretrain_options().values() for item in items}
     size = find_option(ClassifierConfig, "image_size")
     run = command_option("run", str, "Folder of the run, or a file of weights.")
-    keys, inherited = (
-        [
-            command_option(name, named[name].type | None, f"{named[name].help} Not given: as in the run.")
-            for name in names
-        ]
-        for names in (KEYS, ("frame_stride", "volumes", "spacing", "device", "precision", "backend"))
-    )
+    others = ("frame_stride", "volumes", "spacing", "device", "precision", "backend")
     return {
         "": [
             run,
             command_option("data", str | None, "Images: see prmim pretrain --help. Not given: those of the run."),
-            *keys,
+            *(inherited(named[name]) for name in KEYS),
             command_option("out", str, "File to write: .npz or .parquet."),
             command_option("pool", str, "mean: the mean of the patch tokens; cls: the class token.", "mean"),
             command_option("layer", int | None, "Block whose output is written, from 1. Null: the encoder's output."),
             size,
             command_option("checkpoint", int | None, "Step of the run's checkpoint. Null: the last one."),
             command_option("batch_size", int, "Images per forward pass, in each process.", 64),
-            *inherited,
+            *(inherited(named[name]) for name in others),
         ]
     }
 

@@ -26,7 +26,7 @@ from prmim_train.config.pretrain import (
     run_folder,
     special_option_names,
 )
-from prmim_train.config.training import DIGITS
+from prmim_train.config.training import DIGITS, OF_DATA
 from prmim_train.run.directory import RunDirectory
 from prmim_train.run.prepare import measured_range
 
@@ -109,8 +109,7 @@ def classify_options() -> dict[str, list[Option]]:
 
     def complete(item: Option) -> Option:
         if item.name in INHERITED:
-            text = f"{item.help} Not given: as in the run."
-            return dataclasses.replace(item, default=None, rule=_with_help(item.rule, text))
+            return inherited(item)
         owners = [name for name, foreign in FOREIGN.items() if item.name not in foreign]
         text = item.help + (f" For {owners[0]} only." if len(owners) == 1 else "")
         values = {protocol: item.check(recipe.get(item.name, item.default)) for protocol, recipe in defaults.items()}
@@ -120,6 +119,13 @@ def classify_options() -> dict[str, list[Option]]:
 
     grouped = _grouped(ClassifyConfig)
     return {group: [complete(item) for item in items if item.name != "protocol"] for group, items in grouped.items()}
+
+
+def inherited(item: Option) -> Option:
+    """Return an option whose value comes from the run unless it is given."""
+    unless = ", unless --data names other images" if item.name in OF_DATA else ""
+    text = f"{item.help} Not given: as in the run{unless}."
+    return dataclasses.replace(item, default=None, rule=_with_help(item.rule, text))
 
 
 def _grouped(record: type) -> dict[str, list[Option]]:

@@ -5,6 +5,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any, ClassVar
 
+from prmim_methods.files import expanded
 from prmim_methods.record import Record, option, options, record
 from prmim_methods.training import EngineOptions, check_peak
 from prmim_train.config.axes import ThreeAxes
@@ -79,8 +80,21 @@ class SourceOptions(Record):
 
 SOURCE_OPTIONS = tuple(item.name for item in options(SourceOptions))
 """Options of a source of images."""
-OF_DATA = tuple(name for name in SOURCE_OPTIONS if not name.startswith("cache"))
+OF_DATA = tuple(name for name in SOURCE_OPTIONS if name != "data" and not name.startswith("cache"))
 """Options that describe the data, not the machine. Evaluation on other data does not inherit them from the run."""
+
+
+def is_same_data(data: str, other: str) -> bool:
+    """Whether two values of `data` name the same images, possibly by two paths of one file or folder.
+
+    Examples
+    --------
+    >>> is_same_data("photos", "./photos/"), is_same_data("photos", "birds"), is_same_data("digits", "./digits")
+    (True, False, False)
+    """
+    if data == other or DIGITS in (data, other):
+        return data == other
+    return expanded(data).resolve() == expanded(other).resolve()
 
 
 @record

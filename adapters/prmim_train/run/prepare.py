@@ -15,7 +15,7 @@ from prmim_methods.messages import one_line
 from prmim_methods.weight_files import read_architecture
 from prmim_train.config.layers import parse_options
 from prmim_train.config.pretrain import PretrainConfig, pretrain_config, pretrain_option_names
-from prmim_train.config.training import OF_DATA, SourceOptions
+from prmim_train.config.training import DIGITS, OF_DATA, SourceOptions, is_same_data
 from prmim_train.data.batches import Batch, BatchIterator, split_indices, train_batches
 from prmim_train.data.identity import Identities
 from prmim_train.data.names import UNLABELLED
@@ -175,7 +175,7 @@ def open_run_data(run: RunDirectory, config: PretrainConfig, *, allow_changes: b
     """
     data = open_data(config)
     stored = read_run_config(run)
-    if (config.data, config.holdout) == (stored.data, stored.holdout):
+    if is_same_data(config.data, stored.data) and config.holdout == stored.holdout:
         check_origin(run, run_origin(config, data.source, data.train), allow_changes)
     return leave_out_trained(data, run)
 
@@ -322,7 +322,8 @@ def read_run_config(run: RunDirectory, **changes: Any) -> PretrainConfig:
     if unknown:
         raise ValueError(f"run: expected options of prmim pretrain in {run.path / 'config.yaml'}, got {min(unknown)}")
     replaced = {name: value for name, value in changes.items() if value is not None}
-    if replaced.get("data", options.get("data")) != options.get("data"):
+    stored = options.get("data", DIGITS)
+    if not is_same_data(replaced.get("data", stored), stored):
         options = {name: value for name, value in options.items() if name not in OF_DATA}
     return pretrain_config(**{**options, "out": str(run.path), **replaced})
 
