@@ -164,7 +164,7 @@ def open_run_data(run: RunDirectory, config: PretrainConfig, *, allow_changes: b
     run
         The run.
     config
-        Its options, possibly with other `data` and `holdout`.
+        Its options, possibly with other `data`, `holdout` and `OF_DATA`.
     allow_changes
         Whether the images may differ from the recorded ones although the options are equal.
 
@@ -175,7 +175,8 @@ def open_run_data(run: RunDirectory, config: PretrainConfig, *, allow_changes: b
     """
     data = open_data(config)
     stored = read_run_config(run)
-    if is_same_data(config.data, stored.data) and config.holdout == stored.holdout:
+    ours, theirs = ([getattr(options, name) for name in (*OF_DATA, "holdout")] for options in (config, stored))
+    if is_same_data(config.data, stored.data) and ours == theirs:
         check_origin(run, run_origin(config, data.source, data.train), allow_changes)
     return leave_out_trained(data, run)
 
