@@ -254,7 +254,7 @@ def _evaluate_groups() -> dict[str, list[Option]]:
             ),
             _config_option("evaluate", note=" For finetune and linear with lars."),
             *frozen,
-            command_option("eval_limit", int | None, limit),
+            command_option("eval_limit", int, limit),
             command_option("baselines", bool, others, True),
         ],
         **own,
@@ -311,11 +311,11 @@ def _picture_groups() -> dict[str, list[Option]]:
     return {
         "": [
             RUN_OPTION,
-            command_option("data", str | None, "Images, in place of those of the run; see prmim pretrain --help."),
-            command_option("holdout", float | None, "Fraction of held-out images, in place of the run's."),
-            command_option("device", str | None, "Device, in place of the run's: auto, cpu, cuda or mps."),
+            command_option("data", str, "Images, in place of those of the run; see prmim pretrain --help."),
+            command_option("holdout", float, "Fraction of held-out images, in place of the run's."),
+            command_option("device", str, "Device, in place of the run's: auto, cpu, cuda or mps."),
             command_option("kind", str | None, kinds),
-            command_option("pictures", int | None, "Number of images to draw."),
+            command_option("pictures", int, "Number of images to draw."),
             command_option("allow_changes", bool, "Draw even if the images of the run have changed.", False),
         ]
     }
@@ -355,7 +355,7 @@ def _features_groups() -> dict[str, list[Option]]:
     return {
         "": [
             run,
-            command_option("data", str | None, "Images: see prmim pretrain --help. Not given: those of the run."),
+            command_option("data", str, "Images: see prmim pretrain --help. Not given: those of the run."),
             *(inherited(named[name]) for name in KEYS),
             command_option("out", str, "File to write: .npz or .parquet."),
             command_option("pool", str, "mean: the mean of the patch tokens; cls: the class token.", "mean"),

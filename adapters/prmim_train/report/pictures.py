@@ -169,12 +169,9 @@ def draw_curve(run: RunDirectory) -> list[Path]:
 def picture_command(
     run: str,
     *,
-    data: str | None = None,
-    holdout: float | None = None,
-    device: str | None = None,
     kind: str | None = None,
-    pictures: int | None = None,
     allow_changes: bool = False,
+    **options: Any,
 ) -> None:
     """Draw pictures of the last checkpoint into the run directory, and print paths.
 
@@ -182,12 +179,12 @@ def picture_command(
     ----------
     run
         Folder of the run.
-    data, holdout, device, pictures
-        Options that replace those of the run.
     kind
         One of `KINDS`. None: all kinds of the method.
     allow_changes
         See `prmim_train.run.prepare.open_run_data`.
+    **options
+        Options that replace those of the run.
 
     Raises
     ------
@@ -203,7 +200,7 @@ def picture_command(
     directory = RunDirectory.open(Path(run))
     paths = draw_curve(directory) if "loss" in kinds else []
     if kind != "loss":
-        config = read_run_config(directory, data=data, holdout=holdout, device=device, pictures=pictures)
+        config = read_run_config(directory, **options)
         method = config.method
         if kind is not None and kind not in KINDS_OF[method.predicts]:
             expected = " or ".join(KINDS_OF[method.predicts])

@@ -314,7 +314,7 @@ def read_run_config(run: RunDirectory, **changes: Any) -> PretrainConfig:
     run
         The run.
     **changes
-        Options to replace. None keeps the option of the run, except for `OF_DATA` if `data` is other data.
+        Options to replace. If `data` is other data, `OF_DATA` are not those of the run.
     """
     options = parse_options(run.read_config(), str(run.path))
     if "protocol" in options:
@@ -322,11 +322,10 @@ def read_run_config(run: RunDirectory, **changes: Any) -> PretrainConfig:
     unknown = set(options) - pretrain_option_names()
     if unknown:
         raise ValueError(f"run: expected options of prmim pretrain in {run.path / 'config.yaml'}, got {min(unknown)}")
-    replaced = {name: value for name, value in changes.items() if value is not None}
     stored = options.get("data", DIGITS)
-    if not is_same_data(replaced.get("data", stored), stored):
+    if not is_same_data(changes.get("data", stored), stored):
         options = {name: value for name, value in options.items() if name not in OF_DATA}
-    return pretrain_config(**{**options, "out": str(run.path), **replaced})
+    return pretrain_config(**{**options, "out": str(run.path), **changes})
 
 
 def find_checkpoint(run: RunDirectory, step: int | None = None) -> Path:

@@ -10,7 +10,7 @@ from PIL import Image
 
 from prmim_train.cli.commands import main
 from prmim_train.evaluate import embeddings
-from prmim_train.evaluate.embeddings import read_info
+from prmim_train.evaluate.embeddings import _open_trained, read_info
 from prmim_train.pretrain import pretrain
 from prmim_train.run.directory import RunDirectory
 
@@ -79,6 +79,11 @@ def test_features_of_all_images_with_names_and_labels(run, features, engine, tmp
     *_, written, again = capsys.readouterr().out.splitlines()
     assert written.endswith("f.npz, 1,797 images, 32 values each")
     assert again.startswith("Already complete: ")
+
+
+def test_a_given_null_is_no_missing_option(run):
+    assert _open_trained(run, None, {}, {}).options["cache"] is not None
+    assert _open_trained(run, None, {"cache": None}, {}).options["cache"] is None
 
 
 def test_a_table_has_the_same_content(features, tmp_path):

@@ -72,7 +72,7 @@ def table(tmp_path):
 def test_another_column_of_labels_is_no_other_data(tiny, table):
     config = tiny(data=table, label_key="coarse", batch_size=64)
     pretrain(config)
-    for words, classes in (([], 2), (["--label_key", "label"], 4)):
+    for words, classes in (([], 2), (["--label_key", "label"], 4), (["--label_key", "null"], 4)):
         command = ["evaluate", "--run", str(config.run_path), "--protocol", "knn", "--no_baselines", *words]
         assert main([*command, "--eval_limit", "20"]) == 0
         assert json.loads((config.run_path / "evaluation.json").read_text())["classes"] == classes
