@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from prmim_methods import ClassifierConfig, classifier
+from prmim_methods.files import expanded
 from prmim_methods.record import Record, find_option, option, record
 from prmim_train.config.layers import merge_layers, read_options
 from prmim_train.config.pretrain import PretrainConfig
@@ -139,7 +140,7 @@ class ClassifyConfig(AugmentOptions, TrainingOptions, ClassifierConfig):
     @property
     def run_path(self) -> Path:
         """The folder of the classifier, `out`, which `classify_config` always sets."""
-        return Path(self.protocol if self.out is None else self.out)
+        return expanded(self.protocol if self.out is None else self.out)
 
     @property
     def foreign_options(self) -> Collection[str]:

@@ -12,6 +12,7 @@ import numpy as np
 
 from prmim_core import counter_noise, make_plan
 from prmim_methods import METHODS, MAEConfig, MethodConfig, create_config
+from prmim_methods.files import expanded
 from prmim_methods.messages import one_line, shown
 from prmim_methods.methods import METHOD_OPTION
 from prmim_methods.record import find_option, option, options, record
@@ -184,7 +185,7 @@ def run_folder(out: str | None = None, method: str = METHOD_OPTION.default, data
     runs/mae-birds
     """
     if out is not None:
-        return Path(out)
+        return expanded(out)
     name = re.sub(r"[^A-Za-z0-9_.-]+", "-", Path(data).resolve().name if data != DIGITS else DIGITS)
     return Path("runs") / f"{method}-{name}"
 

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from prmim_methods.files import expanded
 from prmim_methods.record import options as options_of
 from prmim_methods.sizes import Transformer
 from prmim_train.config.classify import ClassifyConfig, classify_config
@@ -284,9 +285,9 @@ def classify_command(run: str, *, protocol: str, **given: Any) -> None:
     ValueError, TypeError, OSError, Interrupted, NonFiniteLoss, FailedElsewhereError
         See :func:`prmim_train.pretrain.pretrain`.
     """
-    directory = RunDirectory.open(Path(run))
+    directory = RunDirectory.open(expanded(run))
     base = read_run_config(directory)
-    folder = Path(given.get("out") or directory.path / protocol)
+    folder = expanded(given.get("out") or str(directory.path / protocol))
     given = {**given, "protocol": protocol, "out": str(folder)}
     if given.get("resume"):
         if RunDirectory.holds_run(folder):

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from prmim_methods import MethodConfig
 from prmim_methods.architecture import encoder_of
 from prmim_methods.encoder import EncoderConfig
-from prmim_methods.files import open_regular
+from prmim_methods.files import expanded, open_regular
 from prmim_methods.messages import shown
 from prmim_methods.weight_files import WEIGHTS_FILE, write_atomically
 from prmim_train.config.packages import check_installed
@@ -205,7 +205,7 @@ def features_command(
     if path.suffix == PARQUET:
         check_installed("out", "pyarrow", otherwise=f"a file {NPZ}")
     sampling = {name: given.pop(name) for name in SAMPLING if name in given}
-    trained = _open_trained(Path(run), checkpoint, given, sampling)
+    trained = _open_trained(expanded(run), checkpoint, given, sampling)
     check_frames(trained.record, image_size)
     encoder = trained.record.encoder_config(image_size)
     encoder.check_pool(pool)

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from prmim_methods.encoder import times
+from prmim_methods.files import expanded
 from prmim_methods.weight_files import WEIGHTS_FILE
 from prmim_train.config.pretrain import PretrainConfig
 from prmim_train.data.batches import evaluation_batches
@@ -222,7 +223,7 @@ def evaluate_command(
     FileNotFoundError
         If there is no run or no checkpoint.
     """
-    directory = RunDirectory.open(Path(run))
+    directory = RunDirectory.open(expanded(run))
     config = read_run_config(directory, **options)
     if config.eval_limit == 0:
         raise ValueError("eval_limit: expected at least 1 image to evaluate on, got 0")

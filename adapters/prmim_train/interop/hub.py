@@ -4,9 +4,9 @@ The commit holds weights, options, pictures and a model card.
 """
 
 import importlib
-from pathlib import Path
 from typing import Any
 
+from prmim_methods.files import expanded
 from prmim_methods.hub import NAME
 from prmim_methods.messages import one_line, shown
 from prmim_methods.weight_files import WEIGHTS_FILE
@@ -57,7 +57,7 @@ def push_to_hub(
     if not NAME.fullmatch(repo):
         raise ValueError(f"repo: expected owner/name, got {shown(repo)}")
     check_installed("repo", "huggingface_hub")
-    files = _files(RunDirectory.open(Path(run)), repo, checkpoint, with_pictures=pictures)
+    files = _files(RunDirectory.open(expanded(run)), repo, checkpoint, with_pictures=pictures)
     hub = importlib.import_module("huggingface_hub")
     try:
         api = hub.HfApi()

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from prmim_core import Grid, Schedule, nearest_known_distance, patchify, unpatchify
 from prmim_methods import PixelConfig
 from prmim_methods.encoder import times
+from prmim_methods.files import expanded
 from prmim_train.config.packages import check_installed
 from prmim_train.config.pretrain import PretrainConfig
 from prmim_train.data.depth import in_8_bit_range
@@ -197,7 +198,7 @@ def picture_command(
         raise ValueError(f"kind: expected {' or '.join(KINDS)}, got {kind!r}")
     check_installed("pictures", "matplotlib")
     kinds = KINDS if kind is None else (kind,)
-    directory = RunDirectory.open(Path(run))
+    directory = RunDirectory.open(expanded(run))
     paths = draw_curve(directory) if "loss" in kinds else []
     if kind != "loss":
         config = read_run_config(directory, **options)
