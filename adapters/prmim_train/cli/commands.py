@@ -402,7 +402,9 @@ def _push_groups() -> dict[str, list[Option]]:
             RUN_OPTION,
             CHECKPOINT_OPTION,
             command_option("private", bool, "Create a new repository as private.", False),
-            command_option("pictures", bool, "Upload the pictures of the run, which show some of its images.", True),
+            command_option(
+                "pictures", bool, "Upload the pictures of this checkpoint, which show some images of the run.", True
+            ),
         ]
     }
 
