@@ -4,6 +4,7 @@ Classifiers use the same training loop as pre-training (`prmim_train.run.loop.tr
 resuming. Their run directory is a subfolder of the pre-training run.
 """
 
+import shlex
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -113,9 +114,10 @@ class Classification(Job[ClassifierEngine]):
             config = replace(config, checkpoint=step_of(checkpoint))
             self.weights = checkpoint / "weights.safetensors"
         self.config: ClassifyConfig = config
-        solver = " --solver lars" if config.protocol == "linear" else ""
-        out = "" if config.run_path == pretrained.path / config.protocol else f" --out {config.run_path}"
-        self.command = f"prmim evaluate --run {pretrained.path} --protocol {config.protocol}{solver}{out} --resume"
+        words = ["prmim", "evaluate", "--run", str(pretrained.path), "--protocol", config.protocol]
+        words += ["--solver", "lars"] if config.protocol == "linear" else []
+        words += [] if config.run_path == pretrained.path / config.protocol else ["--out", str(config.run_path)]
+        self.command = shlex.join([*words, "--resume"])
         self._tested: tuple[int, Predictions] | None = None
 
     @property
