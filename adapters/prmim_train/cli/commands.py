@@ -32,7 +32,7 @@ from prmim_train.cli.options import (
 from prmim_train.config.layers import merge_layers, recipe_names
 from prmim_train.config.packages import check_installed
 from prmim_train.config.training import DIGITS, SOURCE_OPTIONS
-from prmim_train.run.processes import FailedElsewhereError, adopt_srun, is_main, launched, say
+from prmim_train.run.processes import FailedElsewhereError, adopt_srun, is_main, launched
 
 EXIT_USAGE = 2
 EXIT_FAILURE = 1
@@ -188,7 +188,7 @@ def _pretrain(command: Command, name: str, given: dict[str, str]) -> None:
     from prmim_train.pretrain import pretrain
 
     options = command.options()
-    pretrain(read_config(given, _parser(command, name), options, say))
+    pretrain(read_config(given, _parser(command, name), options))
 
 
 def _inspect(command: Command, name: str, given: dict[str, str]) -> None:
@@ -199,7 +199,7 @@ def _inspect(command: Command, name: str, given: dict[str, str]) -> None:
     options = [item for item in command.options() if item.name != "sheet"]
     sheet = given.get("sheet")
     given = {option: text for option, text in given.items() if option != "sheet"}
-    config = read_config(given, _parser(command, name), options, say)
+    config = read_config(given, _parser(command, name), options)
     if sheet is not None:
         from prmim_train.report.sheet import sheet_command
 
@@ -273,8 +273,7 @@ def _evaluate(command: Command, name: str, given: dict[str, str]) -> None:
     if solver is not None and protocol != "linear":
         raise ValueError(f"solver: expected --protocol linear with it, got {protocol or 'no protocol'}")
     is_trained = protocol == "finetune" or solver == "lars"
-    trained = {item.name for items in classify_options().values() for item in items}
-    own = trained if is_trained else FROZEN_OPTIONS
+    own = _trained_options() if is_trained else FROZEN_OPTIONS
     for option in arguments:
         if option not in {"run", "protocol", *own}:
             wanted = "knn, or linear by lbfgs" if is_trained else "finetune, or linear --solver lars"
@@ -291,9 +290,14 @@ def _evaluate(command: Command, name: str, given: dict[str, str]) -> None:
         evaluate_command(**arguments)
 
 
+def _trained_options() -> set[str]:
+    """Return the names of the options of a classifier's training, without the protocol."""
+    return {item.name for items in classify_options().values() for item in items}
+
+
 def _with_classify_file(arguments: dict[str, Any], config: str, command: Command, name: str) -> dict[str, Any]:
     """Merge the command line over a file of classifier options."""
-    trained = {item.name for items in classify_options().values() for item in items} | {"protocol"}
+    trained = {"protocol", *_trained_options()}
     items = [item for item in command.options() if item.name in trained]
     options = read_classify_options(config, _parser(command, name), items)
     protocol = options.setdefault("protocol", arguments.get("protocol"))

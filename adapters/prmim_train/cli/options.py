@@ -6,7 +6,7 @@ Records declare the options; jsonargparse writes the help and converts the value
 import dataclasses
 import difflib
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from prmim_train.config.pretrain import (
 from prmim_train.config.training import DIGITS, OF_DATA
 from prmim_train.run.directory import RunDirectory
 from prmim_train.run.prepare import measured_range
+from prmim_train.run.processes import say
 
 AUTO = "auto"
 """Value of `pixel_range` that measures the range on the images, unless the run has stored one."""
@@ -313,10 +314,10 @@ def suggest(name: str, known: Collection[str], prefix: str = "") -> str:
     return f"; did you mean {prefix}{close[0]}?" if close else ""
 
 
-def read_config(
-    given: Mapping[str, str], parser: ArgumentParser, items: Sequence[Option], say: Callable[[str], None]
-) -> PretrainConfig:
+def read_config(given: Mapping[str, str], parser: ArgumentParser, items: Sequence[Option]) -> PretrainConfig:
     """Merge the layers of options and return the validated configuration.
+
+    Prints a line if options come from a source that the user did not name.
 
     Parameters
     ----------
@@ -326,8 +327,6 @@ def read_config(
         The parser of the command.
     items
         Its options.
-    say
-        Prints a line for the user if options come from a source that the user did not name.
     """
     config_file = given.get("config")
     found = {} if config_file is None else read_options(config_file)
@@ -400,7 +399,7 @@ def _with_recipe(layers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 def _convert_file(
     found: Mapping[str, Any], name: str | Path, parser: ArgumentParser, items: Sequence[Option]
 ) -> dict[str, Any]:
-    known = {item.name for item in items} - {"config", "traceback"}
+    known = {item.name for item in items} - {"config"}
     for key in found:
         if key not in known:
             raise ValueError(f"{one_line(key)}: unknown option in {name}{suggest(key, known)}")
