@@ -63,7 +63,7 @@ class SourceOptions(Record):
         default=None,
     )
     split: str | None = option(
-        "Split of the data set. Null: the only one, or train; for test_data, test or validation.",
+        "Split of data. Null: the only one, or train. For test_data always the only one, test or validation.",
         default=None,
     )
     cache: str | None = option(

@@ -370,10 +370,9 @@ def cross_entropy(logits: NDArray[np.float32], truth: NDArray[np.int64]) -> floa
 
 
 def _augment(config: ClassifyConfig, base: PretrainConfig) -> Augment:
-    frames = 1 if base.three_axes is None else base.three_axes.frames  # folded into channels
     return Augment(
-        frames * base.method.pixel_mean,
-        frames * base.method.pixel_std,
+        base.method.pixel_mean,
+        base.method.pixel_std,
         operations=config.rand_augment_operations,
         level=config.rand_augment,
         spread=config.rand_augment_spread,

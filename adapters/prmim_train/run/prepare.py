@@ -255,7 +255,7 @@ def labelled_sides(
             max_pixels=source.max_pixels,
             three_axes=source.three_axes,
             keep_depth=source.depth is not None,
-            options=data.options,
+            options=replace(data.options, split=None),  # that of the training images
             for_test=True,
         )
     except (ValueError, OSError) as error:
