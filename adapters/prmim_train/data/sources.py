@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from prmim_methods.files import expanded
 from prmim_methods.messages import printable
 from prmim_methods.record import IMPORT_PATH
 from prmim_train.config.axes import ThreeAxes
@@ -266,7 +267,7 @@ def _open(
     options: SourceOptions,
     for_test: bool,
 ) -> ArraySource | FileSource:
-    path = Path(os.path.expanduser(spec))  # noqa: PTH111  # pathlib raises for an unknown user
+    path = expanded(spec)
     is_npz = path.suffix.lower() == ".npz" and not path.is_dir() and not is_address(spec)
     if is_npz or spec == DIGITS:
         _refuse(spec, options, for_test)

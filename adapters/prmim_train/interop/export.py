@@ -21,6 +21,7 @@ from prmim_methods.export import (
     timm_weights,
     transformers_model,
 )
+from prmim_methods.files import expanded
 from prmim_methods.layouts import Layout, left_out, to_library
 from prmim_methods.messages import shown
 from prmim_methods.weight_files import WEIGHTS_FILE, dump_architecture, write_atomically
@@ -70,7 +71,7 @@ def read_weights(run: str, checkpoint: int | None = None) -> Weights:
     FileNotFoundError, OSError, ValueError
         See `prmim_train.run.prepare.find_checkpoint`. Also if prmim did not write the file.
     """
-    path = Path(run)
+    path = expanded(run)
     if path.is_file():
         if checkpoint is not None:
             raise ValueError(f"checkpoint: expected none with a file of weights, got {checkpoint}")
