@@ -65,7 +65,7 @@ TIMED = ("step", "methods", "profile", "backends")
 def main(arguments: list[str] | None = None) -> int:
     """Run all benchmarks, even after failures; return the number of failures."""
     parser = argument_parser(__doc__)
-    parser.add_argument("--full", action="store_true", help="all benchmarks at full length: about an hour on two cores")
+    parser.add_argument("--full", action="store_true", help="all benchmarks at full length")
     parser.add_argument("--only", nargs="+", choices=tuple(FULL), metavar="NAME", help=f"some of {', '.join(FULL)}")
     options = parser.parse_args(arguments)
     chosen = FULL if options.full else SHORT

@@ -64,29 +64,19 @@ def arms_of(name: str) -> dict[str, MethodConfig]:
     }
 
 
-def write_teacher(folder: Path) -> Path:
-    """Write a CLIP ViT-B/16 with random weights, and return its folder.
+def with_teacher(configs: dict[str, MethodConfig], folder: Path, *, weights: bool = False) -> dict[str, MethodConfig]:
+    """Give the arms of MaskAlign a CLIP ViT-B/16, written to a folder.
 
-    The weights do not affect the cost.
+    The configuration determines their cost. A step also needs ``weights``, which are random.
     """
+    if not isinstance(configs["dense"], MaskAlignConfig):
+        return configs
     from transformers import CLIPVisionConfig, CLIPVisionModel
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-    CLIPVisionModel(CLIPVisionConfig(patch_size=16)).save_pretrained(folder)
-    return folder
-
-
-def with_teacher(configs: dict[str, MethodConfig], folder: Path) -> dict[str, MethodConfig]:
-    """Give the arms of MaskAlign the configuration of a CLIP ViT-B/16.
-
-    The configuration determines their cost.
-    """
-    from transformers import CLIPVisionConfig
-
-    if not isinstance(configs["dense"], MaskAlignConfig):
-        return configs
-    CLIPVisionConfig(patch_size=16).save_pretrained(folder)
+    teacher = CLIPVisionConfig(patch_size=16)
+    (CLIPVisionModel(teacher) if weights else teacher).save_pretrained(folder)
     return {arm: replace(config, teacher=str(folder)) for arm, config in configs.items()}
 
 
@@ -175,12 +165,8 @@ def measure(name: str, options: argparse.Namespace) -> None:
     """Print the table of a recipe."""
     settings = {"device": pick_device(options.device), "batch": options.batch, "median of": options.repeats}
     report = Report(f"methods-{name}", settings, options.json)
-    configs = arms_of(name)
     with tempfile.TemporaryDirectory() as folder:
-        if isinstance(configs["dense"], MaskAlignConfig):
-            teacher = str(write_teacher(Path(folder)))
-            configs = {arm: replace(config, teacher=teacher) for arm, config in configs.items()}
-        table(name, configs, options, report)
+        table(name, with_teacher(arms_of(name), Path(folder), weights=True), options, report)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from benchmarks.memory import per_image, saved_bytes
 from benchmarks.report import Report, argument_parser, ratio, take_turns
 from benchmarks.step import WARM_UP, torch_step
 from prmim_core import counter_noise
-from prmim_methods import Accounting, CostReport, MAEConfig, Transformer, VideoMAEConfig
+from prmim_methods import Accounting, CostReport, MAEConfig, VideoMAEConfig
 from prmim_methods.sizes import VIT_SIZES
 from prmim_torch import METHODS
 from prmim_train.report.figures import new_figure, save_figure, write_caption
@@ -48,27 +48,6 @@ NARROW = {
     **{"decoder_dim": 64, "decoder_depth": 4, "decoder_heads": 2},
 }
 """Sizes whose steps a CPU core can time on all grids."""
-
-
-def parameters(model: str) -> int:
-    """Return the number of parameters of a dense MAE.
-
-    Examples
-    --------
-    >>> parameters("vit_base")
-    111655680
-    """
-    config = MAEConfig(model=model)
-    encoder, decoder = config.encoder_size, config.decoder_size
-
-    def blocks(size: Transformer) -> int:
-        products = (4 + 2 * size.mlp_ratio) * size.dim**2
-        biases_and_norms = (3 + 1 + size.mlp_ratio + 1 + 4) * size.dim
-        return size.depth * (products + biases_and_norms) + 2 * size.dim  # and the final norm
-
-    linear = [(config.patch_dim, encoder.dim), (encoder.dim, decoder.dim), (decoder.dim, config.patch_dim)]
-    tokens = encoder.dim + decoder.dim
-    return blocks(encoder) + blocks(decoder) + sum((one + 1) * other for one, other in linear) + tokens
 
 
 def costs(model: str, pixels: int, throw_ratio: float, precision: str, *, recompute_blocks: bool = False) -> CostReport:
@@ -126,7 +105,7 @@ def fit_table(options: argparse.Namespace, report: Report) -> None:
     rows = {}
     for model in options.models:
         for pixels in PIXELS:
-            state = STATE_BYTES * parameters(model)
+            state = STATE_BYTES * MAEConfig(model=model, throw_ratio=0.0).parameters().learned
             for arm, throw_ratio in (("dense", 0.0), ("PR-MIM 0.5", 0.5)):
                 kept, recomputed = (
                     costs(model, pixels, throw_ratio, options.precision, recompute_blocks=flag)

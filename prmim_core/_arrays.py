@@ -213,12 +213,12 @@ def scan(xp: Namespace, step: Callable[[Any], tuple[Any, Array]], state: Any, le
 _pytree_classes: set[type] = set()
 
 
-def register_pytree(cls: type, example: Array, array_field: str, static_field: str) -> None:
+def register_pytree(cls: type, example: Array | None, array_field: str, static_field: str) -> None:
     """Register ``cls`` as a JAX pytree of one array and one static field.
 
-    A no-op unless ``example`` is a JAX array, so JAX is imported only where it is in use.
+    A no-op if ``example`` is an array of another library, so JAX is imported only where it is in use.
     """
-    if cls in _pytree_classes or not _is_jax(example):
+    if cls in _pytree_classes or not (example is None or _is_jax(example)):
         return
     import jax
 

@@ -7,6 +7,7 @@ import reprlib
 from typing import Any, get_args
 
 import numpy as np
+from numpy.typing import NDArray
 
 from prmim_core._arrays import Array, Namespace, array_namespace, on_host
 from prmim_core.grid import Grid
@@ -119,7 +120,19 @@ def check_positions(positions: Grid | Array) -> int:
     if positions.ndim != 2:
         raise ValueError(f"positions: expected a Grid or shape (N, axes), got shape {tuple(positions.shape)}")
     check_integers(array_namespace(positions), "positions", positions)
+    if isinstance(positions, np.ndarray) and squared_diagonal(positions) >= 2**30:
+        raise ValueError(
+            "positions: expected a squared diagonal of their bounding box below 2**30 (int32 arithmetic), "
+            f"got {squared_diagonal(positions)}"
+        )
     return int(positions.shape[0])
+
+
+def squared_diagonal(positions: NDArray[Any]) -> int:
+    """Return an upper bound of the squared distances between points (N, axes): that of their bounding box."""
+    if len(positions) == 0:
+        return 0
+    return sum((int(column.max()) - int(column.min())) ** 2 for column in positions.T)
 
 
 def _check_not_nan(name: str, array: Array) -> None:

@@ -12,6 +12,8 @@ from prmim_core.grid import INT32_MAX, Grid
 
 # Upper limit of point pairs in memory: 2**24 int32 are 64 MiB.
 _PAIRS_AT_ONCE = 2**24
+# The same for pairs along an axis of a grid, per image: the batch size may be unknown while a program is exported.
+_PAIRS_OF_AN_IMAGE = 2**20
 
 
 def nearest_known_distance(positions: Grid | Array, is_known: Array) -> Array:
@@ -35,7 +37,7 @@ def nearest_known_distance(positions: Grid | Array, is_known: Array) -> Array:
     TypeError
         If ``is_known`` is not bool or positions are not integers.
     ValueError
-        If the shapes do not fit.
+        If the shapes do not fit, or the squared diagonal of NumPy positions reaches 2**30.
 
     Notes
     -----
@@ -74,7 +76,7 @@ def covering_radius(positions: Grid | Array, is_known: Array) -> Array:
     TypeError
         If ``is_known`` is not bool or positions are not integers.
     ValueError
-        If the shapes do not fit.
+        If the shapes do not fit, or the squared diagonal of NumPy positions reaches 2**30.
 
     Examples
     --------
@@ -109,14 +111,18 @@ def _distance_transform(xp: Namespace, grid: Grid, is_known: Array) -> Array:
     unknown = grid.max_squared_distance + 1
     zeros = xp.zeros(is_known.shape, dtype=xp.int32, device=device)
     distance = xp.where(is_known, zeros, unknown)
+    block = max(1, _PAIRS_OF_AN_IMAGE // grid.num_tokens)
     # The current axis first, the batch last: minima over long rows are fast in all libraries.
     distance = xp.permute_dims(distance, (1, 0))
     for size, step in zip(grid.shape, grid.spacing, strict=True):
         others = grid.num_tokens // size
         line = xp.arange(size, dtype=xp.int32, device=device) * step
-        along_axis = (line[:, None] - line[None, :]) ** 2
         lines = xp.reshape(distance, (size, 1, others * batch))
-        lines = xp.min(lines + along_axis[:, :, None], axis=0)
+        parts = []
+        for start in range(0, size, block):
+            along_axis = (line[:, None] - line[None, start : min(start + block, size)]) ** 2
+            parts.append(xp.min(lines + along_axis[:, :, None], axis=0))
+        lines = xp.concat(parts, axis=0)
         # Move the finished axis behind the others. After the last axis, their order is the original one.
         distance = xp.permute_dims(xp.reshape(lines, (size, others, batch)), (1, 0, 2))
     distance = xp.permute_dims(xp.reshape(distance, (grid.num_tokens, batch)), (1, 0))

@@ -13,6 +13,8 @@ from prmim_core.noise import _uniform
 
 # Lower bound of positive weights: arrival times of smaller ones would overflow float32.
 _LEAST_RATE = 2.0**-100
+# Above all values of -log(u), at most 16.64.
+_LATEST = 17.0
 
 
 def random_visible(num_visible: int, noise: Array) -> Array:
@@ -109,7 +111,8 @@ def weighted_visible(num_visible: int, noise: Array, weights: Array) -> Array:
     noise
         int32 (batch, N), from :func:`prmim_core.counter_noise`.
     weights
-        float (batch, N), non-negative, for instance a teacher's attention. Tokens of weight 0 are drawn last.
+        float (batch, N), non-negative, for instance a teacher's attention. Tokens of weight 0 are drawn
+        last, uniformly.
 
     Returns
     -------
@@ -127,7 +130,8 @@ def weighted_visible(num_visible: int, noise: Array, weights: Array) -> Array:
     -----
     An exponential race (Efraimidis and Spirakis, 2006): token i arrives at -log(u_i) / w_i with uniform u_i from the
     noise, and the first V arrivals are drawn. Libraries differ in the last bit of logarithms, so near-ties may swap.
-    Positive weights below 2^-100 count as 2^-100.
+    Positive weights below 2^-100 count as 2^-100. Tokens of weight 0 start when all others have arrived, at equal
+    rates.
 
     Examples
     --------
@@ -304,10 +308,9 @@ def _block_visible(xp: Namespace, grid: Grid, unit: tuple[int, ...], num_visible
 
 def _arrival_times(xp: Namespace, noise: Array, weights: Array) -> Array:
     """Compute arrival times of :func:`weighted_visible`: float32 (batch, N)."""
-    rates = xp.astype(weights, xp.float32)
-    never = xp.full_like(rates, float("inf"))
+    rates, race = xp.astype(weights, xp.float32), -xp.log(_uniform(xp, noise))
     safe = xp.where(rates > _LEAST_RATE, rates, xp.full_like(rates, _LEAST_RATE))
-    return xp.where(rates > 0, -xp.log(_uniform(xp, noise)) / safe, never)
+    return xp.where(rates > 0, race, race + _LATEST) / safe
 
 
 def _unit_tokens(xp: Namespace, grid: Grid, unit: tuple[int, ...], device: object) -> Array:

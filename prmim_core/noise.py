@@ -1,5 +1,6 @@
 """Counter-based noise, bit-identical across libraries, devices and processes."""
 
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -35,8 +36,9 @@ def counter_noise(seed: int, step: int | Array, sample: Array, num_tokens: int, 
     TypeError
         If ``seed``, ``step``, ``sample`` or ``num_tokens`` is not an integer.
     ValueError
-        If ``seed`` or ``step`` is out of range, ``num_tokens`` is not positive, ``sample`` is not (batch,) or holds a
-        negative number. Values of arrays are checked on the host only: NumPy, and PyTorch on a CPU when not compiled.
+        If ``seed`` or ``step`` is out of range, ``step`` has several elements, ``num_tokens`` is not positive,
+        ``sample`` is not (batch,) or holds a negative number. Values of arrays are checked on the host only: NumPy, and
+        PyTorch on a CPU when not compiled.
 
     Notes
     -----
@@ -97,6 +99,10 @@ def _step_word(xp: Namespace, step: int | Array, device: Any) -> Array:
     if hasattr(step, "dtype") and not isinstance(step, np.generic):
         if not array_namespace(step).isdtype(step.dtype, "integral"):
             raise TypeError(f"step: expected an integer or an integer array of one element, got {step.dtype}")
+        array: Array = step
+        if prod(array.shape) != 1:
+            shape = tuple(array.shape)
+            raise ValueError(f"step: expected an integer or an integer array of one element, got shape {shape}")
         values = on_host(step)
         if values is None:
             return xp.astype(xp.reshape(step, (1,)), xp.int32)

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prmim_core._arrays import Array, Namespace, argsort, device_of, scan
-from prmim_core._checks import check_arrays, check_count, check_mask, check_noise, check_positions
+from prmim_core._checks import check_arrays, check_count, check_mask, check_noise, check_positions, squared_diagonal
 from prmim_core.coverage import _int32_points, _nearest_known_distance, _squared_distances
 from prmim_core.grid import INT32_MAX, Grid
 from prmim_core.noise import _noise_rank
@@ -55,7 +55,8 @@ def furthest_point_sampling(
         If positions are not integers, ``noise`` does not hold real numbers, or ``is_known`` or ``is_candidate`` is not
         bool.
     ValueError
-        If a shape does not fit, ``num_samples`` is out of range or ``noise`` has NaN (checked on the host only).
+        If a shape does not fit, ``num_samples`` is out of range, ``noise`` has NaN or the squared diagonal of NumPy
+        positions reaches 2**30 (values are checked on the host only).
 
     Notes
     -----
@@ -220,5 +221,5 @@ def _max_squared_distance(positions: Grid | Array) -> int | None:
     if isinstance(positions, Grid):
         return positions.max_squared_distance
     if isinstance(positions, np.ndarray):
-        return int((np.ptp(positions.astype(np.int64), axis=0) ** 2).sum())
+        return squared_diagonal(positions)
     return None

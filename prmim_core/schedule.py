@@ -337,7 +337,7 @@ def make_plan(
     and the sum of its weights. Decoded tokens come unit by unit, in raster order within a unit. Stages consist of
     single tokens.
 
-    O(M N) integer operations per image for furthest sampling, O(N log N) for the rest.
+    O(M N) integer operations per image for furthest sampling, O(N (log N + sum of the grid's sides)) for the rest.
 
     Examples
     --------

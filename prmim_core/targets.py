@@ -143,6 +143,8 @@ def normalize_patches(patches: Array, eps: float = 1e-6) -> Array:
 
     Raises
     ------
+    TypeError
+        If the patches do not hold floats.
     ValueError
         If P is less than 2.
 
@@ -175,6 +177,8 @@ def denormalize_patches(normalized: Array, patches: Array, eps: float = 1e-6) ->
 
     Raises
     ------
+    TypeError
+        If the patches do not hold floats.
     ValueError
         If P is less than 2.
 
@@ -191,6 +195,7 @@ def denormalize_patches(normalized: Array, patches: Array, eps: float = 1e-6) ->
 
 def _patch_statistics(patches: Array, eps: float) -> tuple[Array, Array]:
     xp = array_namespace(patches)
+    _check_floats(xp, patches)
     if patches.shape[-1] < 2:
         raise ValueError(f"patches: expected at least 2 values in a patch to normalize it, got {patches.shape[-1]}")
     mean = xp.mean(patches, axis=-1, keepdims=True)
@@ -297,6 +302,8 @@ def image_statistics(patches: Array, channels: int) -> tuple[Array, Array]:
 
     Raises
     ------
+    TypeError
+        If the patches do not hold floats.
     ValueError
         If ``channels`` does not divide P.
 
@@ -334,6 +341,8 @@ def window_statistics(patches: Array, channels: int, grid: Grid) -> tuple[Array,
 
     Raises
     ------
+    TypeError
+        If the patches do not hold floats.
     ValueError
         If ``channels`` does not divide P, or the grid has another number of tokens.
 
@@ -376,6 +385,8 @@ def patch_statistics(patches: Array, channels: int) -> tuple[Array, Array]:
 
     Raises
     ------
+    TypeError
+        If the patches do not hold floats.
     ValueError
         If ``channels`` does not divide P, or a patch has less than 2 pixels.
 
@@ -414,6 +425,11 @@ def normalize_values(values: Array, mean: Array, deviation: Array, eps: float = 
     array
         Shape of ``values``: (value - mean) / (deviation + eps).
 
+    Raises
+    ------
+    TypeError
+        If the values are not floats.
+
     Examples
     --------
     >>> import numpy as np
@@ -440,6 +456,11 @@ def denormalize_values(normalized: Array, mean: Array, deviation: Array, eps: fl
     -------
     array
         Shape of ``normalized``: normalized * (deviation + eps) + mean.
+
+    Raises
+    ------
+    TypeError
+        If the normalized values are not floats.
 
     Examples
     --------
@@ -476,6 +497,8 @@ def normalize_over_image(values: Array, patches: Array, channels: int, eps: floa
 
     Raises
     ------
+    TypeError
+        If the patches do not hold floats.
     ValueError
         If ``channels`` does not divide P.
 
@@ -556,9 +579,16 @@ def _pixels(xp: Namespace, patches: Array, channels: int) -> Array:
     """Separate the channels: (batch, N, P) to (batch, N, pixels, channels)."""
     if patches.ndim != 3:
         raise ValueError(f"patches: expected shape (batch, N, P), got {tuple(patches.shape)}")
+    _check_floats(xp, patches)
     if channels < 1 or patches.shape[2] % channels:
         raise ValueError(f"channels: expected a divisor of the {patches.shape[2]} values of a patch, got {channels}")
     return xp.reshape(patches, (*patches.shape[:2], patches.shape[2] // channels, channels))
+
+
+def _check_floats(xp: Namespace, patches: Array) -> None:
+    """Raise TypeError unless patches hold real numbers: differences of unsigned integers wrap around."""
+    if not xp.isdtype(patches.dtype, "real floating"):
+        raise TypeError(f"patches: expected floats, got {patches.dtype}")
 
 
 def _image_mean(xp: Namespace, pixels: Array) -> Array:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks import arms, gpu, pages, plan
-from benchmarks.quality import records
+from benchmarks.quality import data, records
 from benchmarks.quality.arms import ARMS, DEFAULT, DENSE, STUDIES
 
 SMALL = {"depth": 1, "embed_dim": 24, "num_heads": 2, "decoder_dim": 16, "decoder_depth": 1, "decoder_heads": 2}
@@ -68,6 +68,11 @@ def test_a_dry_run_fills_the_pages_once(launched, docs, tmp_path):
     assert gpu.main(words) == 0
     assert len(launched) == len(gpu.PIECES)
     assert (docs / "results" / "performance.md").read_text() == page
+    shutil.copy(gpu.ROOT / "docs" / "results" / "performance.md", docs / "results")
+    assert gpu.main(["--pages", *words[1:]]) == 0  # numbers of the CPU are none of the GPU
+    assert "No number on this page was measured on a GPU" in (docs / "results" / "performance.md").read_text()
+    assert gpu.main(["--pages", *words]) == 0
+    assert (docs / "results" / "performance.md").read_text() == page
 
 
 def test_a_piece_that_fails_or_runs_out_of_time_is_repeated(monkeypatch, tmp_path, capsys):
@@ -87,6 +92,26 @@ def test_a_piece_that_fails_or_runs_out_of_time_is_repeated(monkeypatch, tmp_pat
     assert not calls
 
 
+def test_pieces_of_a_dry_run_or_of_another_gpu_are_repeated(monkeypatch, tmp_path):
+    calls = []
+    monkeypatch.setattr(gpu, "launch", lambda words, seconds: calls.append(words) or 0)
+    monkeypatch.setattr(gpu, "has_gpu", lambda: True)
+    monkeypatch.setattr(gpu, "train", lambda *_: True)
+    monkeypatch.setattr(gpu, "write_pages", lambda *_, **__: None)
+    runs = [(["--dry"], "one GPU"), ([], "one GPU"), ([], "one GPU"), ([], "another GPU")]
+    for (words, hardware), number in zip(runs, (1, 2, 2, 3), strict=True):
+        monkeypatch.setattr(gpu, "environment", lambda hardware=hardware: {"hardware": hardware})
+        assert gpu.main([*words, "--out", str(tmp_path)]) == 0
+        assert len(calls) == number * len(gpu.PIECES)
+
+
+def test_a_dry_run_has_its_own_folder(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(gpu, "launch", lambda words, seconds: 0)
+    assert gpu.main(["--dry"]) == 0
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["gpu-dry"]
+
+
 def test_without_a_gpu_only_the_dry_mode_runs(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(gpu, "has_gpu", lambda: False)
     assert gpu.main(["--out", str(tmp_path)]) == 2
@@ -97,9 +122,11 @@ def test_on_a_gpu_the_study_takes_the_rest_of_the_time(monkeypatch, docs, tmp_pa
     calls = []
     monkeypatch.setattr(gpu, "has_gpu", lambda: True)
     monkeypatch.setattr(gpu, "launch", lambda words, seconds: calls.append(words) or 0)
+    monkeypatch.setattr(data, "find", lambda *_: None)
     study, results = STUDIES["grid14"], tmp_path / "results"
     for arm, value in ((DENSE, 0.5), (DEFAULT, 0.52)):
         record = {"arm": arm, "seed": 0, "epochs": study.epochs, "macs_to_dense": study.cost_ratio(arm)}
+        record |= {"steps": study.steps(arm), "test_images": 2000}
         options = {"options": {**study.world.pretrain, **ARMS[arm].options}, "finetune_options": study.world.finetune}
         records.save({**record, **options, "linear": value, "knn": value, "finetune": value}, study, results)
     out = ["--out", str(tmp_path / "out"), "--docs", str(docs), "--results", str(results)]
@@ -109,6 +136,15 @@ def test_on_a_gpu_the_study_takes_the_rest_of_the_time(monkeypatch, docs, tmp_pa
     page = (docs / "results" / "accuracy.md").read_text()
     assert "| PR-MIM, cells | 1 | 0.69 | 25 | 52.00 % | 52.00 % | 52.00 % |" in page
     assert "| PR-MIM, cells | +2.00 | +2.00 | +2.00 |" in page
+
+
+def test_a_study_without_its_images_is_skipped(monkeypatch, docs, tmp_path, capsys):
+    monkeypatch.setattr(gpu, "has_gpu", lambda: True)
+    monkeypatch.setattr(gpu, "PIECES", {})
+    folders = ["--out", str(tmp_path / "out"), "--docs", str(docs), "--results", str(tmp_path), "--data", str(tmp_path)]
+    assert gpu.main(folders) == 0
+    missing = tmp_path / "imagenette128_train.tar"
+    assert capsys.readouterr().out == f"== grid14: skipped: data: expected {missing}, got no such file\n"
 
 
 def test_a_process_that_takes_too_long_is_stopped(monkeypatch):

@@ -6,6 +6,7 @@ import math
 import os
 import tarfile
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -36,6 +37,7 @@ from prmim_train.evaluate.scores import write_predictions
 
 TINY = World(
     data="digits",
+    images=(1438, 359),
     pretrain={
         **{"image_size": 8, "patch_size": 2, "channels": 1, "embed_dim": 16, "depth": 1, "num_heads": 2},
         **{"decoder_dim": 8, "decoder_depth": 1, "decoder_heads": 2, "batch_size": 64, "precision": "float32"},
@@ -93,7 +95,7 @@ def test_a_study_resumes_interrupted_trainings_and_skips_finished_ones(study, tm
     monkeypatch.setattr(runs, "_start", start)
     where = ["--runs", str(tmp_path / "runs"), "--results", str(tmp_path / "results"), "--json", str(tmp_path)]
     options = ["--study", "tiny", "--arms", DEFAULT, "--jobs", "2", *where]
-    images = data.find("digits", tmp_path, tmp_path)
+    images = data.find(TINY, tmp_path, tmp_path)
     waiting = [runs.Run(study, DEFAULT, 0, images, tmp_path / "runs", "torch")]
     runs.carry_out(
         waiting, tmp_path / "results", jobs=2, deadline=time.monotonic() + 0.1
@@ -136,7 +138,7 @@ def test_missing_images_are_reported(study, tmp_path, capsys):
 
 
 def test_the_recipe_of_the_digits_is_chosen_without_its_held_out_images(tmp_path):
-    images = data.find("digits_train", tmp_path, tmp_path)
+    images = data.find(STUDIES["recipe"].world, tmp_path, tmp_path)
     assert images.test is None
     digits, chosen = open_source("digits", channels=1), open_source(images.train, channels=1)
     train, held_out = split_indices(digits.labels, holdout=0.2, seed=0)
@@ -148,22 +150,30 @@ def test_the_recipe_of_the_digits_is_chosen_without_its_held_out_images(tmp_path
     np.testing.assert_array_equal(chosen.labels, digits.labels[train])
 
 
-def test_the_published_binary_cifar_is_read(tmp_path):
-    folder = tmp_path / "cifar-10-batches-bin"
-    folder.mkdir()
-    rng = np.random.default_rng(0)
-    images, labels = rng.integers(0, 256, (6, 32, 32, 3), dtype=np.uint8), np.array([3, 1, 2, 0, 9, 5], np.uint8)
-    records = np.concatenate([labels[:, None], images.transpose(0, 3, 1, 2).reshape(6, -1)], axis=1)
-    records[:4].tofile(folder / "data_batch_1.bin")
-    records[4:].tofile(folder / "data_batch_2.bin")
-    records[:2].tofile(folder / "test_batch.bin")
-    train, test = data.find("cifar10", tmp_path, tmp_path / "prepared")
-    with np.load(train) as archive:
-        assert (archive["images"] == images).all()
-        assert (archive["labels"] == labels).all()
-        assert archive["names"][9] == "truck"
-    with np.load(test) as archive:
-        assert (archive["images"] == images[:2]).all()
+def write_cifar(folder, images, name="images"):
+    """Write the same few images for training and test; return their world."""
+    folder.mkdir(exist_ok=True)
+    for part in ("train", "test"):
+        np.savez(folder / f"cifar10_{part}.npz", **{name: images, "labels": np.arange(len(images))})
+    return replace(STUDIES["long"].world, images=(len(images), len(images)))
+
+
+def test_images_of_another_number_are_refused(tmp_path, capsys):
+    write_cifar(tmp_path, np.zeros((3, 32, 32, 3), np.uint8))
+    words = ["--study", "screen", "--minutes", "1", "--data", str(tmp_path), "--runs", str(tmp_path)]
+    assert quality.main([*words, "--json", str(tmp_path)]) == 1
+    expected = "expected 25,000 training and 10,000 test images of cifar10"
+    assert capsys.readouterr().err == f"data: {expected} in {tmp_path}, got 3 training and 3 test images\n"
+
+
+def test_prepared_images_are_those_of_the_folder(tmp_path):
+    prepared = tmp_path / "prepared"
+    for name, value in (("a", 1), ("b", 2), ("a", 1)):
+        world = write_cifar(tmp_path / name, np.full((3, 32, 32, 3), value, np.uint8))
+        with np.load(data.find(world, tmp_path / name, prepared).train) as archive:
+            assert (archive["images"] == value).all()
+    with pytest.raises(FileNotFoundError, match=r"^data: expected .*cifar10_train\.npz, got no such file$"):
+        data.find(world, tmp_path / "nowhere", prepared)
 
 
 def test_stored_differences_between_pixels_are_summed(tmp_path):
@@ -172,9 +182,8 @@ def test_stored_differences_between_pixels_are_summed(tmp_path):
     packed[..., ::2] -= images[..., 1:2]
     for axis in (2, 1):
         packed = np.diff(packed, axis=axis, prepend=np.uint8(0)).astype(np.uint8)
-    for part in ("train", "test"):
-        np.savez(tmp_path / f"cifar10_{part}.npz", residuals=packed, labels=np.arange(3, dtype=np.uint8))
-    with np.load(data.find("cifar10", tmp_path, tmp_path / "prepared").train) as archive:
+    world = write_cifar(tmp_path, packed, "residuals")
+    with np.load(data.find(world, tmp_path, tmp_path / "prepared").train) as archive:
         assert (archive["images"] == images).all()
 
 
@@ -189,19 +198,20 @@ def write_tar(path, images, labels):
             tar.addfile(member, file)
 
 
-def test_images_of_tar_files_are_decoded_once(tmp_path):
+def test_images_of_tar_files_are_decoded_once(tmp_path, monkeypatch):
     images, labels = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 3), dtype=np.uint8), [1, 0, 1]
+    world = replace(STUDIES["grid14"].world, images=(3, 3))
     with pytest.raises(FileNotFoundError, match=r"imagenette128_train\.tar"):
-        data.find("imagenette", tmp_path, tmp_path / "prepared")
+        data.find(world, tmp_path, tmp_path / "prepared")
     for part in ("train", "val"):
         write_tar(tmp_path / f"imagenette128_{part}.tar", images, labels)
-    found = data.find("imagenette", tmp_path, tmp_path / "prepared")
+    found = data.find(world, tmp_path, tmp_path / "prepared")
     with np.load(found.test) as archive:
         assert (archive["images"] == images).all()
         assert archive["labels"].tolist() == labels
         assert archive["names"].tolist() == ["class0", "class1"]
-    (tmp_path / "imagenette128_train.tar").write_bytes(b"")
-    assert data.find("imagenette", tmp_path, tmp_path / "prepared") == found
+    monkeypatch.setattr(data, "open_source", None)
+    assert data.find(world, tmp_path, tmp_path / "prepared") == found
 
 
 def results(**accuracies):
@@ -234,7 +244,7 @@ def test_pages_compare_with_dense_if_it_was_trained():
 
 def record_of(arm, seed=0, study="tiny"):
     options = {**TINY.pretrain, **ARMS[arm].options}
-    record = {"study": study, "arm": arm, "seed": seed, "epochs": 2}
+    record = {"study": study, "arm": arm, "seed": seed, "epochs": 2, "steps": 45, "test_images": 359}
     return {**record, "options": options, "finetune_options": TINY.finetune}
 
 
@@ -261,6 +271,8 @@ def test_stored_records_are_of_the_current_options(name):
     "change",
     [
         {"epochs": 3},
+        {"steps": 90},
+        {"test_images": 777},
         {"arm": PARTIAL},
         {"finetune_options": {"epochs": 2}},
         {"options": {**TINY.pretrain, "depth": 2}},
@@ -303,6 +315,30 @@ def test_steps_are_timed_relative_to_the_dense_arm(study, tmp_path, capsys):
     assert rows[DENSE]["to dense"] == rows[DENSE]["MACs to dense"] == 1
     assert rows[DEFAULT]["ms per image"] > 0
     assert rows[DEFAULT]["MACs to dense"] < 1
+
+
+def test_arms_without_a_step_of_their_own_are_timed_as_the_arm_of_equal_options(tmp_path, monkeypatch):
+    monkeypatch.setitem(STUDIES, "tiny", Study("tiny", TINY, (PARTIAL, DEFAULT, LONGER, DEEPER), epochs=2, seeds=1))
+    words = ["--results", str(tmp_path), "--json", str(tmp_path), "--time", "1", "--arms", LONGER, DEEPER]
+    assert quality.main(["--study", "tiny", *words]) == 0
+    rows = json.loads((tmp_path / "quality-tiny.json").read_text())["tables"]["training step"]
+    assert list(rows) == [PARTIAL, DEFAULT, DEEPER]
+    assert rows[PARTIAL][f"to {PARTIAL}"] == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["maskalign", "--time", "1"], "teacher: expected the folder of a model, got runs/grid14-teacher, which "),
+        (["imagenette", "--plot", "x.png"], "plot: expected records of arms such as 'PR-MIM, cells', got none"),
+    ],
+)
+def test_what_a_study_lacks_is_one_line(tmp_path, monkeypatch, capsys, words, line):
+    monkeypatch.chdir(tmp_path)
+    assert quality.main(["--json", str(tmp_path), "--study", *words]) == 1
+    printed = capsys.readouterr().err
+    assert printed.startswith(line)
+    assert printed.count("\n") == 1
 
 
 def test_the_figure_is_drawn_from_the_arms_at_hand(tmp_path):
@@ -348,6 +384,7 @@ def write_records(folder, **accuracies):
         for seed, value in enumerate(found):
             epochs = study.arm_epochs(arm)
             record = {"study": "long", "arm": arm, "seed": seed, "epochs": epochs, "macs_to_dense": 0.7}
+            record |= {"steps": study.steps(arm), "test_images": 10_000}
             options = {"options": study.options(arm), "finetune_options": study.world.finetune}
             records.save({**record, **options, **dict.fromkeys(tables.ACCURACIES, value)}, study, folder)
 
@@ -373,10 +410,15 @@ def test_verdicts_on_claims(tmp_path, capsys, cells, expected, code):
     assert "] - [" not in comparisons  # no rival has records
 
 
-def test_verdicts_are_printed_for_the_committed_records(capsys):
-    verdicts.main([])
-    printed = capsys.readouterr().out
-    assert f"[{DEFAULT}] - [{DENSE}]" in printed
+def test_claims_that_fail_are_the_misses_that_the_documentation_reports(capsys):
+    assert verdicts.main([]) == 1
+    claims = capsys.readouterr().out.split("goals ")[0].splitlines()
+    failed = [line for line in claims if line.endswith("FAIL")]
+    assert [line.split("], at least")[0] for line in failed] == [
+        f"long, linear: [{DEFAULT}] - [{DENSE}",
+        f"long, linear: [{DEFAULT}] - [{PARTIAL}",
+    ]
+    assert "-0.16 ± 0.14  [-0.78, +0.46]" in failed[0]
 
 
 def test_the_error_over_images_is_that_of_the_bootstrap():

@@ -104,6 +104,8 @@ class PixelLoss(nnx.Module):
 
         Raises
         ------
+        TypeError
+            If the patches do not hold floats.
         ValueError
             If shapes do not fit the plan, or the plan is on another grid.
         """

@@ -4,6 +4,7 @@ from jax import Array
 
 import prmim_core
 from prmim_core import Plan, Schedule
+from prmim_core._arrays import register_pytree
 
 
 def make_plan(
@@ -61,3 +62,6 @@ def make_plan(
         if array is not None and not isinstance(array, Array):
             raise TypeError(f"{name}: expected a jax.Array, got {type(array).__name__}")
     return prmim_core.make_plan(schedule, noise, visible, decoded, weights)
+
+
+register_pytree(Plan, None, "order", "schedule")  # also for plans of NumPy arrays

@@ -27,10 +27,11 @@ from prmim_jax.vit import (
     stack_blocks,
     wide,
 )
+from prmim_methods.checkpoints import read_json
 from prmim_methods.files import open_regular
 from prmim_methods.messages import one_line
 from prmim_methods.resize import resize_images, resize_table
-from prmim_methods.teacher import TeacherConfig, check_images, find_teacher, read_json, read_teacher
+from prmim_methods.teacher import TeacherConfig, check_images, find_teacher, read_teacher
 
 TeacherDtype = Literal["float32", "bfloat16"]
 Tensors = dict[str, NDArray[Any]]
@@ -299,7 +300,7 @@ def _weight_files(folder: Path) -> list[Path]:
     single = folder / "model.safetensors"
     if single.is_file():
         return [single]
-    index = read_json(folder / "model.safetensors.index.json")
+    index = read_json(folder / "model.safetensors.index.json", "teacher")
     if index is None:
         raise ValueError(f"teacher: expected weights in .safetensors files in {folder}, got no model.safetensors")
     return [folder / name for name in sorted(set(index.get("weight_map", {}).values()))]

@@ -21,8 +21,8 @@ from jax.typing import DTypeLike
 
 from prmim_core import Grid, num_offsets, offset_index
 from prmim_methods.positions import fixed_table
+from prmim_methods.sizes import LAYER_NORM_EPS
 
-LAYER_NORM_EPS = 1e-6
 BLOCK = 2**16
 
 Position = Literal["absolute", "raster", "learned", "relative", "relative_per_block"]

@@ -95,7 +95,7 @@ def find_checkpoint(source: str | os.PathLike[str]) -> CheckpointFiles:
         raise ValueError(f"source: expected shards of one format, got several in {path}")
     config, preprocessing = ({}, {})
     if path.is_dir():
-        config, preprocessing = (read_json(path / name) for name in ("config.json", "preprocessor_config.json"))
+        config, preprocessing = (read_json(path / name) or {} for name in ("config.json", "preprocessor_config.json"))
     return CheckpointFiles(str(path), files, kinds.pop(), config, preprocessing)
 
 
@@ -129,7 +129,7 @@ def _listed(names: list[str]) -> str:
 
 def _shards(index: Path) -> tuple[Path, ...]:
     """Return the files that an index lists, which are next to it."""
-    names = read_json(index).get("weight_map")
+    names = (read_json(index) or {}).get("weight_map")
     if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
         raise ValueError(f"source: expected an object weight_map in {index}, got {shown(names)}")
     files = []
@@ -159,21 +159,21 @@ def _is_torch(path: Path) -> bool:
     raise ValueError(f"source: expected {EXPECTED}, got {path}, which is no checkpoint")  # its content may be private
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Return the JSON object in a file; empty if there is no file.
+def read_json(path: Path, argument: str = "source") -> dict[str, Any] | None:
+    """Return the JSON object in a file; None if there is no such file.
 
     Raises
     ------
     ValueError
-        If the file holds something else.
+        If the path is no regular file, or holds something else; the message names the argument.
     """
     try:
         with open_regular(path) as file:
             content = json.loads(file.read(LARGEST_JSON))  # truncated JSON is invalid
     except FileNotFoundError:
-        return {}
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"source: expected JSON in {path}, got {one_line(error)}") from None
+        return None
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{argument}: expected JSON in {path}, got {one_line(error)}") from None
     if not isinstance(content, dict):
-        raise ValueError(f"source: expected a JSON object in {path}, got {type(content).__name__}")
+        raise ValueError(f"{argument}: expected a JSON object in {path}, got {type(content).__name__}")
     return content

@@ -54,8 +54,7 @@ def stages(schedule: Schedule) -> Iterator[tuple[int, int]]:
     >>> list(stages(Schedule(Grid((4, 4)), count_tokens(16, 0.75, 0.5))))
     [(4, 8), (4, 12)]
     """
-    sizes = schedule.stage_sizes
-    return zip(sizes, accumulate(sizes, initial=schedule.num_known(1)), strict=False)
+    return ((size, schedule.num_known(stage)) for stage, size in enumerate(schedule.stage_sizes, start=1))
 
 
 @dataclass(frozen=True)

@@ -4,11 +4,12 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from prmim_methods.architecture import config_of, encoder_of
+from prmim_methods.cost import CUSTOM
 from prmim_methods.encoder import EncoderOptions
 from prmim_methods.layouts import BEIT, PIXIO, TIMM, TIMM_RELATIVE, VIT, VIT_MAE, Layout, to_library
 from prmim_methods.mae import MAEConfig
 from prmim_methods.methods import METHODS
-from prmim_methods.sizes import Transformer
+from prmim_methods.sizes import LAYER_NORM_EPS, Transformer
 
 FORMATS = {
     "hf": "a folder for transformers",
@@ -17,8 +18,6 @@ FORMATS = {
     "torch.export": "a PyTorch program from images to features",
 }
 """Formats of ``prmim export``."""
-
-LAYER_NORM_EPS = 1e-6
 
 
 class LibraryModel(NamedTuple):
@@ -51,7 +50,11 @@ def exported_config(architecture: Mapping[str, Any]) -> EncoderOptions:
     """
     method = METHODS.get(str(architecture.get("method")))
     has_decoder = method is not None and issubclass(method, MAEConfig)
-    return config_of(architecture) if has_decoder else encoder_of(architecture)
+    if not has_decoder:
+        return encoder_of(architecture)
+    # Mixes of features are not exported, so any that fits all widths can stand for the user's.
+    is_custom = architecture.get("reconstruction") == CUSTOM
+    return config_of({**architecture, "reconstruction": "interpolate"} if is_custom else architecture)
 
 
 def transformers_model(config: EncoderOptions, *, encoder_only: bool = False) -> LibraryModel:
@@ -114,9 +117,17 @@ def preprocessor_options(config: EncoderOptions) -> dict[str, Any]:
     """Return the content of ``preprocessor_config.json``.
 
     It holds the centre crop and the pixel statistics of our evaluation. For images that are not square, it resizes
-    without keeping proportions.
+    without keeping proportions. It cannot clip to a ``pixel_range``.
+
+    Examples
+    --------
+    >>> from prmim_methods import MAEConfig
+    >>> found = preprocessor_options(MAEConfig(channels=1, pixel_range=(-50, 50)))
+    >>> found["rescale_factor"], found["image_mean"], found["image_std"]
+    (0.01, [0.0], [0.5])
     """
     height, width = config.image_size
+    low, high = config.pixel_range or (0, 255)
     size = {"height": height, "width": width}
     is_square = height == width
     return {
@@ -128,9 +139,9 @@ def preprocessor_options(config: EncoderOptions) -> dict[str, Any]:
         "do_center_crop": is_square,
         "crop_size": size,
         "do_rescale": True,
-        "rescale_factor": 1 / 255,
+        "rescale_factor": 1 / (high - low),
         "do_normalize": True,
-        "image_mean": list(config.pixel_mean),
+        "image_mean": [mean + low / (high - low) for mean in config.pixel_mean],
         "image_std": list(config.pixel_std),
     }
 

@@ -41,6 +41,11 @@ def open_regular(path: str | os.PathLike[str], mode: Literal["r", "a"] = "r") ->
     return file
 
 
+def expanded(path: str) -> Path:
+    """Return a path with `~` replaced by the home folder. `~` of an unknown user stays."""
+    return Path(os.path.expanduser(path))  # noqa: PTH111  # pathlib raises for an unknown user
+
+
 def _open_at_once(path: str, flags: int) -> int:
     # Without the flag, opening a named pipe waits for its other end. Windows has neither such pipes nor the flag.
     return os.open(path, flags | getattr(os, "O_NONBLOCK", 0), 0o666)

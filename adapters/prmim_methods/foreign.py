@@ -27,7 +27,7 @@ from prmim_methods.foreign_formats import (
 )
 from prmim_methods.messages import printable, shown
 from prmim_methods.positions import fit_positions
-from prmim_methods.sizes import VIT_SIZES
+from prmim_methods.sizes import LAYER_NORM_EPS, VIT_SIZES
 from prmim_methods.weight_files import (
     METADATA_KEY,
     architecture_of,
@@ -36,8 +36,6 @@ from prmim_methods.weight_files import (
     read_architecture,
 )
 
-LAYER_NORM_EPS = 1e-6
-"""Epsilon of our layer norms."""
 TABLE = "encoder.pos_embed"
 BIASES = "encoder.rel_pos_bias.relative_position_bias_table"
 MOST_NAMED = 3

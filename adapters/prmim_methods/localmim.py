@@ -78,7 +78,7 @@ class LocalMIMConfig(DecodingConfig):
         self._check_scales()
         self._check_layers()
         self._check_width("decoder_dim", "decoder_heads", self.decoder_size)
-        finest = int(max(self.scales_in_effect))
+        finest = max(int(max(self.scales_in_effect)), 1)
         if self.decoder_dim % finest:
             raise ValueError(f"decoder_dim: expected a multiple of {finest} for scale {finest}, got {self.decoder_dim}")
         if self.target == "hog" and (len(self.image_size) != 2 or min(self.image_size) < 2):

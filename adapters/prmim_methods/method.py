@@ -315,6 +315,9 @@ class DecodingConfig(MethodConfig):
         if self.throw_ratio > self.mask_ratio:
             raise ValueError(f"throw_ratio: expected at most mask_ratio {self.mask_ratio}, got {self.throw_ratio}")
         super().check()
+        if self.counts.masked == 0:
+            tokens = self.counts.num_tokens
+            raise ValueError(f"mask_ratio: expected at least one masked token of {tokens}, got {self.mask_ratio:g}")
         if self.num_supervised == 0:
             raise ValueError(
                 f"throw_ratio: expected at least one supervised token, got none ({self.counts}, "

@@ -2,6 +2,9 @@
 
 from dataclasses import dataclass, replace
 
+LAYER_NORM_EPS = 1e-6
+"""Epsilon of our layer norms."""
+
 
 @dataclass(frozen=True)
 class Transformer:

@@ -3,17 +3,17 @@
 Reads JSON only; the adapters read the weights.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
+from prmim_methods.checkpoints import read_json
 from prmim_methods.encoder import IMAGENET_MEAN, IMAGENET_STD
 from prmim_methods.files import is_special
 from prmim_methods.hub import find_folder, local_folder
-from prmim_methods.messages import one_line, shown
+from prmim_methods.messages import shown
 from prmim_methods.sizes import Transformer
 
 Family = Literal["clip", "vit", "dinov2"]
@@ -26,8 +26,6 @@ CONFIG_FILE = "config.json"
 LARGEST = 2**14
 """Upper bound of numbers in a configuration, far above published models."""
 MOST_LAYERS = 1000
-LARGEST_FILE = 2**20
-"""Most bytes read from a configuration."""
 DOWNLOADED = (CONFIG_FILE, "preprocessor_config.json", "*.safetensors", "*.safetensors.index.json")
 
 
@@ -183,7 +181,7 @@ def read_teacher(folder: Path) -> TeacherConfig:
     for path in folder.glob("*"):  # adapters open files by name, which would block on a pipe
         if is_special(path):
             raise ValueError(f"teacher: expected files in {folder}, got a pipe, a socket or a device: {path.name!r}")
-    config = read_json(folder / CONFIG_FILE)
+    config = read_json(folder / CONFIG_FILE, "teacher")
     if config is None:
         raise ValueError(f"teacher: expected a folder with a config.json, got {folder}, which has no such file")
     model_type = config.get("model_type")
@@ -229,22 +227,6 @@ def check_images(teacher: TeacherConfig, grid_shape: Sequence[int], channels: in
         raise ValueError(f"teacher: expected images of {teacher.channels} channels, or of 1 to repeat, got {channels}")
 
 
-def read_json(path: Path) -> dict[str, Any] | None:
-    """Read a JSON object; None if there is no such file."""
-    try:
-        if path.exists() and not path.is_file():
-            raise OSError("something other than a file")
-        with path.open("rb") as file:
-            content = json.loads(file.read(LARGEST_FILE))  # truncated JSON is invalid
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"teacher: expected JSON in {path}, got {one_line(error)}") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"teacher: expected a JSON object in {path}, got {type(content).__name__}")
-    return content
-
-
 def _read_size(options: dict[str, Any], folder: Path) -> Transformer:
     dim, heads = (_size(options[name], name, folder) for name in ("hidden_size", "num_attention_heads"))
     depth = _size(options["num_hidden_layers"], "num_hidden_layers", folder, at_most=MOST_LAYERS)
@@ -260,7 +242,7 @@ def _read_size(options: dict[str, Any], folder: Path) -> Transformer:
 
 
 def _read_statistics(folder: Path, family: Family, channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    preprocessing = read_json(folder / "preprocessor_config.json") or {}
+    preprocessing = read_json(folder / "preprocessor_config.json", "teacher") or {}
     kind = _KINDS[family]
     mean, std = (
         _numbers(preprocessing.get(name) or default, name, folder, at_least=least)

@@ -38,24 +38,6 @@ def dump_architecture(method: object) -> dict[str, str]:
     return {"format": "pt", METADATA_KEY: json.dumps(architecture_of(method))}
 
 
-def check_metadata(method: object, metadata: Mapping[str, str] | None, path: str | os.PathLike[str]) -> None:
-    """Raise ValueError unless a file holds weights of the method's architecture.
-
-    The message names the first field that differs.
-
-    Parameters
-    ----------
-    method
-        The method that loads the weights.
-    metadata
-        The metadata of the file.
-    path
-        The file, for messages.
-    """
-    got = read_architecture(metadata, path)
-    check_architecture(architecture_of(method), got)
-
-
 def read_architecture(metadata: Mapping[str, str] | None, path: str | os.PathLike[str]) -> dict[str, Any]:
     """Return the architecture in the metadata of a file; ValueError if there is none.
 

@@ -24,11 +24,12 @@ def save_program(encoder: ImageEncoder, path: str | os.PathLike[str]) -> None:
 
     Notes
     -----
-    ``torch.export.load(path).module()`` maps uint8 images (batch, image_size..., channels) of any batch size to
-    features (batch, dim). It normalizes the pixels.
+    ``torch.export.load(path).module()`` maps images (batch, image_size..., channels) of any batch size to features
+    (batch, dim). They are uint8, or float32 for an encoder with a ``pixel_range``. It normalizes the pixels.
     """
     config = encoder.config
     device = encoder.encoder.patch_embed.proj.bias.device
-    images = torch.zeros(2, *config.image_size, config.channels, dtype=torch.uint8, device=device)
+    dtype = getattr(torch, config.image_dtypes[-1])
+    images = torch.zeros(2, *config.image_size, config.channels, dtype=dtype, device=device)
     program = export(encoder, (images,), dynamic_shapes=({0: Dim("batch")},))
     write_atomically(path, lambda file: save(program, file))

@@ -16,11 +16,10 @@ from torch.utils.checkpoint import checkpoint
 
 from prmim_core import Grid, num_offsets
 from prmim_methods.positions import fixed_table
+from prmim_methods.sizes import LAYER_NORM_EPS
 from prmim_torch.cpu_kernels import attend, linear
 
 Position = Literal["absolute", "raster", "learned", "relative", "relative_per_block"]
-
-LAYER_NORM_EPS = 1e-6
 
 
 def constant_like(values: Sequence[float], like: Tensor) -> Tensor:

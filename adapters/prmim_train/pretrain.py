@@ -1,5 +1,6 @@
 """One pre-training run, from the options to the pictures."""
 
+import shlex
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -81,7 +82,7 @@ class Pretraining(Job[Engine]):
         self.attention = (
             AttentionMaps(RunDirectory(config.run_path), config, self.data) if config.method.needs_weights else None
         )
-        self.command = f"prmim pretrain --out {config.run_path} --resume"
+        self.command = shlex.join(["prmim", "pretrain", "--out", str(config.run_path), "--resume"])
         if config.probe_every is not None:
             if reason := why_not(self.data):
                 raise ValueError(f"probe_every: expected labelled images, some of them held out, but {reason}")

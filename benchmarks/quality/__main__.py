@@ -18,7 +18,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Continue a study and print its tables; return 1 if a training failed."""
+    """Continue a study and print its tables; return 1 if something failed."""
     start = time.monotonic()
     parser = argument_parser(__doc__)
     parser.add_argument("--study", choices=tuple(STUDIES), default="confirm", help="name of the study")
@@ -40,7 +40,7 @@ def main(arguments: list[str] | None = None) -> int:
     failure = ""
     if options.minutes > 0:
         try:
-            images = data.find(study.world.data, options.data, options.runs / "data")
+            images = data.find(study.world, options.data, options.runs / "data")
             runs = [
                 Run(study, arm, seed, images, options.runs, options.backend)
                 for arm, seed in study.order(options.arms or study.arms, options.seeds or study.seeds)
@@ -49,16 +49,19 @@ def main(arguments: list[str] | None = None) -> int:
             left = [run for run in runs if run.seed not in done[run.arm]]
             print(f"{study.name}: {len(runs) - len(left)} of {len(runs)} runs are done")
             carry_out(left, options.results, jobs=options.jobs, deadline=start + 60 * options.minutes)
-        except (FileNotFoundError, RuntimeError) as error:
+        except (FileNotFoundError, RuntimeError, ValueError) as error:
             failure = str(error)
     settings = {"study": study.name, "epochs": study.epochs}
     report = Report(f"quality-{study.name}", settings, options.json)
     tables.show(records.load(study, options.results), report)
-    if options.time:
-        time_steps(study, options.arms or list(study.arms), options.time, options.backend, report)
-    if options.plot is not None:
-        caption = f"{study.world.data}, {study.epochs} epochs. Bars: standard errors over seeds; no bar: one seed."
-        tables.draw(records.load_alike(study, options.results), options.plot, caption)
+    try:
+        if options.time:
+            time_steps(study, options.arms or list(study.arms), options.time, options.backend, report)
+        if options.plot is not None:
+            caption = f"{study.world.data}, {study.epochs} epochs. Bars: standard errors over seeds; no bar: one seed."
+            tables.draw(records.load_alike(study, options.results), options.plot, caption)
+    except (FileNotFoundError, ValueError) as error:
+        failure = failure or str(error)
     if failure:
         print(failure, file=sys.stderr)
     return bool(failure)

@@ -6,7 +6,9 @@ from dataclasses import dataclass, field, replace
 from itertools import chain, product
 from typing import Any
 
-from benchmarks.quality.config import Options, config_of, cost_ratio
+from benchmarks.quality.config import Options, config_of
+from prmim_train.report.inspect import cost_reports
+from prmim_train.run.budget import training_budget
 
 DENSE, PARTIAL, DEFAULT = "dense", "partial, random", "PR-MIM, cells"
 PATCHES = "visible, kernel, 2"
@@ -43,6 +45,8 @@ class World:
     ----------
     data
         Name of the data set; see :func:`benchmarks.quality.data.find`.
+    images
+        Numbers of training and test images. Records of other images do not count.
     pretrain, finetune
         Options of ``prmim pretrain`` and of ``prmim evaluate --protocol finetune``.
     minutes
@@ -50,6 +54,7 @@ class World:
     """
 
     data: str
+    images: tuple[int, int]
     pretrain: Options
     finetune: Options
     minutes: float = 2.0
@@ -96,13 +101,23 @@ class Study:
     def cost_ratio(self, arm: str) -> float:
         """Return the forward MACs of an arm relative to the first arm.
 
-        The first arm is dense or as published.
+        The first arm is dense or as published. Raises FileNotFoundError if the cost depends on a teacher that is not
+        there.
         """
-        return cost_ratio(*(config_of(self.options(name)) for name in (arm, self.arms[0])))
+        ours, first = (cost_reports(config_of(self.options(name))) for name in (arm, self.arms[0]))
+        if ours is None or first is None:
+            teacher = self.options(arm)["teacher"]
+            raise FileNotFoundError(f"teacher: expected the folder of a model, got {teacher}, which does not exist")
+        return ours[0].macs / first[0].macs
 
     def arm_epochs(self, arm: str) -> int:
         """Return the epochs of an arm."""
         return round(self.epochs / self.cost_ratio(arm)) if ARMS[arm].equal_compute else self.epochs
+
+    def steps(self, arm: str) -> int:
+        """Return the optimizer steps of an arm."""
+        config = config_of({**self.options(arm), "epochs": self.arm_epochs(arm)})
+        return training_budget(config, self.world.images[0]).total_steps
 
     def order(self, arms: Sequence[str], seeds: int) -> list[tuple[str, int]]:
         """Return the trainings in order, as arms and seeds.
@@ -120,7 +135,7 @@ class Study:
         return [(arm, seed) for group in groups for seed in range(seeds) for arm in group]
 
     def has(self, record: Mapping[str, Any]) -> bool:
-        """Return whether a record was trained with the current options of the study.
+        """Return whether a record was trained with the current options and images of the study.
 
         Whole configurations are compared: an omitted option equals its default, and an option that only the record has
         counts too. Raises ValueError or TypeError if the record's options are not valid options of ``prmim pretrain``.
@@ -130,6 +145,7 @@ class Study:
             arm in self.arms
             and _comparable(self.options(arm)) == _comparable(record["options"])
             and record["epochs"] == self.arm_epochs(arm)
+            and (record["steps"], record["test_images"]) == (self.steps(arm), self.world.images[1])
             and (not self.finetuned or json.loads(json.dumps(self.world.finetune)) == record.get("finetune_options"))
         )
 
@@ -229,6 +245,7 @@ ARMS |= RECIPE_ARMS
 
 DIGITS = World(
     data="digits",
+    images=(1438, 359),
     pretrain={
         "channels": 1,
         "image_size": 16,
@@ -251,11 +268,12 @@ DIGITS = World(
 )
 """A quick check that everything works: 8 x 8 tokens, encoder width 96."""
 
-DIGITS_TRAIN = replace(DIGITS, data="digits_train", pretrain={**DIGITS.pretrain, "holdout": 0.2})
+DIGITS_TRAIN = replace(DIGITS, data="digits_train", images=(1150, 288), pretrain={**DIGITS.pretrain, "holdout": 0.2})
 """The training images of the embedded digits only; a fifth of them is held out, by seed."""
 
 CIFAR = World(
     data="cifar10",
+    images=(25_000, 10_000),
     pretrain={
         "image_size": 32,
         "patch_size": 4,
@@ -293,6 +311,7 @@ CIFAR_GRID16 = replace(CIFAR, pretrain={**CIFAR.pretrain, "patch_size": 2})
 
 GRID14 = World(
     data="imagenette",
+    images=(9469, 2000),
     pretrain={
         **CIFAR.pretrain,
         "image_size": 112,
@@ -335,6 +354,7 @@ SIMMIM = replace(
 
 IMAGENETTE = World(
     data="imagenette",
+    images=(9469, 2000),
     pretrain={
         "image_size": 112,
         "patch_size": 8,
@@ -344,7 +364,6 @@ IMAGENETTE = World(
         "decoder_heads": 6,
         "batch_size": 512,
         "base_learning_rate": 6e-4,
-        "holdout": 0.2,
         "clip_grad": 1.0,
         "precision": "bfloat16",
         "compile": True,
@@ -352,7 +371,7 @@ IMAGENETTE = World(
     },
     finetune={"batch_size": 256, "epochs": 50, "workers": 8},
 )
-"""One GPU: 14 x 14 tokens, ViT-Ti, decoder of the same width; a fifth of the training images is held out."""
+"""One GPU: 14 x 14 tokens, ViT-Ti, decoder of the same width."""
 
 OTHER_ARMS = (
     *("PR-MIM 0.25", "PR-MIM 0.65", "partial 0.25, random", "partial 0.65, random"),

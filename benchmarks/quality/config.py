@@ -1,11 +1,10 @@
-"""Configurations of trainings, and their cost relative to the dense method."""
+"""Configurations of trainings."""
 
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from prmim_train.config.pretrain import PretrainConfig, pretrain_config
-from prmim_train.report.inspect import cost_reports
 from prmim_train.run.directory import RunDirectory
 from prmim_train.run.prepare import read_run_config
 
@@ -21,11 +20,3 @@ def config_of(options: Options) -> PretrainConfig:
 def stored_config(folder: Path) -> PretrainConfig:
     """Return the configuration of the run in a folder."""
     return read_run_config(RunDirectory(folder))
-
-
-def cost_ratio(config: PretrainConfig, dense: PretrainConfig) -> float:
-    """Return the forward MACs of a configuration relative to those of another one."""
-    ours, other = (cost_reports(each) for each in (config, dense))
-    assert ours is not None  # None: methods with a teacher of unknown size
-    assert other is not None
-    return ours[0].macs / other[0].macs

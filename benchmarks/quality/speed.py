@@ -9,7 +9,7 @@ from functools import partial
 
 import numpy as np
 
-from benchmarks.quality.arms import ARMS, DENSE, Study
+from benchmarks.quality.arms import Study
 from benchmarks.quality.config import config_of
 from benchmarks.report import Report, ratio, take_turns
 from prmim_train.run.budget import training_budget
@@ -19,11 +19,18 @@ WARM_UP = 2
 
 
 def time_steps(study: Study, arms: list[str], repeats: int, backend: str, report: Report) -> None:
-    """Print step times relative to dense, for arms with distinct training steps."""
-    timed = [DENSE, *(arm for arm in arms if arm != DENSE and not (ARMS[arm].detached or ARMS[arm].equal_compute))]
-    configs = {arm: config_of({**study.options(arm), "backend": backend}) for arm in timed}
-    batch = configs[DENSE].batch_size
-    shape = (batch, *configs[DENSE].method.image_size, configs[DENSE].method.channels)
+    """Print step times relative to the first arm.
+
+    Arms of equal options have the same step, which is timed under the name of the first of them.
+    """
+    first = study.arms[0]
+    timed = [
+        next(other for other in study.arms if study.options(other) == study.options(arm)) for arm in (first, *arms)
+    ]
+    costs = {arm: study.cost_ratio(arm) for arm in timed}
+    configs = {arm: config_of({**study.options(arm), "backend": backend}) for arm in costs}
+    batch = configs[first].batch_size
+    shape = (batch, *configs[first].method.image_size, configs[first].method.channels)
     images = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
 
     def step(engine: Engine) -> None:
@@ -37,7 +44,7 @@ def time_steps(study: Study, arms: list[str], repeats: int, backend: str, report
         }
         times = take_turns({arm: partial(step, engine) for arm, engine in engines.items()}, repeats, warm_up=WARM_UP)
     rows = {
-        arm: (1e3 * statistics.median(seconds) / batch, ratio(seconds, times[DENSE]), study.cost_ratio(arm))
+        arm: (1e3 * statistics.median(seconds) / batch, ratio(seconds, times[first]), costs[arm])
         for arm, seconds in times.items()
     }
-    report.table("training step", {"ms per image": ".3f", "to dense": ".2f", "MACs to dense": ".3f"}, rows)
+    report.table("training step", {"ms per image": ".3f", f"to {first}": ".2f", f"MACs to {first}": ".3f"}, rows)

@@ -195,8 +195,14 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def draw(results: Results, path: Path, caption: str) -> None:
-    """Draw accuracy against throw ratio; error bars are standard errors over seeds."""
-    shown = [name for name in ACCURACIES if any(values(runs, name) for runs in results.values())]
+    """Draw accuracy against throw ratio; error bars are standard errors over seeds.
+
+    Raises ValueError without records of arms that throw.
+    """
+    thrown = [arm for _, arms in LINES.values() for share, arm in arms.items() if share]
+    shown = [name for name in ACCURACIES if any(values(results.get(arm, {}), name) for arm in thrown)]
+    if not shown:
+        raise ValueError(f"plot: expected records of arms such as {thrown[0]!r}, got none")
     figure = new_figure(3.4 * len(shown), 3.0)
     for axes, name in zip(figure.subplots(1, len(shown), sharex=True, squeeze=False)[0], shown, strict=True):
         for label, (colour, arms) in LINES.items():

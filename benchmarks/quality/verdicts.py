@@ -2,7 +2,8 @@
 
 OPEN means that records are missing. Exits with 1 if a claim or a goal fails. Comparisons with controls are printed
 without a verdict. The number after ± is the standard error over seeds; the number in brackets is the standard error
-over test images.
+over test images. The interval is Student's t interval over seeds. The verdict follows from the rule that was fixed in
+advance, in standard errors, and not from the interval.
 """
 
 import argparse
@@ -10,6 +11,8 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+
+import scipy.stats
 
 from benchmarks.quality import records
 from benchmarks.quality.__main__ import RESULTS
@@ -30,8 +33,11 @@ from benchmarks.report import Report
 SEEDS = 3
 """Seeds that a claim needs."""
 
-Cells = tuple[str | None, int | None, str]
-"""Points, seeds, and the verdict."""
+CONFIDENCE = 0.95
+"""Confidence level of the intervals."""
+
+Cells = tuple[str | None, str | None, int | None, str]
+"""Points, their interval, seeds, and the verdict."""
 
 
 @dataclass(frozen=True)
@@ -148,6 +154,21 @@ COMPARISONS = (
 """Comparisons with controls."""
 
 
+def interval(values: list[float]) -> str:
+    """Return the t interval of a mean, with one degree of freedom less than values.
+
+    Examples
+    --------
+    >>> interval([1.0, 2.0, 3.0]), interval([1.0])
+    ('[-0.48, +4.48]', '')
+    """
+    if len(values) < 2:
+        return ""
+    mean, error = mean_and_error(values)
+    reach = error * scipy.stats.t.ppf((1 + CONFIDENCE) / 2, len(values) - 1)
+    return f"[{mean - reach:+.2f}, {mean + reach:+.2f}]"
+
+
 def judge(values: list[float], errors: int | None) -> str:
     """Return the verdict on differences of single seeds.
 
@@ -187,14 +208,15 @@ def together(verdicts: list[str], least: int | None = None) -> str:
 def rows(found: Results, claim: Claim) -> dict[str, Cells]:
     """Return a line for each measure of a claim.
 
-    Difference in points, seeds, and the verdict.
+    Difference in points, its interval, seeds, and the verdict.
     """
     lines: dict[str, Cells] = {}
     for measure in claim.measures:
         values = differences(found, claim.arm, claim.other, measure)
         label = f"{claim.study}, {ACCURACIES[measure]}: [{claim.arm}] - [{claim.other}]{claim.needed}"
         difference = points(found, claim.arm, claim.other, measure)
-        lines[label] = (difference, len(values), judge(values, claim.errors))
+        in_points = [100 * value for value in values]
+        lines[label] = (difference, interval(in_points), len(values), judge(values, claim.errors))
     return lines
 
 
@@ -205,7 +227,9 @@ def cost_row(claim: CostClaim) -> dict[str, Cells]:
     """
     share = STUDIES[claim.study].cost_ratio(claim.arm)
     verdict = "PASS" if share <= claim.share else "FAIL"
-    return {f"{claim.study}, MACs: [{claim.arm}] / [{DENSE}], at most {claim.share}": (f"{share:.3f}", None, verdict)}
+    return {
+        f"{claim.study}, MACs: [{claim.arm}] / [{DENSE}], at most {claim.share}": (f"{share:.3f}", None, None, verdict)
+    }
 
 
 def lines_of(found: Mapping[str, Results], claim: Claim | CostClaim) -> dict[str, Cells]:
@@ -242,7 +266,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     found = {name: records.load(study, options.results) for name, study in STUDIES.items()}
     report = Report("verdicts", {"seeds needed": SEEDS}, None)
-    columns = {"points": "", "seeds": "d", "verdict": ""}
+    columns = {"points": "", f"{CONFIDENCE:.0%} interval": "", "seeds": "d", "verdict": ""}
 
     def table(title: str, claims: Claims) -> None:
         lines = {label: cells for claim in claims for label, cells in lines_of(found, claim).items()}

@@ -94,8 +94,9 @@ def weighted_draw(
     """Draw candidates without replacement in proportion to weights, in drawing order.
 
     An exponential race: token i arrives at time -log(u_i) / w_i, where u_i in (0, 1) is the `noise.uniform` of its
-    noise. The first arrivals are drawn. Tokens of weight 0 arrive at infinity, after all others. Of equal times, the
-    lower raster number comes first. Positive weights below 2^-100 count as 2^-100, so all times are finite in float32.
+    noise. The first arrivals are drawn. Positive weights below 2^-100 count as 2^-100, so all times are finite in
+    float32. Tokens of weight 0 race after all others: they arrive at (17 - log(u_i)) / 2^-100, where 17 is above all
+    values of -log(u_i). Of equal times, the lower raster number comes first.
 
     Examples
     --------
@@ -107,7 +108,8 @@ def weighted_draw(
     arrival = {}
     for token in candidates:
         rate = max(weights[token], 2.0**-100)
-        arrival[token] = -math.log(uniform(noise[token])) / rate if weights[token] > 0 else math.inf
+        start = 0 if weights[token] > 0 else 17
+        arrival[token] = (start - math.log(uniform(noise[token]))) / rate
     return sorted(candidates, key=lambda token: (arrival[token], token))[:num_drawn]
 
 

@@ -1,3 +1,5 @@
+import tracemalloc
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -111,6 +113,23 @@ def test_blocks_of_any_size_give_the_same(monkeypatch, pairs):
     expected = nearest_known_distance(grid, is_known)
     monkeypatch.setattr(prmim_core.coverage, "_PAIRS_AT_ONCE", pairs)
     np.testing.assert_array_equal(nearest_known_distance(grid.positions, is_known), expected)
+
+
+@pytest.mark.parametrize("pairs", [1, 50, 10**9])
+def test_blocks_of_an_axis_give_the_same(monkeypatch, pairs):
+    grid = GRIDS[3]
+    is_known = known_masks(grid.num_tokens)
+    expected = nearest_known_distance(grid.positions, is_known)
+    monkeypatch.setattr(prmim_core.coverage, "_PAIRS_OF_AN_IMAGE", pairs)
+    np.testing.assert_array_equal(nearest_known_distance(grid, is_known), expected)
+
+
+def test_memory_of_a_long_axis_is_bounded():
+    is_known = np.zeros((1, 4096), dtype=bool)
+    tracemalloc.start()
+    nearest_known_distance(Grid((4096,)), is_known)
+    assert tracemalloc.get_traced_memory()[1] < 2**25  # all pairs would take 64 MiB
+    tracemalloc.stop()
 
 
 @pytest.mark.parametrize("measure", [nearest_known_distance, covering_radius])

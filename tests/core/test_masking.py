@@ -86,8 +86,8 @@ def test_weighted_visible_matches_the_reference(xp, num_visible):
 
 def arrivals(tokens):
     uniforms = np.asarray([[reference.noise.uniform(value) for value in row] for row in NOISE.tolist()])
-    with np.errstate(divide="ignore"):
-        times = -np.log(uniforms) / WEIGHTS
+    late = 17 * (WEIGHTS == 0)
+    times = (late - np.log(uniforms)) / np.maximum(WEIGHTS, 2.0**-100)
     return np.take_along_axis(times, tokens, axis=1)
 
 
@@ -104,6 +104,15 @@ def test_the_smallest_weights_still_come_before_those_of_zero(xp):
     expected = reference.masking.weighted_visible(6, noise[0].tolist(), weights[0].tolist())
     xp.assert_equal(drawn, np.asarray([expected]), dtype="index")
     assert expected == [2, 1, 4, 0, 3, 5]
+
+
+def test_tokens_of_weight_zero_are_drawn_uniformly():
+    noise = counter_noise(0, 0, np.arange(20_000), 5)
+    weights = np.broadcast_to(np.float32([0, 0, 1, 0, 0]), noise.shape)
+    order = weighted_visible(5, noise, weights)
+    assert (order[:, 0] == 2).all()
+    for place in (1, 4):
+        assert stats.chisquare(np.bincount(order[:, place], minlength=5)[[0, 1, 3, 4]]).pvalue > 1e-6
 
 
 def test_scale_of_the_weights_does_not_matter():

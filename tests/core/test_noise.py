@@ -125,6 +125,7 @@ def test_an_empty_batch_has_no_noise(xp):
         ((0, -1, SAMPLES, 4), ValueError, r"step: expected an integer in \[0, 2\*\*31\), got -1"),
         ((0, 2**31, SAMPLES, 4), ValueError, "step: .* got 2147483648"),
         ((0, 1.5, SAMPLES, 4), TypeError, "step: expected an integer.*, got 1.5"),
+        ((0, np.arange(2), SAMPLES, 4), ValueError, r"step: expected an integer.* of one element, got shape \(2,\)"),
         ((0, np.asarray([1.5]), SAMPLES, 4), TypeError, "step: expected an integer.*, got float64"),
         ((0, np.asarray([-1]), SAMPLES, 4), ValueError, "step: .* got -1"),
         ((0, np.asarray(2**31), SAMPLES, 4), ValueError, "step: .* got 2147483648"),

@@ -300,6 +300,7 @@ NOBODY = np.zeros((2, 4), dtype=bool)
         ((Grid((4,)), 1, NOISE[0]), ValueError, r"noise: .* got \(4,\)"),
         ((np.arange(4), 1, NOISE), ValueError, r"positions: expected a Grid or shape \(N, axes\), got shape \(4,\)"),
         ((np.zeros((4, 2)), 1, NOISE), TypeError, "positions: expected integers, got float64"),
+        ((2**15 * np.eye(4, 2, dtype=int), 1, NOISE), ValueError, r"positions: .* below 2\*\*30 .* got 2147483648"),
         ((Grid((4,)), 1, NOISE, NOISE), TypeError, "is_known: expected bool, got int32"),
         ((Grid((4,)), 1, NOISE, None, NOISE), TypeError, "is_candidate: expected bool, got int32"),
         ((Grid((4,)), 1, NOISE, NOBODY[:1]), ValueError, r"is_known: .* shape of noise, \(2, 4\), got \(1, 4\)"),

@@ -224,6 +224,22 @@ def test_a_window_is_accurate_where_the_image_is_bright_and_flat():
 
 
 @pytest.mark.parametrize(
+    "call",
+    [
+        normalize_patches,
+        lambda x: image_statistics(x, 1),
+        lambda x: window_statistics(x, 1, Grid((2,))),
+        lambda x: patch_statistics(x, 1),
+        lambda x: normalize_over_image(x, x, 1),
+    ],
+)
+@pytest.mark.parametrize("xp", ["numpy", "torch", "jax"], indirect=True)
+def test_unsigned_integers_are_refused_because_their_differences_wrap_around(xp, call):
+    with pytest.raises(TypeError, match=r"^patches: expected floats, got .*uint8$"):
+        xp.run(call, np.uint8([[[10, 200], [3, 250]]]))
+
+
+@pytest.mark.parametrize(
     ("call", "error", "message"),
     [
         (lambda: patch_grid((4, 5), (2, 2)), ValueError, r"patch_size: .* divide the image \(4, 5\), got \(2, 2\)"),

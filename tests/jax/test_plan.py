@@ -1,5 +1,8 @@
 """The plan inside compiled functions."""
 
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -127,3 +130,14 @@ def test_an_empty_batch_has_an_empty_plan():
     assert plan.order.shape == (0, 24)
     assert plan.restore.shape == (0, 24)
     plan.check()
+
+
+def test_a_plan_of_numpy_arrays_is_a_pytree_before_any_plan_of_jax():
+    # In a process of its own: in this one other tests have made plans.
+    program = """
+import jax, numpy as np, prmim_jax
+from prmim_core import Grid, Plan, Schedule, TokenCounts
+plan = Plan(np.asarray([[3, 1, 2, 0]]), Schedule(Grid((4,)), TokenCounts(1, 1, 2)))
+assert jax.eval_shape(lambda plan: plan.visible, plan).shape == (1, 1)
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)

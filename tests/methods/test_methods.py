@@ -352,6 +352,7 @@ def test_none_stands_for_the_default():
         ({"image_size": 7, "patch_size": 1}, (1,), (12,), (1,)),
         ({"scales": (8, 0.5), "layers": (3, 12)}, (8, 0.5), (3, 12), (2, 32)),
         ({"scales": 1}, (1,), (12,), (16,)),
+        ({"scales": 0.5}, (0.5,), (12,), (32,)),
     ],
     ids=str,
 )
@@ -480,6 +481,8 @@ WRONG = [
      "throw_ratio: expected at most mask_ratio 0.3, got 0.30000000000000004"),
     ("simmim", {"throw_ratio": 0.7}, ValueError, "throw_ratio: expected at most mask_ratio 0.6, got 0.7"),
     ("simmim", {"mask_ratio": 0.2}, ValueError, "throw_ratio: expected at most mask_ratio 0.2, got 0.25"),
+    ("videomae", {"mask_ratio": 0.001, "throw_ratio": 0}, ValueError,
+     "mask_ratio: expected at least one masked token of 1568, got 0.001"),
     ("mae", {**MAE, "throw_ratio": 0.75, "reconstruction": "none"}, ValueError,
      f"throw_ratio: expected at least one supervised token, got none ({THROWN}, reconstruction 'none', "
      "thrown_weight 1)"),

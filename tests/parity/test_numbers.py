@@ -140,6 +140,7 @@ CASES = {
         "localmim",
         {"image_size": (12, 20), "patch_size": (4, 4), "channels": 2, "scales": (4, 1), "thrown_weight": 0.25},
     ),
+    "localmim-coarse": ("localmim", {"scales": (0.5,), "layers": (2,)}),
     "localmim-plain-clip": ("localmim", {**CLIP, "target": "pixels", "reconstruction": "none"}),
 }
 

@@ -22,6 +22,7 @@ from prmim_train.cli.options import (
     classify_options,
     command_option,
     convert,
+    inherited,
     pretrain_options,
     read_classify_options,
     read_config,
@@ -31,7 +32,7 @@ from prmim_train.cli.options import (
 from prmim_train.config.layers import merge_layers, recipe_names
 from prmim_train.config.packages import check_installed
 from prmim_train.config.training import DIGITS, SOURCE_OPTIONS
-from prmim_train.run.processes import FailedElsewhereError, adopt_srun, is_main, launched, say
+from prmim_train.run.processes import FailedElsewhereError, adopt_srun, is_main, launched
 
 EXIT_USAGE = 2
 EXIT_FAILURE = 1
@@ -187,7 +188,7 @@ def _pretrain(command: Command, name: str, given: dict[str, str]) -> None:
     from prmim_train.pretrain import pretrain
 
     options = command.options()
-    pretrain(read_config(given, _parser(command, name), options, say))
+    pretrain(read_config(given, _parser(command, name), options))
 
 
 def _inspect(command: Command, name: str, given: dict[str, str]) -> None:
@@ -197,8 +198,8 @@ def _inspect(command: Command, name: str, given: dict[str, str]) -> None:
 
     options = [item for item in command.options() if item.name != "sheet"]
     sheet = given.get("sheet")
-    given = {option: text for option, text in given.items() if option not in ("resume", "sheet")}
-    config = read_config(given, _parser(command, name), options, say)
+    given = {option: text for option, text in given.items() if option != "sheet"}
+    config = read_config(given, _parser(command, name), options)
     if sheet is not None:
         from prmim_train.report.sheet import sheet_command
 
@@ -253,7 +254,7 @@ def _evaluate_groups() -> dict[str, list[Option]]:
             ),
             _config_option("evaluate", note=" For finetune and linear with lars."),
             *frozen,
-            command_option("eval_limit", int | None, limit),
+            command_option("eval_limit", int, limit),
             command_option("baselines", bool, others, True),
         ],
         **own,
@@ -272,8 +273,7 @@ def _evaluate(command: Command, name: str, given: dict[str, str]) -> None:
     if solver is not None and protocol != "linear":
         raise ValueError(f"solver: expected --protocol linear with it, got {protocol or 'no protocol'}")
     is_trained = protocol == "finetune" or solver == "lars"
-    trained = {item.name for items in classify_options().values() for item in items}
-    own = trained if is_trained else FROZEN_OPTIONS
+    own = _trained_options() if is_trained else FROZEN_OPTIONS
     for option in arguments:
         if option not in {"run", "protocol", *own}:
             wanted = "knn, or linear by lbfgs" if is_trained else "finetune, or linear --solver lars"
@@ -290,9 +290,14 @@ def _evaluate(command: Command, name: str, given: dict[str, str]) -> None:
         evaluate_command(**arguments)
 
 
+def _trained_options() -> set[str]:
+    """Return the names of the options of a classifier's training, without the protocol."""
+    return {item.name for items in classify_options().values() for item in items}
+
+
 def _with_classify_file(arguments: dict[str, Any], config: str, command: Command, name: str) -> dict[str, Any]:
     """Merge the command line over a file of classifier options."""
-    trained = {item.name for items in classify_options().values() for item in items} | {"protocol"}
+    trained = {"protocol", *_trained_options()}
     items = [item for item in command.options() if item.name in trained]
     options = read_classify_options(config, _parser(command, name), items)
     protocol = options.setdefault("protocol", arguments.get("protocol"))
@@ -310,11 +315,11 @@ def _picture_groups() -> dict[str, list[Option]]:
     return {
         "": [
             RUN_OPTION,
-            command_option("data", str | None, "Images, in place of those of the run; see prmim pretrain --help."),
-            command_option("holdout", float | None, "Fraction of held-out images, in place of the run's."),
-            command_option("device", str | None, "Device, in place of the run's: auto, cpu, cuda or mps."),
+            command_option("data", str, "Images, in place of those of the run; see prmim pretrain --help."),
+            command_option("holdout", float, "Fraction of held-out images, in place of the run's."),
+            command_option("device", str, "Device, in place of the run's: auto, cpu, cuda or mps."),
             command_option("kind", str | None, kinds),
-            command_option("pictures", int | None, "Number of images to draw."),
+            command_option("pictures", int, "Number of images to draw."),
             command_option("allow_changes", bool, "Draw even if the images of the run have changed.", False),
         ]
     }
@@ -350,25 +355,19 @@ def _features_groups() -> dict[str, list[Option]]:
     named = {item.name: item for items in pretrain_options().values() for item in items}
     size = find_option(ClassifierConfig, "image_size")
     run = command_option("run", str, "Folder of the run, or a file of weights.")
-    keys, inherited = (
-        [
-            command_option(name, named[name].type | None, f"{named[name].help} Not given: as in the run.")
-            for name in names
-        ]
-        for names in (KEYS, ("frame_stride", "volumes", "spacing", "device", "precision", "backend"))
-    )
+    others = ("frame_stride", "volumes", "spacing", "device", "precision", "backend")
     return {
         "": [
             run,
-            command_option("data", str | None, "Images: see prmim pretrain --help. Not given: those of the run."),
-            *keys,
+            command_option("data", str, "Images: see prmim pretrain --help. Not given: those of the run."),
+            *(inherited(named[name]) for name in KEYS),
             command_option("out", str, "File to write: .npz or .parquet."),
             command_option("pool", str, "mean: the mean of the patch tokens; cls: the class token.", "mean"),
             command_option("layer", int | None, "Block whose output is written, from 1. Null: the encoder's output."),
             size,
             command_option("checkpoint", int | None, "Step of the run's checkpoint. Null: the last one."),
             command_option("batch_size", int, "Images per forward pass, in each process.", 64),
-            *inherited,
+            *(inherited(named[name]) for name in others),
         ]
     }
 
@@ -407,7 +406,9 @@ def _push_groups() -> dict[str, list[Option]]:
             RUN_OPTION,
             CHECKPOINT_OPTION,
             command_option("private", bool, "Create a new repository as private.", False),
-            command_option("pictures", bool, "Upload the pictures of the run, which show some of its images.", True),
+            command_option(
+                "pictures", bool, "Upload the pictures of this checkpoint, which show some images of the run.", True
+            ),
         ]
     }
 

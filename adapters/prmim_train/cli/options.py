@@ -6,7 +6,7 @@ Records declare the options; jsonargparse writes the help and converts the value
 import dataclasses
 import difflib
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +23,13 @@ from prmim_train.config.pretrain import (
     change,
     pretrain_config,
     pretrain_option_names,
+    run_folder,
     special_option_names,
 )
-from prmim_train.config.training import DIGITS
+from prmim_train.config.training import DIGITS, OF_DATA
 from prmim_train.run.directory import RunDirectory
 from prmim_train.run.prepare import measured_range
+from prmim_train.run.processes import say
 
 AUTO = "auto"
 """Value of `pixel_range` that measures the range on the images, unless the run has stored one."""
@@ -108,8 +110,7 @@ def classify_options() -> dict[str, list[Option]]:
 
     def complete(item: Option) -> Option:
         if item.name in INHERITED:
-            text = f"{item.help} Not given: as in the run."
-            return dataclasses.replace(item, default=None, rule=_with_help(item.rule, text))
+            return inherited(item)
         owners = [name for name, foreign in FOREIGN.items() if item.name not in foreign]
         text = item.help + (f" For {owners[0]} only." if len(owners) == 1 else "")
         values = {protocol: item.check(recipe.get(item.name, item.default)) for protocol, recipe in defaults.items()}
@@ -119,6 +120,13 @@ def classify_options() -> dict[str, list[Option]]:
 
     grouped = _grouped(ClassifyConfig)
     return {group: [complete(item) for item in items if item.name != "protocol"] for group, items in grouped.items()}
+
+
+def inherited(item: Option) -> Option:
+    """Return an option whose value comes from the run unless it is given."""
+    unless = ", unless --data names other images" if item.name in OF_DATA else ""
+    text = f"{item.help} Not given: as in the run{unless}."
+    return dataclasses.replace(item, default=None, rule=_with_help(item.rule, text))
 
 
 def _grouped(record: type) -> dict[str, list[Option]]:
@@ -306,10 +314,10 @@ def suggest(name: str, known: Collection[str], prefix: str = "") -> str:
     return f"; did you mean {prefix}{close[0]}?" if close else ""
 
 
-def read_config(
-    given: Mapping[str, str], parser: ArgumentParser, items: Sequence[Option], say: Callable[[str], None]
-) -> PretrainConfig:
+def read_config(given: Mapping[str, str], parser: ArgumentParser, items: Sequence[Option]) -> PretrainConfig:
     """Merge the layers of options and return the validated configuration.
+
+    Prints a line if options come from a source that the user did not name.
 
     Parameters
     ----------
@@ -319,8 +327,6 @@ def read_config(
         The parser of the command.
     items
         Its options.
-    say
-        Prints a line for the user if options come from a source that the user did not name.
     """
     config_file = given.get("config")
     found = {} if config_file is None else read_options(config_file)
@@ -334,19 +340,21 @@ def read_config(
     layers = [line]
     if config_file is not None:
         layers.insert(0, _convert_file(found, config_file, parser, items))
-    config = _with_recipe(layers)
-    if config.resume and RunDirectory.holds_run(config.run_path):
-        run = RunDirectory(config.run_path)
+    merged = _with_recipe(layers)
+    run = RunDirectory(run_folder(**merged))
+    if merged.get("resume") and RunDirectory.holds_run(run.path):
+        # The given options need to suit the options of the run, not those of a new run.
         own = _convert_file(parse_options(run.read_config(), str(run.path)), str(run.path), parser, items)
         out = {"out": str(run.path), "resume": True}
         return pretrain_config(**merge_layers(own, *layers, out))
+    config = pretrain_config(**merged)
     if is_auto:
         low, high = measured_range(config)
         config = change(config, pixel_range=(low, high))
         say(f"Pixel range: {low:g},{high:g}, measured on the images.")
     if config.resume:
         # Schedulers repeat the same command, which then starts the run the first time.
-        say(f"No run in {config.run_path} yet: starting a new one.")
+        say(f"No run in {config.run_path} yet: --resume starts a new one.")
     if config.data == DIGITS:
         which = "No --data given" if "data" not in merge_layers(*layers) else "Data"
         say(
@@ -380,17 +388,18 @@ def read_classify_options(name_or_path: str, parser: ArgumentParser, items: Sequ
     return _convert_file(found, name_or_path, parser, items)
 
 
-def _with_recipe(layers: Sequence[Mapping[str, Any]]) -> PretrainConfig:
+def _with_recipe(layers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Merge layers of options, over the recipe of the digits if they are the data."""
     merged = merge_layers(*layers)
     if merged.get("data", DIGITS) != DIGITS:
-        return pretrain_config(**merged)
-    return pretrain_config(**merge_layers(read_options(DIGITS), *layers))
+        return merged
+    return merge_layers(read_options(DIGITS), *layers)
 
 
 def _convert_file(
     found: Mapping[str, Any], name: str | Path, parser: ArgumentParser, items: Sequence[Option]
 ) -> dict[str, Any]:
-    known = {item.name for item in items} - {"config", "traceback"}
+    known = {item.name for item in items} - {"config"}
     for key in found:
         if key not in known:
             raise ValueError(f"{one_line(key)}: unknown option in {name}{suggest(key, known)}")

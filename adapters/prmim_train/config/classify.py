@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from prmim_methods import ClassifierConfig, classifier
+from prmim_methods.files import expanded
 from prmim_methods.record import Record, find_option, option, record
 from prmim_train.config.layers import merge_layers, read_options
 from prmim_train.config.pretrain import PretrainConfig
-from prmim_train.config.training import DIGITS, OF_DATA, SOURCE_OPTIONS, TrainingOptions
+from prmim_train.config.training import DIGITS, OF_DATA, SOURCE_OPTIONS, TrainingOptions, is_same_data
 
 INHERITED = (
     *SOURCE_OPTIONS,
@@ -139,7 +140,7 @@ class ClassifyConfig(AugmentOptions, TrainingOptions, ClassifierConfig):
     @property
     def run_path(self) -> Path:
         """The folder of the classifier, `out`, which `classify_config` always sets."""
-        return Path(self.protocol if self.out is None else self.out)
+        return expanded(self.protocol if self.out is None else self.out)
 
     @property
     def foreign_options(self) -> Collection[str]:
@@ -191,7 +192,7 @@ def classify_config(base: PretrainConfig, given: Mapping[str, Any]) -> ClassifyC
     (3, 16384, 0.1, 50)
     """
     protocol = find_option(ClassifyConfig, "protocol").check(given["protocol"])
-    is_other = given.get("data", base.data) != base.data
+    is_other = not is_same_data(given.get("data", base.data), base.data)
     inherited = {name: getattr(base, name) for name in INHERITED if not (is_other and name in OF_DATA)}
     digits = DIGITS_RECIPES[protocol] if given.get("data", base.data) == DIGITS else {}
     own = {"out": str(base.run_path / protocol), **given}

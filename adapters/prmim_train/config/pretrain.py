@@ -12,6 +12,7 @@ import numpy as np
 
 from prmim_core import counter_noise, make_plan
 from prmim_methods import METHODS, MAEConfig, MethodConfig, create_config
+from prmim_methods.files import expanded
 from prmim_methods.messages import one_line, shown
 from prmim_methods.methods import METHOD_OPTION
 from prmim_methods.record import find_option, option, options, record
@@ -172,10 +173,21 @@ class PretrainConfig(TrainingOptions):
     @property
     def run_path(self) -> Path:
         """The folder of the run."""
-        if self.out is not None:
-            return Path(self.out)
-        name = re.sub(r"[^A-Za-z0-9_.-]+", "-", Path(self.data).resolve().name if self.data != DIGITS else DIGITS)
-        return Path("runs") / f"{self.method.name}-{name}"
+        return run_folder(self.out, self.method.name, self.data)
+
+
+def run_folder(out: str | None = None, method: str = METHOD_OPTION.default, data: str = DIGITS, **others: Any) -> Path:
+    """Return the folder of a run with these options; the others do not matter.
+
+    Examples
+    --------
+    >>> print(run_folder(data="photos/birds", epochs=3))
+    runs/mae-birds
+    """
+    if out is not None:
+        return expanded(out)
+    name = re.sub(r"[^A-Za-z0-9_.-]+", "-", Path(data).resolve().name if data != DIGITS else DIGITS)
+    return Path("runs") / f"{method}-{name}"
 
 
 def pretrain_config(**given: Any) -> PretrainConfig:

@@ -5,6 +5,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any, ClassVar
 
+from prmim_methods.files import expanded
 from prmim_methods.record import Record, option, options, record
 from prmim_methods.training import EngineOptions, check_peak
 from prmim_train.config.axes import ThreeAxes
@@ -32,9 +33,9 @@ CHANGEABLE = (
     ),  # the origin of the run says whether images or teacher are others
     *("epochs", "warmup_epochs", "base_learning_rate", "scale_learning_rate", "min_learning_rate", "decay"),
     *("weight_decay", "betas", "warmup_learning_rate", "clip_grad", "accumulate", "precision", "compile"),
-    *("scan_blocks", "device", "parallel"),
+    *("recompute_blocks", "scan_blocks", "device", "parallel"),
     *("nonfinite", "max_skipped", "backend", "log_every", "checkpoint_every", "checkpoint_minutes"),
-    *("keep_checkpoints", "tracker", "eval_limit", "probe_every", "pictures", "test_every", "checkpoint"),
+    *("keep_checkpoints", "tracker", "eval_limit", "probe_every", "pictures", "test_every"),
 )
 """Options that may change when a run is resumed. All others define its past steps."""
 
@@ -62,7 +63,7 @@ class SourceOptions(Record):
         default=None,
     )
     split: str | None = option(
-        "Split of the data set. Null: the only one, or train; for test_data, test or validation.",
+        "Split of data. Null: the only one, or train. For test_data always the only one, test or validation.",
         default=None,
     )
     cache: str | None = option(
@@ -79,8 +80,21 @@ class SourceOptions(Record):
 
 SOURCE_OPTIONS = tuple(item.name for item in options(SourceOptions))
 """Options of a source of images."""
-OF_DATA = tuple(name for name in SOURCE_OPTIONS if not name.startswith("cache"))
+OF_DATA = tuple(name for name in SOURCE_OPTIONS if name != "data" and not name.startswith("cache"))
 """Options that describe the data, not the machine. Evaluation on other data does not inherit them from the run."""
+
+
+def is_same_data(data: str, other: str) -> bool:
+    """Whether two values of `data` name the same images, possibly by two paths of one file or folder.
+
+    Examples
+    --------
+    >>> is_same_data("photos", "./photos/"), is_same_data("photos", "birds"), is_same_data("digits", "./digits")
+    (True, False, False)
+    """
+    if data == other or DIGITS in (data, other):
+        return data == other
+    return expanded(data).resolve() == expanded(other).resolve()
 
 
 @record

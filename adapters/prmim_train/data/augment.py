@@ -1,12 +1,14 @@
 """RandAugment and random erasing for any number of channels.
 
-Images are uint8 arrays (height, width, channels). All random numbers come from the `numpy.random.Generator` that the
+Images are uint8 arrays (height, width, channels). The frames of a clip are folded into channels; mean, standard
+deviation and fill values are those of one frame. All random numbers come from the `numpy.random.Generator` that the
 caller passes.
 """
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import cycle
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,8 +34,8 @@ class Augment:
     Parameters
     ----------
     mean, std
-        Per channel, for pixels in [0, 1]. Uncovered corners are filled with the mean; erased boxes with normal noise
-        of this mean and standard deviation.
+        Per channel of a frame, for pixels in [0, 1]. Uncovered corners are filled with the mean; erased boxes with
+        normal noise of this mean and standard deviation.
     operations
         Number of RandAugment operations per image.
     level
@@ -87,7 +89,7 @@ def rand_augment(
     Parameters
     ----------
     image
-        uint8 (height, width, channels).
+        uint8 (height, width, channels); may have more frames than `fill`.
     rng
         Advanced by a number of draws that depends on `operations` only.
     operations
@@ -95,7 +97,7 @@ def rand_augment(
     level, spread
         Mean and standard deviation of the strength.
     fill
-        Value of uncovered pixels, per channel.
+        Value of uncovered pixels, per channel of a frame.
 
     Returns
     -------
@@ -139,8 +141,8 @@ def erase(
     rng
         Advanced by the draws.
     mean, std
-        Mean and standard deviation of the noise, per channel, for pixels in [0, 1]. The noise is rounded and clipped to
-        [0, 255].
+        Mean and standard deviation of the noise, per channel of a frame, for pixels in [0, 1]. The noise is rounded and
+        clipped to [0, 255].
 
     Returns
     -------
@@ -165,9 +167,10 @@ def erase(
         rows, columns = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         if 0 < rows < height and 0 < columns < width:
             top, left = int(rng.integers(height - rows + 1)), int(rng.integers(width - columns + 1))
-            noise = rng.normal(size=(rows, columns, channels)) * std + np.asarray(mean)
+            noise = rng.normal(size=(rows, columns, channels // len(mean), len(mean))) * std + np.asarray(mean)
+            values = np.clip(np.rint(255 * noise), 0, 255).astype(np.uint8)
             image = image.copy()
-            image[top : top + rows, left : left + columns] = np.clip(np.rint(255 * noise), 0, 255).astype(np.uint8)
+            image[top : top + rows, left : left + columns] = values.reshape(rows, columns, channels)
             break
     return image
 
@@ -182,16 +185,16 @@ def _with_pillow(change: Callable[[Image.Image, float, Fill], Image.Image]) -> O
     """
 
     def operation(image: ImageArray, amount: float, fill: Fill) -> ImageArray:
-        if image.shape[2] == 3:
+        if image.shape[2] == len(fill) == 3:
             return np.asarray(change(Image.fromarray(image), amount, fill))
         planes = [Image.fromarray(np.ascontiguousarray(plane)) for plane in np.moveaxis(image, 2, 0)]
-        changed = [change(plane, amount, (value,)) for plane, value in zip(planes, fill, strict=True)]
+        changed = [change(plane, amount, (value,)) for plane, value in zip(planes, cycle(fill), strict=False)]
         return np.stack([np.asarray(plane) for plane in changed], axis=2)
 
     return operation
 
 
-def _blend(degenerate: Callable[[ImageArray], NDArray[np.uint8] | int]) -> Operation:
+def _blend(degenerate: Callable[[ImageArray, Fill], NDArray[np.uint8] | int]) -> Operation:
     """Return an operation that blends an image with its degenerate version.
 
     Positive amounts extrapolate away from it. Equals `PIL.ImageEnhance` for RGB images, and accepts any number of
@@ -199,7 +202,7 @@ def _blend(degenerate: Callable[[ImageArray], NDArray[np.uint8] | int]) -> Opera
     """
 
     def operation(image: ImageArray, amount: float, fill: Fill) -> ImageArray:
-        other = np.broadcast_to(np.uint8(degenerate(image)), image.shape)
+        other = np.broadcast_to(np.uint8(degenerate(image, fill)), image.shape)
         # Image.blend treats all values alike, so one grey picture can hold all channels.
         first, second = (Image.fromarray(np.ascontiguousarray(part).reshape(len(part), -1)) for part in (other, image))
         return np.asarray(Image.blend(first, second, max(0.1, 1 + 0.9 * amount))).reshape(image.shape)
@@ -207,16 +210,17 @@ def _blend(degenerate: Callable[[ImageArray], NDArray[np.uint8] | int]) -> Opera
     return operation
 
 
-def _grey(image: ImageArray) -> ImageArray:
-    """Return the brightness (height, width, 1).
+def _grey(image: ImageArray, fill: Fill) -> ImageArray:
+    """Return the brightness of each frame in all of its channels (height, width, channels).
 
     Luma for three channels, else the mean over the channels.
     """
-    if image.shape[2] == 3:
-        grey: ImageArray = np.asarray(Image.fromarray(image).convert("L"))
+    frames = image.reshape(len(image), -1, len(fill))
+    if len(fill) == 3:
+        grey: ImageArray = np.asarray(Image.fromarray(frames).convert("L"))
     else:
-        grey = np.rint(image.mean(axis=2)).astype(np.uint8)
-    return grey[..., None]
+        grey = np.rint(frames.mean(axis=2)).astype(np.uint8)
+    return np.repeat(grey, len(fill), axis=1).reshape(image.shape)
 
 
 _smooth = _with_pillow(lambda picture, amount, fill: picture.filter(ImageFilter.SMOOTH))
@@ -256,12 +260,12 @@ OPERATIONS: dict[str, Operation] = {
     "solarize": _with_pillow(lambda picture, amount, fill: ImageOps.solarize(picture, 256 - int(256 * abs(amount)))),
     "solarize_add": _with_pillow(_solarize_add),
     "color": _blend(_grey),
-    "contrast": _blend(lambda image: int(_grey(image).mean() + 0.5)),
-    "brightness": _blend(lambda image: 0),
-    "sharpness": _blend(lambda image: _smooth(image, 0.0, (0,) * image.shape[2])),
+    "contrast": _blend(lambda image, fill: int(_grey(image, fill).mean() + 0.5)),
+    "brightness": _blend(lambda image, fill: 0),
+    "sharpness": _blend(lambda image, fill: _smooth(image, 0.0, fill)),
     "shear_x": _affine(lambda amount, width, height: (1, 0.3 * amount, 0, 0, 1, 0)),
     "shear_y": _affine(lambda amount, width, height: (1, 0, 0, 0.3 * amount, 1, 0)),
     "translate_x": _affine(lambda amount, width, height: (1, 0, 0.45 * amount * width, 0, 1, 0)),
     "translate_y": _affine(lambda amount, width, height: (1, 0, 0, 0, 1, 0.45 * amount * height)),
 }
-"""Operations by name. Arguments are an image, an amount in [-1, 1], and a fill value per channel."""
+"""Operations by name. Arguments are an image, an amount in [-1, 1], and a fill value per channel of a frame."""

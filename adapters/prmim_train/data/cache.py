@@ -17,6 +17,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from prmim_methods.files import expanded
 from prmim_methods.messages import printable
 
 __all__ = ["Cache", "open_cache"]
@@ -157,7 +158,7 @@ def open_cache(folder: str | None, limit: int) -> Cache | None:
     """
     if folder is None:
         return None
-    path = Path(os.path.expanduser(folder))  # noqa: PTH111  # pathlib raises for an unknown user
+    path = expanded(folder)
     cache = Cache(path.absolute(), limit)
     try:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)

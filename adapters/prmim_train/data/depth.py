@@ -45,7 +45,7 @@ def to_8_bits(values: NDArray[Any]) -> NDArray[np.uint8]:
     """
     if values.dtype == np.uint8:
         return values.astype(np.uint8, copy=False)
-    if values.dtype != np.uint16:
+    if values.dtype.name != "uint16":  # in any byte order
         raise ValueError(f"{values.dtype} values have no fixed range; set pixel_range")
     # 65535 = 257 * 255. 257 is odd, so rounding has no ties.
     return ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)

@@ -6,7 +6,7 @@ values. The order of its images is fixed. The first axis of clips and volumes is
 
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from prmim_methods.files import expanded
 from prmim_methods.messages import printable
 from prmim_methods.record import IMPORT_PATH
 from prmim_train.config.axes import ThreeAxes
@@ -266,7 +267,7 @@ def _open(
     options: SourceOptions,
     for_test: bool,
 ) -> ArraySource | FileSource:
-    path = Path(os.path.expanduser(spec))  # noqa: PTH111  # pathlib raises for an unknown user
+    path = expanded(spec)
     is_npz = path.suffix.lower() == ".npz" and not path.is_dir() and not is_address(spec)
     if is_npz or spec == DIGITS:
         _refuse(spec, options, for_test)
@@ -324,7 +325,7 @@ def _open_records(
     if is_address(spec):
         addresses = find_addresses(spec, open_cache(options.cache, options.cache_size))
         where = f"{counted(len(addresses), 'file')} {public_address(spec)}"
-        named: Mapping[str, Place] = {address.url: address for address in addresses}
+        _, named = _names_below(addresses)
         return _open_archives(named, where, endings, options, for_test, Counter())
     if spec.startswith(HUB):
         return open_hub(spec.removeprefix(HUB), **_keys(options), split=options.split, for_test=for_test)
@@ -340,7 +341,7 @@ def _open_records(
         for ending in archives:
             if chosen := with_endings(files, (ending,)):
                 del others[ending]
-                named = {"/".join(parts): path.joinpath(*parts) for parts in chosen}
+                named = {path.joinpath(*parts): "/".join(parts) for parts in chosen}
                 return _open_archives(named, f"folder {printable(spec)}", endings, options, for_test, others)
         _refuse(spec, options, for_test)
         return open_folder(path, files, max_pixels=max_pixels, endings=endings)
@@ -348,31 +349,40 @@ def _open_records(
     if not paths:
         raise FileNotFoundError(f"data: nothing at {printable(str(path))}; expected {_EXPECTED}")
     where = f"file {printable(spec)}" if len(paths) == 1 else f"{len(paths):,} files {printable(spec)}"
-    base = os.path.commonpath([found.parent for found in paths])
-    named = {os.path.relpath(found, base): found for found in paths}
-    if endings is not None and (chosen := with_endings([Path(name).parts for name in named], endings)):
+    base, named = _names_below(paths)
+    if endings is not None and (chosen := with_endings([Path(name).parts for name in named.values()], endings)):
         _refuse(spec, options, for_test)
-        return open_folder(Path(base), chosen, max_pixels=max_pixels, endings=endings)
+        return open_folder(base, chosen, max_pixels=max_pixels, endings=endings)
     return _open_archives(named, where, endings, options, for_test, Counter())
 
 
+def _names_below(places: Sequence[Place]) -> tuple[Path, dict[Place, str]]:
+    """Return the folder that all files lie in, and the path of each file below it.
+
+    The host or bucket of an address is a folder, too. Its query is left out.
+    """
+    paths = [Path(str(place)) for place in places]
+    base = Path(os.path.commonpath([path.parent for path in paths]))
+    return base, {place: os.path.relpath(path, base) for place, path in zip(places, paths, strict=True)}
+
+
 def _open_archives(
-    paths: Mapping[str, Place],
+    paths: Mapping[Place, str],
     where: str,
     endings: tuple[str, ...] | None,
     options: SourceOptions,
     for_test: bool,
     others: Counter[str],
 ) -> tuple[Records, str]:
-    """Open tar or parquet files; `others` are other files in the folder."""
-    if {ending_of(path.name) for path in paths.values()} == {PARQUET_ENDING}:
+    """Open tar or parquet files by their names; `others` are other files in the folder."""
+    if {ending_of(path.name) for path in paths} == {PARQUET_ENDING}:
         keys = _keys(options)
         return open_parquet(paths, where, **keys, split=options.split, for_test=for_test, others=skipped(others))
-    for path in paths.values():
+    for path in paths:
         if ending_of(path.name) not in (".tar", *COMPRESSED_TARS):
             raise ValueError(f"data: expected {_EXPECTED}, got {printable(str(path))}")
     _refuse(where, replace(options, image_key=None), for_test)
-    return open_tars(list(paths.values()), image_key=options.image_key, others=others, endings=endings)
+    return open_tars(list(paths), image_key=options.image_key, others=others, endings=endings)
 
 
 _MANY = 16  # channels, more than images usually have

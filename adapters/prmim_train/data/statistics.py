@@ -21,10 +21,12 @@ from prmim_train.data.sources import ImageSource, keeping_depth
 
 __all__ = ["Statistics", "far_below", "full_range", "measure_images"]
 
-_VALUES_OF_IMAGE = 4096  # number of values for quantiles
+_IMAGES_OF_SAMPLE = 4096  # maximum number of images for quantiles
+_VALUES_OF_IMAGE = 4096
 _FRAMES_OF_IMAGE = 16
 _TAIL = 0.001  # maximum fraction of outliers on each side
 _REACH = 0.1  # minimum distance of outliers from the other values, relative to the range of these
+_NARROW = 0.01  # range of values, relative to the largest
 _FAR_BELOW = 0.25
 
 
@@ -51,7 +53,7 @@ class Statistics:
     pixels
         Number of pixels.
     sample
-        Some values of each image.
+        Some values of each image, for at most 4,096 evenly spaced images.
     duplicates
         Names of duplicates, each with the name of the earlier image with equal pixels.
     """
@@ -90,16 +92,25 @@ class Statistics:
         """Return the smallest and largest value without outliers.
 
         Extremes are outliers if their distance from 99.8 % of the values exceeds a tenth of the range of these values.
+        If 99.8 % of the values are equal, there are no outliers.
         """
         values = np.concatenate(self.sample).astype(np.float64)
         low, high = (float(value) for value in np.quantile(values, (_TAIL, 1 - _TAIL)))
         reach = _REACH * (high - low)
         low = self.low if self.low >= low - reach else low
         high = self.high if self.high <= high + reach else high
-        low, high = (float(f"{value:.0f}" if self.is_whole else f"{value:.5g}") for value in (low, high))
+        low, high = self._rounded(low, high)
+        if low >= high:
+            low, high = self._rounded(self.low, self.high)
         if low >= high:
             raise ValueError(f"pixel_range: expected images with more than one value, got {self.low:g} only")
         return low, high
+
+    def _rounded(self, low: float, high: float) -> PixelRange:
+        """Round to integers, or to five digits; a narrow range to nine, which tell all float32 values apart."""
+        is_narrow = high - low < _NARROW * max(abs(low), abs(high))
+        form = ".0f" if self.is_whole else ".9g" if is_narrow else ".5g"
+        return float(f"{low:{form}}"), float(f"{high:{form}}")
 
     def add(self, image: NDArray[Any]) -> None:
         """Add the pixels of an image ([frames,] height, width, channels)."""
@@ -109,6 +120,9 @@ class Statistics:
             self.sums = self.sums + wide.sum(axis=0)
             self.squares = self.squares + (wide**2).sum(axis=0)
             self.pixels += len(wide)
+
+    def add_to_sample(self, image: NDArray[Any]) -> None:
+        """Keep some values of an image ([frames,] height, width, channels)."""
         flat = image.reshape(-1)
         self.sample.append(flat[:: -(-len(flat) // _VALUES_OF_IMAGE)].copy())
 
@@ -160,6 +174,8 @@ def measure_images(
         except UnreadableImageError as error:
             found.unreadable.add([(record, error.reason)])
             continue
+        if found.number % -(-count // _IMAGES_OF_SAMPLE) == 0:
+            found.add_to_sample(image)
         found.number += 1
         found.sizes[header.shape] += 1
         found.depths[header.depth] += 1

@@ -215,7 +215,7 @@ def _enclosing(box: StackBox) -> tuple[FrameArray, Box, StackBox]:
     """Return the whole voxels that a box touches, and the box relative to them."""
     first = [math.floor(start) for start in box[:3]]
     last = [math.ceil(end) for end in box[3:]]
-    inner = [start - offset for start, offset in zip((*box[:3], *box[3:]), first * 2, strict=True)]
+    inner = [start - offset for start, offset in zip(box, first * 2, strict=True)]
     plane = (first[1], first[2], last[1] - first[1], last[2] - first[2])
     return np.arange(first[0], last[0]), plane, (inner[0], inner[1], inner[2], inner[3], inner[4], inner[5])
 

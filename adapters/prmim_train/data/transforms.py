@@ -39,6 +39,7 @@ CropDraw = Literal["retry", "clamp"]
 # is not opacity (near infrared, depth).
 _MODE_OF_CHANNELS = {1: "L", 3: "RGB", 4: "RGBX"}
 CROP_TRIES = 10
+_MAX_COVERING = 64  # area of a resized whole image, relative to a crop
 
 
 def _check_image(image: ImageArray) -> None:
@@ -120,7 +121,8 @@ def resize(
 
     Returns
     -------
-    uint8 array (height, width, channels)
+    array (height, width, channels)
+        Of the type of `image`.
 
     Raises
     ------
@@ -227,12 +229,12 @@ def unfold_frames(image: ImageArray, image_size: tuple[int, ...]) -> ImageArray:
 
     Parameters
     ----------
-    image : uint8 array (height, width, frames * channels)
+    image : array (height, width, frames * channels)
     image_size : (height, width) or (frames, height, width)
 
     Returns
     -------
-    uint8 array (height, width, channels) or (frames, height, width, channels)
+    array (height, width, channels) or (frames, height, width, channels)
 
     Examples
     --------
@@ -342,7 +344,7 @@ def crop_maps(maps: NDArray[np.floating[Any]], boxes: NDArray[np.floating[Any]])
     Examples
     --------
     >>> maps = np.array([[[1.0, 0.0], [0.0, 0.0]]])
-    >>> crop_maps(maps, np.array([[0, 0, 1, 1], [0, 1, 1, 0], [0, 0, 0.5, 0.75]])[:1]).tolist()
+    >>> crop_maps(maps, np.array([[0, 0, 1, 1]])).tolist()
     [[[1.0, 0.0], [0.0, 0.0]]]
     >>> crop_maps(maps, np.array([[0, 1, 0.5, 0]])).tolist()  # mirrored
     [[[0.0, 1.0], [0.0, 1.0]]]
@@ -379,7 +381,8 @@ def random_padded_crop(
 
     Returns
     -------
-    uint8 array (height, width, channels)
+    array (height, width, channels)
+        Of the type of `image`.
 
     Raises
     ------
@@ -400,14 +403,26 @@ def random_padded_crop(
     check_size(size)
     if padding < 0:
         raise ValueError(f"padding: expected at least 0, got {padding}")
-    zoom = max(wanted / have for wanted, have in zip(size, image.shape[:2], strict=True))
-    covering = [max(wanted, round(have * zoom)) for wanted, have in zip(size, image.shape[:2], strict=True)]
-    resized = resize(image, (covering[0], covering[1]), filter=Image.Resampling.BILINEAR)
-    padded = np.pad(resized, ((padding, padding), (padding, padding), (0, 0)), mode="reflect")
-    top, left = (
-        int(rng.integers(0, have + 2 * padding - wanted + 1)) for wanted, have in zip(size, covering, strict=True)
+    height, width, _ = image.shape
+    zoom = max(size[0] / height, size[1] / width)
+    tall, wide = max(size[0], round(height * zoom)), max(size[1], round(width * zoom))
+    rows, columns = (
+        _mirrored(int(rng.integers(0, have + 2 * padding - wanted + 1)) - padding, wanted, have)
+        for wanted, have in zip(size, (tall, wide), strict=True)
     )
-    return np.ascontiguousarray(padded[top : top + size[0], left : left + size[1]])
+    top, left, bottom, right = 0, 0, tall, wide
+    if tall * wide > _MAX_COVERING * math.prod(size):  # a box rounds differently, so other images are resized whole
+        top, left, bottom, right = int(rows.min()), int(columns.min()), int(rows.max()) + 1, int(columns.max()) + 1
+    box = (left * width / wide, top * height / tall, right * width / wide, bottom * height / tall)
+    resized = resize(image, (bottom - top, right - left), box=box, filter=Image.Resampling.BILINEAR)
+    return resized.take(rows - top, axis=0).take(columns - left, axis=1)
+
+
+def _mirrored(start: int, number: int, length: int) -> NDArray[np.int64]:
+    """Return `number` places from `start` on an axis that is continued by mirroring."""
+    period = max(1, 2 * (length - 1))
+    places = np.arange(start, start + number) % period
+    return np.minimum(places, period - places)
 
 
 def random_flip(image: ImageArray, rng: np.random.Generator) -> ImageArray:
@@ -453,7 +468,8 @@ def center_crop(image: ImageArray, size: tuple[int, int], *, share: float = 1.0)
 
     Returns
     -------
-    uint8 array (height, width, channels)
+    array (height, width, channels)
+        Of the type of `image`.
 
     Raises
     ------

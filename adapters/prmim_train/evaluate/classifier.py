@@ -4,6 +4,7 @@ Classifiers use the same training loop as pre-training (`prmim_train.run.loop.tr
 resuming. Their run directory is a subfolder of the pre-training run.
 """
 
+import shlex
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from prmim_methods.files import expanded
 from prmim_methods.record import options as options_of
 from prmim_methods.sizes import Transformer
 from prmim_train.config.classify import ClassifyConfig, classify_config
@@ -112,9 +114,10 @@ class Classification(Job[ClassifierEngine]):
             config = replace(config, checkpoint=step_of(checkpoint))
             self.weights = checkpoint / "weights.safetensors"
         self.config: ClassifyConfig = config
-        solver = " --solver lars" if config.protocol == "linear" else ""
-        out = "" if config.run_path == pretrained.path / config.protocol else f" --out {config.run_path}"
-        self.command = f"prmim evaluate --run {pretrained.path} --protocol {config.protocol}{solver}{out} --resume"
+        words = ["prmim", "evaluate", "--run", str(pretrained.path), "--protocol", config.protocol]
+        words += ["--solver", "lars"] if config.protocol == "linear" else []
+        words += [] if config.run_path == pretrained.path / config.protocol else ["--out", str(config.run_path)]
+        self.command = shlex.join([*words, "--resume"])
         self._tested: tuple[int, Predictions] | None = None
 
     @property
@@ -284,13 +287,16 @@ def classify_command(run: str, *, protocol: str, **given: Any) -> None:
     ValueError, TypeError, OSError, Interrupted, NonFiniteLoss, FailedElsewhereError
         See :func:`prmim_train.pretrain.pretrain`.
     """
-    directory = RunDirectory.open(Path(run))
+    directory = RunDirectory.open(expanded(run))
     base = read_run_config(directory)
-    folder = Path(given.get("out") or directory.path / protocol)
+    folder = expanded(given.get("out") or str(directory.path / protocol))
     given = {**given, "protocol": protocol, "out": str(folder)}
     if given.get("resume"):
         if RunDirectory.holds_run(folder):
-            given = merge_layers(_read_classifier(RunDirectory(folder), protocol), given)
+            stored = _read_classifier(RunDirectory(folder), protocol)
+            if given.get("checkpoint") is None:  # the last one of the run may be newer now
+                given.pop("checkpoint", None)
+            given = merge_layers(stored, given)
         else:
             say(f"No classifier in {folder} yet: starting a new one.")
     train(Classification(classify_config(base, given), directory))
@@ -364,10 +370,9 @@ def cross_entropy(logits: NDArray[np.float32], truth: NDArray[np.int64]) -> floa
 
 
 def _augment(config: ClassifyConfig, base: PretrainConfig) -> Augment:
-    frames = 1 if base.three_axes is None else base.three_axes.frames  # folded into channels
     return Augment(
-        frames * base.method.pixel_mean,
-        frames * base.method.pixel_std,
+        base.method.pixel_mean,
+        base.method.pixel_std,
         operations=config.rand_augment_operations,
         level=config.rand_augment,
         spread=config.rand_augment_spread,

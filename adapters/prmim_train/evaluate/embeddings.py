@@ -24,10 +24,9 @@ from tqdm import tqdm
 from prmim_methods import MethodConfig
 from prmim_methods.architecture import encoder_of
 from prmim_methods.encoder import EncoderConfig
-from prmim_methods.files import open_regular
+from prmim_methods.files import expanded, open_regular
 from prmim_methods.messages import shown
 from prmim_methods.weight_files import WEIGHTS_FILE, write_atomically
-from prmim_train.config.axes import Spacing
 from prmim_train.config.packages import check_installed
 from prmim_train.config.training import SOURCE_OPTIONS, DataOptions, SourceOptions
 from prmim_train.data.batches import evaluation_batches
@@ -46,6 +45,8 @@ PART = 1024
 """Number of images in a part."""
 NPZ, PARQUET = ".npz", ".parquet"
 JOB, LOCK = "job.json", ".lock"
+SAMPLING = ("frame_stride", "volumes", "spacing")
+"""Options of the sampling of clips and volumes."""
 _NUM_NAMED = 3
 
 
@@ -158,19 +159,12 @@ def features_command(
     run: str,
     *,
     out: str,
-    data: str | None = None,
     pool: str = "mean",
     layer: int | None = None,
     image_size: tuple[int, ...] | None = None,
     checkpoint: int | None = None,
-    frame_stride: int | None = None,
-    volumes: bool | None = None,
-    spacing: Spacing | None = None,
-    backend: str | None = None,
-    device: str | None = None,
-    precision: str | None = None,
     batch_size: int = 64,
-    **keys: Any,
+    **given: Any,
 ) -> None:
     """Write the features of images to a file, with names and labels.
 
@@ -180,8 +174,6 @@ def features_command(
         Folder of a run, or a file of weights.
     out
         The file: `.npz` or `.parquet`.
-    data
-        Source of the images. None: that of the run.
     pool
         `mean` (of the patch tokens) or `cls`.
     layer
@@ -191,12 +183,10 @@ def features_command(
         Size of the images in pixels. None: that of the run.
     checkpoint
         Step of the checkpoint. None: the newest good checkpoint.
-    frame_stride, volumes, spacing, backend, device, precision
-        Options in place of those of the run.
     batch_size
         Images per forward pass.
-    **keys
-        Other options of `prmim_train.config.training.SourceOptions`.
+    **given
+        Options in place of those of the run: `SOURCE_OPTIONS`, `SAMPLING`, backend, device and precision.
 
     Raises
     ------
@@ -214,9 +204,8 @@ def features_command(
         raise ValueError(f"batch_size: expected a whole number of at least 1, got {batch_size}")
     if path.suffix == PARQUET:
         check_installed("out", "pyarrow", otherwise=f"a file {NPZ}")
-    given = {"data": data, "backend": backend, "device": device, "precision": precision, **keys}
-    sampling = {"frame_stride": frame_stride, "volumes": volumes, "spacing": spacing}
-    trained = _open_trained(Path(run), checkpoint, _given(given), _given(sampling))
+    sampling = {name: given.pop(name) for name in SAMPLING if name in given}
+    trained = _open_trained(expanded(run), checkpoint, given, sampling)
     check_frames(trained.record, image_size)
     encoder = trained.record.encoder_config(image_size)
     encoder.check_pool(pool)
@@ -258,10 +247,6 @@ def features_command(
         _write(output, images, engine, extract, batch_size, info)
 
 
-def _given(options: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in options.items() if value is not None}
-
-
 def _open_trained(run: Path, checkpoint: int | None, given: dict[str, Any], sampling: dict[str, Any]) -> Trained:
     """Find an encoder in the folder of a run, or in a file of weights."""
     if run.is_file():
@@ -271,7 +256,7 @@ def _open_trained(run: Path, checkpoint: int | None, given: dict[str, Any], samp
         defaults = {"backend": "torch", "device": "auto", "precision": "auto", "max_pixels": MAX_PIXELS}
         return Trained(record, run, {**asdict(SourceOptions()), **defaults, **given}, DataOptions(**sampling))
     directory = RunDirectory.open(run)
-    config = read_run_config(directory, data=given.get("data"))
+    config = read_run_config(directory, **{name: given[name] for name in SOURCE_OPTIONS if name in given})
     names = (*SOURCE_OPTIONS, "backend", "device", "precision", "max_pixels")
     own = {name: getattr(config, name) for name in names}
     weights = find_checkpoint(directory, checkpoint) / WEIGHTS_FILE

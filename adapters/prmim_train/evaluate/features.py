@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from prmim_methods.encoder import times
+from prmim_methods.files import expanded
 from prmim_methods.weight_files import WEIGHTS_FILE
 from prmim_train.config.pretrain import PretrainConfig
 from prmim_train.data.batches import evaluation_batches
@@ -183,17 +184,13 @@ def _classify(train: Features, test: Features, protocols: Sequence[str]) -> Eval
 def evaluate_command(
     run: str,
     *,
-    data: str | None = None,
-    holdout: float | None = None,
     test_data: str | None = None,
-    device: str | None = None,
     checkpoint: int | None = None,
     protocol: str | None = None,
-    eval_limit: int | None = None,
     baselines: bool = True,
     allow_changes: bool = False,
     image_size: tuple[int, ...] | None = None,
-    **keys: Any,
+    **options: Any,
 ) -> None:
     """Evaluate the frozen features of a checkpoint.
 
@@ -203,8 +200,6 @@ def evaluate_command(
     ----------
     run
         Folder of the run.
-    data, holdout, device, eval_limit
-        Options that replace those of the run.
     test_data
         Source of the test images. None: the held-out images.
     checkpoint
@@ -217,8 +212,8 @@ def evaluate_command(
         See `prmim_train.run.prepare.open_run_data`.
     image_size
         Size of the images in pixels, in place of that of the run.
-    **keys
-        Other options of `prmim_train.config.training.SourceOptions`.
+    **options
+        Options that replace those of the run.
 
     Raises
     ------
@@ -228,8 +223,8 @@ def evaluate_command(
     FileNotFoundError
         If there is no run or no checkpoint.
     """
-    directory = RunDirectory.open(Path(run))
-    config = read_run_config(directory, data=data, holdout=holdout, device=device, eval_limit=eval_limit, **keys)
+    directory = RunDirectory.open(expanded(run))
+    config = read_run_config(directory, **options)
     if config.eval_limit == 0:
         raise ValueError("eval_limit: expected at least 1 image to evaluate on, got 0")
     check_frames(config.method, image_size)

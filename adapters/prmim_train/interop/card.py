@@ -32,6 +32,8 @@ def model_card(
     summary: Mapping[str, Any],
     evaluation: Mapping[str, Any] | None,
     pictures: Sequence[str],
+    *,
+    is_earlier: bool = False,
 ) -> str:
     """Return the text of `README.md` in a repository of the hub.
 
@@ -49,6 +51,8 @@ def model_card(
         Accuracies of the features of this checkpoint. None: not evaluated.
     pictures
         Paths of pictures in the repository.
+    is_earlier
+        Whether the run is finished, and the checkpoint is not its last one.
     """
     method, size = config.method, config.method.encoder_size
     shape = ", ".join(map(str, (*method.image_size, method.channels)))
@@ -81,7 +85,7 @@ def model_card(
         "",
         "| | |",
         "|---|---|",
-        *_rows(config, step, summary),
+        *_rows(config, step, summary, is_earlier),
         "",
         "`config.yaml` holds all options: `prmim pretrain --config config.yaml` repeats the run on the same data.",
     ]
@@ -90,12 +94,13 @@ def model_card(
     return "\n".join(lines) + "\n"
 
 
-def _rows(config: PretrainConfig, step: int, summary: Mapping[str, Any]) -> list[str]:
+def _rows(config: PretrainConfig, step: int, summary: Mapping[str, Any], is_earlier: bool) -> list[str]:
     method = config.method
     known = {title: text.format(summary[name]) for name, (title, text) in MEASURED.items() if name in summary}
+    other = ", an earlier checkpoint" if is_earlier else " of an unfinished run"
     rows = {
         "data": summary.get("data", config.data),
-        "checkpoint": f"step {step:,}" + ("" if summary else " of an unfinished run"),
+        "checkpoint": f"step {step:,}" + ("" if summary else other),
         **known,
         "tokens": f"grid of {times(method.grid.shape)}; {method.summary()}",
         "patches": f"{times(method.patch_size)} pixels",

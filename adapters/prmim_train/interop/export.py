@@ -21,6 +21,7 @@ from prmim_methods.export import (
     timm_weights,
     transformers_model,
 )
+from prmim_methods.files import expanded
 from prmim_methods.layouts import Layout, left_out, to_library
 from prmim_methods.messages import shown
 from prmim_methods.weight_files import WEIGHTS_FILE, dump_architecture, write_atomically
@@ -70,7 +71,7 @@ def read_weights(run: str, checkpoint: int | None = None) -> Weights:
     FileNotFoundError, OSError, ValueError
         See `prmim_train.run.prepare.find_checkpoint`. Also if prmim did not write the file.
     """
-    path = Path(run)
+    path = expanded(run)
     if path.is_file():
         if checkpoint is not None:
             raise ValueError(f"checkpoint: expected none with a file of weights, got {checkpoint}")
@@ -131,6 +132,7 @@ def _write_transformers(weights: Weights, out: Path, encoder_only: bool) -> list
     more = ", add_pooling_layer=False" if model.name == "ViTModel" else ""
     return [
         *_left_out(arrays, model.layout),
+        *_range_of(weights.config, "clip values to [{low:g}, {high:g}] before the image processor"),
         "Load:",
         f"  transformers.{model.name}.from_pretrained({str(out)!r}{more})",
     ]
@@ -143,6 +145,7 @@ def _write_timm(weights: Weights, out: Path, encoder_only: bool) -> list[str]:
     options = "".join(f",\n      {name}={value!r}" for name, value in model.options.items())
     return [
         *_left_out(arrays, model.layout),
+        *_range_of(weights.config, "map [{low:g}, {high:g}] to [0, 1] and clip, before mean and standard deviation"),
         "Load:",
         f"  model = timm.create_model(\n      {model.name!r}{options},\n  )",
         f"  model.load_state_dict(safetensors.torch.load_file({str(out)!r}))",
@@ -164,10 +167,11 @@ def _write_program(weights: Weights, out: Path, encoder_only: bool) -> list[str]
     program = importlib.import_module("prmim_torch.program")
     out.parent.mkdir(parents=True, exist_ok=True)
     program.save_program(torch.load_encoder(weights.path), out)
-    shape = ", ".join(map(str, (*weights.config.image_size, weights.config.channels)))
+    config = weights.config
+    shape = ", ".join(map(str, (*config.image_size, config.channels)))
     return [
         f"Load: torch.export.load({str(out)!r}).module()",
-        f"Call: uint8 (batch, {shape}) to features (batch, {weights.config.encoder_size.dim})",
+        f"Call: {config.image_dtypes[-1]} (batch, {shape}) to features (batch, {config.encoder_size.dim})",
     ]
 
 
@@ -187,6 +191,14 @@ def _left_out(arrays: Arrays, layout: Layout) -> list[str]:
     parts = {name: name.partition(".")[0] for name in lost}
     listed = {name if part in kept else part for name, part in parts.items()}
     return [f"Left out: {', '.join(sorted(listed))}"] if listed else []
+
+
+def _range_of(config: EncoderOptions, rule: str) -> list[str]:
+    """Tell what the user must do for a `pixel_range`: the other libraries do not clip."""
+    if config.pixel_range is None:
+        return []
+    low, high = config.pixel_range
+    return [f"Images: {rule.format(low=low, high=high)}"]
 
 
 def _check_encoder(config: EncoderOptions, path: Path) -> None:

@@ -4,9 +4,9 @@ The commit holds weights, options, pictures and a model card.
 """
 
 import importlib
-from pathlib import Path
 from typing import Any
 
+from prmim_methods.files import expanded
 from prmim_methods.hub import NAME
 from prmim_methods.messages import one_line, shown
 from prmim_methods.weight_files import WEIGHTS_FILE
@@ -38,7 +38,7 @@ def push_to_hub(
     checkpoint
         Step of the checkpoint. None: the newest good checkpoint.
     pictures
-        Whether to upload the pictures of the run, which show some of its images.
+        Whether to upload the pictures of this checkpoint, which show some images of the run.
 
     Returns
     -------
@@ -57,7 +57,7 @@ def push_to_hub(
     if not NAME.fullmatch(repo):
         raise ValueError(f"repo: expected owner/name, got {shown(repo)}")
     check_installed("repo", "huggingface_hub")
-    files = _files(RunDirectory.open(Path(run)), repo, checkpoint, with_pictures=pictures)
+    files = _files(RunDirectory.open(expanded(run)), repo, checkpoint, with_pictures=pictures)
     hub = importlib.import_module("huggingface_hub")
     try:
         api = hub.HfApi()
@@ -78,18 +78,19 @@ def _files(run: RunDirectory, repo: str, checkpoint: int | None, *, with_picture
     config = read_run_config(run)
     found = find_checkpoint(run, checkpoint)
     step = step_of(found)
-    summary = run.read_summary() or {}
-    if summary.get("steps") != step:
-        summary = {}
+    last = run.read_summary() or {}
+    summary = last if last.get("steps") == step else {}
     evaluation = read_json(run.path / "evaluation.json") or {}
     is_evaluated = evaluation.get("step") == step
     pictures = []
     if with_pictures and found == run.checkpoints()[-1]:
-        # Pictures show the newest checkpoint; pictures of an evaluation show the evaluated checkpoint.
+        # Pictures show what was the newest checkpoint; pictures of an evaluation show the evaluated checkpoint.
         patterns = ("*.png", "evaluation/*.png") if is_evaluated else ("*.png",)
-        pictures = [path for pattern in patterns for path in sorted(run.path.glob(pattern)) if path.is_file()]
+        drawn = [path for pattern in patterns for path in sorted(run.path.glob(pattern)) if path.is_file()]
+        pictures = [path for path in drawn if path.stat().st_mtime >= found.stat().st_mtime]
     named = {path.relative_to(run.path).as_posix(): str(path) for path in pictures}
     accuracies = evaluation if is_evaluated else summary.get("evaluation")
-    card = model_card(repo, config, step, summary, accuracies, list(named))
+    is_earlier = step < last.get("steps", 0)
+    card = model_card(repo, config, step, summary, accuracies, list(named), is_earlier=is_earlier)
     weights: dict[str, bytes | str] = {WEIGHTS_FILE: str(found / WEIGHTS_FILE), CONFIG: run.read_config().encode()}
     return {"README.md": card.encode(), **weights, **named}

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from prmim_core import Grid, Schedule, nearest_known_distance, patchify, unpatchify
 from prmim_methods import PixelConfig
 from prmim_methods.encoder import times
+from prmim_methods.files import expanded
 from prmim_methods.outputs import Reconstruction
 from prmim_train.config.packages import check_installed
 from prmim_train.config.pretrain import PretrainConfig
@@ -170,12 +171,9 @@ def draw_curve(run: RunDirectory) -> list[Path]:
 def picture_command(
     run: str,
     *,
-    data: str | None = None,
-    holdout: float | None = None,
-    device: str | None = None,
     kind: str | None = None,
-    pictures: int | None = None,
     allow_changes: bool = False,
+    **options: Any,
 ) -> None:
     """Draw pictures of the last checkpoint into the run directory, and print paths.
 
@@ -183,12 +181,12 @@ def picture_command(
     ----------
     run
         Folder of the run.
-    data, holdout, device, pictures
-        Options that replace those of the run.
     kind
         One of `KINDS`. None: all kinds of the method.
     allow_changes
         See `prmim_train.run.prepare.open_run_data`.
+    **options
+        Options that replace those of the run.
 
     Raises
     ------
@@ -201,10 +199,10 @@ def picture_command(
         raise ValueError(f"kind: expected {' or '.join(KINDS)}, got {kind!r}")
     check_installed("pictures", "matplotlib")
     kinds = KINDS if kind is None else (kind,)
-    directory = RunDirectory.open(Path(run))
+    directory = RunDirectory.open(expanded(run))
     paths = draw_curve(directory) if "loss" in kinds else []
     if kind != "loss":
-        config = read_run_config(directory, data=data, holdout=holdout, device=device, pictures=pictures)
+        config = read_run_config(directory, **options)
         method = config.method
         if kind is not None and kind not in KINDS_OF[method.predicts]:
             expected = " or ".join(KINDS_OF[method.predicts])

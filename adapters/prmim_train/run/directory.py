@@ -179,7 +179,7 @@ class RunDirectory:
             If the folder holds no run.
         """
         if not cls.holds_run(path):
-            raise FileNotFoundError(f"run: expected the folder of a run, but there is no {CONFIG} in {path}")
+            raise _no_run(path)
         return cls(path)
 
     @staticmethod
@@ -205,7 +205,7 @@ class RunDirectory:
         path = self.path / CONFIG
         content = read_file(path)
         if content is None:
-            raise FileNotFoundError(f"run: expected the folder of a run, but there is no {CONFIG} in {self.path}")
+            raise _no_run(self.path)
         try:
             text = content.decode()
         except UnicodeDecodeError as error:
@@ -518,6 +518,10 @@ class Writing:
             self._saved.result()  # fails in all processes or in none
         on_main(self._engine, self._placed.result)
         return self.place
+
+
+def _no_run(path: Path) -> FileNotFoundError:
+    return FileNotFoundError(f"run: expected the folder of a run, but there is no {CONFIG} in {path}")
 
 
 def _set_aside(checkpoint: Path) -> Path:

@@ -15,7 +15,7 @@ from prmim_methods.messages import one_line
 from prmim_methods.weight_files import read_architecture
 from prmim_train.config.layers import parse_options
 from prmim_train.config.pretrain import PretrainConfig, pretrain_config, pretrain_option_names
-from prmim_train.config.training import OF_DATA, SourceOptions
+from prmim_train.config.training import DIGITS, OF_DATA, SourceOptions, is_same_data
 from prmim_train.data.batches import Batch, BatchIterator, split_indices, train_batches
 from prmim_train.data.identity import Identities
 from prmim_train.data.names import UNLABELLED
@@ -164,7 +164,7 @@ def open_run_data(run: RunDirectory, config: PretrainConfig, *, allow_changes: b
     run
         The run.
     config
-        Its options, possibly with other `data` and `holdout`.
+        Its options, possibly with other `data`, `holdout` and `OF_DATA`.
     allow_changes
         Whether the images may differ from the recorded ones although the options are equal.
 
@@ -175,7 +175,8 @@ def open_run_data(run: RunDirectory, config: PretrainConfig, *, allow_changes: b
     """
     data = open_data(config)
     stored = read_run_config(run)
-    if (config.data, config.holdout) == (stored.data, stored.holdout):
+    ours, theirs = ([getattr(options, name) for name in (*OF_DATA, "holdout")] for options in (config, stored))
+    if is_same_data(config.data, stored.data) and ours == theirs:
         check_origin(run, run_origin(config, data.source, data.train), allow_changes)
     return leave_out_trained(data, run)
 
@@ -254,7 +255,7 @@ def labelled_sides(
             max_pixels=source.max_pixels,
             three_axes=source.three_axes,
             keep_depth=source.depth is not None,
-            options=data.options,
+            options=replace(data.options, split=None),  # that of the training images
             for_test=True,
         )
     except (ValueError, OSError) as error:
@@ -313,7 +314,7 @@ def read_run_config(run: RunDirectory, **changes: Any) -> PretrainConfig:
     run
         The run.
     **changes
-        Options to replace. None keeps the option of the run, except for `OF_DATA` if `data` is other data.
+        Options to replace. If `data` is other data, `OF_DATA` are not those of the run.
     """
     options = parse_options(run.read_config(), str(run.path))
     if "protocol" in options:
@@ -321,10 +322,10 @@ def read_run_config(run: RunDirectory, **changes: Any) -> PretrainConfig:
     unknown = set(options) - pretrain_option_names()
     if unknown:
         raise ValueError(f"run: expected options of prmim pretrain in {run.path / 'config.yaml'}, got {min(unknown)}")
-    replaced = {name: value for name, value in changes.items() if value is not None}
-    if replaced.get("data", options.get("data")) != options.get("data"):
+    stored = options.get("data", DIGITS)
+    if not is_same_data(changes.get("data", stored), stored):
         options = {name: value for name, value in options.items() if name not in OF_DATA}
-    return pretrain_config(**{**options, "out": str(run.path), **replaced})
+    return pretrain_config(**{**options, "out": str(run.path), **changes})
 
 
 def find_checkpoint(run: RunDirectory, step: int | None = None) -> Path:

@@ -105,8 +105,8 @@ def propose(config: PretrainConfig, budget: Budget) -> dict[str, Any]:
       2205.10287), not the linear rule of the option `base_learning_rate`;
     - epochs: at least those that make 10,000 steps, but at most 1,600, and not fewer than given;
     - model: the largest named one whose encoder has at most 500 parameters per image, or the smallest one. The
-      number of decoder heads shrinks with the encoder's width; the width of a head stays. Custom models, and students
-      of a teacher, keep their size.
+      number of decoder heads shrinks with the encoder's width; the width of a head stays. A decoder whose width
+      would then not be allowed, custom models, and students of a teacher keep their size.
 
     Examples
     --------
@@ -152,7 +152,12 @@ def _smaller_model(config: PretrainConfig, images: int) -> dict[str, Any]:
         return {"model": model}
     heads = max(1, round(given["decoder_heads"] * VIT_SIZES[model].dim / size.dim))
     width = given["decoder_dim"] // given["decoder_heads"]
-    return {"model": model, "decoder_dim": heads * width, "decoder_heads": heads}
+    found = {"model": model, "decoder_dim": heads * width, "decoder_heads": heads}
+    try:
+        change(config, **found)
+    except ValueError:  # images of three axes, for example, need a multiple of 6
+        return {"model": model}
+    return found
 
 
 def _smaller(size: Transformer) -> list[str]:

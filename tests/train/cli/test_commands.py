@@ -391,6 +391,25 @@ def test_resume_needs_only_the_folder(tiny_words, tmp_path, fake, capsys):
     assert "is finished" in capsys.readouterr().out
 
 
+def test_options_of_a_resumed_run_are_checked_against_the_run(tiny_words, tmp_path, fake, capsys):
+    assert main(["pretrain", *tiny_words]) == 0  # batches of 120; the recipe of the digits has 32
+    resume = ["pretrain", "--out", str(tmp_path / "run"), "--resume", "--epochs", "2"]
+    assert main([*resume, "--accumulate", "3"]) == 0
+    assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["accumulate"] == 3
+    capsys.readouterr()
+    message = "batch_size: expected a multiple of accumulate 7, got 120"
+    assert fail([*resume, "--accumulate", "7"], capsys).startswith(message)
+
+
+def test_inspect_describes_the_run_that_would_be_resumed(tiny_words, tmp_path, fake, capsys):
+    assert main(["pretrain", *tiny_words, "--mask_ratio", "0.5"]) == 0
+    capsys.readouterr()
+    assert main(["inspect", *tiny_words, "--mask_ratio", "0.5", "--epochs", "3"]) == 0
+    expected = capsys.readouterr().out
+    assert main(["inspect", "--out", str(tmp_path / "run"), "--resume", "--epochs", "3"]) == 0
+    assert capsys.readouterr().out in expected  # which also says where its data come from
+
+
 OWN_STRATEGY = """
 def last_first(grid, counts, noise, is_visible):
     return (grid.num_tokens * is_visible - sum(grid.coordinates(noise))).argsort(1)[:, : counts.decoded]
@@ -445,7 +464,7 @@ def test_a_function_is_tried_before_a_run(own_module, tiny_words, name, reason, 
 
 def test_the_same_command_starts_and_resumes_a_run(tiny_words, tmp_path, capsys):
     assert main(["pretrain", *tiny_words, "--resume"]) == 0
-    assert f"No run in {tmp_path / 'run'} yet: starting a new one." in capsys.readouterr().out
+    assert f"No run in {tmp_path / 'run'} yet: --resume starts a new one." in capsys.readouterr().out
     assert main(["pretrain", *tiny_words, "--resume"]) == 0
     assert "is finished" in capsys.readouterr().out
 

@@ -18,6 +18,8 @@ from prmim_train.config.classify import (
 )
 from prmim_train.config.layers import dump_options, parse_options
 from prmim_train.config.pretrain import pretrain_config
+from prmim_train.run.directory import RunDirectory
+from prmim_train.run.prepare import read_run_config
 
 
 def test_the_published_recipe_of_fine_tuning_is_the_default():
@@ -94,6 +96,15 @@ def test_given_options_override_those_of_the_run(protocol):
     given = {"seed": 1, "backend": "torch", "batch_size": 8, "epochs": 2, "data": "others", "out": "somewhere"}
     config = classify_config(base, {"protocol": protocol, **given})
     assert {name: getattr(config, name) for name in given} == given
+
+
+@pytest.mark.parametrize(("data", "key"), [("photos", "kind"), ("./photos/", "kind"), ("others", None)])
+def test_keys_hold_for_the_data_of_the_run_under_any_path(data, key, tmp_path):
+    base = pretrain_config(data="photos", label_key="kind", out=str(tmp_path))
+    assert classify_config(base, {"protocol": "linear", "data": data}).label_key == key
+    run = RunDirectory(tmp_path)
+    run.write_config(dump_options(base))
+    assert read_run_config(run, data=data).label_key == key
 
 
 @pytest.mark.parametrize("protocol", RECIPES)

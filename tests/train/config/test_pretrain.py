@@ -9,6 +9,7 @@ from prmim_methods import METHODS, MAEConfig, SimMIMConfig, create_config
 from prmim_methods.record import options
 from prmim_train.cli.commands import main
 from prmim_train.config.axes import ThreeAxes
+from prmim_train.config.classify import ClassifyConfig
 from prmim_train.config.pretrain import (
     PretrainConfig,
     change,
@@ -183,6 +184,13 @@ def test_the_run_folder_is_named_after_method_and_data():
     assert pretrain_config().run_path.as_posix() == "runs/mae-digits"
     assert pretrain_config(data="/data/my photos/", method="simmim").run_path.as_posix() == "runs/simmim-my-photos"
     assert pretrain_config(data="x.npz", out="here").run_path.as_posix() == "here"
+
+
+def test_a_folder_in_the_home_is_found(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    assert str(pretrain_config(out="~/runs/a").run_path) == "/home/me/runs/a"
+    assert str(ClassifyConfig(out="~/runs/b").run_path) == "/home/me/runs/b"
+    assert str(pretrain_config(out="~nobody-of-this-name/a").run_path) == "~nobody-of-this-name/a"
 
 
 def test_clips_have_frames():

@@ -233,6 +233,26 @@ def test_operations_are_drawn_as_the_recipe_says(monkeypatch):
     assert np.mean(np.sign(amounts)) == pytest.approx(0, abs=0.03)
 
 
+@pytest.mark.parametrize("channels", [1, 2, 3])
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_the_frames_of_a_clip_are_changed_one_by_one(name, channels):
+    frames = [photo(channels=channels, seed=seed) for seed in range(3)]
+    found = OPERATIONS[name](np.concatenate(frames, axis=2), -0.9, FILL[:channels])
+    if name == "contrast":  # by the mean brightness of the clip, as if it were one long image
+        expected = np.split(OPERATIONS[name](np.concatenate(frames), -0.9, FILL[:channels]), 3)
+    else:
+        expected = [OPERATIONS[name](frame, -0.9, FILL[:channels]) for frame in frames]
+    np.testing.assert_array_equal(found, np.concatenate(expected, axis=2))
+
+
+def test_an_erased_box_of_a_clip_has_the_noise_of_each_channel():
+    clip = np.zeros((64, 64, 30), np.uint8)
+    found = erase(clip, np.random.default_rng(0), mean=(0.2, 0.4, 0.6), std=(0.01, 0.01, 0.01))
+    rows, columns = np.nonzero(found.any(axis=-1))
+    means = found[rows, columns].reshape(-1, 10, 3).mean(axis=0)
+    np.testing.assert_allclose(means, np.broadcast_to([51, 102, 153], means.shape), atol=1)
+
+
 def test_how_much_is_drawn_does_not_depend_on_the_image():
     for function in (
         lambda image, rng: rand_augment(image, rng, fill=FILL),

@@ -90,6 +90,17 @@ def test_tiff_files_keep_their_values(values, channels):
     np.testing.assert_array_equal(crop, resize(found[1:9, 2:10], (4, 4)))
 
 
+@pytest.mark.parametrize("channels", [1, 3])
+def test_the_byte_order_of_16_bits_does_not_matter(channels):
+    values = DEEP["uint16"][0, ..., 0]
+    file = io.BytesIO()
+    Image.frombytes("I;16B", values.shape[::-1], values.astype(">u2").tobytes()).save(file, "TIFF")
+    found = decode_image(file.getvalue(), channels=channels)
+    np.testing.assert_array_equal(found, decode_image(tiff(values), channels=channels))
+    array = values.astype(">u2")[..., None]
+    np.testing.assert_array_equal(decode_image(array, channels=1), found[..., :1])
+
+
 def test_deep_files_are_turned_upright():
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -155,6 +166,27 @@ def test_a_range_is_measured_without_outliers(tmp_path):
     assert open_data(config).source.depth is None
 
 
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        (np.array([0] * 1999 + [4000], np.uint16), (0, 4000)),
+        (np.array([0] * 1999 + [1], np.uint8), (0, 1)),
+        (np.array([0.0] * 1999 + [0.123456], np.float32), (0, 0.12346)),
+        (np.linspace(273.146, 273.164, 2000, dtype=np.float32), (273.145996, 273.164001)),
+        (np.linspace(101321, 101324, 2000, dtype=np.float32), (101321, 101324)),
+        (np.linspace(250.123, 310.123, 2000, dtype=np.float32), (250.12, 310.12)),
+    ],
+)
+def test_the_range_of_sparse_and_of_nearly_equal_values(values, expected):
+    assert measure_images(ArraySource(values.reshape(1, 40, 50, 1), "one")).pixel_range() == expected
+
+
+def test_images_of_one_value_have_no_range():
+    found = measure_images(ArraySource(np.full((2, 4, 4, 1), 7, np.float32), "two"))
+    with pytest.raises(ValueError, match=r"^pixel_range: expected images with more than one value, got 7 only$"):
+        found.pixel_range()
+
+
 def test_measures_are_those_of_numpy():
     images = np.concatenate([DEEP["int16"], DEEP["int16"][1:2]])
     found = measure_images(ArraySource(images, "seven"), find_duplicates=True)
@@ -163,6 +195,14 @@ def test_measures_are_those_of_numpy():
     assert (found.low, found.high) == (images.min(), images.max())
     assert found.duplicates == [("image 6", "image 1")]
     assert (dict(found.sizes), dict(found.depths), dict(found.channels)) == ({(12, 10): 7}, {"float32": 7}, {2: 7})
+
+
+def test_the_sample_of_many_images_is_bounded():
+    images = np.arange(4097, dtype=np.uint16).reshape(-1, 1, 1, 1)
+    found = measure_images(ArraySource(images, "many"))
+    assert np.concatenate(found.sample).tolist() == list(range(0, 4097, 2))
+    assert found.pixel_range() == (0, 4096)
+    assert len(measure_images(ArraySource(images[1:], "many")).sample) == 4096
 
 
 def test_values_far_below_the_range_are_reported():

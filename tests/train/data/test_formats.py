@@ -305,6 +305,19 @@ def test_memory_for_row_groups_is_bounded(tmp_path, monkeypatch):
     assert "column image, row groups of up to 0 MB (slow: see docs/guides/data.md)" in opened(path).description
 
 
+@pytest.mark.parametrize("kind", ["bytes", "large bytes", "structs", "delta"])
+def test_a_repeated_image_takes_no_more_memory_than_its_row_group(tmp_path, kind):
+    contents = [CONTENTS[0]] * 300 + [None, *CONTENTS]
+    column = structs(contents) if kind == "structs" else pa.array(contents, pa.binary())
+    column = column.cast(pa.large_binary()) if kind == "large bytes" else column
+    written = {"use_dictionary": False, "column_encoding": {"image": "DELTA_BYTE_ARRAY"}} if kind == "delta" else {}
+    source = opened(write_parquet(tmp_path / "a.parquet", {"image": column}, **written))
+    assert [source.records.content(k) for k in (0, 299, 301, 324)] == [contents[k] for k in (0, 299, 301, 324)]
+    with pytest.raises(UnreadableImageError, match=r"^a.parquet/300: null in place of an image$"):
+        source.read(300)
+    assert (source.records._groups._bytes < 2 * sum(map(len, CONTENTS))) == (kind != "delta")
+
+
 def test_names_of_parquet_files_tell_the_split(tmp_path):
     for name, rows in (("train-00000-of-00002", 3), ("train-00001-of-00002", 4), ("test-00000-of-00001", 5)):
         write_parquet(tmp_path / f"{name}.parquet", {"image": structs(CONTENTS[:rows])})
@@ -380,6 +393,16 @@ def test_an_lmdb_is_refused_in_one_line(tmp_path):
     (tmp_path / "empty").mkdir()
     path = write_lmdb(tmp_path / "empty", [(b"__len__", b"0")])
     assert refusal(path) == f"data: no images in the LMDB {path}"
+
+
+def test_an_lmdb_is_opened_once_whatever_its_path(tmp_path, monkeypatch):
+    path = write_lmdb(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "link.lmdb").symlink_to(path)
+    sources = [opened(spec) for spec in (path, "images.lmdb", "link.lmdb")]
+    assert sources[1].description == "LMDB images.lmdb: 24 images in 3 classes"
+    for source in sources:
+        np.testing.assert_array_equal(source.read(5), sources[0].read(5))
 
 
 # --------------------------------------------------------------------------------------------------------------- custom
@@ -464,6 +487,22 @@ def test_a_function_can_return_arrays(custom):
             source.read(k)
 
 
+class Mapped(Custom):
+    """A part of a file."""
+
+    def content(self, index):
+        return np.memmap("images.raw", np.uint8, "r", offset=48 * index, shape=(8, 6))
+
+
+def test_a_function_can_return_parts_of_a_mapped_file(custom, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    pixels = np.arange(NUM_IMAGES * 48, dtype=np.uint8).reshape(NUM_IMAGES, 8, 6)
+    pixels.tofile("images.raw")
+    source = opened(custom(Mapped), channels=None)
+    np.testing.assert_array_equal(source.read(7)[..., 0], pixels[7])
+    assert source.read_crop(7, (4, 4), lambda shape: (0, 0, 8, 6)).shape == (4, 4, 1)
+
+
 # ----------------------------------------------------------------------------------------------------------------- runs
 
 
@@ -479,9 +518,10 @@ def test_test_images_have_a_format_of_their_own(tmp_path):
     for test, number in ((write_folder(tmp_path), 24), (table, 24)):
         assert len(labelled_sides(data, test)[1].indices) == number
     spec = write_dataset(tmp_path)
-    config = pretrain_config(data=spec, image_size=16, patch_size=4, batch_size=4)
-    train, test = labelled_sides(open_data(config), spec)
-    assert (len(train.source), len(test.source)) == (24, 2)
+    for split in (None, "train"):
+        config = pretrain_config(data=spec, split=split, image_size=16, patch_size=4, batch_size=4)
+        train, test = labelled_sides(open_data(config), spec)
+        assert (len(train.source), len(test.source)) == (24, 2)
 
 
 class OtherNames(Custom):

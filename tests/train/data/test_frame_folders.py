@@ -63,6 +63,18 @@ def test_unreadable_frames_have_a_reason(tmp_path, damage, reason):
         stack.read(np.array([1, 2]), (0, 0, 6, 8))
 
 
+@pytest.mark.parametrize("ending", ["tif", "gif"])
+def test_pages_of_a_frame_are_not_lost(tmp_path, ending):
+    pages = [Image.new("L", (8, 6), 9 * k) for k in range(5)]
+    preview = Image.new("L", (4, 3))
+    for number in range(3):
+        pages[0].save(tmp_path / f"{number}.{ending}", save_all=True, append_images=[preview] * (ending == "tif"))
+    assert FrameStack(tmp_path, 1).shape == (3, 6, 8)
+    pages[0].save(tmp_path / f"0.{ending}", save_all=True, append_images=pages[1:])
+    with pytest.raises(ValueError, match=rf"^0.{ending} has 5 pages, expected one frame; save each page as a file of"):
+        FrameStack(tmp_path, 1)
+
+
 def test_an_empty_folder_has_a_reason(tmp_path):
     with pytest.raises(ValueError, match="no frames"):
         FrameStack(tmp_path, 1)

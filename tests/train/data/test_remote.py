@@ -153,6 +153,26 @@ def test_descriptions_name_the_address(web, s3, tmp_path):
     assert table.description == f"1 file {web.url}/t-0.parquet: 12 images in 3 classes, column image"
 
 
+def test_words_of_a_common_folder_are_no_split(shards, s3, tmp_path):
+    """Neither are those of a host, a bucket or a query."""
+    folder = tmp_path / "train-sets"
+    folder.mkdir()
+    system = storage._file_system("s3")
+    system.mkdir(folder.name)
+    for source, split in (("t-0", "train"), ("t-1", "validation")):
+        (folder / f"{split}-0.parquet").write_bytes((shards / f"{source}.parquet").read_bytes())
+        system.pipe(f"{folder.name}/{split}-0.parquet", (shards / f"{source}.parquet").read_bytes())
+    with web_server(tmp_path) as url:
+        for store, query in ((url, "?key=a-test"), ("s3:/", "")):
+            spec = f"{store}/{folder.name}/{{train,validation}}-0.parquet{query}"
+            for split, name in ((None, "t-0"), ("train", "t-0"), ("validation", "t-1")):
+                source = opened(spec, options(tmp_path, cache=None, split=split))
+                assert len(source) == 12
+                np.testing.assert_array_equal(source.read(0), opened(str(shards / f"{name}.parquet"), None).read(0))
+            test = open_source(spec, channels=1, options=options(tmp_path), for_test=True)
+            assert test.description.endswith("12 images in 3 classes, column image, split validation")
+
+
 @pytest.mark.parametrize("files", FILES)
 def test_a_second_start_requests_no_content(web, tmp_path, files):
     spec = f"{web.url}/{files}"

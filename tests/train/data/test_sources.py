@@ -2,6 +2,7 @@ import contextlib
 import os
 import pickle
 import tarfile
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -13,7 +14,10 @@ from prmim_train.config.classify import classify_config
 from prmim_train.config.pretrain import pretrain_config
 from prmim_train.data import image_files
 from prmim_train.data.formats import arrays
+from prmim_train.data.formats.folder import FolderRecords
+from prmim_train.data.identity import identities
 from prmim_train.data.image_files import MAX_PIXELS
+from prmim_train.data.names import PackedNames
 from prmim_train.data.sources import ArraySource, UnreadableImageError, open_source
 from prmim_train.data.transforms import resize
 from prmim_train.run.prepare import labelled_sides, open_data
@@ -225,6 +229,19 @@ def test_folder_errors(tmp_path):
         open_source(str(tmp_path), channels=7)
     with pytest.raises(ValueError, match="channels: expected at least 1, got 0"):
         open_source(str(tmp_path), channels=0)
+
+
+def test_identities_of_many_files_take_little_memory(tmp_path):
+    (tmp_path / "3.png").write_bytes(b"four")
+    os.utime(tmp_path / "3.png", (9, 9))
+    names = PackedNames(f"{k}.png" for k in range(10_000))
+    tracemalloc.start()
+    found = FolderRecords(tmp_path, names).identities()
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2**23
+    expected = identities((f"{k}.png {4 if k == 3 else -1}".encode(), 9 * (k == 3)) for k in range(10_000))
+    np.testing.assert_array_equal(found, expected)
 
 
 # ------------------------------------------------------------------------------------------------- endings and classes

@@ -193,18 +193,31 @@ def test_damaged_and_foreign_files_have_one_line(nibabel, tmp_path):
         open_source(str(tmp_path), channels=1)
 
 
-def test_volumes_lie_in_tar_files_too(nibabel, tmp_path):
-    contents = {"s0.npy": npy(VOLUME).getvalue(), "s1.nii": nifti(nibabel).to_bytes()}
-    contents["s2.nii.gz"] = gzip.compress(contents["s1.nii"])
-    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+def write_tar(path, contents):
+    with tarfile.open(path, "w") as tar:
         for name, content in contents.items():
             member = tarfile.TarInfo(name)
             member.size = len(content)
             tar.addfile(member, io.BytesIO(content))
-    source = opened(tmp_path / "a.tar")
+    return path
+
+
+def test_volumes_lie_in_tar_files_too(nibabel, tmp_path):
+    contents = {"s0.npy": npy(VOLUME).getvalue(), "s1.nii": nifti(nibabel).to_bytes()}
+    contents["s2.nii.gz"] = gzip.compress(contents["s1.nii"])
+    source = opened(write_tar(tmp_path / "a.tar", contents))
     assert len(source) == 3
     for k in range(3):
         np.testing.assert_array_equal(source.read(k, lambda shape: PLACES), PART)
+
+
+def test_no_volume_is_read_from_a_tar_file_that_changed(tmp_path):
+    contents = {f"{k}.npy": npy(VOLUME + k).getvalue() for k in range(2)}
+    source = opened(write_tar(tmp_path / "a.tar", contents))
+    source.read(0)
+    write_tar(tmp_path / "a.tar", dict(reversed(contents.items())))
+    with pytest.raises(UnreadableImageError, match=r"a\.tar/0\.npy: its tar file: changed since it was opened"):
+        source.read(0)
 
 
 def test_statistics_count_spacings(nibabel, tmp_path):

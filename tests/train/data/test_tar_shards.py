@@ -704,6 +704,8 @@ def test_an_archive_that_vanishes_or_changes_is_not_taken_for_the_old_one(tmp_pa
         UnreadableImageError, match=r"a\.tar/train/cat/0\.png: its tar file: changed since it was opened"
     ):
         source.read(0)
+    with pytest.raises(UnreadableImageError, match="its tar file: changed since it was opened"):
+        source.header(0)
     path.write_bytes(b"")
     with pytest.raises(UnreadableImageError, match="its tar file: changed since it was opened"):
         source.read(0)

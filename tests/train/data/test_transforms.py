@@ -1,3 +1,5 @@
+import tracemalloc
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -232,6 +234,20 @@ def test_a_padded_crop_is_a_window_of_the_resized_image(shape, size):
         assert len(found) == 1
         places.add(tuple(found[0].tolist()))
     assert len(places) == windows.shape[0] * windows.shape[1]  # all of them
+
+
+def test_a_padded_crop_of_a_thin_image_takes_little_memory():
+    image, size, padding = noise_image(1, 3000, 1), (64, 32), 8  # 64 x 192,000 pixels if resized whole
+    tracemalloc.start()
+    crops = [random_padded_crop(image, size, np.random.default_rng(seed), padding=padding) for seed in range(20)]
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2**22
+    for seed, crop in enumerate(crops):
+        _, left = (np.random.default_rng(seed).integers([2 * padding + 1, 64 * 3000 + 2 * padding - 32 + 1])).tolist()
+        places = (np.abs(np.arange(left, left + 32) - padding) + 0.5) / 64 - 0.5  # in pixels of the image
+        expected = np.interp(places, np.arange(3000), image[0, :, 0])
+        assert np.abs(crop[..., 0] - expected).max() < 2
 
 
 @pytest.mark.parametrize(

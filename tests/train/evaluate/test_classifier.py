@@ -3,6 +3,7 @@
 import contextlib
 import json
 import re
+import shlex
 import signal
 import sys
 
@@ -125,11 +126,13 @@ def test_what_the_engine_is_given(run, fake):
 @pytest.mark.parametrize("protocol", ["finetune", "linear"])
 def test_stop_and_resume_is_the_same_as_no_stop(protocol, run, tmp_path, stop_at, capsys):
     mixed = [*FEW[:-4], "--mixup", "0.8", "--cutmix", "1", "--rand_augment", "9", "--erasing", "0.25"]
+    if protocol == "linear":
+        run = run.rename(tmp_path / "a run")
     evaluate(run, protocol, *mixed, "--out", tmp_path / "whole")
     with stop_at(7):
         evaluate(run, protocol, *mixed, code=128 + signal.SIGTERM)
     told = re.search(r"Resume with: prmim (.*)", capsys.readouterr().err)
-    assert main(told[1].split()) == 0
+    assert main(shlex.split(told[1])) == 0
     assert untimed(run / protocol) == untimed(tmp_path / "whole")
     for name, value in weights(tmp_path / "whole").items():
         np.testing.assert_array_equal(weights(run / protocol)[name], value)
@@ -379,6 +382,16 @@ def test_options_given_with_resume_hold(run, stop_at):
         evaluate(run, "finetune", *FEW, code=128 + signal.SIGTERM)
     evaluate(run, "finetune", "--resume", "--epochs", "3")
     assert untimed(run / "finetune")[-1]["step"] == 36
+
+
+def test_a_resumed_classifier_keeps_its_encoder(run, stop_at, capsys):
+    with stop_at(7):
+        evaluate(run, "finetune", *FEW, "--checkpoint", 12, code=128 + signal.SIGTERM)
+    line = fail(capsys, "--run", run, "--protocol", "finetune", "--resume", "--checkpoint", 7)
+    assert "got a change of checkpoint from 12 to 7, which past steps depend on" in line
+    with stop_at(9):
+        evaluate(run, "finetune", *FEW, "--checkpoint", "null", "--resume", code=128 + signal.SIGTERM)
+    assert "\ncheckpoint: 12\n" in (run / "finetune" / "config.yaml").read_text()
 
 
 def test_an_earlier_checkpoint_can_be_evaluated(tiny, tmp_path, capsys):

@@ -9,6 +9,7 @@ from filelock import FileLock
 from PIL import Image
 
 from prmim_train.cli.commands import main
+from prmim_train.config.training import SourceOptions
 from prmim_train.evaluate import embeddings
 from prmim_train.evaluate.embeddings import read_info
 from prmim_train.pretrain import pretrain
@@ -79,6 +80,19 @@ def test_features_of_all_images_with_names_and_labels(run, features, engine, tmp
     *_, written, again = capsys.readouterr().out.splitlines()
     assert written.endswith("f.npz, 1,797 images, 32 values each")
     assert again.startswith("Already complete: ")
+
+
+def test_a_given_null_is_no_missing_option(features, tmp_path, monkeypatch):
+    caches, opened = [], embeddings.open_source
+
+    def open_source(*values, options, **others):
+        caches.append(options.cache)
+        return opened(*values, options=options, **others)
+
+    monkeypatch.setattr(embeddings, "open_source", open_source)
+    for number, words in enumerate(([], ["--cache", "null"])):
+        assert features(tmp_path / f"{number}.npz", *words) == 0
+    assert caches == [SourceOptions().cache, None]
 
 
 def test_a_table_has_the_same_content(features, tmp_path):

@@ -1,3 +1,4 @@
+import io
 import json
 
 import numpy as np
@@ -53,6 +54,28 @@ def test_one_class_is_no_task(tiny, tmp_path):
     config = tiny(data=str(tmp_path / "one.npz"), eval_limit=10)
     data = open_data(config)
     assert "one class" in evaluate_run(config, data, create_engine(config, data.budget))["skipped"]
+
+
+@pytest.fixture
+def table(tmp_path):
+    """Path of 80 images of four classes, two of them to a coarse class."""
+    pa, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    contents = []
+    for pixels in np.random.default_rng(0).integers(0, 255, (80, 8, 8), dtype=np.uint8):
+        Image.fromarray(pixels).save(file := io.BytesIO(), "PNG")
+        contents.append(file.getvalue())
+    labels = np.arange(80) % 4
+    parquet.write_table(pa.table({"image": contents, "label": labels, "coarse": labels // 2}), tmp_path / "a.parquet")
+    return str(tmp_path / "a.parquet")
+
+
+def test_another_column_of_labels_is_no_other_data(tiny, table):
+    config = tiny(data=table, label_key="coarse", batch_size=64)
+    pretrain(config)
+    for words, classes in (([], 2), (["--label_key", "label"], 4), (["--label_key", "null"], 4)):
+        command = ["evaluate", "--run", str(config.run_path), "--protocol", "knn", "--no_baselines", *words]
+        assert main([*command, "--eval_limit", "20"]) == 0
+        assert json.loads((config.run_path / "evaluation.json").read_text())["classes"] == classes
 
 
 def test_images_that_vanish_end_no_run_and_are_told_by_the_command(tiny, tmp_path, capsys):

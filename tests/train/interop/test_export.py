@@ -8,8 +8,9 @@ import safetensors.torch
 import torch
 
 from prmim_core import counter_noise
+from prmim_methods import MAEConfig
 from prmim_methods.weight_files import dump_architecture
-from prmim_torch import load_encoder
+from prmim_torch import MAE, load_encoder, save_weights
 from prmim_train.cli.commands import main
 
 
@@ -38,7 +39,8 @@ def pixels_of(images, config):
     Other libraries expect this layout.
     """
     mean, std = (torch.tensor(values) for values in (config.pixel_mean, config.pixel_std))
-    return ((images / 255 - mean) / std).movedim(-1, 1)
+    low, high = config.pixel_range or (0, 255)
+    return (((images - low) / (high - low) - mean) / std).movedim(-1, 1)
 
 
 def load_transformers(name, folder, **options):
@@ -49,6 +51,8 @@ def load_transformers(name, folder, **options):
     return model.eval()
 
 
+SIZES = {"image_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 2}
+DECODER = {"decoder_dim": 16, "decoder_depth": 1, "decoder_heads": 2}
 CLOSE = {"rtol": 0, "atol": 1e-5}
 SIMMIM = {"method": "simmim"}
 TRANSFORMERS = {
@@ -110,17 +114,18 @@ def test_decoders_that_transformers_does_not_have_are_left_out(options, make_run
     assert "Left out: cell_head, decoder" in lines
 
 
-@pytest.mark.parametrize("channels", [1, 3])
-def test_the_image_processor_makes_the_crops_of_evaluation(channels, make_run, tmp_path, capsys):
+@pytest.mark.parametrize("options", [{"channels": 1}, {}, {"pixel_range": (-45.0, 300.0)}], ids=str)
+def test_the_image_processor_makes_the_crops_of_evaluation(options, make_run, tmp_path, capsys):
     import transformers
     from PIL import Image
 
     from prmim_train.data.transforms import center_crop
 
-    config = make_run(channels=channels).config
-    folder, _ = export(tmp_path, capsys, "--to", "hf")
+    config = make_run(**options).config
+    folder, lines = export(tmp_path, capsys, "--to", "hf")
+    assert ("Images: clip values to [-45, 300] before the image processor" in lines) == ("pixel_range" in options)
     processor = transformers.AutoImageProcessor.from_pretrained(folder)
-    photo = np.random.default_rng(0).integers(0, 256, (32, 48, channels), dtype=np.uint8)
+    photo = np.random.default_rng(0).integers(0, 256, (32, 48, config.channels), dtype=np.uint8)
     got = processor(images=Image.fromarray(photo.squeeze()), return_tensors="pt")["pixel_values"]
     crop = torch.from_numpy(center_crop(photo, config.image_size).copy())
     torch.testing.assert_close(got, pixels_of(crop[None], config), **CLOSE)
@@ -130,6 +135,7 @@ TIMM = {
     "absolute": {},
     "several class tokens": {"class_tokens": 3, "channels": 1, "mean": (0.4,), "std": (0.2,)},
     "no class token": {"class_tokens": 0},
+    "range": {"pixel_range": (-45.0, 300.0)},
     "relative": {**SIMMIM, "image_size": (8, 24)},
     "LayerScale": {**SIMMIM, "position": "absolute"},
 }
@@ -171,13 +177,14 @@ def test_an_encoder_alone_can_be_loaded(options, make_run, tmp_path, capsys):
     assert not any(name.startswith(("decoder", "cell_head")) for name in safetensors.torch.load_file(path))
 
 
+@pytest.mark.parametrize(("options", "dtype"), [({}, "uint8"), ({"pixel_range": (-9.0, 99.0)}, "float32")])
 @torch.no_grad()
-def test_a_program_takes_any_batch(make_run, tmp_path, capsys):
-    method = make_run(**SIMMIM)
+def test_a_program_takes_any_batch(options, dtype, make_run, tmp_path, capsys):
+    method = make_run(**SIMMIM, **options)
     path, lines = export(tmp_path, capsys, "--to", "torch.export", out="out.pt2")
-    assert "uint8 (batch, 16, 16, 3) to features (batch, 24)" in lines
+    assert f"{dtype} (batch, 16, 16, 3) to features (batch, 24)" in lines
     program = torch.export.load(path).module()
-    images = images_of(method.config)
+    images = images_of(method.config).to(getattr(torch, dtype))
     for batch in (images, images[:1], images.repeat(3, 1, 1, 1)):
         torch.testing.assert_close(program(batch), method.features(batch), **CLOSE)
 
@@ -194,6 +201,20 @@ def test_a_file_of_weights_in_place_of_a_run(options, make_run, tmp_path, capsys
     got, expected = (json.loads((tmp_path / name / "config.json").read_text()) for name in ("of_file", "of_run"))
     # A file does not tell the value that LayerScale starts from; the weights replace it.
     assert {**got, "layer_scale_init_value": 0.1} == {**expected, "layer_scale_init_value": 0.1}
+
+
+class Mix(torch.nn.Module):
+    """A mixing module of the user."""
+
+    def __init__(self, dim, grid):
+        super().__init__()
+
+
+def test_a_file_of_a_method_with_a_custom_mix(tmp_path, capsys):
+    config = MAEConfig(**SIZES, **DECODER, reconstruction=Mix)
+    save_weights(MAE(config), tmp_path / "w.safetensors")
+    assert main(["export", str(tmp_path / "out"), "--run", str(tmp_path / "w.safetensors"), "--to", "hf"]) == 0
+    assert "transformers.ViTMAEForPreTraining.from_pretrained(" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

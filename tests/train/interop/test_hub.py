@@ -1,5 +1,6 @@
 """Upload of a run: one commit, and a card with the run's own numbers."""
 
+import os
 import re
 from unittest.mock import create_autospec
 
@@ -130,12 +131,22 @@ def test_a_newer_evaluation_of_the_checkpoint_replaces_that_of_the_summary(api, 
 
 def test_numbers_of_another_step_are_not_stated(api, run):
     run, _ = run
-    run.write_summary({**SUMMARY, "steps": 8})
+    for steps, state in ((8, ", an earlier checkpoint"), (6, " of an unfinished run")):
+        run.write_summary({**SUMMARY, "steps": steps})
+        assert push(run) == 0
+        card = content(uploaded(api)["README.md"]).decode()
+        assert f"| checkpoint | step 7{state} |" in card
+        assert "Not evaluated." in card
+        assert "0.5124" not in card
+
+
+def test_pictures_of_an_earlier_checkpoint_are_left_out(api, run):
+    run, _ = run
+    written = run.checkpoints()[-1].stat().st_mtime
+    os.utime(run.path / "loss.png", (written - 1, written - 1))
+    (run.path / "schedule.png").write_bytes(b"png")
     assert push(run) == 0
-    card = content(uploaded(api)["README.md"]).decode()
-    assert "| checkpoint | step 7 of an unfinished run |" in card
-    assert "Not evaluated." in card
-    assert "0.5124" not in card
+    assert [name for name in uploaded(api) if name.endswith(".png")] == ["schedule.png"]
 
 
 def test_a_refused_upload_is_one_line(api, run, capsys):

@@ -1,6 +1,8 @@
 import errno
 import json
 import os
+import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -121,6 +123,15 @@ def test_the_exit_code_names_the_signal(number, tiny_words, fake, monkeypatch):
     before = [signal.getsignal(each) for each in STOPPING]
     assert main(["pretrain", *tiny_words]) == 128 + number
     assert [signal.getsignal(each) for each in STOPPING] == before
+
+
+def test_the_command_that_is_told_resumes_the_run(tiny_words, fake, monkeypatch, tmp_path, capsys):
+    with monkeypatch.context() as patch:
+        stop_after(patch, fake, 7, signal.SIGTERM)
+        main(["pretrain", *tiny_words, "--out", str(tmp_path / "a run")])
+    told = re.search(r"Resume with: prmim (.*)", capsys.readouterr().err)
+    assert main(shlex.split(told[1])) == 0
+    assert RunDirectory(tmp_path / "a run").read_summary()["steps"] == 12
 
 
 def repeat(monkeypatch, fake, number, count):

@@ -295,8 +295,12 @@ def test_options_that_change_the_meaning_of_steps_are_refused(tiny, monkeypatch,
 
 def test_other_options_may_change_and_are_listed(tiny, monkeypatch, fake, capsys):
     config = stopped(tiny, monkeypatch, fake)
-    pretrain(pretrain_config(**{**config.flat(), "resume": True, "log_every": 3, "base_learning_rate": 0.005}))
-    expected = "Options changed since the last start: log_every from 2 to 3, base_learning_rate from 0.01 to 0.005."
+    changes = {"log_every": 3, "base_learning_rate": 0.005, "recompute_blocks": True}
+    pretrain(pretrain_config(**{**config.flat(), "resume": True, **changes}))
+    expected = (
+        "Options changed since the last start: recompute_blocks from False to True, log_every from 2 to 3, "
+        "base_learning_rate from 0.01 to 0.005."
+    )
     assert expected in capsys.readouterr().out
 
 

@@ -82,6 +82,20 @@ def test_only_what_is_wrong_is_replaced():
     assert propose(own, training_budget(own, 900)) == {}
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"image_size": (32, 32, 32), "patch_size": (8, 8, 8), "volumes": True, "decoder_dim": 192, "decoder_heads": 6},
+        {"decoder_dim": 36, "decoder_heads": 12},
+    ],
+)
+def test_a_decoder_that_cannot_be_made_smaller_keeps_its_size(options):
+    config = pretrain_config(**options)
+    proposed = propose(config, training_budget(config, 900))
+    assert proposed["model"] == "vit_tiny"
+    assert not {"decoder_dim", "decoder_heads"} & set(proposed)
+
+
 def test_the_smallest_model_wants_this_many_images():
     config = pretrain_config(batch_size=64)
     assert LEAST_IMAGES == 10_677

@@ -95,12 +95,11 @@ def open_custom(path: str) -> tuple[CustomRecords, str]:
     if not number:
         raise _wrong(path, "at least one image", "0")
     try:
-        kind = _kind(found.content(0))
-        name = found.name(0)
+        content, name = found.content(0), found.name(0)
     except Exception:  # an unreadable image, counted with the others
-        kind, name = "bytes", ""
-    if kind not in ("bytes", "ndarray"):
-        raise _wrong(path, "bytes or an array from content(0)", kind)
+        content, name = b"", ""
+    if not isinstance(content, bytes | np.ndarray):
+        raise _wrong(path, "bytes or an array from content(0)", _kind(content))
     if not isinstance(name, str):
         raise _wrong(path, "text from name(0)", _kind(name))
     _check_identities(path, known, number)

@@ -1,9 +1,7 @@
 """Image files in a folder."""
 
-import os
 from collections import Counter
 from collections.abc import Collection, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -16,7 +14,7 @@ from prmim_train.config.training import CLIP_EXAMPLE, VOLUME_EXAMPLE
 from prmim_train.data.formats.nifti import NIFTI_ENDINGS
 from prmim_train.data.formats.tar_shards import COMPRESSED_TARS
 from prmim_train.data.formats.video import VIDEO_ENDINGS
-from prmim_train.data.identity import Identities, identities
+from prmim_train.data.identity import Identities, identities_of_files
 from prmim_train.data.image_files import (
     ARRAY_ENDING,
     IMAGE_ENDINGS,
@@ -31,8 +29,6 @@ from prmim_train.data.names import PackedNames, classes_of_folders, ending_of, s
 from prmim_train.data.paths import Parts, with_endings
 
 __all__ = ["FolderRecords", "open_folder"]
-
-_STAT_THREADS = 16
 
 
 @dataclass(frozen=True)
@@ -74,13 +70,7 @@ class FolderRecords:
 
         A file that cannot be examined has size -1 and time 0.
         """
-        with ThreadPoolExecutor(
-            _STAT_THREADS
-        ) as pool:  # network file systems are slow, but serve many requests at once
-            found = pool.map(self._size_and_time, self.files, chunksize=1000)
-            return identities(
-                (os.fsencode(f"{name} {size}"), time) for name, (size, time) in zip(self.files, found, strict=True)
-            )
+        return identities_of_files(self.files, self._size_and_time)
 
     def _size_and_time(self, name: str) -> tuple[int, int]:
         try:

@@ -1,23 +1,22 @@
 """Folders of images that are the frames or slices of one clip or volume each."""
 
-import os
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image, UnidentifiedImageError
 
 from prmim_methods.messages import printable
 from prmim_train.data.formats.stack_files import StackSource
 from prmim_train.data.formats.stacks import Stack
-from prmim_train.data.identity import Identities, identities
+from prmim_train.data.identity import Identities, identities_of_files
 from prmim_train.data.image_files import (
     MAX_PIXELS,
     counted,
@@ -34,7 +33,7 @@ from prmim_train.data.transforms import plane_of
 
 __all__ = ["FrameFolders", "FrameSource", "FrameStack", "find_frame_folders", "sorted_frames"]
 
-_STAT_THREADS = 16
+_MULTI_PAGE = ("GIF", "PNG", "TIFF", "WEBP")  # but not JPEG, where further pictures are previews
 _NUMBER = re.compile(r"(\d+)")
 
 
@@ -63,7 +62,7 @@ class FrameStack:
     Raises
     ------
     ValueError
-        If there are no frames, or the first one is unreadable.
+        If there are no frames, or the first one is unreadable or a stack itself.
     OSError
         If the folder cannot be read.
     """
@@ -79,6 +78,7 @@ class FrameStack:
             raise ValueError("no frames")
         with closing(open_part(folder / self._names[0])) as file:
             first = read_header(file, max_pixels=max_pixels, name=printable(self._names[0]))
+            _check_single(file, printable(self._names[0]))
         self.shape = (len(self._names), *plane_of(first.shape))
         self.channels, self.depth = first.channels, first.depth
 
@@ -122,6 +122,25 @@ class FrameStack:
     def _content(self, name: str) -> bytes:
         with named_errors(printable(name)):
             return read_file(self._folder / name)
+
+
+def _check_single(file: BinaryIO, name: str) -> None:
+    """Raise ValueError if a file holds several pictures of one size.
+
+    Pictures of other sizes are previews.
+    """
+    file.seek(0)
+    try:
+        picture = Image.open(file, formats=_MULTI_PAGE)
+    except UnidentifiedImageError:
+        return
+    number, size = getattr(picture, "n_frames", 1), picture.size
+    if number > 1:
+        picture.seek(1)
+        if picture.size == size:
+            raise ValueError(
+                f"{name} has {number:,} pages, expected one frame; save each page as a file of its own, or all as .npy"
+            )
 
 
 def sorted_frames(names: Iterable[str]) -> list[str]:
@@ -186,20 +205,14 @@ class FrameFolders:
 
         The stamp is the modification time of the folder. A folder that cannot be examined has no frames and time 0.
         """
-        with ThreadPoolExecutor(
-            _STAT_THREADS
-        ) as pool:  # network file systems are slow, but serve many requests at once
-            found = pool.map(_names_and_time, map(self.path, range(len(self))), chunksize=100)
-            return identities(
-                (os.fsencode(f"{name} {frames}"), time) for name, (frames, time) in zip(self.clips, found, strict=True)
-            )
+        return identities_of_files(self.clips, self._names_and_time)
 
-
-def _names_and_time(folder: Path) -> tuple[list[str], int]:
-    try:
-        return sorted_frames(path.name for path in folder.iterdir()), int(folder.stat().st_mtime)
-    except OSError:
-        return [], 0
+    def _names_and_time(self, clip: str) -> tuple[list[str], int]:
+        folder = self.folder / clip
+        try:
+            return sorted_frames(path.name for path in folder.iterdir()), int(folder.stat().st_mtime)
+        except OSError:
+            return [], 0
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from prmim_methods.files import expanded
 from prmim_methods.messages import one_line, printable
 from prmim_train.config.packages import check_installed
 from prmim_train.data.formats.tables import (
@@ -145,7 +146,7 @@ def _load(name: str, split: str | None, for_test: bool, where: str) -> tuple[Any
     """Return a data set and its split."""
     import datasets
 
-    folder = Path(os.path.expanduser(name))  # noqa: PTH111  # pathlib raises for an unknown user
+    folder = expanded(name)
     if folder.is_dir():
         with _one_line(where):
             found = datasets.load_from_disk(str(folder))

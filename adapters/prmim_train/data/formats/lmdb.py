@@ -100,6 +100,7 @@ def open_lmdb(path: Path) -> tuple[LmdbRecords, str]:
     """
     check_installed("data", "lmdb")
     where = printable(str(path))
+    path = path.resolve()  # another spelling would be another environment
     keys, sizes, index = PackedNames(), array("q"), array("q")
     folders: dict[tuple[str, ...], int] = {}  # and its number, for each image in `index`
     try:

@@ -9,7 +9,7 @@ import os
 import threading
 import zlib
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -127,13 +127,13 @@ class ParquetRecords:
             with open_place(self.files[number]) as file:
                 footer = self._groups.footers.get(number)
                 if footer is None:
-                    if _read_footer(file)[0] != self.footer_crc[number]:
+                    if _footer_crc(file) != self.footer_crc[number]:
                         raise ValueError("changed since it was opened")
                     footer = _open(file).metadata
                     self._groups.footers[number] = footer
-                first = int(np.searchsorted(self.file_of_group, number))
-                found = _open(file, footer).read_row_group(group - first, [self.column], use_threads=False)
-                return bytes_of(found.column(0))
+                place = group - int(np.searchsorted(self.file_of_group, number))
+                table = _open(file, footer, repeated=_repeated(footer.row_group(place), self.column))
+                return bytes_of(table.read_row_group(place, [self.column], use_threads=False).column(0))
         except ConnectionError:
             raise
         except Exception as error:  # of pyarrow, on damaged files
@@ -163,7 +163,7 @@ class ParquetRecords:
 
 
 def open_parquet(
-    files: Mapping[str, Place],
+    files: Mapping[Place, str],
     where: str,
     *,
     image_key: str | None = None,
@@ -178,8 +178,8 @@ def open_parquet(
 
     Parameters
     ----------
-    files : mapping of str to Path or Address
-        At least one, by a name that may contain the split.
+    files : mapping of Path or Address to str
+        At least one, and a name of each that may contain the split.
     where : str
         Text of the user, for messages.
     image_key, label_key : str, optional
@@ -209,7 +209,7 @@ def open_parquet(
     check_installed("data", "pyarrow")
     groups = splits_of_names(files)
     chosen = choose_split(list(groups), split, for_test=for_test, where=where)
-    paths = groups[chosen] if chosen is not None else list(files.values())
+    paths = groups[chosen] if chosen is not None else list(files)
     column, label = "", None
     crcs, rows, numbers, parts = [], [0], [], []
     names: tuple[str, ...] | None = None
@@ -219,7 +219,7 @@ def open_parquet(
         name = printable(str(path))
         with _named_errors(name):
             file = next(opened)
-            crcs.append(_read_footer(file)[0])
+            crcs.append(_footer_crc(file))
             table = _open(file)
             schema = table.schema_arrow
         if number == 0:
@@ -264,7 +264,7 @@ def open_parquet(
 
 def _read_index(file: File, label_key: str | None) -> None:
     """Read the parts of a file that `open_parquet` needs."""
-    _read_footer(file)
+    _footer_crc(file)
     table = _open(file)
     with suppress(ValueError):  # which `open_parquet` raises with the name of the file
         label = label_column(table.schema_arrow, label_key, "")
@@ -286,8 +286,8 @@ def _named_errors(name: str) -> Iterator[None]:
         raise ValueError(f"data: the parquet file {name}: {reason_of(error)}") from error
 
 
-def _read_footer(file: File) -> tuple[int, int]:
-    """Return CRC-32 and length of a file's footer; ValueError without one."""
+def _footer_crc(file: File) -> int:
+    """Return the CRC-32 of a file's footer; ValueError without one."""
     size = file.seek(0, io.SEEK_END)
     end = read_part(file, max(0, size - 8), 8)
     length = int.from_bytes(end[:4], "little")
@@ -295,23 +295,42 @@ def _read_footer(file: File) -> tuple[int, int]:
         raise ValueError("truncated, encrypted or no parquet file")
     if length + 12 > size or length > _MAX_FOOTER:
         raise ValueError(f"damaged: a footer of {length:,} bytes in a file of {size:,}")
-    return zlib.crc32(read_part(file, size - 8 - length, length)), length
+    return zlib.crc32(read_part(file, size - 8 - length, length))
 
 
-def _open(file: File, footer: Any = None) -> Any:
+def _open(file: File, footer: Any = None, repeated: Sequence[str] = ()) -> Any:
     from pyarrow.parquet import ParquetFile
 
-    return ParquetFile(file, metadata=footer, page_checksum_verification=True)
+    return ParquetFile(file, metadata=footer, read_dictionary=repeated, page_checksum_verification=True)
+
+
+def _chunks(group: Any, column: str) -> list[Any]:
+    """Return the footer's entries for a column of a row group: one, or one for each field of a struct."""
+    entries = (group.column(k) for k in range(group.num_columns))
+    return [entry for entry in entries if f"{entry.path_in_schema}.".startswith(f"{column}.")]
+
+
+def _repeated(group: Any, column: str) -> list[str]:
+    """Return the column of bytes if the row group stores equal values once.
+
+    It is read so, too. Otherwise, repeated values could take much more memory than their row group.
+    """
+    return [
+        chunk.path_in_schema
+        for chunk in _chunks(group, column)
+        if chunk.path_in_schema in (column, f"{column}.bytes") and _DICTIONARY.issuperset(chunk.encodings)
+    ]
+
+
+_DICTIONARY = {"PLAIN", "RLE", "BIT_PACKED", "PLAIN_DICTIONARY", "RLE_DICTIONARY"}  # pyarrow reads no others so
 
 
 def _group_size(group: Any, column: str, file_size: int) -> tuple[int, int]:
-    """Return rows and decoded bytes of a column in a row group.
+    """Return rows and bytes of a column in a row group, uncompressed, with equal values stored once.
 
     Read from the footer; impossible values raise ValueError.
     """
-    columns = (group.column(k) for k in range(group.num_columns))
-    parts = [part for part in columns if f"{part.path_in_schema}.".startswith(f"{column}.")]
-    size = sum(part.total_uncompressed_size for part in parts)
+    size = sum(chunk.total_uncompressed_size for chunk in _chunks(group, column))
     if not 0 <= group.num_rows <= file_size:  # an image takes at least a byte
         raise ValueError(f"damaged: a row group of {group.num_rows:,} rows in a file of {file_size:,} bytes")
     if size > MAX_FILE_BYTES:

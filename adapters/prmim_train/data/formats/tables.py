@@ -3,7 +3,7 @@
 import json
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +22,8 @@ __all__ = [
     "splits_of_names",
     "table_classes",
 ]
+
+T = TypeVar("T")
 
 _LABEL_KEYS = ("label", "labels", "cls", "class", "class_id", "class_name", "fine_label")
 _TRAIN = ("train", "training")
@@ -252,16 +254,16 @@ def choose_split(found: Sequence[str], split: str | None, *, for_test: bool, whe
     return chosen
 
 
-def splits_of_names(names: Mapping[str, Any]) -> dict[str, list[Any]]:
+def splits_of_names(files: Mapping[T, str]) -> dict[str, list[T]]:
     """Group files by the split in their names.
 
     Examples: ``train-00000-of-00005.parquet``, ``test/0000.parquet``. Returns no splits if a name has none.
     """
-    groups: dict[str, list[Any]] = {}
-    for name, value in names.items():
+    groups: dict[str, list[T]] = {}
+    for file, name in files.items():
         words = re.split(r"[/\\_.-]", name.lower())
         split = next((word for word in words if word in (*_TRAIN, *_TEST)), None)
         if split is None:
             return {}
-        groups.setdefault(split, []).append(value)
+        groups.setdefault(split, []).append(file)
     return groups

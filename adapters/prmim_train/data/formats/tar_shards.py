@@ -15,6 +15,7 @@ import zlib
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import BinaryIO, NamedTuple
@@ -116,20 +117,22 @@ class TarRecords:
 
     def content(self, index: int) -> bytes:
         """Return the content of one member."""
-        try:
-            with open_place(self.shards[self.shard[index]]) as file:
-                both = read_part(file, int(self.offset[index]) - _BLOCK, _BLOCK + int(self.size[index]))
-            if zlib.crc32(both[:_BLOCK]) != self.header_crc[index]:
-                raise ValueError("changed since it was opened")
-        except ConnectionError:
-            raise
-        except (OSError, ValueError) as error:
-            raise ValueError(f"its tar file: {reason_of(error)}") from error
+        with _named_errors(), open_place(self.shards[self.shard[index]]) as file:
+            both = read_part(file, int(self.offset[index]) - _BLOCK, _BLOCK + int(self.size[index]))
+            self._check(index, both[:_BLOCK])
         return both[_BLOCK:]
 
     def open(self, index: int) -> BinaryIO:
         """Open one member."""
-        return open_part(self.shards[self.shard[index]], int(self.offset[index]), int(self.size[index]))
+        place, offset = self.shards[self.shard[index]], int(self.offset[index])
+        with _named_errors():
+            with open_place(place) as file:
+                self._check(index, read_part(file, offset - _BLOCK, _BLOCK))
+            return open_part(place, offset, int(self.size[index]))
+
+    def _check(self, index: int, header: bytes) -> None:
+        if zlib.crc32(header) != self.header_crc[index]:
+            raise ValueError("changed since it was opened")
 
     def name(self, index: int) -> str:
         """Return the image's name for messages: shard, then member."""
@@ -141,6 +144,16 @@ class TarRecords:
             (os.fsencode(f"{name} {size}"), crc)
             for name, size, crc in zip(self.names, self.size.tolist(), self.header_crc.tolist(), strict=True)
         )
+
+
+@contextmanager
+def _named_errors() -> Iterator[None]:
+    try:
+        yield
+    except ConnectionError:
+        raise
+    except (OSError, ValueError) as error:
+        raise ValueError(f"its tar file: {reason_of(error)}") from error
 
 
 def open_tars(
