@@ -124,11 +124,22 @@ def _precision_on_cpu(backend: str) -> tuple[str, str]:
 @cache
 def cpu_flags() -> frozenset[str]:
     """Return the flags of the CPU by Linux's names; empty if unknown."""
+    return frozenset(_cpu_field("flags", "Features").split())
+
+
+@cache
+def cpu_vendor() -> str:
+    """Return the vendor of the CPU, such as ``AuthenticAMD``; empty if unknown."""
+    return _cpu_field("vendor_id")
+
+
+def _cpu_field(*names: str) -> str:
+    """Return the first field of these names in Linux's description of the CPU; empty if there is none."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
-        return frozenset()
-    return frozenset(next((line for line in lines if line.startswith(("flags", "Features"))), "").split()[2:])
+        return ""
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith(names)), "")
 
 
 def may_have_accelerator() -> bool:

@@ -9,8 +9,14 @@ from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.utils.checkpoint import checkpoint
 
-# With AVX-512, oneDNN multiplies float32 matrices faster than MKL on CPUs of other makers than Intel.
-ONEDNN: bool = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512"  # type: ignore[no-untyped-call]
+from prmim_methods.hardware import cpu_vendor
+
+# On AMD's CPUs with AVX-512, oneDNN multiplies float32 matrices faster than MKL; on Intel's, MKL is faster.
+ONEDNN: bool = (
+    torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    and torch.backends.cpu.get_cpu_capability() == "AVX512"
+    and cpu_vendor() == "AuthenticAMD"
+)
 SMALL_PRODUCT = 2**22
 """Multiply-accumulates below which the setup of a convolution costs more than it saves."""
 SHORT_SEQUENCE = 256
@@ -22,8 +28,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
     Notes
     -----
-    On CPUs with AVX-512, large float32 products run as convolutions of kernel size 1. PyTorch multiplies matrices with
-    MKL, which uses AVX-512 on Intel's CPUs only. It convolves with oneDNN, which always uses AVX-512, and supports
+    On AMD's CPUs with AVX-512, large float32 products run as convolutions of kernel size 1. PyTorch multiplies matrices
+    with MKL, which uses AVX-512 on Intel's CPUs only. It convolves with oneDNN, which always uses AVX-512, and supports
     channels last without a copy.
 
     The choice depends on the batch size. Programs with a dynamic batch size, or for other machines (exported), always

@@ -6,7 +6,14 @@ from pathlib import Path
 import pytest
 
 from prmim_methods import hardware
-from prmim_methods.hardware import choose_compile, choose_precision, cpu_flags, is_slow, may_have_accelerator
+from prmim_methods.hardware import (
+    choose_compile,
+    choose_precision,
+    cpu_flags,
+    cpu_vendor,
+    is_slow,
+    may_have_accelerator,
+)
 
 VARIABLES = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA")
 AVX2 = {"fma", "avx2"}
@@ -98,18 +105,19 @@ def test_only_steps_on_cuda_are_compiled_unless_given(asked, platform, has_compi
 
 
 @pytest.mark.parametrize(
-    ("text", "flags"),
+    ("text", "vendor", "flags"),
     [
         (
-            "processor\t: 0\nflags\t\t: fpu avx2 amx_bf16\n\nprocessor\t: 1\nflags\t\t: fpu\n",
-            {"fpu", "avx2", "amx_bf16"},
+            "processor\t: 0\nvendor_id\t: GenuineIntel\nflags\t\t: fpu amx_bf16\n\nprocessor\t: 1\nflags\t\t: fpu\n",
+            "GenuineIntel",
+            {"fpu", "amx_bf16"},
         ),
-        ("processor\t: 0\nFeatures\t: fp asimd bf16\n", {"fp", "asimd", "bf16"}),
-        ("processor: 0\n", set()),
-        (None, set()),
+        ("processor\t: 0\nFeatures\t: fp asimd bf16\n", "", {"fp", "asimd", "bf16"}),
+        ("processor: 0\n", "", set()),
+        (None, "", set()),
     ],
 )
-def test_flags_are_those_of_the_first_processor(monkeypatch, text, flags):
+def test_vendor_and_flags_are_those_of_the_first_processor(monkeypatch, text, vendor, flags):
     def read(path):
         if text is None:
             raise FileNotFoundError
@@ -117,6 +125,7 @@ def test_flags_are_those_of_the_first_processor(monkeypatch, text, flags):
 
     monkeypatch.setattr(Path, "read_text", read)
     assert cpu_flags.__wrapped__() == flags
+    assert cpu_vendor.__wrapped__() == vendor
 
 
 @pytest.mark.parametrize(
