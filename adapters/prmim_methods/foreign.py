@@ -23,6 +23,7 @@ from prmim_methods.foreign_formats import (
     Facts,
     Full,
     count_numbered,
+    encoder_shapes,
     position_of,
 )
 from prmim_methods.messages import printable, shown
@@ -198,7 +199,10 @@ def convert(
     if METADATA_KEY in checkpoint.metadata:
         architecture = read_architecture(checkpoint.metadata, checkpoint.place)
         found = ForeignWeights("prmim", architecture, dict(checkpoint.arrays))
-        return encoder_alone(found) if encoder_only else found
+        encoder = encoder_alone(found)
+        shapes = encoder_shapes(encoder_of(architecture))
+        _check_tensors(Full(encoder.architecture, encoder.weights, shapes), {}, f"our encoder in {checkpoint.place}")
+        return encoder if encoder_only else found
     return _convert(checkpoint, Facts(checkpoint.config, checkpoint.arguments, given), encoder_only=encoder_only)
 
 
