@@ -89,7 +89,7 @@ def find_checkpoint(source: str | os.PathLike[str]) -> CheckpointFiles:
     """
     path = find_source(source)
     weights = _candidate(path) if path.is_dir() else path
-    files = _shards(weights) if weights.name.endswith(INDEX) else (weights,)
+    files = shards(weights) if weights.name.endswith(INDEX) else (weights,)
     kinds = {_is_torch(file) for file in files}
     if len(kinds) > 1:
         raise ValueError(f"source: expected shards of one format, got several in {path}")
@@ -127,15 +127,23 @@ def _listed(names: list[str]) -> str:
     return ", ".join(map(shown, names[:3])) + " ..." * (len(names) > 3)
 
 
-def _shards(index: Path) -> tuple[Path, ...]:
-    """Return the files that an index lists, which are next to it."""
-    names = (read_json(index) or {}).get("weight_map")
+def shards(index: Path, argument: str = "source") -> tuple[Path, ...]:
+    """Return the files that an index lists, which are next to it.
+
+    Raises
+    ------
+    FileNotFoundError
+        If a file is missing.
+    ValueError
+        If the index is corrupt. The messages name the argument.
+    """
+    names = (read_json(index, argument) or {}).get("weight_map")
     if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
-        raise ValueError(f"source: expected an object weight_map in {index}, got {shown(names)}")
+        raise ValueError(f"{argument}: expected an object weight_map in {index}, got {shown(names)}")
     files = []
     for name in sorted(set(names.values())):
         if Path(name).name != name or not (index.parent / name).is_file():
-            raise FileNotFoundError(f"source: expected the shard {shown(name)} next to {index}, got no such file")
+            raise FileNotFoundError(f"{argument}: expected the shard {shown(name)} next to {index}, got no such file")
         files.append(index.parent / name)
     return tuple(files)
 

@@ -131,7 +131,7 @@ class Teacher(nn.Module):
         self.dim, self.depth, self.num_heads = config.size.dim, config.size.depth, config.size.heads
         self.layers = self.depth if layers is None else layers
         if not 1 <= self.layers <= self.depth:
-            raise ValueError(f"teacher_layers: expected 1 to {self.depth}, the teacher's depth, got {layers}")
+            raise ValueError(f"layers: expected 1 to {self.depth}, the teacher's depth, got {layers}")
         self.description = f"{config.title}, from {source}"
         self._pixel_scale = tuple(1 / (255 * deviation) for deviation in config.std)
         self._pixel_shift = tuple(-m / s for m, s in zip(config.mean, config.std, strict=True))
