@@ -91,11 +91,6 @@ class MAEConfig(PixelConfig):
             raise ValueError(f"fusion: expected 'none' for decoder 'cross', got {self.fusion!r}")
 
     @property
-    def drop_rate(self) -> float:
-        """Drop-path rate of the encoder's last block in training."""
-        return self.drop_path
-
-    @property
     def decoder_size(self) -> Transformer:
         """The size of the decoder."""
         return Transformer(self.decoder_dim, self.decoder_depth, self.decoder_heads)

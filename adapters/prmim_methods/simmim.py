@@ -58,11 +58,6 @@ class SimMIMConfig(PixelConfig):
     drop_path: float = drop_path_option()
 
     @property
-    def drop_rate(self) -> float:
-        """Drop-path rate of the last block in training."""
-        return self.drop_path
-
-    @property
     def throw_shape(self) -> tuple[int, ...] | None:
         """Tokens along each axis that are thrown together; None for single tokens."""
         return self.mask_shape if self.throw_by == "unit" else None
