@@ -236,7 +236,7 @@ class EncoderEngine:
     def features(
         self, images: NDArray[Any], pool: str | None = "mean", layer: int | None = None
     ) -> NDArray[np.float32]:
-        """Return features of images; see :meth:`ImageEncoder.forward`."""
+        """Return features of images; see :meth:`ImageEncoder.__call__`."""
         check_images(images, self.module.image_shape, self.module.image_dtypes)
         if (pool, layer) not in self._programs:
 

@@ -171,7 +171,7 @@ class MaskAlign(FeatureMethod):
         return AlignOutput(loss, loss_visible, loss_thrown, predicted, plan)
 
     def compared_features(self, images: Array, output: AlignOutput) -> tuple[Array, Array]:
-        """Return predicted and target features.
+        """Return predicted and target features of the last aligned layer.
 
         See :meth:`FeatureMethod.compared_features`.
         """

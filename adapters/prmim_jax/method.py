@@ -429,7 +429,7 @@ def _places(tokens: Array, places: range, first: int = 0) -> Array:
 
 
 class FeatureMethod(Method):
-    """A method that predicts a teacher's features of the whole image."""
+    """A method that predicts features of each token."""
 
     def compared_features(self, images: Array, output: Any) -> tuple[Array, Array]:
         """Return predicted and target features, for pictures.
@@ -444,8 +444,8 @@ class FeatureMethod(Method):
         Returns
         -------
         tuple of jax.Array
-            The student's and the teacher's features (batch, N, teacher_dim) of the last aligned layer, in raster order.
-            The student's are NaN where nothing is predicted.
+            Prediction and target (batch, N, dim) of each token, in raster order. Predictions are NaN where nothing is
+            predicted.
         """
         raise NotImplementedError
 

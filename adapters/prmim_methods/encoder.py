@@ -131,7 +131,7 @@ class EncoderOptions(Record):
 
     @property
     def position(self) -> str:
-        """Position encoding: ``"absolute"``, ``"learned"`` or ``"relative"``.
+        """Position encoding: ``"absolute"``, ``"raster"``, ``"learned"`` or ``"relative"``.
 
         ``"relative"`` is a bias on the attention scores.
         """
