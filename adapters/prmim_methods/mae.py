@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from prmim_methods.cost import Accounting, CostReport, Parameters, PartCost, linear_parameters
 from prmim_methods.method import PixelConfig, Rows, drop_path_option, mask_unit_option
 from prmim_methods.record import option, record
-from prmim_methods.sizes import CrossTransformer, Transformer
+from prmim_methods.sizes import CrossTransformer, Transformer, norm_bytes
 
 FUSED = 6
 """Number of encoder blocks that MFF fuses, if the encoder has as many."""
@@ -250,7 +250,7 @@ class MAEConfig(PixelConfig):
         if accounting.is_official:
             mixes, num_visible = self.decoder_depth, 0
         embed = accounting.linear(num_visible, dim, self.decoder_dim)
-        norms = num_visible * (4 * dim + 4 * self.decoder_dim + 4 * 4)  # one before and one after
+        norms = norm_bytes(num_visible, dim) + norm_bytes(num_visible, self.decoder_dim)  # before and after
         return {
             "layer_mixes": accounting.layer_mixes(mixes, layers, length, dim),
             "decoder": accounting.cross_blocks(
