@@ -15,6 +15,17 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 ENCODER_FIELDS = ("image_size", "patch_size", "channels", "mean", "std", "embed_dim", "depth", "num_heads")
 """Fields of every architecture; each is an option of the same name."""
+POSITIONS = {
+    "absolute": "a fixed sine-cosine table",
+    "raster": "a fixed sine-cosine table of the tokens' numbers in raster order",
+    "learned": "a learned table",
+    "relative": "a learned bias on the attention scores, shared by the blocks",
+}
+
+
+def position_option(text: str, *names: str) -> Any:
+    """Declare the option ``position`` with some of the choices; the first is the default."""
+    return option(text, default=names[0], choices={name: POSITIONS[name] for name in names})
 
 
 def recompute_option() -> Any:
@@ -253,16 +264,7 @@ class EncoderConfig(EncoderOptions):
     """
 
     class_tokens: int = option("Class tokens.", default=1, at_least=0, at_most=1000)
-    position: str = option(
-        "Type of the positions.",
-        default="absolute",
-        choices={
-            "absolute": "a fixed sine-cosine table",
-            "raster": "a fixed sine-cosine table of the tokens' numbers in raster order",
-            "learned": "a learned table",
-            "relative": "a learned bias on the attention scores, shared by the blocks",
-        },
-    )
+    position: str = position_option("Type of the positions.", *POSITIONS)
     layer_scale: float | None = option(
         "Initial value of LayerScale on each branch of a block. Null: no LayerScale.", default=None, above=0
     )

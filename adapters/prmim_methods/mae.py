@@ -6,6 +6,7 @@ from math import prod
 from typing import Any, ClassVar
 
 from prmim_methods.cost import Accounting, CostReport, Parameters, PartCost, linear_parameters
+from prmim_methods.encoder import position_option
 from prmim_methods.method import PixelConfig, Rows, drop_path_option, mask_unit_option
 from prmim_methods.record import option, record
 from prmim_methods.sizes import CrossTransformer, Transformer, norm_bytes
@@ -70,15 +71,7 @@ class MAEConfig(PixelConfig):
         at_least=0,
         at_most=1000,
     )
-    position: str = option(
-        "Positions of the encoder and the decoder.",
-        default="absolute",
-        choices={
-            "absolute": "a fixed sine-cosine table",
-            "raster": "a fixed sine-cosine table of the tokens' numbers in raster order",
-            "learned": "a learned table",
-        },
-    )
+    position: str = position_option("Positions of the encoder and the decoder.", "absolute", "raster", "learned")
     drop_path: float = drop_path_option(default=0.0)
 
     def check(self) -> None:
