@@ -36,7 +36,7 @@ from prmim_jax.reconstruct import ProgressiveReconstruction, no_weight_decay
 from prmim_jax.vit import Encoder, Linear
 from prmim_methods import MethodConfig, PixelConfig
 from prmim_methods.cost import CONV_REPEATS, RECONSTRUCTION_HEADS
-from prmim_methods.encoder import EncoderOptions
+from prmim_methods.encoder import EncoderOptions, scale_and_shift
 
 Pool = Literal["mean", "cls"]
 
@@ -66,11 +66,9 @@ class ImageModule(nnx.Module):
         self.image_dtypes = config.image_dtypes
         self._patch_size = config.patch_size
         self._depth = config.encoder_size.depth
-        mean, std = config.pixel_mean, config.pixel_std
         # Plain numbers, because they are constants of the compiled program, not state.
         self._pixel_range = config.pixel_range
-        self._pixel_scale = tuple(1 / (255 * deviation) for deviation in std)
-        self._pixel_shift = tuple(-m / s for m, s in zip(mean, std, strict=True))
+        self._pixel_scale, self._pixel_shift = scale_and_shift(config.pixel_mean, config.pixel_std)
         self.deterministic = False
 
     def _patches(self, images: Array) -> Array:

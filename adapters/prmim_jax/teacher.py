@@ -28,6 +28,7 @@ from prmim_jax.vit import (
     wide,
 )
 from prmim_methods.checkpoints import shards
+from prmim_methods.encoder import scale_and_shift
 from prmim_methods.files import open_regular
 from prmim_methods.messages import one_line
 from prmim_methods.resize import resize_images, resize_table
@@ -155,8 +156,7 @@ class Teacher(nnx.Module):
             raise ValueError(f"layers: expected 1 to {self.depth}, the teacher's depth, got {layers}")
         self.description = f"{config.title}, from {source}"
         # Plain numbers, because they are constants of the compiled program, not state.
-        self._pixel_scale = tuple(1 / (255 * deviation) for deviation in config.std)
-        self._pixel_shift = tuple(-m / s for m, s in zip(config.mean, config.std, strict=True))
+        self._pixel_scale, self._pixel_shift = scale_and_shift(config.mean, config.std)
         self.scan = scan
         self._build(_read_tensors(config.folder, _shapes(config)), config)
         self.num_parameters = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(self)))

@@ -303,6 +303,17 @@ class EncoderConfig(EncoderOptions):
         }
 
 
+def scale_and_shift(mean: tuple[float, ...], std: tuple[float, ...]) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return the factor and the summand of each channel that normalize pixels in [0, 255].
+
+    Examples
+    --------
+    >>> scale_and_shift((0.5,), (0.25,))
+    ((0.01568627450980392,), (-2.0,))
+    """
+    return tuple(1 / (255 * deviation) for deviation in std), tuple(-m / s for m, s in zip(mean, std, strict=True))
+
+
 def times(shape: tuple[int, ...]) -> str:
     """Format sizes for text.
 
