@@ -11,19 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from prmim_methods.files import open_regular
-from prmim_methods.hub import found_or_downloaded
+from prmim_methods.hub import SAFETENSORS, TORCH, found_or_downloaded
 from prmim_methods.messages import one_line, shown
-from prmim_methods.weight_files import WEIGHTS_FILE, find_weights
+from prmim_methods.weight_files import CHECKPOINTS, WEIGHTS_FILE, find_weights
 
 STANDARD = (
     WEIGHTS_FILE,
     *("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json"),
 )
 """Names of weight files in a folder, ours and those of the hub's libraries; the first existing one is read."""
-RUN = "checkpoints"
-"""The folder of checkpoints in the folder of a run."""
-SAFETENSORS = ".safetensors"
-TORCH = (".pth", ".pt", ".bin", ".ckpt", ".tar")
 INDEX = ".index.json"
 POINTER = b"version https://git-lfs.github.com/spec/"
 LARGEST_JSON = 2**26
@@ -109,7 +105,7 @@ def find_source(source: str | os.PathLike[str], argument: str = "source") -> Pat
 
 def _candidate(folder: Path) -> Path:
     """Return the only checkpoint of a folder, or the newest undamaged one of a run."""
-    if (folder / RUN).is_dir():
+    if (folder / CHECKPOINTS).is_dir():
         return find_weights(folder)
     for name in STANDARD:
         if (folder / name).is_file():

@@ -15,6 +15,8 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 ENCODER_FIELDS = ("image_size", "patch_size", "channels", "mean", "std", "embed_dim", "depth", "num_heads")
 """Fields of every architecture; each is an option of the same name."""
+CLASS_ROWS = 3
+"""Rows of the class token at the end of a table of relative position bias."""
 POSITIONS = {
     "absolute": "a fixed sine-cosine table",
     "raster": "a fixed sine-cosine table of the tokens' numbers in raster order",
@@ -176,7 +178,7 @@ class EncoderOptions(Record):
         if self.layer_scale is not None:
             learned += 2 * size.depth * size.dim
         if self.position == "relative":
-            return Parameters(learned + (num_offsets(self.grid) + 3) * size.heads)
+            return Parameters(learned + num_bias_rows(self.grid) * size.heads)
         return Parameters(learned) + self._table_parameters(size.dim)
 
     def _table_parameters(self, dim: int) -> Parameters:
@@ -301,6 +303,11 @@ class EncoderConfig(EncoderOptions):
             "position": architecture.get("position", "absolute"),
             "layer_scale": 1.0 if architecture.get("layer_scale") else None,
         }
+
+
+def num_bias_rows(grid: Grid) -> int:
+    """Return the number of rows of a table of relative position bias."""
+    return num_offsets(grid) + CLASS_ROWS
 
 
 def scale_and_shift(mean: tuple[float, ...], std: tuple[float, ...]) -> tuple[tuple[float, ...], tuple[float, ...]]:
