@@ -23,11 +23,11 @@ from prmim_core import Grid, num_offsets, offset_index
 from prmim_methods.encoder import num_bias_rows
 from prmim_methods.positions import fixed_table
 from prmim_methods.sizes import LAYER_NORM_EPS
+from prmim_methods.teacher import Activation
 
 BLOCK = 2**16
 
 Position = Literal["absolute", "raster", "learned", "relative", "relative_per_block"]
-Activation = Literal["gelu", "quick_gelu"]
 
 
 class Buffer(nnx.Variable[Array]):

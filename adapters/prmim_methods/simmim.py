@@ -37,7 +37,6 @@ class SimMIMConfig(PixelConfig):
 
     name: ClassVar[str] = "simmim"
     title: ClassVar[str] = "SimMIM"
-    norm_pix: ClassVar[bool] = False
     float_rounding: ClassVar[Rounding] = "simmim_float"
 
     mask_ratio: float = 0.6
