@@ -363,10 +363,14 @@ def assert_counts(plan: Plan) -> None:
     AssertionError: thrown: expected 2 tokens per image, got shape (1, 1)
     """
     counts = plan.schedule.counts
-    parts = {"visible": counts.visible, "decoded": counts.decoded, "thrown": counts.thrown}
-    sizes = {f"stage {stage}": size for stage, size in enumerate(plan.schedule.stage_sizes, start=1)}
-    for name, size in {**parts, **sizes}.items():
-        part = getattr(plan, name) if name in parts else plan.stage(int(name.removeprefix("stage ")))
+    parts = {
+        "visible": (plan.visible, counts.visible),
+        "decoded": (plan.decoded, counts.decoded),
+        "thrown": (plan.thrown, counts.thrown),
+    }
+    for stage, size in enumerate(plan.schedule.stage_sizes, start=1):
+        parts[f"stage {stage}"] = plan.stage(stage), size
+    for name, (part, size) in parts.items():
         _require(
             tuple(part.shape[1:]) == (size,), f"{name}: expected {size} tokens per image, got shape {tuple(part.shape)}"
         )

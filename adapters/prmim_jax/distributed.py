@@ -288,6 +288,15 @@ class Layout:
         parts = sorted(array.addressable_shards, key=lambda part: part.index[0].start or 0)
         return np.concatenate([np.asarray(part.data) for part in parts])
 
+    def map_rows(self, program: Callable[[Array], Array], rows: NDArray[Any]) -> NDArray[Any]:
+        """Apply a compiled program to the rows of this process, distributed over its devices.
+
+        Zeros pad the rows to equal numbers for all devices; their results are left out.
+        """
+        missing = -len(rows) % self.num_local
+        padded = np.concatenate([rows, np.zeros((missing, *rows.shape[1:]), rows.dtype)])
+        return self.local_rows(program(self.put_rows(padded)))[: len(rows)]
+
     def compile(self, program: Callable[..., Any], inputs: Any, outputs: Any, donate: tuple[int, ...] = ()) -> Any:
         """Compile a program that every device runs on its parts of the arguments.
 

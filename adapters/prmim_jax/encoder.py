@@ -1,6 +1,7 @@
 """Trained encoders: a module from images to features, and an engine to run it."""
 
 import os
+from functools import partial
 from typing import Any
 
 import jax
@@ -236,7 +237,7 @@ class EncoderEngine:
     def features(
         self, images: NDArray[Any], pool: str | None = "mean", layer: int | None = None
     ) -> NDArray[np.float32]:
-        """Return features of images; see :meth:`ImageEncoder.forward`."""
+        """Return features of images; see :meth:`ImageEncoder.__call__`."""
         check_images(images, self.module.image_shape, self.module.image_dtypes)
         if (pool, layer) not in self._programs:
 
@@ -245,11 +246,7 @@ class EncoderEngine:
                 return module(images, pool, layer).astype(jnp.float32)
 
             self._programs[pool, layer] = self._layout.compile(program, (WHOLE, ROWS), ROWS)
-        rows = len(images)
-        missing = -rows % self._layout.num_local  # equal numbers for all devices
-        padded = np.concatenate([images, np.zeros((missing, *images.shape[1:]), images.dtype)])
-        found = self._programs[pool, layer](self._state, self._layout.put_rows(padded))
-        return self._layout.local_rows(found)[:rows]
+        return self._layout.map_rows(partial(self._programs[pool, layer], self._state), images)
 
     def any(self, flag: bool) -> bool:
         """Return whether any process has a True flag; waits for all, without the device."""

@@ -141,7 +141,7 @@ class MaskAlign(FeatureMethod):
         """
         encoder, visible = self.encoder, plan.visible
         tokens = encoder.place(encoder.patch_embed(self._normalize(take_tokens(patches, visible))), visible)
-        states = encoder.hidden_states(tokens, visible, self._drop_path(noise, self.config.drop_rate))[1:]
+        states = encoder.hidden_states(tokens, visible, self._drop_path(noise, self.config.drop_path))[1:]
         dtype = self.fusion.dtype if self.dtype is None else self.dtype
         fused = jnp.einsum(
             "kl,lbnd->kbnd", self.fusion[...].astype(dtype), states.astype(dtype), precision=precision(dtype)
@@ -171,7 +171,7 @@ class MaskAlign(FeatureMethod):
         return AlignOutput(loss, loss_visible, loss_thrown, predicted, plan)
 
     def compared_features(self, images: Array, output: AlignOutput) -> tuple[Array, Array]:
-        """Return predicted and target features.
+        """Return predicted and target features of the last aligned layer.
 
         See :meth:`FeatureMethod.compared_features`.
         """

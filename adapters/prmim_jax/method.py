@@ -36,7 +36,7 @@ from prmim_jax.reconstruct import ProgressiveReconstruction, no_weight_decay
 from prmim_jax.vit import Encoder, Linear
 from prmim_methods import MethodConfig, PixelConfig
 from prmim_methods.cost import CONV_REPEATS, RECONSTRUCTION_HEADS
-from prmim_methods.encoder import EncoderOptions
+from prmim_methods.encoder import EncoderOptions, scale_and_shift
 
 Pool = Literal["mean", "cls"]
 
@@ -66,11 +66,9 @@ class ImageModule(nnx.Module):
         self.image_dtypes = config.image_dtypes
         self._patch_size = config.patch_size
         self._depth = config.encoder_size.depth
-        mean, std = config.pixel_mean, config.pixel_std
         # Plain numbers, because they are constants of the compiled program, not state.
         self._pixel_range = config.pixel_range
-        self._pixel_scale = tuple(1 / (255 * deviation) for deviation in std)
-        self._pixel_shift = tuple(-m / s for m, s in zip(mean, std, strict=True))
+        self._pixel_scale, self._pixel_shift = scale_and_shift(config.pixel_mean, config.pixel_std)
         self.deterministic = False
 
     def _patches(self, images: Array) -> Array:
@@ -429,7 +427,7 @@ def _places(tokens: Array, places: range, first: int = 0) -> Array:
 
 
 class FeatureMethod(Method):
-    """A method that predicts a teacher's features of the whole image."""
+    """A method that predicts features of each token."""
 
     def compared_features(self, images: Array, output: Any) -> tuple[Array, Array]:
         """Return predicted and target features, for pictures.
@@ -444,8 +442,8 @@ class FeatureMethod(Method):
         Returns
         -------
         tuple of jax.Array
-            The student's and the teacher's features (batch, N, teacher_dim) of the last aligned layer, in raster order.
-            The student's are NaN where nothing is predicted.
+            Prediction and target (batch, N, dim) of each token, in raster order. Predictions are NaN where nothing is
+            predicted.
         """
         raise NotImplementedError
 

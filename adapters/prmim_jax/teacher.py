@@ -27,7 +27,8 @@ from prmim_jax.vit import (
     stack_blocks,
     wide,
 )
-from prmim_methods.checkpoints import read_json
+from prmim_methods.checkpoints import shards
+from prmim_methods.encoder import scale_and_shift
 from prmim_methods.files import open_regular
 from prmim_methods.messages import one_line
 from prmim_methods.resize import resize_images, resize_table
@@ -152,11 +153,10 @@ class Teacher(nnx.Module):
         self.dim, self.depth, self.num_heads = config.size.dim, config.size.depth, config.size.heads
         self.layers = self.depth if layers is None else layers
         if not 1 <= self.layers <= self.depth:
-            raise ValueError(f"teacher_layers: expected 1 to {self.depth}, the teacher's depth, got {layers}")
+            raise ValueError(f"layers: expected 1 to {self.depth}, the teacher's depth, got {layers}")
         self.description = f"{config.title}, from {source}"
         # Plain numbers, because they are constants of the compiled program, not state.
-        self._pixel_scale = tuple(1 / (255 * deviation) for deviation in config.std)
-        self._pixel_shift = tuple(-m / s for m, s in zip(config.mean, config.std, strict=True))
+        self._pixel_scale, self._pixel_shift = scale_and_shift(config.mean, config.std)
         self.scan = scan
         self._build(_read_tensors(config.folder, _shapes(config)), config)
         self.num_parameters = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(self)))
@@ -295,15 +295,18 @@ def _read_tensors(folder: Path, shapes: dict[str, tuple[int, ...]]) -> Tensors:
     return tensors
 
 
-def _weight_files(folder: Path) -> list[Path]:
+def _weight_files(folder: Path) -> tuple[Path, ...]:
     """Return the weight files of a model: one, or those of an index."""
     single = folder / "model.safetensors"
     if single.is_file():
-        return [single]
-    index = read_json(folder / "model.safetensors.index.json", "teacher")
-    if index is None:
+        return (single,)
+    index = folder / "model.safetensors.index.json"
+    if not index.exists():
         raise ValueError(f"teacher: expected weights in .safetensors files in {folder}, got no model.safetensors")
-    return [folder / name for name in sorted(set(index.get("weight_map", {}).values()))]
+    try:
+        return shards(index, "teacher")
+    except FileNotFoundError as error:  # a corrupt model, as a missing tensor
+        raise ValueError(str(error)) from None
 
 
 def _renamed(key: str) -> str:

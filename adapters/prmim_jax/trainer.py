@@ -446,7 +446,7 @@ class Trainer(Generic[Module]):
     def load_weights(self, path: str | os.PathLike[str]) -> None:
         """Load weights from a ``.safetensors`` file; all processes must call it.
 
-        The image size of the file may differ; see :func:`prmim_jax.load_weights`.
+        For methods, the image size of the file may differ; see :func:`prmim_jax.load_weights`.
         """
         self._put_weights(self._read_weights(path, resize=True))
 
@@ -502,18 +502,15 @@ class Trainer(Generic[Module]):
 
         All processes must pass the same number of images.
         """
-        rows = len(images)
-        missing = -rows % self._layout.num_local  # equal numbers for all devices
-        images = np.concatenate([images, np.zeros((missing, *images.shape[1:]), images.dtype)])
         if function not in self._evaluations:
             self._evaluations[function] = self._layout.compile(
                 partial(self._evaluation_program, function), (self._specs.parameters, WHOLE, WHOLE, ROWS), ROWS
             )
         state = self._state
-        found = self._evaluations[function](
-            state.average or state.parameters, state.statistics, self._buffers, self._layout.put_rows(images)
+        program = partial(
+            self._evaluations[function], state.average or state.parameters, state.statistics, self._buffers
         )
-        return self._layout.local_rows(found)[:rows]
+        return self._layout.map_rows(program, images)
 
     def _evaluation_program(
         self, function: Callable[..., Any], parameters: Arrays, statistics: State, buffers: State, *inputs: Array

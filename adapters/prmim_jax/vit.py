@@ -20,13 +20,14 @@ from jax import Array, lax
 from jax.typing import DTypeLike
 
 from prmim_core import Grid, num_offsets, offset_index
+from prmim_methods.encoder import num_bias_rows
 from prmim_methods.positions import fixed_table
 from prmim_methods.sizes import LAYER_NORM_EPS
+from prmim_methods.teacher import Activation
 
 BLOCK = 2**16
 
 Position = Literal["absolute", "raster", "learned", "relative", "relative_per_block"]
-Activation = Literal["gelu", "quick_gelu"]
 
 
 class Buffer(nnx.Variable[Array]):
@@ -508,7 +509,7 @@ class RelativePositionBias(nnx.Module):
 
     def __init__(self, grid_shape: Sequence[int], num_heads: int) -> None:
         self.grid = Grid(tuple(grid_shape))
-        self.relative_position_bias_table = nnx.Param(constant(0.0, num_offsets(self.grid) + 3, num_heads))
+        self.relative_position_bias_table = nnx.Param(constant(0.0, num_bias_rows(self.grid), num_heads))
 
     def __call__(self, index: Array | None = None) -> Array:
         """Look up the bias of all pairs of the class token and the given tokens.
@@ -621,7 +622,7 @@ class Encoder(nnx.Module):
         if mask_token:
             self.mask_token = nnx.Param(constant(0.0, 1, 1, dim))
         self.grid = Grid(tuple(grid_shape))
-        rows = num_offsets(self.grid) + 3 if position == "relative_per_block" else None
+        rows = num_bias_rows(self.grid) if position == "relative_per_block" else None
         if position == "relative":
             self.rel_pos_bias = RelativePositionBias(grid_shape, num_heads)
         elif self._has_table:

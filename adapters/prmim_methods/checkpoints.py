@@ -11,19 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from prmim_methods.files import open_regular
-from prmim_methods.hub import found_or_downloaded
+from prmim_methods.hub import SAFETENSORS, TORCH, found_or_downloaded
 from prmim_methods.messages import one_line, shown
-from prmim_methods.weight_files import WEIGHTS_FILE, find_weights
+from prmim_methods.weight_files import CHECKPOINTS, WEIGHTS_FILE, find_weights
 
 STANDARD = (
     WEIGHTS_FILE,
     *("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json"),
 )
 """Names of weight files in a folder, ours and those of the hub's libraries; the first existing one is read."""
-RUN = "checkpoints"
-"""The folder of checkpoints in the folder of a run."""
-SAFETENSORS = ".safetensors"
-TORCH = (".pth", ".pt", ".bin", ".ckpt", ".tar")
 INDEX = ".index.json"
 POINTER = b"version https://git-lfs.github.com/spec/"
 LARGEST_JSON = 2**26
@@ -89,7 +85,7 @@ def find_checkpoint(source: str | os.PathLike[str]) -> CheckpointFiles:
     """
     path = find_source(source)
     weights = _candidate(path) if path.is_dir() else path
-    files = _shards(weights) if weights.name.endswith(INDEX) else (weights,)
+    files = shards(weights) if weights.name.endswith(INDEX) else (weights,)
     kinds = {_is_torch(file) for file in files}
     if len(kinds) > 1:
         raise ValueError(f"source: expected shards of one format, got several in {path}")
@@ -109,7 +105,7 @@ def find_source(source: str | os.PathLike[str], argument: str = "source") -> Pat
 
 def _candidate(folder: Path) -> Path:
     """Return the only checkpoint of a folder, or the newest undamaged one of a run."""
-    if (folder / RUN).is_dir():
+    if (folder / CHECKPOINTS).is_dir():
         return find_weights(folder)
     for name in STANDARD:
         if (folder / name).is_file():
@@ -127,15 +123,23 @@ def _listed(names: list[str]) -> str:
     return ", ".join(map(shown, names[:3])) + " ..." * (len(names) > 3)
 
 
-def _shards(index: Path) -> tuple[Path, ...]:
-    """Return the files that an index lists, which are next to it."""
-    names = (read_json(index) or {}).get("weight_map")
+def shards(index: Path, argument: str = "source") -> tuple[Path, ...]:
+    """Return the files that an index lists, which are next to it.
+
+    Raises
+    ------
+    FileNotFoundError
+        If a file is missing.
+    ValueError
+        If the index is corrupt. The messages name the argument.
+    """
+    names = (read_json(index, argument) or {}).get("weight_map")
     if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
-        raise ValueError(f"source: expected an object weight_map in {index}, got {shown(names)}")
+        raise ValueError(f"{argument}: expected an object weight_map in {index}, got {shown(names)}")
     files = []
     for name in sorted(set(names.values())):
         if Path(name).name != name or not (index.parent / name).is_file():
-            raise FileNotFoundError(f"source: expected the shard {shown(name)} next to {index}, got no such file")
+            raise FileNotFoundError(f"{argument}: expected the shard {shown(name)} next to {index}, got no such file")
         files.append(index.parent / name)
     return tuple(files)
 

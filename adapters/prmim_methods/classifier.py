@@ -7,6 +7,7 @@ import numpy as np
 
 from prmim_methods.encoder import EncoderConfig, EncoderOptions
 from prmim_methods.method import drop_path_option
+from prmim_methods.positions import SHARED_TABLE
 from prmim_methods.record import Record, find_option, option, record
 
 T = TypeVar("T")
@@ -15,8 +16,6 @@ BATCH_NORM_EPS = 1e-6
 BATCH_NORM_MOMENTUM = 0.1
 """Smallest weight of a batch in the running statistics, which start as the mean of all batches."""
 
-SHARED_TABLE = "encoder.rel_pos_bias.relative_position_bias_table"
-"""Name of the table of relative position bias that all blocks share."""
 BLOCK_TABLE = "encoder.blocks.{}.attn.relative_position_bias_table"
 """Name of the table of one block."""
 

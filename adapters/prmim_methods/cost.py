@@ -10,7 +10,7 @@ from itertools import accumulate
 
 from prmim_core import Schedule
 from prmim_methods.record import Record, option, record
-from prmim_methods.sizes import CrossTransformer, Transformer
+from prmim_methods.sizes import CrossTransformer, Transformer, norm_bytes
 
 RECONSTRUCTION_HEADS = 4
 """Groups of channels with their own weights, for reconstruction ``"kernel"``."""
@@ -191,7 +191,7 @@ class Accounting(Record):
         """
         inside = size.activation_bytes(length, compute_bytes=self.compute_bytes, attention=self.attention)
         inside += size.depth * more_bytes
-        norm = final_norm * length * (4 * size.dim + 2 * 4)
+        norm = final_norm * norm_bytes(length, size.dim)
         if not recompute:
             return PartCost(size.macs(length), inside + norm)
         # The residual stream before each block.
@@ -200,7 +200,7 @@ class Accounting(Record):
     def cross_blocks(self, size: CrossTransformer, queries: int, keys: int, *, recompute: bool) -> PartCost:
         """Return the cost of cross-attention blocks and their norm; see :meth:`blocks`."""
         inside = size.activation_bytes(queries, keys, compute_bytes=self.compute_bytes, attention=self.attention)
-        norm = queries * (4 * size.dim + 2 * 4)
+        norm = norm_bytes(queries, size.dim)
         if not recompute:
             return PartCost(size.macs(queries, keys), inside + norm)
         inputs = queries * size.dim * 4 + keys * size.context_dim * self.compute_bytes
@@ -219,7 +219,7 @@ class Accounting(Record):
         for size, known in stages(schedule):
             if reconstruction == "none" or not size:
                 continue
-            norm = size * (4 * dim + 2 * 4)
+            norm = norm_bytes(size, dim)
             if reconstruction == "conv":
                 grid = schedule.grid
                 # A map of the features, and one of a single channel for their number.

@@ -15,6 +15,19 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 ENCODER_FIELDS = ("image_size", "patch_size", "channels", "mean", "std", "embed_dim", "depth", "num_heads")
 """Fields of every architecture; each is an option of the same name."""
+CLASS_ROWS = 3
+"""Rows of the class token at the end of a table of relative position bias."""
+POSITIONS = {
+    "absolute": "a fixed sine-cosine table",
+    "raster": "a fixed sine-cosine table of the tokens' numbers in raster order",
+    "learned": "a learned table",
+    "relative": "a learned bias on the attention scores, shared by the blocks",
+}
+
+
+def position_option(text: str, *names: str) -> Any:
+    """Declare the option ``position`` with some of the choices; the first is the default."""
+    return option(text, default=names[0], choices={name: POSITIONS[name] for name in names})
 
 
 def recompute_option() -> Any:
@@ -131,7 +144,7 @@ class EncoderOptions(Record):
 
     @property
     def position(self) -> str:
-        """Position encoding: ``"absolute"``, ``"learned"`` or ``"relative"``.
+        """Position encoding: ``"absolute"``, ``"raster"``, ``"learned"`` or ``"relative"``.
 
         ``"relative"`` is a bias on the attention scores.
         """
@@ -165,7 +178,7 @@ class EncoderOptions(Record):
         if self.layer_scale is not None:
             learned += 2 * size.depth * size.dim
         if self.position == "relative":
-            return Parameters(learned + (num_offsets(self.grid) + 3) * size.heads)
+            return Parameters(learned + num_bias_rows(self.grid) * size.heads)
         return Parameters(learned) + self._table_parameters(size.dim)
 
     def _table_parameters(self, dim: int) -> Parameters:
@@ -253,16 +266,7 @@ class EncoderConfig(EncoderOptions):
     """
 
     class_tokens: int = option("Class tokens.", default=1, at_least=0, at_most=1000)
-    position: str = option(
-        "Type of the positions.",
-        default="absolute",
-        choices={
-            "absolute": "a fixed sine-cosine table",
-            "raster": "a fixed sine-cosine table of the tokens' numbers in raster order",
-            "learned": "a learned table",
-            "relative": "a learned bias on the attention scores, shared by the blocks",
-        },
-    )
+    position: str = position_option("Type of the positions.", *POSITIONS)
     layer_scale: float | None = option(
         "Initial value of LayerScale on each branch of a block. Null: no LayerScale.", default=None, above=0
     )
@@ -299,6 +303,22 @@ class EncoderConfig(EncoderOptions):
             "position": architecture.get("position", "absolute"),
             "layer_scale": 1.0 if architecture.get("layer_scale") else None,
         }
+
+
+def num_bias_rows(grid: Grid) -> int:
+    """Return the number of rows of a table of relative position bias."""
+    return num_offsets(grid) + CLASS_ROWS
+
+
+def scale_and_shift(mean: tuple[float, ...], std: tuple[float, ...]) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return the factor and the summand of each channel that normalize pixels in [0, 255].
+
+    Examples
+    --------
+    >>> scale_and_shift((0.5,), (0.25,))
+    ((0.01568627450980392,), (-2.0,))
+    """
+    return tuple(1 / (255 * deviation) for deviation in std), tuple(-m / s for m, s in zip(mean, std, strict=True))
 
 
 def times(shape: tuple[int, ...]) -> str:

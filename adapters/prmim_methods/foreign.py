@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from prmim_methods.architecture import ENCODER as PREFIX
 from prmim_methods.architecture import MASK_TOKEN, encoder_of
-from prmim_methods.encoder import ENCODER_FIELDS, EncoderConfig, times
+from prmim_methods.encoder import CLASS_ROWS, ENCODER_FIELDS, EncoderConfig, times
 from prmim_methods.foreign_formats import (
     ENCODER,
     FORMATS,
@@ -23,10 +23,11 @@ from prmim_methods.foreign_formats import (
     Facts,
     Full,
     count_numbered,
+    encoder_shapes,
     position_of,
 )
 from prmim_methods.messages import printable, shown
-from prmim_methods.positions import fit_positions
+from prmim_methods.positions import SHARED_TABLE, fit_positions
 from prmim_methods.sizes import LAYER_NORM_EPS, VIT_SIZES
 from prmim_methods.weight_files import (
     METADATA_KEY,
@@ -37,7 +38,6 @@ from prmim_methods.weight_files import (
 )
 
 TABLE = "encoder.pos_embed"
-BIASES = "encoder.rel_pos_bias.relative_position_bias_table"
 MOST_NAMED = 3
 """Most tensors named in a message or a line of a report."""
 HEAD_DIM = 64
@@ -198,7 +198,10 @@ def convert(
     if METADATA_KEY in checkpoint.metadata:
         architecture = read_architecture(checkpoint.metadata, checkpoint.place)
         found = ForeignWeights("prmim", architecture, dict(checkpoint.arrays))
-        return encoder_alone(found) if encoder_only else found
+        encoder = encoder_alone(found)
+        shapes = encoder_shapes(encoder_of(architecture))
+        _check_tensors(Full(encoder.architecture, encoder.weights, shapes), {}, f"our encoder in {checkpoint.place}")
+        return encoder if encoder_only else found
     return _convert(checkpoint, Facts(checkpoint.config, checkpoint.arguments, given), encoder_only=encoder_only)
 
 
@@ -345,7 +348,7 @@ def _read_encoder(checkpoint: Checkpoint, weights: Arrays, facts: Facts) -> Enco
     if table is not None and class_tokens and table.shape[1] == prod(grid_shape):
         table = weights[TABLE] = np.pad(table, ((0, 0), (class_tokens, 0), (0, 0)))
     mean, std = _statistics(checkpoint, channels, facts)
-    biases = weights.get(BIASES)
+    biases = weights.get(SHARED_TABLE)
     heads = facts.find(
         "num_heads",
         config.get("num_attention_heads"),
@@ -370,13 +373,12 @@ def _read_encoder(checkpoint: Checkpoint, weights: Arrays, facts: Facts) -> Enco
 
 def _image_size(weights: Arrays, class_tokens: int, patch_size: tuple[int, ...], facts: Facts) -> tuple[int, ...]:
     """Return the pixels along each axis, from the number of positions."""
-    table, biases = weights.get(TABLE), weights.get(BIASES)
+    table, biases = weights.get(TABLE), weights.get(SHARED_TABLE)
     if table is not None and table.ndim == 3:
         rows = table.shape[1]
         numbers = {rows - class_tokens, rows}  # in some ViTs, class tokens have no position
     elif biases is not None and biases.ndim == 2:
-        # (2 side - 1)^2 offsets and three rows of the class token
-        side = (isqrt(max(biases.shape[0] - 3, 0)) + 1) // 2
+        side = (isqrt(max(biases.shape[0] - CLASS_ROWS, 0)) + 1) // 2  # (2 side - 1)^2 offsets
         numbers = {side**2}
     else:
         raise ValueError(

@@ -13,12 +13,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from prmim_core import num_offsets
-from prmim_methods.encoder import ENCODER_FIELDS, EncoderConfig
+from prmim_methods.encoder import ENCODER_FIELDS, EncoderConfig, num_bias_rows
 from prmim_methods.localmim import SCALES, LocalMIMConfig
 from prmim_methods.mae import MAEConfig
 from prmim_methods.maskalign import MaskAlignConfig
-from prmim_methods.positions import sincos_table
+from prmim_methods.positions import SHARED_TABLE, sincos_table
 from prmim_methods.simmim import SimMIMConfig
 
 Arrays = dict[str, NDArray[Any]]
@@ -139,7 +138,7 @@ def encoder_shapes(encoder: EncoderConfig) -> Shapes:
     if encoder.class_tokens:
         shapes["encoder.cls_token"] = (1, encoder.class_tokens, size.dim)
     if encoder.position == "relative":
-        shapes["encoder.rel_pos_bias.relative_position_bias_table"] = (num_offsets(encoder.grid) + 3, size.heads)
+        shapes[SHARED_TABLE] = (num_bias_rows(encoder.grid), size.heads)
     else:
         shapes["encoder.pos_embed"] = (*table, size.dim)
     has_scale = encoder.layer_scale is not None

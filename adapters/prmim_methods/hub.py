@@ -10,7 +10,9 @@ from pathlib import Path
 from prmim_methods.messages import one_line, shown
 
 NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
-FILE_ENDINGS = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".tar", ".json")
+SAFETENSORS = ".safetensors"
+TORCH = (".pth", ".pt", ".bin", ".ckpt", ".tar")
+"""Ends of the names of files of tensors."""
 
 
 def check_name(source: str, argument: str) -> None:
@@ -104,5 +106,5 @@ def found_or_downloaded(source: str | os.PathLike[str], argument: str, files: Co
     'mae.pth'
     """
     path = Path(source)
-    is_path = path.exists() or path.parent.is_dir() or path.suffix in FILE_ENDINGS
+    is_path = path.exists() or path.parent.is_dir() or path.suffix in (SAFETENSORS, *TORCH, ".json")
     return path if is_path or not NAME.fullmatch(os.fspath(source)) else find_folder(path, argument, files)

@@ -9,7 +9,7 @@ from prmim_methods.encoder import times
 from prmim_methods.messages import shown
 from prmim_methods.method import DecodingConfig, Predicts, Rows
 from prmim_methods.record import find_option, option, record
-from prmim_methods.sizes import Transformer
+from prmim_methods.sizes import Transformer, norm_bytes
 
 SCALES = (4.0, 2.0, 1.0, 0.5)
 """The published scales."""
@@ -236,7 +236,7 @@ class LocalMIMConfig(DecodingConfig):
     def _decoder_cost(self, scale: float, accounting: Accounting) -> PartCost:
         encoder, decoder = self.encoder_size, self.decoder_size
         # The layer norm of the encoder's output, and the projection.
-        norm = PartCost(0, self.encoder_length * (4 * encoder.dim + 2 * 4))
+        norm = PartCost(0, norm_bytes(self.encoder_length, encoder.dim))
         cost = norm + accounting.linear(self.encoder_length, encoder.dim, decoder.dim)
         cost += accounting.blocks(decoder, self.decoder_length, recompute=self.recompute_blocks)
         predicted = self.decoder_length - 1 if accounting.is_official else self.num_supervised
@@ -244,9 +244,10 @@ class LocalMIMConfig(DecodingConfig):
             predicted = self.counts.num_tokens // 2**self.grid.axes
         *finer, (cells, inputs, outputs) = self.head_layers(scale)
         for number, (coarse_cells, width, doubled) in enumerate(finer):
-            cost += accounting.linear(predicted * coarse_cells, width, doubled)
+            length = predicted * coarse_cells
+            cost += accounting.linear(length, width, doubled)
             if number:  # a layer norm and a GELU come before
-                cost += PartCost(0, predicted * coarse_cells * (4 * width + 2 * 4 + width * accounting.compute_bytes))
+                cost += PartCost(0, norm_bytes(length, width) + length * width * accounting.compute_bytes)
         return cost + accounting.head(predicted * cells, inputs, outputs)
 
     def architecture(self) -> dict[str, Any]:

@@ -6,9 +6,10 @@ from math import prod
 from typing import Any, ClassVar
 
 from prmim_methods.cost import Accounting, CostReport, Parameters, PartCost, linear_parameters
+from prmim_methods.encoder import position_option
 from prmim_methods.method import PixelConfig, Rows, drop_path_option, mask_unit_option
 from prmim_methods.record import option, record
-from prmim_methods.sizes import CrossTransformer, Transformer
+from prmim_methods.sizes import CrossTransformer, Transformer, norm_bytes
 
 FUSED = 6
 """Number of encoder blocks that MFF fuses, if the encoder has as many."""
@@ -70,15 +71,7 @@ class MAEConfig(PixelConfig):
         at_least=0,
         at_most=1000,
     )
-    position: str = option(
-        "Positions of the encoder and the decoder.",
-        default="absolute",
-        choices={
-            "absolute": "a fixed sine-cosine table",
-            "raster": "a fixed sine-cosine table of the tokens' numbers in raster order",
-            "learned": "a learned table",
-        },
-    )
+    position: str = position_option("Positions of the encoder and the decoder.", "absolute", "raster", "learned")
     drop_path: float = drop_path_option(default=0.0)
 
     def check(self) -> None:
@@ -89,11 +82,6 @@ class MAEConfig(PixelConfig):
             raise ValueError("norm_pix: expected patches of at least 2 values to normalize, got patches of 1")
         if self.is_cross and self.fused_blocks:
             raise ValueError(f"fusion: expected 'none' for decoder 'cross', got {self.fusion!r}")
-
-    @property
-    def drop_rate(self) -> float:
-        """Drop-path rate of the encoder's last block in training."""
-        return self.drop_path
 
     @property
     def decoder_size(self) -> Transformer:
@@ -255,7 +243,7 @@ class MAEConfig(PixelConfig):
         if accounting.is_official:
             mixes, num_visible = self.decoder_depth, 0
         embed = accounting.linear(num_visible, dim, self.decoder_dim)
-        norms = num_visible * (4 * dim + 4 * self.decoder_dim + 4 * 4)  # one before and one after
+        norms = norm_bytes(num_visible, dim) + norm_bytes(num_visible, self.decoder_dim)  # before and after
         return {
             "layer_mixes": accounting.layer_mixes(mixes, layers, length, dim),
             "decoder": accounting.cross_blocks(

@@ -84,11 +84,6 @@ class MaskAlignConfig(MethodConfig):
         )
         return text + masked * self.is_reconstructed
 
-    @property
-    def drop_rate(self) -> float:
-        """Drop-path rate of the last block in training."""
-        return self.drop_path
-
     @cached_property
     def counts(self) -> TokenCounts:
         """Number of visible and thrown tokens; none is decoded."""

@@ -131,11 +131,6 @@ class MethodConfig(EncoderOptions, ABC):
                 )
 
     @property
-    def drop_rate(self) -> float:
-        """Drop-path rate of the last block in training."""
-        return 0.0
-
-    @property
     def compared_text(self) -> str:
         """Description of the compared features, for pictures."""
         return ""

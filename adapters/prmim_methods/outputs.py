@@ -29,7 +29,7 @@ class Reconstruction(NamedTuple):
 
 
 class Comparison(NamedTuple):
-    """Features of a student and of its teacher for a batch of images, in NumPy.
+    """Predicted and target features of a batch of images, in NumPy.
 
     Parameters
     ----------
@@ -38,8 +38,8 @@ class Comparison(NamedTuple):
     schedule
         The static boundaries inside ``order``.
     student, teacher
-        float32 (batch, N, teacher_dim), in raster order, of the last aligned layer: the student's predictions, NaN
-        where nothing is predicted, and the targets.
+        float32 (batch, N, dim), in raster order: prediction and target of each token. Predictions are NaN where nothing
+        is predicted.
     """
 
     order: NDArray[np.int64]

@@ -9,15 +9,15 @@ from numpy.typing import NDArray
 
 from prmim_core import Grid, offset_squared_distances
 from prmim_core._arrays import Array, array_namespace, device_of
-from prmim_methods.encoder import EncoderOptions, times
+from prmim_methods.encoder import CLASS_ROWS, EncoderOptions, num_bias_rows, times
 from prmim_methods.resize import resize_table
 
 Table = NDArray[np.float64]
 
 TABLE, BIAS, KERNEL = "pos_embed", "relative_position_bias_table", "table"
 """Last part of the names of tables of positions, relative position bias, progressive reconstruction."""
-CLASS_ROWS = 3
-"""Rows of the class token at the end of a table of relative position bias."""
+SHARED_TABLE = f"encoder.rel_pos_bias.{BIAS}"
+"""Name of the table of relative position bias that all blocks share."""
 
 
 def sincos_table(shape: Sequence[int], dim: int, class_tokens: int = 1) -> NDArray[np.float32]:
@@ -173,7 +173,7 @@ def fit_positions(weights: Mapping[str, Array], source: EncoderOptions, target: 
             fixed = fixed_table(source.position, after.shape, table.shape[2], source.class_tokens)
             fitted[name] = _like(table, fixed)
         elif kind == BIAS:
-            rows = _checked(name, table, prod(_sides(before)) + CLASS_ROWS, axis=0)
+            rows = _checked(name, table, num_bias_rows(before), axis=0)
             offsets = _interpolate(rows[:-CLASS_ROWS].T, before, after).T
             fitted[name] = _like(table, np.concatenate([offsets, rows[-CLASS_ROWS:]]))
         elif kind == KERNEL:

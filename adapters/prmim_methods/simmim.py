@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 
 from prmim_core.counts import Rounding
 from prmim_methods.cost import Accounting, CostReport, Parameters, linear_parameters
+from prmim_methods.encoder import position_option
 from prmim_methods.method import PixelConfig, Rows, drop_path_option, mask_unit_option
 from prmim_methods.record import option, record
 
@@ -36,7 +37,6 @@ class SimMIMConfig(PixelConfig):
 
     name: ClassVar[str] = "simmim"
     title: ClassVar[str] = "SimMIM"
-    norm_pix: ClassVar[bool] = False
     float_rounding: ClassVar[Rounding] = "simmim_float"
 
     mask_ratio: float = 0.6
@@ -45,22 +45,9 @@ class SimMIMConfig(PixelConfig):
     throw_by: str = option(
         "Unit of throwing.", default="token", choices={"token": "single tokens", "unit": "units of mask_unit"}
     )
-    position: str = option(
-        "Positions of the encoder.",
-        default="relative",
-        choices={
-            "relative": "a learned bias on the attention scores",
-            "absolute": "a fixed sine-cosine table",
-            "learned": "a learned table",
-        },
-    )
+    position: str = position_option("Positions of the encoder.", "relative", "absolute", "learned")
     layer_scale: float = option("Initial value of LayerScale on each branch of a block.", default=0.1, above=0, below=1)
     drop_path: float = drop_path_option()
-
-    @property
-    def drop_rate(self) -> float:
-        """Drop-path rate of the last block in training."""
-        return self.drop_path
 
     @property
     def throw_shape(self) -> tuple[int, ...] | None:

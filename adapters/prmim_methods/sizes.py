@@ -6,6 +6,21 @@ LAYER_NORM_EPS = 1e-6
 """Epsilon of our layer norms."""
 
 
+def norm_bytes(length: int, dim: int) -> int:
+    """Return the bytes that a layer norm saves: its input and two statistics in float32."""
+    return length * (4 * dim + 2 * 4)
+
+
+def score_bytes(queries: int, keys: int, heads: int, *, compute_bytes: int, attention: str) -> int:
+    """Return the bytes that attention scores save.
+
+    Fused attention saves one float32 per head and query; explicit attention saves its softmax in float32 and, where
+    that differs, in the compute type.
+    """
+    softmax_bytes = 4 if compute_bytes == 4 else 4 + compute_bytes
+    return heads * queries * (4 if attention == "fused" else keys * softmax_bytes)
+
+
 @dataclass(frozen=True)
 class Transformer:
     """The size of a stack of transformer blocks.
@@ -41,14 +56,11 @@ class Transformer:
     def activation_bytes(self, length: int, *, compute_bytes: int, attention: str) -> int:
         """Return the bytes that all blocks save, with a float32 residual stream.
 
-        Per token and block: two norm inputs in float32 with two statistics each; the inputs of the four linear layers
-        and of GELU, and q, k, v. Fused attention adds one float32 per head and token; explicit attention adds its n * n
-        softmax in float32 and, where that differs, in the compute type.
+        Per block: two norms, the scores, and per token the inputs of the four linear layers and of GELU, and q, k, v.
         """
-        norms = 2 * length * (4 * self.dim + 2 * 4)
+        norms = 2 * norm_bytes(length, self.dim)
         linear = (1 + 3 + 1 + 1 + 2 * self.mlp_ratio) * length * self.dim * compute_bytes
-        softmax_bytes = 4 if compute_bytes == 4 else 4 + compute_bytes
-        scores = self.heads * length * (4 if attention == "fused" else length * softmax_bytes)
+        scores = score_bytes(length, length, self.heads, compute_bytes=compute_bytes, attention=attention)
         return self.depth * (norms + linear + scores)
 
 
@@ -97,11 +109,10 @@ class CrossTransformer:
 
     def activation_bytes(self, queries: int, keys: int, *, compute_bytes: int, attention: str) -> int:
         """Return the bytes saved by all blocks; see :meth:`Transformer.activation_bytes`."""
-        norms = 2 * queries * (4 * self.dim + 2 * 4) + keys * (4 * self.context_dim + 2 * 4)
+        norms = 2 * norm_bytes(queries, self.dim) + norm_bytes(keys, self.context_dim)
         of_queries = (1 + 1 + 1 + 1 + 2 * self.mlp_ratio) * queries * self.dim * compute_bytes
         of_keys = keys * (self.context_dim + 2 * self.dim) * compute_bytes
-        softmax_bytes = 4 if compute_bytes == 4 else 4 + compute_bytes
-        scores = self.heads * queries * (4 if attention == "fused" else keys * softmax_bytes)
+        scores = score_bytes(queries, keys, self.heads, compute_bytes=compute_bytes, attention=attention)
         return self.depth * (norms + of_queries + of_keys + scores)
 
 

@@ -18,6 +18,8 @@ METADATA_KEY = "prmim_architecture"
 
 WEIGHTS_FILE = "weights.safetensors"
 """Name of the weight file in a checkpoint."""
+CHECKPOINTS = "checkpoints"
+"""Name of the folder of checkpoints in the folder of a run."""
 
 RENAMED_FIELDS = {"variant": "reconstruction"}
 """Fields of files from earlier versions, by their current names."""
@@ -101,7 +103,7 @@ def find_weights(place: str | os.PathLike[str]) -> Path:
         return path
     if (path / WEIGHTS_FILE).exists():
         return path / WEIGHTS_FILE
-    found = sorted(path.glob(f"checkpoints/step_*/{WEIGHTS_FILE}"), key=lambda file: (len(file.parent.name), file))
+    found = sorted(path.glob(f"{CHECKPOINTS}/step_*/{WEIGHTS_FILE}"), key=lambda file: (len(file.parent.name), file))
     for file in reversed(found):
         if not is_damaged(file):
             return file

@@ -83,7 +83,7 @@ class CrossDecoder(nn.Module):
     dim, depth, num_heads
         Width, number of blocks, attention heads.
     position
-        ``"absolute"`` or ``"learned"``, see :class:`prmim_torch.vit.Encoder`.
+        ``"absolute"``, ``"raster"`` or ``"learned"``, see :class:`prmim_torch.vit.Encoder`.
     class_tokens
         Number of class tokens of the encoder, C. Their rows of the position table have no effect.
     visible_features

@@ -15,7 +15,7 @@ from concurrent.futures import Future
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -36,7 +36,6 @@ from prmim_methods.messages import ERRORS
 from prmim_torch.cross_decoder import CrossBlock
 from prmim_torch.vit import Block
 
-Parallel = Literal["ddp", "fsdp"]
 Result = TypeVar("Result")
 
 LAUNCH_TIMEOUT = timedelta(minutes=5)

@@ -20,9 +20,6 @@ from prmim_methods.weight_files import (
     write_atomically,
 )
 
-FROZEN = "teacher."
-"""Prefix of frozen tensors of a method, which are not part of its files."""
-
 
 def save_weights(method: nn.Module, path: str | os.PathLike[str]) -> None:
     """Write parameters and persistent buffers to a ``.safetensors`` file, atomically.
@@ -65,7 +62,7 @@ def load_weights(method: nn.Module, path: str | os.PathLike[str], *, resize: boo
 
 def named_weights(method: nn.Module) -> dict[str, Tensor]:
     """Return a method's weights by name, as in files, without a teacher's."""
-    return {name: tensor for name, tensor in method.state_dict().items() if not name.startswith(FROZEN)}
+    return dict(method.state_dict())
 
 
 def write_weights(weights: dict[str, Tensor], metadata: dict[str, str], path: str | os.PathLike[str]) -> None:
@@ -76,7 +73,7 @@ def write_weights(weights: dict[str, Tensor], metadata: dict[str, str], path: st
 
 def put_weights(method: nn.Module, weights: dict[str, Tensor]) -> None:
     """Copy weights, named as by :func:`named_weights`, into a method."""
-    method.load_state_dict(weights, strict=False)  # a teacher's weights are missing
+    method.load_state_dict(weights, strict=False)  # others keep theirs
 
 
 def read_weights(method: nn.Module, path: str | os.PathLike[str], *, resize: bool = False) -> dict[str, Tensor]:

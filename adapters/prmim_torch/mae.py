@@ -90,7 +90,7 @@ class MAE(PixelMethod):
 
     def _decode(self, visible: Tensor, plan: Plan, noise: Tensor) -> Tensor:
         """Encode visible patches and decode: features from ``config.first_feature`` on."""
-        encoder, scales = self.encoder, self._drop_path(noise, self.config.drop_rate)
+        encoder, scales = self.encoder, self._drop_path(noise, self.config.drop_path)
         if isinstance(self.decoder, Decoder) and self.fusion is None:
             return self.decoder(encoder(visible, plan.visible, scales), self._decoder_index(plan, noise))
         tokens = encoder.place(encoder.patch_embed(visible), plan.visible)

@@ -123,7 +123,7 @@ class MaskAlign(FeatureMethod):
         """Encode visible patches; mix the outputs of all blocks: (k, batch, 1 + V, dim)."""
         encoder, visible = self.encoder, plan.visible
         tokens = encoder.place(encoder.patch_embed(self._normalize(take_tokens(patches, visible))), visible)
-        outputs = encoder.hidden_states(tokens, visible, self._drop_path(noise, self.config.drop_rate))[1:]
+        outputs = encoder.hidden_states(tokens, visible, self._drop_path(noise, self.config.drop_path))[1:]
         states = torch.stack(outputs)
         return (self.fusion @ states.flatten(1)).view(-1, *states.shape[1:])
 
@@ -146,7 +146,7 @@ class MaskAlign(FeatureMethod):
         return AlignOutput(loss, loss_visible, loss_thrown, predicted, plan)
 
     def compared_features(self, images: Tensor, output: AlignOutput) -> tuple[Tensor, Tensor]:
-        """Return predicted and target features.
+        """Return predicted and target features of the last aligned layer.
 
         See :meth:`FeatureMethod.compared_features`.
         """

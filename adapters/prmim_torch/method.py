@@ -32,7 +32,7 @@ from prmim_core import (
 )
 from prmim_methods import MethodConfig, PixelConfig
 from prmim_methods.cost import CONV_REPEATS, RECONSTRUCTION_HEADS
-from prmim_methods.encoder import EncoderOptions
+from prmim_methods.encoder import EncoderOptions, scale_and_shift
 from prmim_torch.plan import make_plan
 from prmim_torch.reconstruct import ProgressiveReconstruction, no_weight_decay
 from prmim_torch.vit import Encoder, Linear, constant_like, spread
@@ -63,9 +63,7 @@ class ImageModule(nn.Module):
         self._patch_size = config.patch_size
         self._pixel_range = config.pixel_range
         self._image_dtypes = tuple(getattr(torch, name) for name in config.image_dtypes)
-        mean, std = config.pixel_mean, config.pixel_std
-        self._pixel_scale = tuple(1 / (255 * deviation) for deviation in std)
-        self._pixel_shift = tuple(-m / s for m, s in zip(mean, std, strict=True))
+        self._pixel_scale, self._pixel_shift = scale_and_shift(config.pixel_mean, config.pixel_std)
 
     def reset_parameters(self) -> None:
         """Reset all weights, parts included, to those of a new module of equal options.
@@ -441,7 +439,7 @@ def _places(tokens: Tensor, places: range, first: int = 0) -> Tensor:
 
 
 class FeatureMethod(Method):
-    """A method that predicts a teacher's features of the whole image."""
+    """A method that predicts features of each token."""
 
     def compared_features(self, images: Tensor, output: Any) -> tuple[Tensor, Tensor]:
         """Return predicted and target features, for pictures.
@@ -456,8 +454,8 @@ class FeatureMethod(Method):
         Returns
         -------
         tuple of Tensor
-            The student's and the teacher's features (batch, N, teacher_dim) of the last aligned layer, in raster order.
-            The student's are NaN where nothing is predicted.
+            Prediction and target (batch, N, dim) of each token, in raster order. Predictions are NaN where nothing is
+            predicted.
         """
         raise NotImplementedError
 

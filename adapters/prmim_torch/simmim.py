@@ -77,7 +77,7 @@ class SimMIM(PixelMethod):
         patches = self._patches(images)
         self._check_batch(images, noise)
         plan = self._plan(noise, weights)
-        features = self._encode_known(patches, plan, self._drop_path(noise, self.config.drop_rate))
+        features = self._encode_known(patches, plan, self._drop_path(noise, self.config.drop_path))
         if self.reconstruct is not None:
             features = self.reconstruct(features, plan)
         eps = LOSS_EPS / (prod(self._patch_size) * images.shape[0])

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.export import register_dataclass
 
 from prmim_core import patchify
+from prmim_methods.encoder import scale_and_shift
 from prmim_methods.messages import one_line
 from prmim_methods.resize import resize_images, resize_table
 from prmim_methods.teacher import Family, TeacherConfig, check_images, find_teacher, read_teacher
@@ -131,10 +132,9 @@ class Teacher(nn.Module):
         self.dim, self.depth, self.num_heads = config.size.dim, config.size.depth, config.size.heads
         self.layers = self.depth if layers is None else layers
         if not 1 <= self.layers <= self.depth:
-            raise ValueError(f"teacher_layers: expected 1 to {self.depth}, the teacher's depth, got {layers}")
+            raise ValueError(f"layers: expected 1 to {self.depth}, the teacher's depth, got {layers}")
         self.description = f"{config.title}, from {source}"
-        self._pixel_scale = tuple(1 / (255 * deviation) for deviation in config.std)
-        self._pixel_shift = tuple(-m / s for m, s in zip(config.mean, config.std, strict=True))
+        self._pixel_scale, self._pixel_shift = scale_and_shift(config.mean, config.std)
         with torch.device("cpu"):  # weights come from files, even if the default device is meta
             parts = _Parts(_load_model(config), config, self.grid_shape)
         self.num_parameters = sum(tensor.numel() for tensor in (*parts.parameters(), *parts.buffers()))

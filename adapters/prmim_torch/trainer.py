@@ -411,7 +411,7 @@ class Trainer(Generic[Module]):
     def load_weights(self, path: str | os.PathLike[str]) -> None:
         """Load weights from a ``.safetensors`` file; all processes must call it.
 
-        The image size of the file may differ; see :func:`prmim_torch.load_weights`.
+        For methods, the image size of the file may differ; see :func:`prmim_torch.load_weights`.
         """
         self._put_weights(self._processes.together(lambda: read_weights(self.module, path, resize=True)))
 

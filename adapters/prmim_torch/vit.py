@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 
 from prmim_core import Grid, num_offsets
+from prmim_methods.encoder import num_bias_rows
 from prmim_methods.positions import fixed_table
 from prmim_methods.sizes import LAYER_NORM_EPS
 from prmim_torch.cpu_kernels import attend, linear
@@ -261,7 +262,7 @@ class RelativePositionBias(nn.Module):
     def __init__(self, grid_shape: Sequence[int], num_heads: int) -> None:
         super().__init__()
         self._grid = Grid(tuple(grid_shape))
-        self.relative_position_bias_table = nn.Parameter(torch.empty(num_offsets(self._grid) + 3, num_heads))
+        self.relative_position_bias_table = nn.Parameter(torch.empty(num_bias_rows(self._grid), num_heads))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -457,7 +458,7 @@ class Encoder(nn.Module):
         elif self._has_table:
             add_table(self, grid_shape, dim, class_tokens, is_learned=learned_positions or position == "learned")
         self.reset_parameters()
-        rows = num_offsets(Grid(self._grid_shape)) + 3 if position == "relative_per_block" else None
+        rows = num_bias_rows(Grid(self._grid_shape)) if position == "relative_per_block" else None
         self.blocks = nn.ModuleList(
             Block(dim, num_heads, layer_scale=layer_scale, recompute=recompute, table_rows=rows) for _ in range(depth)
         )

@@ -13,7 +13,8 @@ from prmim_jax import METHODS, Classifier, ClassifierEngine, load_weights, save_
 from prmim_jax.classifier import BatchNorm, load_pretrained
 from prmim_jax.interop import named_variables, named_weights, put_weights, write_weights
 from prmim_methods import ClassifierConfig, TrainingConfig, create_config
-from prmim_methods.classifier import BLOCK_TABLE, SHARED_TABLE, copy_table
+from prmim_methods.classifier import BLOCK_TABLE, copy_table
+from prmim_methods.positions import SHARED_TABLE
 from prmim_methods.record import options as options_of
 from prmim_methods.weight_files import dump_architecture
 

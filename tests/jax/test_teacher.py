@@ -203,9 +203,12 @@ def damaged(folder):
     path.write_bytes(path.read_bytes()[:-100])
 
 
-def shards_that_are_missing(folder):
-    (folder / "model.safetensors").unlink()
-    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model-1.safetensors"}}')
+def index_of(weight_map):
+    def write(folder):
+        (folder / "model.safetensors").unlink()
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+    return write
 
 
 @pytest.mark.parametrize(
@@ -225,7 +228,10 @@ def shards_that_are_missing(folder):
         ({"intermediate_size": 96}, None, r"blocks.0.mlp.fc1.weight: expected shape \(96, 32\), got \(64, 32\) in .*"),
         ({"without": "layer.1.*key.bias"}, None, "expected a tensor 'blocks.1.attn.k.bias', got none in .*"),
         ({}, damaged, "expected weights in .safetensors files in .*, got .*"),
-        ({}, shards_that_are_missing, "expected weights in .safetensors files in .*, got .*"),
+        ({}, index_of({"a": "1.safetensors"}), "expected the shard '1.safetensors' next to .*, got no such file"),
+        ({}, index_of([]), r"expected an object weight_map in .*, got \[\]"),
+        ({}, index_of("x"), "expected an object weight_map in .*, got 'x'"),
+        ({}, index_of({"a": 1}), "expected an object weight_map in .*, got {'a': 1}"),
         ({}, lambda folder: (folder / "model.safetensors").unlink(), "expected .*, got no model.safetensors"),
         (
             {},
@@ -249,8 +255,8 @@ def test_what_is_no_teacher(tmp_path, changes, spoil, message):
         ({"source": "/no/such/folder"}, r"teacher: expected a folder, or a name .*, got '/no/such/folder'"),
         ({"grid_shape": (4,)}, "teacher: expected images of 2 axes, got a grid of 1"),
         ({"channels": 4}, "teacher: expected images of 3 channels, or of 1 to repeat, got 4"),
-        ({"layers": 0}, "teacher_layers: expected 1 to 3, the teacher's depth, got 0"),
-        ({"layers": 4}, "teacher_layers: expected 1 to 3, the teacher's depth, got 4"),
+        ({"layers": 0}, "layers: expected 1 to 3, the teacher's depth, got 0"),
+        ({"layers": 4}, "layers: expected 1 to 3, the teacher's depth, got 4"),
         ({"dtype": "float16"}, "dtype: expected 'float32' or 'bfloat16', got 'float16'"),
     ],
     ids=str,

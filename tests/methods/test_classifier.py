@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from prmim_methods import ClassifierConfig, MAEConfig, SimMIMConfig
-from prmim_methods.classifier import FOREIGN, SHARED_TABLE, check_targets, copy_table
+from prmim_methods.classifier import FOREIGN, check_targets, copy_table
+from prmim_methods.positions import SHARED_TABLE
 
 
 @pytest.mark.parametrize(

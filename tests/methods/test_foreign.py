@@ -1,5 +1,7 @@
 """Weights of other code: formats, sizes, and what is refused."""
 
+import json
+
 import numpy as np
 import pytest
 
@@ -9,6 +11,7 @@ from prmim_methods.foreign import Checkpoint, convert
 from prmim_methods.foreign_formats import encoder_shapes
 from prmim_methods.layouts import BEIT, PIXIO, TIMM, TIMM_RELATIVE, VIT, to_library
 from prmim_methods.positions import sincos_table
+from prmim_methods.weight_files import METADATA_KEY
 
 DIM, DEPTH = 16, 2
 
@@ -168,6 +171,36 @@ def test_parts_around_an_encoder_can_be_left_out():
     found = read(arrays, encoder_only=True)
     assert found.notes[-1] == "left out: decoder_embed.weight, mask_token"
     assert all(name.startswith("encoder.") for name in found.weights)
+
+
+OURS = EncoderConfig(embed_dim=DIM, depth=DEPTH, num_heads=2, image_size=(16, 16), patch_size=(4, 4))
+
+
+def read_ours(architecture, **changes):
+    """Read a file of prmim with changed arrays; None: no such array."""
+    arrays = {name: np.zeros(shape, np.float32) for name, shape in encoder_shapes(OURS).items()} | changes
+    arrays = {name: array for name, array in arrays.items() if array is not None}
+    return convert(Checkpoint("there", arrays, {METADATA_KEY: json.dumps(architecture)}))
+
+
+@pytest.mark.parametrize("more", [{}, {"method": "mae", "decoder_dim": 8}], ids=["encoder", "method"])
+def test_tensors_of_our_files_are_validated(more):
+    architecture = OURS.architecture() | more
+    assert len(read_ours(architecture, **{"decoder.mask_token": np.zeros((1, 1, 8))}).weights) == 31
+    name = "encoder.blocks.0.attn.qkv.weight"
+    with pytest.raises(ValueError, match=f"^source: expected the tensors of our encoder in there, got missing: {name}"):
+        read_ours(architecture, **{name: None})
+    with pytest.raises(ValueError, match=r"got unexpected: encoder\.more$"):
+        read_ours(architecture, **{"encoder.more": np.zeros(1)})
+
+
+def test_metadata_of_our_files_is_validated():
+    architecture = OURS.architecture()
+    with pytest.raises(ValueError, match=r"^architecture: expected that of a method or an encoder, got a classifier$"):
+        read_ours({**architecture, "kind": "classifier"})
+    del architecture["num_heads"]
+    with pytest.raises(ValueError, match=r"^architecture: expected the field 'num_heads', got none$"):
+        read_ours(architecture)
 
 
 RELATIVE = {"position": "relative", "layer_scale": 1.0}

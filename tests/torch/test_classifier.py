@@ -11,7 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from prmim_core import counter_noise
 from prmim_methods import ClassifierConfig, TrainingConfig, create_config
-from prmim_methods.classifier import BLOCK_TABLE, SHARED_TABLE, copy_table
+from prmim_methods.classifier import BLOCK_TABLE, copy_table
+from prmim_methods.positions import SHARED_TABLE
 from prmim_methods.record import options as options_of
 from prmim_methods.weight_files import dump_architecture
 from prmim_torch import METHODS, Classifier, ClassifierEngine, load_weights, save_weights

@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from prmim_methods.checkpoints import SAFETENSORS, find_checkpoint
+from prmim_methods.checkpoints import find_checkpoint
+from prmim_methods.hub import SAFETENSORS
 from prmim_train.run.engine import check_backend, import_backend
 from prmim_train.run.processes import say
 
