@@ -140,6 +140,15 @@ def test_numbers_of_another_step_are_not_stated(api, run):
         assert "0.5124" not in card
 
 
+def test_numbers_that_a_short_run_lacks_are_left_out(api, run):
+    run, _ = run
+    run.write_summary({**SUMMARY, "loss": None, "images_per_second": None})
+    assert push(run) == 0
+    card = content(uploaded(api)["README.md"]).decode()
+    assert "final loss" not in card
+    assert "images per second" not in card
+
+
 def test_pictures_of_an_earlier_checkpoint_are_left_out(api, run):
     run, _ = run
     written = run.checkpoints()[-1].stat().st_mtime
