@@ -31,7 +31,7 @@ from prmim_train.cli.options import (
 )
 from prmim_train.config.layers import merge_layers, recipe_names
 from prmim_train.config.packages import check_installed
-from prmim_train.config.training import DIGITS, SOURCE_OPTIONS
+from prmim_train.config.training import DIGITS, SAMPLING, SOURCE_OPTIONS
 from prmim_train.run.processes import FailedElsewhereError, adopt_srun, is_main, launched
 
 EXIT_USAGE = 2
@@ -355,7 +355,6 @@ def _features_groups() -> dict[str, list[Option]]:
     named = {item.name: item for items in pretrain_options().values() for item in items}
     size = find_option(ClassifierConfig, "image_size")
     run = command_option("run", str, "Folder of the run, or a file of weights.")
-    others = ("frame_stride", "volumes", "spacing", "device", "precision", "backend")
     return {
         "": [
             run,
@@ -367,7 +366,7 @@ def _features_groups() -> dict[str, list[Option]]:
             size,
             command_option("checkpoint", int | None, "Step of the run's checkpoint. Null: the last one."),
             command_option("batch_size", int, "Images per forward pass, in each process.", 64),
-            *(inherited(named[name]) for name in others),
+            *(inherited(named[name]) for name in (*SAMPLING, "device", "precision", "backend")),
         ]
     }
 

@@ -180,6 +180,10 @@ class DataOptions(SourceOptions):
             raise ValueError(f"spacing: expected null without volumes, got {self.spacing}")
 
 
+SAMPLING = ("frame_stride", "volumes", "spacing")
+"""Options of the sampling of clips and volumes."""
+
+
 @record
 class RunOptions(Record):
     """The run directory, checkpoints and logs."""

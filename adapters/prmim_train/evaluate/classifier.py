@@ -18,7 +18,7 @@ from prmim_methods.sizes import Transformer
 from prmim_train.config.classify import ClassifyConfig, classify_config
 from prmim_train.config.layers import NOT_STORED, merge_layers, parse_options
 from prmim_train.config.pretrain import PretrainConfig, change
-from prmim_train.config.training import SOURCE_OPTIONS
+from prmim_train.config.training import SAMPLING, SOURCE_OPTIONS
 from prmim_train.data.augment import Augment
 from prmim_train.data.batches import Batch, BatchIterator, evaluation_batches, train_batches
 from prmim_train.data.mixing import Mixing
@@ -95,7 +95,7 @@ class Classification(Job[ClassifierEngine]):
     def __init__(self, config: ClassifyConfig, pretrained: RunDirectory) -> None:
         _check_halves(config)
         self.pretrained = pretrained
-        given = (*SOURCE_OPTIONS, "holdout", "max_pixels")
+        given = (*SOURCE_OPTIONS, *SAMPLING, "holdout", "max_pixels")
         base = read_run_config(pretrained, **{name: getattr(config, name) for name in given})
         for name in ("rand_augment", "erasing"):
             if base.method.pixel_range is not None and getattr(config, name):

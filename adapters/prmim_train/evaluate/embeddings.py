@@ -28,7 +28,7 @@ from prmim_methods.files import expanded, open_regular
 from prmim_methods.messages import shown
 from prmim_methods.weight_files import WEIGHTS_FILE, write_atomically
 from prmim_train.config.packages import check_installed
-from prmim_train.config.training import SOURCE_OPTIONS, DataOptions, SourceOptions
+from prmim_train.config.training import SAMPLING, SOURCE_OPTIONS, DataOptions, SourceOptions
 from prmim_train.data.batches import evaluation_batches
 from prmim_train.data.image_files import MAX_PIXELS
 from prmim_train.data.sources import ImageSource, open_source
@@ -45,8 +45,6 @@ PART = 1024
 """Number of images in a part."""
 NPZ, PARQUET = ".npz", ".parquet"
 JOB, LOCK = "job.json", ".lock"
-SAMPLING = ("frame_stride", "volumes", "spacing")
-"""Options of the sampling of clips and volumes."""
 _NUM_NAMED = 3
 
 
