@@ -362,7 +362,11 @@ def _features_groups() -> dict[str, list[Option]]:
             *(inherited(named[name]) for name in KEYS),
             command_option("out", str, "File to write: .npz or .parquet."),
             command_option("pool", str, "mean: the mean of the patch tokens; cls: the class token.", "mean"),
-            command_option("layer", int | None, "Block whose output is written, from 1. Null: the encoder's output."),
+            command_option(
+                "layer",
+                int | None,
+                "Block whose output is written, from 1; 0: the input of the first. Null: the encoder's output.",
+            ),
             size,
             command_option("checkpoint", int | None, "Step of the run's checkpoint. Null: the last one."),
             command_option("batch_size", int, "Images per forward pass, in each process.", 64),

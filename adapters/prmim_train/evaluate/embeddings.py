@@ -248,9 +248,7 @@ def features_command(
 def _open_trained(run: Path, checkpoint: int | None, given: dict[str, Any], sampling: dict[str, Any]) -> Trained:
     """Find an encoder in the folder of a run, or in a file of weights."""
     if run.is_file():
-        if checkpoint is not None:
-            raise ValueError(f"checkpoint: expected none with a file of weights, got {checkpoint}")
-        record = encoder_of(file_architecture(run))
+        record = encoder_of(file_architecture(run, checkpoint))
         defaults = {"backend": "torch", "device": "auto", "precision": "auto", "max_pixels": MAX_PIXELS}
         return Trained(record, run, {**asdict(SourceOptions()), **defaults, **given}, DataOptions(**sampling))
     directory = RunDirectory.open(run)

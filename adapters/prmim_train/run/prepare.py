@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from prmim_methods.encoder import EncoderOptions, times
 from prmim_methods.files import open_regular
 from prmim_methods.messages import one_line
-from prmim_methods.weight_files import read_architecture
+from prmim_methods.weight_files import WEIGHTS_FILE, read_architecture
 from prmim_train.config.layers import parse_options
 from prmim_train.config.pretrain import PretrainConfig, pretrain_config, pretrain_option_names
 from prmim_train.config.training import DIGITS, OF_DATA, SourceOptions, is_same_data
@@ -348,16 +348,17 @@ def find_checkpoint(run: RunDirectory, step: int | None = None) -> Path:
         If a weight is not finite.
     """
     checkpoint = _find_checkpoint(run, step)
-    check_finite(checkpoint / "weights.safetensors")
+    _check_finite("checkpoint", checkpoint / WEIGHTS_FILE)
     return checkpoint
 
 
-def check_finite(path: Path) -> None:
-    """Raise ValueError, which names the tensor, if weights in a file are not finite."""
+def _check_finite(option: str, path: Path) -> None:
+    """Raise ValueError, which names the option and the tensor, if weights in a file are not finite."""
     with safe_open(path, framework="numpy") as file:
         for name in file.keys():  # noqa: SIM118  # not a mapping
-            if not np.isfinite(file.get_tensor(name)).all():
-                raise ValueError(f"checkpoint: expected finite weights, got NaN or infinity in {name} of {path}")
+            is_known = file.get_slice(name).get_dtype() != "BF16"  # NumPy has no bfloat16
+            if is_known and not np.isfinite(file.get_tensor(name)).all():
+                raise ValueError(f"{option}: expected finite weights, got NaN or infinity in {name} of {path}")
 
 
 def _find_checkpoint(run: RunDirectory, step: int | None) -> Path:
@@ -375,20 +376,24 @@ def _find_checkpoint(run: RunDirectory, step: int | None) -> Path:
     return found[step]
 
 
-def file_architecture(path: Path) -> dict[str, Any]:
-    """Read the architecture from a file of weights, given in place of a run.
+def file_architecture(path: Path, checkpoint: int | None) -> dict[str, Any]:
+    """Read the architecture from a file of weights, given in place of a run, and check that they are finite.
 
     Raises
     ------
     ValueError
-        If prmim did not write the file.
+        If prmim did not write the file, a weight is not finite, or there is a `checkpoint`, which only runs have.
     """
+    if checkpoint is not None:
+        raise ValueError(f"checkpoint: expected none with a file of weights, got {checkpoint}")
     try:
         open_regular(path).close()  # safe_open would wait at a pipe
         with safe_open(path, framework="numpy") as file:
-            return read_architecture(file.metadata(), path)
+            architecture = read_architecture(file.metadata(), path)
     except SafetensorError as error:
         raise ValueError(f"run: expected a run or a safetensors file, got {path} ({one_line(error)})") from None
+    _check_finite("run", path)
+    return architecture
 
 
 def restore_engine(run: RunDirectory, config: PretrainConfig, budget: Budget, step: int | None = None) -> Engine:
