@@ -16,7 +16,7 @@ from prmim_methods.files import expanded
 from prmim_methods.record import options as options_of
 from prmim_methods.sizes import Transformer
 from prmim_train.config.classify import ClassifyConfig, classify_config
-from prmim_train.config.layers import NOT_STORED, merge_layers, parse_options
+from prmim_train.config.layers import NOT_STORED, merge_layers
 from prmim_train.config.pretrain import PretrainConfig, change
 from prmim_train.config.training import SAMPLING, SOURCE_OPTIONS
 from prmim_train.data.augment import Augment
@@ -304,7 +304,7 @@ def classify_command(run: str, *, protocol: str, **given: Any) -> None:
 
 def _read_classifier(run: RunDirectory, protocol: str) -> dict[str, Any]:
     """Read the options of a classifier to resume."""
-    options = parse_options(run.read_config(), str(run.path))
+    options = run.read_config()
     if options.get("protocol") != protocol:
         raise ValueError(f"out: expected the folder of a {protocol} classifier, got another run in {run.path}")
     unknown = set(options) - {item.name for item in options_of(ClassifyConfig)}

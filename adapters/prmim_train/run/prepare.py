@@ -13,7 +13,6 @@ from prmim_methods.encoder import EncoderOptions, times
 from prmim_methods.files import open_regular
 from prmim_methods.messages import one_line
 from prmim_methods.weight_files import WEIGHTS_FILE, read_architecture
-from prmim_train.config.layers import parse_options
 from prmim_train.config.pretrain import PretrainConfig, pretrain_config, pretrain_option_names
 from prmim_train.config.training import DIGITS, OF_DATA, SourceOptions, is_same_data
 from prmim_train.data.batches import Batch, BatchIterator, split_indices, train_batches
@@ -316,7 +315,7 @@ def read_run_config(run: RunDirectory, **changes: Any) -> PretrainConfig:
     **changes
         Options to replace. If `data` is other data, `OF_DATA` are not those of the run.
     """
-    options = parse_options(run.read_config(), str(run.path))
+    options = run.read_config()
     if "protocol" in options:
         raise ValueError(f"run: expected the folder of a pre-training run, got the classifier in {run.path}")
     unknown = set(options) - pretrain_option_names()

@@ -282,7 +282,7 @@ def test_a_file_lies_between_the_recipe_of_the_protocol_and_the_command_line(run
     words = [word for word in FEW if word != "2" and word != "--epochs"]
     assert main(["evaluate", "--run", str(run), "--config", str(file), *words, "--clip_grad", "2"]) == 0
     options = RunDirectory(tmp_path / "own").read_config()
-    assert all(line in options for line in ("layer_decay: 0.5", "clip_grad: 2.0", "epochs: 3", "warmup_epochs: null"))
+    assert options.items() >= {"layer_decay": 0.5, "clip_grad": 2.0, "epochs": 3, "warmup_epochs": None}.items()
     assert fake.made[-1].training.warmup_steps == round(3 / 20 * 1438 / 120)
     capsys.readouterr()
     assert main(["evaluate", "--run", str(run), "--config", str(file), "--resume"]) == 0

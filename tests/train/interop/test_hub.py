@@ -70,7 +70,7 @@ def test_all_files_are_one_commit(api, run, capsys):
     files = uploaded(api)
     assert set(files) == {"README.md", "weights.safetensors", "config.yaml", "loss.png"}
     assert content(files["weights.safetensors"]) == (run.checkpoints()[0] / "weights.safetensors").read_bytes()
-    assert content(files["config.yaml"]).decode() == run.read_config()
+    assert content(files["config.yaml"]) == (run.path / "config.yaml").read_bytes()
     assert content(files["loss.png"]) == b"png"
 
 
