@@ -227,6 +227,9 @@ def _explain_recipe(given: dict[str, str]) -> bool:
 KEYS = tuple(name for name in SOURCE_OPTIONS if name != "data")
 """Options of the source of images, without `data`."""
 
+FROZEN = ("data", *KEYS, "holdout", "image_size", "test_data", "device", "checkpoint", "allow_changes")
+"""Options of a classifier's training that the evaluation of frozen features has, too."""
+
 RUN_OPTION = command_option("run", str, "Folder of the run.")
 
 
@@ -237,10 +240,7 @@ def _evaluate_groups() -> dict[str, list[Option]]:
     others = "Also evaluate an untrained encoder and raw pixels. For knn and linear with lbfgs."
     groups = classify_options()
     named = {item.name: item for items in groups.values() for item in items}
-    frozen = [
-        *(named[name] for name in ("data", *KEYS, "holdout", "image_size", "test_data", "device", "checkpoint")),
-        named["allow_changes"],
-    ]
+    frozen = [named[name] for name in FROZEN]
     own = {
         f"For finetune and linear with lars: {title.lower()}": [item for item in items if item not in frozen]
         for title, items in groups.items()
@@ -273,7 +273,7 @@ def _evaluate(command: Command, name: str, given: dict[str, str]) -> None:
     if solver is not None and protocol != "linear":
         raise ValueError(f"solver: expected --protocol linear with it, got {protocol or 'no protocol'}")
     is_trained = protocol == "finetune" or solver == "lars"
-    own = _trained_options() if is_trained else FROZEN_OPTIONS
+    own = _trained_options() if is_trained else {*FROZEN, "eval_limit", "baselines"}
     for option in arguments:
         if option not in {"run", "protocol", *own}:
             wanted = "knn, or linear by lbfgs" if is_trained else "finetune, or linear --solver lars"
@@ -479,8 +479,6 @@ EVALUATIONS = ("knn", "linear", "finetune")
 SOLVERS = ("lbfgs", "lars")
 TRAINED = ("finetune", "linear")
 """Protocols that train a classifier on the encoder; linear only with LARS."""
-FROZEN_OPTIONS = {"data", "holdout", "image_size", "test_data", "device", "checkpoint", "eval_limit", "baselines"}
-FROZEN_OPTIONS |= {"allow_changes", *KEYS}
 
 COMMANDS = {
     "pretrain": Command(

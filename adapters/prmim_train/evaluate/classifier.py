@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from prmim_methods.files import expanded
 from prmim_methods.record import options as options_of
 from prmim_methods.sizes import Transformer
+from prmim_methods.weight_files import WEIGHTS_FILE
 from prmim_train.config.classify import ClassifyConfig, classify_config
 from prmim_train.config.layers import NOT_STORED, merge_layers
 from prmim_train.config.pretrain import PretrainConfig, change
@@ -25,7 +26,7 @@ from prmim_train.data.mixing import Mixing
 from prmim_train.evaluate.score_pictures import draw_confusion, draw_learning
 from prmim_train.evaluate.scores import format_score, score, write_predictions
 from prmim_train.run.budget import training_budget
-from prmim_train.run.directory import RunDirectory
+from prmim_train.run.directory import CONFIG, RunDirectory
 from prmim_train.run.engine import ClassifierEngine, create_classifier_engine
 from prmim_train.run.files import write_json
 from prmim_train.run.loop import Job, train
@@ -112,7 +113,7 @@ class Classification(Job[ClassifierEngine]):
         if not (config.resume and RunDirectory(config.run_path).checkpoints()):
             checkpoint = find_checkpoint(pretrained, config.checkpoint)
             config = replace(config, checkpoint=step_of(checkpoint))
-            self.weights = checkpoint / "weights.safetensors"
+            self.weights = checkpoint / WEIGHTS_FILE
         self.config: ClassifyConfig = config
         words = ["prmim", "evaluate", "--run", str(pretrained.path), "--protocol", config.protocol]
         words += ["--solver", "lars"] if config.protocol == "linear" else []
@@ -247,7 +248,7 @@ class Classification(Job[ClassifierEngine]):
         Cached, since the predictions after the last step are needed twice.
         """
         if self._tested is None or self._tested[0] != engine.step:
-            size, share = min(256, self.config.micro_batch), self.config.test_share(self.image_size)
+            size, share = self.config.evaluation_batch, self.config.test_share(self.image_size)
             tested = predict(engine, self.test, self.image_size, batch_size=size, share=share)
             self._tested = (engine.step, tested)
         return self._tested[1]
@@ -309,7 +310,7 @@ def _read_classifier(run: RunDirectory, protocol: str) -> dict[str, Any]:
         raise ValueError(f"out: expected the folder of a {protocol} classifier, got another run in {run.path}")
     unknown = set(options) - {item.name for item in options_of(ClassifyConfig)}
     if unknown:
-        raise ValueError(f"out: expected options of prmim evaluate in {run.path / 'config.yaml'}, got {min(unknown)}")
+        raise ValueError(f"out: expected options of prmim evaluate in {run.path / CONFIG}, got {min(unknown)}")
     return {**EARLIER.get(protocol, {}), **options}
 
 

@@ -355,7 +355,7 @@ def _extract(
     """Extract the features of each extractor by name, and the labels."""
     features: dict[str, list[NDArray[np.float32]]] = {name: [] for name in extractors}
     labels = []
-    size = min(256, config.micro_batch)
+    size = config.evaluation_batch
     indices = _spread(images.indices, config.eval_limit)
     shape = image_size or config.method.image_size
     with evaluation_batches(images.source, indices, batch_size=size, image_size=shape) as batches:

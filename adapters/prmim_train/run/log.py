@@ -15,7 +15,7 @@ from prmim_train.config.training import TrainingOptions
 from prmim_train.data.batches import Batch
 from prmim_train.run.budget import Budget
 from prmim_train.run.checkpoints import Checkpoints
-from prmim_train.run.directory import RESCUE, RunDirectory
+from prmim_train.run.directory import METRICS, RESCUE, RunDirectory
 from prmim_train.run.engine import Trainer
 from prmim_train.run.processes import on_main
 from prmim_train.run.trackers import NoTracker, Tracker, open_tracker
@@ -163,7 +163,7 @@ class Log:
             self.tracker = NoTracker()
             print(
                 f"prmim: warning: tracker {self.config.tracker} failed and is disabled: {one_line(error)}; all metrics "
-                f"are in {self.run.path / 'metrics.jsonl'}",
+                f"are in {self.run.path / METRICS}",
                 file=sys.stderr,
                 flush=True,
             )

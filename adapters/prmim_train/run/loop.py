@@ -15,13 +15,14 @@ from types import FrameType
 from typing import Any, Generic, TypeVar
 
 from prmim_methods.sizes import Transformer
+from prmim_methods.weight_files import WEIGHTS_FILE
 from prmim_train.config.layers import dump_options, stored_options
 from prmim_train.config.pretrain import PretrainConfig
 from prmim_train.config.training import CHANGEABLE, TrainingOptions
 from prmim_train.data.batches import Batch, BatchIterator
 from prmim_train.run.budget import Budget
 from prmim_train.run.checkpoints import Checkpoints, agreed
-from prmim_train.run.directory import CHECKPOINTS, RunDirectory
+from prmim_train.run.directory import CHECKPOINTS, SUMMARY, RunDirectory
 from prmim_train.run.engine import Trainer, check_backend, check_launcher
 from prmim_train.run.log import Log, NonFiniteLoss, duration, loss_text
 from prmim_train.run.manifest import step_of
@@ -189,7 +190,7 @@ def _train(job: Job[E], run: RunDirectory) -> dict[str, Any]:
         summary = _take_steps(job, run, engine)
         job.conclude(run, engine, summary)
         on_main(engine, lambda: run.write_summary(summary))
-    say(f"Summary: {run.path / 'summary.json'}")
+    say(f"Summary: {run.path / SUMMARY}")
     return summary
 
 
@@ -293,7 +294,7 @@ def _check_backend(job: Job[E], run: RunDirectory) -> None:
     if checkpoints and backend != job.config.backend:
         raise ValueError(
             f"backend: expected {backend}, as in the run in {run.path}, got {job.config.backend}; "
-            f"{job.restart_hint(checkpoints[-1] / 'weights.safetensors')}"
+            f"{job.restart_hint(checkpoints[-1] / WEIGHTS_FILE)}"
         )
 
 

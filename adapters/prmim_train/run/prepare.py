@@ -21,7 +21,7 @@ from prmim_train.data.names import UNLABELLED
 from prmim_train.data.sources import ImageSource, open_source
 from prmim_train.data.statistics import measure_images
 from prmim_train.run.budget import Budget, training_budget
-from prmim_train.run.directory import RunDirectory
+from prmim_train.run.directory import CHECKPOINTS, CONFIG, RunDirectory
 from prmim_train.run.engine import Engine, create_engine
 from prmim_train.run.manifest import step_of
 from prmim_train.run.origin import check_origin, is_trained_on, read_trained, run_origin
@@ -92,15 +92,7 @@ def open_data(config: PretrainConfig) -> RunData:
     ValueError, OSError
         If there are no images, or no training images.
     """
-    method = config.method
-    source = open_source(
-        config.data,
-        channels=method.channels,
-        max_pixels=config.max_pixels,
-        three_axes=config.three_axes,
-        keep_depth=method.pixel_range is not None,
-        options=config,
-    )
+    source = _open_source(config, keep_depth=config.method.pixel_range is not None)
     split_by = len(source) if source.labels is None else source.labels
     train, held_out = split_indices(split_by, holdout=config.holdout, seed=config.seed)
     return RunData(source, train, held_out, training_budget(config, len(train)), config)
@@ -141,16 +133,18 @@ def measured_range(config: PretrainConfig) -> tuple[float, float]:
     ValueError, OSError
         As `open_data`, or if all pixels have one value.
     """
-    method = config.method
-    source = open_source(
+    return measure_images(_open_source(config, keep_depth=True), _NUM_MEASURED).pixel_range()
+
+
+def _open_source(config: PretrainConfig, *, keep_depth: bool) -> ImageSource:
+    return open_source(
         config.data,
-        channels=method.channels,
+        channels=config.method.channels,
         max_pixels=config.max_pixels,
         three_axes=config.three_axes,
-        keep_depth=True,
+        keep_depth=keep_depth,
         options=config,
     )
-    return measure_images(source, _NUM_MEASURED).pixel_range()
 
 
 def open_run_data(run: RunDirectory, config: PretrainConfig, *, allow_changes: bool = False) -> RunData:
@@ -320,7 +314,7 @@ def read_run_config(run: RunDirectory, **changes: Any) -> PretrainConfig:
         raise ValueError(f"run: expected the folder of a pre-training run, got the classifier in {run.path}")
     unknown = set(options) - pretrain_option_names()
     if unknown:
-        raise ValueError(f"run: expected options of prmim pretrain in {run.path / 'config.yaml'}, got {min(unknown)}")
+        raise ValueError(f"run: expected options of prmim pretrain in {run.path / CONFIG}, got {min(unknown)}")
     stored = options.get("data", DIGITS)
     if not is_same_data(changes.get("data", stored), stored):
         options = {name: value for name, value in options.items() if name not in OF_DATA}
@@ -364,7 +358,7 @@ def _find_checkpoint(run: RunDirectory, step: int | None) -> Path:
     if step is None:
         checkpoint = run.latest_checkpoint()
         if checkpoint is None:
-            raise FileNotFoundError(f"run: expected a checkpoint in {run.path / 'checkpoints'}, got none")
+            raise FileNotFoundError(f"run: expected a checkpoint in {run.path / CHECKPOINTS}, got none")
         return checkpoint
     found = {step_of(path): path for path in run.checkpoints()}
     if step not in found:
