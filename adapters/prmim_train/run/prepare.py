@@ -346,7 +346,7 @@ def find_checkpoint(run: RunDirectory, step: int | None = None) -> Path:
 
 
 def _check_finite(option: str, path: Path) -> None:
-    """Raise ValueError, which names the option and the tensor, if weights in a file are not finite."""
+    """Raise ValueError, which names option and tensor, unless weights are finite."""
     with safe_open(path, framework="numpy") as file:
         for name in file.keys():  # noqa: SIM118  # not a mapping
             is_known = file.get_slice(name).get_dtype() != "BF16"  # NumPy has no bfloat16
@@ -370,7 +370,9 @@ def _find_checkpoint(run: RunDirectory, step: int | None) -> Path:
 
 
 def file_architecture(path: Path, checkpoint: int | None) -> dict[str, Any]:
-    """Read the architecture from a file of weights, given in place of a run, and check that they are finite.
+    """Read the architecture from a file of weights, given in place of a run.
+
+    Also checks that the weights are finite.
 
     Raises
     ------
