@@ -16,7 +16,6 @@ from prmim_jax.method import FeatureMethod, Method, PixelMethod, check_images
 from prmim_jax.methods import METHODS
 from prmim_jax.trainer import Trainer, adamw
 from prmim_methods import MethodConfig, TrainingConfig
-from prmim_methods.method import Predicts
 from prmim_methods.outputs import Comparison, Reconstruction
 
 
@@ -72,14 +71,6 @@ class Engine(Trainer[Method]):
         All processes must ask for it.
         """
         return self.module
-
-    @property
-    def predicts(self) -> Predicts:
-        """Target of the method, ``"pixels"`` or ``"features"``.
-
-        See :meth:`reconstruct` for pixels, :meth:`compare` for features.
-        """
-        return self._config.predicts
 
     def train_step(
         self, images: NDArray[Any], sample: NDArray[np.int64], weights: NDArray[np.float32] | None = None
@@ -146,7 +137,7 @@ class Engine(Trainer[Method]):
         TypeError
             If the method predicts features.
         """
-        if self.predicts != "pixels":
+        if self._config.predicts != "pixels":
             raise TypeError("method: expected one that predicts pixels, got one that predicts features")
         order, patches = self._evaluate(self._reconstructed, *self._inputs(images, sample))
         return Reconstruction(np.asarray(order, np.int64), self._config.schedule, np.asarray(patches, np.float32))
@@ -171,7 +162,7 @@ class Engine(Trainer[Method]):
         TypeError
             If the method predicts pixels.
         """
-        if self.predicts != "features":
+        if self._config.predicts != "features":
             raise TypeError("method: expected one that predicts features, got one that predicts pixels")
         order, *features = self._evaluate(self._compared, *self._inputs(images, sample))
         student, teacher = (np.asarray(part, np.float32) for part in features)

@@ -142,6 +142,14 @@ def _cpu_field(*names: str) -> str:
     return next((line.partition(":")[2].strip() for line in lines if line.startswith(names)), "")
 
 
+def physical_memory() -> int | None:
+    """Return this machine's memory in bytes; None if unknown."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, OSError, ValueError):  # AttributeError: Windows
+        return None
+
+
 def may_have_accelerator() -> bool:
     """Return whether this machine may have a GPU or TPU, judged without a framework."""
     if sys.platform == "linux":

@@ -30,6 +30,17 @@ def shown(value: Any) -> str:
         return f"{type(value).__name__} of too many digits"
 
 
+def counted(number: int, singular: str, plural: str = "") -> str:
+    """Return a count with its noun.
+
+    Examples
+    --------
+    >>> counted(1, "image"), counted(2000, "class", "classes")
+    ('1 image', '2,000 classes')
+    """
+    return f"{number:,} {singular if number == 1 else plural or f'{singular}s'}"
+
+
 def printable(text: str) -> str:
     r"""Return text with unprintable characters escaped, for one line of a terminal.
 

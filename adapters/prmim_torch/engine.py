@@ -10,7 +10,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from prmim_methods import MethodConfig, TrainingConfig
-from prmim_methods.method import Predicts
 from prmim_methods.outputs import Comparison, Reconstruction
 from prmim_torch.foreign import read_start
 from prmim_torch.method import FeatureMethod, Method, PixelMethod
@@ -70,14 +69,6 @@ class Engine(Trainer[Method]):
     def method(self) -> Method:
         """The method; with FSDP, each process holds a part of the parameters."""
         return self.module
-
-    @property
-    def predicts(self) -> Predicts:
-        """Target of the method, ``"pixels"`` or ``"features"``.
-
-        See :meth:`reconstruct` for pixels, :meth:`compare` for features.
-        """
-        return self.method.config.predicts
 
     def train_step(
         self, images: NDArray[Any], sample: NDArray[np.int64], weights: NDArray[np.float32] | None = None

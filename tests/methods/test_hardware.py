@@ -13,6 +13,7 @@ from prmim_methods.hardware import (
     cpu_vendor,
     is_slow,
     may_have_accelerator,
+    physical_memory,
 )
 
 VARIABLES = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA")
@@ -148,3 +149,9 @@ def test_device_files_tell_of_accelerators(monkeypatch, tmp_path, platform, file
     monkeypatch.setattr(sys, "platform", platform)
     monkeypatch.setattr(hardware, "DEVICES", tmp_path)
     assert may_have_accelerator() == expected
+
+
+def test_the_memory_of_this_machine(monkeypatch):
+    assert 2**28 < physical_memory() < 2**50
+    monkeypatch.setattr("os.sysconf", lambda name: (_ for _ in ()).throw(ValueError(name)))
+    assert physical_memory() is None

@@ -37,7 +37,6 @@ class Engine:
     def __init__(self, config: MethodConfig, training: TrainingConfig) -> None:
         self.config, self.training = config, training
         self.losses = config.losses
-        self.predicts = config.predicts
         self.schedule = config.schedule
         self.rank, self.world_size = 0, 1
         self.is_closed = False
@@ -151,7 +150,7 @@ class Engine:
         return (error / error.max(1, keepdims=True)).astype(np.float32)
 
     def reconstruct(self, images: np.ndarray, sample: np.ndarray) -> Reconstruction:
-        assert self.predicts == "pixels"
+        assert self.config.predicts == "pixels"
         plan = self._plan(sample, 0, self.attention(images) if self.config.needs_weights else None)
         pixels = self._flat(images)
         is_decoded, is_thrown = self._masks(plan)
@@ -162,7 +161,7 @@ class Engine:
         return Reconstruction(plan.order, self.schedule, patches.astype(np.float32))
 
     def compare(self, images: np.ndarray, sample: np.ndarray) -> Comparison:
-        assert self.predicts == "features"
+        assert self.config.predicts == "features"
         plan = self._plan(sample, 0)
         patches = patchify(images / 255.0, self.config.patch_size)
         rng = np.random.default_rng(0)

@@ -205,8 +205,9 @@ def test_every_method_has_an_encoder_to_fine_tune(backend, run, tmp_path, teache
 )
 def test_weights_of_another_model_are_told_in_one_line(old, new, named, backend, run, tmp_path, capsys):
     pretrained, other = RunDirectory(run(backend)), RunDirectory(tmp_path / "other")
-    assert f"\n{old}\n" in pretrained.read_config()
-    other.write_config(pretrained.read_config().replace(f"\n{old}\n", f"\n{new}\n"))
+    options = (pretrained.path / "config.yaml").read_text()
+    assert f"\n{old}\n" in options
+    other.write_config(options.replace(f"\n{old}\n", f"\n{new}\n"))
     latest = pretrained.checkpoints()[-1]
     shutil.copytree(latest, other.path / "checkpoints" / latest.name)
     for more in (["--protocol", "knn", "--eval_limit", "9"], ["--protocol", "finetune"]):

@@ -31,7 +31,7 @@ from prmim_train.cli.options import (
 )
 from prmim_train.config.layers import merge_layers, recipe_names
 from prmim_train.config.packages import check_installed
-from prmim_train.config.training import DIGITS, SOURCE_OPTIONS
+from prmim_train.config.training import DIGITS, SAMPLING, SOURCE_OPTIONS
 from prmim_train.run.processes import FailedElsewhereError, adopt_srun, is_main, launched
 
 EXIT_USAGE = 2
@@ -227,6 +227,9 @@ def _explain_recipe(given: dict[str, str]) -> bool:
 KEYS = tuple(name for name in SOURCE_OPTIONS if name != "data")
 """Options of the source of images, without `data`."""
 
+FROZEN = ("data", *KEYS, "holdout", "image_size", "test_data", "device", "checkpoint", "allow_changes")
+"""Options of a classifier's training that the evaluation of frozen features has, too."""
+
 RUN_OPTION = command_option("run", str, "Folder of the run.")
 
 
@@ -237,10 +240,7 @@ def _evaluate_groups() -> dict[str, list[Option]]:
     others = "Also evaluate an untrained encoder and raw pixels. For knn and linear with lbfgs."
     groups = classify_options()
     named = {item.name: item for items in groups.values() for item in items}
-    frozen = [
-        *(named[name] for name in ("data", *KEYS, "holdout", "image_size", "test_data", "device", "checkpoint")),
-        named["allow_changes"],
-    ]
+    frozen = [named[name] for name in FROZEN]
     own = {
         f"For finetune and linear with lars: {title.lower()}": [item for item in items if item not in frozen]
         for title, items in groups.items()
@@ -273,7 +273,7 @@ def _evaluate(command: Command, name: str, given: dict[str, str]) -> None:
     if solver is not None and protocol != "linear":
         raise ValueError(f"solver: expected --protocol linear with it, got {protocol or 'no protocol'}")
     is_trained = protocol == "finetune" or solver == "lars"
-    own = _trained_options() if is_trained else FROZEN_OPTIONS
+    own = _trained_options() if is_trained else {*FROZEN, "eval_limit", "baselines"}
     for option in arguments:
         if option not in {"run", "protocol", *own}:
             wanted = "knn, or linear by lbfgs" if is_trained else "finetune, or linear --solver lars"
@@ -355,7 +355,6 @@ def _features_groups() -> dict[str, list[Option]]:
     named = {item.name: item for items in pretrain_options().values() for item in items}
     size = find_option(ClassifierConfig, "image_size")
     run = command_option("run", str, "Folder of the run, or a file of weights.")
-    others = ("frame_stride", "volumes", "spacing", "device", "precision", "backend")
     return {
         "": [
             run,
@@ -363,11 +362,15 @@ def _features_groups() -> dict[str, list[Option]]:
             *(inherited(named[name]) for name in KEYS),
             command_option("out", str, "File to write: .npz or .parquet."),
             command_option("pool", str, "mean: the mean of the patch tokens; cls: the class token.", "mean"),
-            command_option("layer", int | None, "Block whose output is written, from 1. Null: the encoder's output."),
+            command_option(
+                "layer",
+                int | None,
+                "Block whose output is written, from 1; 0: the input of the first. Null: the encoder's output.",
+            ),
             size,
             command_option("checkpoint", int | None, "Step of the run's checkpoint. Null: the last one."),
             command_option("batch_size", int, "Images per forward pass, in each process.", 64),
-            *(inherited(named[name]) for name in others),
+            *(inherited(named[name]) for name in (*SAMPLING, "device", "precision", "backend")),
         ]
     }
 
@@ -476,8 +479,6 @@ EVALUATIONS = ("knn", "linear", "finetune")
 SOLVERS = ("lbfgs", "lars")
 TRAINED = ("finetune", "linear")
 """Protocols that train a classifier on the encoder; linear only with LARS."""
-FROZEN_OPTIONS = {"data", "holdout", "image_size", "test_data", "device", "checkpoint", "eval_limit", "baselines"}
-FROZEN_OPTIONS |= {"allow_changes", *KEYS}
 
 COMMANDS = {
     "pretrain": Command(

@@ -17,7 +17,7 @@ from prmim_methods.messages import one_line, shown
 from prmim_methods.methods import METHOD_OPTION
 from prmim_methods.record import Option, Rule, options
 from prmim_train.config.classify import FOREIGN, INHERITED, ClassifyConfig, protocol_defaults
-from prmim_train.config.layers import LARGEST_FILE, merge_layers, parse_options, read_options
+from prmim_train.config.layers import LARGEST_FILE, merge_layers, read_options
 from prmim_train.config.pretrain import (
     PretrainConfig,
     change,
@@ -344,7 +344,7 @@ def read_config(given: Mapping[str, str], parser: ArgumentParser, items: Sequenc
     run = RunDirectory(run_folder(**merged))
     if merged.get("resume") and RunDirectory.holds_run(run.path):
         # The given options need to suit the options of the run, not those of a new run.
-        own = _convert_file(parse_options(run.read_config(), str(run.path)), str(run.path), parser, items)
+        own = _convert_file(run.read_config(), str(run.path), parser, items)
         out = {"out": str(run.path), "resume": True}
         return pretrain_config(**merge_layers(own, *layers, out))
     config = pretrain_config(**merged)

@@ -13,16 +13,14 @@ from prmim_methods.files import expanded
 from prmim_methods.record import Record, find_option, option, record
 from prmim_train.config.layers import merge_layers, read_options
 from prmim_train.config.pretrain import PretrainConfig
-from prmim_train.config.training import DIGITS, OF_DATA, SOURCE_OPTIONS, TrainingOptions, is_same_data
+from prmim_train.config.training import DIGITS, OF_DATA, SAMPLING, SOURCE_OPTIONS, TrainingOptions, is_same_data
 
 INHERITED = (
     *SOURCE_OPTIONS,
     "holdout",
     "flip",
     "max_pixels",
-    "frame_stride",
-    "volumes",
-    "spacing",
+    *SAMPLING,
     "workers",
     "precision",
     "compile",

@@ -158,8 +158,14 @@ def parse_options(content: str, name: str) -> dict[str, Any]:
     return options
 
 
+def stored_options(config: TrainingOptions) -> dict[str, Any]:
+    """Return the options that a run stores, as plain values: those that have an effect in it."""
+    kept = {name: value for name, value in config.flat().items() if name not in {*NOT_STORED, *config.foreign_options}}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in kept.items()}
+
+
 def dump_options(config: TrainingOptions) -> str:
-    """Return the options of a run as YAML, without those that have no effect in it.
+    """Return the options that a run stores as YAML.
 
     Examples
     --------
@@ -168,6 +174,4 @@ def dump_options(config: TrainingOptions) -> str:
     >>> pretrain_config(**parse_options(dump_options(config), "copy")) == config
     True
     """
-    kept = {name: value for name, value in config.flat().items() if name not in {*NOT_STORED, *config.foreign_options}}
-    plain = {name: list(value) if isinstance(value, tuple) else value for name, value in kept.items()}
-    return yaml.safe_dump(plain, sort_keys=False, default_flow_style=None)
+    return yaml.safe_dump(stored_options(config), sort_keys=False, default_flow_style=None)

@@ -19,6 +19,8 @@ VOLUME_EXAMPLE = (
 )
 """Options of volumes, for messages."""
 
+LARGEST_EVALUATION_BATCH = 256
+
 TRACKERS = ("none", "tensorboard", "wandb", "mlflow")
 
 
@@ -180,6 +182,10 @@ class DataOptions(SourceOptions):
             raise ValueError(f"spacing: expected null without volumes, got {self.spacing}")
 
 
+SAMPLING = ("frame_stride", "volumes", "spacing")
+"""Options of the sampling of clips and volumes."""
+
+
 @record
 class RunOptions(Record):
     """The run directory, checkpoints and logs."""
@@ -279,3 +285,8 @@ class TrainingOptions(RunOptions, EngineOptions, DataOptions, ABC):
     def micro_batch(self) -> int:
         """Images per forward pass, over all processes."""
         return self.batch_size // self.accumulate
+
+    @property
+    def evaluation_batch(self) -> int:
+        """Images per forward pass of an evaluation, in each process."""
+        return min(LARGEST_EVALUATION_BATCH, self.micro_batch)

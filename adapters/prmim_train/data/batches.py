@@ -53,6 +53,7 @@ Mix = Callable[[int, ImageArray, IndexArray], tuple[ImageArray, TargetArray]]
 _Rest = tuple[IndexArray, BoxArray, Failures, TargetArray | None]  # a batch without its images
 Places = list[tuple[int, int]]  # (position in the stream, index into the records in use)
 
+_TOLERANCE = 0.01  # share of unreadable images
 _NUM_NAMED = 20
 _NUM_NAMED_IN_ERRORS = 3
 _MAX_NAMED = 110  # characters of a name with its reason
@@ -95,14 +96,11 @@ class EvaluationBatch:
     ----------
     images : array (batch, [frames,] height, width, channels)
         uint8, or of the depth of the source.
-    labels : int64 array (batch,) or None
-        None if the source has no labels.
     index : int64 array (batch,)
         Record of the source of each image.
     """
 
     images: ImageArray
-    labels: IndexArray | None
     index: IndexArray
 
 
@@ -115,8 +113,6 @@ class UnreadableImages:
         Provides the names of the images.
     num_images : int
         Number of images in use.
-    tolerance : float, optional
-        Fraction of `num_images` above which `check` raises, rounded down. One image is always tolerated.
 
     Examples
     --------
@@ -128,10 +124,9 @@ class UnreadableImages:
     '1 of 1,797 images could not be read and was left out: image 3 (empty file)'
     """
 
-    def __init__(self, source: ImageSource, num_images: int, *, tolerance: float = 0.01) -> None:
+    def __init__(self, source: ImageSource, num_images: int) -> None:
         self._source = source
         self._num_images = num_images
-        self._tolerance = tolerance
         self._reasons: dict[int, str] = {}
 
     def __len__(self) -> int:
@@ -159,13 +154,13 @@ class UnreadableImages:
         Raises
         ------
         ValueError
-            If more than one image and more than the fraction `tolerance` are unreadable, or all images are. The
-            message names the first ones.
+            If more than one image and more than 1 % are unreadable, or all images are. The message names the first
+            ones.
         """
-        if len(self) > max(1, self._tolerance * self._num_images) or self.is_all:
+        if len(self) > max(1, _TOLERANCE * self._num_images) or self.is_all:
             raise ValueError(
                 f"data: {len(self):,} of {self._num_images:,} images cannot be read so far, more than the "
-                f"{self._tolerance:.0%} that is tolerated; repair or remove them: {self.named(_NUM_NAMED_IN_ERRORS)}"
+                f"{_TOLERANCE:.0%} that is tolerated; repair or remove them: {self.named(_NUM_NAMED_IN_ERRORS)}"
             )
 
     def report(self) -> str:
@@ -423,7 +418,7 @@ def evaluation_batches(
     >>> from prmim_train.data.sources import open_source
     >>> digits = open_source("digits", channels=1)
     >>> with evaluation_batches(digits, np.arange(5), batch_size=3, image_size=(8, 8)) as batches:
-    ...     [batch.labels.tolist() for batch in batches]
+    ...     [batch.index.tolist() for batch in batches]
     [[0, 1, 2], [3, 4]]
     """
     grain = _import_grain()
@@ -434,7 +429,7 @@ def evaluation_batches(
     dataset = grain.MapDataset.source(records).map(_EvaluationRecord(source, image_size, share))
     stream = dataset.to_iter_dataset(_read_options(threads, ahead=_RECORDS_AHEAD))
     iterator, unreadable = iter(stream), UnreadableImages(source, len(records))
-    return BatchIterator(iterator, _regrouped(iterator, unreadable, batch_size, source.labels), unreadable)
+    return BatchIterator(iterator, _regrouped(iterator, unreadable, batch_size), unreadable)
 
 
 def split_indices(
@@ -666,9 +661,7 @@ def _checked(stream: Iterator[tuple[ImageArray, _Rest]], unreadable: UnreadableI
         yield Batch(images, index, boxes, failures, targets)
 
 
-def _regrouped(
-    stream: Iterator[_Example], unreadable: UnreadableImages, batch_size: int, labels: IndexArray | None
-) -> Iterator[EvaluationBatch]:
+def _regrouped(stream: Iterator[_Example], unreadable: UnreadableImages, batch_size: int) -> Iterator[EvaluationBatch]:
     images: list[ImageArray] = []
     records: list[int] = []
     for example in stream:
@@ -677,17 +670,12 @@ def _regrouped(
             images.append(example.image)
             records.append(example.record)
         if len(images) == batch_size:
-            yield _evaluation_batch(images, records, labels)
+            yield EvaluationBatch(np.stack(images), np.array(records, np.int64))
             images, records = [], []
     if images:
-        yield _evaluation_batch(images, records, labels)
+        yield EvaluationBatch(np.stack(images), np.array(records, np.int64))
     elif unreadable.is_all:
         raise ValueError(f"data: none of the images can be read: {unreadable.report()}")
-
-
-def _evaluation_batch(images: list[ImageArray], records: list[int], labels: IndexArray | None) -> EvaluationBatch:
-    index = np.array(records, np.int64)
-    return EvaluationBatch(np.stack(images), None if labels is None else labels[index], index)
 
 
 # --------------------------------------------------------------------------------------------------------- threads

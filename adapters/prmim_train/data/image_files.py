@@ -39,8 +39,9 @@ from PIL import (
 )
 
 from prmim_methods.files import open_regular
-from prmim_methods.messages import printable
+from prmim_methods.messages import counted, printable
 from prmim_train.config.axes import Spacing
+from prmim_train.config.training import DataOptions
 from prmim_train.data.depth import cast_depth, depth_of, to_8_bits
 from prmim_train.data.formats.npy import NPY_START, decode_npy, npy_shape, read_npy_header
 from prmim_train.data.storage import File, PartialFile, Place, open_place
@@ -58,7 +59,6 @@ __all__ = [
     "check_file_channels",
     "check_pixels",
     "convert_picture",
-    "counted",
     "cut_box",
     "decode_crop",
     "decode_image",
@@ -91,7 +91,7 @@ _PLUGINS = {"AVIF": ("PIL.AvifImagePlugin", "pillow_avif"), "HEIF": ("pillow_hei
 
 _PLUGIN_OF_ENDING = {".avif": "AVIF", ".heic": "HEIF", ".heif": "HEIF"}
 
-MAX_PIXELS = 89_478_485
+MAX_PIXELS = DataOptions.max_pixels
 """Default maximum number of pixels of an image, as in Pillow."""
 
 MAX_FILE_BYTES = 2**29
@@ -775,14 +775,3 @@ def _unidentified(content: bytes) -> str:
         if re.match(start, content, re.DOTALL):
             return f"starts like a {name} file, but is corrupt or of a kind that Pillow cannot read"
     return f"not one of {', '.join(_FORMATS)}" + (" (all zeros)" if not any(content) else "")
-
-
-def counted(number: int, singular: str, plural: str = "") -> str:
-    """Return a count with its noun.
-
-    Examples
-    --------
-    >>> counted(1, "image"), counted(2000, "class", "classes")
-    ('1 image', '2,000 classes')
-    """
-    return f"{number:,} {singular if number == 1 else plural or f'{singular}s'}"

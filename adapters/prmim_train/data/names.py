@@ -10,10 +10,11 @@ from typing import NamedTuple, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from prmim_methods.messages import printable
+from prmim_methods.messages import counted, printable
 
 __all__ = [
     "MAX_CLASSES",
+    "MAX_CLASS_NAME",
     "UNLABELLED",
     "Classes",
     "PackedNames",
@@ -25,6 +26,9 @@ __all__ = [
 
 MAX_CLASSES = 2**20
 """Upper bound of labels, exclusive. Larger labels are errors in the data."""
+
+MAX_CLASS_NAME = 1000
+"""Maximum number of characters of a class name."""
 
 UNLABELLED = -1
 """Label of an image without a class, in a source that has classes."""
@@ -141,7 +145,7 @@ def classes_of_folders(folders: Sequence[tuple[str, ...]], index: NDArray[np.int
     labels: NDArray[np.int64] = of_folder[index]
     unlabelled = int(np.count_nonzero(labels == UNLABELLED))
     inside = f" in the folders {' and '.join(splits)}" if splits else ""
-    without = f", {unlabelled:,} image{'s' * (unlabelled > 1)} without class" if unlabelled else ""
+    without = f", {counted(unlabelled, 'image')} without class" if unlabelled else ""
     remark = f" in {len(class_names):,} classes{inside}{without}"
     return Classes(labels, tuple(printable(name) for name in class_names), remark)
 
@@ -237,4 +241,4 @@ def skipped(endings: Counter[str], what: str = "other file") -> str:
     listed = sorted(endings.items(), key=lambda item: (-item[1], item[0]))
     named = [f"{printable(ending)} {count:,}" for ending, count in listed[:_NUM_ENDINGS]]
     more = ["..."] if len(listed) > _NUM_ENDINGS else []
-    return f", {number:,} {what}{'s' * (number > 1)} skipped ({', '.join(named + more)})"
+    return f", {counted(number, what)} skipped ({', '.join(named + more)})"

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prmim_methods.files import expanded
-from prmim_methods.messages import printable
+from prmim_methods.messages import counted, printable
 from prmim_methods.record import IMPORT_PATH
 from prmim_train.config.axes import ThreeAxes
 from prmim_train.config.packages import check_installed
@@ -43,7 +43,6 @@ from prmim_train.data.image_files import (
     ImageHeader,
     UnreadableImageError,
     check_file_channels,
-    counted,
     image_endings,
     read_image,
 )

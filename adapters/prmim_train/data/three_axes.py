@@ -18,6 +18,7 @@ from prmim_train.data.transforms import (
     check_crop_options,
     fold_frames,
     plane_of,
+    relative_ratio,
     unfold_frames,
 )
 
@@ -136,7 +137,7 @@ def random_volume_box(
     check_crop_options(scale, ratio, draw)
     spacing = spacing or _UNKNOWN
     sides = tuple(length * step for length, step in zip(shape, spacing, strict=True))  # in millimetres
-    bounds = _relative(ratio, size[2] / size[1]), _relative(ratio, size[1] / size[0])
+    bounds = relative_ratio(ratio, size[1:]), relative_ratio(ratio, size[:2])  # width / height, height / depth
     logs = [(math.log(low), math.log(high)) for low, high in bounds]
     # The order of the draws is fixed: workers and resumed runs must draw the same boxes.
     for _ in range(CROP_TRIES):
@@ -151,10 +152,6 @@ def random_volume_box(
             front, top, left = (int(rng.integers(0, most - side + 1)) for side, most in zip(box, shape, strict=True))
             return front, top, left, box[0], box[1], box[2]
     return _largest_box(shape, spacing, *bounds)
-
-
-def _relative(ratio: tuple[float, float], aspect: float) -> tuple[float, float]:
-    return ratio[0] * aspect, ratio[1] * aspect
 
 
 def _largest_box(

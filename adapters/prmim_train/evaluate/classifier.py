@@ -15,17 +15,18 @@ from numpy.typing import NDArray
 from prmim_methods.files import expanded
 from prmim_methods.record import options as options_of
 from prmim_methods.sizes import Transformer
+from prmim_methods.weight_files import WEIGHTS_FILE
 from prmim_train.config.classify import ClassifyConfig, classify_config
-from prmim_train.config.layers import NOT_STORED, merge_layers, parse_options
+from prmim_train.config.layers import NOT_STORED, merge_layers
 from prmim_train.config.pretrain import PretrainConfig, change
-from prmim_train.config.training import SOURCE_OPTIONS
+from prmim_train.config.training import SAMPLING, SOURCE_OPTIONS
 from prmim_train.data.augment import Augment
 from prmim_train.data.batches import Batch, BatchIterator, evaluation_batches, train_batches
 from prmim_train.data.mixing import Mixing
 from prmim_train.evaluate.score_pictures import draw_confusion, draw_learning
 from prmim_train.evaluate.scores import format_score, score, write_predictions
 from prmim_train.run.budget import training_budget
-from prmim_train.run.directory import RunDirectory
+from prmim_train.run.directory import CONFIG, RunDirectory
 from prmim_train.run.engine import ClassifierEngine, create_classifier_engine
 from prmim_train.run.files import write_json
 from prmim_train.run.loop import Job, train
@@ -95,7 +96,7 @@ class Classification(Job[ClassifierEngine]):
     def __init__(self, config: ClassifyConfig, pretrained: RunDirectory) -> None:
         _check_halves(config)
         self.pretrained = pretrained
-        given = (*SOURCE_OPTIONS, "holdout", "max_pixels")
+        given = (*SOURCE_OPTIONS, *SAMPLING, "holdout", "max_pixels")
         base = read_run_config(pretrained, **{name: getattr(config, name) for name in given})
         for name in ("rand_augment", "erasing"):
             if base.method.pixel_range is not None and getattr(config, name):
@@ -112,7 +113,7 @@ class Classification(Job[ClassifierEngine]):
         if not (config.resume and RunDirectory(config.run_path).checkpoints()):
             checkpoint = find_checkpoint(pretrained, config.checkpoint)
             config = replace(config, checkpoint=step_of(checkpoint))
-            self.weights = checkpoint / "weights.safetensors"
+            self.weights = checkpoint / WEIGHTS_FILE
         self.config: ClassifyConfig = config
         words = ["prmim", "evaluate", "--run", str(pretrained.path), "--protocol", config.protocol]
         words += ["--solver", "lars"] if config.protocol == "linear" else []
@@ -247,7 +248,7 @@ class Classification(Job[ClassifierEngine]):
         Cached, since the predictions after the last step are needed twice.
         """
         if self._tested is None or self._tested[0] != engine.step:
-            size, share = min(256, self.config.micro_batch), self.config.test_share(self.image_size)
+            size, share = self.config.evaluation_batch, self.config.test_share(self.image_size)
             tested = predict(engine, self.test, self.image_size, batch_size=size, share=share)
             self._tested = (engine.step, tested)
         return self._tested[1]
@@ -304,12 +305,12 @@ def classify_command(run: str, *, protocol: str, **given: Any) -> None:
 
 def _read_classifier(run: RunDirectory, protocol: str) -> dict[str, Any]:
     """Read the options of a classifier to resume."""
-    options = parse_options(run.read_config(), str(run.path))
+    options = run.read_config()
     if options.get("protocol") != protocol:
         raise ValueError(f"out: expected the folder of a {protocol} classifier, got another run in {run.path}")
     unknown = set(options) - {item.name for item in options_of(ClassifyConfig)}
     if unknown:
-        raise ValueError(f"out: expected options of prmim evaluate in {run.path / 'config.yaml'}, got {min(unknown)}")
+        raise ValueError(f"out: expected options of prmim evaluate in {run.path / CONFIG}, got {min(unknown)}")
     return {**EARLIER.get(protocol, {}), **options}
 
 

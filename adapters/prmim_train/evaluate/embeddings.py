@@ -11,7 +11,7 @@ import json
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -28,9 +28,9 @@ from prmim_methods.files import expanded, open_regular
 from prmim_methods.messages import shown
 from prmim_methods.weight_files import WEIGHTS_FILE, write_atomically
 from prmim_train.config.packages import check_installed
-from prmim_train.config.training import SOURCE_OPTIONS, DataOptions, SourceOptions
+from prmim_train.config.pretrain import PretrainConfig
+from prmim_train.config.training import SAMPLING, SOURCE_OPTIONS, DataOptions, SourceOptions
 from prmim_train.data.batches import evaluation_batches
-from prmim_train.data.image_files import MAX_PIXELS
 from prmim_train.data.sources import ImageSource, open_source
 from prmim_train.run.directory import RunDirectory
 from prmim_train.run.engine import EncoderEngine, check_launcher, create_encoder_engine
@@ -45,8 +45,6 @@ PART = 1024
 """Number of images in a part."""
 NPZ, PARQUET = ".npz", ".parquet"
 JOB, LOCK = "job.json", ".lock"
-SAMPLING = ("frame_stride", "volumes", "spacing")
-"""Options of the sampling of clips and volumes."""
 _NUM_NAMED = 3
 
 
@@ -129,7 +127,6 @@ class Output:
         """
         found = read_json(self.folder / JOB)
         if found is None:
-            delete(self.folder / JOB)
             write_json(self.folder / JOB, job)
         elif found != job:
             raise ValueError(
@@ -249,15 +246,13 @@ def features_command(
 
 def _open_trained(run: Path, checkpoint: int | None, given: dict[str, Any], sampling: dict[str, Any]) -> Trained:
     """Find an encoder in the folder of a run, or in a file of weights."""
+    names = (*SOURCE_OPTIONS, "backend", "device", "precision", "max_pixels")
     if run.is_file():
-        if checkpoint is not None:
-            raise ValueError(f"checkpoint: expected none with a file of weights, got {checkpoint}")
-        record = encoder_of(file_architecture(run))
-        defaults = {"backend": "torch", "device": "auto", "precision": "auto", "max_pixels": MAX_PIXELS}
-        return Trained(record, run, {**asdict(SourceOptions()), **defaults, **given}, DataOptions(**sampling))
+        record = encoder_of(file_architecture(run, checkpoint))
+        defaults = {name: getattr(PretrainConfig, name) for name in names}
+        return Trained(record, run, {**defaults, **given}, DataOptions(**sampling))
     directory = RunDirectory.open(run)
     config = read_run_config(directory, **{name: given[name] for name in SOURCE_OPTIONS if name in given})
-    names = (*SOURCE_OPTIONS, "backend", "device", "precision", "max_pixels")
     own = {name: getattr(config, name) for name in names}
     weights = find_checkpoint(directory, checkpoint) / WEIGHTS_FILE
     return Trained(config.method, weights, {**own, **given}, replace(config, **sampling))

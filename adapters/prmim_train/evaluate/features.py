@@ -236,8 +236,6 @@ def evaluate_command(
         check_launcher(config.backend, engine)
         protocols = PROTOCOLS if protocol is None else (protocol,)
         evaluation = _evaluate(config, images, engine, sides, protocols, baselines, size)
-        if evaluation is not None and "skipped" in evaluation.result:
-            raise ValueError("data: " + evaluation.result["skipped"].removeprefix("data: "))
         report = partial(_report, directory, images.source.description, step_of(found), size)
         on_main(engine, lambda: report(evaluation, sides[1]))
 
@@ -250,8 +248,10 @@ def _report(
     evaluation: Evaluation | None,
     test: LabelledImages,
 ) -> None:
-    """Print and write the evaluation."""
+    """Print and write the evaluation; raise ValueError if there is none."""
     assert evaluation is not None
+    if "skipped" in evaluation.result:
+        raise ValueError("data: " + evaluation.result["skipped"].removeprefix("data: "))
     result, truth, predicted = evaluation
     names, test_data = test.class_names, test.source.description
     print(f"{data}; checkpoint of step {step}")
@@ -355,7 +355,7 @@ def _extract(
     """Extract the features of each extractor by name, and the labels."""
     features: dict[str, list[NDArray[np.float32]]] = {name: [] for name in extractors}
     labels = []
-    size = min(256, config.micro_batch)
+    size = config.evaluation_batch
     indices = _spread(images.indices, config.eval_limit)
     shape = image_size or config.method.image_size
     with evaluation_batches(images.source, indices, batch_size=size, image_size=shape) as batches:

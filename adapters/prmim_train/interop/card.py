@@ -96,7 +96,11 @@ def model_card(
 
 def _rows(config: PretrainConfig, step: int, summary: Mapping[str, Any], is_earlier: bool) -> list[str]:
     method = config.method
-    known = {title: text.format(summary[name]) for name, (title, text) in MEASURED.items() if name in summary}
+    known = {
+        title: text.format(summary[name])
+        for name, (title, text) in MEASURED.items()
+        if summary.get(name) is not None  # null: no step was finite, or too few were timed
+    }
     other = ", an earlier checkpoint" if is_earlier else " of an unfinished run"
     rows = {
         "data": summary.get("data", config.data),

@@ -29,7 +29,7 @@ from prmim_train.run.directory import RunDirectory
 from prmim_train.run.engine import check_backend
 from prmim_train.run.files import delete, flush_tree
 from prmim_train.run.manifest import step_of
-from prmim_train.run.prepare import check_finite, file_architecture, find_checkpoint, read_run_config
+from prmim_train.run.prepare import file_architecture, find_checkpoint, read_run_config
 
 __all__ = ["Weights", "export_command", "read_weights"]
 
@@ -73,10 +73,7 @@ def read_weights(run: str, checkpoint: int | None = None) -> Weights:
     """
     path = expanded(run)
     if path.is_file():
-        if checkpoint is not None:
-            raise ValueError(f"checkpoint: expected none with a file of weights, got {checkpoint}")
-        config = exported_config(file_architecture(path))
-        check_finite(path)
+        config = exported_config(file_architecture(path, checkpoint))
         _check_encoder(config, path)
         return Weights(config, path, f"Weights of {path}")
     directory = RunDirectory.open(path)

@@ -92,5 +92,5 @@ def _files(run: RunDirectory, repo: str, checkpoint: int | None, *, with_picture
     accuracies = evaluation if is_evaluated else summary.get("evaluation")
     is_earlier = step < last.get("steps", 0)
     card = model_card(repo, config, step, summary, accuracies, list(named), is_earlier=is_earlier)
-    weights: dict[str, bytes | str] = {WEIGHTS_FILE: str(found / WEIGHTS_FILE), CONFIG: run.read_config().encode()}
+    weights: dict[str, bytes | str] = {WEIGHTS_FILE: str(found / WEIGHTS_FILE), CONFIG: str(run.path / CONFIG)}
     return {"README.md": card.encode(), **weights, **named}

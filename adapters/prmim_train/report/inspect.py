@@ -8,13 +8,13 @@ import numpy as np
 from prmim_methods import CostReport, PixelConfig
 from prmim_methods.cost import PartCost
 from prmim_methods.encoder import times
-from prmim_methods.messages import shorten
+from prmim_methods.messages import counted, shorten
 from prmim_methods.record import find_option
 from prmim_train.config.axes import Spacing
 from prmim_train.config.pretrain import PretrainConfig
 from prmim_train.data.batches import UnreadableImages
 from prmim_train.data.crops import crop_effect
-from prmim_train.data.image_files import ImageHeader, counted, ignore_pillow_warnings
+from prmim_train.data.image_files import ImageHeader, ignore_pillow_warnings
 from prmim_train.data.sources import ArraySource, ImageSource, UnreadableImageError
 from prmim_train.data.statistics import far_below, measure_images
 from prmim_train.data.transforms import plane_of

@@ -35,7 +35,7 @@ from prmim_train.report.figures import (
     write_caption,
 )
 from prmim_train.report.similarity import draw_similarity
-from prmim_train.run.directory import RunDirectory
+from prmim_train.run.directory import METRICS, RunDirectory
 from prmim_train.run.engine import Engine
 from prmim_train.run.prepare import RunData, open_run_data, read_run_config, restore_engine
 from prmim_train.run.processes import say
@@ -211,7 +211,7 @@ def picture_command(
         with closing(restore_engine(directory, config, images.budget)) as engine:
             paths = draw_images(directory, config, images, engine, kinds) + paths
     if not paths:
-        raise ValueError(f"run: expected at least two lines in {directory.path / 'metrics.jsonl'} to draw a curve")
+        raise ValueError(f"run: expected at least two lines in {directory.path / METRICS} to draw a curve")
     for path in paths:
         print(f"Picture: {path}")
 
@@ -406,7 +406,6 @@ def draw_schedule(
         figure.set_figwidth(figure.get_figwidth() + BAR)
         axes = axes.T
     colour_map = ListedColormap(colours)
-    shown = None
     for column in range(columns):
         top, bottom = axes[:2, column]
         top.imshow(kind_maps[column], cmap=colour_map, vmin=-0.5, vmax=len(colours) - 0.5, aspect=stretch)
@@ -422,14 +421,11 @@ def draw_schedule(
             axes[2, column].imshow(values, cmap="magma", vmin=0, vmax=1, aspect=stretch)
             draw_cells(axes[2, column], height, width)
             axes[2, column].set_title(wrapped("attention, 0 to 1", aspect), fontsize=8)
-    if shown is not None:
-        where = {"ax": axes[1].tolist()} if is_usual else {"ax": axes.ravel().tolist(), "shrink": 0.6, "aspect": 30}
-        bar = figure.colorbar(shown, fraction=0.05, pad=0.02, **where)
-        bar.set_label(
-            f"distance to the nearest\n{'visible or decoded' if counts.decoded else 'visible'} token", fontsize=8
-        )
-        bar.ax.locator_params(nbins=4)
-        bar.ax.tick_params(labelsize=8)
+    where = {"ax": axes[1].tolist()} if is_usual else {"ax": axes.ravel().tolist(), "shrink": 0.6, "aspect": 30}
+    bar = figure.colorbar(shown, fraction=0.05, pad=0.02, **where)
+    bar.set_label(f"distance to the nearest\n{'visible or decoded' if counts.decoded else 'visible'} token", fontsize=8)
+    bar.ax.locator_params(nbins=4)
+    bar.ax.tick_params(labelsize=8)
     draw_roles(figure, names, colours)
     if grid.axes == 3:
         write_caption(figure, "A row shows the layers of tokens along the first axis, from its start to its end.")

@@ -2,19 +2,20 @@
 
 import shlex
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Any
 
 from tqdm import tqdm
 
 from prmim_methods.encoder import times
+from prmim_methods.messages import counted
 from prmim_train.config.axes import ThreeAxes
 from prmim_train.config.training import SourceOptions
 from prmim_train.data.depth import PixelRange
-from prmim_train.data.image_files import counted
 from prmim_train.data.sources import ImageSource, open_source
 from prmim_train.data.statistics import Statistics, far_below, full_range, measure_images
 
-__all__ = ["describe_images", "measure_with_bar", "stats_command"]
+__all__ = ["describe_images", "stats_command"]
 
 NUM_NAMED = 3
 NUM_SIZES = 4
@@ -49,17 +50,8 @@ def stats_command(
     options = SourceOptions(data=data, **keys)
     three_axes = ThreeAxes(1, volumes=volumes) if clips or volumes else None
     source = open_source(data, channels=channels, three_axes=three_axes, keep_depth=True, options=options)
-    print(describe_images(data, source, measure_with_bar(source, limit, find_duplicates=True)))
-
-
-def measure_with_bar(source: ImageSource, limit: int | None, *, find_duplicates: bool = False) -> Statistics:
-    """Measure images with a progress bar, if the output is a terminal."""
-
-    def show(records: Iterable[int]) -> Iterable[int]:
-        bar: Iterable[int] = tqdm(records, desc="images", disable=None, leave=False)
-        return bar
-
-    return measure_images(source, limit, find_duplicates=find_duplicates, show=show)
+    show = partial(tqdm, desc="images", disable=None, leave=False)  # no bar if the output is not a terminal
+    print(describe_images(data, source, measure_images(source, limit, find_duplicates=True, show=show)))
 
 
 def describe_images(data: str, source: ImageSource, found: Statistics) -> str:

@@ -8,9 +8,7 @@ run reads the maps that its last steps used. Each process computes the maps of a
 """
 
 import io
-from collections.abc import Iterable
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,9 +27,7 @@ from prmim_train.run.processes import is_main, on_main, say
 
 __all__ = ["AttentionMaps"]
 
-LARGEST_BATCH = 256
 PREFIX = "attention_"
-T = TypeVar("T")
 
 
 class AttentionMaps:
@@ -119,7 +115,7 @@ class AttentionMaps:
 
         Maps of unreadable images are 1.
         """
-        size, method = min(LARGEST_BATCH, self.config.micro_batch), self.config.method
+        size, method = self.config.evaluation_batch, self.config.method
         place = {int(record): row for row, record in enumerate(records)}
         found = np.ones((len(records), method.grid.num_tokens), np.float16)
         images = np.zeros((size, *method.image_size, method.channels), self.source.depth or np.uint8)
@@ -128,7 +124,7 @@ class AttentionMaps:
             self.source, records, batch_size=size, image_size=method.image_size, share=None
         ) as batches:
             # All processes must make equally many calls, even with unreadable images, and with batches of one size.
-            for _ in _progress(range(number)):
+            for _ in tqdm(range(number), desc="attention maps", disable=None if is_main() else True, leave=False):
                 batch = next(batches, None)
                 if batch is not None:
                     images[: len(batch.images)] = batch.images
@@ -171,9 +167,3 @@ class AttentionMaps:
 
     def _part(self, rank: int) -> Path:
         return self.run.path / f".attention.partial-{rank}.npy"
-
-
-def _progress(things: Iterable[T]) -> Iterable[T]:
-    """Show a progress bar, if the output is a terminal."""
-    bar: Iterable[T] = tqdm(things, desc="attention maps", disable=None if is_main() else True, leave=False)
-    return bar

@@ -188,12 +188,12 @@ class RunDirectory:
         return (path / CONFIG).is_file()
 
     def write_config(self, config: str) -> None:
-        """Write `config.yaml`. Creates the folder if needed."""
+        """Write the text of `config.yaml`. Creates the folder if needed."""
         (self.path / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
         write_text(self.path / CONFIG, config)
 
-    def read_config(self) -> str:
-        """Return the text of `config.yaml`.
+    def read_config(self) -> dict[str, Any]:
+        """Return the options in `config.yaml`, which are not validated.
 
         Raises
         ------
@@ -210,9 +210,10 @@ class RunDirectory:
             text = content.decode()
         except UnicodeDecodeError as error:
             raise ValueError(f"config: expected YAML, got an error in {path}: {error}") from None
-        if not parse_options(text, str(path)):
+        options = parse_options(text, str(path))
+        if not options:
             raise ValueError(f"config: expected the options of the run in {path}, got none")
-        return text
+        return options
 
     def read_identity(self) -> tuple[str, dict[str, Any]] | None:
         """Return the ID and the origin of the run; None if they were not recorded.

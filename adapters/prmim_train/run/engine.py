@@ -27,7 +27,7 @@ from prmim_train.config.classify import ClassifyConfig
 from prmim_train.config.pretrain import PretrainConfig
 from prmim_train.config.training import TrainingOptions
 from prmim_train.run.budget import Budget
-from prmim_train.run.processes import launched
+from prmim_train.run.processes import Agrees, launched
 from prmim_train.run.size import check_batch, check_numbers, check_size
 
 BACKENDS: Mapping[str, tuple[str, ...]] = {
@@ -37,7 +37,7 @@ BACKENDS: Mapping[str, tuple[str, ...]] = {
 """Packages that a backend needs."""
 
 
-class Trainer(Protocol):
+class Trainer(Agrees, Protocol):
     """A model with its optimizer on a device.
 
     Images are uint8, or, if the method has a `pixel_range`, uint8, uint16 or float32 with the values of their files.
@@ -46,10 +46,6 @@ class Trainer(Protocol):
     In a distributed run, every process has one and makes the same calls in the same order. `train_step` gets different
     images in each process; all other methods get the same images.
     """
-
-    @property
-    def rank(self) -> int:
-        """Rank of this process. The main process has rank 0."""
 
     @property
     def world_size(self) -> int:
@@ -115,12 +111,6 @@ class Trainer(Protocol):
         Raises ValueError if the architecture differs.
         """
 
-    def any(self, flag: bool) -> bool:
-        """Whether `flag` is true in any process.
-
-        Collective: returns when all processes have called it.
-        """
-
     def close(self) -> None:
         """Leave the process group.
 
@@ -130,10 +120,6 @@ class Trainer(Protocol):
 
 class Engine(Trainer, Protocol):
     """Trainer of a masked image modelling method."""
-
-    @property
-    def predicts(self) -> str:
-        """Targets of the masked tokens, `pixels` or `features`."""
 
     def train_step(
         self, images: NDArray[Any], sample: NDArray[np.int64], weights: NDArray[np.float32] | None = None
@@ -173,9 +159,6 @@ class Engine(Trainer, Protocol):
         For methods that predict features.
         """
 
-    def load_weights(self, path: Path) -> None:
-        """Load weights, without training state, from a `.safetensors` file."""
-
     def init_weights(self, source: Path) -> str:
         """Load weights of other code or of another method.
 
@@ -183,15 +166,11 @@ class Engine(Trainer, Protocol):
         """
 
 
-class EncoderEngine(Protocol):
+class EncoderEngine(Agrees, Protocol):
     """A frozen encoder on the device of a process.
 
     Processes may pass different images, in different numbers.
     """
-
-    @property
-    def rank(self) -> int:
-        """Rank of this process. The main process has rank 0."""
 
     @property
     def world_size(self) -> int:
@@ -214,12 +193,6 @@ class EncoderEngine(Protocol):
             `mean`: the mean of the patch tokens; `cls`: the class token.
         layer
             None: the output of the encoder. A number: the output of this block, before the final norm.
-        """
-
-    def any(self, flag: bool) -> bool:
-        """Whether `flag` is true in any process.
-
-        Collective: returns when all processes have called it.
         """
 
     def close(self) -> None:

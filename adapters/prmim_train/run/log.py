@@ -10,12 +10,12 @@ from typing import Any
 from tqdm import tqdm
 
 from prmim_methods.messages import one_line
-from prmim_train.config.layers import dump_options, parse_options
+from prmim_train.config.layers import stored_options
 from prmim_train.config.training import TrainingOptions
 from prmim_train.data.batches import Batch
 from prmim_train.run.budget import Budget
 from prmim_train.run.checkpoints import Checkpoints
-from prmim_train.run.directory import RESCUE, RunDirectory
+from prmim_train.run.directory import METRICS, RESCUE, RunDirectory
 from prmim_train.run.engine import Trainer
 from prmim_train.run.processes import on_main
 from prmim_train.run.trackers import NoTracker, Tracker, open_tracker
@@ -55,7 +55,7 @@ class Log:
         self.started = time.perf_counter()
 
     def __enter__(self) -> "Log":
-        options = parse_options(dump_options(self.config), "")
+        options = stored_options(self.config)
         name = self.config.tracker if self.is_main else "none"
         self.tracker = (
             on_main(self.engine, lambda: open_tracker(name, self.run, options, self.engine.step)) or NoTracker()
@@ -163,7 +163,7 @@ class Log:
             self.tracker = NoTracker()
             print(
                 f"prmim: warning: tracker {self.config.tracker} failed and is disabled: {one_line(error)}; all metrics "
-                f"are in {self.run.path / 'metrics.jsonl'}",
+                f"are in {self.run.path / METRICS}",
                 file=sys.stderr,
                 flush=True,
             )

@@ -15,13 +15,14 @@ from types import FrameType
 from typing import Any, Generic, TypeVar
 
 from prmim_methods.sizes import Transformer
-from prmim_train.config.layers import dump_options, parse_options
+from prmim_methods.weight_files import WEIGHTS_FILE
+from prmim_train.config.layers import dump_options, stored_options
 from prmim_train.config.pretrain import PretrainConfig
 from prmim_train.config.training import CHANGEABLE, TrainingOptions
 from prmim_train.data.batches import Batch, BatchIterator
 from prmim_train.run.budget import Budget
 from prmim_train.run.checkpoints import Checkpoints, agreed
-from prmim_train.run.directory import CHECKPOINTS, RunDirectory
+from prmim_train.run.directory import CHECKPOINTS, SUMMARY, RunDirectory
 from prmim_train.run.engine import Trainer, check_backend, check_launcher
 from prmim_train.run.log import Log, NonFiniteLoss, duration, loss_text
 from prmim_train.run.manifest import step_of
@@ -189,7 +190,7 @@ def _train(job: Job[E], run: RunDirectory) -> dict[str, Any]:
         summary = _take_steps(job, run, engine)
         job.conclude(run, engine, summary)
         on_main(engine, lambda: run.write_summary(summary))
-    say(f"Summary: {run.path / 'summary.json'}")
+    say(f"Summary: {run.path / SUMMARY}")
     return summary
 
 
@@ -288,12 +289,12 @@ def _check_batch_size(config: TrainingOptions, number: int, parts: str) -> None:
 
 def _check_backend(job: Job[E], run: RunDirectory) -> None:
     """Check that the backend can read the run's training state."""
-    backend = parse_options(run.read_config(), str(run.path)).get("backend", PretrainConfig.backend)
+    backend = run.read_config().get("backend", PretrainConfig.backend)
     checkpoints = run.checkpoints()
     if checkpoints and backend != job.config.backend:
         raise ValueError(
             f"backend: expected {backend}, as in the run in {run.path}, got {job.config.backend}; "
-            f"{job.restart_hint(checkpoints[-1] / 'weights.safetensors')}"
+            f"{job.restart_hint(checkpoints[-1] / WEIGHTS_FILE)}"
         )
 
 
@@ -311,9 +312,8 @@ def _check_changes(config: TrainingOptions, run: RunDirectory, origin: Origin) -
     """
     if not run.checkpoints() and run.read_summary() is None:  # no step is kept
         return
-    stored = parse_options(run.read_config(), str(run.path))
-    now = parse_options(dump_options(config), str(run.path))
-    changed = {name: value for name, value in now.items() if stored.get(name, value) != value}
+    stored = run.read_config()
+    changed = {name: value for name, value in stored_options(config).items() if stored.get(name, value) != value}
     texts = {name: f"{name} from {stored[name]!r} to {value!r}" for name, value in changed.items()}
     fixed = [text for name, text in texts.items() if name not in CHANGEABLE]
     if fixed and not config.allow_changes:

@@ -12,8 +12,7 @@ from safetensors import SafetensorError, safe_open
 from prmim_methods.encoder import EncoderOptions, times
 from prmim_methods.files import open_regular
 from prmim_methods.messages import one_line
-from prmim_methods.weight_files import read_architecture
-from prmim_train.config.layers import parse_options
+from prmim_methods.weight_files import WEIGHTS_FILE, read_architecture
 from prmim_train.config.pretrain import PretrainConfig, pretrain_config, pretrain_option_names
 from prmim_train.config.training import DIGITS, OF_DATA, SourceOptions, is_same_data
 from prmim_train.data.batches import Batch, BatchIterator, split_indices, train_batches
@@ -22,7 +21,7 @@ from prmim_train.data.names import UNLABELLED
 from prmim_train.data.sources import ImageSource, open_source
 from prmim_train.data.statistics import measure_images
 from prmim_train.run.budget import Budget, training_budget
-from prmim_train.run.directory import RunDirectory
+from prmim_train.run.directory import CHECKPOINTS, CONFIG, RunDirectory
 from prmim_train.run.engine import Engine, create_engine
 from prmim_train.run.manifest import step_of
 from prmim_train.run.origin import check_origin, is_trained_on, read_trained, run_origin
@@ -93,15 +92,7 @@ def open_data(config: PretrainConfig) -> RunData:
     ValueError, OSError
         If there are no images, or no training images.
     """
-    method = config.method
-    source = open_source(
-        config.data,
-        channels=method.channels,
-        max_pixels=config.max_pixels,
-        three_axes=config.three_axes,
-        keep_depth=method.pixel_range is not None,
-        options=config,
-    )
+    source = _open_source(config, keep_depth=config.method.pixel_range is not None)
     split_by = len(source) if source.labels is None else source.labels
     train, held_out = split_indices(split_by, holdout=config.holdout, seed=config.seed)
     return RunData(source, train, held_out, training_budget(config, len(train)), config)
@@ -142,16 +133,18 @@ def measured_range(config: PretrainConfig) -> tuple[float, float]:
     ValueError, OSError
         As `open_data`, or if all pixels have one value.
     """
-    method = config.method
-    source = open_source(
+    return measure_images(_open_source(config, keep_depth=True), _NUM_MEASURED).pixel_range()
+
+
+def _open_source(config: PretrainConfig, *, keep_depth: bool) -> ImageSource:
+    return open_source(
         config.data,
-        channels=method.channels,
+        channels=config.method.channels,
         max_pixels=config.max_pixels,
         three_axes=config.three_axes,
-        keep_depth=True,
+        keep_depth=keep_depth,
         options=config,
     )
-    return measure_images(source, _NUM_MEASURED).pixel_range()
 
 
 def open_run_data(run: RunDirectory, config: PretrainConfig, *, allow_changes: bool = False) -> RunData:
@@ -316,12 +309,12 @@ def read_run_config(run: RunDirectory, **changes: Any) -> PretrainConfig:
     **changes
         Options to replace. If `data` is other data, `OF_DATA` are not those of the run.
     """
-    options = parse_options(run.read_config(), str(run.path))
+    options = run.read_config()
     if "protocol" in options:
         raise ValueError(f"run: expected the folder of a pre-training run, got the classifier in {run.path}")
     unknown = set(options) - pretrain_option_names()
     if unknown:
-        raise ValueError(f"run: expected options of prmim pretrain in {run.path / 'config.yaml'}, got {min(unknown)}")
+        raise ValueError(f"run: expected options of prmim pretrain in {run.path / CONFIG}, got {min(unknown)}")
     stored = options.get("data", DIGITS)
     if not is_same_data(changes.get("data", stored), stored):
         options = {name: value for name, value in options.items() if name not in OF_DATA}
@@ -348,23 +341,24 @@ def find_checkpoint(run: RunDirectory, step: int | None = None) -> Path:
         If a weight is not finite.
     """
     checkpoint = _find_checkpoint(run, step)
-    check_finite(checkpoint / "weights.safetensors")
+    _check_finite("checkpoint", checkpoint / WEIGHTS_FILE)
     return checkpoint
 
 
-def check_finite(path: Path) -> None:
-    """Raise ValueError, which names the tensor, if weights in a file are not finite."""
+def _check_finite(option: str, path: Path) -> None:
+    """Raise ValueError, which names option and tensor, unless weights are finite."""
     with safe_open(path, framework="numpy") as file:
         for name in file.keys():  # noqa: SIM118  # not a mapping
-            if not np.isfinite(file.get_tensor(name)).all():
-                raise ValueError(f"checkpoint: expected finite weights, got NaN or infinity in {name} of {path}")
+            is_known = file.get_slice(name).get_dtype() != "BF16"  # NumPy has no bfloat16
+            if is_known and not np.isfinite(file.get_tensor(name)).all():
+                raise ValueError(f"{option}: expected finite weights, got NaN or infinity in {name} of {path}")
 
 
 def _find_checkpoint(run: RunDirectory, step: int | None) -> Path:
     if step is None:
         checkpoint = run.latest_checkpoint()
         if checkpoint is None:
-            raise FileNotFoundError(f"run: expected a checkpoint in {run.path / 'checkpoints'}, got none")
+            raise FileNotFoundError(f"run: expected a checkpoint in {run.path / CHECKPOINTS}, got none")
         return checkpoint
     found = {step_of(path): path for path in run.checkpoints()}
     if step not in found:
@@ -375,20 +369,26 @@ def _find_checkpoint(run: RunDirectory, step: int | None) -> Path:
     return found[step]
 
 
-def file_architecture(path: Path) -> dict[str, Any]:
+def file_architecture(path: Path, checkpoint: int | None) -> dict[str, Any]:
     """Read the architecture from a file of weights, given in place of a run.
+
+    Also checks that the weights are finite.
 
     Raises
     ------
     ValueError
-        If prmim did not write the file.
+        If prmim did not write the file, a weight is not finite, or there is a `checkpoint`, which only runs have.
     """
+    if checkpoint is not None:
+        raise ValueError(f"checkpoint: expected none with a file of weights, got {checkpoint}")
     try:
         open_regular(path).close()  # safe_open would wait at a pipe
         with safe_open(path, framework="numpy") as file:
-            return read_architecture(file.metadata(), path)
+            architecture = read_architecture(file.metadata(), path)
     except SafetensorError as error:
         raise ValueError(f"run: expected a run or a safetensors file, got {path} ({one_line(error)})") from None
+    _check_finite("run", path)
+    return architecture
 
 
 def restore_engine(run: RunDirectory, config: PretrainConfig, budget: Budget, step: int | None = None) -> Engine:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from math import ceil, sqrt
 from typing import Any
 
+from prmim_methods.messages import counted
 from prmim_methods.sizes import VIT_SIZES, Transformer
 from prmim_train.config.pretrain import PretrainConfig, change
 from prmim_train.run.budget import Budget
@@ -65,11 +66,11 @@ def _doubts(config: PretrainConfig, budget: Budget) -> Iterator[str]:
             "is shorter than a batch"
         )
     if budget.total_steps < FEWEST_STEPS:
-        yield f"the run takes {_steps(budget.total_steps)} in all; published runs take tens of thousands"
+        yield f"the run takes {counted(budget.total_steps, 'step')} in all; published runs take tens of thousands"
     if config.warmup > 0 and budget.warmup_steps < FEWEST_WARMUP_STEPS:
         yield (
-            f"the warm-up takes {_steps(budget.warmup_steps)}; below {FEWEST_WARMUP_STEPS}, AdamW takes full steps "
-            "before it has averaged gradients"
+            f"the warm-up takes {counted(budget.warmup_steps, 'step')}; below {FEWEST_WARMUP_STEPS}, AdamW takes full "
+            "steps before it has averaged gradients"
         )
     size = config.method.encoder_size
     if _is_too_large(size, images) and _smaller(size):
@@ -177,7 +178,3 @@ def _rounded(rate: float) -> float:
 def _power(number: float) -> int:
     """Return the largest power of two up to a number, at least 1."""
     return 1 << max(0, int(number).bit_length() - 1)
-
-
-def _steps(number: int) -> str:
-    return "1 step" if number == 1 else f"{number:,} steps"

@@ -1,11 +1,11 @@
 """Checks, by formula and before anything is built, that a model fits into memory."""
 
-import os
 from math import prod
 
 from prmim_methods import Accounting
 from prmim_methods.encoder import EncoderOptions
-from prmim_methods.hardware import Choice, choose_precision, may_have_accelerator
+from prmim_methods.hardware import Choice, choose_precision, may_have_accelerator, physical_memory
+from prmim_methods.messages import counted
 from prmim_train.config.pretrain import PretrainConfig
 from prmim_train.config.training import TrainingOptions
 from prmim_train.run.processes import launched
@@ -56,7 +56,7 @@ def check_batch(config: TrainingOptions, method: EncoderOptions) -> None:
     """Raise ValueError if this process's share of a batch exceeds the memory."""
     deepest = 1 if method.pixel_range is None else 4  # bytes
     size = config.batch_size // launched().world_size * prod(method.image_size) * method.channels * deepest
-    if size > SLACK * physical_memory():
+    if size > SLACK * (physical_memory() or ACCELERATORS):
         raise ValueError(f"batch_size: expected images that fit into memory, got {_gigabytes(size)} of images at once")
 
 
@@ -80,7 +80,7 @@ def _excess_of_memory(config: PretrainConfig, images: int) -> str:
     method, parameters = config.method, config.method.parameters()
     shares = launched().world_size if config.parallel == "fsdp" else 1
     weights = 4 * (parameters.learned + parameters.fixed) // shares
-    memory = SLACK * physical_memory()
+    memory = SLACK * (physical_memory() or ACCELERATORS)
     if weights > memory:
         return f"model: expected weights that fit into memory, got {_gigabytes(weights)}"
     trained = weights + (OPTIMIZED_BYTES - 4) * parameters.learned // shares
@@ -91,7 +91,7 @@ def _excess_of_memory(config: PretrainConfig, images: int) -> str:
         return ""
     return (
         f"model: expected a training step that fits into memory, got {_gigabytes(trained)} of weights with gradients "
-        f"and optimizer, and {_gigabytes(activations)} of activations for {images} image{'s' * (images > 1)} at once"
+        f"and optimizer, and {_gigabytes(activations)} of activations for {counted(images, 'image')} at once"
     )
 
 
@@ -111,14 +111,6 @@ def expected_precision(config: TrainingOptions) -> Choice[str]:
 def accounting(config: TrainingOptions) -> Accounting:
     """Return the settings of the memory formulas, with the expected number format."""
     return Accounting(compute_bytes=4 if expected_precision(config).value == "float32" else 2)
-
-
-def physical_memory() -> int:
-    """Return this machine's memory in bytes; a very large number if unknown."""
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, OSError, ValueError):
-        return ACCELERATORS
 
 
 def _gigabytes(count: int) -> str:

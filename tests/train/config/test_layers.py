@@ -8,7 +8,15 @@ from importlib import resources
 import pytest
 
 from prmim_methods import METHODS, vit_size
-from prmim_train.config.layers import dump_options, merge_layers, parse_options, read_options, read_recipe, recipe_names
+from prmim_train.config.layers import (
+    dump_options,
+    merge_layers,
+    parse_options,
+    read_options,
+    read_recipe,
+    recipe_names,
+    stored_options,
+)
 from prmim_train.config.pretrain import pretrain_config
 from prmim_train.report.inspect import cost_reports
 
@@ -26,6 +34,7 @@ def test_yaml_round_trip_keeps_every_option_that_the_method_has(method):
     options = {"data": "photos", "mean": (0.1, 0.2, 0.3), "image_size": (64, 96), "clip_grad": 1.0, "betas": (0.8, 0.9)}
     config = pretrain_config(**options, **BASE[method])
     read = parse_options(dump_options(config), "copy")
+    assert read == stored_options(config)
     assert set(read) == set(config.flat()) - {"out", "resume", "allow_changes"}
     assert pretrain_config(**read) == config
 

@@ -368,7 +368,7 @@ def test_a_single_image_that_is_unreadable_ends_the_run(tmp_path):
 def test_the_error_is_short_whatever_the_names_are(tmp_path):
     for k in range(50):
         (tmp_path / f"{k:0200}.jpg").touch()
-    unreadable = UnreadableImages(open_source(str(tmp_path), channels=1), num_images=10**9, tolerance=1e-9)
+    unreadable = UnreadableImages(open_source(str(tmp_path), channels=1), num_images=4000)
     unreadable.add([(k, "x" * 200) for k in range(50)])
     with pytest.raises(ValueError, match=r"and 47 more$") as caught:
         unreadable.check()
@@ -491,7 +491,6 @@ def test_evaluation_takes_the_centres_in_order(photos, threads):
         read = list(batches)
     assert [len(batch.index) for batch in read] == [2, 2, 1]
     np.testing.assert_array_equal(np.concatenate([batch.index for batch in read]), indices)
-    np.testing.assert_array_equal(np.concatenate([batch.labels for batch in read]), photos.labels[indices])
     for batch in read:
         assert batch.images.dtype == np.uint8
         for image, record in zip(batch.images, batch.index, strict=True):
@@ -511,7 +510,6 @@ def test_evaluation_leaves_unreadable_images_out_and_fills_the_batches(broken_ph
         unreadable = batches.unreadable
     assert [len(batch.index) for batch in read] == [100, 100, 97]
     assert set(range(300)) - set(np.concatenate([batch.index for batch in read]).tolist()) == broken
-    assert read[0].labels is None
     assert len(unreadable) == 3
 
 

@@ -278,7 +278,7 @@ def test_of_two_arrays_of_one_name_none_is_lost(tmp_path, name):
 
 def test_an_array_must_fit_into_memory(tmp_path, monkeypatch):
     path = archive(tmp_path / "a.npz", images=npy("(2, 4, 4)", content=bytes(32)))
-    monkeypatch.setattr(npz, "_physical_memory", lambda: 100)
+    monkeypatch.setattr(npz, "physical_memory", lambda: 100)
     assert re.search(r"uint8 \(2, 4, 4\) takes \d+ bytes, more than the memory of 100$", refusal(path))
 
 

@@ -16,7 +16,6 @@ from prmim_train.data import image_files
 from prmim_train.data.formats import arrays
 from prmim_train.data.formats.folder import FolderRecords
 from prmim_train.data.identity import identities
-from prmim_train.data.image_files import MAX_PIXELS
 from prmim_train.data.names import PackedNames
 from prmim_train.data.sources import ArraySource, UnreadableImageError, open_source
 from prmim_train.data.transforms import resize
@@ -122,7 +121,6 @@ def test_the_limit_of_a_run_holds_for_its_test_images(tmp_path):
     test.read(0)
     with pytest.raises(UnreadableImageError, match="24 pixels, more than max_pixels 20"):
         test.read(1)
-    assert pretrain_config().max_pixels == MAX_PIXELS
     assert classify_config(config, {"protocol": "linear"}).max_pixels == 20
 
 

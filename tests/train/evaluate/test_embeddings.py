@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 from filelock import FileLock
 from PIL import Image
+from safetensors.numpy import save_file
 
+from prmim_methods.weight_files import dump_architecture
 from prmim_train.cli.commands import main
 from prmim_train.config.training import SourceOptions
 from prmim_train.evaluate import embeddings
@@ -208,6 +210,13 @@ def test_wrong_options_are_one_line_and_leave_nothing(features, tmp_path, capsys
         (line,) = capsys.readouterr().err.splitlines()
         assert line.startswith(f"prmim: error: {message}")
         assert not list(tmp_path.glob("*f.npz*"))
+
+
+def test_weights_of_a_file_must_be_finite(features, tiny, tmp_path, capsys):
+    path = tmp_path / "w.safetensors"
+    save_file({"encoder": np.full(3, np.nan, np.float32)}, path, dump_architecture(tiny().method))
+    assert features(tmp_path / "f.npz", run=path) == 2
+    assert f"run: expected finite weights, got NaN or infinity in encoder of {path}" in capsys.readouterr().err
 
 
 def test_out_must_be_given(run, capsys):

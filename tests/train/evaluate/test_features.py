@@ -1,11 +1,13 @@
 import io
 import json
+import sys
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from prmim_train.cli.commands import main
+from prmim_train.evaluate import features
 from prmim_train.evaluate.features import _spread, evaluate_run, format_evaluation, shrunken_pixels
 from prmim_train.pretrain import pretrain
 from prmim_train.run.engine import create_engine
@@ -17,9 +19,9 @@ def test_frozen_features_of_the_digits_beat_chance(tiny):
     data = open_data(config)
     result = evaluate_run(config, data, create_engine(config, data.budget))
     assert (result["train_images"], result["test_images"], result["classes"]) == (600, 359, 10)
-    for features in ("trained", "untrained", "pixels"):
-        assert result[features]["knn"] > 0.7
-        assert result[features]["linear"] > 0.7
+    for name in ("trained", "untrained", "pixels"):
+        assert result[name]["knn"] > 0.7
+        assert result[name]["linear"] > 0.7
     assert result["trained"] == result["untrained"]  # no step was taken
     assert 0.05 < result["most_frequent_class"] < 0.2
     assert format_evaluation(result).count("%") == 8
@@ -97,6 +99,18 @@ def test_images_that_vanish_end_no_run_and_are_told_by_the_command(tiny, tmp_pat
     assert "got images of other names, sizes or pixels" in capsys.readouterr().err
     assert main([*words, "--allow_changes"]) == 2
     assert capsys.readouterr().err.startswith("prmim: error: data: none of the images can be read")
+
+
+def test_other_processes_are_told_that_there_is_no_evaluation(tiny, monkeypatch, capsys):
+    config = tiny()
+    pretrain(config)
+    flags = []
+    engine = sys.modules["prmim_fake"].EncoderEngine
+    monkeypatch.setattr(engine, "any", lambda self, flag: flags.append(flag) or flag)
+    monkeypatch.setattr(features, "_classify", lambda *given: features.Evaluation({"skipped": "one class"}, None, {}))
+    assert main(["evaluate", "--run", str(config.run_path), "--no_baselines", "--eval_limit", "20"]) == 2
+    assert capsys.readouterr().err == "prmim: error: data: one class\n"
+    assert flags[-1]  # they wait for this flag
 
 
 def test_shrinking_keeps_means_and_the_limit():

@@ -223,7 +223,7 @@ def test_a_file_of_a_method_with_a_custom_mix(tmp_path, capsys):
         (lambda tensors: tensors.pop("encoder.norm.bias"), "run: expected an encoder of 16,104 values, got 16,080 in"),
         (
             lambda tensors: tensors["encoder.norm.bias"].fill_(np.nan),
-            "checkpoint: expected finite weights, got NaN or infinity in encoder.norm.bias of",
+            "run: expected finite weights, got NaN or infinity in encoder.norm.bias of",
         ),
     ],
 )

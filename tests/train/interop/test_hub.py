@@ -70,7 +70,7 @@ def test_all_files_are_one_commit(api, run, capsys):
     files = uploaded(api)
     assert set(files) == {"README.md", "weights.safetensors", "config.yaml", "loss.png"}
     assert content(files["weights.safetensors"]) == (run.checkpoints()[0] / "weights.safetensors").read_bytes()
-    assert content(files["config.yaml"]).decode() == run.read_config()
+    assert content(files["config.yaml"]) == (run.path / "config.yaml").read_bytes()
     assert content(files["loss.png"]) == b"png"
 
 
@@ -138,6 +138,15 @@ def test_numbers_of_another_step_are_not_stated(api, run):
         assert f"| checkpoint | step 7{state} |" in card
         assert "Not evaluated." in card
         assert "0.5124" not in card
+
+
+def test_numbers_that_a_short_run_lacks_are_left_out(api, run):
+    run, _ = run
+    run.write_summary({**SUMMARY, "loss": None, "images_per_second": None})
+    assert push(run) == 0
+    card = content(uploaded(api)["README.md"]).decode()
+    assert "final loss" not in card
+    assert "images per second" not in card
 
 
 def test_pictures_of_an_earlier_checkpoint_are_left_out(api, run):

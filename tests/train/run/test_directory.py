@@ -118,7 +118,7 @@ def test_a_checkpoint_bears_its_name_only_when_it_is_on_the_disk(run, monkeypatc
 
 def test_writing_a_file_replaces_it_or_leaves_it(run, monkeypatch):
     run.write_config("epochs: 2\n")
-    assert run.read_config() == "epochs: 2\n"
+    assert run.read_config() == {"epochs": 2}
 
     def fail(descriptor):
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -126,7 +126,7 @@ def test_writing_a_file_replaces_it_or_leaves_it(run, monkeypatch):
     monkeypatch.setattr(run_files.os, "fsync", fail)
     with pytest.raises(OSError, match="No space left"):
         run.write_config("epochs: 3\n")
-    assert run.read_config() == "epochs: 2\n"
+    assert run.read_config() == {"epochs": 2}
     assert sorted(entry.name for entry in run.path.iterdir()) == ["checkpoints", "config.yaml"]
 
 

@@ -9,21 +9,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from prmim_methods.messages import printable
+from prmim_methods.messages import counted, printable
 from prmim_train.config.axes import ThreeAxes
 from prmim_train.config.packages import check_installed
 from prmim_train.data.depth import SourceArray, cast_depth, depth_of
 from prmim_train.data.formats.npz import read_npz
 from prmim_train.data.formats.stacks import ArrayStack, Choose, ChooseFrames, read_stack, resize_stack
 from prmim_train.data.identity import Identities, identities
-from prmim_train.data.image_files import (
-    MAX_PIXELS,
-    ImageHeader,
-    UnreadableImageError,
-    check_file_channels,
-    counted,
-    cut_box,
-)
+from prmim_train.data.image_files import MAX_PIXELS, ImageHeader, UnreadableImageError, check_file_channels, cut_box
 from prmim_train.data.transforms import resize
 
 __all__ = ["ArraySource", "open_digits", "open_npz"]
@@ -158,7 +151,6 @@ def open_npz(path: Path, channels: int | None, max_pixels: int, three_axes: Thre
     )
 
 
-def _describe(where: str, number: int, size: tuple[int, ...] | None, class_names: Sequence[str] | None) -> str:
-    pixels = "" if size is None else f" of {' x '.join(map(str, size))} pixels"
+def _describe(where: str, number: int, size: tuple[int, ...], class_names: Sequence[str] | None) -> str:
     classes = ", no labels" if class_names is None else f" in {counted(len(class_names), 'class', 'classes')}"
-    return f"{where}: {counted(number, 'image')}{pixels}{classes}"
+    return f"{where}: {counted(number, 'image')} of {' x '.join(map(str, size))} pixels{classes}"

@@ -8,10 +8,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from prmim_methods.messages import one_line, printable
+from prmim_methods.messages import counted, one_line, printable
 from prmim_methods.record import load_function
 from prmim_train.data.identity import Identities
-from prmim_train.data.image_files import counted
 from prmim_train.data.names import UNLABELLED
 
 __all__ = ["CustomRecords", "open_custom"]

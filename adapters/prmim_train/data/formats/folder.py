@@ -9,7 +9,7 @@ from typing import BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from prmim_methods.messages import printable
+from prmim_methods.messages import counted, printable
 from prmim_train.config.training import CLIP_EXAMPLE, VOLUME_EXAMPLE
 from prmim_train.data.formats.nifti import NIFTI_ENDINGS
 from prmim_train.data.formats.tar_shards import COMPRESSED_TARS
@@ -18,7 +18,6 @@ from prmim_train.data.identity import Identities, identities_of_files
 from prmim_train.data.image_files import (
     ARRAY_ENDING,
     IMAGE_ENDINGS,
-    counted,
     image_endings,
     missing_plugins,
     open_part,

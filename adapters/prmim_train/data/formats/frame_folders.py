@@ -13,13 +13,12 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
-from prmim_methods.messages import printable
+from prmim_methods.messages import counted, printable
 from prmim_train.data.formats.stack_files import StackSource
 from prmim_train.data.formats.stacks import Stack
 from prmim_train.data.identity import Identities, identities_of_files
 from prmim_train.data.image_files import (
     MAX_PIXELS,
-    counted,
     decode_image,
     image_endings,
     named_errors,

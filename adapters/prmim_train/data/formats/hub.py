@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prmim_methods.files import expanded
-from prmim_methods.messages import one_line, printable
+from prmim_methods.messages import counted, one_line, printable
 from prmim_train.config.packages import check_installed
 from prmim_train.data.formats.tables import (
     bytes_of,
@@ -28,7 +28,7 @@ from prmim_train.data.formats.tables import (
     table_classes,
 )
 from prmim_train.data.identity import Identities, identities
-from prmim_train.data.image_files import counted, read_file
+from prmim_train.data.image_files import read_file
 
 __all__ = ["HUB", "HubRecords", "open_hub"]
 

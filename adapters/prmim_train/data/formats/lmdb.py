@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from prmim_methods.messages import printable
+from prmim_methods.messages import counted, printable
 from prmim_train.config.packages import check_installed
 from prmim_train.data.identity import Identities, identities
-from prmim_train.data.image_files import MAX_FILE_BYTES, counted, reason_of
+from prmim_train.data.image_files import MAX_FILE_BYTES, reason_of
 from prmim_train.data.names import PackedNames, classes_of_folders
 
 __all__ = ["DATA_FILE", "LMDB_ENDINGS", "LmdbRecords", "open_lmdb"]

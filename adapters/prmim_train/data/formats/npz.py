@@ -5,7 +5,6 @@ They are read without pickle, and checked before memory is allocated.
 
 import io
 import math
-import os
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,16 +14,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prmim_methods.files import open_regular
+from prmim_methods.hardware import physical_memory
 from prmim_methods.messages import printable
 from prmim_train.config.training import VOLUME_EXAMPLE
 from prmim_train.data.depth import SourceArray, depth_of
 from prmim_train.data.formats.npy import read_npy_header
 from prmim_train.data.image_files import reason_of
-from prmim_train.data.names import MAX_CLASSES
+from prmim_train.data.names import MAX_CLASS_NAME, MAX_CLASSES
 
 __all__ = ["read_npz"]
 
-_MAX_NAME = 1000  # characters of a class name
 _MAX_DEFLATION = 1032  # largest compression ratio of deflate; higher stated ratios are false
 _MAX_LISTED = 10
 _USED = ("images", "labels", "names")
@@ -112,7 +111,7 @@ class _Archive:
                 raise ValueError(
                     f"{dtype} {shape} takes {expected:,} bytes, which do not match the {info.compress_size:,} stored"
                 )
-            if expected > (memory := _physical_memory()):
+            if expected > (memory := physical_memory() or math.inf):
                 raise ValueError(f"{dtype} {shape} takes {expected:,} bytes, more than the memory of {memory:,}")
         except Exception as error:
             raise self.error(name, error) from error
@@ -129,13 +128,6 @@ class _Archive:
 
     def error(self, name: str, error: Exception) -> ValueError:
         return ValueError(f"data: array '{name}' of {self.path} cannot be read: {reason_of(error)}")
-
-
-def _physical_memory() -> float:
-    """Return this machine's memory in bytes; infinity if unknown."""
-    if not hasattr(os, "sysconf"):  # Windows
-        return math.inf
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _read_images(archive: _Archive, channels: int | None, has_frames: bool) -> SourceArray:
@@ -189,7 +181,7 @@ def _read_names(archive: _Archive, labels: NDArray[np.int64] | None) -> tuple[st
     if "names" not in archive.names:
         return tuple(str(k) for k in range(largest + 1))
     shape, dtype = archive.header("names")
-    if len(shape) != 1 or dtype.kind != "U" or dtype.itemsize > 4 * _MAX_NAME or shape[0] > MAX_CLASSES:
+    if len(shape) != 1 or dtype.kind != "U" or dtype.itemsize > 4 * MAX_CLASS_NAME or shape[0] > MAX_CLASSES:
         raise ValueError(f"data: 'names' of {archive.path}: expected a list of strings, got {dtype} {shape}")
     if shape[0] <= largest:
         raise ValueError(

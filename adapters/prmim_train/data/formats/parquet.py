@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from prmim_methods.messages import printable
+from prmim_methods.messages import counted, printable
 from prmim_train.config.packages import check_installed
 from prmim_train.data.formats.tables import (
     bytes_of,
@@ -30,7 +30,7 @@ from prmim_train.data.formats.tables import (
     table_classes,
 )
 from prmim_train.data.identity import Identities, identities
-from prmim_train.data.image_files import MAX_FILE_BYTES, counted, read_part, reason_of
+from prmim_train.data.image_files import MAX_FILE_BYTES, read_part, reason_of
 from prmim_train.data.storage import File, Place, open_each, open_place
 
 __all__ = ["PARQUET_ENDING", "ParquetRecords", "open_parquet"]

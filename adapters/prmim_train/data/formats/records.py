@@ -125,13 +125,9 @@ class FileSource:
         """Read size and depth of one image."""
         name = self.name(index)
         with named_errors(name):
-            if isinstance(self.records, OpensRecords):
-                file = self.records.open(index)
-            else:
-                content = self.records.content(index)
-                if isinstance(content, np.ndarray):
-                    return array_header(content.shape, content.dtype, self.max_pixels)
-                file = io.BytesIO(content)
+            file = self._open(index)
+            if isinstance(file, np.ndarray):
+                return array_header(file.shape, file.dtype, self.max_pixels)
         with closing(file):
             return read_header(file, max_pixels=self.max_pixels, name=name)
 
@@ -142,6 +138,13 @@ class FileSource:
     def identities(self) -> Identities:
         """Return the identities of the images."""
         return self.records.identities()
+
+    def _open(self, index: int) -> BinaryIO | ImageArray:
+        """Open the file of one image. An array is returned as it is."""
+        if isinstance(self.records, OpensRecords):
+            return self.records.open(index)
+        content = self.records.content(index)
+        return content if isinstance(content, np.ndarray) else io.BytesIO(content)
 
     def _content(self, index: int) -> bytes | ImageArray:
         with named_errors(self.name(index)):

@@ -1,6 +1,5 @@
 """Files with a clip or a volume each."""
 
-import io
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
@@ -8,20 +7,14 @@ from typing import BinaryIO
 
 import numpy as np
 
+from prmim_methods.messages import counted
 from prmim_train.config.axes import ThreeAxes
 from prmim_train.data.formats.nifti import NIFTI_ENDINGS, is_nifti, nifti_stack
 from prmim_train.data.formats.npy import NPY_START, npy_stack
-from prmim_train.data.formats.records import FileSource, ImageArray, OpensRecords
+from prmim_train.data.formats.records import FileSource, ImageArray
 from prmim_train.data.formats.stacks import ArrayStack, Choose, ChooseFrames, Stack, read_stack, resize_stack
 from prmim_train.data.formats.video import VIDEO_ENDINGS, VideoStack, is_video
-from prmim_train.data.image_files import (
-    ARRAY_ENDING,
-    MAX_PIXELS,
-    ImageHeader,
-    check_pixels,
-    counted,
-    named_errors,
-)
+from prmim_train.data.image_files import ARRAY_ENDING, MAX_PIXELS, ImageHeader, check_pixels, named_errors
 
 __all__ = ["STACK_ENDINGS", "StackSource", "open_stack"]
 
@@ -109,13 +102,9 @@ class StackSource(FileSource):
     @contextmanager
     def _opened(self, index: int) -> Iterator[Stack]:
         with named_errors(self.name(index)):
-            if isinstance(self.records, OpensRecords):
-                file = self.records.open(index)
-            else:
-                content = self.records.content(index)
-                if isinstance(content, np.ndarray):
-                    yield array_stack(content, self.max_pixels)
-                    return
-                file = io.BytesIO(content)
+            file = self._open(index)
+            if isinstance(file, np.ndarray):
+                yield array_stack(file, self.max_pixels)
+                return
             with closing(file):
                 yield open_stack(file, self.name(index), self.channels, max_pixels=self.max_pixels)

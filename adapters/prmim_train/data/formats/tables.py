@@ -8,9 +8,8 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from prmim_methods.messages import printable
-from prmim_train.data.image_files import counted
-from prmim_train.data.names import MAX_CLASSES, UNLABELLED, Classes
+from prmim_methods.messages import counted, printable
+from prmim_train.data.names import MAX_CLASS_NAME, MAX_CLASSES, UNLABELLED, Classes
 
 __all__ = [
     "bytes_of",
@@ -28,7 +27,6 @@ T = TypeVar("T")
 _LABEL_KEYS = ("label", "labels", "cls", "class", "class_id", "class_name", "fine_label")
 _TRAIN = ("train", "training")
 _TEST = ("test", "testing", "validation", "valid", "val", "dev")
-_MAX_NAME = 1000  # characters of a class name
 _NUM_LISTED = 20
 
 
@@ -116,7 +114,7 @@ def class_names_of(schema: Any, column: str | None) -> tuple[str, ...] | None:
     except (KeyError, ValueError, TypeError, RecursionError):
         return None
     is_list = isinstance(names, list) and len(names) < MAX_CLASSES and all(isinstance(name, str) for name in names)
-    return tuple(printable(name[:_MAX_NAME]) for name in names) if is_list else None
+    return tuple(printable(name[:MAX_CLASS_NAME]) for name in names) if is_list else None
 
 
 def bytes_of(values: Any) -> Any:
@@ -201,7 +199,7 @@ def _classes(parts: Sequence[Any], names: tuple[str, ...] | None) -> tuple[NDArr
             raise ValueError(f"classes from 0 to {last:,}, got {values[int(wrong[0])]} in row {wrong[0]:,}")
         return numbers, names or tuple(str(k) for k in range(int(numbers.max(initial=-1)) + 1))
     codes = values.combine_chunks().dictionary_encode()
-    found = [printable(name[:_MAX_NAME]) for name in codes.dictionary.to_pylist()]
+    found = [printable(name[:MAX_CLASS_NAME]) for name in codes.dictionary.to_pylist()]
     class_names = tuple(sorted(set(found)))
     if len(class_names) > MAX_CLASSES:
         raise ValueError(f"at most {MAX_CLASSES:,} classes, got {len(class_names):,}")

@@ -23,18 +23,18 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from prmim_methods.messages import printable
+from prmim_methods.messages import counted, printable
 from prmim_train.data.identity import Identities, identities
-from prmim_train.data.image_files import (
-    ARRAY_ENDING,
-    IMAGE_ENDINGS,
-    counted,
-    image_endings,
-    open_part,
-    read_part,
-    reason_of,
+from prmim_train.data.image_files import ARRAY_ENDING, IMAGE_ENDINGS, image_endings, open_part, read_part, reason_of
+from prmim_train.data.names import (
+    MAX_CLASS_NAME,
+    MAX_CLASSES,
+    Classes,
+    PackedNames,
+    classes_of_folders,
+    ending_of,
+    skipped,
 )
-from prmim_train.data.names import MAX_CLASSES, Classes, PackedNames, classes_of_folders, ending_of, skipped
 from prmim_train.data.storage import File, Place, common_folder, open_each, open_place
 
 __all__ = ["COMPRESSED_TARS", "Member", "TarRecords", "open_tars", "tar_members"]
@@ -47,7 +47,6 @@ _ZEROS = bytes(_BLOCK)
 _MAX_NOTE = 2**20  # bytes of a long name or of a pax header; real ones have hundreds
 _MAX_LABEL = 64  # bytes of a .cls file
 _MAX_JSON = 2**20  # bytes of a .json file
-_MAX_NAME = 1000  # characters of a class name
 _LABELS = (".cls", ".json")
 _LABEL_FIELDS = ("cls", "label", "class", "class_id", "class_name")  # of a .json file
 # Of several images with one key, the first in this order is the photograph: masks and depth maps are lossless.
@@ -418,7 +417,7 @@ def _read_json_class(file: File, member: "Member") -> int | str | None:
         return None
     fields = content if isinstance(content, dict) else {}
     value = next((fields[name] for name in _LABEL_FIELDS if name in fields), None)
-    if isinstance(value, str) and 0 < len(value) <= _MAX_NAME:
+    if isinstance(value, str) and 0 < len(value) <= MAX_CLASS_NAME:
         return value
     if not isinstance(value, int) or isinstance(value, bool):
         return None

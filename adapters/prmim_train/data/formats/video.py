@@ -14,8 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from prmim_methods.messages import counted
 from prmim_train.config.packages import check_installed
-from prmim_train.data.image_files import MAX_PIXELS, check_pixels, convert_picture, counted
+from prmim_train.data.image_files import MAX_PIXELS, check_pixels, convert_picture
 
 __all__ = ["MAX_DECODED", "MAX_FRAMES", "VIDEO_ENDINGS", "VideoStack", "is_video"]
 
