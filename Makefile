@@ -1,13 +1,5 @@
-# The one task list: README, CONTRIBUTING and .ci/run call these targets and nothing else.
-#   make pretrain [BACKEND=torch|jax] [OUT=runs/digits]   set up, pre-train on the embedded digits, leave numbers and pictures
-#   make test | lint | docs                           set up, then check
-#   make test-lowest                                  the main job and the main tests, with every dependency at its lower bound
-#   make test-foreign                                 examples for Keras, TensorFlow, MLX and tinygrad, in an environment of their own
-#   make bench | bench-full                           set up, then measure: in minutes, or at length
-#   make sizes                                        the installed size of every extra
-#   make gpu                                          set up, then measure on a GPU for eight minutes, and fill the pages
-#   make release-check                                set up, then build wheel and source distribution, and try both
-#   make verdicts                                     set up, then check the claims about accuracy against their records
+# CONTRIBUTING.md describes the targets.
+#   make pretrain [BACKEND=torch|jax] [OUT=runs/digits]
 # Everything is installed into .venv, at the versions in constraints.txt; test-lowest has .venv-lowest,
 # test-foreign .venv-foreign. PIP_ARGS passes options on to pip.
 

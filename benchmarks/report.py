@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-PACKAGES = ("numpy", "torch", "jax", "triton", "transformers", "timm", "lightly", "fpsample", "Pillow", "grain")
+PACKAGES = ("numpy", "torch", "jax", "triton", "transformers", "fpsample", "Pillow", "grain")
 """Packages whose versions are stored with the results, if installed."""
 
 

@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageColor, ImageDraw, ImageFont
 from sklearn.datasets import load_sample_image
 
 from benchmarks.methods import RECIPES, arms_of, forward_macs, with_teacher
@@ -40,7 +40,7 @@ from prmim_core import (
 )
 from prmim_train.config.layers import read_options
 from prmim_train.config.pretrain import pretrain_config
-from prmim_train.report.pictures import picture_command, token_kinds
+from prmim_train.report.pictures import DECODED_COLOUR, VISIBLE_COLOUR, picture_command, token_kinds
 from prmim_train.report.sheet import draw_sheet, first_samples
 from prmim_train.run.prepare import open_data
 
@@ -49,8 +49,10 @@ STRATEGIES = Path(__file__).parent / "guides" / "strategies.md"
 GRID = Grid((14, 14))
 COUNTS = count_tokens(GRID.num_tokens, 0.75, 0.5)
 PATCH = (16, 16)
-DECODED, REBUILT, NEUTRAL = "#e07b28", ("#bfe3c0", "#3f88c5"), "#7b8794"
-"""Colours of decoded tokens, of thrown tokens by stage, and of what is compared with them."""
+REBUILT, NEUTRAL, INK = ("#bfe3c0", "#3f88c5"), "#7b8794", "#1f2933"
+"""Colours of thrown tokens by stage, of what is compared with them, and of text."""
+KIND_COLOURS = (VISIBLE_COLOUR, DECODED_COLOUR, *REBUILT)
+"""Colours of the kinds of `token_kinds`, with two stages."""
 
 
 def draw_coverage(path: Path, images: int = 4096) -> None:
@@ -58,7 +60,7 @@ def draw_coverage(path: Path, images: int = 4096) -> None:
     noise = counter_noise(0, 0, np.arange(images), GRID.num_tokens)
     figure = Figure(figsize=(6.4, 3.0), dpi=150, layout="constrained")
     axes = figure.subplots()
-    for place, (throwing, colour) in enumerate((("furthest", "#e07b28"), ("random", "#7b8794"))):
+    for place, (throwing, colour) in enumerate((("furthest", DECODED_COLOUR), ("random", NEUTRAL))):
         plan = make_plan(Schedule(GRID, COUNTS, throwing=throwing), noise)
         is_known = is_member(plan.known(1), GRID.num_tokens)
         squared = nearest_known_distance(GRID, is_known)[~is_known]
@@ -86,7 +88,6 @@ def draw_coverage(path: Path, images: int = 4096) -> None:
 def draw_plans(path: Path, plans: Mapping[str, Plan], images: int = 4) -> None:
     """Draw a row of plans under each label: those of a few images."""
     names = ["visible", "decoded", *(f"thrown, stage {stage}" for stage in (1, 2))]
-    colours = ["#3d4651", "#e07b28", "#bfe3c0", "#3f88c5"]
     figure = Figure(figsize=(9.2, 0.9 + 2.25 * len(plans)), dpi=150, layout="constrained")
     axes = figure.subplots(len(plans), images)
     for row, (label, plan) in zip(axes, plans.items(), strict=True):
@@ -94,7 +95,7 @@ def draw_plans(path: Path, plans: Mapping[str, Plan], images: int = 4) -> None:
         kinds = token_kinds(plan.order, plan.schedule)
         distance = nearest_known_distance(grid, kinds <= 1)
         for image, place in enumerate(row):
-            place.imshow(kinds[image].reshape(grid.shape), cmap=ListedColormap(colours), vmin=-0.5, vmax=3.5)
+            place.imshow(kinds[image].reshape(grid.shape), cmap=ListedColormap(KIND_COLOURS), vmin=-0.5, vmax=3.5)
             place.set_xticks(np.arange(0.5, grid.shape[1]), [])
             place.set_yticks(np.arange(0.5, grid.shape[0]), [])
             place.grid(color="white", linewidth=0.8)
@@ -103,7 +104,7 @@ def draw_plans(path: Path, plans: Mapping[str, Plan], images: int = 4) -> None:
             rows, columns = np.divmod(np.flatnonzero(distance[image] > 1), grid.shape[1])
             place.plot(columns, rows, "x", color="#c1121f", markersize=6, markeredgewidth=1.8)
         row[0].set_ylabel(label, fontsize=14)
-    handles = [Patch(facecolor=colour, label=name) for name, colour in zip(names, colours, strict=True)]
+    handles = [Patch(facecolor=colour, label=name) for name, colour in zip(names, KIND_COLOURS, strict=True)]
     cross = {"marker": "x", "color": "#c1121f", "linestyle": "none", "markeredgewidth": 1.8}
     handles.append(Line2D([], [], label="thrown, no known neighbour", **cross))
     figure.legend(handles=handles, loc="outside upper center", ncols=3, fontsize=14, frameon=False)
@@ -223,26 +224,29 @@ def _sampling_frame(
         if kind < 0:
             draw.rectangle(box, fill="#e6e8ed")
         elif 1 <= kind <= 3:
-            draw.rectangle(box, outline=(DECODED, *REBUILT)[kind - 1], width=2)
+            draw.rectangle(box, outline=KIND_COLOURS[kind], width=2)
         right = [box[0] + side + gap, box[1], box[2] + side + gap, box[3]]
-        shade = min(float(distance[token]) / 3, 1.0)
-        mixed = [round(255 + shade * (part - 255)) for part in (0x3D, 0x46, 0x51)]
-        draw.rectangle(right, fill=tuple(mixed), outline="#e6e8ed")
+        draw.rectangle(right, fill=_distance_colour(float(distance[token])), outline="#e6e8ed")
         if token in last:
-            draw.rectangle(right, fill=DECODED)
-    draw.text((edge, 4), text, fill="#1f2933", font=font)
-    draw.text((edge + side + gap, 4), "distance to a known patch", fill="#1f2933", font=font)
-    legend = [("decoded", DECODED), ("stage 1", REBUILT[0]), ("stage 2", REBUILT[1])]
+            draw.rectangle(right, fill=DECODED_COLOUR)
+    draw.text((edge, 4), text, fill=INK, font=font)
+    draw.text((edge + side + gap, 4), "distance to a known patch", fill=INK, font=font)
+    legend = [("decoded", DECODED_COLOUR), ("stage 1", REBUILT[0]), ("stage 2", REBUILT[1])]
     for place, (name, colour) in enumerate(legend):
         left = edge + 96 * place
         draw.rectangle([left, side + 33, left + 11, side + 44], outline=colour, width=2)
-        draw.text((left + 17, side + 31), name, fill="#1f2933", font=small)
+        draw.text((left + 17, side + 31), name, fill=INK, font=small)
     for place in range(4):
         left = edge + side + gap + 56 * place
-        mixed = [round(255 + place / 3 * (part - 255)) for part in (0x3D, 0x46, 0x51)]
-        draw.rectangle([left, side + 33, left + 11, side + 44], fill=tuple(mixed), outline="#c8ccd4")
-        draw.text((left + 17, side + 31), str(place) if place < 3 else "3 or more", fill="#1f2933", font=small)
+        draw.rectangle([left, side + 33, left + 11, side + 44], fill=_distance_colour(place), outline="#c8ccd4")
+        draw.text((left + 17, side + 31), str(place) if place < 3 else "3 or more", fill=INK, font=small)
     return frame
+
+
+def _distance_colour(distance: float) -> tuple[int, ...]:
+    """Return the colour of a distance: white for 0, that of visible tokens from 3 on."""
+    share = min(distance / 3, 1.0)
+    return tuple(round(255 + share * (part - 255)) for part in ImageColor.getrgb(VISIBLE_COLOUR))
 
 
 def draw_costs(path: Path) -> None:
@@ -250,9 +254,9 @@ def draw_costs(path: Path) -> None:
     figure = Figure(figsize=(7.6, 5.6), dpi=150, layout="constrained")
     axes = figure.subplots()
     styles = {
-        "dense": ("#3d4651", "dense"),
+        "dense": (VISIBLE_COLOUR, "dense"),
         "partial": (NEUTRAL, "partial: thrown tokens are not supervised"),
-        "PR-MIM": (DECODED, "PR-MIM: thrown tokens are supervised"),
+        "PR-MIM": (DECODED_COLOUR, "PR-MIM: thrown tokens are supervised"),
     }
     macs = dict(sorted(method_macs().items(), key=lambda item: item[1]["PR-MIM"] / item[1]["dense"]))
     for place, arms in enumerate(macs.values()):
@@ -306,15 +310,15 @@ def draw_frequencies(path: Path, patch: int = 8) -> None:
     padded = np.pad(tiles, ((0, 0), (0, 1), (0, 0), (0, 1)), constant_values=np.nan)
     waves.imshow(padded.reshape((patch + 1) * patch, -1), cmap="gray")
     waves.set(xticks=[], yticks=[], title="a patch is a sum of waves ...")
-    shares.imshow(100 * found.coefficients[IMAGE], cmap=_from_white(DECODED), vmin=0, vmax=100)
+    shares.imshow(100 * found.coefficients[IMAGE], cmap=_from_white(DECODED_COLOUR), vmin=0, vmax=100)
     for (row, column), share in np.ndenumerate(found.coefficients[IMAGE]):
-        colour = "white" if share > 0.6 else "#1f2933"
+        colour = "white" if share > 0.6 else INK
         shares.text(column, row, f"{100 * max(share, 0):.0f}", ha="center", va="center", fontsize=7, color=colour)
     shares.set(xticks=[], yticks=[], title="... and neighbours know the slow ones (%)")
     titles = {IMAGE: "whole patch", ITSELF: "whole patch,\nnormalized by itself"}
     names = [*(name for name in reversed(found.targets) if name != ITSELF), ITSELF]
     values = [100 * found.targets[name][1] for name in names]
-    bars.barh([titles.get(name, name) for name in names], values, color=[*[DECODED] * (len(names) - 1), NEUTRAL])
+    bars.barh([titles.get(name, name) for name in names], values, color=[*[DECODED_COLOUR] * (len(names) - 1), NEUTRAL])
     for place, value in enumerate(values):
         bars.text(value - 2, place, f"{value:.0f}", va="center", ha="right", fontsize=8, color="white")
     bars.invert_yaxis()
@@ -358,10 +362,9 @@ def draw_logo(path: Path, side: int = 6, cell: int = 10, gap: int = 2) -> None:
     schedule = Schedule(Grid((side, side)), count_tokens(side * side, 0.75, 0.5))
     plan = make_plan(schedule, counter_noise(0, 0, np.arange(1), side * side))
     kinds = token_kinds(plan.order, schedule)[0]
-    colours = ("#3d4651", "#e07b28", "#bfe3c0", "#3f88c5")
     squares = "".join(
         f'<rect x="{token % side * (cell + gap)}" y="{token // side * (cell + gap)}" width="{cell}" height="{cell}" '
-        f'rx="2" fill="{colours[kind]}"/>\n'
+        f'rx="2" fill="{KIND_COLOURS[kind]}"/>\n'
         for token, kind in enumerate(kinds)
     )
     length = side * (cell + gap) - gap

@@ -1,18 +1,15 @@
 """Shared fixtures: one wrapper per array library, and hypothesis settings.
 
-Test modules are imported in isolation (``--import-mode=importlib``), so they get these things as fixtures.
 Frameworks are imported when a test asks for one, not before.
 """
 
 import contextlib
 import gc
 import importlib
-import importlib.util
 import os
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import hypothesis
@@ -240,17 +237,6 @@ def library(request: pytest.FixtureRequest) -> Backend:
     return make_backend(request.param)
 
 
-@pytest.fixture(scope="session")
-def forked() -> type[Any]:
-    """The class of `forked.py`: processes on PyTorch that start in no time."""
-    spec = importlib.util.spec_from_file_location("forked", Path(__file__).with_name("forked.py"))
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.Forked
-
-
 @pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:
     """Let PyTorch use one thread: small tensors gain nothing by more."""
@@ -287,3 +273,19 @@ def quick_compiler(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 def get_backend() -> Callable[[str], Backend]:
     """Return a function from a name to a backend, for tests that compare two."""
     return make_backend
+
+
+@pytest.fixture
+def tiny_simmim() -> dict[str, Any]:
+    """Return options of a small SimMIM: 4x4 tokens in 2x2 units, one visible."""
+    return {"image_size": (16, 16), "patch_size": (4, 4), "embed_dim": 16, "depth": 2, "num_heads": 2}
+
+
+@pytest.fixture
+def make_images() -> Callable[..., Any]:
+    """Return a function from a shape to random uint8 images in NumPy."""
+
+    def make(*shape: int, seed: int = 0) -> Any:
+        return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+    return make

@@ -28,12 +28,13 @@ from benchmarks.quality.arms import (
     Study,
     World,
 )
-from benchmarks.quality.config import config_of
 from benchmarks.quality.data import Images
 from benchmarks.report import Report
+from prmim_train.config.pretrain import pretrain_config
 from prmim_train.data.batches import split_indices
 from prmim_train.data.sources import open_source
 from prmim_train.evaluate.scores import write_predictions
+from tests.forked import Forked
 
 TINY = World(
     data="digits",
@@ -56,11 +57,13 @@ def study(monkeypatch):
 @pytest.mark.parametrize("name", STUDIES)
 def test_arms_of_a_study_are_valid_and_distinct(name):
     study = STUDIES[name]
-    trained = {arm: (config_of(study.options(arm)), ARMS[arm].detached, ARMS[arm].equal_compute) for arm in study.arms}
+    trained = {
+        arm: (pretrain_config(**study.options(arm)), ARMS[arm].detached, ARMS[arm].equal_compute) for arm in study.arms
+    }
     if DEFAULT in trained:
-        assert trained[DEFAULT] == (config_of(study.world.pretrain), False, False)
+        assert trained[DEFAULT] == (pretrain_config(**study.world.pretrain), False, False)
     if PATCHES in trained:
-        assert trained[PATCHES] == (config_of({**study.world.pretrain, "thrown_target": "patch"}), False, False)
+        assert trained[PATCHES] == (pretrain_config(**{**study.world.pretrain, "thrown_target": "patch"}), False, False)
     assert sorted(study.order(study.arms, 1)) == sorted((arm, 0) for arm in study.arms)
     assert all(list(trained.values()).count(training) == 1 for training in trained.values())
     assert study.arms[0] in (DENSE, MASKALIGN)
@@ -81,16 +84,16 @@ def test_all_ways_of_equal_compute_take_the_macs_of_the_dense_arm(name, arm):
     study = STUDIES[name]
     ratio = study.cost_ratio(arm)
     assert study.arm_epochs(arm) * ratio == pytest.approx(study.epochs, abs=ratio / 2)
-    method = config_of(study.options(arm)).method
+    method = pretrain_config(**study.options(arm)).method
     depth = study.world.pretrain["decoder_depth"]
     assert method.decoder_depth == (2 * depth if arm == DEEPER else depth)
     assert method.counts.thrown == method.counts.num_tokens // 2
 
 
-def test_a_study_resumes_interrupted_trainings_and_skips_finished_ones(study, tmp_path, capsys, monkeypatch, forked):
+def test_a_study_resumes_interrupted_trainings_and_skips_finished_ones(study, tmp_path, capsys, monkeypatch):
     def start(run, words, threads):
         run.path.parent.mkdir(parents=True, exist_ok=True)
-        return forked(words[1:], os.environ | {"OMP_NUM_THREADS": str(threads)}, run.log)
+        return Forked(words[1:], os.environ | {"OMP_NUM_THREADS": str(threads)}, run.log)
 
     monkeypatch.setattr(runs, "_start", start)
     where = ["--runs", str(tmp_path / "runs"), "--results", str(tmp_path / "results"), "--json", str(tmp_path)]

@@ -81,7 +81,7 @@ def test_startup_prints_seconds_and_the_goal(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("name", startup.COMMANDS)
-def test_startup_times_commands_that_answer(name, tmp_path, monkeypatch, capsys):
+def test_startup_times_commands_that_answer(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     module, program, *words = startup.COMMANDS[name]
     assert (module, program) == ("-m", "prmim_train")

@@ -6,9 +6,12 @@ from dataclasses import dataclass, field, replace
 from itertools import chain, product
 from typing import Any
 
-from benchmarks.quality.config import Options, config_of
+from prmim_train.config.pretrain import pretrain_config
 from prmim_train.report.inspect import cost_reports
 from prmim_train.run.budget import training_budget
+
+Options = Mapping[str, Any]
+"""Command-line options by name."""
 
 DENSE, PARTIAL, DEFAULT = "dense", "partial, random", "PR-MIM, cells"
 PATCHES = "visible, kernel, 2"
@@ -104,7 +107,7 @@ class Study:
         The first arm is dense or as published. Raises FileNotFoundError if the cost depends on a teacher that is not
         there.
         """
-        ours, first = (cost_reports(config_of(self.options(name))) for name in (arm, self.arms[0]))
+        ours, first = (cost_reports(pretrain_config(**self.options(name))) for name in (arm, self.arms[0]))
         if ours is None or first is None:
             teacher = self.options(arm)["teacher"]
             raise FileNotFoundError(f"teacher: expected the folder of a model, got {teacher}, which does not exist")
@@ -116,7 +119,7 @@ class Study:
 
     def steps(self, arm: str) -> int:
         """Return the optimizer steps of an arm."""
-        config = config_of({**self.options(arm), "epochs": self.arm_epochs(arm)})
+        config = pretrain_config(**{**self.options(arm), "epochs": self.arm_epochs(arm)})
         return training_budget(config, self.world.images[0]).total_steps
 
     def order(self, arms: Sequence[str], seeds: int) -> list[tuple[str, int]]:
@@ -153,7 +156,7 @@ class Study:
 def _comparable(options: Options) -> object:
     # Epochs depend on the arm's compute, the held-out share on the images at hand; any backend may train an arm.
     ignored = ("epochs", "holdout", "backend")
-    return config_of({name: value for name, value in options.items() if name not in ignored})
+    return pretrain_config(**{name: value for name, value in options.items() if name not in ignored})
 
 
 FACTORS = {

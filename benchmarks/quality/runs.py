@@ -13,10 +13,11 @@ from typing import Any
 
 from benchmarks.quality import records
 from benchmarks.quality.arms import ARMS, Study
-from benchmarks.quality.config import stored_config
 from benchmarks.quality.correct import read_correct
 from benchmarks.quality.data import Images
 from benchmarks.report import environment
+from prmim_train.run.directory import RunDirectory
+from prmim_train.run.prepare import read_run_config
 
 PATIENCE = 120.0
 """Seconds reserved for an interrupted training to write its checkpoint."""
@@ -95,7 +96,7 @@ class Run:
         last = [line for line in lines if line["epoch"] > lines[-1]["epoch"] - 1]
         losses = [name for name in lines[-1] if name.startswith("loss")]
         features = _read(self.path / "evaluation.json")
-        config = stored_config(self.path)
+        config = read_run_config(RunDirectory(self.path))
         finetune, finetune_options = {}, {}
         if self.study.finetuned:
             finetune = {"finetune": _read(self.path / "finetune" / "evaluation.json")["accuracy"]}

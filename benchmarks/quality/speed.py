@@ -10,12 +10,11 @@ from functools import partial
 import numpy as np
 
 from benchmarks.quality.arms import Study
-from benchmarks.quality.config import config_of
-from benchmarks.report import Report, ratio, take_turns
+from benchmarks.report import Report, random_images, ratio, take_turns
+from benchmarks.step import WARM_UP
+from prmim_train.config.pretrain import pretrain_config
 from prmim_train.run.budget import training_budget
 from prmim_train.run.engine import Engine, create_engine
-
-WARM_UP = 2
 
 
 def time_steps(study: Study, arms: list[str], repeats: int, backend: str, report: Report) -> None:
@@ -28,10 +27,9 @@ def time_steps(study: Study, arms: list[str], repeats: int, backend: str, report
         next(other for other in study.arms if study.options(other) == study.options(arm)) for arm in (first, *arms)
     ]
     costs = {arm: study.cost_ratio(arm) for arm in timed}
-    configs = {arm: config_of({**study.options(arm), "backend": backend}) for arm in costs}
+    configs = {arm: pretrain_config(**{**study.options(arm), "backend": backend}) for arm in costs}
     batch = configs[first].batch_size
-    shape = (batch, *configs[first].method.image_size, configs[first].method.channels)
-    images = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+    images = random_images((batch, *configs[first].method.image_size, configs[first].method.channels))
 
     def step(engine: Engine) -> None:
         engine.train_step(images, np.arange(batch))

@@ -1,17 +1,13 @@
 """The project still computes what `record.py` recorded."""
 
-import importlib.util
 import json
 from pathlib import Path
 
 import pytest
 
-HERE = Path(__file__).parent
-NUMBERS = json.loads((HERE / "numbers.json").read_text(encoding="utf-8"))
+from tests.baseline import record
 
-spec = importlib.util.spec_from_file_location("baseline_record", HERE / "record.py")
-record = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(record)
+NUMBERS = json.loads(Path(__file__).with_name("numbers.json").read_text(encoding="utf-8"))
 
 
 def test_plans():

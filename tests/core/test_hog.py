@@ -56,14 +56,14 @@ def test_a_pyramid_holds_the_histograms_of_each_cell_size(library):
 
 def test_affine_changes_of_a_channel_change_nothing():
     pixels = images((8, 8), 3).astype(np.float64)
-    pixels[0, :4] = 7  # flat cells
+    pixels[0, :5] = 7  # flat cells, and the row below them
     changed = pixels * np.array([0.01, 1.0, 30.0]) + np.array([5.0, -2.0, 0.0])
     found = hog(pixels, (4, 4))
     # Directions on the edge of a bin would fall to either side.
     np.testing.assert_allclose(hog(changed, (4, 4), 1), hog(pixels, (4, 4), 1), atol=1e-9)
     norms = np.linalg.norm(found.reshape(2, 2, 2, 3, 9), axis=-1)
     np.testing.assert_allclose(norms[1], 1)
-    assert not found[0, 0].any() or norms[0, 0].max() <= 1 + 1e-12
+    assert not found[0, 0].any()
 
 
 def test_flat_images_have_empty_histograms(library):

@@ -1,11 +1,12 @@
 """Code blocks of the documentation run, and their commands exist."""
 
-import importlib.util
 import re
 import shlex
 from pathlib import Path
 
 import pytest
+
+from docs import write_reference
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
@@ -88,24 +89,17 @@ def test_a_broken_block_would_be_noticed(tmp_path):
         exec(blocks(page, "python")[0], {})
 
 
-@pytest.fixture(scope="module")
-def writer():
-    spec = importlib.util.spec_from_file_location("write_reference", ROOT / "docs" / "write_reference.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.mark.parametrize("page", ["cli.md", "recipes.md", "deviations.md"])
-def test_reference_pages_are_those_of_the_records(writer, page):
-    assert writer.PAGES[page]() == (writer.FOLDER / page).read_text(encoding="utf-8"), "run docs/write_reference.py"
+def test_reference_pages_are_those_of_the_records(page):
+    written = (write_reference.FOLDER / page).read_text(encoding="utf-8")
+    assert write_reference.PAGES[page]() == written, "run docs/write_reference.py"
 
 
-def test_reference_pages_name_everything_once(writer):
-    assert writer.PAGES.keys() == {"cli.md", "recipes.md", "deviations.md"}
-    options = writer.PAGES["cli.md"]()
-    assert all(f"\n## prmim {name}\n" in options for name in writer.COMMANDS)
+def test_reference_pages_name_everything_once():
+    assert write_reference.PAGES.keys() == {"cli.md", "recipes.md", "deviations.md"}
+    options = write_reference.PAGES["cli.md"]()
+    assert all(f"\n## prmim {name}\n" in options for name in write_reference.COMMANDS)
     assert options.count("| `--throw_ratio` |") == 1
-    rows = writer.deviations_page().splitlines()
-    for found in writer.DEVIATIONS:
+    rows = write_reference.deviations_page().splitlines()
+    for found in write_reference.DEVIATIONS:
         assert sum(row.startswith(f"| {found.item} | {found.published} (") for row in rows) == 1

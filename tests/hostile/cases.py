@@ -17,6 +17,8 @@ from typing import Any
 
 import numpy as np
 
+from prmim_methods.messages import LONGEST_LINE
+
 KINDS = {
     1: "two writers",
     2: "the split moves",
@@ -35,7 +37,7 @@ KINDS = {
     15: "meta-device initialisation",
     16: "export and devices",
 }
-LONGEST_MESSAGE = 500
+LONGEST_MESSAGE = len("prmim: error: ") + LONGEST_LINE
 """Most characters of a message to the user."""
 
 TINY = (

@@ -5,7 +5,7 @@ Results equal those of one device.
 A launch takes seconds, so each launch runs many jobs, and the tests check their results.
 """
 
-import importlib.util
+import importlib
 import json
 import os
 import signal
@@ -31,9 +31,7 @@ DRAWN = [("local", "mae", "ddp"), ("local", "simmim", "fsdp"), ("two", "mae", "f
 
 @pytest.fixture(scope="module")
 def worker():
-    spec = importlib.util.spec_from_file_location("jax_distributed_worker", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = importlib.import_module("tests.jax.distributed_worker")
     before = module.MAE.__call__
     module.let_black_images_spoil_a_step()
     yield module

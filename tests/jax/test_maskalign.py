@@ -3,10 +3,8 @@
 tests/parity compares more numbers.
 """
 
-import importlib.util
 import re
 import shutil
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -20,17 +18,14 @@ from prmim_jax import MaskAlign, TeacherOutput
 from prmim_jax.interop import named_variables, named_weights
 from prmim_methods import MaskAlignConfig, TrainingConfig
 from prmim_reference import maskalign as reference
-
-spec = importlib.util.spec_from_file_location("teachers", Path(__file__).parents[1] / "teachers.py")
-helpers = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(helpers)
+from tests import teachers
 
 SIZES = {"image_size": (16, 16), "patch_size": (4, 4), "embed_dim": 24, "depth": 3, "num_heads": 2, "teacher_layers": 2}
 
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory):
-    return helpers.write_teacher(tmp_path_factory.mktemp("teacher"))
+    return teachers.write_teacher(tmp_path_factory.mktemp("teacher"))
 
 
 @pytest.fixture

@@ -3,11 +3,9 @@
 tests/parity compares their numbers.
 """
 
-import importlib.util
 import json
 import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -22,17 +20,14 @@ from prmim_jax import Teacher
 from prmim_jax.interop import named_variables
 from prmim_jax.teacher import Frozen
 from prmim_methods import Transformer
-
-spec = importlib.util.spec_from_file_location("teachers", Path(__file__).parents[1] / "teachers.py")
-helpers = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(helpers)
+from tests import teachers
 
 GRID = (4, 4)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return helpers.write_teacher(tmp_path_factory.mktemp("teacher"))
+    return teachers.write_teacher(tmp_path_factory.mktemp("teacher"))
 
 
 @pytest.fixture
@@ -62,7 +57,7 @@ def test_outputs(folder, images):
 
 @pytest.mark.parametrize("changes", [{"names": "new"}, {"prefix": "vit."}, {"names": "new", "prefix": "vit."}], ids=str)
 def test_names_of_all_releases_are_known(folder, images, tmp_path, changes):
-    other = helpers.write_teacher(tmp_path, **changes)
+    other = teachers.write_teacher(tmp_path, **changes)
     assert_same(look(Teacher(other, GRID, 3), images), look(Teacher(folder, GRID, 3), images))
 
 
@@ -78,14 +73,14 @@ def test_shards_are_read_together(folder, images, tmp_path):
 
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16], ids=["float16", "bfloat16"])
 def test_files_of_half_precision(folder, images, tmp_path, dtype):
-    rough = look(Teacher(helpers.write_teacher(tmp_path, dtype=dtype), GRID, 3), images).hidden
+    rough = look(Teacher(teachers.write_teacher(tmp_path, dtype=dtype), GRID, 3), images).hidden
     exact = look(Teacher(folder, GRID, 3), images).hidden
     assert rough.dtype == jnp.float32
     assert 0 < jnp.linalg.norm(rough - exact) < 0.02 * jnp.linalg.norm(exact)
 
 
-def test_attention_without_biases(folder, images, tmp_path):
-    other = helpers.write_teacher(tmp_path, without=r"(query|key|value)\.bias", qkv_bias=False)
+def test_attention_without_biases(images, tmp_path):
+    other = teachers.write_teacher(tmp_path, without=r"(query|key|value)\.bias", qkv_bias=False)
     teacher = Teacher(other, GRID, 3)
     assert not teacher.last_blocks.attn.qkv.bias[1].any()
     assert look(teacher, images).hidden.shape == (3, 2, 17, 32)
@@ -108,7 +103,7 @@ def test_a_single_channel_is_repeated(folder, images):
 
 def test_pixel_statistics_come_from_the_folder(images, tmp_path):
     """With mean 0 and deviation 1, pixels of one value keep their value."""
-    folder = helpers.write_teacher(tmp_path)
+    folder = teachers.write_teacher(tmp_path)
     black = jnp.zeros_like(images)
     own = look(Teacher(folder, GRID, 3), black)
     (folder / "preprocessor_config.json").write_text(json.dumps({"image_mean": [0, 0, 0], "image_std": [1, 1, 1]}))
@@ -241,7 +236,7 @@ def index_of(weight_map):
     ],
 )
 def test_what_is_no_teacher(tmp_path, changes, spoil, message):
-    folder = helpers.write_teacher(tmp_path, **changes)
+    folder = teachers.write_teacher(tmp_path, **changes)
     if spoil is not None:
         spoil(folder)
     with pytest.raises(ValueError, match=f"^teacher: {message}$"):

@@ -4,8 +4,6 @@ Noise, weights and outputs of the teacher are equal.
 """
 
 import contextlib
-import importlib.util
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -19,12 +17,9 @@ import prmim_torch
 from prmim_core import counter_noise
 from prmim_jax.interop import named_variables, named_weights
 from prmim_methods import MaskAlignConfig, TrainingConfig
+from tests import teachers
 
 pytest.importorskip("transformers")
-
-spec = importlib.util.spec_from_file_location("teachers", Path(__file__).parents[1] / "teachers.py")
-helpers = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(helpers)
 
 SIZES = {"image_size": (16, 16), "patch_size": (4, 4), "embed_dim": 24, "depth": 3, "num_heads": 2, "teacher_layers": 2}
 LOSSES = ("loss", "loss_visible", "loss_thrown")
@@ -39,7 +34,7 @@ CASES = {
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory):
-    return helpers.write_teacher(tmp_path_factory.mktemp("teacher"))
+    return teachers.write_teacher(tmp_path_factory.mktemp("teacher"))
 
 
 def make_pair(path, teacher, options, dtype):

@@ -1,9 +1,7 @@
 """Teachers in JAX say what transformers says, and are the same as in PyTorch."""
 
-import importlib.util
 import json
 import shutil
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -15,12 +13,9 @@ from flax import nnx
 
 import prmim_jax
 import prmim_torch
+from tests import teachers
 
 transformers = pytest.importorskip("transformers")
-
-spec = importlib.util.spec_from_file_location("teachers", Path(__file__).parents[1] / "teachers.py")
-helpers = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(helpers)
 
 # Images of which size, for a grid of which shape: those that a teacher was made for, and a table to be resized.
 GEOMETRIES = {"own": ((16, 16), (4, 4)), "resized": ((18, 20), (3, 5))}
@@ -29,7 +24,7 @@ GEOMETRIES = {"own": ((16, 16), (4, 4)), "resized": ((18, 20), (3, 5))}
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     root = tmp_path_factory.mktemp("teachers")
-    return {kind: helpers.save_teacher(kind, root / kind.replace(" ", "_")) for kind in helpers.KINDS}
+    return {kind: teachers.save_teacher(kind, root / kind.replace(" ", "_")) for kind in teachers.KINDS}
 
 
 def make_images(*size):
@@ -42,7 +37,7 @@ def assert_close(got, expected, atol):
 
 
 @pytest.mark.parametrize("geometry", GEOMETRIES)
-@pytest.mark.parametrize("kind", helpers.KINDS)
+@pytest.mark.parametrize("kind", teachers.KINDS)
 def test_both_adapters_give_the_same(folders, kind, geometry):
     size, grid = GEOMETRIES[geometry]
     here, there = (package.Teacher(folders[kind], grid, 3) for package in (prmim_torch, prmim_jax))
@@ -84,13 +79,13 @@ def test_jax_gives_what_transformers_gives(folders, kind):
     ],
 )
 def test_configurations_are_obeyed(tmp_path, kind, changes):
-    folder = helpers.save_teacher(kind, tmp_path / "teacher", **changes)
+    folder = teachers.save_teacher(kind, tmp_path / "teacher", **changes)
     images = make_images(16, 16)
     here, there = (package.Teacher(folder, (4, 4), 3) for package in (prmim_torch, prmim_jax))
     assert_close(there(jnp.asarray(images)), here(torch.from_numpy(images)), 2e-5)
 
 
-@pytest.mark.parametrize("kind", helpers.KINDS)
+@pytest.mark.parametrize("kind", teachers.KINDS)
 def test_what_a_configuration_leaves_out_has_the_same_default(folders, tmp_path, kind):
     folder = shutil.copytree(folders[kind], tmp_path / "teacher")
     config = json.loads((folder / "config.json").read_text())

@@ -5,7 +5,6 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import numpy as np
 import pytest
 
 if importlib.util.find_spec("torch") is None:
@@ -61,16 +60,21 @@ def tiny() -> dict[str, Any]:
 
 
 @pytest.fixture
-def tiny_simmim() -> dict[str, Any]:
-    """Return options of a small SimMIM: 4x4 tokens in 2x2 units, one visible."""
-    return {"image_size": (16, 16), "patch_size": (4, 4), "embed_dim": 16, "depth": 2, "num_heads": 2}
+def counted_macs() -> Callable[..., int]:
+    """Return a function that counts the MACs of a method's matrix products per image.
 
+    Explicit attention is included.
+    """
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
 
-@pytest.fixture
-def make_images() -> Callable[..., Any]:
-    """Return a function from a shape to random uint8 images in NumPy."""
+    def count(method: Any, batch: int = 1) -> int:
+        config = method.config
+        images = torch.empty(batch, *config.image_size, config.channels, dtype=torch.uint8, device="meta")
+        noise = torch.empty(batch, config.grid.num_tokens, dtype=torch.int32, device="meta")
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+            method.to("meta")(images, noise)
+        assert counter.get_total_flops() % (2 * batch) == 0
+        return counter.get_total_flops() // (2 * batch)
 
-    def make(*shape: int, seed: int = 0) -> Any:
-        return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
-
-    return make
+    return count

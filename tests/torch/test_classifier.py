@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from prmim_core import counter_noise
 from prmim_methods import ClassifierConfig, TrainingConfig, create_config
@@ -18,6 +17,7 @@ from prmim_methods.weight_files import dump_architecture
 from prmim_torch import METHODS, Classifier, ClassifierEngine, load_weights, save_weights
 from prmim_torch.classifier import BatchNorm, load_pretrained
 from prmim_torch.interop import named_weights, write_weights
+from tests.torch.reading import assert_no_reading
 
 TRAINING = {
     "seed": 3,
@@ -229,7 +229,7 @@ def test_one_row_is_a_batch_too():
 
 
 @pytest.mark.parametrize("name", ["mae", "simmim"])
-def test_it_learns(make_engine, images, targets, name):
+def test_it_learns(make_engine, images, name):
     hard = np.eye(CLASSES, dtype=np.float32)[np.arange(8) % CLASSES]
     engine = make_engine(name, total_steps=60, learning_rate=1e-2)
     first = train(engine, images, hard, 1).read_metrics()
@@ -469,30 +469,12 @@ def test_a_compiled_engine_takes_the_same_steps(make_engine, images, targets, de
             torch.testing.assert_close(tensor, weights_of(plain)[name], rtol=1e-3, atol=1e-5, msg=name)
 
 
-class NoReading(TorchDispatchMode):
-    """Raise on operators that make the host wait for values."""
-
-    def __torch_dispatch__(self, function, types, arguments=(), kwargs=None):
-        name = function.name()
-        if any(part in name for part in ("_local_scalar_dense", "nonzero", "masked_select", "unique", "_to_cpu")):
-            raise AssertionError(f"{name} waits for the device")
-        return function(*arguments, **(kwargs or {}))
-
-
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype:UserWarning")
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_step_never_waits_for_the_device(make_engine, images, targets, device, kind):
     options = {**KINDS[kind], "ema_decay": 0.9, "clip_grad": 1.0, "accumulate": 2}
     engine = train(make_engine(**options), images, targets, 2)
-    if device.type == "cuda":
-        before = torch.cuda.get_sync_debug_mode()
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            train(engine, images, targets, 2)
-        finally:
-            torch.cuda.set_sync_debug_mode(before)
-    with NoReading():
-        train(engine, images, targets, 2)
+    assert_no_reading(lambda: train(engine, images, targets, 2), device)
 
 
 # --- initial weights -----------------------------------------------------------------------------------------------

@@ -4,8 +4,7 @@ The meta device stands for one: it computes shapes and dtypes, but no values.
 """
 
 import contextlib
-import importlib.util
-from pathlib import Path
+import importlib
 
 import numpy as np
 import pytest
@@ -17,10 +16,7 @@ from prmim_core import counter_noise
 from prmim_methods import ClassifierConfig, MAEConfig, SimMIMConfig, TrainingConfig, hardware
 from prmim_methods.sizes import Transformer
 from prmim_torch import MAE, Classifier, ClassifierEngine, Engine, SimMIM, Teacher, trainer
-
-spec = importlib.util.spec_from_file_location("teachers", Path(__file__).parents[1] / "teachers.py")
-helpers = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(helpers)
+from tests import teachers
 
 WIDE = (torch.float64, torch.complex64, torch.complex128)
 SIZES = {"image_size": (16, 16), "patch_size": (4, 4), "embed_dim": 16, "depth": 1, "num_heads": 2}
@@ -106,7 +102,7 @@ def test_sums_without_float64_are_saved_in_float64(monkeypatch):
 
 def test_a_teacher_keeps_its_weights_wherever_it_goes(tmp_path):
     images = torch.arange(2 * 16 * 16 * 3).reshape(2, 16, 16, 3).to(torch.uint8)
-    folder = str(helpers.write_teacher(tmp_path))
+    folder = str(teachers.write_teacher(tmp_path))
     wanted = Teacher(folder, (4, 4), 3)(images)
     with torch.device("meta"):
         teacher = Teacher(folder, (4, 4), 3)

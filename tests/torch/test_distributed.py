@@ -5,7 +5,7 @@ Results equal those of one process.
 A launch takes seconds, so each launch runs many jobs; the tests look at their results.
 """
 
-import importlib.util
+import importlib
 import json
 import os
 import signal
@@ -29,10 +29,7 @@ LOSSES = ("loss", "loss_decoded", "loss_thrown")
 
 @pytest.fixture(scope="module")
 def worker():
-    spec = importlib.util.spec_from_file_location("distributed_worker", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return importlib.import_module("tests.torch.distributed_worker")
 
 
 @pytest.fixture(scope="module")

@@ -11,12 +11,12 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from prmim_core import counter_noise, make_plan, patchify
 from prmim_methods import TrainingConfig, create_config
 from prmim_torch import Engine, create_method
 from prmim_torch.trainer import parameter_groups
+from tests.torch.reading import NoReading, assert_no_reading
 
 TRAINING = {"seed": 3, "total_steps": 8, "warmup_steps": 2, "learning_rate": 1e-3, "precision": "float32"}
 INIT_SEED = 3
@@ -200,30 +200,12 @@ def test_a_step_that_is_not_finite_changes_nothing(make_engine, images, tmp_path
     assert (metrics["nonfinite_step"], metrics["skipped"], metrics["skipped_in_a_row"]) == (4, 0, 0)
 
 
-class NoReading(TorchDispatchMode):
-    """Raise on operators that make the host wait for values."""
-
-    def __torch_dispatch__(self, function, types, arguments=(), kwargs=None):
-        name = function.name()
-        if any(part in name for part in ("_local_scalar_dense", "nonzero", "masked_select", "unique", "_to_cpu")):
-            raise AssertionError(f"{name} waits for the device")
-        return function(*arguments, **(kwargs or {}))
-
-
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype:UserWarning")
 def test_a_step_never_waits_for_the_device(make_engine, images, device):
     engine = train(make_engine(clip_grad=1.0, accumulate=2), images, 2)
-    if device.type == "cuda":
-        before = torch.cuda.get_sync_debug_mode()
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            train(engine, images, 2)
-        finally:
-            torch.cuda.set_sync_debug_mode(before)
-    with NoReading():
-        train(engine, images, 2)
-        with pytest.raises(AssertionError, match=r"_local_scalar_dense waits"):
-            engine.read_metrics()
+    assert_no_reading(lambda: train(engine, images, 2), device)
+    with NoReading(), pytest.raises(AssertionError, match=r"_local_scalar_dense waits"):
+        engine.read_metrics()
 
 
 def test_a_resumed_run_goes_on_bit_for_bit(make_engine, images, tmp_path, device):

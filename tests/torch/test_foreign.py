@@ -429,7 +429,7 @@ def test_another_encoder_is_refused(tmp_path, method, options, message):
         assert torch.equal(tensor, before[name]), name
 
 
-def test_a_learned_table_is_fitted_to_the_grid(images):
+def test_a_learned_table_is_fitted_to_the_grid():
     state = without_encoder(dict(randomize(build("mae", **SIZES, position="learned")).encoder.state_dict()))
     taker = build("mae", **{**SIZES, "image_size": (32, 16)}, position="learned")
     init_weights(taker, state)

@@ -1,8 +1,5 @@
 """Modules built on the meta device get the constants and weights of CPU modules."""
 
-import importlib.util
-from pathlib import Path
-
 import pytest
 import torch
 import torch.distributed as dist
@@ -13,10 +10,7 @@ from prmim_core import Grid, Schedule, TokenCounts, counter_noise
 from prmim_methods import ClassifierConfig, MAEConfig
 from prmim_torch import Classifier, ProgressiveReconstruction, create_method, make_plan
 from prmim_torch.vit import Block
-
-spec = importlib.util.spec_from_file_location("teachers", Path(__file__).parents[1] / "teachers.py")
-helpers = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(helpers)
+from tests import teachers
 
 SIZES = {"image_size": (16, 16), "patch_size": (4, 4), "embed_dim": 16, "depth": 1, "num_heads": 2}
 MAE_SIZES = {**SIZES, "decoder_dim": 8, "decoder_depth": 1, "decoder_heads": 2}
@@ -72,7 +66,7 @@ def fill_with_nan(module):
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory):
-    return str(helpers.write_teacher(tmp_path_factory.mktemp("teacher")))
+    return str(teachers.write_teacher(tmp_path_factory.mktemp("teacher")))
 
 
 @pytest.fixture

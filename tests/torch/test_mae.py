@@ -7,8 +7,6 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from prmim_core import counter_noise, normalize_patches, patchify, take_tokens
 from prmim_methods import MAEConfig
@@ -296,20 +294,9 @@ def test_generated_code_gives_the_same_loss(make_images, device):
         torch.testing.assert_close(compiled.loss, method(images, noise).loss, rtol=1e-5, atol=0)
 
 
-def counted_macs(method, batch=1):
-    """Return the MACs of the matrix products per image, including explicit attention."""
-    config = method.config
-    images = torch.empty(batch, *config.image_size, config.channels, dtype=torch.uint8, device="meta")
-    noise = torch.empty(batch, config.grid.num_tokens, dtype=torch.int32, device="meta")
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        method.to("meta")(images, noise)
-    assert counter.get_total_flops() % (2 * batch) == 0
-    return counter.get_total_flops() // (2 * batch)
-
-
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("reconstruction", RECONSTRUCTIONS)
-def test_macs_are_those_of_the_formula(reconstruction, shape):
+def test_macs_are_those_of_the_formula(counted_macs, reconstruction, shape):
     image_size, patch_size, channels = SHAPES[shape]
     geometry = {"image_size": image_size, "patch_size": patch_size, "channels": channels}
     config = MAEConfig(**SIZES, **geometry, reconstruction=reconstruction, extra_cells="decoded")
@@ -326,7 +313,7 @@ def test_macs_are_those_of_the_formula(reconstruction, shape):
     ],
     ids=str,
 )
-def test_macs_of_vit_base(options, limit):
+def test_macs_of_vit_base(counted_macs, options, limit):
     config = MAEConfig(**options)
     with torch.device("meta"):
         macs = counted_macs(MAE(config))

@@ -1,30 +1,23 @@
 """MaskAlign: equal to the reference, economical, and clear about wrong inputs."""
 
-import importlib.util
 import re
 import shutil
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 import prmim_torch
 from prmim_core import counter_noise, drop_path_scales
 from prmim_methods import MaskAlignConfig, TrainingConfig
 from prmim_reference import maskalign as reference
 from prmim_torch import MaskAlign, TeacherOutput
+from tests import teachers
 
 pytest.importorskip("transformers")
-
-spec = importlib.util.spec_from_file_location("teachers", Path(__file__).parents[1] / "teachers.py")
-helpers = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(helpers)
 
 RECONSTRUCTIONS = ["kernel", "interpolate", "conv", "none"]
 SIZES = {"image_size": (16, 16), "patch_size": (4, 4), "embed_dim": 24, "depth": 3, "num_heads": 2, "teacher_layers": 2}
@@ -44,7 +37,7 @@ CASES = [
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory):
-    return helpers.write_teacher(tmp_path_factory.mktemp("teacher"))
+    return teachers.write_teacher(tmp_path_factory.mktemp("teacher"))
 
 
 @pytest.fixture
@@ -223,18 +216,9 @@ def test_the_whole_step_compiles_to_one_graph(make_case, options):
         torch.testing.assert_close(parameter.grad, gradient)
 
 
-def counted_macs(method):
-    config = method.config
-    images = torch.empty(1, *config.image_size, config.channels, dtype=torch.uint8, device="meta")
-    noise = torch.empty(1, config.grid.num_tokens, dtype=torch.int32, device="meta")
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        method.to("meta")(images, noise)
-    return counter.get_total_flops() // 2
-
-
 @pytest.mark.parametrize("reconstruction", RECONSTRUCTIONS)
 @pytest.mark.parametrize("patch_size", [(4, 4), (2, 4)])
-def test_macs_are_those_of_the_formula(teacher, reconstruction, patch_size):
+def test_macs_are_those_of_the_formula(counted_macs, teacher, reconstruction, patch_size):
     options = {**SIZES, "teacher": teacher, "reconstruction": reconstruction, "patch_size": patch_size}
     method = MaskAlign(MaskAlignConfig(**options))
     length, dim = 1 + method.num_tokens, method.teacher.dim

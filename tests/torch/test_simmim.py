@@ -5,8 +5,6 @@ import re
 import numpy as np
 import pytest
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from prmim_core import counter_noise, drop_path_scales, patchify, take_tokens
 from prmim_methods import SimMIMConfig
@@ -223,18 +221,9 @@ def test_the_whole_step_compiles_to_one_graph(make_images, options):
         torch.testing.assert_close(parameter.grad, gradient)
 
 
-def counted_macs(method):
-    config = method.config
-    images = torch.empty(1, *config.image_size, config.channels, dtype=torch.uint8, device="meta")
-    noise = torch.empty(1, config.grid.num_tokens, dtype=torch.int32, device="meta")
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        method.to("meta")(images, noise)
-    return counter.get_total_flops() // 2
-
-
 @pytest.mark.parametrize("reconstruction", RECONSTRUCTIONS)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_macs_are_those_of_the_formula(make_images, shape, reconstruction):
+def test_macs_are_those_of_the_formula(counted_macs, shape, reconstruction):
     image_size, patch_size, channels = SHAPES[shape]
     geometry = {"image_size": image_size, "patch_size": patch_size, "channels": channels}
     config = SimMIMConfig(**SIZES, **geometry, reconstruction=reconstruction, extra_cells="decoded")
@@ -246,7 +235,7 @@ def test_macs_are_those_of_the_formula(make_images, shape, reconstruction):
     [({"throw_ratio": 0.0}, 0.0), ({"throw_by": "unit"}, 0.24), ({"throw_ratio": 0.5}, 0.5)],
     ids=str,
 )
-def test_macs_of_vit_base(options, saved):
+def test_macs_of_vit_base(counted_macs, options, saved):
     config = SimMIMConfig(**options)
     with torch.device("meta"):
         macs = counted_macs(SimMIM(config))

@@ -1,10 +1,8 @@
 """Teachers: equal to transformers, frozen, and clear about invalid files."""
 
-import importlib.util
 import json
 import shutil
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,12 +12,9 @@ from torch import nn
 
 from prmim_methods import Transformer
 from prmim_torch import Teacher
+from tests import teachers
 
 transformers = pytest.importorskip("transformers")
-
-spec = importlib.util.spec_from_file_location("teachers", Path(__file__).parents[1] / "teachers.py")
-helpers = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(helpers)
 
 GRID = (4, 4)
 # Sizes of images and grids: the teacher's own, resized images, and a resized position table too.
@@ -29,7 +24,7 @@ GEOMETRIES = {"own": ((16, 16), (4, 4)), "image resized": ((24, 8), (4, 4)), "bo
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     root = tmp_path_factory.mktemp("teachers")
-    return {kind: helpers.save_teacher(kind, root / kind.replace(" ", "_")) for kind in helpers.KINDS}
+    return {kind: teachers.save_teacher(kind, root / kind.replace(" ", "_")) for kind in teachers.KINDS}
 
 
 @pytest.fixture
@@ -58,7 +53,7 @@ def expected_output(kind, folder, images, grid, mean, std):
 
 
 @pytest.mark.parametrize("geometry", GEOMETRIES)
-@pytest.mark.parametrize("kind", helpers.KINDS)
+@pytest.mark.parametrize("kind", teachers.KINDS)
 def test_outputs_are_those_of_transformers(folders, make_images, kind, geometry):
     size, grid = GEOMETRIES[geometry]
     images = torch.from_numpy(make_images(2, *size, 3))
@@ -99,15 +94,15 @@ def test_pixel_statistics_come_from_the_folder(folders, images, tmp_path):
 
 
 def test_shards_are_read_together(folders, images, tmp_path):
-    folder = helpers.save_teacher("clip", tmp_path / "clip", shard="20KB")
+    folder = teachers.save_teacher("clip", tmp_path / "clip", shard="20KB")
     assert len(list(folder.glob("*.safetensors"))) > 2
     assert torch.equal(Teacher(folder, GRID, 3)(images).hidden, Teacher(folders["clip"], GRID, 3)(images).hidden)
 
 
-@pytest.mark.parametrize("kind", helpers.KINDS)
+@pytest.mark.parametrize("kind", teachers.KINDS)
 def test_it_says_what_it_is(folders, kind):
     teacher = Teacher(folders[kind], GRID, 3)
-    model = helpers.build_model(kind)
+    model = teachers.build_model(kind)
     base = {"clip": "vision_model", "classifier": "vit"}.get(kind)
     used = getattr(model, base) if base else model
     unused = ("pooler", "post_layernorm", "layernorm.", "embeddings.mask_token")
@@ -168,7 +163,7 @@ def test_it_is_no_part_of_what_is_learned_or_saved(folders, images):
 
 
 def test_it_is_never_in_training_mode(images, tmp_path):
-    folder = helpers.save_teacher("dino", tmp_path / "dino", hidden_dropout_prob=0.5, attention_probs_dropout_prob=0.5)
+    folder = teachers.save_teacher("dino", tmp_path / "dino", hidden_dropout_prob=0.5, attention_probs_dropout_prob=0.5)
     teacher = Teacher(folder, GRID, 3)
     expected = teacher.eval()(images)
     assert torch.equal(teacher.train()(images).hidden, expected.hidden)
@@ -319,7 +314,7 @@ def test_wrong_options(folders, changes, message):
 def test_files_of_the_project_are_read_alike(images, tmp_path):
     """Small teachers of other tests are written in two formats, without transformers."""
     first, second = (
-        Teacher(helpers.write_teacher(tmp_path / names, names=names), GRID, 3)(images) for names in ("old", "new")
+        Teacher(teachers.write_teacher(tmp_path / names, names=names), GRID, 3)(images) for names in ("old", "new")
     )
     assert torch.equal(first.hidden, second.hidden)
     assert np.isfinite(first.hidden.numpy()).all()

@@ -1,13 +1,11 @@
 """Fixtures of the training tests: a backend in NumPy, and small runs on it."""
 
 import importlib
-import importlib.util
 import json
 import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -16,8 +14,7 @@ import pytest
 from prmim_train.cli.commands import main
 from prmim_train.config.layers import merge_layers, read_options
 from prmim_train.config.pretrain import PretrainConfig, pretrain_config
-
-HERE = Path(__file__).parent
+from tests.train import fake_engine
 
 DECODER = {"decoder_dim": 16, "decoder_depth": 1, "decoder_heads": 2}
 
@@ -49,10 +46,9 @@ TINY = {
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """The class of `tests/train/fake_engine.py`, registered as backend `fake`."""
-    module = _load("prmim_fake", HERE / "fake_engine.py")
-    monkeypatch.setitem(sys.modules, "prmim_fake", module)
-    yield module.Engine
-    module.Engine.made.clear()
+    monkeypatch.setitem(sys.modules, "prmim_fake", fake_engine)
+    yield fake_engine.Engine
+    fake_engine.Engine.made.clear()
 
 
 @pytest.fixture
@@ -89,22 +85,6 @@ def tiny_recipe() -> Callable[..., PretrainConfig]:
         return pretrain_config(**merge_layers(recipe, {**tiny, **changes}))
 
     return make
-
-
-def _load(name: str, path: Path) -> ModuleType:
-    """Import a file of the tests, which are not a package."""
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(scope="session")
-def teachers() -> ModuleType:
-    """The file `tests/teachers.py`: small teachers with random weights."""
-    return _load("teachers", HERE.parent / "teachers.py")
 
 
 @pytest.fixture

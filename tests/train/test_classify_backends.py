@@ -13,6 +13,7 @@ from prmim_train.config.classify import classify_config
 from prmim_train.evaluate.classifier import Classification, predict
 from prmim_train.run.directory import RunDirectory
 from prmim_train.run.prepare import read_run_config
+from tests import teachers
 
 pytest.importorskip("torch")
 pytest.importorskip("flax")
@@ -185,7 +186,7 @@ def test_both_backends_go_the_same_way(backend, run, classifier, tmp_path):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_every_method_has_an_encoder_to_fine_tune(backend, run, tmp_path, teachers):
+def test_every_method_has_an_encoder_to_fine_tune(backend, run, tmp_path):
     teacher = teachers.write_teacher(tmp_path / "teacher")
     aligned = {"teacher": teacher, "teacher_layers": 1, "fusion": "sum"}
     for method, more, protocol in [("simmim", {}, "finetune"), ("maskalign", aligned, "linear")]:

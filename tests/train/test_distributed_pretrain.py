@@ -1,6 +1,6 @@
 """`prmim pretrain` in two processes: several commands in one torchrun launch."""
 
-import importlib.util
+import importlib
 import json
 import os
 import signal
@@ -61,10 +61,7 @@ def two(shared):
 
 @pytest.fixture(scope="module")
 def worker():
-    spec = importlib.util.spec_from_file_location("pretrain_worker", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return importlib.import_module("tests.train.pretrain_worker")
 
 
 @pytest.fixture(scope="module")

@@ -34,7 +34,7 @@ def cpu(monkeypatch):
     ("flags", "line"),
     [(("avx2",), f"float32 ({NEITHER})"), (("avx2", "amx_bf16"), "bfloat16 (auto: the CPU has AMX-BF16)")],
 )
-def test_a_run_says_what_was_chosen_and_why(cpu, fake, tiny, capsys, tmp_path, flags, line):
+def test_a_run_says_what_was_chosen_and_why(cpu, tiny, capsys, tmp_path, flags, line):
     cpu(*flags)
     summary = pretrain(tiny(precision="auto"))
     out, err = capsys.readouterr()
@@ -78,7 +78,7 @@ def test_bfloat16_on_a_cpu_that_is_slow_in_it_is_warned_of_once(
     ],
 )
 def test_inspect_says_what_is_known_without_a_framework(
-    cpu, fake, tiny, monkeypatch, options, has_accelerator, value, reason
+    cpu, tiny, monkeypatch, options, has_accelerator, value, reason
 ):
     cpu("avx2")
     monkeypatch.setattr("prmim_train.run.size.may_have_accelerator", lambda: has_accelerator)

@@ -17,6 +17,7 @@ from prmim_train.pretrain import pretrain  # noqa: E402
 from prmim_train.run.budget import training_budget  # noqa: E402
 from prmim_train.run.engine import create_engine  # noqa: E402
 from prmim_train.run.loop import Interrupted  # noqa: E402
+from tests import teachers  # noqa: E402
 
 SMALL = {"backend": "jax", "epochs": 1, "batch_size": 240}  # 6 steps
 SIMMIM = {"method": "simmim", "depth": 2}
@@ -38,7 +39,7 @@ def quick(quick_compiler):
 
 
 @pytest.fixture(scope="module")
-def vit(teachers, tmp_path_factory):
+def vit(tmp_path_factory):
     """A DINO of three blocks on a 4 x 4 grid, written without any framework."""
     return str(teachers.write_teacher(tmp_path_factory.mktemp("teachers") / "vit"))
 

@@ -14,6 +14,7 @@ from prmim_train.pretrain import pretrain  # noqa: E402
 from prmim_train.run.budget import training_budget  # noqa: E402
 from prmim_train.run.engine import create_engine  # noqa: E402
 from prmim_train.run.loop import Interrupted, NonFiniteLoss  # noqa: E402
+from tests import teachers  # noqa: E402
 
 SMALL = {"backend": "torch", "epochs": 1, "batch_size": 240}  # 6 steps
 SIMMIM = {"method": "simmim", "depth": 2}
@@ -38,7 +39,7 @@ def one_thread():
 
 
 @pytest.fixture(scope="module")
-def clip(teachers, tmp_path_factory):
+def clip(tmp_path_factory):
     """A CLIP of three blocks on a 4 x 4 grid, written by transformers."""
     pytest.importorskip("transformers")
     return str(teachers.save_teacher("clip vision", tmp_path_factory.mktemp("teachers") / "clip"))

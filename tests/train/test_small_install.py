@@ -69,7 +69,7 @@ def test_a_training_that_needs_a_missing_package_does_not_start(
 
 
 @pytest.mark.parametrize("option", ["--eval_limit", "--pictures"])
-def test_a_training_without_them_needs_no_package(option, tiny_words, photos, fake, monkeypatch):
+def test_a_training_without_them_needs_no_package(option, tiny_words, photos, monkeypatch):
     monkeypatch.setitem(sys.modules, {"--eval_limit": "sklearn", "--pictures": "matplotlib"}[option], None)
     assert main(["pretrain", *tiny_words, "--data", photos, "--batch_size", "20", option, "0"]) == 0
 

@@ -274,7 +274,7 @@ def test_values_of_options(option, text, value):
     assert (type(found), found) == (type(value), value)
 
 
-def test_layers_file_over_recipe_and_words_over_file(tiny_words, capsys, tmp_path):
+def test_layers_file_over_recipe_and_words_over_file(fake, tmp_path):
     (tmp_path / "options.yaml").write_text("epochs: 3\nstages: 4\nbase_learning_rate: 1e-3\n")
     words = ["--config", str(tmp_path / "options.yaml"), "--stages", "3", "--out", str(tmp_path / "run")]
     words += ["--backend", "fake", "--eval_limit", "0", "--pictures", "0"]
@@ -294,7 +294,7 @@ def test_layers_file_over_recipe_and_words_over_file(tiny_words, capsys, tmp_pat
         (["--compile=on"], True),
     ],
 )
-def test_a_flag_may_be_null(fake, tiny_words, tmp_path, words, value):
+def test_a_flag_may_be_null(tiny_words, tmp_path, words, value):
     assert main(["pretrain", *tiny_words, *words]) == 0
     assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["compile"] is value
 
@@ -342,7 +342,7 @@ def test_another_method_on_the_digits_recipe(words, method, counts, fake, teache
     assert ("throw_by" in options) == (method == "simmim")
 
 
-def test_the_same_command_resumes_a_run_of_another_method(fake, capsys, tmp_path):
+def test_the_same_command_resumes_a_run_of_another_method(fake, tmp_path):
     words = [
         "pretrain",
         "--backend",
@@ -379,7 +379,7 @@ def test_help_names_the_methods_of_an_option(capsys):
     assert f"is masked. Default: {ratios}." in text
 
 
-def test_resume_needs_only_the_folder(tiny_words, tmp_path, fake, capsys):
+def test_resume_needs_only_the_folder(tiny_words, tmp_path, capsys):
     assert main(["pretrain", *tiny_words]) == 0
     before = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
     assert main(["pretrain", "--out", str(tmp_path / "run"), "--resume", "--epochs", "2"]) == 0
@@ -391,7 +391,7 @@ def test_resume_needs_only_the_folder(tiny_words, tmp_path, fake, capsys):
     assert "is finished" in capsys.readouterr().out
 
 
-def test_options_of_a_resumed_run_are_checked_against_the_run(tiny_words, tmp_path, fake, capsys):
+def test_options_of_a_resumed_run_are_checked_against_the_run(tiny_words, tmp_path, capsys):
     assert main(["pretrain", *tiny_words]) == 0  # batches of 120; the recipe of the digits has 32
     resume = ["pretrain", "--out", str(tmp_path / "run"), "--resume", "--epochs", "2"]
     assert main([*resume, "--accumulate", "3"]) == 0
@@ -401,7 +401,7 @@ def test_options_of_a_resumed_run_are_checked_against_the_run(tiny_words, tmp_pa
     assert fail([*resume, "--accumulate", "7"], capsys).startswith(message)
 
 
-def test_inspect_describes_the_run_that_would_be_resumed(tiny_words, tmp_path, fake, capsys):
+def test_inspect_describes_the_run_that_would_be_resumed(tiny_words, tmp_path, capsys):
     assert main(["pretrain", *tiny_words, "--mask_ratio", "0.5"]) == 0
     capsys.readouterr()
     assert main(["inspect", *tiny_words, "--mask_ratio", "0.5", "--epochs", "3"]) == 0
@@ -517,7 +517,7 @@ def test_evaluate_and_picture_read_the_run(tiny_words, tmp_path, capsys):
         (["picture", "--run", "EMPTY", "--kind", "loss"], "run: expected at least two lines in"),
     ],
 )
-def test_wrong_options_of_a_run_give_one_line(words, message, tiny_words, tmp_path, capsys, fake):
+def test_wrong_options_of_a_run_give_one_line(words, message, tiny_words, tmp_path, capsys):
     from prmim_train.run.directory import RunDirectory
 
     assert main(["pretrain", *tiny_words]) == 0

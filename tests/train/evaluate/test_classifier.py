@@ -175,7 +175,7 @@ def test_workers_change_nothing(run, tmp_path):
     assert untimed(tmp_path / "0") == untimed(tmp_path / "2")
 
 
-def test_predictions_do_not_depend_on_the_batch(tiny, fake):
+def test_predictions_do_not_depend_on_the_batch(tiny):
     config = tiny()
     data = open_data(config)
     _, test = labelled_sides(data)
@@ -193,7 +193,7 @@ def test_predictions_do_not_depend_on_the_batch(tiny, fake):
     assert whole.unreadable == {}
 
 
-def test_another_source_can_be_tested_on(run, tmp_path, capsys):
+def test_another_source_can_be_tested_on(run, tmp_path):
     images, labels = np.zeros((30, 8, 8), np.uint8), np.arange(30) % 10
     names = np.array([str(9 - place) for place in range(10)])  # the same names in another order
     np.savez(tmp_path / "same.npz", images=images, labels=labels, names=names)
@@ -227,7 +227,7 @@ def test_clips_are_sampled_as_given(tiny, tmp_path):
     assert {side.source.three_axes.stride for side in (job.train, job.test)} == {4}
 
 
-def test_what_is_wrong_is_told_in_one_line(run, tmp_path, capsys, tiny):
+def test_what_is_wrong_is_told_in_one_line(run, tmp_path, capsys):
     images = np.zeros((6, 8, 8), np.uint8)
     np.savez(tmp_path / "plain.npz", images=images)
     np.savez(tmp_path / "other.npz", images=images, labels=np.arange(6) % 2, names=np.array(["7", "cat"]))

@@ -1,32 +1,26 @@
 """Fixtures of the fault tests: module `soak`, one undisturbed run per backend."""
 
-import importlib.util
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
+
+from tests.forked import Forked
+from tests.train.faults import soak as module
 
 EPOCHS = 7
 """25 steps: 6 checkpoints, and one at the end. The command `soak.py` makes longer runs."""
 
 
 @pytest.fixture(scope="session")
-def soak(forked: type[Any]) -> ModuleType:
+def soak() -> ModuleType:
     """The module `soak.py` in this folder, which is also a command.
 
     Runs on PyTorch are forked.
     """
-    spec = importlib.util.spec_from_file_location("soak", Path(__file__).with_name("soak.py"))
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["soak"] = module  # needed by dataclasses
-    spec.loader.exec_module(module)
     launch = module.launch
-    module.launch = lambda words, *rest: (forked if "torch" in words else launch)(words, *rest)  # type: ignore[attr-defined]
+    module.launch = lambda words, *rest: (Forked if "torch" in words else launch)(words, *rest)  # type: ignore[attr-defined]
     return module
 
 

@@ -142,7 +142,7 @@ def act_at(monkeypatch, fake, step, deed):
 
 
 @pytest.mark.parametrize("step", [3, 11])  # next, the run writes a line (3) or a checkpoint (11)
-def test_a_run_directory_that_is_deleted_under_the_run(step, tiny, fake, monkeypatch, tmp_path):
+def test_a_run_directory_that_is_deleted_under_the_run(step, tiny, fake, monkeypatch):
     config = tiny(batch_size=240, checkpoint_every=1, epochs=3, log_every=3 if step == 3 else 100)
     with monkeypatch.context() as patch:
         act_at(patch, fake, step, lambda: shutil.rmtree(config.run_path))

@@ -27,7 +27,7 @@ def row(text, name):
     return found
 
 
-def brief(config, fake):
+def brief(config):
     from prmim_train.run.engine import create_engine
 
     data = open_data(config)
@@ -70,7 +70,7 @@ def write_photos(folder, number):
     return {"data": str(folder), "channels": 1, "batch_size": 4}
 
 
-def test_headers_of_files_are_checked(tiny, fake, tmp_path):
+def test_headers_of_files_are_checked(tiny, tmp_path):
     photos = write_photos(tmp_path / "photos", 12)
     found = "1 of 12 headers checked: 07.png (empty file)"
     assert row(inspect_run(tiny(**photos)), "unreadable") == found
@@ -78,7 +78,7 @@ def test_headers_of_files_are_checked(tiny, fake, tmp_path):
     assert row(inspect_run(tiny(**photos, max_pixels=2499)), "unreadable") == found
 
 
-def test_of_many_files_evenly_spaced_ones_are_checked(tiny, fake, tmp_path, monkeypatch):
+def test_of_many_files_evenly_spaced_ones_are_checked(tiny, tmp_path, monkeypatch):
     photos = write_photos(tmp_path / "photos", 12)
     monkeypatch.setattr(inspect, "MAX_HEADERS", 5)  # 0, 2, 4, 7 and 9
     assert row(inspect_run(tiny(**photos)), "unreadable") == "1 of 5 headers checked: 07.png (empty file)"
@@ -89,7 +89,7 @@ def write_array(path, height, width):
     return {"data": str(path), "channels": 1, "batch_size": 4}
 
 
-def test_crops_are_measured_on_the_given_images(tiny, fake, tmp_path):
+def test_crops_are_measured_on_the_given_images(tiny, tmp_path):
     photos = write_photos(tmp_path / "photos", 12)
     text = inspect_run(tiny(**photos, crop_scale=(0.25, 0.25), crop_ratio=(1.0, 1.0)))
     assert row(text, "image sizes") == "8 x 8 to 50 x 50 pixels, median 8 x 8"
@@ -104,7 +104,7 @@ def test_crops_are_measured_on_the_given_images(tiny, fake, tmp_path):
     assert row(padded, "crops") == "16 x 16 pixels, windows of the resized image with 2 mirrored pixels around it"
 
 
-def test_crops_of_long_images_are_as_large_as_asked(tiny, fake, tmp_path):
+def test_crops_of_long_images_are_as_large_as_asked(tiny, tmp_path):
     """Of square crops, each would be the same box, enlarged six times along one side."""
     options = {**write_array(tmp_path / "a.npz", 256, 32), "image_size": (256, 32), "crop_scale": (0.2, 1.0)}
     text = inspect_run(tiny(**options))
@@ -114,16 +114,16 @@ def test_crops_of_long_images_are_as_large_as_asked(tiny, fake, tmp_path):
     assert float(row(text, "enlargement").split()[0]) < 2
 
 
-def test_values_far_below_the_range_are_reported(tiny, fake, tmp_path):
+def test_values_far_below_the_range_are_reported(tiny, tmp_path):
     np.savez(tmp_path / "a.npz", images=np.arange(8 * 256, dtype=np.uint16).reshape(8, 16, 16))
     options = {"data": str(tmp_path / "a.npz"), "channels": 1, "batch_size": 4, "epochs": 1000}
     warning = "pixel values reach 2,047 of 65,535, so 8 bits keep 8 levels; see prmim stats, and set --pixel_range"
     assert row(inspect_run(tiny(**options)), "warning") == warning
-    assert f"Warning: {warning}" in brief(tiny(**options), fake)
+    assert f"Warning: {warning}" in brief(tiny(**options))
     assert not rows(inspect_run(tiny(**options, pixel_range=(0, 2047))), "warning")
 
 
-def test_values_without_a_range_are_reported(tiny, fake, tmp_path):
+def test_values_without_a_range_are_reported(tiny, tmp_path):
     np.save(tmp_path / "a.npy", np.zeros((16, 16), np.int16))
     options = {"data": str(tmp_path), "channels": 1, "holdout": 0.0, "batch_size": 1, "epochs": 2000}
     warning = "pixel values are float32, which has no fixed range: without --pixel_range, no image can be read"
@@ -154,11 +154,11 @@ def test_statistics_name_unreadable_files(tmp_path, capsys):
     assert row(text, "channels") == "1"
 
 
-def test_images_in_memory_need_no_check(tiny, fake):
+def test_images_in_memory_need_no_check(tiny):
     assert not rows(inspect_run(tiny()), "unreadable")
 
 
-def test_the_report_of_simmim(tiny, fake):
+def test_the_report_of_simmim(tiny):
     text = inspect_run(tiny(method="simmim", patch_size=2, decay="step", warmup_epochs=0.5))
     assert row(text, "grid") == "8 x 8 = 64 patches of 2 x 2 pixels"
     assert row(text, "masked") == "10 of 4 x 4 = 16 units of 2 x 2 tokens, 4 x 4 pixels"
@@ -182,7 +182,7 @@ def test_costs_are_those_of_the_records(tiny, teacher, method, precision, comput
     assert cost_reports(config) == (config.method.cost(accounting), config.method.baseline().cost(accounting))
 
 
-def test_recomputed_blocks_need_less_memory_and_more_work(tiny, fake):
+def test_recomputed_blocks_need_less_memory_and_more_work(tiny):
     texts = [inspect_run(tiny(depth=6, recompute_blocks=flag)) for flag in (False, True)]
     sizes = [float(row(text, "per image").split()[0]) for text in texts]
     assert sizes[1] < 0.8 * sizes[0]
@@ -191,12 +191,12 @@ def test_recomputed_blocks_need_less_memory_and_more_work(tiny, fake):
     assert "blocks recomputed)" in texts[1]
 
 
-def test_units_may_be_thrown_whole(tiny, fake):
+def test_units_may_be_thrown_whole(tiny):
     text = inspect_run(tiny(method="simmim", patch_size=2, throw_by="unit", throwing="random"))
     assert row(text, "decoded") == "24, whole units chosen by a uniform draw"
 
 
-def test_passes_for_attention_maps_are_spread_over_the_epochs(tiny, fake):
+def test_passes_for_attention_maps_are_spread_over_the_epochs(tiny):
     config = tiny(throwing="weighted", epochs=10, attention_start=4, attention_every=3)  # after epochs 4 and 7
     text = inspect_run(config)
     macs = config.method.attention_cost().macs
@@ -207,7 +207,7 @@ def test_passes_for_attention_maps_are_spread_over_the_epochs(tiny, fake):
     assert row(text, "visible") == "4, drawn by attention"
 
 
-def test_the_report_of_maskalign(tiny, fake, teacher):
+def test_the_report_of_maskalign(tiny, teacher):
     text = inspect_run(tiny(method="maskalign", teacher=str(teacher), teacher_layers=2, fusion="sum"))
     assert row(text, "visible") == "4, drawn in proportion to the teacher's attention"
     assert row(text, "masked") == "12, not seen by the student"
@@ -226,7 +226,7 @@ def test_the_report_of_maskalign(tiny, fake, teacher):
     assert "the teacher once" in text
 
 
-def test_plain_maskalign_changes_nothing(tiny, fake, teacher):
+def test_plain_maskalign_changes_nothing(tiny, teacher):
     options = {"teacher": str(teacher), "teacher_layers": 2, "fusion": "sum", "masking": "random"}
     text = inspect_run(tiny(method="maskalign", reconstruction="none", **options))
     assert row(text, "visible") == "4, drawn uniformly"
@@ -235,28 +235,28 @@ def test_plain_maskalign_changes_nothing(tiny, fake, teacher):
     assert re.search(r"^  total +(\S+ \w) +\1$", text, flags=re.MULTILINE)
 
 
-def test_the_teacher_may_be_missing(tiny, fake):
+def test_the_teacher_may_be_missing(tiny):
     config = tiny(method="maskalign", teacher="owner/model")
     text = inspect_run(config)
     assert row(text, "teacher") == "owner/model: size unknown until the teacher is downloaded"
     assert row(text, "aligned layers").startswith("the teacher's last 5, each with a learned mix of")
     assert row(text, "learned") == "unknown until the teacher is downloaded"
     assert text.count("unknown until the teacher is downloaded") == 4
-    assert "cost unknown until the teacher is downloaded" in brief(config, fake)
+    assert "cost unknown until the teacher is downloaded" in brief(config)
 
 
-def test_a_teacher_that_does_not_fit_is_an_error(tiny, fake, teacher):
+def test_a_teacher_that_does_not_fit_is_an_error(tiny, teacher):
     with pytest.raises(ValueError, match=r"^teacher_layers: expected 1 to 6, the teacher's depth, got 7$"):
         inspect_run(tiny(method="maskalign", teacher=str(teacher), teacher_layers=7))
 
 
-def test_thrown_tokens_may_predict_patches(tiny, fake):
+def test_thrown_tokens_may_predict_patches(tiny):
     text = inspect_run(tiny(thrown_target="patch"))
     assert row(text, "patches") == "12 tokens predict all 4 x 4 pixels, normalized over the patch"
     assert rows(text, "cells") == rows(text, "cell head") == []
 
 
-def test_other_tokens_may_predict_cells_too(tiny, fake):
+def test_other_tokens_may_predict_cells_too(tiny):
     text = inspect_run(tiny(extra_cells="known", cell_norm="window", cells=1))
     assert row(text, "patches").startswith("4 tokens")
     over = "the patch and its neighbours"
@@ -270,12 +270,12 @@ def test_the_published_size_of_mae_costs_at_most_6_95_g(fake):
     assert float(ours) <= 6.95
 
 
-def test_it_writes_nothing(tiny, fake, tmp_path):
+def test_it_writes_nothing(tiny, tmp_path):
     inspect_run(tiny())
     assert list(tmp_path.iterdir()) == []
 
 
-def test_dense_changes_nothing(tiny, fake):
+def test_dense_changes_nothing(tiny):
     text = inspect_run(tiny(throw_ratio=0))
     assert row(text, "decoded") == "12, all masked tokens: nothing is thrown"
     assert rows(text, "stages") == rows(text, "cell head") == []
@@ -301,7 +301,7 @@ def test_the_packages_of_a_backend_are_those_of_its_extra():
         assert [re.match(r"[a-z]+", requirement)[0] for requirement in extra] == list(packages)
 
 
-def test_unsupervised_tokens_are_not_counted(tiny, fake):
+def test_unsupervised_tokens_are_not_counted(tiny):
     text = inspect_run(tiny(reconstruction="none"))
     assert row(text, "peak learning rate") == "0.01 x 120 / 256 = 0.004687"
     scaled = inspect_run(tiny(reconstruction="none", scale_learning_rate=True))
@@ -338,16 +338,16 @@ def test_unsupervised_tokens_are_not_counted(tiny, fake):
     ],
     ids=str,
 )
-def test_the_brief(changes, tokens, cost, tiny, fake, teacher):
+def test_the_brief(changes, tokens, cost, tiny, teacher):
     if changes.get("method") == "maskalign":
         changes = {**changes, "teacher": str(teacher)}
-    lines = brief(tiny(**changes, epochs=100), fake).splitlines()
+    lines = brief(tiny(**changes, epochs=100)).splitlines()
     assert len(lines) == 4
     assert lines[1] == f"Tokens: 4 x 4 grid; {tokens}"
     assert cost in lines[2]
 
 
-def test_options_that_do_not_suit_few_images_are_replaced(tiny, fake, tmp_path):
+def test_options_that_do_not_suit_few_images_are_replaced(fake, tmp_path):
     text = inspect_run(
         pretrain_config(**write_photos(tmp_path / "photos", 12) | {"batch_size": 4096, "backend": "fake"})
     )
@@ -358,8 +358,8 @@ def test_options_that_do_not_suit_few_images_are_replaced(tiny, fake, tmp_path):
     assert row(text, "start").startswith("--init_weights")
 
 
-def test_a_run_warns_of_few_images(tiny, fake):
-    text = brief(tiny(), fake)
+def test_a_run_warns_of_few_images(tiny):
+    text = brief(tiny())
     assert "Warning: the run takes 12 steps in all" in text
     assert text.endswith("prmim inspect, with the same options, proposes others for this number of images.")
-    assert "Warning" not in brief(tiny(batch_size=20, epochs=20), fake)
+    assert "Warning" not in brief(tiny(batch_size=20, epochs=20))

@@ -281,7 +281,7 @@ def test_a_run_whose_checkpoints_are_all_damaged_is_left_alone(tiny, crash):
     assert lines(config) == before
 
 
-def test_a_run_of_another_backend_is_not_resumed(tiny, fake, monkeypatch):
+def test_a_run_of_another_backend_is_not_resumed(tiny, fake):
     pretrain(tiny())
     built = len(fake.made)
     message = (
@@ -422,19 +422,18 @@ def test_a_full_disk_ends_the_run_and_leaves_the_last_checkpoint(tiny, fake, mon
     def train_step(self, images, sample):
         take(self, images, sample)
         if self.step == 20:
-            fake.save_error = OSError(errno.ENOSPC, "No space left on device")
+            patch.setattr(fake, "save_error", OSError(errno.ENOSPC, "No space left on device"))
 
     message = r"step_00000024: .*No space left on device; the last good one is .*step_00000012"
     with monkeypatch.context() as patch:
         patch.setattr(fake, "train_step", train_step)
         with pytest.raises(OSError, match=message):
             pretrain(config)
-    fake.save_error = None
     assert [entry.name for entry in (config.run_path / "checkpoints").iterdir()] == ["step_00000012"]
     assert pretrain(tiny(epochs=2, checkpoint_every=1, resume=True))["steps"] == 24
 
 
-def test_initial_weights_are_taken(tiny, fake, tmp_path):
+def test_initial_weights_are_taken(tiny, tmp_path):
     pretrain(tiny())
     first = tiny().run_path / "checkpoints" / "step_00000012" / "weights.safetensors"
     start = pretrain(tiny(out=str(tmp_path / "second"), init_weights=str(first)))

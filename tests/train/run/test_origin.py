@@ -57,7 +57,7 @@ def fail(words, capsys):
 # ---------------------------------------------------------------------------------------------------------- one process
 
 
-def test_a_second_process_is_refused_and_disturbs_nothing(tiny, capsys):
+def test_a_second_process_is_refused_and_disturbs_nothing(tiny):
     config = tiny()
     run = RunDirectory(config.run_path)
     with run.locked():
@@ -242,7 +242,7 @@ def test_a_classifier_notices_other_test_images(run, tmp_path, capsys):
     assert "got 12 test images instead of 10" in fail([*words, "--resume"], capsys)
 
 
-def test_a_teacher_that_changed_is_noticed(tiny, teacher, tmp_path):
+def test_a_teacher_that_changed_is_noticed(tiny, teacher):
     config = tiny(
         method="maskalign",
         teacher=str(teacher),

@@ -101,7 +101,7 @@ def test_the_devices_of_a_process_must_share_the_batch_evenly(tiny, fake, monkey
     assert not tiny().run_path.exists()
 
 
-def test_an_engine_that_knows_of_no_others_is_refused(tiny, fake, environment):
+def test_an_engine_that_knows_of_no_others_is_refused(tiny, environment):
     environment(TORCHRUN)
     with pytest.raises(ValueError, match="backend: expected one that joins the 4 launched processes, got fake"):
         pretrain(tiny())

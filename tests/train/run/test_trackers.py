@@ -149,7 +149,7 @@ def test_a_resumed_run_goes_on_in_the_same_place(tracker, tiny, fake, monkeypatc
     assert json.loads((config.run_path / "tracker.json").read_text()) == {tracker: "run0"}
 
 
-def test_runs_are_filed_under_one_name(tiny, wandb, mlflow, monkeypatch, tmp_path):
+def test_runs_are_filed_under_one_name(tiny, wandb, mlflow, tmp_path):
     pretrain(tiny(tracker="wandb"))
     assert wandb.calls == [{"project": "prmim", "name": "run", "dir": str(tmp_path / "run"), "resume": "allow"}]
     pretrain(tiny(tracker="mlflow", out=str(tmp_path / "other")))
