@@ -73,7 +73,7 @@ def write_weights(weights: dict[str, Tensor], metadata: dict[str, str], path: st
 
 def put_weights(method: nn.Module, weights: dict[str, Tensor]) -> None:
     """Copy weights, named as by :func:`named_weights`, into a method."""
-    method.load_state_dict(weights, strict=False)  # others keep theirs
+    method.load_state_dict(weights, strict=False)  # a start from other weights may have only some
 
 
 def read_weights(method: nn.Module, path: str | os.PathLike[str], *, resize: bool = False) -> dict[str, Tensor]:

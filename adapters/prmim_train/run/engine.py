@@ -154,7 +154,7 @@ class Engine(Trainer, Protocol):
         """
 
     def compare(self, images: NDArray[Any], sample: NDArray[np.int64]) -> Comparison:
-        """Mask images as in step 0, and return student and teacher features.
+        """Mask images as in step 0, and return predicted and target features.
 
         For methods that predict features.
         """
